@@ -1,0 +1,1 @@
+"""The public functional API: pure functions on local tensors."""

@@ -1,0 +1,30 @@
+"""Packaging: pins are the versions that were run together (README, "Versions")."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megasparse",
+    version="0.1.0",
+    description="Pre-train Transformer language models with 2:4 sparse linear layers",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megasparse", "megasparse.*"]),
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed==0.19.8",
+        "megatron-core==0.16.1",
+        "triton>=3.6.0",
+        "numpy>=1.26",
+        "safetensors>=0.4.5",
+        "sentencepiece>=0.2.1",
+        "tokenizers>=0.21",
+        "tensorboard>=2.20",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]==2.20.2"],
+        "test": ["pytest>=8.3"],
+        "dev": ["pytest>=8.3", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],
+    },
+)

@@ -1,0 +1,31 @@
+"""Settings of the whole suite: the interpreter for Triton, visible GPU skips, one CPU thread a rank."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Before anything imports triton: without a GPU its kernels run in the interpreter.
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests, with the reason in the report, where there is no CUDA device."""
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; none on this machine")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernel tests run: the GPU when there is one, else the CPU (Triton interpreted)."""
+    return torch.device("cuda" if HAS_GPU else "cpu")

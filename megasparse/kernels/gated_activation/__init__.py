@@ -1,0 +1,68 @@
+"""Gated activations: `swiglu` and `geglu`, with gradients, in any dense layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from megasparse.errors import KernelError
+from megasparse.kernels import dispatch
+from megasparse.kernels.gated_activation import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _GatedActivation(torch.autograd.Function):
+    """y = act(gate) * x. Saves x and gate; the backward pass recomputes the activation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, gate: torch.Tensor, gelu: bool, backend: dispatch.Backend
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, gate)
+        ctx.gelu, ctx.backend = gelu, backend
+        return reference.forward(x, gate, gelu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, gate = ctx.saved_tensors
+        dx, dgate = reference.backward(dy, x, gate, ctx.gelu)
+        return dx, dgate, None, None
+
+
+def swiglu(x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """silu(gate) * x, with autograd (FST, section on gated activations).
+
+    Args:
+        x, gate: the same shape (any number of dimensions) and dtype: float32, bfloat16, float16
+            (float64 on the reference only). Row-major, column-major (transposed strides) and
+            halves of a fused tensor are read in place, along memory; other strides are copied.
+        backend: None, "reference" or "triton".
+
+    Returns: like x, dense, with x's order of strides; the gradients follow x and gate likewise.
+    Arithmetic is float32. Differentiable once.
+
+    Raises: KernelError when shapes, dtypes or devices differ or the backend cannot run.
+    """
+    return _apply("swiglu", x, gate, False, backend)
+
+
+def geglu(x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """gelu(gate) * x with the tanh GELU, with autograd; all else as in `swiglu`."""
+    return _apply("geglu", x, gate, True, backend)
+
+
+def _apply(
+    op: str, x: torch.Tensor, gate: torch.Tensor, gelu: bool, backend: str | None
+) -> torch.Tensor:
+    if x.shape != gate.shape or x.dtype != gate.dtype or x.device != gate.device:
+        raise KernelError(
+            f"{op}: x is {x.dtype} {tuple(x.shape)} on {x.device} and gate is {gate.dtype} "
+            f"{tuple(gate.shape)} on {gate.device}, expected the same"
+        )
+    if x.dtype not in DTYPES:
+        raise KernelError(f"{op}: x is {x.dtype}, expected float32, bfloat16, float16 or float64")
+    return _GatedActivation.apply(x, gate, gelu, dispatch.resolve(op, x, backend))

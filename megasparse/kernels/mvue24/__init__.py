@@ -1,0 +1,77 @@
+"""MVUE: unbiased random 2:4 pruning of gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.errors import KernelError
+from megasparse.kernels import dispatch
+from megasparse.kernels.mvue24 import reference
+from megasparse.kernels.random import SeedLike, check_seed
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def mvue24(
+    g: torch.Tensor,
+    *,
+    seed: SeedLike,
+    dim: int = -1,
+    offsets: tuple[int, int] = (0, 0),
+    exact: bool = True,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """An unbiased random estimate of `g` with at most 2 of each 4 entries along `dim` non-zero.
+
+    `exact=True` is the minimum-variance unbiased estimator (Chmiel et al., ICLR 2023): entry i of
+    a group is kept with p_i = min(1, c |g_i|), sum p_i = 2, and becomes g_i / p_i. An entry larger
+    than the three others together is kept bit for bit. `exact=False` is the approximation that FST
+    and S-STE use: two draws without replacement in proportion to |g_i|, value g_i / p_i. Both need
+    one Philox2x32 block a group and return one-hot groups bit for bit and zero groups as zeros.
+
+    Args:
+        g: (R, C) float32, bfloat16 or float16, any strides (dense row- and column-major without a
+            copy; others are copied). Arithmetic is float32.
+        seed: int of at most 64 bits, or one int64 element on g's device (read by the kernel: no
+            synchronisation and no recompilation when it changes). See `random.derive_seed`.
+        dim: the dimension that the groups of 4 consecutive entries run along. A size that is no
+            multiple of 4 counts as padded with zeros.
+        offsets: global index of g[0, 0]. The numbers drawn depend on (seed, global group index
+            along dim, global index of the other dimension) alone, so a shard gets the result of
+            its place in the whole tensor. offsets[dim] must be a multiple of 4.
+        backend: None, "reference" or "triton".
+
+    Returns: like g (shape, dtype; row- or column-major as g). Unbiased up to float32 rounding, the
+    2^-24 grid of the uniform numbers and the rounding to g's dtype. A float16 result may overflow
+    to infinity: a kept magnitude can reach the sum of its group.
+
+    A poisoned group - one with a NaN or an infinity, or whose magnitudes sum to 2^127 or more - has
+    NaN in its first two entries and zero in the others: never hidden, and still 2:4.
+
+    Raises: KernelError on a wrong rank, dtype, dim, offset, seed or backend.
+    """
+    dim = _check(g, dim, offsets)
+    check_seed("mvue24", seed, g.device)
+    dispatch.resolve("mvue24", g, backend)
+    if g.numel() == 0:
+        return torch.empty_like(g)
+    return reference.mvue24(g, seed, dim, offsets, exact)
+
+
+def _check(g: torch.Tensor, dim: int, offsets: tuple[int, int]) -> int:
+    """`dim` as 0 or 1; KernelError when the arguments do not fit."""
+    if g.dim() != 2:
+        raise KernelError(f"mvue24: g has shape {tuple(g.shape)}, expected 2 dimensions")
+    if g.dtype not in DTYPES:
+        raise KernelError(f"mvue24: g is {g.dtype}, expected float32, bfloat16 or float16")
+    if dim not in (-2, -1, 0, 1):
+        raise KernelError(f"mvue24: dim={dim}, expected -2, -1, 0 or 1")
+    dim %= 2
+    if len(offsets) != 2 or min(offsets) < 0:
+        raise KernelError(f"mvue24: offsets={offsets}, expected two numbers of at least 0")
+    if offsets[dim] % 4:
+        raise KernelError(f"mvue24: offsets={offsets}, expected a multiple of 4 along dim={dim}")
+    groups = (offsets[dim] + g.shape[dim] + 3) // 4
+    if max(groups, offsets[1 - dim] + g.shape[1 - dim]) > 1 << 32:
+        raise KernelError(f"mvue24: offsets={offsets}, expected group indices below 2^32")
+    return dim

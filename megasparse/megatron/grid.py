@@ -61,7 +61,7 @@ class Grid:
         if self.rank == 0:
             try:
                 result = build()
-            except Exception as error:  # noqa: BLE001 (raised again on every rank)
+            except Exception as error:
                 failure = error
         if self.world > 1:
             message: list[Any] = [failure]

@@ -127,7 +127,7 @@ class _ParallelLinear(torch.nn.Module):
         controller = self._controller
         clock = controller.clock
         gemms = self.state.gemms(
-            self.weight, clock.step, controller.sparse_now, controller.monitor and self.training
+            self.weight, clock.step, controller.sparse_now, controller.monitor
         )
         return gemms, clock.mvue_seed(self._number)
 

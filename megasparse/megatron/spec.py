@@ -1,7 +1,7 @@
 """The spec provider: which classes a Megatron Transformer layer is built from.
 
-It can be taken alone: `get_layer_spec(SparseSpecProvider())` builds any model that megatron-core can
-build, with linears that `sparsify` turns 2:4.
+It can be taken alone: `get_layer_spec(SparseSpecProvider())` gives the layers of any decoder that
+megatron-core can build, with linears that `sparsify` turns 2:4.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
 For `Z = X W^T` with `X (T, K)`, `W (N, K)`:
 
-| recipe | W~ in output and grad_input | grad_weight | regulariser | schedule |
-|---|---|---|---|---|
-| dense  | W                                 | dZ^T X         | none                        | |
-| ste    | W o M, row-wise 2:4               | dZ^T X         | none                        | |
-| sr_ste | W o M, row-wise 2:4               | dZ^T X         | grad += lambda (1-M) o W    | |
-| fst    | W o M, M transposable (both 2:4)  | MVUE(dZ^T) X   | grad += lambda (1-M) o W    | dense tail |
-| s_ste  | beta * S(W), soft threshold       | MVUE(dZ^T) X   | none                        | |
-| ast    | W o M, row-wise 2:4               | dZ^T X         | decoupled, lambda(t) ramps  | |
+| recipe | W~ in output and grad_input      | grad_weight  | regulariser                  |
+|--------|----------------------------------|--------------|------------------------------|
+| dense  | W                                | dZ^T X       | none                         |
+| ste    | W o M, row-wise 2:4              | dZ^T X       | none                         |
+| sr_ste | W o M, row-wise 2:4              | dZ^T X       | grad += lambda (1-M) o W     |
+| fst    | W o M, M transposable; dense end | MVUE(dZ^T) X | grad += lambda (1-M) o W     |
+| s_ste  | beta * S(W), soft threshold      | MVUE(dZ^T) X | none                         |
+| ast    | W o M, row-wise 2:4              | dZ^T X       | decoupled, lambda(t) ramps   |
 
 A row-wise W~ is 2:4 along K, so the output GEMM is sparse and grad_input is dense; a transposable
 one is 2:4 along N as well, so grad_input is sparse too. `dW` is dense in all of them: the gradient

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megasparse.errors import NumericsError
-from megasparse.kernels.mvue24 import derive_seed
+from megasparse.kernels import derive_seed
 from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.state import SparseWeight

@@ -181,7 +181,10 @@ class CheckpointConfig:
     run_dir: str = option("runs/default", "folder of everything that the run writes")
     save: str | None = option(None, "folder of checkpoints; default RUN_DIR/checkpoints")
     load: str | None = option(
-        None, "folder of checkpoints to resume from; default: continue what is in --save"
+        None, "folder of checkpoints to continue from; an error when it holds none"
+    )
+    resume: bool = option(
+        False, "continue from the newest checkpoint in --save, or start when there is none"
     )
     save_interval: int | None = option(
         None, "steps between checkpoints; default: one at the end", at_least=1

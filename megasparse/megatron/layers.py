@@ -126,9 +126,7 @@ class _ParallelLinear(torch.nn.Module):
             return DenseGemms(self.weight), 0
         controller = self._controller
         clock = controller.clock
-        gemms = self.state.gemms(
-            self.weight, clock.step, controller.sparse_now, controller.monitor
-        )
+        gemms = self.state.gemms(self.weight, clock.step, controller.sparse_now, controller.monitor)
         return gemms, clock.mvue_seed(self._number)
 
     def _multiply(self, x: torch.Tensor, comm: LinearComm) -> torch.Tensor:

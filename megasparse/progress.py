@@ -53,8 +53,8 @@ def progress(
         "desc": desc,
         "total": total,
         "unit": unit,
-        "unit_scale": True,
-        "unit_divisor": 1024 if unit == "B" else 1000,
+        "unit_scale": unit == "B",
+        "unit_divisor": 1024,
         "file": stream,
         "disable": not enabled,
     }

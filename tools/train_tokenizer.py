@@ -60,7 +60,8 @@ def chunks(text: str) -> Iterator[str]:
 def read_sample(inputs: Sequence[Path], key: str, max_bytes: int) -> list[str]:
     """Documents from the start of `inputs`, until they hold `max_bytes` of text."""
     texts, size = [], 0
-    with progress(desc="reading", total=max_bytes, unit="B") as bar:
+    total = min(max_bytes, sum(path.stat().st_size for path in inputs if path.is_file()))
+    with progress(desc="reading", total=total, unit="B") as bar:
         for path in inputs:
             for text in read_texts(path, key):
                 texts.append(text)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,10 +29,22 @@ def read_error(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}: cannot read: {error.strerror or error}")
 
 
+def make_parent(path: Path) -> None:
+    """Create the directory of `path`; if a file is in its place, opening `path` says so."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def sync(stream: BinaryIO) -> None:
     """Flush `stream` to the disk."""
     stream.flush()
     os.fsync(stream.fileno())
+
+
+def discard(path: Path) -> None:
+    """Remove a temporary file if it is there; an error on the way is in nobody's interest."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def sync_directory(directory: Path) -> None:
@@ -56,7 +68,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = temporary_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(path)
         with open(temporary, "wb") as stream:
             yield stream
             sync(stream)
@@ -65,4 +77,4 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise write_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)

@@ -20,7 +20,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megasparse.data.atomic import sync, sync_directory, temporary_path, write_error
+from megasparse.data.atomic import (
+    discard,
+    make_parent,
+    sync,
+    sync_directory,
+    temporary_path,
+    write_error,
+)
 from megasparse.data.indexed import HEADER, MAGIC, VERSION, dtype_code
 from megasparse.data.sidecar import Sidecar, bin_path, idx_path, sidecar_path
 from megasparse.data.tokenizer import Tokenizer
@@ -47,6 +54,7 @@ class _HashedFile:
         self.size = 0
         self._digest = hashlib.sha256()
         try:
+            make_parent(path)
             self._stream: BinaryIO = open(self.temporary, "wb")  # noqa: SIM115 (closed below)
         except OSError as error:
             raise write_error(path, error) from error
@@ -74,7 +82,7 @@ class _HashedFile:
     def discard(self) -> None:
         with suppress(OSError):  # a full disk fails again while flushing; the file goes anyway
             self._stream.close()
-        self.temporary.unlink(missing_ok=True)
+        discard(self.temporary)
 
 
 class IndexedDatasetWriter:
@@ -95,11 +103,6 @@ class IndexedDatasetWriter:
         self.dtype = np.dtype(dtype)
         self._code = dtype_code(self.dtype)
         self._lengths = array("i")
-        directory = bin_path(prefix).parent
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(directory, error) from error
         self._bin = _HashedFile(bin_path(prefix))
         self._files = [self._bin]
 

@@ -41,7 +41,7 @@ class LayerReport:
     """Figures of one sparse weight, of this rank alone; sums so that ranks can be added up."""
 
     name: str
-    flips: int
+    flips: int | None  # None before the second refresh: there was nothing to compare with
     nonzeros: int
     numel: int
 
@@ -71,6 +71,11 @@ class SparsityController:
         """Whether the clock's step is in the sparse phase."""
         return schedule.is_sparse_step(self.recipe, self.clock.step, self.clock.train_iters)
 
+    @property
+    def refreshes(self) -> int:
+        """Mask refreshes so far, over all layers; grows when there are new flip counts."""
+        return sum(state.refreshes for state, _ in self.weights)
+
     def masked_decay(self) -> float:
         """lambda of the clock's step."""
         return schedule.masked_decay(self.recipe, self.clock.step, self.clock.train_iters)
@@ -91,7 +96,7 @@ class SparsityController:
             reports.append(
                 LayerReport(
                     name=state.name,
-                    flips=int(state.flips) if state.flips is not None else 0,
+                    flips=None if state.flips is None else int(state.flips),
                     nonzeros=int(torch.count_nonzero(used)),
                     numel=weight.numel(),
                 )

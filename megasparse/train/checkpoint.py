@@ -3,7 +3,8 @@
 What is stored, by key:
 
     param/NAME                          the model's parameter
-    optim/NAME/master|exp_avg|exp_avg_sq   float32 pieces, from ZeRO's shards or whole
+    optim/NAME/exp_avg|exp_avg_sq       moments, whole or in ZeRO's pieces
+    optim/NAME/master                   float32 masters, with ZeRO
     sparsity/NAME/mask|scale|counters   pattern indices, S-STE's beta, refresh counters
     sparsity/NAME/flips                 per tensor-parallel rank, summed on reading
     rng/RANK/NAME                       generator states
@@ -120,7 +121,6 @@ def newest_valid(root: Path) -> CheckpointReader | None:
 def load(engine: Engine, reader: CheckpointReader) -> None:
     """Put a verified checkpoint into model, optimizer, sparsity state and generators."""
     grid, controller = engine.grid, engine.controller
-    masters = {fragment.name for fragment in engine.fragments()}
     for name, parameter in engine.model.named_parameters():
         whole = reader.read(f"param/{name}")
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
@@ -131,7 +131,7 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
             )
         with torch.no_grad():
             parameter.copy_(shard.take(whole))
-    _load_optimizer(engine, reader, masters)
+    _load_optimizer(engine, reader)
     for state, weight in controller.weights:
         state.import_state(_sparsity_state(reader, state), weight.device)
     controller.clock.step = reader.meta["step"]
@@ -178,10 +178,9 @@ def _collect(engine: Engine) -> dict[str, tuple[Piece, torch.Tensor]]:
         if (whole_here and grid.dp_rank) or (shard.dim is None and grid.tp_rank):
             continue
         moments = engine.optimizer.state.get(fragment.tensor, {})
-        values = {
-            "master": fragment.tensor.data,
-            **{m: moments[m] for m in MOMENTS if m in moments},
-        }
+        values = {m: moments[m] for m in MOMENTS if m in moments}
+        if not whole_here:  # without ZeRO the parameter is its own master
+            values["master"] = fragment.tensor.data
         for kind, value in values.items():
             key = f"optim/{fragment.name}/{kind}"
             piece = Piece(key, shard, fragment.start, fragment.start + fragment.length)
@@ -234,7 +233,7 @@ def _sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, 
     return loaded
 
 
-def _load_optimizer(engine: Engine, reader: CheckpointReader, names: set[str]) -> None:
+def _load_optimizer(engine: Engine, reader: CheckpointReader) -> None:
     steps = reader.meta["optimizer_steps"]
     optimizer, grid = engine.optimizer, engine.grid
     cache: dict[str, torch.Tensor] = {}
@@ -242,8 +241,10 @@ def _load_optimizer(engine: Engine, reader: CheckpointReader, names: set[str]) -
         shard = parameter_shard(fragment.parameter, grid.tp_rank, grid.tp_size)
         for kind in ("master", *MOMENTS):
             key = f"optim/{fragment.name}/{kind}"
-            if kind != "master" and key not in reader:
-                continue
+            if key not in reader:
+                if kind != "master":
+                    continue
+                key = f"param/{fragment.name}"
             cache = {key: cache.get(key, reader.read(key))}
             local = fragment.of_parameter(shard.take(cache[key]))
             if kind == "master":

@@ -71,10 +71,11 @@ def check_data(config: RunConfig) -> tuple[Tokenizer | None, int, dict[str, list
     for split, arguments in paths.items():
         if not arguments:
             continue
-        prefixes, weights = parse_data_path(arguments)
+        blend = parse_data_path(arguments)
+        weights = blend.weights or (None,) * len(blend.prefixes)
         sources[split] = [
-            _check_source(prefix, weights[i] if weights else None, vocab_size, tokenizer)
-            for i, prefix in enumerate(prefixes)
+            _check_source(prefix, weight, vocab_size, tokenizer)
+            for prefix, weight in zip(blend.prefixes, weights, strict=True)
         ]
     return tokenizer, vocab_size, sources
 

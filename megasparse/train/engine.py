@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging as python_logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,11 @@ from megasparse.train import zero
 # collectives (30 s, again whenever the environment changes) is of no use to training.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# One hardware queue, so that collectives start in the order in which they were issued and overlap
+# with the GEMMs issued after them (Megatron's requirement for tensor parallelism).
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+# Megatron uses names of collectives that newer torch versions call differently.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
 
 import deepspeed
 import deepspeed.ops

@@ -65,6 +65,8 @@ class Trainer:
         if reader is not None:
             checkpoint.load(self.engine, reader)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
+        self._figures: dict[str, dict[str, float]] = {}
+        self._figures_at = -1
         self._describe(model)
 
     def run(self) -> None:
@@ -90,7 +92,7 @@ class Trainer:
             row, layers = self._step(stream)
             if writer is not None:
                 writer.write(row, layers)
-                if clock.step % self.config.logging.log_interval == 0 or clock.step == 1:
+                if row["step"] % self.config.logging.log_interval == 0 or row["step"] == 1:
                     line.show(row)
             if self._save_due():
                 self._save()
@@ -126,35 +128,37 @@ class Trainer:
         }
         logging = self.config.logging
         last = clock.step == train.train_iters
+        shown = clock.step % logging.log_interval == 0 or clock.step == 1 or last
         layers: dict[str, dict[str, float]] = {}
-        if clock.step % logging.log_interval == 0 or clock.step == 1 or last:
-            layers = self._layer_figures()
-        if layers:
-            row["density"] = _mean([figures["density"] for figures in layers.values()])
-            row["flip_rate"] = _mean([figures["flip_rate"] for figures in layers.values()])
+        if shown or self.controller.refreshes != self._figures_at:
+            layers = self._figures = self._layer_figures()
+            self._figures_at = self.controller.refreshes
+        for figure in ("flip_rate", "density"):
+            values = [one[figure] for one in self._figures.values() if figure in one]
+            if values:
+                row[figure] = sum(values) / len(values)
         due = logging.eval_interval and clock.step % logging.eval_interval == 0
         if logging.eval_iters and (due or last):
             row["valid_loss"] = self._validate()
         return row, layers
 
     def _layer_figures(self) -> dict[str, dict[str, float]]:
-        """Flip rate and density by layer, over all tensor-parallel ranks."""
+        """Density and (once measured) flip rate by layer, over all tensor-parallel ranks."""
         reports = self.controller.report()
         if not reports:
             return {}
         counts = torch.tensor(
-            [[r.flips, r.nonzeros, r.numel] for r in reports],
+            [[r.flips or 0, r.nonzeros, r.numel] for r in reports],
             dtype=torch.int64,
             device=self.grid.device,
         )
-        counts = self.grid.sum_over_tp(counts).cpu()
-        return {
-            r.name: {
-                "flip_rate": int(flips) / int(numel),
-                "density": int(nonzeros) / int(numel),
-            }
-            for r, (flips, nonzeros, numel) in zip(reports, counts, strict=True)
-        }
+        totals = self.grid.sum_over_tp(counts).tolist()
+        figures = {}
+        for r, (flips, nonzeros, numel) in zip(reports, totals, strict=True):
+            figures[r.name] = {"density": nonzeros / numel}
+            if r.flips is not None:
+                figures[r.name]["flip_rate"] = flips / numel
+        return figures
 
     def _validate(self) -> float:
         """Mean loss over the same first samples of the validation split every time."""
@@ -266,7 +270,3 @@ def _check_same_run(
                 f"{reader.folder} was trained on {name} with digest {digest}, "
                 f"this run has {digests.get(name)}"
             )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -59,9 +59,9 @@ class MetricsWriter:
         for key, tag in _TENSORBOARD.items():
             if row.get(key) is not None:
                 self._board.add_scalar(tag, row[key], step)
-        for figure in ("flip_rate", "density"):
-            for name, values in (layers or {}).items():
-                self._board.add_scalar(f"layers_{figure}/{name}", values[figure], step)
+        for name, figures in (layers or {}).items():
+            for figure, value in figures.items():
+                self._board.add_scalar(f"layers_{figure}/{name}", value, step)
 
     def close(self) -> None:
         """Flush everything to disk."""

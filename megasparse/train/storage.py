@@ -75,11 +75,8 @@ def write_rank_file(
     """
     name = f"rank-{rank:05d}.safetensors"
     path = folder / name
-    values = {entry: value.detach().cpu().contiguous() for entry, (_, value) in tensors.items()}
-    # safetensors refuses tensors that share memory: views of one flat shard do.
-    values = {
-        entry: value.clone() if value._is_view() else value for entry, value in values.items()
-    }
+    # Cloned, since safetensors refuses tensors that share memory: pieces of one flat shard do.
+    values = {entry: value.detach().cpu().clone() for entry, (_, value) in tensors.items()}
     save_file(values, path)
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megasparse.config import ModelConfig, RunConfig
@@ -73,10 +78,19 @@ def build_model(config: RunConfig, grid: Grid, padded_vocab_size: int) -> GPTMod
     ).to(grid.device)
     for parameter in gpt.parameters():
         parameter.data = parameter.data.to(gpt.config.params_dtype)
+    _mark_vocabulary_shards(gpt)
     initialize_weights(
         gpt, config.train.seed, model.init_method_std, model.num_layers, grid.tp_rank, grid.tp_size
     )
     return gpt
+
+
+def _mark_vocabulary_shards(gpt: GPTModel) -> None:
+    """Mark Megatron's own sharded weights; it does so only while it initialises them itself."""
+    for module in gpt.modules():
+        sharded = isinstance(module, (VocabParallelEmbedding, ColumnParallelLinear))
+        if sharded and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, dim=0, stride=1)
 
 
 def parameter_count(model: ModelConfig, padded_vocab_size: int) -> int:

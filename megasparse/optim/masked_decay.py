@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -16,16 +16,17 @@ class MaskedDecay:
 
     Args:
         controller: knows masks, phase and lambda.
-        fragments: where the model's parameters lie in the optimizer's tensors; called once, at the
-            first step, since ZeRO makes its shards after the optimizer.
     """
 
-    def __init__(
-        self, controller: SparsityController, fragments: Callable[[], Sequence[Fragment]]
-    ) -> None:
+    def __init__(self, controller: SparsityController) -> None:
         self._controller = controller
-        self._find = fragments
-        self._by_tensor: dict[int, list[Fragment]] | None = None
+        self._by_tensor: dict[int, list[Fragment]] = {}
+
+    def attach(self, fragments: Sequence[Fragment]) -> None:
+        """Say where the parameters lie; after the engine is built, since ZeRO makes its shards."""
+        self._by_tensor = {}
+        for fragment in fragments:
+            self._by_tensor.setdefault(id(fragment.tensor), []).append(fragment)
 
     def add_to_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """`grad += lambda (1 - M) o W` for every masked piece of the optimizer's tensors."""
@@ -35,7 +36,7 @@ class MaskedDecay:
         masks = self._masks()
         for group in optimizer.param_groups:
             for tensor in group["params"]:
-                for fragment in self._fragments(tensor):
+                for fragment in self._by_tensor.get(id(tensor), []):
                     mask = masks.get(id(fragment.parameter))
                     if mask is not None and tensor.grad is not None:
                         masked_decay_(
@@ -48,7 +49,7 @@ class MaskedDecay:
     def term(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """`lambda (1 - M) o W` in the shape of one of the optimizer's tensors, or None."""
         strength, masks = self._controller.masked_decay(), self._masks()
-        pieces = [f for f in self._fragments(tensor) if id(f.parameter) in masks]
+        pieces = [f for f in self._by_tensor.get(id(tensor), []) if id(f.parameter) in masks]
         if not pieces:
             return None
         decay = torch.zeros_like(tensor)
@@ -63,10 +64,3 @@ class MaskedDecay:
 
     def _masks(self) -> dict[int, torch.Tensor]:
         return {id(weight): mask for weight, mask in self._controller.masked_weights()}
-
-    def _fragments(self, tensor: torch.Tensor) -> list[Fragment]:
-        if self._by_tensor is None:
-            self._by_tensor = {}
-            for fragment in self._find():
-                self._by_tensor.setdefault(id(fragment.tensor), []).append(fragment)
-        return self._by_tensor.get(id(tensor), [])

@@ -172,7 +172,7 @@ def _collect(engine: Engine) -> dict[str, tuple[Piece, torch.Tensor]]:
         if grid.dp_rank == 0 and (shards[name].dim is not None or grid.tp_rank == 0):
             key = f"param/{name}"
             tensors[key] = (Piece(key, shards[name]), parameter)
-    for fragment in engine.fragments():
+    for fragment in engine.fragments:
         shard = shards[fragment.name]
         whole_here = fragment.parameter is fragment.tensor
         if (whole_here and grid.dp_rank) or (shard.dim is None and grid.tp_rank):
@@ -237,7 +237,7 @@ def _load_optimizer(engine: Engine, reader: CheckpointReader) -> None:
     steps = reader.meta["optimizer_steps"]
     optimizer, grid = engine.optimizer, engine.grid
     cache: dict[str, torch.Tensor] = {}
-    for fragment in engine.fragments():
+    for fragment in engine.fragments:
         shard = parameter_shard(fragment.parameter, grid.tp_rank, grid.tp_size)
         for kind in ("master", *MOMENTS):
             key = f"optim/{fragment.name}/{kind}"

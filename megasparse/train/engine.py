@@ -20,7 +20,6 @@ from megasparse.config import RunConfig, gradient_accumulation_steps
 from megasparse.errors import NumericsError
 from megasparse.megatron.grid import Grid, ModelParallelUnit, collective_timeout
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
-from megasparse.optim.fragments import Fragment
 from megasparse.optim.lr import learning_rate
 from megasparse.optim.masked_decay import MaskedDecay
 from megasparse.sparsity.controller import SparsityController
@@ -36,8 +35,8 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 # Megatron uses names of collectives that newer torch versions call differently.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
 
-import deepspeed
-import deepspeed.ops
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 python_logging.getLogger("DeepSpeed").setLevel(python_logging.ERROR)
@@ -141,7 +140,7 @@ class Engine:
         self.config, self.grid, self.model, self.controller = config, grid, model, controller
         train = config.train
         recipe = controller.recipe
-        decay = MaskedDecay(controller, self.fragments)
+        decay = MaskedDecay(controller)
         self._on_gradient = decay if recipe.regulariser == "masked_decay" else None
         decoupled = recipe.regulariser == "decoupled_masked_decay"
         self.optimizer = MaskedAdamW(
@@ -165,15 +164,14 @@ class Engine:
             mpu=ModelParallelUnit(),
             dist_init_required=False,
         )
+        # Where the parameters lie in the optimizer's tensors, now that ZeRO has made its own.
+        self.fragments = zero.fragments(model.named_parameters(), self.optimizer)
+        decay.attach(self.fragments)
 
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of a rank in an optimizer step."""
         return gradient_accumulation_steps(self.config, self.grid.world)
-
-    def fragments(self) -> list[Fragment]:
-        """Where the parameters lie in the optimizer's tensors."""
-        return zero.fragments(self.model.named_parameters(), self.optimizer)
 
     def train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> StepResult:
         """Forward, backward and update over one global batch; advances the clock.

@@ -221,8 +221,9 @@ class Trainer:
             )
         if self.grid.rank != 0:
             return
-        reader = checkpoint.newest_valid(self.save_root)
-        assert reader is not None
+        # A run that was complete when it was loaded has saved nothing of its own.
+        saved = checkpoint.list_steps(self.save_root)
+        reader = _require(self.save_root if saved else Path(self.config.checkpoint.load or ""))
         steps = self.config.train.train_iters
         tensors = report.check_sparsity(reader, self.recipe, steps)
         places = {
@@ -239,7 +240,7 @@ class Trainer:
 def _require(root: Path) -> checkpoint.CheckpointReader:
     reader = checkpoint.newest_valid(root)
     if reader is None:
-        raise CheckpointError(f"--load {root}: holds no checkpoint")
+        raise CheckpointError(f"{root}: holds no checkpoint")
     return reader
 
 

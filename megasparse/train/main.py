@@ -18,7 +18,15 @@ from megasparse.train.loop import Trainer, recipe_of
 
 
 def pretrain(config: RunConfig) -> None:
-    """Run a resolved configuration to its end on this rank."""
+    """Run a resolved configuration to its end on this rank.
+
+    What can be checked without other ranks (recipe, files, folders) is checked before any of them
+    is waited for, on every rank alike.
+    """
+    recipe_of(config)
+    check_data(config)
+    check_writable(config.checkpoint.run_dir)
+    check_writable(config.checkpoint.save or "")
     device = start_process(config.parallel.distributed_timeout_minutes)
     grid = make_grid(
         config.parallel.tensor_model_parallel_size,
@@ -30,20 +38,12 @@ def pretrain(config: RunConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `launch/pretrain.py`; the exit code of this rank.
-
-    What can be checked without other ranks (flags, files) is checked before any of them is waited
-    for, on every rank alike.
-    """
+    """Entry point of `launch/pretrain.py`; the exit code of this rank."""
     rank = int(os.environ.get("RANK", "0"))
     log.setup(rank)
     try:
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        config = resolve(load_config(sys.argv[1:] if argv is None else argv), world)
-        recipe_of(config)
-        check_data(config)
-        check_writable(config.checkpoint.save or "")
-        pretrain(config)
+        pretrain(resolve(load_config(sys.argv[1:] if argv is None else argv), world))
     except MegasparseError as error:
         log.logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code

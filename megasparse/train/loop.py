@@ -233,7 +233,9 @@ class Trainer:
             "configuration": run_dir / "config.yaml",
         }
         rows = read_metrics(run_dir / "metrics.jsonl")
-        logger.info(report.format_report(rows, tensors, self.recipe, places, sample))
+        logger.info(
+            report.format_report(reader.meta["step"], rows, tensors, self.recipe, places, sample)
+        )
         report.require_sparsity(tensors, self.recipe, reader.meta["step"], steps)
 
 

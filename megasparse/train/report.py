@@ -81,6 +81,7 @@ def require_sparsity(
 
 
 def format_report(
+    step: int,
     rows: list[dict[str, Any]],
     tensors: list[TensorReport],
     recipe: SparsityRecipe,
@@ -90,12 +91,16 @@ def format_report(
     """The final table as text.
 
     Args:
+        step: of the checkpoint.
         rows: of metrics.jsonl.
         places: what is where.
         sample: generated text, or None.
     """
-    lines = ["", f"Run finished: recipe {recipe.name}, {rows[-1]['step']} steps", ""]
-    facts = [("training loss, first and last", f"{rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}")]
+    lines = ["", f"Run finished: recipe {recipe.name}, {step} steps", ""]
+    facts = []
+    if rows:
+        change = f"{rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}"
+        facts.append(("training loss, first and last", change))
     valid = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None]
     if valid:
         facts.append(("validation loss", f"{valid[-1]:.4f}"))

@@ -133,6 +133,8 @@ def batches(
         batch_sampler=_MicroBatches(config.train.micro_batch_size, grid, first_sample),
         num_workers=config.data.num_workers,
         pin_memory=grid.device.type == "cuda",
+        # Its own: an iterator draws a seed at its start, and dropout must not notice.
+        generator=torch.Generator(),
     )
     for batch in loader:
         yield {name: tensor.to(grid.device, non_blocking=True) for name, tensor in batch.items()}

@@ -66,6 +66,7 @@ def start(command: list[str], file_limit: int = resource.RLIM_INFINITY) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         preexec_fn=lambda: prepare(file_limit),
     )
 
@@ -206,6 +207,12 @@ def alive(process_id: int) -> bool:
         return False
 
 
+def ignores_sigint(process_id: int) -> bool:
+    status = Path(f"/proc/{process_id}/status").read_text()
+    ignored = next(line for line in status.splitlines() if line.startswith("SigIgn:"))
+    return bool(int(ignored.split()[1], 16) & 1 << (signal.SIGINT - 1))
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_terminated_run_leaves_nothing(
@@ -214,7 +221,11 @@ def test_terminated_run_leaves_nothing(
     process = start_long(made, long_input, tmp_path / "out", workers)
     children = workers_of(process)
     assert len(children) == (workers if workers > 1 else 0)
-    process.send_signal(number)
+    if number == signal.SIGINT:  # Ctrl-C goes to all processes of the terminal
+        wait_until(lambda: all(map(ignores_sigint, children)), "the workers are ready")
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     _, error = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == code and "Traceback" not in error
     assert list((tmp_path / "out").iterdir()) == []

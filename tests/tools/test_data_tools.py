@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +23,7 @@ from megasparse.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 60
+started: list[subprocess.Popen] = []  # by the running test
 
 
 def load(name: str) -> ModuleType:
@@ -57,10 +58,20 @@ def prepare(file_limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
 
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """End what a failed test leaves running."""
+    yield
+    while started:
+        process = started.pop()
+        process.kill()
+        process.communicate()
+
+
 def start(command: list[str], file_limit: int = resource.RLIM_INFINITY) -> subprocess.Popen:
     """Start a tool as a process of its own, with SIGINT as in a terminal (CI may ignore it)."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / command[0]), *command[1:]],
         env=environment,
         stdout=subprocess.PIPE,
@@ -69,6 +80,8 @@ def start(command: list[str], file_limit: int = resource.RLIM_INFINITY) -> subpr
         start_new_session=True,
         preexec_fn=lambda: prepare(file_limit),
     )
+    started.append(process)
+    return process
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -241,7 +254,8 @@ def test_killed_run_leaves_no_dataset_and_no_workers(
     process.kill()
     process.wait(timeout=TIMEOUT_SECONDS)
     wait_until(lambda: not any(map(alive, children)), "the workers end")
-    process.communicate(timeout=TIMEOUT_SECONDS)  # ends, since no worker holds the pipes
+    _, error = process.communicate(timeout=TIMEOUT_SECONDS)  # ends: no worker holds the pipes
+    assert "Traceback" not in error
     left = [path.name for path in (tmp_path / "out").iterdir()]
     assert left and all(name.startswith(".") and name.endswith(".tmp") for name in left)
     assert load("preprocess_data").main(arguments(made, tmp_path / "out" / "d")) == 0

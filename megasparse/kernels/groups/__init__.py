@@ -54,7 +54,7 @@ class Launches:
     def pick(self, w: torch.Tensor) -> Launch:
         """The launch for `w`; in the interpreter, whose cost is per program, a large one."""
         if dispatch.INTERPRETING:
-            return Launch(1 << 16, 4)
+            return Launch(1 << 12, 4)
         return self.wide if w.itemsize == 4 else self.narrow
 
 

@@ -108,12 +108,10 @@ def _transposable24_kernel(
     row1 = _pair_sums(w, group1, live, KIND)
     row2 = _pair_sums(w, group2, live, KIND)
     row3 = _pair_sums(w, group3, live, KIND)
-    total = ((row0[0] + row0[5]) + (row1[0] + row1[5])) + (
-        (row2[0] + row2[5]) + (row3[0] + row3[5])
-    )
-    raise_flag(
-        flag, (total != total).to(tl.int32)
-    )  # a sum of magnitudes is NaN only if one of them is
+    # A sum of magnitudes is NaN only if one of them is.
+    upper = (row0[0] + row0[5]) + (row1[0] + row1[5])
+    total = upper + ((row2[0] + row2[5]) + (row3[0] + row3[5]))
+    raise_flag(flag, (total != total).to(tl.int32))
     first, second, third = _first_best(row0, row1, row2, row3)
     word0, word1, word2 = _as_bytes(first), _as_bytes(second), _as_bytes(third)
     tl.store(mask + group0, word0, mask=live)

@@ -102,4 +102,4 @@ def raise_flag(flag, found):
     Reduced first: a store of one word by many lanes would pull `found` through shared memory. All
     programs store the same word, so no atomic is needed.
     """
-    tl.store(flag, 1, mask=tl.max(tl.ravel(found)) != 0)
+    tl.store(flag, 1, mask=tl.max(found) != 0)

@@ -16,7 +16,8 @@ def soft_threshold24(
     """S-STE's projection before scaling: sign(a) * max(|a| - t, 0) in each group of 4.
 
     `t` is the second smallest magnitude of the group, so at most two entries stay non-zero and the
-    function is continuous (S-STE, Hu et al., NeurIPS 2024).
+    function is continuous (S-STE, Hu et al., NeurIPS 2024). Gradients do not flow through it: S-STE
+    takes the gradient of the projection as that of the weight.
 
     w: (..., K) float32, bfloat16 or float16, K a multiple of 4; a tensor that is not contiguous is
     copied first. Returns `w`'s shape and dtype, contiguous; the difference is taken in float32 and

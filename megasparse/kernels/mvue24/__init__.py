@@ -6,7 +6,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.mvue24 import reference
+from megasparse.kernels.mvue24 import reference, triton
 from megasparse.kernels.random import SeedLike, check_seed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,10 +52,10 @@ def mvue24(
     """
     dim = _check(g, dim, offsets)
     check_seed("mvue24", seed, g.device)
-    dispatch.resolve("mvue24", g, backend)
+    implementation = triton if dispatch.resolve("mvue24", g, backend) == "triton" else reference
     if g.numel() == 0:
         return torch.empty_like(g)
-    return reference.mvue24(g, seed, dim, offsets, exact)
+    return implementation.mvue24(g, seed, dim, offsets, exact)
 
 
 def _check(g: torch.Tensor, dim: int, offsets: tuple[int, int]) -> int:

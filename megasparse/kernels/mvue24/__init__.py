@@ -45,8 +45,8 @@ def mvue24(
     2^-24 grid of the uniform numbers and the rounding to g's dtype. A float16 result may overflow
     to infinity: a kept magnitude can reach the sum of its group.
 
-    A poisoned group - one with a NaN or an infinity, or whose magnitudes sum to 2^127 or more - has
-    NaN in its first two entries and zero in the others: never hidden, and still 2:4.
+    A NaN or an infinity is never hidden: a group with one keeps one (and at most two non-zeros, as
+    always); finite magnitudes whose sum overflows float32 give infinities.
 
     Raises: KernelError on a wrong rank, dtype, dim, offset, seed or backend.
     """

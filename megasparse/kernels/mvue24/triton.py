@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.mvue24.reference import SUM_LIMIT
 from megasparse.kernels.random import (
     PHILOX_MULTIPLIER,
     PHILOX_ROUNDS,
@@ -27,7 +26,6 @@ from megasparse.kernels.random import (
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 _MULTIPLIER = tl.constexpr(PHILOX_MULTIPLIER)
 _WEYL = tl.constexpr(PHILOX_WEYL)
-_SUM_LIMIT = tl.constexpr(SUM_LIMIT)
 
 
 @dataclass(frozen=True)
@@ -64,66 +62,78 @@ def _uniform24(word):
 
 @triton.jit
 def _threshold(u, total):
-    below = tl.maximum(total.to(tl.int32, bitcast=True), 1) - 1
-    return tl.minimum(u * total, below.to(tl.float32, bitcast=True))
+    below = (total.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+    return tl.minimum(u * total, below)
 
 
 @triton.jit
-def _signed(keep, magnitude, x):
-    return tl.where(keep, tl.where(x < 0, -magnitude, magnitude), 0.0)
+def _min(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _exact(x0, x1, x2, x3, word):
-    a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
-    low, high = a0 + a1, a2 + a3
-    d0, d1 = a0 > a1 + high, a1 > a0 + high
-    d2, d3 = a2 > low + a3, a3 > low + a2
-    c0 = tl.where(d0, 0.0, a0)
-    c1 = c0 + tl.where(d1, 0.0, a1)
-    c2 = c1 + tl.where(d2, 0.0, a2)
-    c3 = c2 + tl.where(d3, 0.0, a3)
-    step = tl.where(d0 | d1 | d2 | d3, c3, c3 * 0.5)
+def _max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _exact(a0, a1, a2, a3, word):
+    """`reference.exact_magnitudes`, line by line."""
+    smaller01, larger01 = _min(a0, a1), _max(a0, a1)
+    smaller23, larger23 = _min(a2, a3), _max(a2, a3)
+    middle, largest = _min(larger01, larger23), _max(larger01, larger23)
+    c1 = smaller01 + smaller23
+    r = c1 + middle
+    step = (r + _min(largest, r)) * 0.5
     t = _threshold(_uniform24(word), step)
-    # The c ascend, so "the first above t" is where the comparison changes.
-    f0, f1, f2, f3 = c0 > t, c1 > t, c2 > t, c3 > t
-    s0, s1, s2, s3 = c0 - step > t, c1 - step > t, c2 - step > t, c3 - step > t
-    o0 = _signed(d0 | f0 | s0, tl.where(d0, a0, step), x0)
-    o1 = _signed(d1 | (f1 ^ f0) | (s1 ^ s0), tl.where(d1, a1, step), x1)
-    o2 = _signed(d2 | (f2 ^ f1) | (s2 ^ s1), tl.where(d2, a2, step), x2)
-    o3 = _signed(d3 | (f3 ^ f2) | (s3 ^ s2), tl.where(d3, a3, step), x3)
+    first0, first1 = smaller01 > t, c1 > t
+    second1, second2 = c1 - step > t, r - step > t
+    v_smaller01 = tl.where(first0, step, 0.0)
+    v_smaller23 = tl.where((first1 ^ first0) | second1, step, 0.0)
+    v_middle = tl.where(first1, tl.where(second2 ^ second1, step, 0.0), step)
+    v_largest = tl.where(second2, 0.0, _max(largest, step))
+    winner01, winner0, winner2 = larger01 >= larger23, a0 >= a1, a2 >= a3
+    v01 = tl.where(winner01, v_largest, v_middle)
+    v23 = tl.where(winner01, v_middle, v_largest)
+    o0, o1 = tl.where(winner0, v01, v_smaller01), tl.where(winner0, v_smaller01, v01)
+    o2, o3 = tl.where(winner2, v23, v_smaller23), tl.where(winner2, v_smaller23, v23)
     return o0, o1, o2, o3
 
 
 @triton.jit
-def _approximate(x0, x1, x2, x3, word0, word1):
-    a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
-    c1 = a0 + a1
-    c2 = c1 + a2
+def _approximate(a0, a1, a2, a3, word0, word1):
+    """`reference.approximate_magnitudes`; divisions are the GPU's fast ones (2 ulp each)."""
+    low, high = a0 + a1, a2 + a3
+    c2 = low + a2
     total = c2 + a3
     t = _threshold(_uniform24(word0), total)
-    above0, above1, above2, above3 = a0 > t, c1 > t, c2 > t, total > t
-    f0, f1, f2, f3 = above0, above1 ^ above0, above2 ^ above1, above3 ^ above2
+    above0, above1, above2 = a0 > t, low > t, c2 > t
+    f0, f1, f2 = above0, above1 ^ above0, above2 ^ above1
     e0 = tl.where(f0, 0.0, a0)
     e1 = e0 + tl.where(f1, 0.0, a1)
     e2 = e1 + tl.where(f2, 0.0, a2)
-    e3 = e2 + tl.where(f3, 0.0, a3)
-    t = _threshold(_uniform24(word1), e3)
-    above0, above1, above2, above3 = e0 > t, e1 > t, e2 > t, e3 > t
-    s0, s1, s2, s3 = above0, above1 ^ above0, above2 ^ above1, above3 ^ above2
-    low, high = c1, a2 + a3
-    q0, q1 = tl.div_rn(a0, a1 + high), tl.div_rn(a1, a0 + high)
-    q2, q3 = tl.div_rn(a2, low + a3), tl.div_rn(a3, low + a2)
+    t = _threshold(_uniform24(word1), e2 + tl.where(above2, a3, 0.0))
+    again0, again1, again2 = e0 > t, e1 > t, e2 > t
+    s0, s1, s2 = again0, again1 ^ again0, again2 ^ again1
+    q0, q1 = a0 / (a1 + high), a1 / (a0 + high)
+    q2, q3 = a2 / (low + a3), a3 / (low + a2)
     # Two of the four magnitudes are used: select first, divide twice.
-    low, high = q0 + q1, q2 + q3
-    r0, r1, r2, r3 = q1 + high, q0 + high, low + q3, low + q2
-    first = tl.div_rn(total, 1.0 + tl.where(f0, r0, tl.where(f1, r1, tl.where(f2, r2, r3))))
-    second = tl.div_rn(total, 1.0 + tl.where(s0, r0, tl.where(s1, r1, tl.where(s2, r2, r3))))
-    o0 = _signed(f0 | s0, tl.where(f0, first, second), x0)
-    o1 = _signed(f1 | s1, tl.where(f1, first, second), x1)
-    o2 = _signed(f2 | s2, tl.where(f2, first, second), x2)
-    o3 = _signed(f3 | s3, tl.where(f3, first, second), x3)
+    q_low, q_high = q0 + q1, q2 + q3
+    r0, r1, r2, r3 = q1 + q_high, q0 + q_high, q_low + q3, q_low + q2
+    first = total / (1.0 + tl.where(f0, r0, tl.where(f1, r1, tl.where(f2, r2, r3))))
+    second = total / (1.0 + tl.where(s0, r0, tl.where(s1, r1, tl.where(s2, r2, r3))))
+    first, second = tl.where(total == 0, 0.0, first), tl.where(total == 0, 0.0, second)
+    o0 = tl.where(f0, first, tl.where(s0, second, 0.0))
+    o1 = tl.where(f1, first, tl.where(s1, second, 0.0))
+    o2 = tl.where(f2, first, tl.where(s2, second, 0.0))
+    o3 = tl.where(above2, tl.where(again2, 0.0, second), first)
     return o0, o1, o2, o3
+
+
+@triton.jit
+def _signed(magnitude, x):
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    return (magnitude.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -137,14 +147,12 @@ def _sample(x0, x1, x2, x3, group, other, seed_ptr, key, high, EXACT: tl.constex
         key = key.to(tl.uint32)
         high = high.to(tl.uint32)
     word0, word1 = philox2x32(group ^ high, other, key)
+    a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     if EXACT:
-        o0, o1, o2, o3 = _exact(x0, x1, x2, x3, word0)
+        o0, o1, o2, o3 = _exact(a0, a1, a2, a3, word0)
     else:
-        o0, o1, o2, o3 = _approximate(x0, x1, x2, x3, word0, word1)
-    sound = (tl.abs(x0) + tl.abs(x1)) + (tl.abs(x2) + tl.abs(x3)) < _SUM_LIMIT
-    nan = float("nan")
-    o0, o1 = tl.where(sound, o0, nan), tl.where(sound, o1, nan)
-    return o0, o1, tl.where(sound, o2, 0.0), tl.where(sound, o3, 0.0)
+        o0, o1, o2, o3 = _approximate(a0, a1, a2, a3, word0, word1)
+    return _signed(o0, x0), _signed(o1, x1), _signed(o2, x2), _signed(o3, x3)
 
 
 @triton.jit(do_not_specialize=["key", "high", "first_group", "first_other"])
@@ -169,6 +177,8 @@ def _along_rows_kernel(
     group = (pid // tiles) * ROWS + tl.arange(0, ROWS)[:, None]
     column = (pid % tiles) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     row = group.to(tl.int64) * 4
+    g_stride = tl.cast(g_stride, tl.int64)
+    out_stride = tl.cast(num_columns, tl.int64)
     inside = column < num_columns
     m0, m1 = (row < num_rows) & inside, (row + 1 < num_rows) & inside
     m2, m3 = (row + 2 < num_rows) & inside, (row + 3 < num_rows) & inside
@@ -182,12 +192,12 @@ def _along_rows_kernel(
     o0, o1, o2, o3 = _sample(
         x0, x1, x2, x3, group_counter, other_counter, seed_ptr, key, high, EXACT
     )
-    out_ptrs = out_ptr + row * num_columns + column
+    out_ptrs = out_ptr + row * out_stride + column
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(out_ptrs, o0.to(dtype), mask=m0)
-    tl.store(out_ptrs + num_columns, o1.to(dtype), mask=m1)
-    tl.store(out_ptrs + 2 * num_columns, o2.to(dtype), mask=m2)
-    tl.store(out_ptrs + 3 * num_columns, o3.to(dtype), mask=m3)
+    tl.store(out_ptrs + out_stride, o1.to(dtype), mask=m1)
+    tl.store(out_ptrs + 2 * out_stride, o2.to(dtype), mask=m2)
+    tl.store(out_ptrs + 3 * out_stride, o3.to(dtype), mask=m3)
 
 
 @triton.jit(do_not_specialize=["key", "high", "first_group", "first_other"])

@@ -36,9 +36,9 @@ INTERPRETED = Launch(elements=1 << 16, num_warps=4)
 def _tile(num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Row and column indices (int64) of this program's tile, and which of them exist."""
     tiles = tl.cdiv(num_columns, COLUMNS)
-    pid = tl.program_id(0).to(tl.int64)
-    row = (pid // tiles) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (pid % tiles) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (pid % tiles).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return row, column, (row < num_rows) & (column < num_columns)
 
 

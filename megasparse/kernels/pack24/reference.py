@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels.pack24.packed import E4M3_MAX, Packed24
+from megasparse.kernels.pack24.packed import Packed24
 
 
 def pack(
@@ -35,8 +35,7 @@ def pack(
     i1 = torch.where(n3 | (count < 2), 3, torch.where(n2, 2, 1))
     index = torch.stack([i0, i1], -1)
     if quantise is not None:
-        kept = (groups.gather(-1, index).float() * quantise).clamp_(-E4M3_MAX, E4M3_MAX)
-        kept = kept.to(packed.dtype)
+        kept = (groups.gather(-1, index).float() * quantise).to(packed.dtype)
     else:  # by bits: torch does not gather e4m3
         bits = torch.int16 if packed.dtype.itemsize == 2 else torch.int8
         kept = groups.view(bits).gather(-1, index).view(packed.dtype)
@@ -50,12 +49,11 @@ def unpack(packed: Packed24) -> torch.Tensor:
     rows, columns = packed.shape
     codes = _from_metadata(packed).long()
     index = torch.stack([codes & 3, codes >> 2], -1)
-    values = packed.values
-    if packed.dtype.itemsize == 1:
-        values = values.float() * packed.scale
-    dense = values.new_zeros(rows, columns // 4, 4)
-    dense.scatter_(-1, index, values.reshape(rows, columns // 4, 2))
-    return dense.view(rows, columns)
+    bits = packed.values.view(torch.int16 if packed.dtype.itemsize == 2 else torch.int8)
+    dense = bits.new_zeros(rows, columns // 4, 4)
+    dense.scatter_(-1, index, bits.reshape(rows, columns // 4, 2))
+    w = dense.view(rows, columns).view(packed.dtype)
+    return w if packed.dtype.itemsize == 2 else w.float() * packed.scale
 
 
 def _to_metadata(codes: torch.Tensor, packed: Packed24) -> torch.Tensor:

@@ -16,6 +16,16 @@ from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.pack24.packed import Packed24
 
 
+def _code(case: int) -> int:
+    """The metadata code of a group whose non-zeros are the bits of `case`."""
+    last = case >> 3 & 1 or (case & 7) in (0, 1, 2, 4)
+    first = 0 if case & 1 else 1 if case & 2 else 2
+    return first | (3 if last else 2 if case & 4 else 1) << 2
+
+
+_CODES = tl.constexpr(sum(_code(case) << 4 * case for case in range(16)))
+
+
 @dataclass(frozen=True)
 class Launch:
     """Most columns a program handles (64 rows each) and its warps."""
@@ -54,13 +64,14 @@ def _select(w, ROWS: tl.constexpr, GROUPS: tl.constexpr, MAGNITUDE: tl.constexpr
 
 
 @triton.jit
-def _kept_columns(tile, COLUMNS: tl.constexpr):
-    """Columns of the tile in the values, held 4 to a thread as 8 dense 16-bit columns give them.
+def _kept_columns(tile, COLUMNS: tl.constexpr, HELD: tl.constexpr):
+    """Columns of the tile in the values, HELD to a thread: what 16 bytes of dense columns give.
 
-    Without the hint Triton moves 8 to a thread, through shared memory, to write 16 bytes at once.
+    Without the hint Triton moves values between threads, through shared memory, to write 16 bytes
+    at once.
     """
     column = tile * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
-    return tl.max_contiguous(column, [1, 4])
+    return tl.max_contiguous(column, [1, HELD])
 
 
 @triton.jit
@@ -86,7 +97,7 @@ def _pack16_kernel(
     low0, low1, low_code, low_violated = _select(low, 32, GROUPS, 0x7FFF)
     high0, high1, high_code, high_violated = _select(high, 32, GROUPS, 0x7FFF)
     _raise_flag(flag_ptr, low_violated | high_violated)
-    kept_column = _kept_columns(tile, COLUMNS)
+    kept_column = _kept_columns(tile, COLUMNS, 4)
     half = tl.cast(num_columns // 2, tl.int64)
     values_ptrs = values_ptr + row * half + kept_column
     tl.store(values_ptrs, tl.reshape(tl.join(low0, low1), (32, COLUMNS // 2)))
@@ -116,18 +127,46 @@ def _e4m3_grid(v):
 
 
 @triton.jit
-def _to_e4m3_bits(v, factor, EXACT_GRID: tl.constexpr):
-    v = v.to(tl.float32) * factor
-    v = tl.minimum(
-        tl.maximum(v, -448.0, propagate_nan=tl.PropagateNan.ALL), 448.0, tl.PropagateNan.ALL
-    )
-    if EXACT_GRID:
-        v = _e4m3_grid(v)
-    return v.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+def _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS: tl.constexpr):
+    """The codes (64, COLUMNS / 4) of a tile, two adjacent groups a byte, in the 8-bit order."""
+    even, odd = tl.split(tl.reshape(code, (64, COLUMNS // 8, 2)))
+    byte = (even | (odd << 4)).to(tl.uint8)
+    # (a, h, b, G, g8, gq) -> (G, a, b, gq, g8, h)
+    byte = tl.permute(tl.reshape(byte, (4, 2, 8, COLUMNS // 64, 2, 4)), (3, 0, 2, 5, 4, 1))
+    start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
+    offset = tl.arange(0, 8 * COLUMNS)
+    tl.store(metadata_ptr + start + offset, tl.reshape(byte, (8 * COLUMNS,)))
 
 
 @triton.jit
 def _pack8_kernel(
+    w_ptr, values_ptr, metadata_ptr, flag_ptr, num_columns, w_stride, COLUMNS: tl.constexpr
+):
+    """8-bit weights, a group to an int32 (w_stride counts those), two kept to an int16.
+
+    Sixteen cases of which entries are non-zero: the codes are looked up in a 64-bit constant.
+    """
+    GROUPS: tl.constexpr = COLUMNS // 4
+    tiles = num_columns // COLUMNS
+    pid = tl.program_id(0)
+    block_row, tile = pid // tiles, pid % tiles
+    row = block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
+    group = tile * GROUPS + tl.arange(0, GROUPS)[None, :]
+    w = tl.load(w_ptr + row * w_stride + group).to(tl.uint32, bitcast=True)
+    # The top bit of each byte that is non-zero without its sign, then those four bits together.
+    nonzero = (((w & 0x7F7F7F7F) + 0x7F7F7F7F) & 0x80808080) >> 7
+    case = (nonzero * 0x10204080) >> 28
+    code = (tl.full((1, 1), _CODES, tl.uint64) >> (case * 4).to(tl.uint64)).to(tl.uint32) & 15
+    # Bit c of 0xE880: c has three bits or more.
+    _raise_flag(flag_ptr, (tl.full((1, 1), 0xE880, tl.uint32) >> case) & 1)
+    kept = ((w >> ((code & 3) * 8)) & 0xFF) | (((w >> ((code >> 2) * 8)) & 0xFF) << 8)
+    values_ptrs = values_ptr + row * (num_columns // 4) + tl.max_contiguous(group, [1, 4])
+    tl.store(values_ptrs, kept.to(tl.int16))
+    _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS)
+
+
+@triton.jit
+def _quantise_pack8_kernel(
     w_ptr,
     values_ptr,
     metadata_ptr,
@@ -138,33 +177,25 @@ def _pack8_kernel(
     COLUMNS: tl.constexpr,
     EXACT_GRID: tl.constexpr,
 ):
-    """8-bit values: from int8 as they are, from floats quantised with *factor_ptr."""
+    """Wider weights: the kept two times *factor_ptr as e4m3 (at most 448, so nothing saturates)."""
     GROUPS: tl.constexpr = COLUMNS // 4
     tiles = num_columns // COLUMNS
     pid = tl.program_id(0)
     block_row, tile = pid // tiles, pid % tiles
     row = block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
     column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    w = tl.load(w_ptr + row * w_stride + column)
-    if factor_ptr is None:
-        v0, v1, code, violated = _select(w, 64, GROUPS, 0x7F)
-    else:
-        v0, v1, code, violated = _select(w.to(tl.float32), 64, GROUPS, 0)
-        factor = tl.load(factor_ptr)
-        v0 = _to_e4m3_bits(v0, factor, EXACT_GRID)
-        v1 = _to_e4m3_bits(v1, factor, EXACT_GRID)
+    w = tl.load(w_ptr + row * w_stride + column).to(tl.float32)
+    v0, v1, code, violated = _select(w, 64, GROUPS, 0)
     _raise_flag(flag_ptr, violated)
-    kept_column = tile * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
-    half = tl.cast(num_columns // 2, tl.int64)
-    values = tl.reshape(tl.join(v0, v1), (64, COLUMNS // 2))
-    tl.store(values_ptr + row * half + kept_column, values)
-    even, odd = tl.split(tl.reshape(code, (64, GROUPS // 2, 2)))
-    byte = (even | (odd << 4)).to(tl.uint8)
-    # (a, h, b, G, g8, gq) -> (G, a, b, gq, g8, h)
-    byte = tl.permute(tl.reshape(byte, (4, 2, 8, COLUMNS // 64, 2, 4)), (3, 0, 2, 5, 4, 1))
-    start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
-    offset = tl.arange(0, 8 * COLUMNS)
-    tl.store(metadata_ptr + start + offset, tl.reshape(byte, (8 * COLUMNS,)))
+    factor = tl.load(factor_ptr)
+    values = tl.reshape(tl.join(v0, v1), (64, COLUMNS // 2)) * factor
+    if EXACT_GRID:
+        values = _e4m3_grid(values)
+    bits = values.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+    HELD: tl.constexpr = 64 // w_ptr.dtype.element_ty.primitive_bitwidth
+    kept_column = _kept_columns(tile, COLUMNS, HELD)
+    tl.store(values_ptr + row * (num_columns // 2) + kept_column, bits)
+    _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS)
 
 
 @triton.jit
@@ -172,10 +203,9 @@ def _place(values, code, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Dense rows from the kept values (ROWS, COLUMNS / 2) and the codes (ROWS, COLUMNS / 4)."""
     v0, v1 = tl.split(tl.reshape(values, (ROWS, COLUMNS // 4, 2)))
     zero = tl.zeros_like(v0)
-    if values.dtype == tl.int16:
-        # The code travels to the threads that hold the values once, in the word of the first.
-        word = (v0.to(tl.int32) & 0xFFFF) | (code.to(tl.int32) << 16)
-        v0, code = word.to(tl.int16), word >> 16
+    # In one word with the first value the code is moved once to the threads that hold the values.
+    word = (v0.to(tl.int32) & 0xFFFF) | (code.to(tl.int32) << 16)
+    v0, code = word.to(values.dtype), word >> 16
     i0, i1 = code & 3, code >> 2
     w0 = tl.where(i0 == 0, v0, zero)
     w1 = tl.where(i0 == 1, v0, tl.where(i1 == 1, v1, zero))
@@ -197,7 +227,7 @@ def _unpack16_kernel(values_ptr, metadata_ptr, w_ptr, num_columns, COLUMNS: tl.c
     i = tl.arange(0, 32)[:, None]
     row = block_row.to(tl.int64) * 64 + (i // 8) * 16 + i % 8
     half = tl.cast(num_columns // 2, tl.int64)
-    kept_column = _kept_columns(tile, COLUMNS)
+    kept_column = _kept_columns(tile, COLUMNS, 4)
     values_ptrs = values_ptr + row * half + kept_column
     low = _place(tl.load(values_ptrs), byte & 15, 32, COLUMNS)
     high = _place(tl.load(values_ptrs + 8 * half), byte >> 4, 32, COLUMNS)
@@ -219,11 +249,11 @@ def _unpack8_kernel(values_ptr, metadata_ptr, w_ptr, scale_ptr, num_columns, COL
     byte = tl.reshape(byte, (64, COLUMNS // 8))
     code = tl.reshape(tl.join(byte & 15, byte >> 4), (64, COLUMNS // 4))
     row = block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
-    kept_column = tile * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
+    kept_column = _kept_columns(tile, COLUMNS, 2)
     bits = tl.load(values_ptr + row * (num_columns // 2) + kept_column)
-    values = bits.to(tl.float8e4nv, bitcast=True).to(tl.float32) * tl.load(scale_ptr)
+    dense = _place(bits, code, 64, COLUMNS).to(tl.float8e4nv, bitcast=True).to(tl.float32)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(w_ptr + row * num_columns + column, _place(values, code, 64, COLUMNS))
+    tl.store(w_ptr + row * num_columns + column, dense * tl.load(scale_ptr))
 
 
 def pack(
@@ -247,8 +277,22 @@ def pack(
         )
         return
     grid, columns = _grid(packed, launch, 128)
-    _pack8_kernel[grid](
-        w.view(torch.int8) if quantise is None else w,
+    if quantise is None:
+        if w.stride(0) % 4 or w.storage_offset() % 4:
+            w = w.clone(memory_format=torch.contiguous_format)
+        _pack8_kernel[grid](
+            w.view(torch.int32),
+            packed.values.view(torch.int16),
+            packed.metadata,
+            flag,
+            packed.shape[1],
+            w.stride(0) // 4,
+            COLUMNS=columns,
+            num_warps=launch.num_warps,
+        )
+        return
+    _quantise_pack8_kernel[grid](
+        w,
         packed.values.view(torch.int8),
         packed.metadata,
         flag,

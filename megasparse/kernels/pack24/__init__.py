@@ -9,7 +9,7 @@ import torch
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
 from megasparse.kernels.pack24 import reference, triton
-from megasparse.kernels.pack24.packed import (
+from megasparse.kernels.packed24 import (
     COLUMN_MULTIPLE,
     E4M3,
     E4M3_MAX,

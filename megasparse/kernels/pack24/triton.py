@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.pack24.packed import Packed24
+from megasparse.kernels.packed24 import Packed24
 
 
 def _code(case: int) -> int:

@@ -22,7 +22,7 @@ ROW_MULTIPLE = 64
 COLUMN_MULTIPLE = {torch.bfloat16: 64, torch.float16: 64, E4M3: 128}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed24:
     """A 2:4 matrix (N, K): the two kept entries of each group of 4, and where they were.
 

@@ -238,6 +238,7 @@ def test_empty_and_default_dim(device):
     g = heavy_tailed((8, 8), device)
     assert torch.equal(mvue24(g, seed=1), mvue24(g, seed=1, dim=1))
     assert torch.equal(mvue24(g, seed=1, dim=-2), mvue24(g, seed=1, dim=0))
+    assert not mvue24(g.requires_grad_(), seed=1).requires_grad
 
 
 @pytest.mark.parametrize(

@@ -84,3 +84,11 @@ def test_cusparselt_refuses_mixed_formats(device):
         spmm24(pack24(w, E4M3), x)
     with pytest.raises(KernelError, match="e5m2"):
         spmm24(pack24(w, E4M3), x.to(torch.float8_e5m2))
+
+
+def test_nothing_is_recorded_by_autograd(device):
+    """These are building blocks of hand-written backward passes: the same on every backend."""
+    w, x = operands(8, (64, 64), torch.bfloat16, device)
+    packed = pack24(w.requires_grad_())
+    assert not packed.buffer.requires_grad and not packed.values.requires_grad
+    assert not spmm24(packed, x.requires_grad_()).requires_grad

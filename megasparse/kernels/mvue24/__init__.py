@@ -12,6 +12,7 @@ from megasparse.kernels.random import SeedLike, check_seed
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@torch.no_grad()
 def mvue24(
     g: torch.Tensor,
     *,
@@ -41,9 +42,9 @@ def mvue24(
             its place in the whole tensor. offsets[dim] must be a multiple of 4.
         backend: None, "reference" or "triton".
 
-    Returns: like g (shape, dtype; row- or column-major as g). Unbiased up to float32 rounding, the
-    2^-24 grid of the uniform numbers and the rounding to g's dtype. A float16 result may overflow
-    to infinity: a kept magnitude can reach the sum of its group.
+    Returns: like g (shape, dtype; row- or column-major as g), outside autograd. Unbiased up to
+    float32 rounding, the 2^-24 grid of the uniform numbers and the rounding to g's dtype. A float16
+    result may overflow to infinity: a kept magnitude can reach the sum of its group.
 
     A NaN or an infinity is never hidden: a group with one keeps one (and at most two non-zeros, as
     always); finite magnitudes whose sum overflows float32 give infinities.

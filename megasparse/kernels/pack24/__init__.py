@@ -21,6 +21,7 @@ from megasparse.kernels.packed24 import (
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, E4M3)
 
 
+@torch.no_grad()
 def pack24(
     w_sparse: torch.Tensor,
     dtype: torch.dtype | None = None,

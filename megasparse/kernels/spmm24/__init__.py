@@ -12,6 +12,7 @@ from megasparse.kernels.spmm24 import cusparselt, reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, E4M3)
 
 
+@torch.no_grad()
 def spmm24(
     packed: Packed24,
     x: torch.Tensor,
@@ -30,7 +31,7 @@ def spmm24(
             the caller's to apply.
         backend: None, "reference" or "cusparselt" (CUDA tensors).
 
-    Returns: (T, N), row-major.
+    Returns: (T, N), row-major, outside autograd.
 
     Raises: KernelError when shapes, dtypes or devices do not fit or the backend cannot run.
     """

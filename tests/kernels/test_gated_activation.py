@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from poison import poison_new_tensors
+from tests.kernels.poison import poison_new_tensors
 
 from megasparse.errors import KernelError
 from megasparse.kernels import geglu, swiglu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mask_cases import BACKENDS, WIDE, assert_same_bits, poison_empty, weights
+from tests.kernels.mask_cases import BACKENDS, WIDE, assert_same_bits, poison_empty, weights
 
 from megasparse.errors import KernelError
 from megasparse.kernels import count_flips, masked_decay_

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from poison import poison_new_tensors
+from tests.kernels.poison import poison_new_tensors
 
 from megasparse.errors import KernelError
 from megasparse.kernels import mvue24

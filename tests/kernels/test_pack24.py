@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from poison import poison_new_tensors
+from tests.kernels.poison import poison_new_tensors
 
 from megasparse.errors import KernelError
 from megasparse.kernels import Packed24, pack24, unpack24

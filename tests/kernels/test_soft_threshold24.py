@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mask_cases import BACKENDS, SHAPES, WIDE, assert_same_bits, poison_empty, weights
+from tests.kernels.mask_cases import BACKENDS, SHAPES, WIDE, assert_same_bits, poison_empty, weights
 
 from megasparse.errors import KernelError, NumericsError
 from megasparse.kernels import is_24, s_ste_scale, soft_threshold24

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mask_cases import BACKENDS, SHAPES, WEIGHTS, assert_same_bits, poison_empty, weights
+from tests.kernels.mask_cases import BACKENDS, SHAPES, WEIGHTS, assert_same_bits, poison_empty, weights
 from test_patterns import brute_force_patterns
 
 from megasparse.errors import KernelError, NumericsError

@@ -1,4 +1,4 @@
-"""Settings of the whole suite: the interpreter for Triton, visible GPU skips, one CPU thread a rank."""
+"""Settings of the whole suite: Triton's interpreter, visible GPU skips, one CPU thread a rank."""
 
 from __future__ import annotations
 

@@ -1,0 +1,219 @@
+"""The typed run configuration: one dataclass a group, every field name unique across groups.
+
+A field is at once a YAML key (`group: {field: value}`), a flag (`--field-with-dashes`, spelled as
+in Megatron) and an attribute (`config.group.field`). The text in `option(...)` is the flag's help.
+`choices` and bounds that concern one field alone live here; what ties fields together is in
+`validate.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field with its help text and limits (`choices`, `at_least`, `above`, `below`)."""
+    metadata = {"help": help, **limits}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """Size and style of the Transformer."""
+
+    num_layers: int = option(4, "Transformer layers", at_least=1)
+    hidden_size: int = option(256, "width of the residual stream", at_least=4)
+    ffn_hidden_size: int | None = option(
+        None, "width of the FFN; default 4 x hidden, with --swiglu 8/3 x hidden in multiples of 64",
+        at_least=4,
+    )  # fmt: skip
+    num_attention_heads: int = option(4, "attention heads", at_least=1)
+    group_query_attention: bool = option(False, "grouped-query attention; needs --num-query-groups")
+    num_query_groups: int | None = option(None, "key/value heads; default: all heads", at_least=1)
+    kv_channels: int | None = option(None, "size of a head; default hidden / heads", at_least=1)
+    seq_length: int = option(256, "tokens in a sequence", at_least=2)
+    max_position_embeddings: int | None = option(
+        None, "longest sequence that positions exist for; default seq-length", at_least=2
+    )
+    position_embedding_type: str = option(
+        "learned_absolute", "positions", choices=("learned_absolute", "rope")
+    )
+    rotary_base: int = option(10000, "base of the rotary frequencies", at_least=1)
+    rotary_percent: float = option(1.0, "share of a head that rotates", above=0.0)
+    normalization: str = option("LayerNorm", "norm layers", choices=("LayerNorm", "RMSNorm"))
+    norm_epsilon: float = option(1e-5, "epsilon of the norm layers", above=0.0)
+    swiglu: bool = option(False, "gated SiLU in the FFN instead of GELU")
+    disable_bias_linear: bool = option(False, "no biases in the linear layers")
+    untie_embeddings_and_output_weights: bool = option(
+        False, "separate weights for embedding and output layer"
+    )
+    vocab_size: int | None = option(
+        None, "tokens of the vocabulary before padding; default: the tokenizer's", at_least=1
+    )
+    make_vocab_size_divisible_by: int = option(
+        128, "pad the vocabulary to a multiple of this x tensor parallel size", at_least=1
+    )
+    hidden_dropout: float = option(0.0, "dropout on the residual branches", at_least=0.0, below=1.0)
+    attention_dropout: float = option(0.0, "dropout on attention weights", at_least=0.0, below=1.0)
+    init_method_std: float = option(0.02, "standard deviation of the initial weights", above=0.0)
+
+
+@dataclass
+class ParallelConfig:
+    """How the model and its state are divided over ranks."""
+
+    tensor_model_parallel_size: int = option(1, "ranks that share each layer", at_least=1)
+    pipeline_model_parallel_size: int = option(1, "pipeline stages", at_least=1)
+    sequence_parallel: bool = option(False, "split norms and residuals over the sequence (with TP)")
+    zero_stage: int | None = option(
+        None, "DeepSpeed ZeRO stage; default 0 in fp32, 1 in bf16", choices=(0, 1, 2)
+    )
+    distributed_timeout_minutes: float = option(
+        10.0, "a collective that takes longer ends the run", above=0.0
+    )
+
+
+@dataclass
+class TrainConfig:
+    """Batch, length, optimizer and precision."""
+
+    micro_batch_size: int = option(1, "sequences a rank computes at once", at_least=1)
+    global_batch_size: int | None = option(
+        None, "sequences in an optimizer step; default micro-batch x data parallel", at_least=1
+    )
+    train_iters: int = option(100, "optimizer steps", at_least=1)
+    lr: float = option(3e-4, "peak learning rate", above=0.0)
+    min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0.0)
+    lr_decay_style: str = option(
+        "cosine", "shape of the decay", choices=("constant", "linear", "cosine")
+    )
+    lr_decay_iters: int | None = option(None, "steps of the decay; default train-iters", at_least=1)
+    lr_warmup_iters: int = option(0, "steps of linear warm-up", at_least=0)
+    lr_warmup_fraction: float | None = option(
+        None, "warm-up as a share of lr-decay-iters, instead of lr-warmup-iters",
+        at_least=0.0, below=1.0,
+    )  # fmt: skip
+    weight_decay: float = option(
+        0.1, "decoupled weight decay (not on biases and norms)", at_least=0.0
+    )
+    adam_beta1: float = option(0.9, "decay of the first moment", at_least=0.0, below=1.0)
+    adam_beta2: float = option(0.95, "decay of the second moment", at_least=0.0, below=1.0)
+    adam_eps: float = option(1e-8, "epsilon of AdamW", above=0.0)
+    clip_grad: float = option(1.0, "global gradient norm to clip to; 0: off", at_least=0.0)
+    seed: int = option(1234, "seed of weights, data order, dropout and MVUE", at_least=0)
+    bf16: bool = option(False, "bfloat16 weights and activations with float32 masters")
+    exit_interval: int | None = option(
+        None, "save and stop at the first step divisible by this", at_least=1
+    )
+
+
+@dataclass
+class DataConfig:
+    """Where tokens come from."""
+
+    data_path: list[str] = option(
+        [], "dataset prefixes, or pairs of weight and prefix: 0.7 a 0.3 b"
+    )
+    train_data_path: list[str] = option([], "like data-path, for training alone")
+    valid_data_path: list[str] = option([], "like data-path, for validation alone")
+    test_data_path: list[str] = option([], "like data-path, for testing alone")
+    split: str = option("969,30,1", "shares of training, validation and test in data-path")
+    mock_data: bool = option(False, "train on generated tokens (needs --vocab-size)")
+    data_cache_path: str | None = option(
+        None, "where sample indices are kept; default: a folder 'cache' beside the data"
+    )
+    tokenizer_type: str | None = option(
+        None, "default: told by the file",
+        choices=("SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"),
+    )  # fmt: skip
+    tokenizer_model: str | None = option(
+        None, "SentencePiece .model or Hugging Face tokenizer.json"
+    )
+    num_workers: int = option(0, "processes that load data, per rank", at_least=0)
+    reset_position_ids: bool = option(False, "positions start again after an end of document")
+    reset_attention_mask: bool = option(False, "no attention across documents")
+    eod_mask_loss: bool = option(False, "no loss on end-of-document tokens")
+
+
+@dataclass
+class SparsityConfig:
+    """Which layers are 2:4, by which recipe. Unset values are the recipe's own."""
+
+    sparsity_recipe: str = option(
+        "dense", "training method",
+        choices=("dense", "ste", "sr_ste", "fst", "s_ste", "ast"),
+    )  # fmt: skip
+    sparse_layers: list[str] = option(
+        ["*.mlp.linear_fc1", "*.mlp.linear_fc2"],
+        "name patterns of the sparse linears, e.g. '*.self_attention.linear_*' for attention too",
+    )
+    mask_update_interval: int | None = option(None, "steps between mask refreshes", at_least=1)
+    masked_decay: float | None = option(
+        None, "decay of masked weights (lambda_W of FST, lambda of SR-STE, final value of AST)",
+        at_least=0.0,
+    )  # fmt: skip
+    masked_decay_ramp_iters: int | None = option(
+        None, "steps over which the decay grows from 0 (AST's T0)", at_least=0
+    )
+    mvue: str | None = option(
+        None, "how output gradients are made 2:4 for the weight gradient",
+        choices=("off", "exact", "approximate"),
+    )  # fmt: skip
+    dense_warmup_fraction: float | None = option(
+        None, "share of the steps that is dense at the start", at_least=0.0, below=1.0
+    )
+    dense_tail_fraction: float | None = option(
+        None, "share of the steps that is dense at the end (FST's paper: 1/6)",
+        at_least=0.0, below=1.0,
+    )  # fmt: skip
+    track_flip_rate: bool = option(
+        True, "measure flip rates in dense phases too (masks are computed, not applied)"
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """What a run leaves behind."""
+
+    run_dir: str = option("runs/default", "folder of everything that the run writes")
+    save: str | None = option(None, "folder of checkpoints; default RUN_DIR/checkpoints")
+    load: str | None = option(
+        None, "folder of checkpoints to continue from; an error when it holds none"
+    )
+    resume: bool = option(
+        False, "continue from the newest checkpoint in --save, or start when there is none"
+    )
+    save_interval: int | None = option(
+        None, "steps between checkpoints; default: one at the end", at_least=1
+    )
+    keep_last: int = option(2, "newest checkpoints to keep; 0: all", at_least=0)
+
+
+@dataclass
+class LoggingConfig:
+    """What a person sees."""
+
+    log_interval: int = option(10, "steps between lines on the screen", at_least=1)
+    eval_interval: int | None = option(
+        None, "steps between validations; default: one at the end", at_least=1
+    )
+    eval_iters: int = option(10, "batches in a validation; 0: none", at_least=0)
+    tensorboard_dir: str | None = option(None, "default RUN_DIR/tensorboard")
+    sample_prompt: str = option("", "text that the sample at the end continues")
+    sample_tokens: int = option(0, "length of the sample at the end; 0: none", at_least=0)
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,190 @@
+"""What ties fields together: filled-in defaults and refusals, before any memory is allocated.
+
+`resolve(config, world_size)` is a pure function of the configuration and the number of ranks, so
+every rank finds the same error without talking to another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megasparse.config.schema import DataConfig, ModelConfig, RunConfig
+from megasparse.errors import ConfigError
+
+# A 2:4 group, and the edge of a transposable block.
+BLOCK = 4
+
+
+def resolve(config: RunConfig, world_size: int) -> RunConfig:
+    """A copy with every default filled in.
+
+    Args:
+        config: as loaded.
+        world_size: number of ranks of the run.
+
+    Raises:
+        ConfigError: sizes that do not divide, or settings that exclude each other.
+    """
+    config = dataclasses.replace(
+        config,
+        **{
+            group.name: dataclasses.replace(getattr(config, group.name))
+            for group in dataclasses.fields(config)
+        },
+    )
+    _fill_model(config.model)
+    _fill_parallel(config, world_size)
+    _fill_train(config, world_size)
+    _check_data(config.data, config.model)
+    config.checkpoint.save = config.checkpoint.save or f"{config.checkpoint.run_dir}/checkpoints"
+    config.logging.tensorboard_dir = (
+        config.logging.tensorboard_dir or f"{config.checkpoint.run_dir}/tensorboard"
+    )
+    _check_divisible(config)
+    return config
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Ranks that hold the same part of the model."""
+    parallel = config.parallel
+    return world_size // (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    )
+
+
+def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches that a rank computes in one optimizer step."""
+    assert config.train.global_batch_size is not None
+    return config.train.global_batch_size // (
+        config.train.micro_batch_size * data_parallel_size(config, world_size)
+    )
+
+
+def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
+    """`vocab_size` rounded up so that every tensor-parallel shard is equal."""
+    multiple = (
+        config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
+    )
+    return -(-vocab_size // multiple) * multiple
+
+
+def _fill_model(model: ModelConfig) -> None:
+    if model.ffn_hidden_size is None:
+        gated = int(8 * model.hidden_size / 3) // 64 * 64
+        model.ffn_hidden_size = max(gated, 64) if model.swiglu else 4 * model.hidden_size
+    if model.kv_channels is None:
+        if model.hidden_size % model.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {model.hidden_size} is not divisible by num_attention_heads "
+                f"{model.num_attention_heads}; change one or set kv_channels"
+            )
+        model.kv_channels = model.hidden_size // model.num_attention_heads
+    if model.group_query_attention and model.num_query_groups is None:
+        raise ConfigError("group_query_attention needs num_query_groups")
+    model.num_query_groups = model.num_query_groups or model.num_attention_heads
+    model.group_query_attention = model.num_query_groups != model.num_attention_heads
+    if model.num_attention_heads % model.num_query_groups:
+        raise ConfigError(
+            f"num_attention_heads {model.num_attention_heads} is not divisible by "
+            f"num_query_groups {model.num_query_groups}"
+        )
+    model.max_position_embeddings = model.max_position_embeddings or model.seq_length
+    if model.seq_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"seq_length {model.seq_length} is longer than max_position_embeddings "
+            f"{model.max_position_embeddings}"
+        )
+
+
+def _fill_parallel(config: RunConfig, world_size: int) -> None:
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if pp != 1:
+        raise ConfigError(f"pipeline_model_parallel_size {pp}: only 1 is supported so far")
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} x "
+            f"pipeline_model_parallel_size {pp}"
+        )
+    if parallel.zero_stage is None:
+        parallel.zero_stage = 1 if config.train.bf16 else 0
+    if config.train.bf16 and parallel.zero_stage == 0:
+        # DeepSpeed's bf16 wrapper without ZeRO ends at a worse loss; ZeRO-1 is equal in cost.
+        raise ConfigError("zero_stage 0 with bf16 is not supported, use zero_stage 1")
+    if parallel.sequence_parallel and tp == 1:
+        raise ConfigError("sequence_parallel needs tensor_model_parallel_size above 1")
+    if parallel.sequence_parallel and config.model.seq_length % tp:
+        raise ConfigError(
+            f"sequence_parallel: seq_length {config.model.seq_length} is not divisible by "
+            f"tensor_model_parallel_size {tp}"
+        )
+
+
+def _fill_train(config: RunConfig, world_size: int) -> None:
+    train = config.train
+    per_step = train.micro_batch_size * data_parallel_size(config, world_size)
+    train.global_batch_size = train.global_batch_size or per_step
+    if train.global_batch_size % per_step:
+        raise ConfigError(
+            f"global_batch_size {train.global_batch_size} is not divisible by micro_batch_size "
+            f"{train.micro_batch_size} x data parallel size "
+            f"{data_parallel_size(config, world_size)}"
+        )
+    train.lr_decay_iters = train.lr_decay_iters or train.train_iters
+    if train.lr_warmup_fraction is not None:
+        if train.lr_warmup_iters:
+            raise ConfigError("lr_warmup_iters and lr_warmup_fraction are both set, expected one")
+        train.lr_warmup_iters = int(train.lr_warmup_fraction * train.lr_decay_iters)
+    if train.lr_warmup_iters > train.lr_decay_iters:
+        raise ConfigError(
+            f"lr_warmup_iters {train.lr_warmup_iters} is more than lr_decay_iters "
+            f"{train.lr_decay_iters}"
+        )
+    if train.min_lr > train.lr:
+        raise ConfigError(f"min_lr {train.min_lr} is above lr {train.lr}")
+    sparsity = config.sparsity
+    dense = (sparsity.dense_warmup_fraction or 0.0) + (sparsity.dense_tail_fraction or 0.0)
+    if dense > 1.0:
+        raise ConfigError(
+            f"dense_warmup_fraction + dense_tail_fraction is {dense}, expected at most 1"
+        )
+
+
+def _check_data(data: DataConfig, model: ModelConfig) -> None:
+    per_split = bool(data.train_data_path or data.valid_data_path or data.test_data_path)
+    sources = [bool(data.data_path), per_split, data.mock_data]
+    if sum(sources) != 1:
+        raise ConfigError(
+            "the data must come from exactly one of data_path, train_data_path (with "
+            f"valid_data_path, test_data_path) and mock_data; found {sum(sources)}"
+        )
+    if per_split and not data.train_data_path:
+        raise ConfigError("valid_data_path or test_data_path is set without train_data_path")
+    if data.mock_data:
+        if model.vocab_size is None:
+            raise ConfigError("mock_data needs vocab_size")
+    elif data.tokenizer_model is None and model.vocab_size is None:
+        raise ConfigError("neither tokenizer_model nor vocab_size is set; the model needs one")
+
+
+def _check_divisible(config: RunConfig) -> None:
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    assert model.kv_channels and model.ffn_hidden_size and model.num_query_groups
+    for name, value in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", model.num_query_groups),
+    ):
+        if value % tp:
+            raise ConfigError(f"{name} {value} is not divisible by tensor_model_parallel_size {tp}")
+    # Every dimension of a shard that could be pruned; 4x4 blocks must not straddle ranks or the
+    # logical matrices inside fused QKV and gate/up.
+    for name, value, parts in (
+        ("hidden_size", model.hidden_size, 1),
+        ("ffn_hidden_size", model.ffn_hidden_size, tp),
+        ("kv_channels", model.kv_channels, 1),
+    ):
+        if value % (BLOCK * parts):
+            raise ConfigError(
+                f"{name} {value} over tensor_model_parallel_size {parts} leaves a shard that cuts "
+                f"a {BLOCK}x{BLOCK} block; expected a multiple of {BLOCK * parts}"
+            )

@@ -1,0 +1,4 @@
+"""Data: corpus and tokenizer files, Megatron's `.bin`/`.idx` datasets, blends and splits.
+
+Nothing is imported here, so that reading an index does not load the tokenizer libraries.
+"""

@@ -1,0 +1,151 @@
+"""`<prefix>.json`: what a dataset is, beside Megatron's `.bin` and `.idx` that do not say it.
+
+The index format has no checksum and no word about the tokenizer: a flipped bit, an exchanged
+`.bin` or another vocabulary trains without an error. The sidecar holds the digests of both files
+and of the tokenizer model. Datasets made by Megatron have none; they are read with a warning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+from megasparse.data.atomic import read_error
+from megasparse.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+VERIFY_MODES = ("auto", "index", "full")
+# "auto" hashes the .bin up to this size: about a second of work.
+AUTO_VERIFY_BYTES = 1 << 30
+_CHUNK_BYTES = 1 << 22
+
+
+def bin_path(prefix: str | os.PathLike) -> Path:
+    """Megatron's name of the file with the tokens."""
+    return Path(f"{os.fspath(prefix)}.bin")
+
+
+def idx_path(prefix: str | os.PathLike) -> Path:
+    """Megatron's name of the file with lengths, pointers and document boundaries."""
+    return Path(f"{os.fspath(prefix)}.idx")
+
+
+def sidecar_path(prefix: str | os.PathLike) -> Path:
+    """Name of the sidecar."""
+    return Path(f"{os.fspath(prefix)}.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sidecar:
+    """The sidecar's content; digests are SHA-256 in hex, sizes are in bytes."""
+
+    bin_sha256: str
+    bin_size: int
+    idx_sha256: str
+    idx_size: int
+    dtype: str
+    num_documents: int
+    num_tokens: int
+    tokenizer_type: str
+    tokenizer_digest: str
+    vocab_size: int
+    eod: int
+    append_eod: bool
+    source: str
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> bytes:
+        """The file's bytes."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        return text.encode("utf-8") + b"\n"
+
+
+def read_sidecar(prefix: str | os.PathLike) -> Sidecar | None:
+    """The sidecar of a dataset, or None when the dataset has none.
+
+    Raises:
+        DataError: it cannot be read, or is not what `Sidecar.to_json` writes.
+    """
+    path = sidecar_path(prefix)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise read_error(path, error) from error
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: found no JSON, expected a dataset's sidecar ({error})") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: found a JSON {type(values).__name__}, expected an object")
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format_version: found {version!r}, expected {FORMAT_VERSION}")
+    fields = {field.name: field.type for field in dataclasses.fields(Sidecar)}
+    if values.keys() != fields.keys():
+        difference = sorted(values.keys() ^ fields.keys())
+        raise DataError(f"{path}: missing or unknown fields: {', '.join(map(repr, difference))}")
+    for name, kind in fields.items():
+        found = values[name]
+        if type(found).__name__ != kind:
+            raise DataError(f"{path}: {name}: found {found!r}, expected a value of type {kind}")
+    return Sidecar(**values)
+
+
+def check_sidecar(
+    prefix: str | os.PathLike, tokenizer_digest: str | None = None, *, verify: str = "auto"
+) -> Sidecar | None:
+    """Compare a dataset's files with its sidecar; returns it, or None (with a warning) if missing.
+
+    Args:
+        prefix: path of the dataset without `.bin`.
+        tokenizer_digest: of the tokenizer that the run uses; None to leave that out.
+        verify: sizes and the digest of the `.idx` are always compared; "full" also hashes the
+            `.bin`, "auto" does so below 1 GiB, "index" never.
+
+    Raises:
+        DataError: a file or the tokenizer is not the one that the dataset was made with.
+    """
+    if verify not in VERIFY_MODES:
+        raise DataError(f"verify: found {verify!r}, expected one of {', '.join(VERIFY_MODES)}")
+    sidecar = read_sidecar(prefix)
+    if sidecar is None:
+        logger.warning(
+            "%s: no such file; the dataset's checksums and tokenizer are not checked",
+            sidecar_path(prefix),
+        )
+        return None
+    hash_bin = verify == "full" or (verify == "auto" and sidecar.bin_size < AUTO_VERIFY_BYTES)
+    _check_file(idx_path(prefix), sidecar.idx_size, sidecar.idx_sha256)
+    _check_file(bin_path(prefix), sidecar.bin_size, sidecar.bin_sha256 if hash_bin else None)
+    if tokenizer_digest is not None and tokenizer_digest != sidecar.tokenizer_digest:
+        raise DataError(
+            f"{os.fspath(prefix)}: made with the tokenizer of sha256 {sidecar.tokenizer_digest} "
+            f"({sidecar.tokenizer_type}), but the run's tokenizer has sha256 {tokenizer_digest}"
+        )
+    return sidecar
+
+
+def _check_file(path: Path, size: int, sha256: str | None) -> None:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as stream:
+            found = os.fstat(stream.fileno()).st_size
+            if found != size:
+                raise DataError(f"{path}: found {found} bytes, expected {size} (its sidecar)")
+            while sha256 is not None and (chunk := stream.read(_CHUNK_BYTES)):
+                digest.update(chunk)
+    except OSError as error:
+        raise read_error(path, error) from error
+    if sha256 is not None and digest.hexdigest() != sha256:
+        raise DataError(
+            f"{path}: found sha256 {digest.hexdigest()}, expected {sha256} (its sidecar): the "
+            "file is damaged or was exchanged"
+        )

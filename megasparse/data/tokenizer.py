@@ -1,0 +1,309 @@
+"""Tokenizers: SentencePiece `.model`, Hugging Face `tokenizer.json`, and none for mock data.
+
+The only module that imports sentencepiece and tokenizers. Three rules hold for all of them:
+
+- a model file is first loaded in a child process, because a crafted or damaged SentencePiece
+  model can corrupt memory (CVE-2026-1260 and before): the child may crash, the run may not;
+- text is only text: `<eod>` or `<|endoftext|>` written in a document never becomes the control
+  token, and nothing is added, cut or padded around a document;
+- `digest` is the SHA-256 of the model file, kept with each dataset made with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+import tokenizers
+
+from megasparse.data.atomic import read_error
+from megasparse.errors import DataError
+
+SENTENCEPIECE = "SentencePieceTokenizer"
+HUGGINGFACE = "HuggingFaceTokenizer"
+NULL = "NullTokenizer"
+TOKENIZER_TYPES = (SENTENCEPIECE, HUGGINGFACE, NULL)
+
+EOD_PIECE = "<eod>"
+# Names of the token that ends a document, in the order in which they are looked for.
+EOD_PIECES = (
+    EOD_PIECE,
+    "<EOD>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+    "<eos>",
+)
+
+PROBE_TIMEOUT_SECONDS = 60
+# Runs isolated (-I), with the parent's import path: a file in the current directory that is
+# called like one of the libraries is not imported.
+_PROBE = """
+import os, resource, sys
+sys.path[:] = sys.argv[2].split(os.pathsep)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+data = sys.stdin.buffer.read()
+sample = "def f(x):\\n\\treturn x  # \\u00e9\\u4e2d\\U0001f389\\n"
+if sys.argv[1] == "SentencePieceTokenizer":
+    import sentencepiece
+    model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    for index in range(model.vocab_size()):
+        model.id_to_piece(index)
+    model.decode(model.encode(sample))
+else:
+    import tokenizers
+    model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    model.decode(model.encode(sample, add_special_tokens=False).ids)
+"""
+
+
+class Tokenizer(Protocol):
+    """What the data tools and the launcher need of a tokenizer.
+
+    `tokenizer_type` is Megatron's name of the kind, `vocab_size` is one more than the largest id,
+    `eod` is the id that ends a document, `digest` is the SHA-256 (hex) of the model file.
+    """
+
+    tokenizer_type: str
+    vocab_size: int
+    eod: int
+    digest: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without any token for its begin or end."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model from the bytes of its `.model` file.
+
+    U+2581 in a text is how SentencePiece writes a space and decodes as one; all else comes back
+    exactly when the model was trained by `train_sentencepiece`.
+    """
+
+    tokenizer_type = SENTENCEPIECE
+
+    def __init__(self, model: bytes, name: str) -> None:
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self._processor.vocab_size()
+        self.digest = hashlib.sha256(model).hexdigest()
+        self.eod = self._find_eod(name)
+
+    def _find_eod(self, name: str) -> int:
+        for piece in EOD_PIECES:
+            index = self._processor.piece_to_id(piece)
+            if self._processor.id_to_piece(index) == piece:  # an unknown piece gives the id of unk
+                return index
+        if self._processor.eos_id() >= 0:
+            return self._processor.eos_id()
+        raise _no_eod(name)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode(list(ids))
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` from its bytes; needs no `transformers` and runs no code of the model."""
+
+    tokenizer_type = HUGGINGFACE
+
+    def __init__(self, model: bytes, name: str) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise DataError(f"{name}: found an empty vocabulary, expected at least one token")
+        self.vocab_size = max(ids) + 1  # ids may have holes
+        self.digest = hashlib.sha256(model).hexdigest()
+        found = (self._tokenizer.token_to_id(piece) for piece in EOD_PIECES)
+        eod = next((index for index in found if index is not None), None)
+        if eod is None:
+            raise _no_eod(name)
+        self.eod: int = eod
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+class NullTokenizer:
+    """No text, for mock data: `encode("5 7")` is `[5, 7]`.
+
+    `vocab_size` counts the end-of-document token, which is the last id (Megatron's tokenizer of
+    this name adds one to the size that it is given).
+    """
+
+    tokenizer_type = NULL
+
+    def __init__(self, vocab_size: int) -> None:
+        if vocab_size < 2:
+            raise DataError(f"{NULL}: found vocab_size {vocab_size}, expected at least 2")
+        self.vocab_size = vocab_size
+        self.eod = vocab_size - 1
+        self.digest = hashlib.sha256(f"{NULL}:{vocab_size}".encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(str(index) for index in ids)
+
+
+def load_tokenizer(
+    path: str | os.PathLike | None,
+    tokenizer_type: str | None = None,
+    *,
+    vocab_size: int | None = None,
+    probe: bool = True,
+) -> Tokenizer:
+    """Load a tokenizer, deciding its kind by the file's name or content.
+
+    Args:
+        path: a SentencePiece `.model`, a `tokenizer.json`, or a directory with `tokenizer.json`
+            or `tokenizer.model`; None for `NullTokenizer`.
+        tokenizer_type: one of `TOKENIZER_TYPES`, to insist on it.
+        vocab_size: the size of a `NullTokenizer`.
+        probe: load the file in a child process first. Only a process whose parent has just done
+            so may say False.
+
+    Raises:
+        DataError: the file is missing, empty, damaged, not of that type, or has no token that
+            ends a document.
+    """
+    if tokenizer_type is not None and tokenizer_type not in TOKENIZER_TYPES:
+        expected = ", ".join(TOKENIZER_TYPES)
+        raise DataError(f"tokenizer_type: found {tokenizer_type!r}, expected one of {expected}")
+    if tokenizer_type == NULL or path is None:
+        if tokenizer_type not in (None, NULL) or vocab_size is None:
+            raise DataError("tokenizer_model: found none, expected a tokenizer file")
+        return NullTokenizer(vocab_size)
+    file = _model_file(Path(path))
+    try:
+        model = file.read_bytes()
+    except OSError as error:
+        raise read_error(file, error) from error
+    if not model:
+        raise DataError(f"{file}: found an empty file, expected a tokenizer model")
+    kind = _infer_type(file, model) if tokenizer_type is None else tokenizer_type
+    if probe:
+        _probe(kind, model, file)
+    build = SentencePieceTokenizer if kind == SENTENCEPIECE else HuggingFaceTokenizer
+    try:
+        return build(model, str(file))
+    except DataError:
+        raise
+    except Exception as error:  # tokenizers raises plain exceptions
+        raise _damaged(file, kind, str(error)) from error
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    model_type: str = "bpe",
+    num_threads: int = 2,
+) -> bytes:
+    """Train a SentencePiece model that gives back every text exactly (but U+2581, a space).
+
+    No normalisation, no dummy prefix, whitespace kept and allowed as pieces of its own (runs of
+    indentation), bytes as fallback, and `<eod>` as a control symbol, which no text can produce.
+    The result depends on the texts and the arguments only.
+
+    Args:
+        texts: pieces of documents; ones above 64 KiB are ignored by the trainer.
+        vocab_size: an upper bound; a small corpus gives fewer pieces.
+        model_type: "bpe" or "unigram".
+        num_threads: of the unigram trainer; part of what its result depends on.
+
+    Raises:
+        DataError: the sizes are not possible, or there is no text.
+    """
+    if model_type not in ("bpe", "unigram"):
+        raise DataError(f"model_type: found {model_type!r}, expected 'bpe' or 'unigram'")
+    if not 300 <= vocab_size < 2**31:  # 256 bytes, 4 special tokens, some characters
+        raise DataError(f"vocab_size: found {vocab_size}, expected at least 300")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            control_symbols=[EOD_PIECE],
+            max_sentence_length=1 << 16,
+            num_threads=num_threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"cannot train a tokenizer of {vocab_size} tokens: {reason}") from error
+    return model.getvalue()
+
+
+def _model_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    raise DataError(f"{path}: found no tokenizer.json or tokenizer.model in this directory")
+
+
+def _infer_type(file: Path, model: bytes) -> str:
+    if file.suffix == ".json":
+        return HUGGINGFACE
+    if file.suffix == ".model":
+        return SENTENCEPIECE
+    return HUGGINGFACE if model.lstrip()[:1] == b"{" else SENTENCEPIECE
+
+
+def _probe(kind: str, model: bytes, file: Path) -> None:
+    """Load and use `model` in a child process, so that a crash there is an error here."""
+    command = [sys.executable, "-I", "-c", _PROBE, kind, os.pathsep.join(sys.path)]
+    try:
+        child = subprocess.run(
+            command, input=model, capture_output=True, timeout=PROBE_TIMEOUT_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise _damaged(file, kind, f"no answer in {PROBE_TIMEOUT_SECONDS} s") from None
+    if child.returncode < 0:
+        raise _damaged(file, kind, f"loading it ends with signal {-child.returncode}")
+    if child.returncode:
+        lines = child.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise _damaged(file, kind, lines[-1] if lines else f"exit code {child.returncode}")
+
+
+def _damaged(file: Path, kind: str, reason: str) -> DataError:
+    reason = " ".join(reason.split())[:200]
+    return DataError(f"{file}: found a file that is no valid {kind} model, expected one ({reason})")
+
+
+def _no_eod(name: str) -> DataError:
+    expected = ", ".join(EOD_PIECES)
+    return DataError(f"{name}: found no token that ends a document, expected one of {expected}")

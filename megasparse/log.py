@@ -1,0 +1,29 @@
+"""Rank-aware logging: one logger for the package, lines from rank 0 unless a rank has trouble."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+logger = logging.getLogger("megasparse")
+
+
+class _RankFormatter(logging.Formatter):
+    def __init__(self, rank: int) -> None:
+        super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        if record.levelno < logging.WARNING:
+            return line
+        return f"[rank {self._rank}] {record.levelname.lower()}: {line}"
+
+
+def setup(rank: int) -> None:
+    """Send the package's messages to stderr: all of rank 0's, warnings and worse of the others."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_RankFormatter(rank))
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -1,0 +1,207 @@
+"""The grid of ranks: process groups by Megatron's rules, passed around as one object.
+
+Rank order is Megatron's and DeepSpeed's own: tensor innermost, then data, then pipeline.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as megatron_random
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This rank's place, and the groups that it shares with others.
+
+    Attributes:
+        rank, world: over all ranks.
+        tp_rank, tp_size, tp_group: ranks that share each layer.
+        dp_rank, dp_size, dp_group: ranks that hold the same part of the model.
+        device: where this rank computes.
+    """
+
+    rank: int
+    world: int
+    tp_rank: int
+    tp_size: int
+    tp_group: dist.ProcessGroup
+    dp_rank: int
+    dp_size: int
+    dp_group: dist.ProcessGroup
+    device: torch.device
+
+    def sum_over_tp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the tensor-parallel group, in place."""
+        if self.tp_size > 1:
+            dist.all_reduce(tensor, group=self.tp_group)
+        return tensor
+
+    def mean_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over the data-parallel group, in place."""
+        if self.dp_size > 1:
+            dist.all_reduce(tensor, group=self.dp_group)
+            tensor /= self.dp_size
+        return tensor
+
+    def first_rank_first(self, build: Callable[[], T]) -> T:
+        """`build()` on rank 0, then on the others (who find what it cached).
+
+        An error on rank 0 is raised on all ranks, so that none waits for ever.
+        """
+        result, failure = None, None
+        if self.rank == 0:
+            try:
+                result = build()
+            except Exception as error:
+                failure = error
+        if self.world > 1:
+            message: list[Any] = [failure]
+            dist.broadcast_object_list(message, src=0)
+            failure = message[0]
+        if failure is not None:
+            raise failure
+        return build() if self.rank != 0 else result  # type: ignore[return-value]
+
+
+def make_grid(
+    tensor_model_parallel_size: int,
+    device: torch.device,
+    seed: int,
+    timeout_minutes: float = 10.0,
+) -> Grid:
+    """Build the process groups (torch.distributed must be up) and seed dropout.
+
+    Args:
+        tensor_model_parallel_size: ranks that share each layer; divides the world.
+        device: of this rank.
+        seed: dropout is drawn from it, differently on each tensor-parallel and data-parallel rank
+            where activations differ, equally where they are replicated.
+        timeout_minutes: for collectives of the groups.
+    """
+    if device.type != "cuda":
+        _use_cpu_in_megatron()
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+    )
+    grid = Grid(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tensor_model_parallel_size,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        device=device,
+    )
+    seed_dropout(grid, seed)
+    return grid
+
+
+def seed_dropout(grid: Grid, seed: int) -> None:
+    """Set torch's generator and Megatron's tensor-parallel one."""
+    seed += 100 * grid.dp_rank
+    if device_is_cuda := grid.device.type == "cuda":
+        megatron_random.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    if device_is_cuda:
+        return
+    tracker = megatron_random.get_cuda_rng_tracker()
+    tracker.reset()
+    names = (
+        megatron_random.get_data_parallel_rng_tracker_name(),
+        megatron_random.get_expert_parallel_rng_tracker_name(),
+        "model-parallel-rng",
+    )
+    offsets = (0, 1024, 2718 + grid.tp_rank)
+    states = {}
+    for name, offset in zip(names, offsets, strict=True):
+        states[name] = torch.Generator().manual_seed(seed + offset).get_state()
+    tracker.set_states(states)
+
+
+def rng_state(grid: Grid) -> dict[str, torch.Tensor]:
+    """All generator states of this rank, uint8 tensors by name."""
+    states = {
+        f"tracker.{name}": state
+        for name, state in megatron_random.get_cuda_rng_tracker().get_states().items()
+    }
+    states["cpu"] = torch.get_rng_state()
+    if grid.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_state(grid: Grid, states: dict[str, torch.Tensor]) -> None:
+    """Put back what `rng_state` gave."""
+    prefix = "tracker."
+    megatron_random.get_cuda_rng_tracker().set_states(
+        {
+            name.removeprefix(prefix): state.cpu()
+            for name, state in states.items()
+            if name.startswith(prefix)
+        }
+    )
+    torch.set_rng_state(states["cpu"].cpu())
+    if grid.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"].cpu())
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks about process groups (its `mpu`), answered by Megatron."""
+
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(
+        parallel_state.get_tensor_model_parallel_world_size
+    )
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(
+        parallel_state.get_tensor_model_parallel_world_size
+    )
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_pipeline_model_parallel_world_size = staticmethod(
+        parallel_state.get_pipeline_model_parallel_world_size
+    )
+    get_pipeline_model_parallel_group = staticmethod(
+        parallel_state.get_pipeline_model_parallel_group
+    )
+
+
+def collective_timeout(minutes: float) -> datetime.timedelta:
+    """The limit of a collective, for `init_process_group`."""
+    return datetime.timedelta(minutes=minutes)
+
+
+def _use_cpu_in_megatron() -> None:
+    """Let megatron-core run without CUDA: two questions that it asks CUDA are answered by the CPU.
+
+    It allocates on `torch.cuda.current_device()`, and its RNG tracker reads and writes the CUDA
+    generator. Applied only where there is no CUDA device.
+    """
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+    def get_state(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+        torch.set_rng_state(state)
+
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state

@@ -1,0 +1,49 @@
+"""Initial weights that do not depend on the layout.
+
+Every parameter draws from a generator of its own, seeded by (run seed, name), as a whole; a rank
+keeps its shard. So tensor-, pipeline- and data-parallel layouts start from the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from megasparse.sparsity.shard import WeightShard
+
+
+def parameter_shard(parameter: torch.Tensor, tp_rank: int, tp_size: int) -> WeightShard:
+    """Where a parameter of this rank lies in the whole, from Megatron's marks on it."""
+    shape = list(parameter.shape)
+    if tp_size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return WeightShard(tuple(shape))
+    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    shape[dim] *= tp_size
+    parts = getattr(parameter, "partition_stride", 1)
+    return WeightShard(tuple(shape), dim, tp_rank, tp_size, parts)
+
+
+@torch.no_grad()
+def initialize_weights(
+    model: torch.nn.Module, seed: int, std: float, num_layers: int, tp_rank: int, tp_size: int
+) -> None:
+    """Fill all parameters: GPT-2's rules.
+
+    Norm weights 1, biases 0, matrices normal with `std`; those that write to the residual stream
+    (`linear_proj`, `linear_fc2`) `std / sqrt(2 * num_layers)`.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            continue
+        shard = parameter_shard(parameter, tp_rank, tp_size)
+        writes_residual = "linear_proj" in name or "linear_fc2" in name
+        scale = std / math.sqrt(2 * num_layers) if writes_residual else std
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator(parameter.device)
+        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+        whole = torch.empty(shard.global_shape, dtype=torch.float32, device=parameter.device)
+        whole.normal_(0.0, scale, generator=generator)
+        parameter.copy_(shard.take(whole))

@@ -1,0 +1,109 @@
+"""Build a GPT from a RunConfig: megatron-core's `GPTModel` with megasparse's spec provider."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megasparse.config import ModelConfig, RunConfig
+from megasparse.megatron.grid import Grid
+from megasparse.megatron.init import initialize_weights
+from megasparse.megatron.spec import SparseSpecProvider, get_block_spec
+
+
+def transformer_config(config: RunConfig, device: torch.device) -> TransformerConfig:
+    """megatron-core's configuration of the layers."""
+    model, parallel = config.model, config.parallel
+    dtype = torch.bfloat16 if config.train.bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=torch.nn.functional.silu if model.swiglu else gelu_tanh,
+        add_bias_linear=not model.disable_bias_linear,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.train.bf16,
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,  # `initialize_weights` does it, whatever the layout
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GPT-2's GELU (tanh form)."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def build_model(config: RunConfig, grid: Grid, padded_vocab_size: int) -> GPTModel:
+    """This rank's part of the model, initialised.
+
+    Args:
+        config: resolved.
+        grid: process groups must be up.
+        padded_vocab_size: a multiple of the tensor-parallel size.
+    """
+    model = config.model
+    gpt = GPTModel(
+        config=transformer_config(config, grid.device),
+        transformer_layer_spec=get_block_spec(SparseSpecProvider(), model.num_layers),
+        vocab_size=padded_vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+    ).to(grid.device)
+    for parameter in gpt.parameters():
+        parameter.data = parameter.data.to(gpt.config.params_dtype)
+    _mark_vocabulary_shards(gpt)
+    initialize_weights(
+        gpt, config.train.seed, model.init_method_std, model.num_layers, grid.tp_rank, grid.tp_size
+    )
+    return gpt
+
+
+def _mark_vocabulary_shards(gpt: GPTModel) -> None:
+    """Mark Megatron's own sharded weights; it does so only while it initialises them itself."""
+    for module in gpt.modules():
+        sharded = isinstance(module, (VocabParallelEmbedding, ColumnParallelLinear))
+        if sharded and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, dim=0, stride=1)
+
+
+def parameter_count(model: ModelConfig, padded_vocab_size: int) -> int:
+    """Parameters of the whole model, by formula (embedding and output layer included)."""
+    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
+    h, bias = model.hidden_size, 0 if model.disable_bias_linear else 1
+    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+    fc1 = model.ffn_hidden_size * (2 if model.swiglu else 1)
+    attention = h * qkv + bias * qkv + model.num_attention_heads * model.kv_channels * h + bias * h
+    ffn = h * fc1 + bias * fc1 + model.ffn_hidden_size * h + bias * h
+    norm = h * (1 if model.normalization == "RMSNorm" else 2)
+    positions = model.max_position_embeddings or 0
+    learned = positions * h if model.position_embedding_type == "learned_absolute" else 0
+    output = padded_vocab_size * h if model.untie_embeddings_and_output_weights else 0
+    layers = model.num_layers * (attention + ffn + 2 * norm)
+    return padded_vocab_size * h + learned + layers + norm + output

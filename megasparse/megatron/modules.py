@@ -1,0 +1,84 @@
+"""Plain-torch building blocks where Transformer Engine is absent: norms and attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+
+
+class TorchNorm:
+    """Builds a torch LayerNorm or RMSNorm with the constructor that Megatron layers expect.
+
+    Under sequence parallelism each rank sees a slice of the sequence, so gradients of the norm's
+    parameters are partial; they are marked for the reduction that completes them.
+    """
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+class SdpaAttention(torch.nn.Module):
+    """Softmax attention by torch's scaled_dot_product_attention, with grouped queries.
+
+    Args: those of megatron-core's DotProductAttention.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+        self.sequence_parallel = config.sequence_parallel
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Attention of `(S, B, heads, D)` queries to `(S, B, groups, D)` keys and values.
+
+        Args:
+            attention_mask: bool, broadcastable to `(B, 1, S, S)`, True where attention is
+                forbidden (Megatron's convention); None: causal.
+
+        Returns:
+            `(S, B, heads * D)`.
+        """
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        allowed = None if attention_mask is None else ~attention_mask
+        dropout = self.dropout if self.training else 0.0
+
+        def attend() -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v,
+                attn_mask=allowed,
+                dropout_p=dropout,
+                is_causal=allowed is None and q.shape[2] > 1,
+                scale=self.softmax_scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
+
+        if dropout > 0.0:
+            # Heads are split over ranks: each draws its own dropout.
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                context = attend()
+        else:
+            context = attend()
+        return context.permute(2, 0, 1, 3).flatten(2).contiguous()

@@ -1,0 +1,75 @@
+"""Turn the linears of a built model sparse, by name."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+import torch
+
+from megasparse.errors import ConfigError
+from megasparse.megatron.layers import _ParallelLinear
+from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.sparsity.state import Reduce, SparseWeight
+
+BLOCK = 4
+
+
+def sparsify(
+    model: torch.nn.Module,
+    recipe: SparsityRecipe,
+    patterns: Sequence[str],
+    clock: Clock,
+    reduce: Reduce | None = None,
+    monitor: bool = True,
+) -> SparsityController:
+    """Give every linear whose name matches a pattern the recipe's sparsity state.
+
+    Args:
+        model: built with `SparseSpecProvider`.
+        recipe: a dense one leaves all layers as they are.
+        patterns: shell patterns of module names, e.g. `*.mlp.linear_fc1`.
+        clock: the run's; shared with the layers.
+        reduce: sums over the tensor-parallel group.
+        monitor: keep masks and flips up to date in dense phases.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or a shard that cuts a 4x4 block.
+    """
+    controller = SparsityController(recipe, clock, monitor)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _ParallelLinear)
+    }
+    if not recipe.is_sparse:
+        return controller
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in linears):
+            raise ConfigError(
+                f"sparse_layers: no linear is named like {pattern!r}; "
+                f"there are {', '.join(_kinds(linears))}"
+            )
+    for number, (name, module) in enumerate(linears.items()):
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            continue
+        _check_blocks(name, module)
+        state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce)
+        module.make_sparse(state, controller, number)
+    return controller
+
+
+def _check_blocks(name: str, module: _ParallelLinear) -> None:
+    shard = module.shard
+    rows, columns = shard.local_shape
+    lengths = [s.length for s in shard.sections(0)] + [rows, columns]
+    if any(length % BLOCK for length in lengths):
+        raise ConfigError(
+            f"{name}: a shard of {rows} x {columns} (tensor_model_parallel_size {shard.world}, "
+            f"{shard.parts} fused parts) cuts a {BLOCK}x{BLOCK} block"
+        )
+
+
+def _kinds(names: Sequence[str] | dict[str, _ParallelLinear]) -> list[str]:
+    return sorted({"*." + ".".join(name.split(".")[-2:]) for name in names})

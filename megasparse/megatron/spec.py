@@ -1,0 +1,85 @@
+"""The spec provider: which classes a Megatron Transformer layer is built from.
+
+It can be taken alone: `get_layer_spec(SparseSpecProvider())` gives the layers of any decoder that
+megatron-core can build, with linears that `sparsify` turns 2:4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from megasparse.megatron.layers import SparseColumnParallelLinear, SparseRowParallelLinear
+from megasparse.megatron.modules import SdpaAttention, TorchNorm
+
+
+class SparseSpecProvider:
+    """megatron-core's `BackendSpecProvider` with megasparse's linears."""
+
+    def column_parallel_linear(self) -> type:
+        return SparseColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return SparseRowParallelLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return False
+
+    def column_parallel_layer_norm_linear(self) -> type | None:
+        return None
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return TorchNorm
+
+    def core_attention(self) -> type:
+        return SdpaAttention
+
+    def grouped_mlp_modules(self, *_: Any) -> Any:
+        raise ValueError("mixture-of-experts layers are not supported by SparseSpecProvider")
+
+    def activation_func(self) -> type | None:
+        return None
+
+
+def get_layer_spec(provider: SparseSpecProvider) -> ModuleSpec:
+    """A causal decoder layer from the provider's classes."""
+    norm = provider.layer_norm()
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=provider.column_parallel_linear(),
+                    core_attention=provider.core_attention(),
+                    linear_proj=provider.row_parallel_linear(),
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec_for_backend(backend=provider),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def get_block_spec(provider: SparseSpecProvider, num_layers: int) -> TransformerBlockSubmodules:
+    """`num_layers` decoder layers and the final norm."""
+    return TransformerBlockSubmodules(
+        layer_specs=[get_layer_spec(provider)] * num_layers, layer_norm=provider.layer_norm()
+    )

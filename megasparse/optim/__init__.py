@@ -1,0 +1,1 @@
+"""AdamW with masked decay, and the learning-rate schedule."""

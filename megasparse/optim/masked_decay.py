@@ -1,0 +1,66 @@
+"""Brings each sparse weight's masked decay to the tensors that the optimizer steps on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megasparse.kernels import masked_decay_
+from megasparse.optim.fragments import Fragment
+from megasparse.sparsity.controller import SparsityController
+
+
+class MaskedDecay:
+    """The decay of the current step, per fragment.
+
+    Args:
+        controller: knows masks, phase and lambda.
+    """
+
+    def __init__(self, controller: SparsityController) -> None:
+        self._controller = controller
+        self._by_tensor: dict[int, list[Fragment]] = {}
+
+    def attach(self, fragments: Sequence[Fragment]) -> None:
+        """Say where the parameters lie; after the engine is built, since ZeRO makes its shards."""
+        self._by_tensor = {}
+        for fragment in fragments:
+            self._by_tensor.setdefault(id(fragment.tensor), []).append(fragment)
+
+    def add_to_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """`grad += lambda (1 - M) o W` for every masked piece of the optimizer's tensors."""
+        strength = self._controller.masked_decay()
+        if strength == 0.0:
+            return
+        masks = self._masks()
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                for fragment in self._by_tensor.get(id(tensor), []):
+                    mask = masks.get(id(fragment.parameter))
+                    if mask is not None and tensor.grad is not None:
+                        masked_decay_(
+                            fragment.of(tensor.grad),
+                            fragment.of(tensor.data),
+                            fragment.of_parameter(mask),
+                            strength,
+                        )
+
+    def term(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """`lambda (1 - M) o W` in the shape of one of the optimizer's tensors, or None."""
+        strength, masks = self._controller.masked_decay(), self._masks()
+        pieces = [f for f in self._by_tensor.get(id(tensor), []) if id(f.parameter) in masks]
+        if not pieces:
+            return None
+        decay = torch.zeros_like(tensor)
+        for fragment in pieces:
+            masked_decay_(
+                fragment.of(decay),
+                fragment.of(tensor.data),
+                fragment.of_parameter(masks[id(fragment.parameter)]),
+                strength,
+            )
+        return decay
+
+    def _masks(self) -> dict[int, torch.Tensor]:
+        return {id(weight): mask for weight, mask in self._controller.masked_weights()}

@@ -1,0 +1,70 @@
+"""Progress bars: a bar on a terminal, one line every few seconds in a log file.
+
+The only module that imports tqdm. In a log (standard error is not a terminal) a bar drawn with
+carriage returns is unreadable, so there each refresh is a line of its own, and work that ends
+before the first interval prints nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+LOG_INTERVAL_SECONDS = 5.0
+
+
+class _LogProgress(tqdm):
+    """tqdm that ends each refresh with a newline in place of overwriting the line before."""
+
+    @staticmethod
+    def status_printer(file: TextIO):
+        def write(text: str) -> None:
+            if text.strip():
+                file.write(text.strip() + "\n")
+                file.flush()
+
+        return write
+
+
+def progress(
+    iterable: Iterable | None = None,
+    *,
+    desc: str,
+    total: float | None = None,
+    unit: str = "it",
+    enabled: bool = True,
+    stream: TextIO | None = None,
+) -> Any:
+    """A tqdm bar over `iterable`, or a manual one (`.update(n)`, `.close()`, context manager).
+
+    Args:
+        iterable: what to iterate; None for a bar that the caller updates.
+        desc: what is being done.
+        total: amount of work in `unit`s; taken from `len(iterable)` when that exists.
+        unit: name of the unit; "B" counts bytes in powers of 1024.
+        enabled: False on the ranks that should stay silent.
+        stream: where to write, standard error unless given.
+    """
+    stream = sys.stderr if stream is None else stream
+    common: dict[str, Any] = {
+        "desc": desc,
+        "total": total,
+        "unit": unit,
+        "unit_scale": unit == "B",
+        "unit_divisor": 1024,
+        "file": stream,
+        "disable": not enabled,
+    }
+    if stream.isatty():
+        return tqdm(iterable, dynamic_ncols=True, **common)
+    return _LogProgress(
+        iterable,
+        ncols=100,
+        mininterval=LOG_INTERVAL_SECONDS,
+        maxinterval=LOG_INTERVAL_SECONDS,
+        delay=LOG_INTERVAL_SECONDS,
+        **common,
+    )

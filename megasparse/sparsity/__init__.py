@@ -1,0 +1,1 @@
+"""What is pruned, when, and how gradients flow; knows no process group."""

@@ -1,0 +1,142 @@
+"""Sparsity recipes: what a training method does to each of the three GEMMs of a linear layer.
+
+For `Z = X W^T` with `X (T, K)`, `W (N, K)`:
+
+| recipe | W~ in output and grad_input      | grad_weight  | regulariser                  |
+|--------|----------------------------------|--------------|------------------------------|
+| dense  | W                                | dZ^T X       | none                         |
+| ste    | W o M, row-wise 2:4              | dZ^T X       | none                         |
+| sr_ste | W o M, row-wise 2:4              | dZ^T X       | grad += lambda (1-M) o W     |
+| fst    | W o M, M transposable; dense end | MVUE(dZ^T) X | grad += lambda (1-M) o W     |
+| s_ste  | beta * S(W), soft threshold      | MVUE(dZ^T) X | none                         |
+| ast    | W o M, row-wise 2:4              | dZ^T X       | decoupled, lambda(t) ramps   |
+
+A row-wise W~ is 2:4 along K, so the output GEMM is sparse and grad_input is dense; a transposable
+one is 2:4 along N as well, so grad_input is sparse too. `dW` is dense in all of them: the gradient
+passes straight through the projection to the dense master weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megasparse.errors import ConfigError
+
+Projection = Literal["none", "row", "transposable", "soft_threshold"]
+Mvue = Literal["off", "exact", "approximate"]
+Regulariser = Literal["none", "masked_decay", "decoupled_masked_decay"]
+
+
+@dataclass(frozen=True)
+class SparsityRecipe:
+    """One training method; frozen, validated, named.
+
+    Attributes:
+        name: preset it comes from.
+        projection: how the effective weight W~ follows from the master weight W.
+        mvue: how dZ^T is made 2:4 along tokens for the weight gradient: not at all, by the exact
+            minimum-variance sampler, or by the papers' approximation.
+        regulariser: where lambda (1-M) o W enters: nowhere, in the gradient between clipping and
+            AdamW (FST, SR-STE), or decoupled from the first moment (AST).
+        masked_decay: lambda, per step.
+        masked_decay_ramp_iters: lambda(t) = masked_decay * min(1, t / ramp); 0: constant.
+        mask_update_interval: optimizer steps between mask refreshes. Soft-threshold weights are
+            projected anew every step; there the interval only spaces the flip-rate measurements.
+        dense_warmup_fraction, dense_tail_fraction: shares of the run that are dense.
+    """
+
+    name: str
+    projection: Projection = "none"
+    mvue: Mvue = "off"
+    regulariser: Regulariser = "none"
+    masked_decay: float = 0.0
+    masked_decay_ramp_iters: int = 0
+    mask_update_interval: int = 1
+    dense_warmup_fraction: float = 0.0
+    dense_tail_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mask_update_interval < 1:
+            raise ConfigError(f"mask_update_interval {self.mask_update_interval}, expected >= 1")
+        if self.dense_warmup_fraction + self.dense_tail_fraction > 1.0:
+            raise ConfigError(
+                f"recipe {self.name}: dense_warmup_fraction {self.dense_warmup_fraction} + "
+                f"dense_tail_fraction {self.dense_tail_fraction} exceed 1"
+            )
+        if self.regulariser != "none" and self.projection not in ("row", "transposable"):
+            raise ConfigError(
+                f"recipe {self.name}: {self.regulariser} needs a mask, "
+                f"but the projection is {self.projection!r}"
+            )
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether a 0/1 mask is the state of a weight."""
+        return self.projection in ("row", "transposable")
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether any GEMM of any phase is sparse."""
+        return self.projection != "none"
+
+    @property
+    def transposable(self) -> bool:
+        """Whether W~^T is 2:4 as well."""
+        return self.projection == "transposable"
+
+    @property
+    def sparse_gemms(self) -> tuple[str, ...]:
+        """The GEMMs with a 2:4 operand, of output, grad_input, grad_weight."""
+        chosen = {
+            "output": self.is_sparse,
+            "grad_input": self.transposable,
+            "grad_weight": self.mvue != "off",
+        }
+        return tuple(name for name, sparse in chosen.items() if sparse)
+
+
+PRESETS: dict[str, SparsityRecipe] = {
+    recipe.name: recipe
+    for recipe in (
+        SparsityRecipe("dense"),
+        SparsityRecipe("ste", projection="row"),
+        SparsityRecipe("sr_ste", projection="row", regulariser="masked_decay", masked_decay=2e-4),
+        SparsityRecipe(
+            "fst",
+            projection="transposable",
+            mvue="exact",
+            regulariser="masked_decay",
+            masked_decay=6e-5,
+            mask_update_interval=40,
+            dense_tail_fraction=1 / 6,
+        ),
+        SparsityRecipe("s_ste", projection="soft_threshold", mvue="exact"),
+        SparsityRecipe(
+            "ast",
+            projection="row",
+            regulariser="decoupled_masked_decay",
+            masked_decay=1e-4,
+            masked_decay_ramp_iters=10_000,
+            mask_update_interval=10,
+        ),
+    )
+}
+
+
+def make_recipe(name: str, **overrides: Any) -> SparsityRecipe:
+    """The preset `name` with the overrides that are not None.
+
+    Raises:
+        ConfigError: unknown name, or an override that the method has no use for.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"sparsity_recipe {name!r}, expected one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if preset.regulariser == "none" and given.get("masked_decay"):
+        raise ConfigError(f"masked_decay {given['masked_decay']}: the recipe {name} has no decay")
+    if not preset.is_sparse and given.get("mvue", "off") != "off":
+        raise ConfigError(f"mvue {given['mvue']}: the recipe {name} has no sparse GEMM")
+    return dataclasses.replace(preset, **given)

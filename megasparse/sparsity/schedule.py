@@ -1,0 +1,49 @@
+"""When a recipe is sparse and how strong its decay is: pure functions of the optimizer step.
+
+Steps are numbered by the count of optimizer steps done before: the first is 0. Nothing here keeps
+state, so a resumed run cannot be in another phase than the undisturbed one.
+"""
+
+from __future__ import annotations
+
+from megasparse.sparsity.recipe import SparsityRecipe
+
+
+def sparse_range(recipe: SparsityRecipe, train_iters: int) -> range:
+    """The steps at which GEMMs use the pruned weights."""
+    if not recipe.is_sparse:
+        return range(0)
+    start = round(recipe.dense_warmup_fraction * train_iters)
+    stop = train_iters - round(recipe.dense_tail_fraction * train_iters)
+    return range(start, stop)
+
+
+def is_sparse_step(recipe: SparsityRecipe, step: int, train_iters: int) -> bool:
+    """Whether `step` is sparse. After the last step the phase stays what it was in it."""
+    return min(step, train_iters - 1) in sparse_range(recipe, train_iters)
+
+
+def masked_decay(recipe: SparsityRecipe, step: int, train_iters: int) -> float:
+    """lambda at `step`: 0 outside the sparse phase, ramped linearly inside it.
+
+    AST eq. 2: lambda(t) = alpha t for t <= T0, then alpha T0; t counts from the first sparse step.
+    FST and SR-STE have no ramp.
+    """
+    if recipe.regulariser == "none" or not is_sparse_step(recipe, step, train_iters):
+        return 0.0
+    ramp = recipe.masked_decay_ramp_iters
+    if ramp == 0:
+        return recipe.masked_decay
+    since = step - sparse_range(recipe, train_iters).start
+    return recipe.masked_decay * min(1.0, since / ramp)
+
+
+def refresh_due(recipe: SparsityRecipe, step: int, last_refresh: int) -> bool:
+    """Whether the mask must be computed anew before `step` is computed.
+
+    Refreshes fall on multiples of the interval; `last_refresh` is the step of the latest one, or
+    -1. Asking twice for one step refreshes once, so an evaluation between two steps, or a resume,
+    changes nothing.
+    """
+    interval = recipe.mask_update_interval
+    return last_refresh < 0 or step // interval > last_refresh // interval

@@ -1,0 +1,150 @@
+"""The sparsity state of one weight, and its life over an optimizer step.
+
+Master weight updated -> at the first use in a step: refresh the mask if it is due (counting flips),
+project, once -> the operands serve every micro-batch, recomputation and evaluation until the next
+optimizer step. Everything that a resume needs is in `export_state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from megasparse.errors import CheckpointError
+from megasparse.kernels import (
+    count_flips,
+    prune24_mask,
+    s_ste_scale,
+    soft_threshold24,
+    transposable24_mask,
+)
+from megasparse.kernels.patterns import decode_patterns, encode_patterns
+from megasparse.sparsity import schedule
+from megasparse.sparsity.gemms import DenseGemms, LinearGemms, ReferenceSparseGemms
+from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.sparsity.shard import WeightShard
+
+# Sums a tensor over the ranks that share a weight, in place or not; identity for one rank.
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+class SparseWeight(torch.nn.Module):
+    """Mask, scale and counters of one weight `(N, K)`, and its operands for the current step.
+
+    A module, so that it is found in the layer that owns it; its tensors are no buffers, because a
+    cast of the model (`model.bfloat16()`) must not round the scale.
+
+    Args:
+        name: the weight's name in the whole model.
+        recipe: what is done to the weight.
+        shard: where the local weight lies in the whole.
+        reduce: sums over the tensor-parallel group (the scale's dot products).
+    """
+
+    def __init__(
+        self, name: str, recipe: SparsityRecipe, shard: WeightShard, reduce: Reduce | None = None
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.recipe = recipe
+        self.shard = shard
+        self.mask: torch.Tensor | None = None  # bool (N, K): kept entries
+        self.scale: torch.Tensor | None = None  # float32 0-d: S-STE's beta, frozen
+        self.flips: torch.Tensor | None = None  # int64 0-d: entries that the last refresh changed
+        self.last_refresh = -1  # step of the last refresh
+        self.refreshes = 0
+        self.preparations = 0  # times operands were built: once an optimizer step
+        self._reduce = reduce
+        self._operands: tuple[tuple[int, bool], LinearGemms] | None = None
+        self._nan_flag: torch.Tensor | None = None
+
+    def gemms(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
+        """The GEMMs of `step`, built at its first use.
+
+        Args:
+            weight: the local master weight `(N, K)`.
+            step: optimizer steps done so far.
+            sparse: whether `step` is in the sparse phase.
+            monitor: keep masks and flips up to date in dense phases too.
+        """
+        if self._operands is None or self._operands[0] != (step, sparse):
+            self._operands = ((step, sparse), self._prepare(weight.detach(), step, sparse, monitor))
+        return self._operands[1]
+
+    def invalidate(self) -> None:
+        """Forget the operands: the master weight was changed from outside (a loaded checkpoint)."""
+        self._operands = None
+
+    def _prepare(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
+        if (sparse or monitor) and schedule.refresh_due(self.recipe, step, self.last_refresh):
+            self._refresh(weight, step)
+        self.preparations += 1
+        if not sparse:
+            return DenseGemms(weight)
+        return ReferenceSparseGemms(
+            self.effective(weight), self.recipe.mvue, self.shard.sections(0)
+        )
+
+    def effective(self, weight: torch.Tensor) -> torch.Tensor:
+        """W~ `(N, K)` of a sparse phase: `W o M`, or `beta * S(W)` (S-STE eq. of section 2.2)."""
+        if self.recipe.projection == "soft_threshold":
+            if self.scale is None:
+                self.scale = s_ste_scale(weight, reduce=self._reduce)
+            projected = soft_threshold24(weight, nan_flag=self._flag(weight))
+            return (projected.float() * self.scale).to(weight.dtype)
+        assert self.mask is not None, f"{self.name}: effective() before the first refresh"
+        return torch.where(
+            self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device)
+        )
+
+    def nan_seen(self) -> bool:
+        """Whether a NaN was found in the weight since the start (synchronises on a GPU)."""
+        return self._nan_flag is not None and bool(self._nan_flag.item())
+
+    def _flag(self, weight: torch.Tensor) -> torch.Tensor | None:
+        if not weight.is_cuda:
+            return None  # the kernels raise at once
+        if self._nan_flag is None:
+            self._nan_flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
+        return self._nan_flag
+
+    def _refresh(self, weight: torch.Tensor, step: int) -> None:
+        search = transposable24_mask if self.recipe.transposable else prune24_mask
+        mask = search(weight, nan_flag=self._flag(weight))
+        if self.mask is not None:
+            self.flips = count_flips(mask, self.mask)
+        self.mask = mask
+        self.last_refresh = step
+        self.refreshes += 1
+
+    def export_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps: pattern indices (uint8), scale, counters."""
+        state = {
+            "counters": torch.tensor([self.last_refresh, self.refreshes], dtype=torch.int64),
+        }
+        if self.mask is not None:
+            state["mask"] = encode_patterns(self.mask, transposable=self.recipe.transposable)
+        if self.scale is not None:
+            state["scale"] = self.scale
+        if self.flips is not None:
+            state["flips"] = self.flips
+        return state
+
+    def import_state(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
+        """Take over what `export_state` gave; operands are rebuilt at the next use."""
+        counters = state["counters"]
+        if counters.shape != (2,):
+            raise CheckpointError(
+                f"{self.name}: counters of shape {tuple(counters.shape)}, expected (2,)"
+            )
+        self.last_refresh, self.refreshes = (int(value) for value in counters)
+        self.mask = None
+        if "mask" in state:
+            shape = (self.shard.local_shape[0], self.shard.local_shape[1])
+            self.mask = decode_patterns(
+                state["mask"].to(device), shape, transposable=self.recipe.transposable
+            )
+        self.scale = state["scale"].to(device) if "scale" in state else None
+        self.flips = state["flips"].to(device) if "flips" in state else None
+        self.invalidate()

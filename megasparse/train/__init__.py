@@ -1,0 +1,1 @@
+"""The training run: DeepSpeed engine, loop, checkpoints, metrics."""

@@ -1,0 +1,128 @@
+"""The table at the end of a run, with the proof of 2:4 read back from the saved checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megasparse.errors import CheckpointError
+from megasparse.kernels import is_24
+from megasparse.sparsity import schedule
+from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.train.checkpoint import effective_weight
+from megasparse.train.storage import CheckpointReader
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What one effective weight of a checkpoint is.
+
+    Attributes:
+        name, shape: of the whole weight `(N, K)`.
+        density: share of non-zeros.
+        rows_24: 2:4 along K (W~ in the output GEMM).
+        columns_24: 2:4 along N as well (W~^T in grad_input): transposable.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    density: float
+    rows_24: bool
+    columns_24: bool
+
+
+def check_sparsity(
+    reader: CheckpointReader, recipe: SparsityRecipe, train_iters: int
+) -> list[TensorReport]:
+    """Examine the effective weight of every layer with a sparsity state.
+
+    In a dense phase (FST's tail) the effective weight is the weight itself.
+    """
+    sparse = schedule.is_sparse_step(recipe, reader.meta["step"], train_iters)
+    names = sorted(
+        {key.split("/")[1] for key in reader.keys("sparsity/")},
+        key=[key.removeprefix("param/") for key in reader.keys("param/")].index,
+    )
+    reports = []
+    for name in names:
+        stored = f"param/{name}"
+        weight = effective_weight(reader, name, recipe) if sparse else reader.read(stored)
+        reports.append(
+            TensorReport(
+                name=name,
+                shape=tuple(weight.shape),
+                density=float((weight != 0).float().mean()),
+                rows_24=is_24(weight),
+                columns_24=is_24(weight, dim=0),
+            )
+        )
+    return reports
+
+
+def require_sparsity(
+    reports: list[TensorReport], recipe: SparsityRecipe, step: int, train_iters: int
+) -> None:
+    """Fail when a tensor is not what the recipe promises at this step.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
+    if not schedule.is_sparse_step(recipe, step, train_iters):
+        return
+    wrong = [
+        report.name
+        for report in reports
+        if not report.rows_24 or (recipe.transposable and not report.columns_24)
+    ]
+    if wrong:
+        raise CheckpointError(f"not 2:4 as {recipe.name} promises: {', '.join(wrong)}")
+
+
+def format_report(
+    step: int,
+    rows: list[dict[str, Any]],
+    tensors: list[TensorReport],
+    recipe: SparsityRecipe,
+    places: dict[str, Path],
+    sample: str | None,
+) -> str:
+    """The final table as text.
+
+    Args:
+        step: of the checkpoint.
+        rows: of metrics.jsonl.
+        places: what is where.
+        sample: generated text, or None.
+    """
+    lines = ["", f"Run finished: recipe {recipe.name}, {step} steps", ""]
+    facts = []
+    if rows:
+        change = f"{rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}"
+        facts.append(("training loss, first and last", change))
+    valid = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None]
+    if valid:
+        facts.append(("validation loss", f"{valid[-1]:.4f}"))
+        facts.append(("validation perplexity", f"{math.exp(min(valid[-1], 700.0)):.2f}"))
+    flips = [row["flip_rate"] for row in rows if row.get("flip_rate") is not None]
+    if flips:
+        facts.append(("flip rate, start and end", f"{flips[0]:.4f} -> {flips[-1]:.4f}"))
+    facts += [(name, str(path)) for name, path in places.items()]
+    width = max(len(name) for name, _ in facts)
+    lines += [f"  {name:<{width}}  {value}" for name, value in facts]
+    if tensors:
+        lines += ["", "  Effective weights in the saved checkpoint:"]
+        width = max(len(report.name) for report in tensors)
+        lines.append(f"  {'tensor':<{width}}  {'shape':>13}  density  2:4  transposable")
+        for report in tensors:
+            shape = "x".join(str(size) for size in report.shape)
+            rows_24 = "yes" if report.rows_24 else "no"
+            columns = "yes" if report.rows_24 and report.columns_24 else "no"
+            lines.append(
+                f"  {report.name:<{width}}  {shape:>13}  {report.density:7.4f}  {rows_24:>3}  "
+                f"{columns:>12}"
+            )
+    if sample is not None:
+        lines += ["", "  Sample of the model:", *(f"  | {line}" for line in sample.splitlines())]
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""Progress: quiet in a log for short work, whole lines for long work, a bar on a terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from megasparse import progress as module
+from megasparse.progress import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_short_work_prints_nothing_in_a_log() -> None:
+    stream = io.StringIO()
+    assert list(progress(range(1000), desc="work", stream=stream)) == list(range(1000))
+    with progress(desc="work", total=10, stream=stream) as bar:
+        bar.update(10)
+    assert stream.getvalue() == ""
+
+
+def test_long_work_prints_lines_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOG_INTERVAL_SECONDS", 0.0)
+    stream = io.StringIO()
+    with progress(desc="work", total=4096, unit="B", stream=stream) as bar:
+        for _ in range(4):
+            bar.update(1024)
+    lines = [line for line in stream.getvalue().splitlines() if line]
+    assert len(lines) > 1 and all(line.startswith("work:") for line in lines)
+    assert "\r" not in stream.getvalue() and "4.00k/4.00k" in lines[-1]
+
+
+def test_terminal_gets_a_bar_and_disabled_nothing() -> None:
+    stream = Terminal()
+    list(progress(range(3), desc="work", stream=stream))
+    assert "\r" in stream.getvalue() and "3/3" in stream.getvalue()
+    silent = Terminal()
+    list(progress(range(3), desc="work", stream=silent, enabled=False))
+    assert silent.getvalue() == ""

@@ -1,0 +1,105 @@
+"""Tokenize JSONL into Megatron's indexed datasets: PREFIX_KEY_document.{bin,idx,json}.
+
+    python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
+        --tokenizer-model tokenizer.model --workers 8
+
+Give `data/corpus_text_document` to `--data-path` then. The .json holds checksums of the other two
+files and of the tokenizer; keep the three together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megasparse.data.preprocess import PreprocessOptions, preprocess
+from megasparse.data.tokenizer import HUGGINGFACE, SENTENCEPIECE
+from megasparse.errors import MegasparseError
+
+
+def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=True, help="JSONL files, read in this order"
+    )
+    parser.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        help="keys of the texts, one dataset each (default: text)",
+    )
+    parser.add_argument("--output-prefix", required=True, help="path and begin of the names")
+    parser.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        required=True,
+        help="SentencePiece .model, Hugging Face tokenizer.json, or a directory with one",
+    )
+    parser.add_argument(
+        "--tokenizer-type",
+        choices=(SENTENCEPIECE, HUGGINGFACE),
+        help="to insist on a type (default: told by the file)",
+    )
+    parser.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end each document with the end-of-document token (default: on)",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    args = parser.parse_args(argv)
+    return PreprocessOptions(
+        input=tuple(args.input),
+        output_prefix=args.output_prefix,
+        tokenizer_model=args.tokenizer_model,
+        tokenizer_type=args.tokenizer_type,
+        json_keys=tuple(args.json_keys),
+        append_eod=args.append_eod,
+        workers=args.workers,
+        overwrite=args.overwrite,
+    )
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process through its clean-up, with the usual exit code 143."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_args(argv)
+    try:
+        with exit_on_sigterm():
+            summaries = preprocess(options)
+    except MegasparseError as error:
+        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("preprocess_data.py: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    for summary in summaries:
+        sidecar = summary.sidecar
+        print(
+            f"{summary.prefix}: {sidecar.num_documents} documents, {sidecar.num_tokens} tokens "
+            f"({sidecar.dtype}), {summary.num_empty} empty documents left out"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

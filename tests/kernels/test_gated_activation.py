@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.kernels.poison import poison_new_tensors
 
 from megasparse.errors import KernelError
 from megasparse.kernels import geglu, swiglu
 from megasparse.kernels.gated_activation.layout import Plane, common_plane
+from tests.kernels.poison import poison_new_tensors
 
 BACKENDS = ["reference", "triton"]
 OPS = {

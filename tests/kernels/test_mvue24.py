@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from tests.kernels.poison import poison_new_tensors
 
 from megasparse.errors import KernelError
 from megasparse.kernels import mvue24
+from tests.kernels.poison import poison_new_tensors
 
 BACKENDS = ["reference", "triton"]
 SHAPES = [(64, 128), (4, 4), (1, 1), (7, 130), (129, 6), (3, 1028)]

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from tests.kernels.poison import poison_new_tensors
 
 from megasparse.errors import KernelError
 from megasparse.kernels import Packed24, pack24, unpack24
+from tests.kernels.poison import poison_new_tensors
 
 BACKENDS = ["reference", "triton"]
 E4M3 = torch.float8_e4m3fn

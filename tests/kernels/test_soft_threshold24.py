@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.kernels.mask_cases import BACKENDS, SHAPES, WIDE, assert_same_bits, poison_empty, weights
 
 from megasparse.errors import KernelError, NumericsError
 from megasparse.kernels import is_24, s_ste_scale, soft_threshold24
 from megasparse.kernels.soft_threshold24 import triton as soft_threshold24_triton
+from tests.kernels.mask_cases import BACKENDS, SHAPES, WIDE, assert_same_bits, poison_empty, weights
 
 # The interpreter computes inf - inf in lanes whose result is not used.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

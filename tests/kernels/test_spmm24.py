@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_pack24 import E4M3, sparse
 
 from megasparse.errors import KernelError
 from megasparse.kernels import pack24, spmm24
+from tests.kernels.test_pack24 import E4M3, sparse
 
 # Relative error of the whole result: rounding of the output, and of the sums in fp8 hardware.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}

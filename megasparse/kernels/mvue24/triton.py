@@ -1,4 +1,4 @@
-"""Triton kernels of `mvue24`: bit for bit the numbers of reference.py.
+"""Triton kernels of `mvue24`: the draws of reference.py; exact magnitudes are equal bit for bit.
 
 One pass: a thread loads 16 bytes (eight 16-bit gradients) at a time, holds whole groups of four in
 registers and draws one Philox block for each. Groups along the rows in memory read four rows of

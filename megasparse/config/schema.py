@@ -169,6 +169,11 @@ class SparsityConfig:
         None, "share of the steps that is dense at the end (FST's paper: 1/6)",
         at_least=0.0, below=1.0,
     )  # fmt: skip
+    simulate_fp8: bool = option(
+        False,
+        "round operands of sparse layers to FP8 as S-STE's paper does (e4m3 forward, e5m2 "
+        "backward); for its numerics, without speed",
+    )
     track_flip_rate: bool = option(
         True, "measure flip rates in dense phases too (masks are computed, not applied)"
     )

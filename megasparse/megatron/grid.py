@@ -45,6 +45,12 @@ class Grid:
             dist.all_reduce(tensor, group=self.tp_group)
         return tensor
 
+    def max_over_tp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest value over the tensor-parallel group, in place."""
+        if self.tp_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.tp_group)
+        return tensor
+
     def mean_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean over the data-parallel group, in place."""
         if self.dp_size > 1:

@@ -22,6 +22,7 @@ def sparsify(
     patterns: Sequence[str],
     clock: Clock,
     reduce: Reduce | None = None,
+    reduce_max: Reduce | None = None,
     monitor: bool = True,
 ) -> SparsityController:
     """Give every linear whose name matches a pattern the recipe's sparsity state.
@@ -31,7 +32,7 @@ def sparsify(
         recipe: a dense one leaves all layers as they are.
         patterns: shell patterns of module names, e.g. `*.mlp.linear_fc1`.
         clock: the run's; shared with the layers.
-        reduce: sums over the tensor-parallel group.
+        reduce, reduce_max: sum and largest over the tensor-parallel group.
         monitor: keep masks and flips up to date in dense phases.
 
     Raises:
@@ -55,7 +56,7 @@ def sparsify(
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             continue
         _check_blocks(name, module)
-        state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce)
+        state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce, reduce_max)
         module.make_sparse(state, controller, number)
     return controller
 

@@ -21,7 +21,12 @@ from megasparse.kernels import (
 )
 from megasparse.kernels.patterns import decode_patterns, encode_patterns
 from megasparse.sparsity import schedule
-from megasparse.sparsity.gemms import DenseGemms, LinearGemms, ReferenceSparseGemms
+from megasparse.sparsity.gemms import (
+    DenseGemms,
+    LinearGemms,
+    ReferenceSparseGemms,
+    SimulatedFp8Gemms,
+)
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
 
@@ -40,10 +45,16 @@ class SparseWeight(torch.nn.Module):
         recipe: what is done to the weight.
         shard: where the local weight lies in the whole.
         reduce: sums over the tensor-parallel group (the scale's dot products).
+        reduce_max: largest over the tensor-parallel group (FP8 scales).
     """
 
     def __init__(
-        self, name: str, recipe: SparsityRecipe, shard: WeightShard, reduce: Reduce | None = None
+        self,
+        name: str,
+        recipe: SparsityRecipe,
+        shard: WeightShard,
+        reduce: Reduce | None = None,
+        reduce_max: Reduce | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -56,6 +67,7 @@ class SparseWeight(torch.nn.Module):
         self.refreshes = 0
         self.preparations = 0  # times operands were built: once an optimizer step
         self._reduce = reduce
+        self._reduce_max = reduce_max
         self._operands: tuple[tuple[int, bool], LinearGemms] | None = None
         self._nan_flag: torch.Tensor | None = None
 
@@ -82,9 +94,10 @@ class SparseWeight(torch.nn.Module):
         self.preparations += 1
         if not sparse:
             return DenseGemms(weight)
-        return ReferenceSparseGemms(
-            self.effective(weight), self.recipe.mvue, self.shard.sections(0)
-        )
+        effective, channels = self.effective(weight), self.shard.sections(0)
+        if self.recipe.simulate_fp8:
+            return SimulatedFp8Gemms(effective, self.recipe.mvue, channels, self._reduce_max)
+        return ReferenceSparseGemms(effective, self.recipe.mvue, channels)
 
     def effective(self, weight: torch.Tensor) -> torch.Tensor:
         """W~ `(N, K)` of a sparse phase: `W o M`, or `beta * S(W)` (S-STE eq. of section 2.2)."""

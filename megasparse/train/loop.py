@@ -35,6 +35,7 @@ def recipe_of(config: RunConfig) -> SparsityRecipe:
         mvue=sparsity.mvue,
         dense_warmup_fraction=sparsity.dense_warmup_fraction,
         dense_tail_fraction=sparsity.dense_tail_fraction,
+        simulate_fp8=sparsity.simulate_fp8,
     )
 
 
@@ -59,6 +60,7 @@ class Trainer:
             config.sparsity.sparse_layers,
             Clock(config.train.seed, config.train.train_iters),
             reduce=grid.sum_over_tp,
+            reduce_max=grid.max_over_tp,
             monitor=config.sparsity.track_flip_rate,
         )
         self.engine = Engine(config, grid, model, self.controller)

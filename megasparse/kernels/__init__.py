@@ -16,5 +16,6 @@ from megasparse.kernels.prune24 import prune24_mask as prune24_mask
 from megasparse.kernels.random import derive_seed as derive_seed
 from megasparse.kernels.soft_threshold24 import s_ste_scale as s_ste_scale
 from megasparse.kernels.soft_threshold24 import soft_threshold24 as soft_threshold24
+from megasparse.kernels.spmm24 import matmul24 as matmul24
 from megasparse.kernels.spmm24 import spmm24 as spmm24
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megasparse.errors import NumericsError
+from megasparse.errors import KernelError, NumericsError
 from megasparse.kernels import derive_seed
 from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -92,6 +92,8 @@ class SparsityController:
         for state, weight in self.weights:
             if state.nan_seen():
                 raise NumericsError(f"NaN in the weight {state.name}, found while it was pruned")
+            if state.not_24_seen():
+                raise KernelError(f"an operand packed for {state.name} was not 2:4")
             used = state.effective(weight.detach()) if self.sparse_now else weight.detach()
             reports.append(
                 LayerReport(

@@ -20,7 +20,8 @@ from megasparse.kernels import (
     transposable24_mask,
 )
 from megasparse.kernels.patterns import decode_patterns, encode_patterns
-from megasparse.sparsity import schedule
+from megasparse.log import log_once
+from megasparse.sparsity import packed_gemms, schedule
 from megasparse.sparsity.gemms import (
     DenseGemms,
     LinearGemms,
@@ -70,6 +71,7 @@ class SparseWeight(torch.nn.Module):
         self._reduce_max = reduce_max
         self._operands: tuple[tuple[int, bool], LinearGemms] | None = None
         self._nan_flag: torch.Tensor | None = None
+        self._error_flag: torch.Tensor | None = None
 
     def gemms(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
         """The GEMMs of `step`, built at its first use.
@@ -97,6 +99,15 @@ class SparseWeight(torch.nn.Module):
         effective, channels = self.effective(weight), self.shard.sections(0)
         if self.recipe.simulate_fp8:
             return SimulatedFp8Gemms(effective, self.recipe.mvue, channels, self._reduce_max)
+        reason = packed_gemms.refusal(weight, self.recipe)
+        if reason is None:
+            if self._error_flag is None:
+                self._error_flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
+            return packed_gemms.PackedSparseGemms(
+                effective, self.recipe.mvue, channels, self.recipe.transposable, self._error_flag
+            )
+        if weight.is_cuda:
+            log_once("%s: sparse GEMMs are computed densely: %s", self.name, reason)
         return ReferenceSparseGemms(effective, self.recipe.mvue, channels)
 
     def effective(self, weight: torch.Tensor) -> torch.Tensor:
@@ -114,6 +125,10 @@ class SparseWeight(torch.nn.Module):
     def nan_seen(self) -> bool:
         """Whether a NaN was found in the weight since the start (synchronises on a GPU)."""
         return self._nan_flag is not None and bool(self._nan_flag.item())
+
+    def not_24_seen(self) -> bool:
+        """Whether an operand that was packed was not 2:4 (synchronises; a defect, not bad data)."""
+        return self._error_flag is not None and bool(self._error_flag.item())
 
     def _flag(self, weight: torch.Tensor) -> torch.Tensor | None:
         if not weight.is_cuda:

@@ -50,3 +50,27 @@ def spmm24(
         return x.new_empty((0, packed.shape[0]), dtype=out_dtype)
     implementation = cusparselt if name == "cusparselt" else reference
     return implementation.spmm24(packed, x, out_dtype)
+
+
+@torch.no_grad()
+def matmul24(packed: Packed24, b: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """W @ b with W (N, K) packed 2:4: the weight gradient's GEMM, dW = MVUE(dZ^T) X.
+
+    Args:
+        packed: W as `pack24` made it.
+        b: (K, M), row-major; on cuSPARSELt the 16-bit dtype of `packed`.
+        backend: None, "reference" or "cusparselt" (CUDA tensors).
+
+    Returns: (N, M) in b's dtype, accumulated in float32, outside autograd.
+
+    Raises: KernelError when shapes, dtypes or devices do not fit or the backend cannot run.
+    """
+    if b.dim() != 2 or b.shape[0] != packed.shape[1]:
+        raise KernelError(
+            f"matmul24: b has shape {tuple(b.shape)}, expected ({packed.shape[1]}, columns)"
+        )
+    if b.device != packed.values.device:
+        raise KernelError(f"matmul24: b is on {b.device}, expected {packed.values.device}")
+    name = dispatch.resolve("matmul24", b, backend, fast="cusparselt")
+    implementation = cusparselt if name == "cusparselt" else reference
+    return implementation.matmul24(packed, b)

@@ -42,3 +42,19 @@ def spmm24(packed: Packed24, x: torch.Tensor, out_dtype: torch.dtype) -> torch.T
         transpose_result=True,
     )
     return out[:tokens]
+
+
+def matmul24(packed: Packed24, b: torch.Tensor) -> torch.Tensor:
+    """W (N, K) times b (K, M), 16-bit; see `megasparse.kernels.matmul24`."""
+    if b.dtype != packed.dtype or packed.dtype == E4M3:
+        raise KernelError(
+            f"matmul24: b is {b.dtype} and the packed matrix {packed.dtype}, expected the same "
+            "16-bit dtype for cusparselt"
+        )
+    columns = b.shape[1]
+    missing = -columns % 8
+    if missing:
+        b = pad(b, (0, missing))
+    rows = packed.shape[0]
+    out = torch._cslt_sparse_mm(packed.buffer.view(packed.dtype).view(rows, -1), b.contiguous())
+    return out[:, :columns]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels import matmul24, mvue24, pack24, spmm24
+from megasparse.kernels import matmul24, pack24, spmm24
 from megasparse.sparsity.gemms import ReferenceSparseGemms
 from megasparse.sparsity.recipe import Mvue, SparsityRecipe
 from megasparse.sparsity.shard import Section

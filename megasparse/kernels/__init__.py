@@ -5,6 +5,7 @@ from megasparse.kernels.gated_activation import swiglu as swiglu
 from megasparse.kernels.masked_decay import count_flips as count_flips
 from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
 from megasparse.kernels.mvue24 import mvue24 as mvue24
+from megasparse.kernels.mvue_pack24 import mvue_pack24 as mvue_pack24
 from megasparse.kernels.pack24 import pack24 as pack24
 from megasparse.kernels.pack24 import unpack24 as unpack24
 from megasparse.kernels.packed24 import Packed24 as Packed24

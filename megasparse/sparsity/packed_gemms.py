@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels import matmul24, pack24, spmm24
+from megasparse.kernels import matmul24, mvue_pack24, pack24, spmm24
 from megasparse.sparsity.gemms import ReferenceSparseGemms
 from megasparse.sparsity.recipe import Mvue, SparsityRecipe
 from megasparse.sparsity.shard import Section
@@ -72,9 +72,12 @@ class PackedSparseGemms(ReferenceSparseGemms):
     def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
         if self._mvue == "off":
             return super().grad_weight(dz_TN, x_TK, seed)
-        dz_NT = self._prune_along_tokens(dz_TN, seed).t()
-        missing = -dz_NT.shape[1] % ALIGNMENT  # tokens of zeros add nothing
-        if missing:
-            dz_NT = torch.nn.functional.pad(dz_NT, (0, missing))
-            x_TK = torch.nn.functional.pad(x_TK, (0, 0, 0, missing))
-        return matmul24(pack24(dz_NT.contiguous(), error_flag=self._error_flag), x_TK)
+        packed = mvue_pack24(
+            dz_TN,
+            seed=seed,
+            channels=tuple((s.local_start, s.global_start, s.length) for s in self._channels),
+            exact=self._mvue == "exact",
+            error_flag=self._error_flag,
+        )
+        missing = packed.shape[1] - x_TK.shape[0]  # tokens of zeros add nothing
+        return matmul24(packed, torch.nn.functional.pad(x_TK, (0, 0, 0, missing)))

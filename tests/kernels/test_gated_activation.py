@@ -132,8 +132,8 @@ def test_common_plane():
     assert common_plane(torch.empty(4, 3, 16)[::2, :, :8], deep[..., :8]) is None
 
 
-def test_refusals():
-    x = torch.ones(4, 4)
+def test_refusals(device):
+    x = torch.ones(4, 4, device=device)
     with pytest.raises(KernelError, match="expected the same"):
         swiglu(x, x[:2])
     with pytest.raises(KernelError, match="expected the same"):

@@ -29,7 +29,8 @@ def spmm24(
             (8-bit) on cuSPARSELt.
         out_dtype: x's dtype by default; bfloat16 for an e4m3 x, whose own scale, if it has one, is
             the caller's to apply.
-        backend: None, "reference" or "cusparselt" (CUDA tensors).
+        backend: None, "reference" or "cusparselt" (CUDA tensors). With an e4m3 `packed` cuSPARSELt
+            reads the scale on the host, which waits for the device.
 
     Returns: (T, N), row-major, outside autograd.
 

@@ -4,8 +4,12 @@ The library multiplies sparse (N, K) by dense (K, T). Its result is asked for tr
 makes the (T, N) that torch wants row-major without a copy. Traps of the wrapper (torch 2.11,
 cuSPARSELt 0.8): an e5m2 operand is read as e4m3 without an error, so both dtypes are checked here;
 8-bit operands must both run along K, which x.t() of a row-major x does; T must be a multiple of 16
-bytes of x; a one-element `alpha` is read on the host, which waits for the device, so the scale goes
-in as a vector, one element an output feature.
+bytes of x.
+
+An e4m3 call waits for the device: the scale goes in as `alpha`, and the wrapper reads a one-element
+alpha on the host, after everything queued before it. The library refuses a vector of alphas (which
+would stay on the device) for 8-bit operands: "operation not supported ... ALPHA_VECTOR_SCALING".
+16-bit calls pass no alpha and do not wait.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ def spmm24(packed: Packed24, x: torch.Tensor, out_dtype: torch.dtype) -> torch.T
     out = torch._cslt_sparse_mm(
         packed.buffer.view(packed.dtype).view(rows, -1),
         x.contiguous().t(),
-        alpha=packed.scale.expand(rows).contiguous() if eight_bit else None,
+        alpha=packed.scale.reshape(1) if eight_bit else None,
         out_dtype=out_dtype if eight_bit else None,
         transpose_result=True,
     )

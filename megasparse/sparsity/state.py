@@ -96,19 +96,24 @@ class SparseWeight(torch.nn.Module):
         self.preparations += 1
         if not sparse:
             return DenseGemms(weight)
-        effective, channels = self.effective(weight), self.shard.sections(0)
-        if self.recipe.simulate_fp8:
-            return SimulatedFp8Gemms(effective, self.recipe.mvue, channels, self._reduce_max)
-        reason = packed_gemms.refusal(weight, self.recipe)
+        return self._sparse_gemms(weight)
+
+    def _sparse_gemms(self, weight: torch.Tensor) -> LinearGemms:
+        """The best implementation that can compute this weight's sparse phase."""
+        recipe, channels = self.recipe, self.shard.sections(0)
+        reason = packed_gemms.refusal(weight, recipe, channels)
         if reason is None:
             if self._error_flag is None:
                 self._error_flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
             return packed_gemms.PackedSparseGemms(
-                effective, self.recipe.mvue, channels, self.recipe.transposable, self._error_flag
+                lambda: self.effective(weight), recipe, channels, self._error_flag
             )
         if weight.is_cuda:
-            log_once("%s: sparse GEMMs are computed densely: %s", self.name, reason)
-        return ReferenceSparseGemms(effective, self.recipe.mvue, channels)
+            log_once("2:4 layers computed by dense GEMMs: %s", reason)
+        effective = self.effective(weight)
+        if recipe.simulate_fp8:
+            return SimulatedFp8Gemms(effective, recipe.mvue, channels, self._reduce_max)
+        return ReferenceSparseGemms(effective, recipe.mvue, channels)
 
     def effective(self, weight: torch.Tensor) -> torch.Tensor:
         """W~ `(N, K)` of a sparse phase: `W o M`, or `beta * S(W)` (S-STE eq. of section 2.2)."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megasparse.kernels import prune24_mask, transposable24_mask
+from megasparse.sparsity.gemm_choice import GemmChooser
 from megasparse.sparsity.gemms import ReferenceSparseGemms
 from megasparse.sparsity.packed_gemms import PackedSparseGemms, refusal
 from megasparse.sparsity.recipe import make_recipe
@@ -14,18 +15,21 @@ from megasparse.sparsity.shard import Section
 
 def test_refusals_name_the_reason():
     recipe = make_recipe("fst")
-    assert refusal(torch.zeros(64, 64, dtype=torch.bfloat16), recipe) == "the weight is on cpu"
+    weight = torch.zeros(64, 64, dtype=torch.bfloat16)
+    assert refusal(weight, recipe, (Section(0, 0, 64),)) == "the weight is on cpu"
 
 
 @pytest.mark.gpu
 def test_refusals_on_a_gpu(device):
     recipe = make_recipe("fst")
-    assert "float32" in refusal(torch.zeros(64, 64, device=device), recipe)
-    small = torch.zeros(32, 64, device=device, dtype=torch.bfloat16)
-    assert "multiples of 64" in refusal(small, recipe)
-    fp8 = make_recipe("s_ste", simulate_fp8=True)
-    assert "simulate_fp8" in refusal(torch.zeros(64, 64, device=device).bfloat16(), fp8)
-    assert refusal(torch.zeros(64, 64, device=device).bfloat16(), recipe) is None
+    whole = (Section(0, 0, 64),)
+    weight = torch.zeros(64, 64, device=device).bfloat16()
+    assert "float32" in refusal(weight.float(), recipe, whole)
+    assert "multiples of 64" in refusal(weight[:32], recipe, (Section(0, 0, 32),))
+    halves = (Section(0, 0, 32), Section(32, 0, 32))
+    assert "multiples of 64" in refusal(weight, recipe, halves)
+    assert "simulate_fp8" in refusal(weight, make_recipe("s_ste", simulate_fp8=True), whole)
+    assert refusal(weight, recipe, whole) is None
 
 
 @pytest.mark.gpu
@@ -39,7 +43,8 @@ def test_equal_to_the_reference(device, transposable, mvue, tokens):
     effective = torch.where(mask, w, torch.zeros((), device=device, dtype=w.dtype))
     channels = (Section(0, 0, 128), Section(128, 512, 128))
     flag = torch.zeros(1, dtype=torch.int32, device=device)
-    packed = PackedSparseGemms(effective, mvue, channels, transposable, flag)
+    recipe = make_recipe("fst" if transposable else "ste", mvue=mvue)
+    packed = PackedSparseGemms(lambda: effective, recipe, channels, flag, GemmChooser(None))
     reference = ReferenceSparseGemms(effective.double(), mvue, channels)
     x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16)
     dz = torch.randn(tokens, n, device=device, dtype=torch.bfloat16)
@@ -60,5 +65,22 @@ def test_equal_to_the_reference(device, transposable, mvue, tokens):
 def test_an_operand_that_is_not_24_is_flagged(device):
     flag = torch.zeros(1, dtype=torch.int32, device=device)
     w = torch.randn(64, 64, device=device, dtype=torch.bfloat16)
-    PackedSparseGemms(w, "off", (Section(0, 0, 64),), False, flag)
+    PackedSparseGemms(lambda: w, make_recipe("ste"), (Section(0, 0, 64),), flag, GemmChooser(None))
     assert int(flag) == 1
+
+
+@pytest.mark.gpu
+def test_large_shapes_are_tuned_once_and_remembered(device, tmp_path):
+    path = tmp_path / "gemms.json"
+    w = torch.randn(1024, 1024, device=device, dtype=torch.bfloat16)
+    w = torch.where(transposable24_mask(w), w, torch.zeros((), device=device, dtype=w.dtype))
+    x = torch.randn(2048, 1024, device=device, dtype=torch.bfloat16)
+    flag = torch.zeros(1, dtype=torch.int32, device=device)
+    channels = (Section(0, 0, 1024),)
+    for _ in range(2):
+        chooser = GemmChooser(path)
+        gemms = PackedSparseGemms(lambda: w, make_recipe("fst"), channels, flag, chooser)
+        z = gemms.output(x)
+        assert float((z.double() - x.double() @ w.double().t()).norm() / z.double().norm()) < 4e-3
+        (key,) = GemmChooser(path)._choices
+        assert key == "T 2048, N 1024, K 1024, torch.bfloat16"

@@ -18,6 +18,7 @@ def spmm24(
     x: torch.Tensor,
     *,
     out_dtype: torch.dtype | None = None,
+    algorithm: int = 0,
     backend: str | None = None,
 ) -> torch.Tensor:
     """x @ W^T with W (N, K) packed 2:4, its scale included; accumulation in float32.
@@ -29,6 +30,7 @@ def spmm24(
             (8-bit) on cuSPARSELt.
         out_dtype: x's dtype by default; bfloat16 for an e4m3 x, whose own scale, if it has one, is
             the caller's to apply.
+        algorithm: of cuSPARSELt; one that it does not have raises RuntimeError.
         backend: None, "reference" or "cusparselt" (CUDA tensors). With an e4m3 `packed` cuSPARSELt
             reads the scale on the host, which waits for the device.
 
@@ -50,16 +52,19 @@ def spmm24(
     if x.shape[0] == 0:
         return x.new_empty((0, packed.shape[0]), dtype=out_dtype)
     implementation = cusparselt if name == "cusparselt" else reference
-    return implementation.spmm24(packed, x, out_dtype)
+    return implementation.spmm24(packed, x, out_dtype, algorithm)
 
 
 @torch.no_grad()
-def matmul24(packed: Packed24, b: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+def matmul24(
+    packed: Packed24, b: torch.Tensor, *, algorithm: int = 0, backend: str | None = None
+) -> torch.Tensor:
     """W @ b with W (N, K) packed 2:4: the weight gradient's GEMM, dW = MVUE(dZ^T) X.
 
     Args:
         packed: W as `pack24` made it.
         b: (K, M), row-major; on cuSPARSELt the 16-bit dtype of `packed`.
+        algorithm: of cuSPARSELt.
         backend: None, "reference" or "cusparselt" (CUDA tensors).
 
     Returns: (N, M) in b's dtype, accumulated in float32, outside autograd.
@@ -74,4 +79,4 @@ def matmul24(packed: Packed24, b: torch.Tensor, *, backend: str | None = None) -
         raise KernelError(f"matmul24: b is on {b.device}, expected {packed.values.device}")
     name = dispatch.resolve("matmul24", b, backend, fast="cusparselt")
     implementation = cusparselt if name == "cusparselt" else reference
-    return implementation.matmul24(packed, b)
+    return implementation.matmul24(packed, b, algorithm)

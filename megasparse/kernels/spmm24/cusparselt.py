@@ -21,7 +21,9 @@ from megasparse.errors import KernelError
 from megasparse.kernels.packed24 import E4M3, Packed24
 
 
-def spmm24(packed: Packed24, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+def spmm24(
+    packed: Packed24, x: torch.Tensor, out_dtype: torch.dtype, algorithm: int
+) -> torch.Tensor:
     """x (T, K) times W^T as (T, N) of `out_dtype`; see `megasparse.kernels.spmm24`."""
     if x.dtype != packed.dtype:
         raise KernelError(
@@ -44,11 +46,12 @@ def spmm24(packed: Packed24, x: torch.Tensor, out_dtype: torch.dtype) -> torch.T
         alpha=packed.scale.reshape(1) if eight_bit else None,
         out_dtype=out_dtype if eight_bit else None,
         transpose_result=True,
+        alg_id=algorithm,
     )
     return out[:tokens]
 
 
-def matmul24(packed: Packed24, b: torch.Tensor) -> torch.Tensor:
+def matmul24(packed: Packed24, b: torch.Tensor, algorithm: int) -> torch.Tensor:
     """W (N, K) times b (K, M), 16-bit; see `megasparse.kernels.matmul24`."""
     if b.dtype != packed.dtype or packed.dtype == E4M3:
         raise KernelError(
@@ -60,5 +63,7 @@ def matmul24(packed: Packed24, b: torch.Tensor) -> torch.Tensor:
     if missing:
         b = pad(b, (0, missing))
     rows = packed.shape[0]
-    out = torch._cslt_sparse_mm(packed.buffer.view(packed.dtype).view(rows, -1), b.contiguous())
+    out = torch._cslt_sparse_mm(
+        packed.buffer.view(packed.dtype).view(rows, -1), b.contiguous(), alg_id=algorithm
+    )
     return out[:, :columns]

@@ -54,7 +54,8 @@ class SparseWeight(torch.nn.Module):
         self.flips: torch.Tensor | None = None  # int64 0-d: entries that the last refresh changed
         self.last_refresh = -1  # step of the last refresh
         self.refreshes = 0
-        self.preparations = 0  # times operands were built: once an optimizer step
+        self.prepared_step = -1  # step that the operands were last built for
+        self.preparations = 0  # times they were built for it: once
         self._reduce = reduce
         self._operands: tuple[tuple[int, bool], LinearGemms] | None = None
         self._nan_flag: torch.Tensor | None = None
@@ -79,7 +80,8 @@ class SparseWeight(torch.nn.Module):
     def _prepare(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
         if (sparse or monitor) and schedule.refresh_due(self.recipe, step, self.last_refresh):
             self._refresh(weight, step)
-        self.preparations += 1
+        self.preparations = self.preparations + 1 if step == self.prepared_step else 1
+        self.prepared_step = step
         if not sparse:
             return DenseGemms(weight)
         return ReferenceSparseGemms(

@@ -1,4 +1,4 @@
-"""Defaults < YAML file < flags, strictly: an unknown key or a wrong type is an error.
+"""Defaults < YAML file (with its `base`) < flags, strictly: unknown keys, wrong types are errors.
 
 A `RunConfig` is built from three sources, each overriding the one before. Errors name the key, what
 was found, what was expected and, for an unknown name, the nearest valid one.
@@ -179,7 +179,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _apply_yaml(config: RunConfig, path: Path) -> None:
+def _apply_yaml(config: RunConfig, path: Path, including: tuple[Path, ...] = ()) -> None:
+    """Apply a file; `base: OTHER.yaml` (beside it) is applied first."""
+    if path.resolve() in including:
+        raise ConfigError(f"{path}: includes itself by 'base'")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -192,6 +195,11 @@ def _apply_yaml(config: RunConfig, path: Path) -> None:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found {type(tree).__name__}, expected groups of settings")
+    base = tree.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: base: found {base!r}, expected the name of a YAML file")
+        _apply_yaml(config, path.parent / base, (*including, path.resolve()))
     _apply_tree(config, tree, str(path))
 
 
@@ -208,7 +216,7 @@ def _apply_tree(config: RunConfig, tree: dict[str, Any], source: str) -> None:
         if not isinstance(section, dict):
             raise ConfigError(f"{source}: group {group!r} holds {section!r}, expected settings")
         for key, value in section.items():
-            info = FIELDS.get(ALIASES.get(key, key))
+            info = FIELDS.get(ALIASES.get(str(key), str(key)))
             if info is None:
                 raise ConfigError(f"{source}: unknown key {group}.{key}{_nearest(str(key))}")
             if info.group != group:

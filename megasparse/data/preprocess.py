@@ -2,20 +2,13 @@
 
 The parent reads lines and hands out batches of about `BATCH_BYTES`; workers parse and tokenize;
 the parent writes in the order of the input, so that any number of workers gives the same bytes.
-At most `IN_FLIGHT` batches per worker are under way. A worker that dies ends the run with an error.
+The workers never get far ahead of the writing, and one that dies ends the run (`workers.py`).
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +21,11 @@ from megasparse.data.indexed_writer import IndexedDatasetWriter, Provenance
 from megasparse.data.jsonl import parse_line, read_lines
 from megasparse.data.sidecar import Sidecar, bin_path, idx_path, sidecar_path
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
+from megasparse.data.workers import ordered_map
 from megasparse.errors import DataError
 from megasparse.progress import progress
 
 BATCH_BYTES = 1 << 18
-IN_FLIGHT = 4
 
 
 @dataclass(frozen=True)
@@ -85,6 +78,9 @@ class _Tokens:
     tokens: np.ndarray  # (T,) in the dataset's dtype
     lengths: list[int]
     num_empty: int
+
+
+_Work = Callable[[_Batch], tuple[int, list[_Tokens]]]
 
 
 def dataset_prefix(output_prefix: str, key: str) -> str:
@@ -214,72 +210,24 @@ def _tokenized(
     """Bytes read and results of each batch, in the order of the input."""
     batches = _batches(options.input)
     if options.workers == 1:
-        yield (
-            (batch.num_bytes, _tokenize(batch, options.json_keys, tokenizer, options.append_eod))
-            for batch in batches
-        )
+        yield map(_work_with(options, tokenizer), batches)
         return
-    pool = ProcessPoolExecutor(
-        options.workers,
-        # A child of "spawn" shares nothing with the parent's threads.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(options, tokenizer.digest),
-    )
-    try:
-        yield _in_order(pool, batches, IN_FLIGHT * options.workers)
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a worker process died (of {options.workers}); was it killed, or is memory too small?"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    arguments = (options, tokenizer.digest)
+    with ordered_map(_start_worker, arguments, options.workers) as run:
+        yield run(batches)
 
 
-def _in_order(
-    pool: ProcessPoolExecutor, batches: Iterator[_Batch], window: int
-) -> Iterator[tuple[int, list[_Tokens]]]:
-    pending: deque[tuple[int, Future]] = deque()
-    for batch in batches:
-        pending.append((batch.num_bytes, pool.submit(_work, batch)))
-        if len(pending) >= window:
-            num_bytes, future = pending.popleft()
-            yield num_bytes, future.result()
-    for num_bytes, future in pending:
-        yield num_bytes, future.result()
+def _work_with(options: PreprocessOptions, tokenizer: Tokenizer) -> _Work:
+    def work(batch: _Batch) -> tuple[int, list[_Tokens]]:
+        tokens = _tokenize(batch, options.json_keys, tokenizer, options.append_eod)
+        return batch.num_bytes, tokens
+
+    return work
 
 
-@dataclass
-class _Worker:
-    """What a worker process keeps between batches."""
-
-    options: PreprocessOptions
-    tokenizer: Tokenizer
-
-
-_worker: _Worker | None = None  # of this process, which is a worker; never set in the parent
-
-
-def _start_worker(options: PreprocessOptions, digest: str) -> None:
-    """Initializer of a worker process."""
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends the workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+def _start_worker(options: PreprocessOptions, digest: str) -> _Work:
+    """What a worker process does with a batch; the parent has just probed the tokenizer."""
     tokenizer = load_tokenizer(options.tokenizer_model, options.tokenizer_type, probe=False)
     if tokenizer.digest != digest:
         raise DataError(f"{options.tokenizer_model}: changed while it was in use")
-    _worker = _Worker(options, tokenizer)
-
-
-def _exit_with_parent() -> None:
-    """End this worker when its parent is gone: nobody would stop it any more."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _work(batch: _Batch) -> list[_Tokens]:
-    assert _worker is not None  # set by the initializer
-    options = _worker.options
-    return _tokenize(batch, options.json_keys, _worker.tokenizer, options.append_eod)
+    return _work_with(options, tokenizer)

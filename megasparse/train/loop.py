@@ -174,6 +174,7 @@ class Trainer:
     def _find_checkpoint(self) -> checkpoint.CheckpointReader | None:
         """What the run starts from: nothing, or a verified checkpoint of the same run."""
         settings = self.config.checkpoint
+        reader: checkpoint.CheckpointReader | None
         if settings.load is not None:
             reader = self.grid.first_rank_first(lambda: _require(Path(settings.load or "")))
         elif settings.resume:
@@ -184,7 +185,7 @@ class Trainer:
                 "--resume, or choose another --run-dir"
             )
         else:
-            reader = None
+            return None
         if reader is not None:
             _check_same_run(reader, self.config, self.data.digests)
         return reader

@@ -84,33 +84,6 @@ def test_batches_hold_all_lines_in_order_and_few_bytes(
     assert all(sum(len(line) + 1 for _, line in batch.lines[:-1]) < 5000 for batch in batches)
 
 
-def test_reading_is_never_far_ahead_of_writing() -> None:
-    """With `multiprocessing.Pool.imap` the whole input would be queued in memory."""
-
-    class Done:
-        def __init__(self, value: object) -> None:
-            self.value = value
-
-        def result(self) -> object:
-            return self.value
-
-    class Pool:
-        def submit(self, function: object, batch: object) -> Done:
-            return Done(batch)
-
-    read = 0
-
-    def batches():
-        nonlocal read
-        for number in range(100):
-            read += 1
-            yield pre._Batch("f", [(number, b"")], number)
-
-    for written, (num_bytes, batch) in enumerate(pre._in_order(Pool(), batches(), 8)):
-        assert num_bytes == batch.num_bytes == written
-        assert read - written <= 8
-
-
 def test_several_keys_make_several_datasets(tmp_path: Path, model_file: Path) -> None:
     content = lines({"a": "one", "b": "x", "c": 5}, {"a": "", "b": "y"}, {"a": "two", "b": "z"})
     first, second = run(tmp_path, model_file, content, json_keys=("a", "b"))

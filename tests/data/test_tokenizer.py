@@ -190,7 +190,8 @@ def test_hanging_library_is_an_error_here(
 def test_current_directory_does_not_shadow_the_libraries(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "sentencepiece.py").write_text("raise SystemExit('wrong module')")
+    for name in ("sentencepiece.py", "resource.py"):
+        (tmp_path / name).write_text("raise SystemExit('wrong module')")
     monkeypatch.chdir(tmp_path)
     assert tok.load_tokenizer(model_file).vocab_size == 600
 

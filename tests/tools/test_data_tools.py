@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +23,7 @@ from megasparse.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 60
+started: list[subprocess.Popen] = []  # by the running test
 
 
 def load(name: str) -> ModuleType:
@@ -57,17 +58,30 @@ def prepare(file_limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
 
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """End what a failed test leaves running."""
+    yield
+    while started:
+        process = started.pop()
+        process.kill()
+        process.communicate()
+
+
 def start(command: list[str], file_limit: int = resource.RLIM_INFINITY) -> subprocess.Popen:
     """Start a tool as a process of its own, with SIGINT as in a terminal (CI may ignore it)."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / command[0]), *command[1:]],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         preexec_fn=lambda: prepare(file_limit),
     )
+    started.append(process)
+    return process
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -206,6 +220,12 @@ def alive(process_id: int) -> bool:
         return False
 
 
+def ignores_sigint(process_id: int) -> bool:
+    status = Path(f"/proc/{process_id}/status").read_text()
+    ignored = next(line for line in status.splitlines() if line.startswith("SigIgn:"))
+    return bool(int(ignored.split()[1], 16) & 1 << (signal.SIGINT - 1))
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_terminated_run_leaves_nothing(
@@ -214,7 +234,11 @@ def test_terminated_run_leaves_nothing(
     process = start_long(made, long_input, tmp_path / "out", workers)
     children = workers_of(process)
     assert len(children) == (workers if workers > 1 else 0)
-    process.send_signal(number)
+    if number == signal.SIGINT:  # Ctrl-C goes to all processes of the terminal
+        wait_until(lambda: all(map(ignores_sigint, children)), "the workers are ready")
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     _, error = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == code and "Traceback" not in error
     assert list((tmp_path / "out").iterdir()) == []
@@ -230,7 +254,8 @@ def test_killed_run_leaves_no_dataset_and_no_workers(
     process.kill()
     process.wait(timeout=TIMEOUT_SECONDS)
     wait_until(lambda: not any(map(alive, children)), "the workers end")
-    process.communicate(timeout=TIMEOUT_SECONDS)  # ends, since no worker holds the pipes
+    _, error = process.communicate(timeout=TIMEOUT_SECONDS)  # ends: no worker holds the pipes
+    assert "Traceback" not in error
     left = [path.name for path in (tmp_path / "out").iterdir()]
     assert left and all(name.startswith(".") and name.endswith(".tmp") for name in left)
     assert load("preprocess_data").main(arguments(made, tmp_path / "out" / "d")) == 0

@@ -20,20 +20,42 @@ GROUP = 4
 WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_DTYPES = (*WIDE_DTYPES, torch.float8_e4m3fn)
 
+# What the device functions in `triton.py` call the entries.
+KINDS = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "e4m3",
+    torch.bool: "bool",
+}
+
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Elements (of whatever the kernel counts) and warps per Triton program."""
+    """Work items (whatever the kernel counts) and warps per Triton program."""
 
     block: int
     num_warps: int
 
 
-def launch_for(gpu: Launch) -> Launch:
-    """`gpu` on a GPU; few large programs in the interpreter, whose cost is per program."""
-    return Launch(1 << 16, 4) if dispatch.INTERPRETING else gpu
+@dataclass(frozen=True)
+class Launches:
+    """A kernel's launch parameters on a GPU, for 32-bit entries and for narrower ones.
+
+    A group of 4 is 16 bytes at 32 bits, the widest load; where a 1-byte mask is written as well,
+    one group a thread avoids a change of layout. Narrower groups want two or more a thread.
+    """
+
+    wide: Launch
+    narrow: Launch
+
+    def pick(self, w: torch.Tensor) -> Launch:
+        """The launch for `w`; in the interpreter, whose cost is per program, a large one."""
+        if dispatch.INTERPRETING:
+            return Launch(1 << 12, 4)
+        return self.wide if w.itemsize == 4 else self.narrow
 
 
 def check_groups(
@@ -63,7 +85,7 @@ def run_pruning(
     backend: str | None,
     nan_flag: torch.Tensor | None,
     reference: Callable[[torch.Tensor], Result],
-    kernel: Callable[[torch.Tensor, torch.Tensor], Result] | None = None,
+    kernel: Callable[[torch.Tensor, torch.Tensor], Result],
 ) -> Result:
     """Run `reference(w)` or `kernel(w, flag)` under the NaN law of this module.
 
@@ -74,11 +96,12 @@ def run_pruning(
     w = w.detach()
     if nan_flag is not None:
         _check_flag(op, w, nan_flag)
-    if dispatch.resolve(op, w, backend) == "triton" and kernel is not None:
+    if dispatch.resolve(op, w, backend) == "triton":
         flag = nan_flag
         if flag is None:
             flag = torch.zeros(1, dtype=torch.int32, device=w.device)
-        result = kernel(w, flag)
+        with torch.cuda.device_of(w):  # Triton launches on the current device
+            result = kernel(w, flag)
         if nan_flag is None and flag.item():
             raise _nan_error(op, w)
         return result
@@ -88,6 +111,20 @@ def run_pruning(
     elif found.item():
         raise _nan_error(op, w)
     return reference(w)
+
+
+def group_words(w: torch.Tensor) -> torch.Tensor:
+    """`w` as flat integers, for kernels: a group of 4 is two int64 (32-bit entries), one int64
+    (16-bit) or one int32 (8-bit).
+
+    `w`'s size is a multiple of 4. Shares memory with `w` when that is contiguous and starts on a
+    boundary of such an integer; otherwise it is a copy.
+    """
+    word = torch.int32 if w.element_size() == 1 else torch.int64
+    flat = w.contiguous().view(-1)
+    if flat.data_ptr() % word.itemsize or flat.storage_offset() % (word.itemsize // w.itemsize):
+        flat = flat.clone()
+    return flat.view(word)
 
 
 def nans(w: torch.Tensor) -> torch.Tensor:

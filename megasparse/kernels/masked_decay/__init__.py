@@ -7,7 +7,7 @@ import torch
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
 from megasparse.kernels.groups import WIDE_DTYPES
-from megasparse.kernels.masked_decay import reference
+from megasparse.kernels.masked_decay import reference, triton
 
 
 def masked_decay_(
@@ -36,8 +36,10 @@ def masked_decay_(
                 f"masked_decay_: {name} is {tensor.dtype}, expected float32, bfloat16 or float16"
             )
         _check_same("masked_decay_", name, tensor, "mask", mask)
-    dispatch.resolve("masked_decay_", grad, backend)
-    reference.masked_decay(grad.detach(), w.detach(), mask, decay)
+    chosen = dispatch.resolve("masked_decay_", grad, backend)
+    apply = triton.masked_decay if chosen == "triton" else reference.masked_decay
+    with torch.cuda.device_of(grad):
+        apply(grad.detach(), w.detach(), mask, decay)
     return grad
 
 
@@ -53,8 +55,10 @@ def count_flips(
     _check_mask("count_flips", "mask_a", mask_a)
     _check_mask("count_flips", "mask_b", mask_b)
     _check_same("count_flips", "mask_b", mask_b, "mask_a", mask_a)
-    dispatch.resolve("count_flips", mask_a, backend)
-    return reference.count_flips(mask_a, mask_b)
+    chosen = dispatch.resolve("count_flips", mask_a, backend)
+    count = triton.count_flips if chosen == "triton" else reference.count_flips
+    with torch.cuda.device_of(mask_a):
+        return count(mask_a, mask_b)
 
 
 def _check_mask(op: str, name: str, mask: torch.Tensor) -> None:

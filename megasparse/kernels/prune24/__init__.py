@@ -7,7 +7,7 @@ import torch
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
 from megasparse.kernels.groups import WEIGHT_DTYPES, check_groups, run_pruning
-from megasparse.kernels.prune24 import reference
+from megasparse.kernels.prune24 import reference, triton
 
 
 def prune24_mask(
@@ -28,7 +28,12 @@ def prune24_mask(
     """
     check_groups("prune24_mask", w)
     return run_pruning(
-        "prune24_mask", w, backend=backend, nan_flag=nan_flag, reference=reference.prune24
+        "prune24_mask",
+        w,
+        backend=backend,
+        nan_flag=nan_flag,
+        reference=reference.prune24,
+        kernel=triton.prune24,
     )
 
 
@@ -46,5 +51,7 @@ def is_24(w: torch.Tensor, dim: int = -1, *, backend: str | None = None) -> bool
     check_groups("is_24", w, dtypes=(*WEIGHT_DTYPES, torch.bool))
     if w.numel() == 0:
         return True
-    dispatch.resolve("is_24", w, backend)
+    if dispatch.resolve("is_24", w, backend) == "triton":
+        with torch.cuda.device_of(w):
+            return triton.is_24(w)
     return reference.is_24(w.reshape(-1, 4))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 def prune24(w: torch.Tensor) -> torch.Tensor:
@@ -28,6 +28,6 @@ def prune24(w: torch.Tensor) -> torch.Tensor:
 def is_24(groups: torch.Tensor) -> bool:
     """Whether no row of `groups` (G, 4) has more than two non-zeros (a NaN counts as one)."""
     return all(
-        int((groups[start : start + _CHUNK] != 0).sum(1).max()) <= 2
+        int((groups[start : start + _CHUNK].float() != 0).sum(1).max()) <= 2
         for start in range(0, groups.shape[0], _CHUNK)
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from megasparse.kernels.groups import WIDE_DTYPES, check_groups, run_pruning
-from megasparse.kernels.soft_threshold24 import reference
+from megasparse.kernels.soft_threshold24 import reference, triton
 
 
 def soft_threshold24(
@@ -16,7 +16,8 @@ def soft_threshold24(
     """S-STE's projection before scaling: sign(a) * max(|a| - t, 0) in each group of 4.
 
     `t` is the second smallest magnitude of the group, so at most two entries stay non-zero and the
-    function is continuous (S-STE, Hu et al., NeurIPS 2024).
+    function is continuous (S-STE, Hu et al., NeurIPS 2024). Gradients do not flow through it: S-STE
+    takes the gradient of the projection as that of the weight.
 
     w: (..., K) float32, bfloat16 or float16, K a multiple of 4; a tensor that is not contiguous is
     copied first. Returns `w`'s shape and dtype, contiguous; the difference is taken in float32 and
@@ -35,6 +36,7 @@ def soft_threshold24(
         backend=backend,
         nan_flag=nan_flag,
         reference=reference.soft_threshold24,
+        kernel=triton.soft_threshold24,
     )
 
 
@@ -47,11 +49,16 @@ def s_ste_scale(
 ) -> torch.Tensor:
     """The scale beta = <W, S> / <S, S> that minimises |W - beta * S|^2, S = soft_threshold24(W).
 
-    One number per weight, computed once and then frozen (S-STE, Hu et al., NeurIPS 2024). w: as for `soft_threshold24`; a shard of the weight when `reduce` is given. `reduce` gets
-    the two dot products as one float64 tensor of 2 elements and sums it over the ranks that hold
-    the other shards: it returns the sums, or None after summing in place. Returns a 0-d float32
-    tensor on `w`'s device; 1 when <S, S> is zero. The reference accumulates in float64; Triton in
-    float32 within a program, then float64, always in the same order.
+    One number per weight, computed once and then frozen (S-STE, Hu et al., NeurIPS 2024).
+
+    w: as for `soft_threshold24`; a shard of the weight when `reduce` is given. `reduce` gets the
+    two dot products as one float64 tensor of 2 elements and sums it over the ranks that hold the
+    other shards: it returns the sums, or None after summing in place. Returns a 0-d float32 tensor
+    on `w`'s device; 1 when <S, S> is zero.
+
+    S is taken as rounded to `w`'s dtype. The reference accumulates in float64; Triton in float32
+    within a program, then in float64 over the programs, always in the same order (its squares need
+    weights between 1e-19 and 1e19).
     Raises as `soft_threshold24` does.
     """
     check_groups("s_ste_scale", w, dtypes=WIDE_DTYPES)
@@ -61,6 +68,7 @@ def s_ste_scale(
         backend=backend,
         nan_flag=nan_flag,
         reference=reference.scale_sums,
+        kernel=triton.scale_sums,
     )
     if reduce is not None:
         reduced = reduce(sums)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 def soft_threshold24(w: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megasparse.kernels.groups import check_groups, run_pruning
-from megasparse.kernels.transposable24 import reference
+from megasparse.kernels.transposable24 import reference, triton
 
 
 def transposable24_mask(
@@ -35,5 +35,6 @@ def transposable24_mask(
         backend=backend,
         nan_flag=nan_flag,
         reference=reference.transposable24,
+        kernel=triton.transposable24,
     )
     return mask.view(w.shape)

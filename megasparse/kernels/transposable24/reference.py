@@ -6,7 +6,7 @@ import torch
 
 from megasparse.kernels.patterns import PAIRS, expand_patterns, transposable_rows
 
-_CPU_CHUNK = 1 << 14  # blocks at a time: the working set stays in the cache
+_CPU_CHUNK = 1 << 13  # blocks at a time: the working set stays in the cache
 _CUDA_CHUNK = 1 << 21
 
 

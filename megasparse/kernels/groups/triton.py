@@ -1,0 +1,105 @@
+"""Device functions on groups of 4 entries, one group per lane.
+
+A group is loaded as one or two integers, so that its four entries sit in one thread whatever layout
+Triton picks: no shuffle and no shared memory, and loads of up to 16 bytes. An entry becomes an
+int32 that holds its bits at the top, zeros below ("bits" here): the sign is bit 31 for every type,
+bf16 is its own fp32 value, and the bits without the sign are ordered as the magnitudes. Everything
+works on integers or exactly converted fp32, which is also right in the interpreter.
+
+KIND names the entries: "fp32", "bf16", "fp16", "e4m3" or "bool".
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_bits(words, group, live, KIND: tl.constexpr):
+    """The bits of a group's entries: four int32 tensors, zero where `live` is False.
+
+    words: pointer from `group_words`; group: int64 tensor of group numbers.
+    """
+    if KIND == "fp32":
+        # Both integers in one 16-byte load; with one group a thread the split is free.
+        halves = 2 * group.expand_dims(-1) + tl.arange(0, 2)
+        x, y = tl.split(tl.load(words + halves, mask=live.expand_dims(-1), other=0))
+        a, b = x.to(tl.int32), (x >> 32).to(tl.int32)
+        c, d = y.to(tl.int32), (y >> 32).to(tl.int32)
+    elif KIND == "bf16" or KIND == "fp16":
+        x = tl.load(words + group, mask=live, other=0)
+        low, high = x.to(tl.int32), (x >> 32).to(tl.int32)
+        a, b = low << 16, low & -0x10000
+        c, d = high << 16, high & -0x10000
+    else:
+        x = tl.load(words + group, mask=live, other=0)
+        a, b = x << 24, (x << 16) & -0x1000000
+        c, d = (x << 8) & -0x1000000, x & -0x1000000
+    return a, b, c, d
+
+
+@triton.jit
+def store_bits(words, group, live, a, b, c, d, KIND: tl.constexpr):
+    """Store bits as groups of a 32- or 16-bit KIND; what is below the top 16 is dropped."""
+    if KIND == "fp32":
+        halves = 2 * group.expand_dims(-1) + tl.arange(0, 2)
+        tl.store(words + halves, tl.join(_int64(a, b), _int64(c, d)), mask=live.expand_dims(-1))
+    else:
+        low, high = ((a >> 16) & 0xFFFF) | (b & -0x10000), ((c >> 16) & 0xFFFF) | (d & -0x10000)
+        tl.store(words + group, _int64(low, high), mask=live)
+
+
+@triton.jit
+def _int64(low, high):
+    return (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
+
+
+@triton.jit
+def magnitude(bits):
+    """Bits without the sign: ordered as |x|, zero for both zeros."""
+    return bits & 0x7FFFFFFF
+
+
+@triton.jit
+def nan_limit(KIND: tl.constexpr):
+    """Magnitudes above this are NaN."""
+    limit: tl.constexpr = (
+        0x7E000000 if KIND == "e4m3" else (0x7C000000 if KIND == "fp16" else 0x7F800000)
+    )
+    return limit
+
+
+@triton.jit
+def to_fp32(bits, KIND: tl.constexpr):
+    """Bits to the fp32 value, exactly. "e4m3" takes a magnitude."""
+    if KIND == "fp32" or KIND == "bf16":
+        return bits.to(tl.float32, bitcast=True)
+    elif KIND == "fp16":
+        return (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        # As fp16 bits with the exponent 8 too low; E4M3 has one NaN and no infinity.
+        value = (bits >> 17).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where(bits > nan_limit(KIND), float("nan"), value)
+
+
+@triton.jit
+def from_fp32(x, KIND: tl.constexpr):
+    """An fp32 value, not NaN, to bits, rounded to nearest even; not zero below the top."""
+    if KIND == "fp32":
+        return x.to(tl.int32, bitcast=True)
+    elif KIND == "bf16":
+        bits = x.to(tl.int32, bitcast=True)
+        return bits + 0x7FFF + ((bits >> 16) & 1)  # by hand: the interpreter truncates
+    else:
+        return x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+
+
+@triton.jit
+def raise_flag(flag, found):
+    """Set the int32 at `flag` to 1 if any entry of `found` (int32) is not 0.
+
+    Reduced first: a store of one word by many lanes would pull `found` through shared memory. All
+    programs store the same word, so no atomic is needed.
+    """
+    tl.store(flag, 1, mask=tl.max(found) != 0)

@@ -1,0 +1,90 @@
+"""What ties fields together: defaults that are filled in, and refusals with both numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megasparse.config import (
+    gradient_accumulation_steps,
+    load_config,
+    padded_vocab_size,
+    resolve,
+)
+from megasparse.errors import ConfigError
+
+DATA = ["--mock-data", "--vocab-size", "128"]
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+# Parameters of the whole model, as the models are named.
+NOMINAL = {
+    "gpt2_124m": 124e6,
+    "gpt2_350m": 355e6,
+    "gpt2_774m": 774e6,
+    "gpt2_1.5b": 1558e6,
+    "llama_1b": 1.1e9,
+    "llama_8b": 8.03e9,
+}
+
+
+def test_defaults_are_filled_in():
+    config = resolve(load_config([*DATA, "--hidden-size", "96", "--num-attention-heads", "3"]), 2)
+    assert config.model.ffn_hidden_size == 384 and config.model.kv_channels == 32
+    assert config.train.global_batch_size == 2 and config.parallel.zero_stage == 0
+    assert gradient_accumulation_steps(config, 2) == 1
+    assert resolve(load_config([*DATA, "--bf16"]), 1).parallel.zero_stage == 1
+    assert padded_vocab_size(50257, config) == 50304
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "message"),
+    [
+        (["--hidden-size", "100", "--num-attention-heads", "3"], 1, "num_attention_heads 3"),
+        (["--tensor-model-parallel-size", "2"], 3, "world size 3 is not divisible by"),
+        (["--num-query-groups", "3"], 1, "not divisible by num_query_groups 3"),
+        (["--num-query-groups", "1", "--tensor-model-parallel-size", "2"], 2, "num_query_groups 1"),
+        (
+            ["--ffn-hidden-size", "12", "--tensor-model-parallel-size", "2"],
+            2,
+            "ffn_hidden_size 12 over tensor_model_parallel_size 2 leaves a shard that cuts",
+        ),
+        (["--hidden-size", "6", "--num-attention-heads", "1"], 1, "cuts a 4x4 block"),
+        (["--group-query-attention"], 1, "needs num_query_groups"),
+        (["--max-position-embeddings", "8"], 1, "longer than max_position_embeddings 8"),
+        (["--global-batch-size", "3", "--micro-batch-size", "2"], 1, "global_batch_size 3"),
+        (["--lr-warmup-iters", "200"], 1, "lr_warmup_iters 200 is more than"),
+        (["--lr-warmup-iters", "2", "--lr-warmup-fraction", "0.1"], 1, "both set"),
+        (["--min-lr", "1"], 1, "min_lr 1.0 is above lr"),
+        (["--sequence-parallel"], 1, "needs tensor_model_parallel_size above 1"),
+        (
+            ["--sequence-parallel", "--tensor-model-parallel-size", "2", "--seq-length", "33"],
+            2,
+            "seq_length 33 is not divisible",
+        ),
+        (["--bf16", "--zero-stage", "0"], 1, "zero_stage 0 with bf16"),
+        (["--dense-warmup-fraction", "0.6", "--dense-tail-fraction", "0.6"], 1, "expected at most"),
+        (["--data-path", "a"], 1, "exactly one of"),
+    ],
+)
+def test_refusals(flags, world, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(load_config([*DATA, *flags]), world)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_committed_configs_resolve(path):
+    from megasparse.megatron.model import parameter_count
+    from megasparse.train.loop import recipe_of
+
+    config = load_config(["--config", str(path)])
+    world = 8 if config.parallel.tensor_model_parallel_size <= 8 else 16
+    if path.stem == "quickstart":
+        world = 2
+    config = resolve(config, world)
+    recipe = recipe_of(config)
+    for name, nominal in NOMINAL.items():
+        if path.stem.startswith(name):
+            assert path.stem == name or path.stem == f"{name}_{recipe.name}"
+            vocab = padded_vocab_size(config.model.vocab_size, config)
+            assert parameter_count(config.model, vocab) == pytest.approx(nominal, rel=0.03)

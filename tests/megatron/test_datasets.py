@@ -1,0 +1,104 @@
+"""The order of samples: a function of (seed, index) alone, complete in every epoch."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from megasparse.megatron.datasets import SampleOptions, Source, build_mock_stream, build_stream
+from tests.runs import VOCAB, make_dataset
+
+OPTIONS = SampleOptions(seq_length=16, seed=3, eod=0, vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def prefixes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return [make_dataset(folder / name, 30, seed) for seed, name in enumerate("ab")]
+
+
+def _stream(prefixes, options=OPTIONS, weights=(None, None), fractions=(0.8, 0.2, 0.0)):
+    sources = [Source(p, w, f"digest{i}") for i, (p, w) in enumerate(zip(prefixes, weights))]
+    return build_stream(sources, "train", fractions, options, None)
+
+
+def test_samples_are_the_text_shifted_by_one(prefixes):
+    stream = _stream(prefixes[:1])
+    item = stream[0]
+    assert item["tokens"].shape == item["labels"].shape == (16,)
+    assert torch.equal(item["tokens"][1:], item["labels"][:-1])
+    assert torch.equal(item["position_ids"], torch.arange(16))
+    assert item["loss_mask"].sum() == 16 and "attention_mask" not in item
+
+
+def test_every_epoch_is_a_new_permutation_of_all_samples(prefixes):
+    stream = _stream(prefixes[:1])
+    length = stream.epoch_length
+    epochs = [[stream.locate(e * length + i) for i in range(length)] for e in range(3)]
+    assert all(Counter(epoch) == Counter(epochs[0]) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert Counter(epochs[0]) == Counter((0, i) for i in range(length))
+
+
+def test_order_depends_on_seed_and_index_alone(prefixes):
+    forward, backward = _stream(prefixes), _stream(prefixes)
+    indices = list(range(200))
+    first = [forward.locate(i) for i in indices]
+    assert [backward.locate(i) for i in reversed(indices)][::-1] == first
+    assert [pickle.loads(pickle.dumps(forward)).locate(i) for i in indices] == first
+    other = _stream(prefixes, SampleOptions(seq_length=16, seed=4, eod=0, vocab_size=VOCAB))
+    assert [other.locate(i) for i in indices] != first
+
+
+def test_blend_follows_the_weights(prefixes):
+    stream = _stream(prefixes, weights=(0.7, 0.3))
+    counts = Counter(stream.locate(i)[0] for i in range(10_000))
+    assert abs(counts[0] - 7000) <= 1
+    proportional = _stream(prefixes)
+    sizes = [len(d) for d in proportional._datasets]
+    counts = Counter(proportional.locate(i)[0] for i in range(sum(sizes)))
+    assert abs(counts[0] - sizes[0]) <= 1
+
+
+def test_splits_share_no_document(prefixes):
+    streams = {
+        split: build_stream([Source(prefixes[0], None, "d")], split, (0.5, 0.5, 0.0), OPTIONS, None)
+        for split in ("train", "valid", "test")
+    }
+    assert streams["test"] is None
+    documents = [
+        set(streams[split]._datasets[0].document_index.tolist()) for split in ("train", "valid")
+    ]
+    assert documents[0] and documents[1] and not documents[0] & documents[1]
+
+
+def test_masks_at_document_ends(prefixes):
+    options = SampleOptions(
+        seq_length=64, seed=3, eod=0, vocab_size=VOCAB,
+        reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True,
+    )  # fmt: skip
+    stream = _stream(prefixes[:1], options)
+    item = next(stream[i] for i in range(50) if (stream[i]["tokens"][:-1] == 0).any())
+    assert (
+        item["attention_mask"].shape == (1, 64, 64) and item["attention_mask"].dtype == torch.bool
+    )
+    ends = (item["tokens"] == 0).nonzero().flatten()
+    assert (item["loss_mask"][ends] == 0).all()
+    end = int(ends[0])
+    if end + 1 < 64:
+        assert item["position_ids"][end + 1] == 0 and item["attention_mask"][0, end + 1, end]
+
+
+def test_too_short_a_split_is_none(prefixes):
+    long = SampleOptions(seq_length=10**6, seed=0, eod=0, vocab_size=VOCAB)
+    assert _stream(prefixes[:1], long) is None
+
+
+def test_mock_data_needs_no_files():
+    stream = build_mock_stream(OPTIONS, "train")
+    assert stream[5]["tokens"].shape == (16,) and int(stream[5]["tokens"].max()) < VOCAB
+    assert np.array_equal(stream[5]["tokens"], build_mock_stream(OPTIONS, "train")[5]["tokens"])

@@ -1,0 +1,120 @@
+"""AdamW with masked decay against the papers' update rules written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasparse.optim.adamw import MaskedAdamW, parameter_groups
+from megasparse.optim.fragments import Fragment
+from megasparse.optim.masked_decay import MaskedDecay
+from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.recipe import make_recipe
+from megasparse.sparsity.shard import WeightShard
+from megasparse.sparsity.state import SparseWeight
+
+LR, WD, EPS, BETAS, LAMBDA = 0.01, 0.1, 1e-8, (0.9, 0.95), 0.05
+
+
+def _controller(recipe, weight):
+    controller = SparsityController(recipe, Clock(0, 100))
+    state = SparseWeight("w", recipe, WeightShard(tuple(weight.shape)))
+    controller.register(state, weight)
+    state.gemms(weight, 0, True, True)
+    return controller, state.mask
+
+
+def _on_gradient(w, g, mask, m, v, t):
+    g = g + LAMBDA * (~mask) * w  # FST eq. 1.4, then AdamW
+    m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g * g
+    w = w * (1 - LR * WD)
+    step = (m / (1 - BETAS[0] ** t)) / ((v / (1 - BETAS[1] ** t)).sqrt() + EPS)
+    return w - LR * step, m, v
+
+
+def _decoupled(w, g, mask, m, v, t):
+    m = BETAS[0] * m + (1 - BETAS[0]) * g  # AST section 3.2
+    u = m + LAMBDA * (~mask) * w
+    v = BETAS[1] * v + (1 - BETAS[1]) * u * u
+    w = w * (1 - LR * WD)
+    return w - LR / (1 - BETAS[0] ** t) * u / ((v / (1 - BETAS[1] ** t)).sqrt() + EPS), m, v
+
+
+@pytest.mark.parametrize(("name", "rule"), [("fst", _on_gradient), ("ast", _decoupled)])
+def test_update_rule(name, rule):
+    recipe = make_recipe(name, masked_decay=LAMBDA, masked_decay_ramp_iters=0)
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(8, 12))
+    bias = torch.nn.Parameter(torch.randn(8))
+    controller, mask = _controller(recipe, weight)
+    decay = MaskedDecay(controller)
+    decay.attach([Fragment("w", weight, weight, 0, 0, weight.numel())])
+
+    def before(optimizer):
+        if name == "fst":
+            decay.add_to_gradients(optimizer)
+        return True
+
+    optimizer = MaskedAdamW(
+        parameter_groups([("w", weight), ("b", bias)], {id(weight)}, WD),
+        before_step=before,
+        decoupled_decay=decay.term if name == "ast" else None,
+        lr=LR, betas=BETAS, eps=EPS,
+    )  # fmt: skip
+    w, m, v = weight.detach().double(), torch.zeros(8, 12).double(), torch.zeros(8, 12).double()
+    bias_before = bias.detach().clone()
+    plain = torch.nn.Parameter(bias.detach().clone())
+    reference = torch.optim.AdamW([plain], lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
+    for t in range(1, 5):
+        g = torch.randn(8, 12)
+        weight.grad, bias.grad = g.clone(), torch.full((8,), float(t))
+        plain.grad = bias.grad.clone()
+        w, m, v = rule(w, g.double(), mask, m, v, t)
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(weight.detach().double(), w, rtol=1e-5, atol=1e-6)
+        assert weight.grad is not None
+    assert torch.equal(bias, plain) and not torch.equal(bias, bias_before)
+
+
+def test_decay_finds_its_place_in_a_flat_shard():
+    """ZeRO's view: one flat tensor holds the end of one weight and the start of another."""
+    recipe = make_recipe("fst", masked_decay=LAMBDA)
+    a, b = (torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+    controller, mask_a = _controller(recipe, a)
+    state_b = SparseWeight("b", recipe, WeightShard((8, 8)))
+    controller.register(state_b, b)
+    state_b.gemms(b, 0, True, True)
+    flat = torch.cat([a.detach().flatten()[40:], b.detach().flatten()[:50]]).requires_grad_()
+    flat.grad = torch.zeros_like(flat)
+    decay = MaskedDecay(controller)
+    decay.attach([Fragment("a", a, flat, 0, 40, 24), Fragment("b", b, flat, 24, 0, 50)])
+    optimizer = torch.optim.SGD([flat], lr=0.1)
+    decay.add_to_gradients(optimizer)
+    expected = torch.cat(
+        [
+            (LAMBDA * ~mask_a * a.detach()).flatten()[40:],
+            (LAMBDA * ~state_b.mask * b.detach()).flatten()[:50],
+        ]
+    )
+    torch.testing.assert_close(flat.grad, expected)
+    assert torch.equal(decay.term(flat), flat.grad)
+    other = torch.zeros(3)
+    assert decay.term(other) is None
+
+
+def test_before_step_can_hold_everything_back():
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = MaskedAdamW([weight], before_step=lambda _: False, lr=1.0)
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(4)) and not optimizer.state
+
+
+def test_groups_split_masked_matrices_and_vectors():
+    linear, norm = torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)
+    named = [*linear.named_parameters(), *norm.named_parameters()]
+    groups = {g["name"]: g for g in parameter_groups(named, {id(linear.weight)}, 0.1)}
+    assert groups["masked"]["params"] == [linear.weight]
+    assert groups["masked"]["weight_decay"] == 0.1 and groups["vectors"]["weight_decay"] == 0.0
+    assert len(groups["vectors"]["params"]) == 3 and "matrices" not in groups

@@ -1,0 +1,85 @@
+"""The three GEMMs and their autograd function, against plain formulas in float64."""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.kernels import is_24, mvue24, prune24_mask
+from megasparse.sparsity.gemms import DenseGemms, ReferenceSparseGemms
+from megasparse.sparsity.linear import linear
+from megasparse.sparsity.shard import Section
+
+
+def _operands(t=12, k=8, n=16):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, t // 3, k, generator=generator, requires_grad=True)
+    w = torch.randn(n, k, generator=generator, requires_grad=True)
+    dz = torch.randn(3, t // 3, n, generator=generator)
+    return x, w, dz
+
+
+def test_dense_equals_torch_linear():
+    x, w, dz = _operands()
+    z = linear(x, w, DenseGemms(w))
+    z.backward(dz)
+    x64, w64 = (a.detach().double().requires_grad_() for a in (x, w))
+    z64 = torch.nn.functional.linear(x64, w64)
+    z64.backward(dz.double())
+    torch.testing.assert_close(z.double(), z64, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(w.grad.double(), w64.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_sparse_uses_the_pruned_weight_forward_and_backward_and_passes_gradients_through():
+    x, w, dz = _operands()
+    pruned = torch.where(prune24_mask(w.detach()), w.detach(), torch.zeros(()))
+    gemms = ReferenceSparseGemms(pruned, "off", (Section(0, 0, 16),))
+    z = linear(x, w, gemms)
+    z.backward(dz)
+    torch.testing.assert_close(z, x.detach() @ pruned.t())
+    torch.testing.assert_close(x.grad, dz @ pruned)
+    # Straight through: masked weights get their gradient too.
+    torch.testing.assert_close(w.grad, dz.reshape(12, 16).t() @ x.detach().reshape(12, 8))
+
+
+def test_weight_gradient_uses_mvue_of_the_output_gradient_along_tokens():
+    x, w, dz = _operands()
+    channels = (Section(0, 0, 8), Section(8, 40, 8))  # as a shard of fused gate and up would be
+    gemms = ReferenceSparseGemms(w.detach(), "exact", channels)
+    linear(x, w, gemms, seed=5).backward(dz)
+    flat = dz.reshape(12, 16)
+    pruned = torch.cat(
+        [
+            mvue24(flat[:, :8], seed=5, dim=0, offsets=(0, 0)),
+            mvue24(flat[:, 8:], seed=5, dim=0, offsets=(0, 40)),
+        ],
+        1,
+    )
+    assert is_24(pruned, dim=0) and not torch.equal(pruned, flat)
+    torch.testing.assert_close(w.grad, pruned.t() @ x.detach().reshape(12, 8))
+    # The input gradient uses the whole output gradient.
+    torch.testing.assert_close(x.grad, dz @ w.detach())
+
+
+def test_column_shards_draw_the_numbers_of_the_whole():
+    _, w, dz = _operands()
+    flat = dz.reshape(12, 16)
+    whole = ReferenceSparseGemms(w, "exact", (Section(0, 0, 16),)).grad_weight(
+        flat, torch.eye(12), 3
+    )
+    parts = [
+        ReferenceSparseGemms(w, "exact", (Section(0, 8 * r, 8),)).grad_weight(
+            flat[:, 8 * r : 8 * r + 8].contiguous(), torch.eye(12), 3
+        )
+        for r in range(2)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_frozen_input_or_weight_costs_no_gradient():
+    x, w, dz = _operands()
+    linear(x.detach(), w, DenseGemms(w)).backward(dz)
+    assert w.grad is not None
+    z = linear(x, w.detach(), DenseGemms(w))
+    z.backward(dz)
+    assert x.grad is not None

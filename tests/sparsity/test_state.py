@@ -1,0 +1,140 @@
+"""A sparse weight's life: refreshed when due, prepared once a step, restored exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasparse.errors import CheckpointError, NumericsError
+from megasparse.kernels import is_24, transposable24_mask
+from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.recipe import make_recipe
+from megasparse.sparsity.shard import WeightShard
+from megasparse.sparsity.state import SparseWeight
+
+
+def _state(recipe="fst", shape=(8, 12), **overrides):
+    return SparseWeight("w", make_recipe(recipe, **overrides), WeightShard(shape))
+
+
+def test_operands_are_built_once_a_step_from_the_current_weight_with_the_old_mask():
+    state = _state(mask_update_interval=4)
+    weight = torch.randn(8, 12)
+    for step in range(8):
+        for _ in range(3):  # micro-batches
+            gemms = state.gemms(weight, step, sparse=True, monitor=True)
+        expected = weight * transposable24_mask(weight) if step % 4 == 0 else weight * state.mask
+        assert torch.equal(gemms.output(torch.eye(12)).t(), expected)
+        weight = weight + 0.3 * torch.randn(8, 12)
+    assert state.preparations == 8 and state.refreshes == 2
+
+
+def test_flips_are_counted_between_refreshes():
+    state = _state(mask_update_interval=1)
+    first, second = torch.randn(8, 12), torch.randn(8, 12)
+    state.gemms(first, 0, True, True)
+    assert state.flips is None
+    state.gemms(second, 1, True, True)
+    naive = sum(
+        int(a != b)
+        for a, b in zip(
+            transposable24_mask(first).flatten().tolist(),
+            transposable24_mask(second).flatten().tolist(),
+            strict=True,
+        )
+    )
+    assert int(state.flips) == naive > 0
+
+
+@pytest.mark.parametrize("recipe", ["ste", "sr_ste", "fst", "s_ste", "ast"])
+def test_effective_weight_is_24(recipe):
+    state = _state(recipe)
+    weight = torch.randn(8, 12)
+    state.gemms(weight, 0, True, True)
+    effective = state.effective(weight)
+    assert is_24(effective)
+    assert is_24(effective, dim=0) == (recipe == "fst")
+
+
+def test_dense_phase_multiplies_with_the_whole_weight_and_monitors():
+    state = _state()
+    weight = torch.randn(8, 12)
+    gemms = state.gemms(weight, 0, sparse=False, monitor=True)
+    assert torch.equal(gemms.output(torch.eye(12)).t(), weight) and state.mask is not None
+    silent = _state()
+    silent.gemms(weight, 0, sparse=False, monitor=False)
+    assert silent.mask is None
+
+
+def test_s_ste_scale_is_frozen_and_summed_over_shards():
+    whole = torch.randn(16, 12)
+    single = _state("s_ste", (16, 12))
+    single.gemms(whole, 0, True, True)
+    scale = float(single.scale)
+    single.gemms(whole * 3 + 1, 1, True, True)
+    assert float(single.scale) == scale
+    # Two shards, each of which adds the other's part of the two dot products.
+    sums = []
+    for rank in range(2):
+        shard = SparseWeight("w", make_recipe("s_ste"), WeightShard((16, 12), 0, rank, 2))
+        shard._reduce = lambda t: sums.append(t.clone()) or t
+        shard.gemms(shard.shard.take(whole), 0, True, True)
+    reduced = SparseWeight(
+        "w", make_recipe("s_ste"), WeightShard((16, 12), 0, 0, 2), lambda t: t + sums[1]
+    )
+    reduced.gemms(reduced.shard.take(whole), 0, True, True)
+    assert float(reduced.scale) == pytest.approx(scale, rel=1e-6)
+
+
+def test_a_model_cast_does_not_round_the_scale():
+    state = _state("s_ste")
+    state.gemms(torch.randn(8, 12), 0, True, True)
+    before = state.scale.clone()
+    state.bfloat16()
+    assert state.scale.dtype == torch.float32 and torch.equal(state.scale, before)
+
+
+@pytest.mark.parametrize("recipe", ["ste", "fst", "s_ste"])
+def test_export_and_import_restore_everything(recipe):
+    state = _state(recipe, mask_update_interval=2)
+    weight = torch.randn(8, 12)
+    for step in range(3):
+        state.gemms(weight, step, True, True)
+        weight = weight + torch.randn(8, 12)
+    other = _state(recipe, mask_update_interval=2)
+    other.import_state(state.export_state(), torch.device("cpu"))
+    for step in (3, 4):
+        a = state.gemms(weight, step, True, True).output(torch.eye(12))
+        b = other.gemms(weight, step, True, True).output(torch.eye(12))
+        assert torch.equal(a, b)
+    assert other.refreshes == state.refreshes and torch.equal(other.flips, state.flips)
+    assert torch.equal(other.mask, state.mask)
+
+
+def test_damaged_state_is_refused():
+    with pytest.raises(CheckpointError, match="counters of shape"):
+        _state().import_state({"counters": torch.zeros(3)}, torch.device("cpu"))
+
+
+def test_nan_in_a_weight_is_never_pruned_silently():
+    weight = torch.randn(8, 12)
+    weight[3, 5] = float("nan")
+    with pytest.raises(NumericsError):
+        _state().gemms(weight, 0, True, True)
+
+
+def test_controller_reports_and_seeds():
+    controller = SparsityController(make_recipe("fst"), Clock(seed=1, train_iters=60))
+    state, weight = _state(), torch.nn.Parameter(torch.randn(8, 12))
+    controller.register(state, weight)
+    state.gemms(weight, 0, True, True)
+    (report,) = controller.report()
+    assert (report.flips, report.nonzeros, report.numel) == (None, 48, 96)
+    clock = controller.clock
+    seeds = set()
+    for clock.step in range(3):
+        for clock.micro_batch in range(3):
+            seeds |= {clock.mvue_seed(layer) for layer in range(3)}
+    assert len(seeds) == 27
+    clock.step = 55  # in the dense tail
+    assert controller.report()[0].nonzeros == 96 and controller.masked_decay() == 0.0

@@ -90,7 +90,11 @@ class SparsityController:
         """Most times that any weight's operands were built for the latest step computed: once,
         whatever the number of micro-batches, recomputations and evaluations."""
         return max(
-            (state.preparations for state, _ in self.weights if state.prepared_step == step),
+            (
+                state.preparations_of_step
+                for state, _ in self.weights
+                if state.prepared_step == step
+            ),
             default=0,
         )
 

@@ -55,7 +55,8 @@ class SparseWeight(torch.nn.Module):
         self.last_refresh = -1  # step of the last refresh
         self.refreshes = 0
         self.prepared_step = -1  # step that the operands were last built for
-        self.preparations = 0  # times they were built for it: once
+        self.preparations_of_step = 0  # times they were built for it: once
+        self.preparations = 0  # times in all
         self._reduce = reduce
         self._operands: tuple[tuple[int, bool], LinearGemms] | None = None
         self._nan_flag: torch.Tensor | None = None
@@ -80,8 +81,10 @@ class SparseWeight(torch.nn.Module):
     def _prepare(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
         if (sparse or monitor) and schedule.refresh_due(self.recipe, step, self.last_refresh):
             self._refresh(weight, step)
-        self.preparations = self.preparations + 1 if step == self.prepared_step else 1
+        again = step == self.prepared_step
+        self.preparations_of_step = self.preparations_of_step + 1 if again else 1
         self.prepared_step = step
+        self.preparations += 1
         if not sparse:
             return DenseGemms(weight)
         return ReferenceSparseGemms(

@@ -12,6 +12,7 @@ import torch
 from megasparse.config import RunConfig, dump_yaml, padded_vocab_size
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.log import logger
+from megasparse.megatron.consistency import check_replicas
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.recipe import SparsityRecipe, make_recipe
 from megasparse.train import checkpoint, report
@@ -117,6 +118,9 @@ class Trainer:
                 self.data.streams["train"], first_sample, train.global_batch_size
             ),
         }
+        interval = self.config.parallel.replica_check_interval
+        if interval and clock.step % interval == 0:
+            check_replicas(self.engine.model, self.controller, self.grid, clock.step)
         logging = self.config.logging
         last = clock.step == train.train_iters
         shown = clock.step % logging.log_interval == 0 or clock.step == 1 or last

@@ -57,7 +57,8 @@ class Pipeline(PipelineModule):
             num_pp=grid.pp_size, num_mp=grid.tp_size, num_dp=grid.dp_size
         )
         specs = part_specs(config, grid, padded_vocab_size, clock)
-        with _quiet():
+        # DeepSpeed broadcasts tied parameters where they are made; autograd must not see it.
+        with _quiet(), torch.no_grad():
             super().__init__(
                 [_layer_spec(spec) for spec in specs],
                 topology=topology,

@@ -75,7 +75,7 @@ class ParallelConfig:
     )
     sequence_parallel: bool = option(False, "split norms and residuals over the sequence (with TP)")
     zero_stage: int | None = option(
-        None, "DeepSpeed ZeRO stage; default 0 in fp32, 1 in bf16", choices=(0, 1, 2)
+        None, "DeepSpeed ZeRO stage; default 0 in fp32, 1 in bf16", choices=(0, 1, 2, 3)
     )
     recompute_granularity: str | None = option(
         None, "what is computed again in the backward pass to save memory: whole layers (full) or "

@@ -21,9 +21,10 @@ from megasparse.errors import ReplicaError
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.controller import SparsityController
 
-# Odd, so that multiplication modulo 2^64 loses nothing (the golden ratio and a splitmix64 factor).
-_INDEX_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_FACTOR = 0xBF58476D1CE4E5B9 - (1 << 64)
+# splitmix64's increment and multipliers, as int64.
+_GAMMA, _FACTOR_1, _FACTOR_2 = (
+    factor - (1 << 64) for factor in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 _CHUNK = 1 << 22  # words at a time: bounds the temporary memory to a few times 32 MiB
 
 # A tensor by name, or None where the rank has no such tensor.
@@ -33,8 +34,8 @@ Named = list[tuple[str, torch.Tensor | None]]
 def digest(tensor: torch.Tensor) -> torch.Tensor:
     """0-d int64 of the tensor's bytes and their order; any single changed word changes it.
 
-    Every 8-byte word passes, with its position, through a bijection of 64 bits; the digest is the
-    sum. No host synchronisation.
+    Every 8-byte word passes, with its position, through splitmix64's finaliser, a bijection of 64
+    bits; the digest is the sum. No host synchronisation.
     """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if data.numel() % 8:
@@ -46,11 +47,17 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     for start in range(0, words.numel(), _CHUNK):
         chunk = words[start : start + _CHUNK]
         mixed = torch.arange(start + 1, start + 1 + chunk.numel(), device=tensor.device)
-        mixed.mul_(_INDEX_FACTOR).bitwise_xor_(chunk).mul_(_MIX_FACTOR)
-        # A logical shift: int64's is arithmetic.
-        mixed.bitwise_xor_((mixed >> 29).bitwise_and_((1 << 35) - 1)).mul_(_INDEX_FACTOR)
+        mixed.mul_(_GAMMA).bitwise_xor_(chunk)
+        _xor_shifted(mixed, 30).mul_(_FACTOR_1)
+        _xor_shifted(mixed, 27).mul_(_FACTOR_2)
+        _xor_shifted(mixed, 31)
         total += mixed.sum()
     return total
+
+
+def _xor_shifted(value: torch.Tensor, shift: int) -> torch.Tensor:
+    """`value ^= value >> shift` with a logical shift; int64's own is arithmetic."""
+    return value.bitwise_xor_((value >> shift).bitwise_and_((1 << (64 - shift)) - 1))
 
 
 def check_replicas(
@@ -124,10 +131,11 @@ def _differences(named: Named, group: dist.ProcessGroup, grid: Grid) -> list[str
          for _, t in named]
     )  # fmt: skip
     ranks = dist.get_process_group_ranks(group)
-    table = torch.empty(len(ranks), len(named), dtype=torch.int64, device=grid.device)
+    table = torch.empty(len(ranks) * len(named), dtype=torch.int64, device=grid.device)
     dist.all_gather_into_tensor(table, mine, group=group)
+    columns = table.view(len(ranks), len(named)).t().tolist()
     lines = []
-    for (name, _), digests in zip(named, table.t().tolist(), strict=True):
+    for (name, _), digests in zip(named, columns, strict=True):
         present = {rank: value for rank, value in zip(ranks, digests, strict=True) if value}
         counts = Counter(present.values())
         if len(counts) < 2:

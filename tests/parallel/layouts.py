@@ -58,7 +58,8 @@ S_STE = ["--sparsity-recipe", "s_ste", "--mask-update-interval", "2", "--masked-
 
 # name: (flags, layouts). The first two go through all layouts, the others through the richest.
 RICH = [
-    "tp 2, sp, pp 2, zero 1, full", "pp 2, dp 2, zero 1, selective", "tp 4, sp, full", "dp 4, zero 2"
+    "tp 2, sp, pp 2, zero 1, full", "pp 2, dp 2, zero 1, selective", "tp 4, sp, full",
+    "dp 4, zero 2",
 ]  # fmt: skip
 RUNS = {
     "gpt fst": ([*BASE, *GPT], list(LAYOUTS)),

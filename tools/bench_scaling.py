@@ -271,6 +271,9 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> tuple[str, bool
             f"## Scaling ({one['parameters'] / 1e9:.2f}B parameters, {one['tokens']:,} tokens a "
             f"step in every layout, median of {args.steps} steps after {args.warmup})",
             "",
+            "Where masks are refreshed every several steps, the refresh falls into the warm-up. "
+            "GiB: peak of the first rank.",
+            "",
             *scaling_table(results, args.recipe, args.warmup),
         ]
     return "\n".join(lines) + "\n", good

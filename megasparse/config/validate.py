@@ -148,9 +148,9 @@ def _fill_parallel(config: RunConfig, world_size: int) -> None:
         raise ConfigError("zero_stage 0 with bf16 is not supported, use zero_stage 1")
     if parallel.zero_stage == 3:
         raise ConfigError(
-            "zero_stage 3 is not supported: the operands of a sparse weight are built once from "
-            "the whole weight and kept for the step, so dividing weights would save nothing; "
-            "use zero_stage 2, or more tensor or pipeline parallelism"
+            "zero_stage 3 is not supported: masks, operands and checkpoints are made from whole "
+            "weights, which it does not keep between layers; use zero_stage 2, or more tensor or "
+            "pipeline parallelism"
         )
     if parallel.zero_stage >= 2 and pp > 1:
         raise ConfigError(

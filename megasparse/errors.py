@@ -42,3 +42,9 @@ class KernelError(MegasparseError, ValueError):
     """A kernel was asked for shapes, dtypes or a backend that it cannot run."""
 
     exit_code = 6
+
+
+class ReplicaError(MegasparseError):
+    """Ranks that must hold the same parameters, masks or scales do not."""
+
+    exit_code = 72

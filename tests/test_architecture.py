@@ -23,7 +23,7 @@ LEVELS = {
 # Only these files (or folders) may import the dependency.
 DOORS = {
     "megatron": ["megasparse/megatron"],
-    "deepspeed": ["megasparse/train/engine.py", "megasparse/train/pipeline_engine.py"],
+    "deepspeed": ["megasparse/train/process.py"],
     "transformer_engine": ["megasparse/fp8.py"],
     "triton": ["megasparse/kernels/*/triton.py"],
     "sentencepiece": ["megasparse/data/tokenizer.py"],

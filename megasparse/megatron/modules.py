@@ -75,8 +75,9 @@ class SdpaAttention(torch.nn.Module):
                 enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
 
-        if dropout > 0.0:
-            # Heads are split over ranks: each draws its own dropout.
+        if dropout > 0.0 and not self.sequence_parallel:
+            # Heads are split over ranks: each draws its own dropout. With sequence parallelism the
+            # whole layer does already, and a fork within that fork would not be recomputed alike.
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 context = attend()
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -34,6 +35,15 @@ class Clock:
     def mvue_seed(self, layer: int) -> int:
         """Seed of one layer's MVUE draws in the current micro-batch."""
         return derive_seed(self.seed, self.step, self.micro_batch, layer)
+
+    @contextlib.contextmanager
+    def at(self, micro_batch: int) -> Iterator[None]:
+        """Set back to a micro-batch for a while: a layer is recomputed with the draws it had."""
+        before, self.micro_batch = self.micro_batch, micro_batch
+        try:
+            yield
+        finally:
+            self.micro_batch = before
 
 
 @dataclass
@@ -75,6 +85,18 @@ class SparsityController:
     def refreshes(self) -> int:
         """Mask refreshes so far, over all layers; grows when there are new flip counts."""
         return sum(state.refreshes for state, _ in self.weights)
+
+    def preparations(self, step: int) -> int:
+        """Most times that any weight's operands were built for the latest step computed: once,
+        whatever the number of micro-batches, recomputations and evaluations."""
+        return max(
+            (
+                state.preparations_of_step
+                for state, _ in self.weights
+                if state.prepared_step == step
+            ),
+            default=0,
+        )
 
     def masked_decay(self) -> float:
         """lambda of the clock's step."""

@@ -66,7 +66,9 @@ class SparseWeight(torch.nn.Module):
         self.flips: torch.Tensor | None = None  # int64 0-d: entries that the last refresh changed
         self.last_refresh = -1  # step of the last refresh
         self.refreshes = 0
-        self.preparations = 0  # times operands were built: once an optimizer step
+        self.prepared_step = -1  # step that the operands were last built for
+        self.preparations_of_step = 0  # times they were built for it: once
+        self.preparations = 0  # times in all
         self._reduce = reduce
         self._reduce_max = reduce_max
         self._operands: tuple[tuple[int, bool], LinearGemms] | None = None
@@ -93,6 +95,9 @@ class SparseWeight(torch.nn.Module):
     def _prepare(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
         if (sparse or monitor) and schedule.refresh_due(self.recipe, step, self.last_refresh):
             self._refresh(weight, step)
+        again = step == self.prepared_step
+        self.preparations_of_step = self.preparations_of_step + 1 if again else 1
+        self.prepared_step = step
         self.preparations += 1
         if not sparse:
             return DenseGemms(weight)

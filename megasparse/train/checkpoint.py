@@ -30,6 +30,7 @@ from megasparse.megatron.init import parameter_shard
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
+from megasparse.train import zero
 from megasparse.train.engine import Engine
 from megasparse.train.storage import (
     CheckpointReader,
@@ -87,6 +88,7 @@ def save(engine: Engine, root: Path, digests: dict[str, str], keep_last: int) ->
                 "world": grid.world,
                 "tp": grid.tp_size,
                 "dp": grid.dp_size,
+                "pp": grid.pp_size,
                 "zero": config.parallel.zero_stage,
             },
             "optimizer_steps": _optimizer_steps(engine),
@@ -139,6 +141,7 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
         "world": grid.world,
         "tp": grid.tp_size,
         "dp": grid.dp_size,
+        "pp": grid.pp_size,
         "zero": engine.config.parallel.zero_stage,
     }:
         prefix = f"rng/{grid.rank}/"
@@ -168,12 +171,17 @@ def _collect(engine: Engine) -> dict[str, tuple[Piece, torch.Tensor]]:
         for name, parameter in engine.model.named_parameters()
     }
     # Of replicas the first writes; a replicated parameter is the same on all tensor-parallel ranks.
+    copies = {name for name, p in engine.model.named_parameters() if zero.is_copy(p)}
     for name, parameter in engine.model.named_parameters():
+        if name in copies:
+            continue
         if grid.dp_rank == 0 and (shards[name].dim is not None or grid.tp_rank == 0):
             key = f"param/{name}"
             tensors[key] = (Piece(key, shards[name]), parameter)
     for fragment in engine.fragments:
         shard = shards[fragment.name]
+        if fragment.name in copies:
+            continue
         whole_here = fragment.parameter is fragment.tensor
         if (whole_here and grid.dp_rank) or (shard.dim is None and grid.tp_rank):
             continue

@@ -12,14 +12,12 @@ import torch
 from megasparse.config import RunConfig, dump_yaml, padded_vocab_size
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.log import logger
+from megasparse.megatron.consistency import check_replicas
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.model import build_model
-from megasparse.megatron.sparsify import sparsify
-from megasparse.sparsity.controller import Clock
 from megasparse.sparsity.recipe import SparsityRecipe, make_recipe
 from megasparse.train import checkpoint, report
+from megasparse.train.build import build_engine
 from megasparse.train.data import RunData, batches, samples_digest
-from megasparse.train.engine import Engine
 from megasparse.train.generate import sample_text
 from megasparse.train.metrics import MetricsWriter, ProgressLine, read_metrics
 
@@ -53,23 +51,15 @@ class Trainer:
         self.recipe = recipe_of(config)
         self.save_root = Path(config.checkpoint.save or "")
         reader = self._find_checkpoint()
-        model = build_model(config, grid, padded_vocab_size(data.vocab_size, config))
-        self.controller = sparsify(
-            model,
-            self.recipe,
-            config.sparsity.sparse_layers,
-            Clock(config.train.seed, config.train.train_iters),
-            reduce=grid.sum_over_tp,
-            reduce_max=grid.max_over_tp,
-            monitor=config.sparsity.track_flip_rate,
-        )
-        self.engine = Engine(config, grid, model, self.controller)
+        vocabulary = padded_vocab_size(data.vocab_size, config)
+        self.engine = build_engine(config, grid, self.recipe, vocabulary)
+        self.controller = self.engine.controller
         if reader is not None:
             checkpoint.load(self.engine, reader)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
         self._figures: dict[str, dict[str, float]] = {}
         self._figures_at = -1
-        self._describe(model)
+        self._describe(self.engine.model)
 
     def run(self) -> None:
         """Train to the end (or to `exit_interval`), leaving metrics, checkpoint and report."""
@@ -122,19 +112,28 @@ class Trainer:
             **dataclasses.asdict(result),
             "consumed_samples": clock.step * train.global_batch_size,
             "sparse": sparse,
+            "preparations": self.controller.preparations(clock.step - 1),
             "masked_decay": decay,
             "tokens_per_second": train.global_batch_size * self.config.model.seq_length / seconds,
             "samples": samples_digest(
                 self.data.streams["train"], first_sample, train.global_batch_size
             ),
         }
+        interval = self.config.parallel.replica_check_interval
+        if interval and clock.step % interval == 0:
+            check_replicas(self.engine.model, self.controller, self.grid, clock.step)
         logging = self.config.logging
         last = clock.step == train.train_iters
         shown = clock.step % logging.log_interval == 0 or clock.step == 1 or last
         layers: dict[str, dict[str, float]] = {}
-        if shown or self.controller.refreshes != self._figures_at:
+        refreshes = int(
+            self.grid.sum_over_model(
+                torch.tensor(self.controller.refreshes, device=self.grid.device)
+            )
+        )  # stages may have none
+        if shown or refreshes != self._figures_at:
             layers = self._figures = self._layer_figures()
-            self._figures_at = self.controller.refreshes
+            self._figures_at = refreshes
         for figure in ("flip_rate", "density"):
             values = [one[figure] for one in self._figures.values() if figure in one]
             if values:
@@ -145,27 +144,27 @@ class Trainer:
         return row, layers
 
     def _layer_figures(self) -> dict[str, dict[str, float]]:
-        """Density and (once measured) flip rate by layer, over all tensor-parallel ranks."""
+        """Density and (once measured) flip rate by layer of the whole model, in order."""
         reports = self.controller.report()
-        if not reports:
-            return {}
         counts = torch.tensor(
             [[r.flips or 0, r.nonzeros, r.numel] for r in reports],
             dtype=torch.int64,
             device=self.grid.device,
         )
-        totals = self.grid.sum_over_tp(counts).tolist()
+        totals = self.grid.sum_over_tp(counts).tolist() if reports else []
         figures = {}
         for r, (flips, nonzeros, numel) in zip(reports, totals, strict=True):
             figures[r.name] = {"density": nonzeros / numel}
             if r.flips is not None:
                 figures[r.name]["flip_rate"] = flips / numel
-        return figures
+        stages = self.grid.gather_over_pp(figures)
+        return {name: one for stage in stages for name, one in stage.items()}
 
     def _validate(self) -> float:
         """Mean loss over the same first samples of the validation split every time."""
         stream = batches(self.data.streams["valid"], self.config, self.grid, 0)
-        return self.engine.evaluate(stream, self.config.logging.eval_iters)
+        iterations = self.config.logging.eval_iters * self.engine.accumulation_steps
+        return self.engine.evaluate(stream, iterations)
 
     def _save_due(self) -> bool:
         interval = self.config.checkpoint.save_interval
@@ -200,12 +199,13 @@ class Trainer:
         local = sum(parameter.numel() for parameter in model.parameters())
         recipe = self.recipe
         logger.info(
-            "recipe %s: %d sparse layers, 2:4 in %s; %s parameters on this rank, tp %d, dp %d",
+            "recipe %s: %d sparse layers here, 2:4 in %s; %s parameters here, tp %d, pp %d, dp %d",
             recipe.name,
             len(self.controller.weights),
             ", ".join(recipe.sparse_gemms) or "no GEMM",
             f"{local:,}",
             self.grid.tp_size,
+            self.grid.pp_size,
             self.grid.dp_size,
         )
 
@@ -215,12 +215,13 @@ class Trainer:
         sample = None
         if logging.sample_tokens and tokenizer is not None:
             sample = sample_text(
-                self.engine.model,
+                self.engine.logits,
                 tokenizer,
                 logging.sample_prompt,
                 logging.sample_tokens,
                 self.config.model.seq_length,
                 self.config.train.seed,
+                self.grid.device,
             )
         if self.grid.rank != 0:
             return

@@ -13,8 +13,8 @@ from megasparse.errors import MegasparseError
 from megasparse.megatron.grid import make_grid
 from megasparse.train.checkpoint import check_writable
 from megasparse.train.data import build_data, check_data
-from megasparse.train.engine import start_process, stop_process
 from megasparse.train.loop import Trainer, recipe_of
+from megasparse.train.process import start_process, stop_process
 
 
 def pretrain(config: RunConfig) -> None:
@@ -30,6 +30,7 @@ def pretrain(config: RunConfig) -> None:
     device = start_process(config.parallel.distributed_timeout_minutes)
     grid = make_grid(
         config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
         device,
         config.train.seed,
         config.parallel.distributed_timeout_minutes,

@@ -1,0 +1,86 @@
+"""The engine without a pipeline: every rank has all layers (or a tensor-parallel share of each)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megasparse.errors import NumericsError
+from megasparse.megatron.grid import ModelParallelUnit
+from megasparse.train.engine import Batch, Engine
+from megasparse.train.process import deepspeed, deepspeed_config
+
+
+class LanguageModelLoss(torch.nn.Module):
+    """The model with its loss: the mean over the tokens that count.
+
+    A batch is what `train.data.batches` yields.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """0-d float32: mean cross entropy over the tokens with loss_mask 1."""
+        losses = self.model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch.get("attention_mask"),
+            labels=batch["labels"],
+        )
+        mask = batch["loss_mask"]
+        return (losses.float() * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+class PlainEngine(Engine):
+    """Micro-batch after micro-batch through the whole model. Args: see `Engine`."""
+
+    def _start_deepspeed(self) -> Any:
+        engine, *_ = deepspeed.initialize(
+            model=LanguageModelLoss(self.model),
+            optimizer=self.optimizer,
+            config=deepspeed_config(self.config, self.grid.world),
+            mpu=ModelParallelUnit(),
+            dist_init_required=False,
+        )
+        return engine
+
+    def _compute_and_update(self, batches: Iterator[Batch]) -> float:
+        self._engine.train()
+        total = torch.zeros((), device=self.grid.device)
+        for number in range(self.accumulation_steps):
+            self._set_micro_batch(number)
+            loss = self._engine(next(batches))
+            total += loss.detach()
+            self._check_finite(loss, number)
+            self._engine.backward(loss)
+            self._engine.step()
+        return float(self.grid.mean_over_dp(total / self.accumulation_steps))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch], iterations: int) -> float:
+        self._engine.eval()
+        total = torch.zeros((), device=self.grid.device)
+        for _ in range(iterations):
+            total += self._engine(next(batches))
+        return float(self.grid.mean_over_dp(total / iterations))
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        self.model.eval()
+        return self.model(tokens, positions, None, runtime_gather_output=True)
+
+    def _check_finite(self, loss: torch.Tensor, micro_batch: int) -> None:
+        """Stop on all ranks when one rank's loss is not finite (one flag is summed per batch)."""
+        bad = (~torch.isfinite(loss.detach())).float()
+        if self.grid.world > 1:
+            dist.all_reduce(bad)
+        if bad.item():
+            raise NumericsError(
+                f"step {self.controller.clock.step + 1}, micro-batch {micro_batch}: the loss is "
+                f"{float(loss)} on rank {self.grid.rank}; no update was made"
+            )

@@ -8,8 +8,8 @@ Two parts, each against one GPU in the same command, each with a dense and a spa
 * scaling: a model of more than 1B parameters with the same global batch in every layout (strong
   scaling): tokens a second, and efficiency = tokens/s / (GPUs x tokens/s of one GPU).
 
-Ranks are started from here by torch.distributed.run, once for every number of GPUs. The exit code
-is 1 when a layout disagrees.
+Ranks are started from here by torch.distributed.run: once for the matrix on every number of GPUs,
+once for every layout of the scaling. The exit code is 1 when a layout disagrees.
 
     python tools/bench_scaling.py --output tools/results/scaling-h200x2.md
     python tools/bench_scaling.py --part scaling --recipe s_ste
@@ -158,7 +158,11 @@ def launch(jobs: dict[str, dict[str, Any]], ranks: int, device: str) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / "jobs.json", Path(folder) / "results.json"]
         paths[0].write_text(json.dumps(jobs))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "OMP_NUM_THREADS": "1",
+        }
         if device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         command = [
@@ -312,7 +316,12 @@ def main(argv: list[str]) -> int:
     args.ranks = max(n for n in (1, 2, 4) if n <= args.ranks)
     results: dict[str, Any] = {}
     for ranks, jobs in sorted(make_jobs(args).items()):
-        results |= launch(jobs, ranks, args.device)
+        # Small runs share their processes; a large one has its own, so that the device memory of
+        # the run before it is free for certain.
+        small = {name: job for name, job in jobs.items() if name.startswith("matrix/")}
+        groups = [small, *({name: job} for name, job in jobs.items() if name not in small)]
+        for group in filter(None, groups):
+            results |= launch(group, ranks, args.device)
     text, good = report(results, args)
     print(text)
     if args.output:

@@ -144,6 +144,8 @@ def measure(flags: list[str], steps: int) -> dict[str, Any]:
 
 def worker(jobs_path: Path, results_path: Path) -> None:
     """One rank: all jobs of its number of ranks, one after the other."""
+    from megasparse.train.process import stop_process
+
     jobs = json.loads(jobs_path.read_text())
     results = {}
     for name, job in jobs.items():
@@ -151,6 +153,7 @@ def worker(jobs_path: Path, results_path: Path) -> None:
         if os.environ["RANK"] == "0":
             print(f"  {name}: loss {results[name]['losses'][-1]:.4f}", file=sys.stderr, flush=True)
             results_path.write_text(json.dumps(results))
+    stop_process()
 
 
 def launch(jobs: dict[str, dict[str, Any]], ranks: int, device: str) -> dict[str, Any]:
@@ -322,11 +325,14 @@ def main(argv: list[str]) -> int:
         groups = [small, *({name: job} for name, job in jobs.items() if name not in small)]
         for group in filter(None, groups):
             results |= launch(group, ranks, args.device)
+            if args.output:  # what was measured is kept, should a later run fail
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.with_suffix(".json").write_text(json.dumps(results))
     text, good = report(results, args)
     print(text)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text)
+        args.output.with_suffix(".json").unlink()
     return 0 if good else 1
 
 

@@ -118,7 +118,15 @@ class PipelineEngine(Engine):
 
     def _compute_and_update(self, batches: Iterator[Batch]) -> float:
         self._forwards = 0
-        return float(self._engine.train_batch(_pairs(batches)))
+        loss = float(self._engine.train_batch(_pairs(batches)))
+        self._release()
+        return loss
+
+    def _release(self) -> None:
+        """Let go of what DeepSpeed keeps until the next step: the last stage's logits and graph."""
+        self._engine.loss = self._engine.loss.detach()
+        for kept in self._engine.pipe_buffers.values():
+            kept[:] = [None] * len(kept)
 
     def evaluate(self, batches: Iterator[Batch], iterations: int) -> float:
         self._forwards = 0

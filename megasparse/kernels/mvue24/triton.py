@@ -171,8 +171,8 @@ def _sample(x0, x1, x2, x3, group, other, seed_ptr, key, high, EXACT: tl.constex
     else:
         key = key.to(tl.uint32)
         high = high.to(tl.uint32)
-    # Zero, and LLVM knows it; Triton does not, and so draws the numbers in the threads that hold the
-    # gradients. Otherwise it draws them in another layout and moves them through shared memory.
+    # Zero, and LLVM knows it; Triton does not, and so draws the numbers in the threads that hold
+    # the gradients. Otherwise it draws them elsewhere and moves them through shared memory.
     nothing = (x0.to(tl.uint32, bitcast=True) & 1) >> 1
     word0, word1 = philox2x32((group ^ high) ^ nothing, other, key)
     a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)

@@ -16,6 +16,8 @@ import torch
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+# The smallest normal number: the reciprocal of an amax scale is finite.
+SMALLEST_SCALE = 2.0**-126
 
 ROW_MULTIPLE = 64
 # A metadata block covers 64 rows and this many columns (twice that many bytes of one row).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch
 from megasparse.errors import KernelError
 from megasparse.kernels import Packed24, pack24, unpack24
 from tests.kernels.poison import poison_new_tensors
+
+# The name `megasparse.kernels.pack24` is the function.
+pack24_module = sys.modules["megasparse.kernels.pack24"]
 
 BACKENDS = ["reference", "triton"]
 E4M3 = torch.float8_e4m3fn
@@ -120,8 +124,63 @@ def test_quantisation(device, dtype, backend):
     assert torch.equal(packed.buffer, expected.buffer)
     assert torch.equal(packed.scale, expected.scale)
     # Rounding is torch's own, to nearest even.
-    rounded = (w.float() * (448 / amax)).to(E4M3).float()
+    rounded = (w.float() * packed.scale.reciprocal()).to(E4M3).float()
     assert torch.equal(unpack24(packed), rounded * packed.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_given_scale(device, dtype, backend, monkeypatch):
+    """Used as it is, without a look at the tensor; magnitudes beyond 448 * scale saturate."""
+    w = sparse((64, 256), dtype, device)
+    given = torch.tensor(0.003, device=device)
+    implementation = getattr(pack24_module, backend)
+    monkeypatch.delattr(implementation, "amax_scale")
+    w[0, :4] = torch.tensor([float("inf"), 0.0, -float("inf"), 0.0])
+    w[1, :4] = torch.tensor([0.0, float("nan"), 0.0, 1.0])
+    packed = pack24(w, E4M3, scale=given, backend=backend)
+    assert packed.scale is given
+    values = w.float() / 0.003
+    assert (values.abs() > 448).any() and (values.abs() < 100).any()
+    dense = unpack24(packed, backend="reference")
+    exact = values.clamp(-448, 448)
+    error = (dense / given - exact).abs()
+    assert dense[1, 1].isnan() and int(dense.isnan().sum()) == 1
+    assert (error <= exact.abs() * (2.0**-4 + 1e-5) + 2.0**-10)[~dense.isnan()].all()
+    assert dense[0, 0] == 448 * given and dense[0, 2] == -448 * given
+    if backend == "triton":
+        expected = pack24(w, E4M3, scale=given, backend="reference")
+        same = torch.equal(packed.metadata, expected.metadata)
+        assert same and torch.equal(
+            packed.values.float().nan_to_num(1e9), expected.values.float().nan_to_num(1e9)
+        )
+
+
+def test_refused_scales(device):
+    w = sparse((64, 128), torch.bfloat16, device)
+    one = torch.ones((), device=device)
+    for arguments, match in (
+        ({"w_sparse": w, "scale": one}, "expected none to pack torch.bfloat16"),
+        ({"w_sparse": w.to(E4M3), "scale": one}, "expected none"),
+        ({"w_sparse": w, "dtype": E4M3, "scale": one.view(1)}, r"shape \(1,\)"),
+        ({"w_sparse": w, "dtype": E4M3, "scale": one.double()}, "float64"),
+    ):
+        with pytest.raises(KernelError, match=match):
+            pack24(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_magnitude_is_found_anywhere(device, dtype, monkeypatch):
+    """By the kernel, at the edges of its tiles and in strided rows."""
+    for row, column in ((0, 0), (63, 1023), (64, 1024), (127, 1407), (15, 1023), (16, 1024)):
+        w = sparse((128, 1536), dtype, device)[:, :1408]
+        w[row, column // 4 * 4 : column // 4 * 4 + 4] = 0
+        w[row, column] = -100.0
+        with monkeypatch.context() as patch:
+            poison_new_tensors(patch)
+            scale = pack24_module.triton.amax_scale(w)
+        assert torch.equal(scale, torch.tensor(100 / 448, device=device))
+        assert torch.equal(scale, pack24_module.reference.amax_scale(w))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

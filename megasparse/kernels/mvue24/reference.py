@@ -12,6 +12,10 @@ from megasparse.kernels.random import SeedLike, philox2x32, uniform24
 
 Four = tuple[torch.Tensor, ...]
 
+# The approximate sampler works on magnitudes times SCALE_UP if their sum is below SMALL, else times
+# SCALE_DOWN; TINY is the smallest normal number.
+SMALL, SCALE_UP, SCALE_DOWN, TINY = 2.0**60, 2.0**64, 2.0**-4, 2.0**-126
+
 
 def mvue24(
     g: torch.Tensor, seed: SeedLike, dim: int, offsets: tuple[int, int], exact: bool
@@ -89,23 +93,28 @@ def approximate_magnitudes(a: Four, words: Four) -> Four:
     p_i = t_i (1 + sum over j != i of a_j / (S - a_j)) with t_i = a_i / S and S the sum, so the kept
     magnitude is S / (1 + sum of the others' odds): no entry of its own in it, nothing cancels, and
     a one-hot group comes back as it was.
+
+    Scaled by SCALE_UP or SCALE_DOWN, no group but one of zeros has a subnormal sum: reciprocals are
+    safe on any hardware, and u * sum is below the sum. What is left after the first draw can be
+    subnormal only below 2^-180 of the sum: then the odds of the first are infinite and the second
+    is zero. TINY is lost in any other sum; it gives a zero group odds of 0, not 0 / 0.
     """
+    total = _cumulative(a)[3]
+    scale = torch.where(total < SMALL, SCALE_UP, SCALE_DOWN)
+    a = tuple(a_i * scale for a_i in a)
     c = _cumulative(a)
-    first = _first_above(c, _threshold(uniform24(words[0]), c[3]))
+    first = _first_above(c, uniform24(words[0]).mul_(c[3]))
     remaining = _cumulative(tuple(a_i.masked_fill(f_i, 0.0) for a_i, f_i in zip(a, first)))
-    second = _first_above(remaining, _threshold(uniform24(words[1]), remaining[3]))
-    odds = tuple(a_i / rest_i for a_i, rest_i in zip(a, _sums_of_others(a)))
-    zero = c[3] == 0  # its odds are 0 / 0
+    second = _first_above(remaining, uniform24(words[1]).mul_(remaining[3]))
+    low, high = a[0] + a[1] + TINY, a[2] + a[3] + TINY
+    others = (a[1] + high, a[0] + high, low + a[3], low + a[2])
+    odds = tuple(a_i / others_i for a_i, others_i in zip(a, others))
+    low, high = 1.0 + (odds[0] + odds[1]), 1.0 + (odds[2] + odds[3])
+    divisors = (odds[1] + high, odds[0] + high, low + odds[3], low + odds[2])
     return tuple(
-        (c[3] / (1.0 + q)).masked_fill_(~(f | s) | zero, 0.0)
-        for q, f, s in zip(_sums_of_others(odds), first, second)
+        (total / divisor).masked_fill_(~(f | s), 0.0)
+        for divisor, f, s in zip(divisors, first, second)
     )
-
-
-def _sums_of_others(a: Four) -> Four:
-    """For each entry the sum of the other three, without cancellation."""
-    low, high = a[0] + a[1], a[2] + a[3]
-    return a[1] + high, a[0] + high, low + a[3], low + a[2]
 
 
 def _cumulative(a: Four) -> Four:

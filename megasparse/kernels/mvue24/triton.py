@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.mvue24.reference import SCALE_DOWN, SCALE_UP, SMALL, TINY
 from megasparse.kernels.random import (
     PHILOX_MULTIPLIER,
     PHILOX_ROUNDS,
@@ -26,6 +27,11 @@ from megasparse.kernels.random import (
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 _MULTIPLIER = tl.constexpr(PHILOX_MULTIPLIER)
 _WEYL = tl.constexpr(PHILOX_WEYL)
+_SMALL = tl.constexpr(SMALL)
+_SCALE_UP = tl.constexpr(SCALE_UP)
+_SCALE_DOWN = tl.constexpr(SCALE_DOWN)
+_TINY = tl.constexpr(TINY)
+_INTERPRETING = tl.constexpr(INTERPRETING)
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,9 @@ class Launch:
     num_warps: int
 
 
-# Groups along rows: 8 groups of 4 rows a thread; along columns: 4 groups a thread.
+# 8 groups a thread.
 ALONG_ROWS = Launch(rows=4, columns=256, num_warps=4)
-ALONG_COLUMNS = Launch(rows=2, columns=256, num_warps=4)
+ALONG_COLUMNS = Launch(rows=2, columns=512, num_warps=4)
 # The interpreter costs time per program, not per element.
 INTERPRETED = Launch(rows=64, columns=256, num_warps=4)
 
@@ -101,32 +107,51 @@ def _exact(a0, a1, a2, a3, word):
 
 
 @triton.jit
+def _reciprocal(x):
+    """1 / x within 1 ulp by the GPU's one instruction; it takes subnormals for zero."""
+    if _INTERPRETING:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def _approximate(a0, a1, a2, a3, word0, word1):
-    """`reference.approximate_magnitudes`; divisions are the GPU's fast ones (2 ulp each)."""
+    """`reference.approximate_magnitudes`; reciprocals are the GPU's, all four magnitudes are made.
+
+    Selections and comparisons run at half the rate of sums and products, so the two kept are
+    selected last.
+    """
+    sum_all = a0 + a1 + a2 + a3
+    scale = tl.where(sum_all < _SMALL, _SCALE_UP, _SCALE_DOWN)
+    a0, a1, a2, a3 = a0 * scale, a1 * scale, a2 * scale, a3 * scale
     low, high = a0 + a1, a2 + a3
     c2 = low + a2
-    total = c2 + a3
-    t = _threshold(_uniform24(word0), total)
-    above0, above1, above2 = a0 > t, low > t, c2 > t
-    f0, f1, f2 = above0, above1 ^ above0, above2 ^ above1
+    t = _uniform24(word0) * (c2 + a3)
+    above1 = low > t
+    f0 = a0 > t
+    f1 = above1 & (f0 == 0)
+    f2 = (c2 > t) & (above1 == 0)
+    f3 = (c2 > t) == 0
     e0 = tl.where(f0, 0.0, a0)
     e1 = e0 + tl.where(f1, 0.0, a1)
     e2 = e1 + tl.where(f2, 0.0, a2)
-    t = _threshold(_uniform24(word1), e2 + tl.where(above2, a3, 0.0))
-    again0, again1, again2 = e0 > t, e1 > t, e2 > t
-    s0, s1, s2 = again0, again1 ^ again0, again2 ^ again1
-    q0, q1 = a0 / (a1 + high), a1 / (a0 + high)
-    q2, q3 = a2 / (low + a3), a3 / (low + a2)
-    # Two of the four magnitudes are used: select first, divide twice.
-    q_low, q_high = q0 + q1, q2 + q3
-    r0, r1, r2, r3 = q1 + q_high, q0 + q_high, q_low + q3, q_low + q2
-    first = total / (1.0 + tl.where(f0, r0, tl.where(f1, r1, tl.where(f2, r2, r3))))
-    second = total / (1.0 + tl.where(s0, r0, tl.where(s1, r1, tl.where(s2, r2, r3))))
-    first, second = tl.where(total == 0, 0.0, first), tl.where(total == 0, 0.0, second)
-    o0 = tl.where(f0, first, tl.where(s0, second, 0.0))
-    o1 = tl.where(f1, first, tl.where(s1, second, 0.0))
-    o2 = tl.where(f2, first, tl.where(s2, second, 0.0))
-    o3 = tl.where(above2, tl.where(again2, 0.0, second), first)
+    t = _uniform24(word1) * (e2 + tl.where(f3, 0.0, a3))
+    again1 = e1 > t
+    s0 = e0 > t
+    s1 = again1 & (s0 == 0)
+    s2 = (e2 > t) & (again1 == 0)
+    s3 = (e2 > t) == 0
+    low, high = low + _TINY, high + _TINY
+    q0, q1 = a0 * _reciprocal(a1 + high), a1 * _reciprocal(a0 + high)
+    q2, q3 = a2 * _reciprocal(low + a3), a3 * _reciprocal(low + a2)
+    q_low, q_high = 1.0 + (q0 + q1), 1.0 + (q2 + q3)
+    o0 = tl.where(f0 | s0, sum_all * _reciprocal(q1 + q_high), 0.0)
+    o1 = tl.where(f1 | s1, sum_all * _reciprocal(q0 + q_high), 0.0)
+    o2 = tl.where(f2 | s2, sum_all * _reciprocal(q_low + q3), 0.0)
+    o3 = tl.where(f3 | s3, sum_all * _reciprocal(q_low + q2), 0.0)
     return o0, o1, o2, o3
 
 
@@ -146,7 +171,10 @@ def _sample(x0, x1, x2, x3, group, other, seed_ptr, key, high, EXACT: tl.constex
     else:
         key = key.to(tl.uint32)
         high = high.to(tl.uint32)
-    word0, word1 = philox2x32(group ^ high, other, key)
+    # Zero, and LLVM knows it; Triton does not, and so draws the numbers in the threads that hold
+    # the gradients. Otherwise it draws them elsewhere and moves them through shared memory.
+    nothing = (x0.to(tl.uint32, bitcast=True) & 1) >> 1
+    word0, word1 = philox2x32((group ^ high) ^ nothing, other, key)
     a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     if EXACT:
         o0, o1, o2, o3 = _exact(a0, a1, a2, a3, word0)

@@ -12,7 +12,6 @@ from megasparse.kernels.pack24 import reference, triton
 from megasparse.kernels.packed24 import (
     COLUMN_MULTIPLE,
     E4M3,
-    E4M3_MAX,
     ROW_MULTIPLE,
     Packed24,
     empty_packed,
@@ -26,6 +25,7 @@ def pack24(
     w_sparse: torch.Tensor,
     dtype: torch.dtype | None = None,
     *,
+    scale: torch.Tensor | None = None,
     error_flag: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Packed24:
@@ -39,9 +39,12 @@ def pack24(
         w_sparse: (N, K), at most 2 non-zeros in each group of 4 along K; N a multiple of 64, K of
             64 (16-bit) or 128 (8-bit). Any row stride; copied unless its rows are contiguous.
         dtype: bfloat16, float16 or float8_e4m3fn; by default that of `w_sparse`. float32 is rounded
-            to 16 bits. Wider inputs are quantised to e4m3 with one scale: values = w * (448 / amax)
-            and Packed24.scale = amax / 448 (1 when w is zero); the columns named are those that are
-            non-zero before quantisation.
+            to 16 bits. Wider inputs are quantised to e4m3: values = w * (1 / scale), to nearest
+            even, saturated at 448 (infinities too; NaN stays NaN). The columns named are those that
+            are non-zero before quantisation.
+        scale: 0-d float32 on w's device, above 0: the dequantisation scale, as delayed scaling
+            knows it from earlier steps. Kept in the result, not copied. None: amax / 448, 1 when w
+            is zero, which costs a pass over w. Only for wider inputs packed as e4m3.
         error_flag: one int32 element on w's device. On CUDA it is set to 1, without a
             synchronisation, when a group has more than two non-zeros; the packed result is then
             not w. Without it, and always on the CPU, the call raises.
@@ -50,6 +53,7 @@ def pack24(
     Raises: KernelError on sizes, dtypes, or an input that is not 2:4.
     """
     dtype = _check(w_sparse, dtype)
+    _check_scale(w_sparse, dtype, scale)
     implementation = _implementation("pack24", w_sparse, backend)
     asynchronous = w_sparse.is_cuda and error_flag is not None
     flag = error_flag if asynchronous else w_sparse.new_zeros(1, dtype=torch.int32)
@@ -57,7 +61,11 @@ def pack24(
     _check_flag(w_sparse, flag)
     if w_sparse.dtype == torch.float32 and dtype != E4M3:
         w_sparse = w_sparse.to(dtype)
-    quantise, scale = _quantisation(w_sparse, dtype)
+    quantise = w_sparse.dtype != dtype
+    if not quantise:
+        scale = torch.ones((), dtype=torch.float32, device=w_sparse.device)
+    elif scale is None:
+        scale = implementation.amax_scale(w_sparse)
     packed = empty_packed((w_sparse.shape[0], w_sparse.shape[1]), dtype, scale, w_sparse.device)
     implementation.pack(w_sparse, packed, quantise, flag)
     if not asynchronous and flag.item():
@@ -105,15 +113,16 @@ def _check_flag(w: torch.Tensor, flag: torch.Tensor) -> None:
         )
 
 
-def _quantisation(w: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The factor before the cast to e4m3 (None: no cast) and the scale that undoes it."""
-    if w.dtype == dtype:
-        return None, torch.ones((), dtype=torch.float32, device=w.device)
-    amax = torch.linalg.vector_norm(w, float("inf")).float()
-    # A zero tensor needs no scale; a tiny amax must not overflow the factor.
-    factor = (E4M3_MAX / amax).clamp(max=torch.finfo(torch.float32).max)
-    factor = torch.where(amax == 0, 1.0, factor)
-    return factor, 1.0 / factor
+def _check_scale(w: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> None:
+    if scale is None:
+        return
+    if dtype != E4M3 or w.dtype == E4M3:
+        raise KernelError(f"pack24: scale is given, expected none to pack {w.dtype} as {dtype}")
+    if scale.dtype != torch.float32 or scale.dim() != 0 or scale.device != w.device:
+        raise KernelError(
+            f"pack24: scale is a {scale.dtype} tensor of shape {tuple(scale.shape)} on "
+            f"{scale.device}, expected 0-d float32 on {w.device}"
+        )
 
 
 def _not_24(w: torch.Tensor) -> KernelError:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels.packed24 import Packed24, codes_to_metadata
+from megasparse.kernels.packed24 import E4M3_MAX, SMALLEST_SCALE, Packed24, codes_to_metadata
 
 
-def pack(
-    w: torch.Tensor, packed: Packed24, quantise: torch.Tensor | None, flag: torch.Tensor
-) -> None:
+def amax_scale(w: torch.Tensor) -> torch.Tensor:
+    """0-d float32: amax / 448; 1 when `w` is zero, and never so small that 1 / scale overflows."""
+    amax = torch.linalg.vector_norm(w, float("inf")).float()
+    # Not `amax / 448`: on CUDA torch multiplies by the rounded reciprocal of a Python number.
+    scale = (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=SMALLEST_SCALE)
+    return torch.where(amax == 0, 1.0, scale)
+
+
+def pack(w: torch.Tensor, packed: Packed24, quantise: bool, flag: torch.Tensor) -> None:
     """Fill the values and metadata of `packed`.
 
     Args:
-        w: (N, K) of packed.dtype, or wider with `quantise`, the 0-d float32 that it is multiplied
-            by before the cast.
+        w: (N, K) of packed.dtype, or wider with `quantise`: times 1 / packed.scale, saturated and
+            cast to e4m3.
         flag: one int32, set to 1 when w has a group with more than two non-zeros.
     """
     rows, columns = packed.shape
@@ -27,8 +33,9 @@ def pack(
     i0 = torch.where(n0, 0, torch.where(n1, 1, 2))
     i1 = torch.where(n3 | (count < 2), 3, torch.where(n2, 2, 1))
     index = torch.stack([i0, i1], -1)
-    if quantise is not None:
-        kept = (groups.gather(-1, index).float() * quantise).to(packed.dtype)
+    if quantise:
+        kept = groups.gather(-1, index).float() * packed.scale.reciprocal()
+        kept = kept.clamp(-E4M3_MAX, E4M3_MAX).to(packed.dtype)
     else:  # by bits: torch does not gather e4m3
         bits = torch.int16 if packed.dtype.itemsize == 2 else torch.int8
         kept = groups.view(bits).gather(-1, index).view(packed.dtype)

@@ -122,7 +122,8 @@ def _name(path: Path) -> str:
 
 def test_every_kernel_has_a_reference():
     for folder in sorted((PACKAGE / "kernels").iterdir()):
-        if folder.is_dir() and (folder / "triton.py").exists():
+        # groups holds device functions that several kernels share.
+        if folder.name != "groups" and (folder / "triton.py").exists():
             assert (folder / "reference.py").exists(), folder
 
 

@@ -134,8 +134,7 @@ def test_a_given_scale(device, dtype, backend, monkeypatch):
     """Used as it is, without a look at the tensor; magnitudes beyond 448 * scale saturate."""
     w = sparse((64, 256), dtype, device)
     given = torch.tensor(0.003, device=device)
-    implementation = getattr(pack24_module, backend)
-    monkeypatch.delattr(implementation, "amax_scale")
+    monkeypatch.delattr(pack24_module, "amax_scale")
     w[0, :4] = torch.tensor([float("inf"), 0.0, -float("inf"), 0.0])
     w[1, :4] = torch.tensor([0.0, float("nan"), 0.0, 1.0])
     packed = pack24(w, E4M3, scale=given, backend=backend)
@@ -167,20 +166,6 @@ def test_refused_scales(device):
     ):
         with pytest.raises(KernelError, match=match):
             pack24(**arguments)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_largest_magnitude_is_found_anywhere(device, dtype, monkeypatch):
-    """By the kernel, at the edges of its tiles and in strided rows."""
-    for row, column in ((0, 0), (63, 1023), (64, 1024), (127, 1407), (15, 1023), (16, 1024)):
-        w = sparse((128, 1536), dtype, device)[:, :1408]
-        w[row, column // 4 * 4 : column // 4 * 4 + 4] = 0
-        w[row, column] = -100.0
-        with monkeypatch.context() as patch:
-            poison_new_tensors(patch)
-            scale = pack24_module.triton.amax_scale(w)
-        assert torch.equal(scale, torch.tensor(100 / 448, device=device))
-        assert torch.equal(scale, pack24_module.reference.amax_scale(w))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -100,6 +100,15 @@ def from_fp32(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def widen(x):
+    """Floats as float32; bf16 by its bits, for the interpreter does not keep every NaN."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def rounded(x, KIND: tl.constexpr):
     """An fp32 value, not NaN, rounded to nearest even as a number of KIND."""
     if KIND == "fp32":

@@ -8,6 +8,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
+from megasparse.kernels.amax_scale import amax_scale
 from megasparse.kernels.pack24 import reference, triton
 from megasparse.kernels.packed24 import (
     COLUMN_MULTIPLE,
@@ -65,7 +66,7 @@ def pack24(
     if not quantise:
         scale = torch.ones((), dtype=torch.float32, device=w_sparse.device)
     elif scale is None:
-        scale = implementation.amax_scale(w_sparse)
+        scale = amax_scale(w_sparse, backend=backend)
     packed = empty_packed((w_sparse.shape[0], w_sparse.shape[1]), dtype, scale, w_sparse.device)
     implementation.pack(w_sparse, packed, quantise, flag)
     if not asynchronous and flag.item():

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.packed24 import E4M3_MAX, SMALLEST_SCALE, Packed24
+from megasparse.kernels.groups.triton import widen
+from megasparse.kernels.packed24 import E4M3_MAX, Packed24
 
 
 def _code(case: int) -> int:
@@ -25,25 +26,20 @@ def _code(case: int) -> int:
 
 _CODES = tl.constexpr(sum(_code(case) << 4 * case for case in range(16)))
 _E4M3_MAX = tl.constexpr(E4M3_MAX)
-_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Most columns a program handles, its warps, and its rows (the layout wants 64)."""
+    """Most columns a program handles (64 rows each) and its warps."""
 
     columns: int
     num_warps: int
-    rows: int = 64
 
 
 PACK = Launch(columns=128, num_warps=4)
 UNPACK = Launch(columns=128, num_warps=4)
-AMAX = Launch(columns=1024, num_warps=4, rows=8)
 # The interpreter costs time per program, not per element.
 INTERPRETED = Launch(columns=1024, num_warps=4)
-# Partial maxima that the one program of `_amax_scale_kernel` reads at a time.
-PARTIALS = 4096
 
 
 @triton.jit
@@ -114,15 +110,6 @@ def _pack16_kernel(
     start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
     offset = tl.arange(0, 8 * COLUMNS)
     tl.store(metadata_ptr + start + offset, tl.reshape(byte, (8 * COLUMNS,)))
-
-
-@triton.jit
-def _widen(w):
-    """Weights as float32; bf16 by its bits, for the interpreter loses NaN on the other way."""
-    if w.dtype == tl.bfloat16:
-        return (w.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return w.to(tl.float32)
 
 
 @triton.jit
@@ -201,7 +188,7 @@ def _quantise_pack8_kernel(
     block_row, tile = pid // tiles, pid % tiles
     row = block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
     column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    w = _widen(tl.load(w_ptr + row * w_stride + column))
+    w = widen(tl.load(w_ptr + row * w_stride + column))
     v0, v1, code, violated = _select(w, 64, GROUPS, 0)
     _raise_flag(flag_ptr, violated)
     factor = tl.div_rn(1.0, tl.load(scale_ptr))
@@ -215,36 +202,6 @@ def _quantise_pack8_kernel(
     kept_column = _kept_columns(tile, COLUMNS, HELD)
     tl.store(values_ptr + row * (num_columns // 2) + kept_column, bits)
     _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS)
-
-
-@triton.jit
-def _amax_kernel(
-    w_ptr, partial_ptr, num_rows, num_columns, w_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """The largest magnitude of a tile as float32 bits, which are ordered alike, NaN above all."""
-    tiles = tl.cdiv(num_columns, COLUMNS)
-    pid = tl.program_id(0)
-    column = (pid % tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    worst = tl.zeros((COLUMNS,), tl.int32)
-    for i in tl.static_range(ROWS):
-        row = (pid // tiles) * ROWS + i
-        inside = (row < num_rows) & (column < num_columns)
-        w = tl.load(w_ptr + row.to(tl.int64) * w_stride + column, mask=inside, other=0.0)
-        worst = tl.maximum(worst, _widen(w).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    tl.store(partial_ptr + pid, tl.max(worst))
-
-
-@triton.jit
-def _amax_scale_kernel(partial_ptr, scale_ptr, partials, BLOCK: tl.constexpr):
-    """`reference.amax_scale` from the partial maxima: one program."""
-    bits = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, partials, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        bits = tl.maximum(bits, tl.load(partial_ptr + index, mask=index < partials, other=0))
-    amax = tl.max(bits).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(amax, _E4M3_MAX)
-    scale = tl.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)  # NaN stays
-    tl.store(scale_ptr, tl.where(amax == 0, 1.0, scale))
 
 
 @triton.jit
@@ -303,29 +260,6 @@ def _unpack8_kernel(values_ptr, metadata_ptr, w_ptr, scale_ptr, num_columns, COL
     dense = _place(bits, code, 64, COLUMNS).to(tl.float8e4nv, bitcast=True).to(tl.float32)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tl.store(w_ptr + row * num_columns + column, dense * tl.load(scale_ptr))
-
-
-def amax_scale(w: torch.Tensor) -> torch.Tensor:
-    """See reference.py; its amax is also that of a `w` with NaN or infinities."""
-    if w.stride(1) != 1:
-        w = w.contiguous()
-    rows, columns = w.shape
-    launch = INTERPRETED if INTERPRETING else AMAX
-    programs = triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.columns)
-    partial = torch.empty(programs, dtype=torch.int32, device=w.device)
-    scale = torch.empty((), dtype=torch.float32, device=w.device)
-    _amax_kernel[(programs,)](
-        w,
-        partial,
-        rows,
-        columns,
-        w.stride(0),
-        ROWS=launch.rows,
-        COLUMNS=launch.columns,
-        num_warps=launch.num_warps,
-    )
-    _amax_scale_kernel[(1,)](partial, scale, programs, BLOCK=PARTIALS, num_warps=8)
-    return scale
 
 
 def pack(w: torch.Tensor, packed: Packed24, quantise: bool, flag: torch.Tensor) -> None:

@@ -112,8 +112,8 @@ def measure(flags: list[str], steps: int) -> dict[str, Any]:
     config = resolve(load_config(flags), world)
     parallel, train = config.parallel, config.train
     device = start_process(parallel.distributed_timeout_minutes)
-    sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    grid = make_grid(*sizes, device, train.seed)
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    grid = make_grid(tp, device, train.seed, pipeline_model_parallel_size=pp)
     data = build_data(config, grid)
     vocabulary = padded_vocab_size(data.vocab_size, config)
     engine = build_engine(config, grid, recipe_of(config), vocabulary)

@@ -100,20 +100,20 @@ class Grid:
 
 def make_grid(
     tensor_model_parallel_size: int,
-    pipeline_model_parallel_size: int,
     device: torch.device,
     seed: int,
     timeout_minutes: float = 10.0,
+    pipeline_model_parallel_size: int = 1,
 ) -> Grid:
     """Build the process groups (torch.distributed must be up) and seed dropout.
 
     Args:
         tensor_model_parallel_size: ranks that share each layer.
-        pipeline_model_parallel_size: stages; the product of the two divides the world.
         device: of this rank.
         seed: dropout is drawn from it, differently on each rank where activations differ, equally
             where they are replicated (tensor parallelism's residuals).
         timeout_minutes: for collectives of the groups.
+        pipeline_model_parallel_size: stages; its product with the first divides the world.
     """
     if device.type != "cuda":
         _use_cpu_in_megatron()

@@ -30,10 +30,10 @@ def pretrain(config: RunConfig) -> None:
     device = start_process(config.parallel.distributed_timeout_minutes)
     grid = make_grid(
         config.parallel.tensor_model_parallel_size,
-        config.parallel.pipeline_model_parallel_size,
         device,
         config.train.seed,
         config.parallel.distributed_timeout_minutes,
+        config.parallel.pipeline_model_parallel_size,
     )
     Trainer(config, grid, build_data(config, grid)).run()
 

@@ -93,8 +93,8 @@ def _logits(rank, world, flags):
     config = resolve(load_config(flags), world)
     parallel = config.parallel
     device = start_process(1.0)
-    sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    grid = make_grid(*sizes, device, config.train.seed)
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    grid = make_grid(tp, device, config.train.seed, pipeline_model_parallel_size=pp)
     data = build_data(config, grid)
     engine = build_engine(config, grid, recipe_of(config), padded_vocab_size(130, config))
     tokens = torch.arange(24).view(2, 12) * 5 % 130

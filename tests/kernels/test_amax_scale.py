@@ -19,7 +19,7 @@ def test_the_largest_magnitude_is_found_anywhere(device, dtype, backend, monkeyp
     """At the edges of tiles and of the matrix, in strided rows whose other entries are larger."""
     whole = torch.randn(131, 1536, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     whole[:, 1403:] = 1000.0
-    for row, column in ((0, 0), (63, 1023), (64, 1024), (130, 1402), (7, 1023), (8, 1024)):
+    for row, column in ((7, 1023), (64, 1024), (130, 1402)):
         w = whole.clone()[:, :1403]
         w[row, column] = -100.0
         with monkeypatch.context() as patch:

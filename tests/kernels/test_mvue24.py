@@ -157,7 +157,7 @@ def test_every_kind_of_group(device, exact, backend):
     finite = g.isfinite().all(1) & (a.sum(1) < 3.4e38)
     one_hot = (g != 0).sum(1) == 1
     dominated = (a.sum(1) < 2 * a.amax(1)) & finite
-    for seed in range(8):
+    for seed in range(4):
         out = mvue24(wide, seed=seed, exact=exact, backend=backend).cpu().view(-1, 4)
         assert ((out != 0).sum(1) <= 2).all()
         assert out[finite].isfinite().all()

@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/quickstart
+# A file's tests share ranks and datasets, so a file stays in one process.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 # A machine that has a CUDA build of torch keeps it: the environment sees its packages. Anywhere
@@ -53,7 +55,7 @@ $(RUN)/data_text_document.idx: $(RUN)/tokenizer.model
 		--tokenizer-model $< --workers 2 --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -24,7 +24,14 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]==2.20.2"],
-        "test": ["pytest>=8.3", "matplotlib>=3.9"],
-        "dev": ["pytest>=8.3", "matplotlib>=3.9", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],
+        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "matplotlib>=3.9"],
+        "dev": [
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "matplotlib>=3.9",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "types-PyYAML",
+        ],
     },
 )

@@ -54,13 +54,14 @@ def test_a_run_ends_with_the_table(tmp_path, launcher):
 
 
 @pytest.mark.slow
-def test_bad_input_ends_the_launch_with_an_error_on_every_rank(tmp_path):
+def test_bad_input_ends_the_launch_with_an_error(tmp_path):
     flags = [*TINY, "--data-path", str(tmp_path / "missing"), "--run-dir", str(tmp_path / "run")]
     done = _launch([*DEEPSPEED, "--master_port", _free_port(), SCRIPT, *flags])
     output = done.stdout + done.stderr
     assert done.returncode != 0
-    for rank in range(2):
-        assert f"[rank {rank}] error" in output
+    # DeepSpeed's launcher ends the other ranks as soon as one has gone, perhaps before they have
+    # spoken; that every rank says it is tested in tests/train/test_bad_input.py.
+    assert "] error" in output
     assert "Traceback" not in output and "missing" in output
 
 

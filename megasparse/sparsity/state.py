@@ -8,6 +8,7 @@ optimizer step. Everything that a resume needs is in `export_state`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -130,6 +131,15 @@ class SparseWeight(torch.nn.Module):
         if self.flips is not None:
             state["flips"] = self.flips
         return state
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """What a step may change, by reference, for `restore`."""
+        return (self.mask, self.scale, self.flips, self.last_refresh, self.refreshes)
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Put back what `snapshot` gave."""
+        self.mask, self.scale, self.flips, self.last_refresh, self.refreshes = snapshot
+        self.invalidate()
 
     def import_state(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
         """Take over what `export_state` gave; operands are rebuilt at the next use."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging as python_logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,15 @@ import torch
 import torch.distributed as dist
 
 from megasparse.config import RunConfig, gradient_accumulation_steps
-from megasparse.errors import NumericsError
 from megasparse.megatron.grid import Grid, ModelParallelUnit, collective_timeout
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
 from megasparse.optim.lr import learning_rate
 from megasparse.optim.masked_decay import MaskedDecay
 from megasparse.sparsity.controller import SparsityController
 from megasparse.train import zero
+from megasparse.train.faults import Faults
+from megasparse.train.numerics import StepGuard
+from megasparse.train.process import join_group
 
 # Without a GPU DeepSpeed must not look for one, and the op that it would compile for shared-memory
 # collectives (30 s, again whenever the environment changes) is of no use to training.
@@ -42,33 +44,20 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 python_logging.getLogger("DeepSpeed").setLevel(python_logging.ERROR)
 
 
-def start_process(timeout_minutes: float) -> torch.device:
-    """Join the process group that the launcher described; the device of this rank.
+def start_process(timeout_minutes: float) -> tuple[torch.device, tuple[str, int] | None]:
+    """Join the process group that the launcher described.
 
-    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from `deepspeed` or `torchrun`;
-    without them the process is a run of one rank.
+    Returns:
+        The device of this rank, and where the group's store listens (`join_group`).
     """
-    for name, value in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "0"),
-    ):
-        os.environ.setdefault(name, value)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=collective_timeout(timeout_minutes),
-            verbose=False,
-            auto_mpi_discovery=False,
-        )
-    return device
+    address = join_group(device, collective_timeout(timeout_minutes))
+    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # finds the group
+    return device, address
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -113,10 +102,13 @@ class LanguageModelLoss(torch.nn.Module):
 
 @dataclass
 class StepResult:
-    """One optimizer step, over all ranks: mean loss, gradient norm before clipping, rate used."""
+    """One optimizer step, over all ranks: mean loss, gradient norm before clipping, rate used.
 
-    loss: float
-    grad_norm: float
+    Loss and norm are None for a step that was left out.
+    """
+
+    loss: float | None
+    grad_norm: float | None
     lr: float
 
 
@@ -128,6 +120,8 @@ class Engine:
         grid: this rank's place.
         model: built and sparsified.
         controller: the model's sparsity.
+        faults: to be injected; none by default.
+        tick: told about every micro-batch.
     """
 
     def __init__(
@@ -136,6 +130,8 @@ class Engine:
         grid: Grid,
         model: torch.nn.Module,
         controller: SparsityController,
+        faults: Faults | None = None,
+        tick: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.config, self.grid, self.model, self.controller = config, grid, model, controller
         train = config.train
@@ -167,6 +163,8 @@ class Engine:
         # Where the parameters lie in the optimizer's tensors, now that ZeRO has made its own.
         self.fragments = zero.fragments(model.named_parameters(), self.optimizer)
         decay.attach(self.fragments)
+        self._faults, self._tick = faults or Faults([], grid.rank), tick
+        self.guard = StepGuard(grid, model, self._engine.module, controller, self._faults)
 
     @property
     def accumulation_steps(self) -> int:
@@ -177,51 +175,63 @@ class Engine:
         """Forward, backward and update over one global batch; advances the clock.
 
         Raises:
-            NumericsError: the loss or the gradient norm is not finite; weights, moments and masks
-                are as before the step.
+            NonFiniteStep: the loss or the gradient norm is not finite; weights, moments, masks and
+                generators are as before the step, and so is the clock.
         """
         clock = self.controller.clock
         rate = learning_rate(self.config.train, clock.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._engine.train()
+        self.guard.begin()
         total = torch.zeros((), device=self.grid.device)
         for number in range(self.accumulation_steps):
+            self._tick(f"step {clock.step + 1}, micro-batch {number}")
             clock.micro_batch = number * self.grid.dp_size + self.grid.dp_rank
-            loss = self._engine(next(batches))
+            self._faults.at("data")
+            batch = self.guard.keep(next(batches), clock.micro_batch)
+            self._faults.at("forward")
+            loss = self.guard.poisoned(self._engine(batch))
             total += loss.detach()
-            self._check_finite(loss, number)
+            self._faults.at("backward")
             self._engine.backward(loss)
+            if number == self.accumulation_steps - 1:
+                self.guard.check_loss(total)
+                self._faults.at("optimizer")
             self._engine.step()
         mean = self.grid.mean_over_dp(total / self.accumulation_steps)
         norm = self._grad_norm()
-        if not torch.isfinite(torch.tensor(norm)):
-            raise NumericsError(f"step {clock.step + 1}: gradient norm {norm}, no update was made")
+        self.guard.end(rate, norm)
         clock.step += 1
         return StepResult(float(mean), norm, rate)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[dict[str, torch.Tensor]], iterations: int) -> float:
-        """Mean loss over `iterations` micro-batches of every data-parallel rank."""
+    def evaluate(
+        self,
+        batches: Iterator[dict[str, torch.Tensor]],
+        iterations: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> float | None:
+        """Mean loss over `iterations` micro-batches of every data-parallel rank.
+
+        Args:
+            interrupted: asked before every micro-batch, the same answer on all ranks; ends the
+                evaluation without a result.
+        """
         self._engine.eval()
         total = torch.zeros((), device=self.grid.device)
-        for _ in range(iterations):
+        for number in range(iterations):
+            self._tick(f"evaluation, micro-batch {number}")
+            self._faults.at("evaluate")
+            if interrupted():
+                return None
             total += self._engine(next(batches))
         return float(self.grid.mean_over_dp(total / iterations))
 
-    def _check_finite(self, loss: torch.Tensor, micro_batch: int) -> None:
-        """Stop on all ranks when one rank's loss is not finite (one flag is summed per batch)."""
-        bad = (~torch.isfinite(loss.detach())).float()
-        if self.grid.world > 1:
-            dist.all_reduce(bad)
-        if bad.item():
-            raise NumericsError(
-                f"step {self.controller.clock.step + 1}, micro-batch {micro_batch}: the loss is "
-                f"{float(loss)} on rank {self.grid.rank}; no update was made"
-            )
-
     def _before_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Runs inside the optimizer, on final gradients: clip without ZeRO, then masked decay."""
+        if not self.guard.loss_is_finite:
+            return False
         if not self.config.parallel.zero_stage and not self._clip():
             return False
         if self._on_gradient is not None:

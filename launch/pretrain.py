@@ -11,7 +11,10 @@ saved, continue with --resume; 76 restarts without progress.
 import os
 import sys
 
-from megasparse import log
+# Before torch: a lost peer is one line of ours, not a stack of its store's.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+from megasparse import log  # noqa: E402
 from megasparse.config import build_parser
 from megasparse.errors import MegasparseError
 from megasparse.train.precheck import Prepared, prepare
@@ -47,5 +50,6 @@ if __name__ == "__main__":
     stop = StopRequest().install()
     code = run()
     sys.stderr.flush()
-    # Other ranks may wait in a collective: leave without their goodbye.
-    os._exit(code) if code else sys.exit(0)
+    if code:
+        # Other ranks may wait in a collective: leave without their goodbye.
+        os._exit(code)

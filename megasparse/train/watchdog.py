@@ -1,7 +1,7 @@
 """Finding ranks that died, stopped, hang or failed; and ending the others within seconds.
 
-Every rank has a thread that tells the store twice a second that it lives and how far it has come.
-Rank 0's thread looks at all of them and writes a verdict; the others look for that, and at rank 0.
+Every rank has a thread that tells the store four times a second that it lives and how far it has
+come. Rank 0's looks at all of them and writes a verdict; the others look for that, and at rank 0.
 A second thread only watches the clock, so a store that does not answer is noticed as well. On a
 verdict a rank dumps its stacks, says one line, and exits. Only the stock functions of the store
 are used, through a connection of its own, since the training thread may be blocked in another.
@@ -26,9 +26,9 @@ import torch.distributed as dist
 from megasparse.errors import PeerError
 from megasparse.log import logger
 
-BEAT_SECONDS = 0.5
+BEAT_SECONDS = 0.25
 SILENT_SECONDS = 10.0  # no sign of life: stopped or gone
-SUSPECT_SECONDS = 1.6  # the same, once a rank has seen its connections break
+SUSPECT_SECONDS = 1.2  # the same, once a rank has seen its connections break
 LINGER_SECONDS = 3.0  # rank 0 keeps the store for the others to read why it failed
 STARTING = 20.0  # allowance of phases that compile, build or write
 
@@ -69,7 +69,8 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._ticks, self._phase, self._allowance = 0, "build", 0.0
         self._ticked = self._contact = time.monotonic()
-        self._suspects = self._closing = False
+        self._suspects = self._closing = self._stopped = False
+        self._threads: list[threading.Thread] = []
         self._verdict: Verdict | None = None
         self._decided = threading.Event()
         self._seen: dict[int, tuple[Any, float]] = {}
@@ -86,7 +87,9 @@ class Watchdog:
         self._store.add("suspects", 0)
         self._store.set(f"beat/{rank}", json.dumps(self._beat()))
         for target in (self._talk, self._judge):
-            threading.Thread(target=target, name=f"watchdog{target.__name__}", daemon=True).start()
+            name = f"watchdog{target.__name__}"
+            self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+            self._threads[-1].start()
 
     def tick(self, phase: str, allowance: float = 1.0) -> None:
         """The training thread has come this far; the next tick is due in the hang timeout.
@@ -110,7 +113,7 @@ class Watchdog:
         except RuntimeError:
             return  # rank 0 is gone, and the store with it
         if self._rank == 0:
-            self._linger()
+            self._linger(self._world - 1)
 
     def explain(self, wait: float = 2 * SILENT_SECONDS) -> Verdict | None:
         """What broke this rank's connections, once that is known."""
@@ -120,19 +123,23 @@ class Watchdog:
         self._suspects = True
         self._decided.wait(wait)
         if self._rank == 0 and self._verdict is not None:
-            self._linger()
+            self._linger(self._world - 2)  # without the one that is lost
         return self._verdict
 
     def stop(self) -> None:
-        """The run ends well on this rank; all ranks must have come here."""
-        self._closing = True
+        """The run ends well: the threads end, so that none is in the store at the process's end."""
+        self._closing = self._stopped = True
+        for thread in self._threads:
+            thread.join(SILENT_SECONDS)
+        self._store = None
 
-    def _linger(self) -> None:
+    def _linger(self, readers: int) -> None:
+        """Rank 0: keep the store until this many ranks have read the verdict."""
         end = time.monotonic() + LINGER_SECONDS
         assert self._store is not None
         while time.monotonic() < end:
             try:
-                if self._store.add("seen", 0) >= self._world - 1:
+                if self._store.add("seen", 0) >= readers:
                     return
             except RuntimeError:
                 return
@@ -164,7 +171,7 @@ class Watchdog:
         """Thread: beat, look, until there is a verdict."""
         assert self._store is not None
         told = False
-        while self._verdict is None:
+        while self._verdict is None and not self._stopped:
             try:
                 self._store.set(f"beat/{self._rank}", json.dumps(self._beat()))
                 if self._suspects and not told:
@@ -177,8 +184,8 @@ class Watchdog:
                     )
                 return
             self._contact = time.monotonic()
-            time.sleep(BEAT_SECONDS)
-        if self._rank:
+            self._decided.wait(BEAT_SECONDS)
+        if self._rank and not self._stopped:
             try:
                 self._store.add("seen", 1)
             except (RuntimeError, dist.DistError):
@@ -187,6 +194,8 @@ class Watchdog:
     def _judge(self) -> None:
         """Thread: end this rank on a verdict; notice a store that does not answer."""
         while not self._decided.wait(0.1):
+            if self._stopped:
+                return
             silence = time.monotonic() - self._contact
             if silence > self._silent + BEAT_SECONDS and self._rank:
                 self._decide(
@@ -224,7 +233,7 @@ class Watchdog:
         content, beat = self._store.multi_get(["verdict", "beat/0"])
         if content:
             return Verdict(**json.loads(content))
-        return self._silence(0, json.loads(beat), self._silent)
+        return _longest([self._silence(0, json.loads(beat), self._silent)])
 
     def _look_at_all(self) -> Verdict | None:
         """Rank 0: who failed, who is silent, who hangs; written down for all."""
@@ -240,14 +249,16 @@ class Watchdog:
             told = json.loads(failure)
             message = f"rank {told['rank']} failed: {told['message']}"
             verdict = Verdict(told["rank"], message, told["code"])
-        for rank in range(1, self._world):
-            verdict = verdict or self._silence(rank, beats[rank], limit)
-        verdict = verdict or _hang(beats)
+        silent = [self._silence(rank, beats[rank], limit) for rank in range(1, self._world)]
+        verdict = verdict or _longest(silent) or _hang(beats)
         if verdict is not None:
             self._store.set("verdict", json.dumps(verdict.__dict__))
         return verdict
 
-    def _silence(self, rank: int, beat: dict[str, Any], limit: float) -> Verdict | None:
+    def _silence(
+        self, rank: int, beat: dict[str, Any], limit: float
+    ) -> tuple[float, Verdict] | None:
+        """How long a rank has been silent, if that is too long."""
         now = time.monotonic()
         last, since = self._seen.get(rank, (None, now))
         if beat["time"] != last:
@@ -258,7 +269,7 @@ class Watchdog:
         message = (
             f"rank {rank} was lost in {beat['phase']}: no sign of life for {now - since:.1f} s"
         )
-        return Verdict(rank, message, PeerError.exit_code)
+        return now - since, Verdict(rank, message, PeerError.exit_code)
 
 
 # Functions of torch.distributed whose name tells what a rank waits for.
@@ -267,6 +278,12 @@ _NAMES = {
     "barrier", "all_to_all_single", "send", "recv", "reduce",
     "gather", "scatter", "monitored_barrier",
 }  # fmt: skip
+
+
+def _longest(silent: list[tuple[float, Verdict] | None]) -> Verdict | None:
+    """The verdict on the rank that has been silent longest."""
+    found = [entry for entry in silent if entry is not None]
+    return max(found, key=lambda entry: entry[0])[1] if found else None
 
 
 def _hang(beats: list[dict[str, Any]]) -> Verdict | None:

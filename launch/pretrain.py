@@ -14,7 +14,7 @@ import sys
 # Before torch: a lost peer is one line of ours, not a stack of its store's.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from megasparse import log  # noqa: E402
+from megasparse import log
 from megasparse.config import build_parser
 from megasparse.errors import MegasparseError
 from megasparse.train.precheck import Prepared, prepare

@@ -73,6 +73,8 @@ def clean(root: Path) -> None:
         else:
             logger.info("%s: removed, left by an interrupted save", entry)
             shutil.rmtree(entry, ignore_errors=True)
+    for entry in (root / f".{POINTER}.tmp", *root.glob(".probe-*")):
+        entry.unlink(missing_ok=True)
     sync_folder(root)
 
 

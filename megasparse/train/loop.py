@@ -202,9 +202,8 @@ class Trainer:
         layers: dict[str, dict[str, float]] = {}
         if shown or self.controller.refreshes != self._figures_at:
             layers = self._figures = self._layer_figures()
-            if self.controller.refreshes != self._figures_at:
-                self.state.note_flips(clock.step, self._figures)
             self._figures_at = self.controller.refreshes
+            self.state.note_flips(clock.step, self._figures_at, self._figures)
         for figure in ("flip_rate", "density"):
             values = [one[figure] for one in self._figures.values() if figure in one]
             if values:

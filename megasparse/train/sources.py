@@ -93,11 +93,10 @@ def _check_source(
 ) -> CheckedSource:
     index = validate(prefix, vocab_size)
     sidecar = check_sidecar(prefix, tokenizer.digest if tokenizer else None)
-    digest = (
-        sidecar.idx_sha256
-        if sidecar is not None
-        else hashlib.sha256(idx_path(prefix).read_bytes()).hexdigest()
-    )
+    if sidecar is not None:
+        digest = hashlib.sha256(f"{sidecar.idx_sha256}{sidecar.bin_sha256}".encode()).hexdigest()
+    else:
+        digest = hashlib.sha256(idx_path(prefix).read_bytes()).hexdigest()
     return CheckedSource(prefix, weight, digest, index.lengths)
 
 

@@ -11,12 +11,17 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["megasparse.train.main", "tests.forked"])
+
+
+def context() -> multiprocessing.context.ForkServerContext:
+    """Where the ranks are forked from."""
+    return _context
 
 
 def free_port() -> int:
@@ -27,9 +32,18 @@ def free_port() -> int:
 
 
 def start(
-    flags: Sequence[str], world: int, log: Path, environment: dict[str, str] | None = None
+    flags: Sequence[str],
+    world: int,
+    log: Path,
+    environment: dict[str, str] | None = None,
+    more: dict[int, list[str]] | None = None,
 ) -> list[BaseProcess]:
-    """Start the ranks of a run; rank r writes to `log` with `.r` added."""
+    """Start the ranks of a run; rank r writes to `log` with `.r` added.
+
+    Args:
+        environment: variables of all ranks.
+        more: flags of single ranks.
+    """
     port = free_port()
     ranks = []
     for rank in range(world):
@@ -39,7 +53,8 @@ def start(
             "TORCH_CPP_LOG_LEVEL": "ERROR", **(environment or {}),
         }  # fmt: skip
         target = Path(f"{log}.{rank}")
-        ranks.append(_context.Process(target=_rank, args=(list(flags), variables, str(target))))
+        own = [*flags, *(more or {}).get(rank, [])]
+        ranks.append(_context.Process(target=serve, args=(own, variables, str(target))))
         ranks[-1].start()
     return ranks
 
@@ -64,7 +79,17 @@ def run(
     return wait(start(flags, world, log, environment))
 
 
-def _rank(flags: list[str], variables: dict[str, str], log_path: str) -> None:
+def serve(
+    flags: list[str],
+    variables: dict[str, str],
+    log_path: str,
+    before: Callable[[], object] = lambda: None,
+) -> None:
+    """Be a rank, in a process of its own; never returns.
+
+    Args:
+        before: called after all imports.
+    """
     descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -78,10 +103,11 @@ def _rank(flags: list[str], variables: dict[str, str], log_path: str) -> None:
     from megasparse.train.stop import StopRequest
 
     torch.set_num_threads(1)
+    before()
     stop = StopRequest().install()
-    log.setup(int(variables["RANK"]))
+    log.setup(int(variables.get("RANK", 0)))
     try:
-        code = main(prepare(flags, int(variables["WORLD_SIZE"])), stop)
+        code = main(prepare(flags, int(variables.get("WORLD_SIZE", 1))), stop)
     except MegasparseError as error:
         log.logger.error("%s: %s", type(error).__name__, error)
         code = error.exit_code

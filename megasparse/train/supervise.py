@@ -132,10 +132,16 @@ class _Supervisor:
         self._child = subprocess.Popen(self._command, env=environment, preexec_fn=die_with_parent)
         if self._stopped:
             self._child.send_signal(signal.SIGTERM)
+        ordered: float | None = None
         while (code := self._child.poll()) is None:
             time.sleep(POLL_SECONDS)
-            if self._rank and self._is_newer(self._read(), attempt, stale):
-                self._child.kill()
+            order = self._read() if self._rank else {}
+            if self._is_newer(order, attempt, stale):
+                ordered = ordered or time.monotonic()
+                # After a regular end a child ends by itself; stuck ones are not waited for.
+                grace = ANNOUNCEMENT_SECONDS if order.get("exit") in FINAL_CODES else 0.0
+                if time.monotonic() - ordered >= grace:
+                    self._child.kill()
         return 128 - code if code < 0 else code
 
     def _wait_for_order(self, attempt: int, stale: dict[str, Any]) -> dict[str, Any]:

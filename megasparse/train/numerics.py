@@ -126,7 +126,7 @@ class StepGuard:
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
             where = f"rank {self._grid.rank}, micro-batch {local}, {_samples(kept.batch)}"
             if not bool(torch.isfinite(loss)):
-                findings.append(f"the loss is {float(loss)} on {where}")
+                findings.append(f"the loss is {float(loss.detach())} on {where}")
             bad = [
                 f"the gradient of {name} is not finite on {where}"
                 for (name, _), g in zip(named, gradients, strict=True)

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,12 @@ META: dict[str, Any] = {
 
 
 def tensors_of(step: int) -> Tensors:
-    """A state whose every value tells its step."""
+    """A state whose every value tells its step (modulo 256)."""
     return {
-        name: (Piece(name, WeightShard((40, 30))), torch.full((40, 30), float(step), dtype=dtype))
+        name: (
+            Piece(name, WeightShard((40, 30))),
+            torch.full((40, 30), float(step % 256), dtype=dtype),
+        )
         for name, dtype in (("a", torch.float32), ("b", torch.bfloat16), ("c", torch.uint8))
     }
 
@@ -95,6 +99,8 @@ def kill_one_save(
 
         try:
             save_until_killed(root, writing, strike if point else ignore, async_save)
+        except BaseException:
+            (root.parent / f"{root.name}-error").write_text(traceback.format_exc())
         finally:
             os._exit(1)
     os.close(writing)
@@ -102,7 +108,8 @@ def kill_one_save(
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert killed, (root.parent / f"{root.name}-error").read_text()
     told = b""
     while part := os.read(reading, 1 << 16):
         told += part

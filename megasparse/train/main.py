@@ -46,7 +46,7 @@ def main(prepared: Prepared, stop: StopRequest) -> int:
             if verdict is not None:
                 log.logger.error("PeerError: %s", verdict.message)
                 return verdict.exit_code
-        log.logger.error("unexpected error\n%s", text)
+        log.logger.error("unexpected error, a bug\n%s", text)
         return run.failed(f"{type(error).__name__}: {one_line(error)}", 1)
 
 
@@ -83,8 +83,7 @@ class _Run:
 
     def failed(self, message: str, exit_code: int) -> int:
         """Say why this rank ends, here and to the others."""
-        if exit_code != 1:
-            log.logger.error("%s", message)
+        log.logger.error("%s", message)
         if self.watch is not None:
             self.watch.fail(message, exit_code)
         return exit_code

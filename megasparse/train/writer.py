@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megasparse.errors import CheckpointError
+from megasparse.errors import StorageError
 from megasparse.train.catalog import sync_folder
 from megasparse.train.storage import DTYPES, MANIFEST, Piece, encode_manifest, raw_bytes
 
@@ -130,15 +130,9 @@ def check_free_space(root: Path, needed: int) -> None:
     """Refuse to begin a save for which the disk has no room.
 
     Raises:
-        CheckpointError: tells need and room in bytes.
+        StorageError: tells need and room in bytes.
     """
     needed += needed // 50 + (1 << 16)  # headers, manifest, blocks
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise StorageFull(f"{root}: no room for a checkpoint: {free} bytes free, {needed} needed")
-
-
-class StorageFull(CheckpointError):
-    """No room; nothing was written."""
-
-    exit_code = 74
+        raise StorageError(f"{root}: no room for a checkpoint: {free} bytes free, {needed} needed")

@@ -219,6 +219,7 @@ class Engine:
                 evaluation without a result.
         """
         self._engine.eval()
+        self._faults.step = self.controller.clock.step
         total = torch.zeros((), device=self.grid.device)
         for number in range(iterations):
             self._tick(f"evaluation, micro-batch {number}")

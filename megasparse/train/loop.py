@@ -128,6 +128,7 @@ class Trainer:
             row, layers = self._step(stream)
             if self.state.pending_row is None:
                 self._record(writer, line, row, layers)
+            self.context.faults.step = clock.step
             self.context.faults.at("step_end")
             if self._save_due():
                 if writer is not None:

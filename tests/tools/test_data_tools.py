@@ -153,13 +153,13 @@ def test_chunks_lose_nothing_and_stay_short() -> None:
 @pytest.mark.parametrize(
     ("tool", "command", "code", "message"),
     [
-        ("make_corpus", ["--output", "c.jsonl", "--max-bytes", "0"], 3, "max_bytes: found 0"),
-        ("train_tokenizer", ["--input", "none", "--output", "t.model"], 3, "none: cannot read"),
-        ("train_tokenizer", ["--input", "c", "--output", "t.bin"], 3, "t.bin: expected a name"),
+        ("make_corpus", ["--output", "c.jsonl", "--max-bytes", "0"], 65, "max_bytes: found 0"),
+        ("train_tokenizer", ["--input", "none", "--output", "t.model"], 65, "none: cannot read"),
+        ("train_tokenizer", ["--input", "c", "--output", "t.bin"], 65, "t.bin: expected a name"),
         (
             "preprocess_data",
             ["--input", "none", "--output-prefix", "d", "--tokenizer-model", "t.model"],
-            3,
+            65,
             "none: cannot read",
         ),
     ],
@@ -267,7 +267,7 @@ def test_dead_worker_is_an_error_and_not_a_hang(
     process = start_long(made, long_input, tmp_path / "out", 2)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, error = process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode == 3
+    assert process.returncode == 65
     assert error.splitlines()[-1].startswith("preprocess_data.py: error: a worker process died")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -279,7 +279,7 @@ def test_file_that_cannot_grow_is_an_error(made: Path, tmp_path: Path) -> None:
         file_limit=100_000,
     )
     _, error = process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode == 3
+    assert process.returncode == 65
     assert error == (
         f"preprocess_data.py: error: {tmp_path}/d_text_document.bin: cannot write: File too large\n"
     )

@@ -4,8 +4,8 @@
     python -m torch.distributed.run --nproc-per-node 2 launch/pretrain.py --config ...
 
 `--help` lists every flag. Exit codes: 0 done; 64 configuration; 65 data; 66 checkpoint; 70 numbers;
-71 another rank was lost or hangs; 74 a file cannot be written; 75 stopped by a signal or a limit,
-saved, continue with --resume; 76 restarts without progress.
+71 another rank was lost or hangs; 72 replicas differ; 74 a file cannot be written; 75 stopped by a
+signal or a limit, saved, continue with --resume; 76 restarts without progress.
 """
 
 import os

@@ -111,6 +111,8 @@ class StepGuard:
             everyone: list[Any] = [None] * self._grid.world
             dist.all_gather_object(everyone, findings)
             findings = [finding for one in everyone for finding in one]
+        # A loss that is not finite is the cause of such gradients, also on other pipeline stages.
+        findings.sort(key=lambda finding: not finding.startswith("the loss"))
         cause = findings[0] if findings else "computed again it was finite: a transient fault"
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         raise NonFiniteStep(f"step {step}: {what}; {cause}{more}; no update was made", lr)

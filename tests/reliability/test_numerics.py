@@ -14,6 +14,7 @@ from tests import dist, forked
 from tests.reliability.runs import flags
 
 VARIABLE = "MEGASPARSE_FAULT"
+PP2 = ["--pipeline-model-parallel-size", "2"]
 
 
 def _run(tmp_path: Path, dataset: str, fault: str, *more: str, world: int = 2):
@@ -34,13 +35,35 @@ def test_rank_micro_batch_and_samples_of_a_bad_loss_are_named(tmp_path, dataset,
         assert "micro-batch 0, samples 0:" in text and "no update was made" in text
 
 
-@pytest.mark.parametrize("more", [[], ["--bf16"], ["--tensor-model-parallel-size", "2"]])
+@pytest.mark.parametrize("more", [[], ["--bf16"], ["--tensor-model-parallel-size", "2"], PP2])
 def test_the_tensor_of_a_bad_gradient_is_named(tmp_path, dataset, more):
     name = "decoder.layers.1.mlp.linear_fc1.weight"
     codes, texts = _run(tmp_path, dataset, f"nan@1:6:grad/{name}", *more)
     assert codes == [70, 70]
     for text in texts:
         assert f"the gradient of {name} is not finite on rank 1, micro-batch 0, samples 0:" in text
+
+
+@pytest.mark.parametrize("fault", ["nan@1:6:loss", "nan@0:6:grad/layers.0.mlp.linear_fc2.weight"])
+def test_a_pipeline_names_stage_micro_batch_and_samples(tmp_path, dataset, fault):
+    codes, texts = _run(tmp_path, dataset, fault, *PP2, "--global-batch-size", "8")
+    assert codes == [70, 70]
+    stage = fault[4]
+    for text in texts:
+        assert "step 7: " in text and "no update was made" in text
+        assert f" on rank {stage}, micro-batch 0, samples 0:" in text
+        if fault.endswith("loss"):
+            assert "a loss that is not finite; the loss is nan on rank 1" in text
+        else:
+            assert "the gradient of decoder.layers.0.mlp.linear_fc2.weight is not finite" in text
+
+
+def test_a_pipeline_tells_a_transient_fault_and_leaves_the_step_out(tmp_path, dataset):
+    fault = "nan-once@1:6:loss"
+    codes, texts = _run(tmp_path, dataset, fault, *PP2, "--max-skipped-steps", "1")
+    assert codes == [0, 0] and "computed again it was finite: a transient fault" in texts[0]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["loss"] is None] == [7] and len(rows) == 20
 
 
 def test_a_transient_fault_is_told_from_a_lasting_one(tmp_path, dataset):
@@ -116,8 +139,14 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
 @pytest.mark.parametrize("point", ["loss", "grad/linear_fc2"])
 @pytest.mark.parametrize(
     ("world", "more"),
-    [(1, []), (2, ["--bf16"]), (1, ["--sparsity-recipe", "s_ste", "--masked-decay", "none"])],
-    ids=["fst", "zero1-bf16", "s_ste"],
+    [
+        (1, []),
+        (2, ["--bf16"]),
+        (2, PP2),
+        (2, [*PP2, "--bf16"]),
+        (1, ["--sparsity-recipe", "s_ste", "--masked-decay", "none"]),
+    ],
+    ids=["fst", "zero1-bf16", "pp2", "pp2-bf16", "s_ste"],
 )
 def test_a_bad_step_changes_nothing(tmp_path, dataset, world, more, point):
     run = flags(dataset, tmp_path / "run", *more)

@@ -90,6 +90,10 @@ def serve(
     Args:
         before: called after all imports.
     """
+    # First of all, as the launcher script does; the log's existence tells that it is done.
+    from megasparse.train.stop import StopRequest
+
+    stop = StopRequest().install()
     descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -100,11 +104,9 @@ def serve(
     from megasparse.errors import MegasparseError
     from megasparse.train.main import main
     from megasparse.train.precheck import prepare
-    from megasparse.train.stop import StopRequest
 
     torch.set_num_threads(1)
     before()
-    stop = StopRequest().install()
     log.setup(int(variables.get("RANK", 0)))
     try:
         code = main(prepare(flags, int(variables.get("WORLD_SIZE", 1))), stop)

@@ -80,6 +80,8 @@ def _soak(count: int, seed: int, root: Path, strike: Any, expected: set[int]) ->
         codes = result.pop("codes")
         wrong += [f"exit code {code}" for code in codes if code not in expected]
         total[f"ranks {world}"] = {**result, "codes": codes}
+    for line in wrong:
+        print(line)
     total["differing"] = len(wrong)
     strikes = sum(total[f"ranks {world}"]["strikes"] for world in (1, 2))
     return {"strikes": strikes, **total, "passed": not wrong and strikes >= count}

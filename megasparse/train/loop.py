@@ -168,6 +168,7 @@ class Trainer:
         if row["valid_loss"] is None:
             self.state.pending_row = row
             return False
+        self.saver.saved_step = None  # the checkpoint of this step still has the row
         self._record(writer, line, row, {})
         return True
 

@@ -3,7 +3,8 @@
 With `--max-restarts` each rank's process is a small parent that imports nothing heavy and runs the
 training as its child. When a rank dies, all children end (the watchdog sees to that); rank 0's
 parent decides whether to go on and announces the next attempt in a file of the run's folder, which
-the other parents wait for. A child that is stopped or stuck is killed when its attempt is over.
+the other parents wait for. A child that is stopped or stuck is killed when its attempt is over,
+and one that waits for a rank that died before they met, soon after that.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ FINAL_CODES = {
 }  # fmt: skip
 POLL_SECONDS = 0.1
 ANNOUNCEMENT_SECONDS = 120.0
+MEETING_SECONDS = 15.0  # the watchdog of ranks that have met is quicker
 _SUPERVISED = "MEGASPARSE_SUPERVISED"
 _PR_SET_PDEATHSIG = 1
 
@@ -81,9 +83,13 @@ class _Supervisor:
         if self._rank == 0:
             self._announce({"attempt": 0})
             stale = {}
+            for note in self._board.parent.glob(f"{self._board.name}.failed-*"):
+                note.unlink()
         attempt, idle, newest = 0, 0, self._newest()
         while True:
             code = self._run_child(attempt, stale)
+            if code not in FINAL_CODES:
+                self._note(attempt).touch()
             if code in FINAL_CODES:
                 if self._rank == 0:
                     self._announce({"exit": code})
@@ -133,8 +139,13 @@ class _Supervisor:
         if self._stopped:
             self._child.send_signal(signal.SIGTERM)
         ordered: float | None = None
+        failed: float | None = None
         while (code := self._child.poll()) is None:
             time.sleep(POLL_SECONDS)
+            if self._rank == 0 and self._note(attempt).exists():
+                failed = failed or time.monotonic()
+                if time.monotonic() - failed >= MEETING_SECONDS:
+                    self._child.kill()
             order = self._read() if self._rank else {}
             if self._is_newer(order, attempt, stale):
                 ordered = ordered or time.monotonic()
@@ -143,6 +154,10 @@ class _Supervisor:
                 if time.monotonic() - ordered >= grace:
                     self._child.kill()
         return 128 - code if code < 0 else code
+
+    def _note(self, attempt: int) -> Path:
+        """There once any rank's child has failed in this attempt."""
+        return self._board.with_name(f"{self._board.name}.failed-{attempt}")
 
     def _wait_for_order(self, attempt: int, stale: dict[str, Any]) -> dict[str, Any]:
         end = time.monotonic() + ANNOUNCEMENT_SECONDS

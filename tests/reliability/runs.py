@@ -26,7 +26,11 @@ EXACT = ("step", "loss", "grad_norm", "lr", "samples", "flip_rate", "density", "
 
 def flags(data: str, run_dir: Path, *more: str) -> list[str]:
     """A tiny run with everything random in it."""
-    return [*TINY, *DROPOUT, "--data-path", data, "--run-dir", str(run_dir), *more]
+    # A rank that is killed before all have met is missed after the time limit alone.
+    return [
+        *TINY, *DROPOUT, "--data-path", data, "--run-dir", str(run_dir),
+        "--distributed-timeout-minutes", "0.25", *more,
+    ]  # fmt: skip
 
 
 def differences(run_dir: Path, reference: Path) -> list[str]:
@@ -71,8 +75,11 @@ def disturb(
     generator = random.Random(seed)
     result: dict[str, Any] = {"strikes": 0, "codes": {}, "longest": 0.0, "starts": 0}
     while True:
-        ranks = forked.start([*run_flags, "--resume"], world, log)
+        place = Path(f"{log}.{result['starts']}")
+        ranks = forked.start([*run_flags, "--resume"], world, place)
         result["starts"] += 1
+        while not all(Path(f"{place}.{rank}").exists() for rank in range(world)):
+            time.sleep(0.005)  # before that a rank is no run yet
         struck = False
         if result["strikes"] < limit:
             time.sleep(generator.uniform(0.02, 1.0))
@@ -88,7 +95,7 @@ def disturb(
             result["longest"] = max(result["longest"], time.monotonic() - begin)
         if codes == [0] * world:
             return result
-        assert struck and None not in codes, (codes, log)
+        assert struck and None not in codes, (codes, place)
 
 
 def kill_any(ranks: list[Any], generator: random.Random) -> None:

@@ -29,6 +29,7 @@ from megasparse.log import logger
 BEAT_SECONDS = 0.25
 SILENT_SECONDS = 10.0  # no sign of life: stopped or gone
 SUSPECT_SECONDS = 1.2  # the same, once a rank has seen its connections break
+GRACE_SECONDS = 1.0  # between the first rank that is late and the one that it waits for
 LINGER_SECONDS = 3.0  # rank 0 keeps the store for the others to read why it failed
 STARTING = 20.0  # allowance of phases that compile, build or write
 
@@ -153,6 +154,7 @@ class Watchdog:
         if late:
             beat["where"], beat["collective"] = self._where()
             beat["seconds"] = round(overdue, 1)
+            beat["late_for"] = overdue - self._limit * self._allowance
         return beat
 
     def _where(self) -> tuple[str, str | None]:
@@ -291,7 +293,11 @@ def _hang(beats: list[dict[str, Any]]) -> Verdict | None:
     late = [rank for rank, beat in enumerate(beats) if beat["late"]]
     if not late:
         return None
-    busy = [rank for rank in late if beats[rank]["collective"] is None] or late
+    busy = [rank for rank in late if beats[rank]["collective"] is None]
+    late_for = max(beats[rank]["late_for"] for rank in late)
+    if not busy and len(late) < len(beats) and late_for < GRACE_SECONDS:
+        return None  # they wait for one that is about to be late itself
+    busy = busy or late
     culprit = min(busy, key=lambda rank: beats[rank]["ticks"])
     beat = beats[culprit]
     others = {b["collective"] for b in beats if b["late"] and b["collective"]}

@@ -2,38 +2,46 @@
 # make test         the whole test suite (GPU tests run where there is a GPU)
 # make check        linter, formatter, types
 
+# All three make .venv and install into it first. Where everything is installed already:
+#   make test INSTALLED= BIN=$(dirname $(which python3))
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 RUN := runs/quickstart
 export OMP_NUM_THREADS ?= 1
 
-# A machine that already has a CUDA build of torch keeps it: the environment sees its packages.
-# Anywhere else the environment is its own, with the versions of tools/constraints-cpu.txt.
-HAS_CUDA_TORCH := $(shell $(PYTHON) -c "import torch; print(int(torch.cuda.is_available()))" 2>/dev/null)
-ifeq ($(HAS_CUDA_TORCH),1)
-VENV_FLAGS := --system-site-packages
-INSTALL = $(BIN)/python -m pip install -q -e .[test,dev]
-else
+# A machine that has a CUDA build of torch keeps it: the environment sees its packages. Anywhere
+# else the environment is its own, with the versions of tools/constraints-cpu.txt.
+GPUS := $(shell $(PYTHON) -c "import torch; print(torch.cuda.device_count())" 2>/dev/null || echo 0)
+ifeq ($(GPUS),0)
+VENV_FLAGS :=
 INSTALL = $(BIN)/python -m pip install -q -c tools/constraints-cpu.txt torch && \
 	$(BIN)/python -m pip install -q -c tools/constraints-cpu.txt -e .[test,dev]
+RANKS := 2
+else
+VENV_FLAGS := --system-site-packages
+INSTALL = $(BIN)/python -m pip install -q -e .[gpu,test,dev]
+RANKS := $(if $(filter 1,$(GPUS)),1,2)
 endif
 
 .PHONY: install quickstart test check format clean
 
-install: $(VENV)/.installed
+install: $(INSTALLED)
 
 $(VENV)/.installed: setup.py tools/constraints-cpu.txt
-	@echo "Installing into $(VENV) ..."
+	@echo "Installing into $(VENV) (once) ..."
 	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	@$(INSTALL)
 	@touch $@
 
 quickstart: $(RUN)/data_text_document.idx
 	@rm -rf $(RUN)/run
-	$(BIN)/python -m deepspeed.launcher.runner --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml
+	$(BIN)/python -m deepspeed.launcher.runner --num_accelerators $(RANKS) launch/pretrain.py \
+		--config configs/quickstart.yaml --tensor-model-parallel-size $(RANKS)
 
-$(RUN)/corpus.jsonl: | install
+$(RUN)/corpus.jsonl: | $(INSTALLED)
 	@mkdir -p $(RUN)
 	$(BIN)/python tools/make_corpus.py --output $@
 
@@ -44,15 +52,15 @@ $(RUN)/data_text_document.idx: $(RUN)/tokenizer.model
 	$(BIN)/python tools/preprocess_data.py --input $(RUN)/corpus.jsonl --output-prefix $(RUN)/data \
 		--tokenizer-model $< --workers 2 --overwrite
 
-test: install
+test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-check: install
+check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install
+format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

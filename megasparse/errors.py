@@ -57,6 +57,12 @@ class PeerError(MegasparseError):
     exit_code = 71
 
 
+class ReplicaError(MegasparseError):
+    """Ranks that must hold the same parameters, masks or scales do not."""
+
+    exit_code = 72
+
+
 class StorageError(CheckpointError):
     """A file of the run cannot be written: disk full, no permission, folder gone, in use."""
 

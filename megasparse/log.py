@@ -27,3 +27,14 @@ def setup(rank: int) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+_said: set[str] = set()
+
+
+def log_once(message: str, *values: object) -> None:
+    """An info line, the first time that it is asked for with these values."""
+    line = message % values
+    if line not in _said:
+        _said.add(line)
+        logger.info("%s", line)

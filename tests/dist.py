@@ -4,13 +4,18 @@ Starting a rank costs seconds of imports, so ranks stay alive: one pool a world 
 whole session. A function gets `(rank, world, *args)` and returns something picklable; the caller
 gets the list of results by rank. A failure on any rank raises here with that rank's traceback, and
 a rank that does not answer in time ends the pool, so the next test starts with fresh ranks.
+
+Each function gets a process group of its own: what it leaves behind (dozens of groups, each with
+threads that do not sleep) would slow down everything after it.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -19,6 +24,15 @@ from typing import Any
 
 TIMEOUT_S = 240.0
 
+# Functions that a pool runs before it is replaced: DeepSpeed's pipeline engines are never freed.
+RUNS = 16
+
+# Where DeepSpeed keeps groups beyond the engine that made them.
+_REMEMBERED = {
+    "deepspeed.utils.groups": ("_WORLD_GROUP", "mpu"),
+    "deepspeed.runtime.pipe.p2p": ("_grid",),
+}
+
 
 class _Pool:
     def __init__(self, world: int) -> None:
@@ -26,6 +40,7 @@ class _Pool:
         handle, self._store = tempfile.mkstemp(prefix="megasparse-ranks-")
         os.close(handle)
         os.unlink(self._store)
+        self.runs = 0
         self._processes = []
         self._pipes: list[Connection] = []
         for rank in range(world):
@@ -39,6 +54,7 @@ class _Pool:
             self._pipes.append(ours)
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        self.runs += 1
         for pipe in self._pipes:
             pipe.send((function, args))
         results: dict[int, tuple[bool, Any]] = {}
@@ -63,8 +79,10 @@ class _Pool:
             process.kill()
         for process in self._processes:
             process.join()
-        if os.path.exists(self._store):
-            os.unlink(self._store)
+        folder, prefix = os.path.split(self._store)
+        for name in os.listdir(folder):
+            if name.startswith(prefix):
+                os.unlink(os.path.join(folder, name))
 
 
 _pools: dict[int, _Pool] = {}
@@ -72,6 +90,8 @@ _pools: dict[int, _Pool] = {}
 
 def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`[function(rank, world_size, *args) for each rank]`, in processes that form a gloo group."""
+    if world_size in _pools and _pools[world_size].runs >= RUNS:
+        _pools.pop(world_size).stop()
     if world_size not in _pools:
         _pools[world_size] = _Pool(world_size)
     try:
@@ -97,14 +117,32 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    number = 0
     while True:
         try:
             function, args = pipe.recv()
         except EOFError:
             return
+        number += 1
+        join = f"file://{store}.{number}"
+        dist.init_process_group("gloo", init_method=join, rank=rank, world_size=world)
         try:
             answer = (True, function(rank, world, *args))
         except BaseException:
             answer = (False, traceback.format_exc())
+        else:
+            _leave()
         pipe.send(answer)
+
+
+def _leave() -> None:
+    """End all process groups, and make DeepSpeed and Megatron forget them."""
+    import torch.distributed as dist
+
+    for module, names in _REMEMBERED.items():
+        for name in names if module in sys.modules else ():
+            setattr(sys.modules[module], name, None)
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    dist.destroy_process_group()
+    gc.collect()  # a group's threads end with its last reference

@@ -3,7 +3,8 @@
 Every kernel is first compared with its reference on fresh random data, at a moderate odd shape and
 at the measured shape where memory allows. One that disagrees gets no speed: its row says FAILED and
 the exit code is 1. Times are medians of `triton.testing.do_bench`; bytes are those the operation
-must read and write once; bandwidth is compared with a device copy measured in the same run.
+must read and write once (pack24 that finds its scale: the weight twice); bandwidth is compared with
+a device copy measured in the same run.
 
     python tools/bench_kernels.py
     python tools/bench_kernels.py --only transposable24_mask --only mvue24
@@ -153,13 +154,24 @@ def _row(cells: dict[str, str]) -> str:
     return "| " + " | ".join(cells.get(column, "") for column in COLUMNS) + " |"
 
 
-def report(rows: list[str], copy: float) -> str:
+def command(options: argparse.Namespace) -> str:
+    """What repeats the run: relative paths as given, of absolute ones only the file's name."""
+    words = [f"tools/{Path(__file__).name}"]
+    words += [word for name in options.only or [] for word in ("--only", name)]
+    if options.output:
+        output = options.output
+        words += ["--output", str(output.name if output.is_absolute() else output)]
+    return shlex.join(["python", *words, "--seed", str(options.seed)])
+
+
+def report(rows: list[str], copy: float, options: argparse.Namespace) -> str:
     """The markdown document: where, when, with what, and the table."""
     head = [
         f"# Kernels on {torch.cuda.get_device_name()}, {datetime.date.today().isoformat()}",
         "",
-        f"torch {torch.__version__}, triton {triton.__version__}; device copy {copy:.0f} GB/s.",
-        f"Command: `python {shlex.join(sys.argv)}`",
+        f"torch {torch.__version__}, triton {triton.__version__}; device copy {copy:.0f} GB/s; "
+        f"seed {options.seed}.",
+        f"Command: `{command(options)}`",
         "",
     ]
     return "\n".join([*head, *rows, ""])
@@ -207,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows, failed = run(cases, device, options.seed, copy)
     if options.output and copy is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(report(rows, copy), encoding="utf-8")
+        options.output.write_text(report(rows, copy, options), encoding="utf-8")
     if failed:
         print(f"FAILED: {failed} of {len(cases)} kernels")
     return 1 if failed else 0

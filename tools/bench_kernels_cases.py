@@ -137,6 +137,14 @@ def mask_cases() -> list[Case]:
                 rtol=1e-5,
                 others={"torch sort": lambda t: partial(torch_scale, *t)},
             ),
+            Case(
+                f"soft_threshold24_with_sums {SHORT[dtype]}",
+                "soft_threshold24_with_sums",
+                2 * size,
+                weight,
+                rtol=1e-5,
+                atol=1e-12,
+            ),
         ]
     for grad, w, size in ((FP32, FP32, 13), (FP32, BF16, 11), (BF16, BF16, 7)):
         cases.append(
@@ -231,9 +239,18 @@ def pack_cases() -> list[Case]:
         Case("pack24 bf16", "pack24", 3.125, lambda s: (s.sparse(),), others=compress, **shared),
         Case("pack24 e4m3", "pack24", 1.625, e4m3, others=compress, **shared),
         Case(
-            "pack24 bf16 to e4m3",
+            "pack24 bf16 to e4m3, scale given",
             "pack24",
             2.625,
+            lambda s: (s.sparse(), torch.tensor(0.01, device=s.device)),
+            lambda op, t: partial(op, t[0], dtype=E4M3, scale=t[1]),
+            **shared,
+        ),
+        Case("amax_scale bf16", "amax_scale", 2, lambda s: (s.normal(),), odd_shape=(515, 1031)),
+        Case(  # the weight is read twice
+            "pack24 bf16 to e4m3, scale by amax",
+            "pack24",
+            4.625,
             lambda source: (source.sparse(),),
             lambda op, t: partial(op, *t, dtype=E4M3),
             others={

@@ -15,6 +15,7 @@ from megasparse.config.validate import (
     data_parallel_size,
     gradient_accumulation_steps,
     padded_vocab_size,
+    pipeline_split,
     resolve,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "gradient_accumulation_steps",
     "load_config",
     "padded_vocab_size",
+    "pipeline_split",
     "resolve",
     "to_dict",
 ]

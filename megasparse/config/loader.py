@@ -216,7 +216,7 @@ def _apply_tree(config: RunConfig, tree: dict[str, Any], source: str) -> None:
         if not isinstance(section, dict):
             raise ConfigError(f"{source}: group {group!r} holds {section!r}, expected settings")
         for key, value in section.items():
-            info = FIELDS.get(ALIASES.get(key, key))
+            info = FIELDS.get(ALIASES.get(str(key), str(key)))
             if info is None:
                 raise ConfigError(f"{source}: unknown key {group}.{key}{_nearest(str(key))}")
             if info.group != group:

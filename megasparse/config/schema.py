@@ -54,7 +54,7 @@ class ModelConfig:
         None, "tokens of the vocabulary before padding; default: the tokenizer's", at_least=1
     )
     make_vocab_size_divisible_by: int = option(
-        128, "pad the vocabulary to a multiple of this x tensor parallel size", at_least=1
+        128, "pad the vocabulary to a multiple of this and of the tensor parallel size", at_least=1
     )
     hidden_dropout: float = option(0.0, "dropout on the residual branches", at_least=0.0, below=1.0)
     attention_dropout: float = option(0.0, "dropout on attention weights", at_least=0.0, below=1.0)
@@ -67,9 +67,31 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer", at_least=1)
     pipeline_model_parallel_size: int = option(1, "pipeline stages", at_least=1)
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "layers of the first stage; default: as many as the others", at_least=1
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "layers of the last stage; default: as many as the others", at_least=1
+    )
     sequence_parallel: bool = option(False, "split norms and residuals over the sequence (with TP)")
     zero_stage: int | None = option(
-        None, "DeepSpeed ZeRO stage; default 0 in fp32, 1 in bf16", choices=(0, 1, 2)
+        None, "DeepSpeed ZeRO stage; default 0 in fp32, 1 in bf16", choices=(0, 1, 2, 3)
+    )
+    recompute_granularity: str | None = option(
+        None, "what is computed again in the backward pass to save memory: whole layers (full) or "
+        "attention without its linears (selective); default: nothing",
+        choices=("full", "selective"),
+    )  # fmt: skip
+    recompute_method: str | None = option(
+        None, "full: every chunk of recompute-num-layers keeps its input alone (uniform, the "
+        "default), or only the first recompute-num-layers of a stage are recomputed (block)",
+        choices=("uniform", "block"),
+    )  # fmt: skip
+    recompute_num_layers: int | None = option(
+        None, "layers in a chunk, or to recompute (see recompute-method); default 1", at_least=1
+    )
+    replica_check_interval: int = option(
+        100, "steps between comparisons of replicas over ranks; 0: never", at_least=0
     )
     distributed_timeout_minutes: float = option(
         10.0, "a collective that takes longer ends the run", above=0.0
@@ -179,6 +201,11 @@ class SparsityConfig:
         None, "share of the steps that is dense at the end (FST's paper: 1/6)",
         at_least=0.0, below=1.0,
     )  # fmt: skip
+    simulate_fp8: bool = option(
+        False,
+        "round operands of sparse layers to FP8 as S-STE's paper does (e4m3 forward, e5m2 "
+        "backward); for its numerics, without speed",
+    )
     track_flip_rate: bool = option(
         True, "measure flip rates in dense phases too (masks are computed, not applied)"
     )
@@ -232,7 +259,7 @@ class LoggingConfig:
     eval_interval: int | None = option(
         None, "steps between validations; default: one at the end", at_least=1
     )
-    eval_iters: int = option(10, "batches in a validation; 0: none", at_least=0)
+    eval_iters: int = option(10, "global batches in a validation; 0: none", at_least=0)
     tensorboard_dir: str | None = option(None, "default RUN_DIR/tensorboard")
     sample_prompt: str = option("", "text that the sample at the end continues")
     sample_tokens: int = option(0, "length of the sample at the end; 0: none", at_least=0)

@@ -7,6 +7,7 @@ every rank finds the same error without talking to another.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from megasparse.config.schema import DataConfig, ModelConfig, RunConfig
 from megasparse.errors import ConfigError
@@ -61,9 +62,13 @@ def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
 
 
 def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
-    """`vocab_size` rounded up so that every tensor-parallel shard is equal."""
-    multiple = (
-        config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
+    """`vocab_size` rounded up so that every tensor-parallel shard is equal.
+
+    The least common multiple rather than Megatron's product: padding is part of the softmax, so
+    TP 1, 2 and 4 must pad alike to be the same model.
+    """
+    multiple = math.lcm(
+        config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
     )
     return -(-vocab_size // multiple) * multiple
 
@@ -96,27 +101,96 @@ def _fill_model(model: ModelConfig) -> None:
         )
 
 
+def pipeline_split(config: RunConfig) -> list[int]:
+    """Transformer layers of each pipeline stage.
+
+    Raises:
+        ConfigError: the layers cannot be divided as asked.
+    """
+    parallel, layers = config.parallel, config.model.num_layers
+    stages = parallel.pipeline_model_parallel_size
+    ends = {
+        0: parallel.decoder_first_pipeline_num_layers,
+        stages - 1: parallel.decoder_last_pipeline_num_layers,
+    }
+    given = {stage: count for stage, count in ends.items() if count is not None}
+    if stages == 1:
+        if given:
+            raise ConfigError(
+                "decoder_first_pipeline_num_layers and decoder_last_pipeline_num_layers need "
+                "pipeline_model_parallel_size above 1"
+            )
+        return [layers]
+    rest, others = layers - sum(given.values()), stages - len(given)
+    if (others and (rest < others or rest % others)) or (not others and rest):
+        fixed = "".join(f", {count} of them on stage {stage}" for stage, count in given.items())
+        raise ConfigError(
+            f"num_layers {layers}{fixed} cannot be divided evenly over "
+            f"pipeline_model_parallel_size {stages}"
+        )
+    return [given.get(stage, rest // max(others, 1)) for stage in range(stages)]
+
+
 def _fill_parallel(config: RunConfig, world_size: int) -> None:
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if pp != 1:
-        raise ConfigError(f"pipeline_model_parallel_size {pp}: only 1 is supported so far")
     if world_size % (tp * pp):
         raise ConfigError(
             f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} x "
             f"pipeline_model_parallel_size {pp}"
         )
+    pipeline_split(config)
+    _fill_recompute(config)
     if parallel.zero_stage is None:
         parallel.zero_stage = 1 if config.train.bf16 else 0
     if config.train.bf16 and parallel.zero_stage == 0:
         # DeepSpeed's bf16 wrapper without ZeRO ends at a worse loss; ZeRO-1 is equal in cost.
         raise ConfigError("zero_stage 0 with bf16 is not supported, use zero_stage 1")
+    if parallel.zero_stage == 3:
+        raise ConfigError(
+            "zero_stage 3 is not supported: masks, operands and checkpoints are made from whole "
+            "weights, which it does not keep between layers; use zero_stage 2, or more tensor or "
+            "pipeline parallelism"
+        )
+    if parallel.zero_stage >= 2 and pp > 1:
+        raise ConfigError(
+            f"zero_stage {parallel.zero_stage} with pipeline_model_parallel_size {pp} is not "
+            "supported (micro-batches need gradients that are whole), use zero_stage 1"
+        )
     if parallel.sequence_parallel and tp == 1:
         raise ConfigError("sequence_parallel needs tensor_model_parallel_size above 1")
     if parallel.sequence_parallel and config.model.seq_length % tp:
         raise ConfigError(
             f"sequence_parallel: seq_length {config.model.seq_length} is not divisible by "
             f"tensor_model_parallel_size {tp}"
+        )
+
+
+def _fill_recompute(config: RunConfig) -> None:
+    parallel = config.parallel
+    if parallel.recompute_granularity != "full":
+        if parallel.recompute_method or parallel.recompute_num_layers:
+            raise ConfigError(
+                "recompute_method and recompute_num_layers need recompute_granularity full, "
+                f"found {parallel.recompute_granularity}"
+            )
+        return
+    parallel.recompute_method = parallel.recompute_method or "uniform"
+    parallel.recompute_num_layers = parallel.recompute_num_layers or 1
+    smallest = min(pipeline_split(config))
+    if parallel.recompute_num_layers > smallest:
+        raise ConfigError(
+            f"recompute_num_layers {parallel.recompute_num_layers}, expected at most the "
+            f"{smallest} layers of a stage"
+        )
+    if (
+        parallel.pipeline_model_parallel_size > 1
+        and parallel.recompute_method == "uniform"
+        and parallel.recompute_num_layers > 1
+    ):
+        raise ConfigError(
+            f"recompute_num_layers {parallel.recompute_num_layers} with recompute_method uniform "
+            "and pipeline parallelism, expected 1 (each layer is a part of the pipeline)"
         )
 
 

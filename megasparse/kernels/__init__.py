@@ -1,10 +1,42 @@
-"""The public functional API: pure functions on local tensors."""
+"""The public functional API: pure functions on local tensors, CPU and CUDA.
 
+`backend=None | "reference" | "triton"` (`"cusparselt"` for spmm24) where an operation has more than
+one implementation; asking for one that cannot run raises KernelError, saying why. N, K, T, R, C are
+any sizes that the function's own docstring allows.
+
+| function                                       | result                                       |
+|------------------------------------------------|----------------------------------------------|
+| prune24_mask(w (..., K))                       | bool (..., K): 2 largest of each 4 along K   |
+| transposable24_mask(w (..., N, K))             | bool (..., N, K): best pattern per 4x4 block |
+| is_24(w, dim=-1)                               | bool: at most 2 non-zeros in each 4          |
+| soft_threshold24(w (..., K))                   | like w: S-STE's projection S before scaling  |
+| soft_threshold24_with_sums(w (..., K))         | S, float64 (2,): <W, S>, <S, S>; one pass    |
+| s_ste_scale(w (..., K), reduce=None)           | 0-d float32: <W, S> / <S, S>                 |
+| scale_from_sums(sums (2,))                     | 0-d float32: that quotient, 1 for 0 / 0      |
+| mvue24(g (R, C), seed, dim=-1, offsets, exact) | like g: unbiased, at most 2 of 4 along dim   |
+| masked_decay_(grad, w, mask, decay)            | grad, in place: += decay * (1 - mask) * w    |
+| count_flips(mask_a, mask_b)                    | 0-d int64: entries that differ               |
+| swiglu(x, gate), geglu(x, gate)                | like x: act(gate) * x, with autograd         |
+| amax_scale(w (N, K))                           | 0-d float32: amax / 448, e4m3's scale        |
+| pack24(w (N, K), dtype=None, scale=None)       | Packed24: the hardware's 2:4 layout          |
+| unpack24(packed)                               | (N, K) dense                                 |
+| spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
+| encode_patterns(mask, transposable)            | uint8: the number of each pattern            |
+| decode_patterns(indices, shape, transposable)  | bool mask: the inverse                       |
+| transposable_patterns()                        | bool (90, 4, 4): the transposable patterns   |
+| derive_seed(*words)                            | int: one seed from several integers          |
+"""
+
+from megasparse.kernels.amax_scale import amax_scale as amax_scale
 from megasparse.kernels.gated_activation import geglu as geglu
 from megasparse.kernels.gated_activation import swiglu as swiglu
 from megasparse.kernels.masked_decay import count_flips as count_flips
 from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
 from megasparse.kernels.mvue24 import mvue24 as mvue24
+from megasparse.kernels.mvue_pack24 import mvue_pack24 as mvue_pack24
+from megasparse.kernels.pack24 import pack24 as pack24
+from megasparse.kernels.pack24 import unpack24 as unpack24
+from megasparse.kernels.packed24 import Packed24 as Packed24
 from megasparse.kernels.patterns import decode_patterns as decode_patterns
 from megasparse.kernels.patterns import encode_patterns as encode_patterns
 from megasparse.kernels.patterns import transposable_patterns as transposable_patterns
@@ -12,5 +44,37 @@ from megasparse.kernels.prune24 import is_24 as is_24
 from megasparse.kernels.prune24 import prune24_mask as prune24_mask
 from megasparse.kernels.random import derive_seed as derive_seed
 from megasparse.kernels.soft_threshold24 import s_ste_scale as s_ste_scale
+from megasparse.kernels.soft_threshold24 import scale_from_sums as scale_from_sums
 from megasparse.kernels.soft_threshold24 import soft_threshold24 as soft_threshold24
+from megasparse.kernels.soft_threshold24 import (
+    soft_threshold24_with_sums as soft_threshold24_with_sums,
+)
+from megasparse.kernels.spmm24 import matmul24 as matmul24
+from megasparse.kernels.spmm24 import spmm24 as spmm24
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask
+
+__all__ = [
+    "Packed24",
+    "amax_scale",
+    "count_flips",
+    "decode_patterns",
+    "derive_seed",
+    "encode_patterns",
+    "geglu",
+    "is_24",
+    "masked_decay_",
+    "matmul24",
+    "mvue24",
+    "mvue_pack24",
+    "pack24",
+    "prune24_mask",
+    "s_ste_scale",
+    "scale_from_sums",
+    "soft_threshold24",
+    "soft_threshold24_with_sums",
+    "spmm24",
+    "swiglu",
+    "transposable24_mask",
+    "transposable_patterns",
+    "unpack24",
+]

@@ -1,7 +1,8 @@
 """Which implementation of a kernel runs: asked once per call, answered with a reason.
 
-`backend=None` takes Triton for CUDA tensors and the plain-torch reference for everything else.
-Asking by name for one that cannot run raises with the reason: nothing falls back silently.
+`backend=None` takes the op's fast backend (Triton; cuSPARSELt for the GEMM) for CUDA tensors and
+the plain-torch reference for everything else. Asking by name for one that cannot run raises with
+the reason: nothing falls back silently.
 Triton runs on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 before the first import
 of triton), which the test suite uses to check kernels on machines without a GPU.
 """
@@ -15,8 +16,7 @@ import torch
 
 from megasparse.errors import KernelError
 
-Backend = Literal["reference", "triton"]
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+Backend = Literal["reference", "triton", "cusparselt"]
 
 
 # Triton decides when a kernel is decorated, that is at import; so does this module.
@@ -30,18 +30,35 @@ def triton_refusal(tensor: torch.Tensor) -> str | None:
     return f"the tensor is on {tensor.device} and Triton's interpreter is off"
 
 
-def resolve(op: str, tensor: torch.Tensor, backend: str | None) -> Backend:
-    """The backend that `op` uses for `tensor`.
+def cusparselt_refusal(tensor: torch.Tensor) -> str | None:
+    """Why cuSPARSELt cannot run on this tensor, or None when it can."""
+    if not tensor.is_cuda:
+        return f"the tensor is on {tensor.device}, cuSPARSELt needs CUDA"
+    if not torch.backends.cusparselt.is_available():
+        return "this torch was built without cuSPARSELt"
+    return None
 
-    Raises KernelError when `backend` is unknown or cannot run on this tensor.
+
+_REFUSALS = {"triton": triton_refusal, "cusparselt": cusparselt_refusal}
+
+
+def resolve(
+    op: str,
+    tensor: torch.Tensor,
+    backend: str | None,
+    fast: Literal["triton", "cusparselt"] = "triton",
+) -> Backend:
+    """The backend that `op` uses for `tensor`: the reference or the op's `fast` one.
+
+    Raises KernelError when `backend` is not one of the two or cannot run on this tensor.
     """
     if backend is None:
-        return "triton" if tensor.is_cuda and triton_refusal(tensor) is None else "reference"
+        backend = fast if tensor.is_cuda else "reference"
     if backend == "reference":
         return "reference"
-    if backend != "triton":
-        raise KernelError(f"{op}: backend={backend!r}, expected one of {', '.join(BACKENDS)}")
-    refusal = triton_refusal(tensor)
+    if backend != fast:
+        raise KernelError(f"{op}: backend={backend!r}, expected one of reference, {fast}")
+    refusal = _REFUSALS[fast](tensor)
     if refusal is not None:
-        raise KernelError(f"{op}: backend='triton' cannot run: {refusal}")
-    return "triton"
+        raise KernelError(f"{op}: backend={fast!r} cannot run: {refusal}")
+    return fast

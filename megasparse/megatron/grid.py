@@ -27,6 +27,8 @@ class Grid:
         rank, world: over all ranks.
         tp_rank, tp_size, tp_group: ranks that share each layer.
         dp_rank, dp_size, dp_group: ranks that hold the same part of the model.
+        pp_rank, pp_size, pp_group: the pipeline's stages.
+        model_group: tensor and pipeline together, the ranks that share one copy of the model.
         device: where this rank computes.
     """
 
@@ -38,6 +40,10 @@ class Grid:
     dp_rank: int
     dp_size: int
     dp_group: dist.ProcessGroup
+    pp_rank: int
+    pp_size: int
+    pp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
     device: torch.device
 
     def sum_over_tp(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -45,6 +51,26 @@ class Grid:
         if self.tp_size > 1:
             dist.all_reduce(tensor, group=self.tp_group)
         return tensor
+
+    def max_over_tp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest value over the tensor-parallel group, in place."""
+        if self.tp_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.tp_group)
+        return tensor
+
+    def sum_over_model(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that share one copy of the model, in place."""
+        if self.tp_size * self.pp_size > 1:
+            dist.all_reduce(tensor, group=self.model_group)
+        return tensor
+
+    def gather_over_pp(self, value: T) -> list[T]:
+        """The picklable values of all stages, in order of the stages."""
+        if self.pp_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.pp_size
+        dist.all_gather_object(values, value, group=self.pp_group)
+        return values
 
     def mean_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean over the data-parallel group, in place."""
@@ -75,6 +101,7 @@ class Grid:
 
 def make_grid(
     tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
     device: torch.device,
     seed: int,
     timeout_minutes: float = 10.0,
@@ -82,10 +109,11 @@ def make_grid(
     """Build the process groups (torch.distributed must be up) and seed dropout.
 
     Args:
-        tensor_model_parallel_size: ranks that share each layer; divides the world.
+        tensor_model_parallel_size: ranks that share each layer.
+        pipeline_model_parallel_size: stages; the product of the two divides the world.
         device: of this rank.
-        seed: dropout is drawn from it, differently on each tensor-parallel and data-parallel rank
-            where activations differ, equally where they are replicated.
+        seed: dropout is drawn from it, differently on each rank where activations differ, equally
+            where they are replicated (tensor parallelism's residuals).
         timeout_minutes: for collectives of the groups.
     """
     if device.type != "cuda":
@@ -94,6 +122,7 @@ def make_grid(
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     grid = Grid(
@@ -105,6 +134,10 @@ def make_grid(
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=pipeline_model_parallel_size,
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        model_group=parallel_state.get_model_parallel_group(),
         device=device,
     )
     seed_dropout(grid, seed)
@@ -113,7 +146,7 @@ def make_grid(
 
 def seed_dropout(grid: Grid, seed: int) -> None:
     """Set torch's generator and Megatron's tensor-parallel one."""
-    seed += 100 * grid.dp_rank
+    seed += 100 * grid.dp_rank + 10007 * grid.pp_rank
     if device_is_cuda := grid.device.type == "cuda":
         megatron_random.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)

@@ -115,7 +115,7 @@ class _ParallelLinear(torch.nn.Module):
         Args:
             state: of this layer's weight.
             controller: knows the step and the phase.
-            number: of the layer in the whole model, for its random draws.
+            number: names the layer's random draws; a function of its name in the whole model.
         """
         self.state, self._controller, self._number = state, controller, number
         controller.register(state, self.weight)

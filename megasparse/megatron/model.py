@@ -37,6 +37,9 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
         attention_dropout=model.attention_dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.train.bf16,
@@ -75,19 +78,31 @@ def build_model(config: RunConfig, grid: Grid, padded_vocab_size: int) -> GPTMod
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
-    ).to(grid.device)
-    for parameter in gpt.parameters():
-        parameter.data = parameter.data.to(gpt.config.params_dtype)
-    _mark_vocabulary_shards(gpt)
-    initialize_weights(
-        gpt, config.train.seed, model.init_method_std, model.num_layers, grid.tp_rank, grid.tp_size
     )
+    finish_model(gpt, config, grid)
     return gpt
 
 
-def _mark_vocabulary_shards(gpt: GPTModel) -> None:
+def finish_model(model: torch.nn.Module, config: RunConfig, grid: Grid) -> None:
+    """Place, cast, mark and initialise a model, or a part of one with the whole's names."""
+    model.to(grid.device)
+    dtype = torch.bfloat16 if config.train.bf16 else torch.float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    _mark_vocabulary_shards(model)
+    initialize_weights(
+        model,
+        config.train.seed,
+        config.model.init_method_std,
+        config.model.num_layers,
+        grid.tp_rank,
+        grid.tp_size,
+    )
+
+
+def _mark_vocabulary_shards(model: torch.nn.Module) -> None:
     """Mark Megatron's own sharded weights; it does so only while it initialises them itself."""
-    for module in gpt.modules():
+    for module in model.modules():
         sharded = isinstance(module, (VocabParallelEmbedding, ColumnParallelLinear))
         if sharded and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, dim=0, stride=1)

@@ -15,11 +15,11 @@ class TorchNorm:
     parameters are partial; they are marked for the reduction that completes them.
     """
 
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
         kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
 
 
@@ -75,8 +75,9 @@ class SdpaAttention(torch.nn.Module):
                 enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
 
-        if dropout > 0.0:
-            # Heads are split over ranks: each draws its own dropout.
+        if dropout > 0.0 and not self.sequence_parallel:
+            # Heads are split over ranks: each draws its own dropout. With sequence parallelism the
+            # whole layer does already, and a fork within that fork would not be recomputed alike.
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 context = attend()
         else:

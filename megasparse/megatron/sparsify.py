@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import re
 from collections.abc import Sequence
 
 import torch
@@ -22,17 +24,21 @@ def sparsify(
     patterns: Sequence[str],
     clock: Clock,
     reduce: Reduce | None = None,
+    reduce_max: Reduce | None = None,
     monitor: bool = True,
+    num_layers: int = 0,
 ) -> SparsityController:
     """Give every linear whose name matches a pattern the recipe's sparsity state.
 
     Args:
-        model: built with `SparseSpecProvider`.
+        model: built with `SparseSpecProvider`; the whole, or a pipeline stage with the whole's
+            names.
         recipe: a dense one leaves all layers as they are.
         patterns: shell patterns of module names, e.g. `*.mlp.linear_fc1`.
         clock: the run's; shared with the layers.
-        reduce: sums over the tensor-parallel group.
+        reduce, reduce_max: sum and largest over the tensor-parallel group.
         monitor: keep masks and flips up to date in dense phases.
+        num_layers: of the whole model; a stage without a match is no error if another has one.
 
     Raises:
         ConfigError: a pattern that matches nothing, or a shard that cuts a 4x4 block.
@@ -46,18 +52,31 @@ def sparsify(
     if not recipe.is_sparse:
         return controller
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in linears):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in _in_all(linears, num_layers)):
             raise ConfigError(
                 f"sparse_layers: no linear is named like {pattern!r}; "
                 f"there are {', '.join(_kinds(linears))}"
             )
-    for number, (name, module) in enumerate(linears.items()):
+    for name, module in linears.items():
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             continue
         _check_blocks(name, module)
-        state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce)
-        module.make_sparse(state, controller, number)
+        state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce, reduce_max)
+        module.make_sparse(state, controller, _draw_key(name))
     return controller
+
+
+def _draw_key(name: str) -> int:
+    """What tells a layer's random draws from another's: by name, the same in every layout."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+def _in_all(linears: dict[str, _ParallelLinear], num_layers: int) -> set[str]:
+    """The names that the linears of a stage have in all layers of the model."""
+    numbers = range(num_layers)
+    return set(linears) | {
+        re.sub(r"\blayers\.\d+\b", f"layers.{n}", name) for name in linears for n in numbers
+    }
 
 
 def _check_blocks(name: str, module: _ParallelLinear) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from megasparse.errors import NumericsError
+from megasparse.errors import KernelError, NumericsError
 from megasparse.kernels import derive_seed
 from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -34,6 +35,15 @@ class Clock:
     def mvue_seed(self, layer: int) -> int:
         """Seed of one layer's MVUE draws in the current micro-batch."""
         return derive_seed(self.seed, self.step, self.micro_batch, layer)
+
+    @contextlib.contextmanager
+    def at(self, micro_batch: int) -> Iterator[None]:
+        """Set back to a micro-batch for a while: a layer is recomputed with the draws it had."""
+        before, self.micro_batch = self.micro_batch, micro_batch
+        try:
+            yield
+        finally:
+            self.micro_batch = before
 
 
 @dataclass
@@ -76,6 +86,18 @@ class SparsityController:
         """Mask refreshes so far, over all layers; grows when there are new flip counts."""
         return sum(state.refreshes for state, _ in self.weights)
 
+    def preparations(self, step: int) -> int:
+        """Most times that any weight's operands were built for the latest step computed: once,
+        whatever the number of micro-batches, recomputations and evaluations."""
+        return max(
+            (
+                state.preparations_of_step
+                for state, _ in self.weights
+                if state.prepared_step == step
+            ),
+            default=0,
+        )
+
     def masked_decay(self) -> float:
         """lambda of the clock's step."""
         return schedule.masked_decay(self.recipe, self.clock.step, self.clock.train_iters)
@@ -92,6 +114,8 @@ class SparsityController:
         for state, weight in self.weights:
             if state.nan_seen():
                 raise NumericsError(f"NaN in the weight {state.name}, found while it was pruned")
+            if state.not_24_seen():
+                raise KernelError(f"an operand packed for {state.name} was not 2:4")
             used = state.effective(weight.detach()) if self.sparse_now else weight.detach()
             reports.append(
                 LayerReport(

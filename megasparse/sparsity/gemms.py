@@ -10,6 +10,7 @@ rank. Communication is around these (`sparsity/linear.py`), never inside.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -79,3 +80,66 @@ class ReferenceSparseGemms(DenseGemms):
             for s in self._channels
         ]
         return pruned[0] if len(pruned) == 1 else torch.cat(pruned, 1)
+
+
+class SimulatedFp8Gemms(ReferenceSparseGemms):
+    """S-STE's FP8 (section 2.6), simulated: operands rounded to FP8, GEMMs in higher precision.
+
+    | GEMM        | operands                             |
+    |-------------|--------------------------------------|
+    | output      | X e4m3, W~ e4m3                      |
+    | grad_input  | dZ e5m2, W~ e5m2                     |
+    | grad_weight | MVUE(dZ^T) e5m2, X e5m2              |
+
+    Scales are per tensor and of the moment: 448 (e4m3) or 57344 (e5m2) over the largest magnitude,
+    which for dZ is taken after MVUE has amplified the entries it keeps.
+
+    Args:
+        reduce_max: largest value over the ranks that share the layer, so that a shard is rounded as
+            the whole is.
+    """
+
+    def __init__(
+        self,
+        effective_NK: torch.Tensor,
+        mvue: Mvue,
+        channels: tuple[Section, ...],
+        reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__(effective_NK, mvue, channels)
+        self._reduce_max = reduce_max
+
+    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return self._e4m3(x_TK) @ self._e4m3(self._w_NK).t()
+
+    def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor:
+        return self._e5m2(dz_TN) @ self._e5m2(self._w_NK)
+
+    def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
+        if self._mvue != "off":
+            dz_TN = self._prune_along_tokens(dz_TN, seed)
+        return self._e5m2(dz_TN).t() @ self._e5m2(x_TK)
+
+    def _e4m3(self, tensor: torch.Tensor) -> torch.Tensor:
+        return round_to_fp8(tensor, torch.float8_e4m3fn, self._reduce_max)
+
+    def _e5m2(self, tensor: torch.Tensor) -> torch.Tensor:
+        return round_to_fp8(tensor, torch.float8_e5m2, self._reduce_max)
+
+
+def round_to_fp8(
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """`tensor` with its values rounded to FP8 under one scale; shape and dtype stay.
+
+    `s = max(dtype) / amax`, `q = cast(x * s)`, result `q / s`. A zero tensor comes back unchanged;
+    zeros stay zeros, so 2:4 stays 2:4; infinities and NaN become NaN.
+    """
+    amax = tensor.detach().abs().amax().float()
+    if reduce_max is not None:
+        amax = reduce_max(amax)
+    scale = torch.where(amax > 0, torch.finfo(dtype).max / amax, torch.ones_like(amax))
+    rounded = (tensor.float() * scale).to(dtype).float()
+    return (rounded / scale).to(tensor.dtype)

@@ -45,6 +45,8 @@ class SparsityRecipe:
         mask_update_interval: optimizer steps between mask refreshes. Soft-threshold weights are
             projected anew every step; there the interval only spaces the flip-rate measurements.
         dense_warmup_fraction, dense_tail_fraction: shares of the run that are dense.
+        simulate_fp8: round the operands of all GEMMs of the sparse phase to FP8 as S-STE's paper
+            does (e4m3 forward, e5m2 backward), computing in higher precision.
     """
 
     name: str
@@ -56,6 +58,7 @@ class SparsityRecipe:
     mask_update_interval: int = 1
     dense_warmup_fraction: float = 0.0
     dense_tail_fraction: float = 0.0
+    simulate_fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.mask_update_interval < 1:
@@ -85,6 +88,18 @@ class SparsityRecipe:
     def transposable(self) -> bool:
         """Whether W~^T is 2:4 as well."""
         return self.projection == "transposable"
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """What each weight keeps from step to step, and checkpoints with it."""
+        kept = {
+            "none": (),
+            "row": ("mask", "counters", "flips"),
+            "transposable": ("mask", "counters", "flips"),
+            # The mask only measures flip rates; the projection follows from weight and scale.
+            "soft_threshold": ("scale", "mask", "counters", "flips"),
+        }
+        return kept[self.projection]
 
     @property
     def sparse_gemms(self) -> tuple[str, ...]:
@@ -139,4 +154,6 @@ def make_recipe(name: str, **overrides: Any) -> SparsityRecipe:
         raise ConfigError(f"masked_decay {given['masked_decay']}: the recipe {name} has no decay")
     if not preset.is_sparse and given.get("mvue", "off") != "off":
         raise ConfigError(f"mvue {given['mvue']}: the recipe {name} has no sparse GEMM")
+    if not preset.is_sparse and given.get("simulate_fp8"):
+        raise ConfigError(f"simulate_fp8: the recipe {name} has no sparse GEMM")
     return dataclasses.replace(preset, **given)

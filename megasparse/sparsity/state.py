@@ -21,8 +21,14 @@ from megasparse.kernels import (
     transposable24_mask,
 )
 from megasparse.kernels.patterns import decode_patterns, encode_patterns
-from megasparse.sparsity import schedule
-from megasparse.sparsity.gemms import DenseGemms, LinearGemms, ReferenceSparseGemms
+from megasparse.log import log_once
+from megasparse.sparsity import packed_gemms, schedule
+from megasparse.sparsity.gemms import (
+    DenseGemms,
+    LinearGemms,
+    ReferenceSparseGemms,
+    SimulatedFp8Gemms,
+)
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
 
@@ -41,10 +47,16 @@ class SparseWeight(torch.nn.Module):
         recipe: what is done to the weight.
         shard: where the local weight lies in the whole.
         reduce: sums over the tensor-parallel group (the scale's dot products).
+        reduce_max: largest over the tensor-parallel group (FP8 scales).
     """
 
     def __init__(
-        self, name: str, recipe: SparsityRecipe, shard: WeightShard, reduce: Reduce | None = None
+        self,
+        name: str,
+        recipe: SparsityRecipe,
+        shard: WeightShard,
+        reduce: Reduce | None = None,
+        reduce_max: Reduce | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -55,10 +67,14 @@ class SparseWeight(torch.nn.Module):
         self.flips: torch.Tensor | None = None  # int64 0-d: entries that the last refresh changed
         self.last_refresh = -1  # step of the last refresh
         self.refreshes = 0
-        self.preparations = 0  # times operands were built: once an optimizer step
+        self.prepared_step = -1  # step that the operands were last built for
+        self.preparations_of_step = 0  # times they were built for it: once
+        self.preparations = 0  # times in all
         self._reduce = reduce
+        self._reduce_max = reduce_max
         self._operands: tuple[tuple[int, bool], LinearGemms] | None = None
         self._nan_flag: torch.Tensor | None = None
+        self._error_flag: torch.Tensor | None = None
 
     def gemms(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
         """The GEMMs of `step`, built at its first use.
@@ -80,12 +96,30 @@ class SparseWeight(torch.nn.Module):
     def _prepare(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
         if (sparse or monitor) and schedule.refresh_due(self.recipe, step, self.last_refresh):
             self._refresh(weight, step)
+        again = step == self.prepared_step
+        self.preparations_of_step = self.preparations_of_step + 1 if again else 1
+        self.prepared_step = step
         self.preparations += 1
         if not sparse:
             return DenseGemms(weight)
-        return ReferenceSparseGemms(
-            self.effective(weight), self.recipe.mvue, self.shard.sections(0)
-        )
+        return self._sparse_gemms(weight)
+
+    def _sparse_gemms(self, weight: torch.Tensor) -> LinearGemms:
+        """The best implementation that can compute this weight's sparse phase."""
+        recipe, channels = self.recipe, self.shard.sections(0)
+        reason = packed_gemms.refusal(weight, recipe, channels)
+        if reason is None:
+            if self._error_flag is None:
+                self._error_flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
+            return packed_gemms.PackedSparseGemms(
+                lambda: self.effective(weight), recipe, channels, self._error_flag
+            )
+        if weight.is_cuda:
+            log_once("2:4 layers computed by dense GEMMs: %s", reason)
+        effective = self.effective(weight)
+        if recipe.simulate_fp8:
+            return SimulatedFp8Gemms(effective, recipe.mvue, channels, self._reduce_max)
+        return ReferenceSparseGemms(effective, recipe.mvue, channels)
 
     def effective(self, weight: torch.Tensor) -> torch.Tensor:
         """W~ `(N, K)` of a sparse phase: `W o M`, or `beta * S(W)` (S-STE eq. of section 2.2)."""
@@ -102,6 +136,10 @@ class SparseWeight(torch.nn.Module):
     def nan_seen(self) -> bool:
         """Whether a NaN was found in the weight since the start (synchronises on a GPU)."""
         return self._nan_flag is not None and bool(self._nan_flag.item())
+
+    def not_24_seen(self) -> bool:
+        """Whether an operand that was packed was not 2:4 (synchronises; a defect, not bad data)."""
+        return self._error_flag is not None and bool(self._error_flag.item())
 
     def _flag(self, weight: torch.Tensor) -> torch.Tensor | None:
         if not weight.is_cuda:

@@ -31,6 +31,7 @@ from megasparse.optim.lr import learning_rate
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
+from megasparse.train import zero
 from megasparse.train.control import Control
 from megasparse.train.engine import Engine
 from megasparse.train.identity import check_same_layout
@@ -48,6 +49,7 @@ def layout(engine: Engine) -> dict[str, int]:
         "world": grid.world,
         "tp": grid.tp_size,
         "dp": grid.dp_size,
+        "pp": grid.pp_size,
         "zero": engine.config.parallel.zero_stage or 0,
     }
 
@@ -130,12 +132,17 @@ def collect(engine: Engine) -> Tensors:
         for name, parameter in engine.model.named_parameters()
     }
     # Of replicas the first writes; a replicated parameter is the same on all tensor-parallel ranks.
+    copies = {name for name, p in engine.model.named_parameters() if zero.is_copy(p)}
     for name, parameter in engine.model.named_parameters():
+        if name in copies:
+            continue
         if grid.dp_rank == 0 and (shards[name].dim is not None or grid.tp_rank == 0):
             key = f"param/{name}"
             tensors[key] = (Piece(key, shards[name]), parameter)
     for fragment in engine.fragments:
         shard = shards[fragment.name]
+        if fragment.name in copies:
+            continue
         whole_here = fragment.parameter is fragment.tensor
         if (whole_here and grid.dp_rank) or (shard.dim is None and grid.tp_rank):
             continue

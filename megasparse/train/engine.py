@@ -1,23 +1,21 @@
-"""The only door to DeepSpeed: process start, its configuration, and one optimizer step.
+"""One optimizer step, whatever the layout: what the plain and the pipeline engine share.
 
-DeepSpeed's dict is derived from the RunConfig. Its user-visible part (`--deepspeed_config`) may add
-what megasparse does not own; what it does own is never taken from there.
+An engine has the model (with the whole model's parameter names), the optimizer, and where the
+parameters lie in it. Masked decay enters between clipping and AdamW.
 """
 
 from __future__ import annotations
 
-import logging as python_logging
-import os
-import warnings
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megasparse.config import RunConfig, gradient_accumulation_steps
-from megasparse.megatron.grid import Grid, ModelParallelUnit, collective_timeout
+from megasparse.megatron.grid import Grid
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
 from megasparse.optim.lr import learning_rate
 from megasparse.optim.masked_decay import MaskedDecay
@@ -25,79 +23,8 @@ from megasparse.sparsity.controller import SparsityController
 from megasparse.train import zero
 from megasparse.train.faults import Faults
 from megasparse.train.numerics import StepGuard
-from megasparse.train.process import join_group
 
-# Without a GPU DeepSpeed must not look for one, and the op that it would compile for shared-memory
-# collectives (30 s, again whenever the environment changes) is of no use to training.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# One hardware queue, so that collectives start in the order in which they were issued and overlap
-# with the GEMMs issued after them (Megatron's requirement for tensor parallelism).
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-# Megatron uses names of collectives that newer torch versions call differently.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
-
-import deepspeed  # noqa: E402
-import deepspeed.ops  # noqa: E402
-
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-python_logging.getLogger("DeepSpeed").setLevel(python_logging.ERROR)
-
-
-def start_process(timeout_minutes: float) -> tuple[torch.device, tuple[str, int] | None]:
-    """Join the process group that the launcher described.
-
-    Returns:
-        The device of this rank, and where the group's store listens (`join_group`).
-    """
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    address = join_group(device, collective_timeout(timeout_minutes))
-    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # finds the group
-    return device, address
-
-
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's dict for a resolved configuration."""
-    train, stage = config.train, config.parallel.zero_stage
-    return {
-        "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps(config, world_size),
-        # Without ZeRO the norm is computed and clipped here (`_Clipper`): DeepSpeed does not
-        # report it then.
-        "gradient_clipping": train.clip_grad if stage else 0.0,
-        "bf16": {"enabled": train.bf16},
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**12,
-        "wall_clock_breakdown": False,
-    }
-
-
-class LanguageModelLoss(torch.nn.Module):
-    """The model with its loss: the mean over the tokens that count.
-
-    A batch is what `train.data.batches` yields.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """0-d float32: mean cross entropy over the tokens with loss_mask 1."""
-        losses = self.model(
-            batch["tokens"],
-            batch["position_ids"],
-            batch.get("attention_mask"),
-            labels=batch["labels"],
-        )
-        mask = batch["loss_mask"]
-        return (losses.float() * mask).sum() / mask.sum().clamp(min=1.0)
+Batch = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -112,16 +39,20 @@ class StepResult:
     lr: float
 
 
-class Engine:
+class Engine(ABC):
     """DeepSpeed's engine around a model, with masked decay between clipping and AdamW.
 
     Args:
         config: resolved.
         grid: this rank's place.
-        model: built and sparsified.
+        model: this rank's part, sparsified; parameters have the whole model's names.
         controller: the model's sparsity.
         faults: to be injected; none by default.
         tick: told about every micro-batch.
+
+    Attributes:
+        fragments: where the parameters lie in the optimizer's tensors.
+        guard: watches loss and gradients of a step.
     """
 
     def __init__(
@@ -151,27 +82,52 @@ class Engine:
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_eps,
         )
+        self._faults, self._tick = faults or Faults([], grid.rank), tick
         self._norm_without_zero: float | None = None
         self._reduce_replicated_gradients()
-        self._engine, *_ = deepspeed.initialize(
-            model=LanguageModelLoss(model),
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, grid.world),
-            mpu=ModelParallelUnit(),
-            dist_init_required=False,
-        )
+        self._engine = self._start_deepspeed()
+        if config.parallel.zero_stage:
+            zero.install_norm(self._engine.optimizer, grid)
         # Where the parameters lie in the optimizer's tensors, now that ZeRO has made its own.
         self.fragments = zero.fragments(model.named_parameters(), self.optimizer)
         decay.attach(self.fragments)
-        self._faults, self._tick = faults or Faults([], grid.rank), tick
-        self.guard = StepGuard(grid, model, self._engine.module, controller, self._faults)
+        self.guard = StepGuard(grid, model, self._loss_module(), controller, self._faults)
+
+    @abstractmethod
+    def _start_deepspeed(self) -> Any:
+        """The DeepSpeed engine around `self.model` and `self.optimizer`."""
+
+    @abstractmethod
+    def _loss_module(self) -> torch.nn.Module | None:
+        """What gives the loss of a micro-batch, with the tensor-parallel peers alone."""
+
+    @abstractmethod
+    def _compute_and_update(self, batches: Iterator[Batch]) -> float:
+        """All micro-batches of a step and the update; the mean loss over all ranks."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        batches: Iterator[Batch],
+        iterations: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> float | None:
+        """Mean loss over `iterations` micro-batches of every data-parallel rank.
+
+        Args:
+            interrupted: the same answer on all ranks; ends the evaluation without a result.
+        """
+
+    @abstractmethod
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """`(B, S, V)` on every rank, of `(B, S)` int64 tokens that are the same on all."""
 
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of a rank in an optimizer step."""
         return gradient_accumulation_steps(self.config, self.grid.world)
 
-    def train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> StepResult:
+    def train_step(self, batches: Iterator[Batch]) -> StepResult:
         """Forward, backward and update over one global batch; advances the clock.
 
         Raises:
@@ -182,87 +138,44 @@ class Engine:
         rate = learning_rate(self.config.train, clock.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self._engine.train()
         self.guard.begin()
-        total = torch.zeros((), device=self.grid.device)
-        for number in range(self.accumulation_steps):
-            self._tick(f"step {clock.step + 1}, micro-batch {number}")
-            clock.micro_batch = number * self.grid.dp_size + self.grid.dp_rank
-            self._faults.at("data")
-            batch = self.guard.keep(next(batches), clock.micro_batch)
-            self._faults.at("forward")
-            loss = self.guard.poisoned(self._engine(batch))
-            total += loss.detach()
-            self._faults.at("backward")
-            self._engine.backward(loss)
-            if number == self.accumulation_steps - 1:
-                self.guard.check_loss(total)
-                self._faults.at("optimizer")
-            self._engine.step()
-        mean = self.grid.mean_over_dp(total / self.accumulation_steps)
+        loss = self._compute_and_update(batches)
         norm = self._grad_norm()
-        self.guard.end(rate, norm)
+        self.guard.end(loss, norm, rate)
         clock.step += 1
-        return StepResult(float(mean), norm, rate)
+        return StepResult(loss, norm, rate)
 
-    @torch.no_grad()
-    def evaluate(
-        self,
-        batches: Iterator[dict[str, torch.Tensor]],
-        iterations: int,
-        interrupted: Callable[[], bool] = lambda: False,
-    ) -> float | None:
-        """Mean loss over `iterations` micro-batches of every data-parallel rank.
-
-        Args:
-            interrupted: asked before every micro-batch, the same answer on all ranks; ends the
-                evaluation without a result.
-        """
-        self._engine.eval()
-        self._faults.step = self.controller.clock.step
-        total = torch.zeros((), device=self.grid.device)
-        for number in range(iterations):
-            self._tick(f"evaluation, micro-batch {number}")
-            self._faults.at("evaluate")
-            if interrupted():
-                return None
-            total += self._engine(next(batches))
-        return float(self.grid.mean_over_dp(total / iterations))
+    def _set_micro_batch(self, number: int) -> None:
+        """Tell the layers which micro-batch of the global batch this rank's `number`-th is."""
+        self._tick(f"step {self.controller.clock.step + 1}, micro-batch {number}")
+        self.controller.clock.micro_batch = number * self.grid.dp_size + self.grid.dp_rank
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Runs inside the optimizer, on final gradients: clip without ZeRO, then masked decay."""
         if not self.guard.loss_is_finite:
             return False
         if not self.config.parallel.zero_stage and not self._clip():
+            self.guard.note_gradients()
             return False
         if self._on_gradient is not None:
             self._on_gradient.add_to_gradients(optimizer)
         return True
 
     def _clip(self) -> bool:
-        """Global norm over all ranks and clipping, for whole (not ZeRO) gradients.
-
-        Entries that are sharded over tensor-parallel ranks count once each, replicated ones once.
-        """
-        sharded = torch.zeros((), device=self.grid.device)
-        replicated = torch.zeros((), device=self.grid.device)
-        gradients = [p for p in self.model.parameters() if p.grad is not None]
-        for parameter in gradients:
-            assert parameter.grad is not None
-            square = parameter.grad.float().square().sum()
-            if getattr(parameter, "tensor_model_parallel", False):
-                sharded += square
-            else:
-                replicated += square
-        norm = float((self.grid.sum_over_tp(sharded) + replicated).sqrt())
+        """Global norm over the whole model and clipping, for whole (not ZeRO) gradients."""
+        gradients = [
+            (parameter, parameter.grad)
+            for parameter in self.model.parameters()
+            if parameter.grad is not None
+        ]
+        norm = float(zero.global_norm(gradients, self.grid))
         self._norm_without_zero = norm
         limit = self.config.train.clip_grad
-        if not norm < float("inf"):
+        if not math.isfinite(norm):
             return False
         if limit and norm > limit:
-            for parameter in gradients:
-                assert parameter.grad is not None
-                parameter.grad.mul_(limit / (norm + 1e-6))
+            for _, gradient in gradients:
+                gradient.mul_(limit / (norm + 1e-6))
         return True
 
     def _grad_norm(self) -> float:
@@ -282,9 +195,3 @@ class Engine:
         for parameter in self.model.parameters():
             if getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(lambda grad: self.grid.sum_over_tp(grad.clone()))
-
-
-def stop_process() -> None:
-    """Leave the process group after a run that ended well."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

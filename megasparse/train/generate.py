@@ -1,6 +1,8 @@
-"""Continue a prompt with the model of a run, tensor parallel."""
+"""Continue a prompt with the model of a run, in any layout."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -9,27 +11,26 @@ from megasparse.data.tokenizer import Tokenizer
 
 @torch.no_grad()
 def sample_text(
-    model: torch.nn.Module,
+    logits_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     tokenizer: Tokenizer,
     prompt: str,
     num_tokens: int,
     max_length: int,
     seed: int,
+    device: torch.device,
     temperature: float = 0.8,
     pad_to: int = 64,
 ) -> str:
     """`prompt` and up to `num_tokens` sampled tokens; every rank of the grid takes part.
 
     Args:
-        model: `GPTModel`; its logits are gathered over the tensor-parallel ranks.
+        logits_of: `(B, S, V)` of tokens and positions `(B, S)`; `Engine.logits`.
         max_length: context of the model in tokens.
         seed: equal on all ranks, so that all sample the same tokens.
         temperature: divides the logits; 0 takes the most likely token.
         pad_to: lengths are padded to a multiple (sequence parallelism needs divisible ones);
             causal attention leaves the padding without effect.
     """
-    model.eval()
-    device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     ids = tokenizer.encode(prompt) or [tokenizer.eod]
     for _ in range(num_tokens):
@@ -38,8 +39,7 @@ def sample_text(
         tokens = torch.zeros(1, length, dtype=torch.long, device=device)
         tokens[0, : len(context)] = torch.tensor(context, device=device)
         positions = torch.arange(length, device=device)[None]
-        logits = model(tokens, positions, None, runtime_gather_output=True)
-        row = logits[0, len(context) - 1, : tokenizer.vocab_size].float()
+        row = logits_of(tokens, positions)[0, len(context) - 1, : tokenizer.vocab_size].float()
         if temperature == 0.0:
             choice = int(row.argmax())
         else:

@@ -14,14 +14,13 @@ import torch
 from megasparse.config import RunConfig, dump_yaml, padded_vocab_size
 from megasparse.errors import EXIT_PREEMPTED
 from megasparse.log import logger
+from megasparse.megatron.consistency import check_replicas
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.model import build_model
-from megasparse.megatron.sparsify import sparsify
-from megasparse.sparsity.controller import Clock
 from megasparse.train import checkpoint
+from megasparse.train.build import build_engine
 from megasparse.train.control import Control
 from megasparse.train.data import RunData, batches, samples_digest
-from megasparse.train.engine import Engine, StepResult
+from megasparse.train.engine import StepResult
 from megasparse.train.faults import Faults
 from megasparse.train.folder import RunFolder, finish
 from megasparse.train.generate import sample_text
@@ -62,16 +61,11 @@ class Trainer:
         self.recipe = recipe_of(config)
         self.folder = RunFolder(config, context.control)
         reader = self.folder.find_checkpoint(data.digests)
-        model = build_model(config, grid, padded_vocab_size(data.vocab_size, config))
-        self.controller = sparsify(
-            model,
-            self.recipe,
-            config.sparsity.sparse_layers,
-            Clock(config.train.seed, config.train.train_iters),
-            reduce=grid.sum_over_tp,
-            monitor=config.sparsity.track_flip_rate,
+        vocabulary = padded_vocab_size(data.vocab_size, config)
+        self.engine = build_engine(
+            config, grid, self.recipe, vocabulary, context.faults, context.tick
         )
-        self.engine = Engine(config, grid, model, self.controller, context.faults, context.tick)
+        self.controller = self.engine.controller
         self.state = LoopState()
         if reader is not None:
             checkpoint.load(self.engine, reader)
@@ -80,7 +74,8 @@ class Trainer:
         self.saver = self.folder.make_saver(self._passed)
         self._figures: dict[str, dict[str, float]] = {}
         self._figures_at = -1
-        self._describe(model)
+        self.state.refreshes = self._refreshes()
+        self._describe(self.engine.model)
 
     def run(self) -> int:
         """Train until the end or a reason to stop; metrics, checkpoint and report stay behind.
@@ -192,19 +187,24 @@ class Trainer:
             **dataclasses.asdict(result),
             "consumed_samples": first_sample + train.global_batch_size,
             "sparse": sparse,
+            "preparations": self.controller.preparations(clock.step - 1),
             "masked_decay": decay,
             "tokens_per_second": train.global_batch_size * self.config.model.seq_length / seconds,
             "samples": samples_digest(
                 self.data.streams["train"], first_sample, train.global_batch_size
             ),
         }
+        interval = self.config.parallel.replica_check_interval
+        if interval and clock.step % interval == 0:
+            check_replicas(self.engine.model, self.controller, self.grid, clock.step)
         logging = self.config.logging
         last = clock.step == train.train_iters
         shown = clock.step % logging.log_interval == 0 or clock.step == 1 or last
         layers: dict[str, dict[str, float]] = {}
-        if shown or self.controller.refreshes != self._figures_at:
+        refreshes = self._refreshes()
+        if shown or refreshes != self._figures_at:
             layers = self._figures = self._layer_figures()
-            self._figures_at = self.controller.refreshes
+            self._figures_at = refreshes
             self.state.note_flips(clock.step, self._figures_at, self._figures)
         for figure in ("flip_rate", "density"):
             values = [one[figure] for one in self._figures.values() if figure in one]
@@ -235,23 +235,27 @@ class Trainer:
         self.state.skipped_steps = 0
         return result
 
+    def _refreshes(self) -> int:
+        """Mask refreshes so far, of the whole model: a stage may have no mask."""
+        own = torch.tensor(self.controller.refreshes, device=self.grid.device)
+        return int(self.grid.sum_over_model(own))
+
     def _layer_figures(self) -> dict[str, dict[str, float]]:
-        """Density and (once measured) flip rate by layer, over all tensor-parallel ranks."""
+        """Density and (once measured) flip rate by layer of the whole model, in order."""
         reports = self.controller.report()
-        if not reports:
-            return {}
         counts = torch.tensor(
             [[r.flips or 0, r.nonzeros, r.numel] for r in reports],
             dtype=torch.int64,
             device=self.grid.device,
         )
-        totals = self.grid.sum_over_tp(counts).tolist()
+        totals = self.grid.sum_over_tp(counts).tolist() if reports else []
         figures = {}
         for r, (flips, nonzeros, numel) in zip(reports, totals, strict=True):
             figures[r.name] = {"density": nonzeros / numel}
             if r.flips is not None:
                 figures[r.name]["flip_rate"] = flips / numel
-        return figures
+        stages = self.grid.gather_over_pp(figures)
+        return {name: one for stage in stages for name, one in stage.items()}
 
     def _validate(self) -> float | None:
         """Mean loss over the same first samples of the validation split every time.
@@ -262,7 +266,7 @@ class Trainer:
         stop = self.context.stop
         return self.engine.evaluate(
             stream,
-            self.config.logging.eval_iters,
+            self.config.logging.eval_iters * self.engine.accumulation_steps,
             lambda: any(self.context.control.agree([max(stop.reason(None), 0)])),
         )
 
@@ -288,12 +292,13 @@ class Trainer:
         local = sum(parameter.numel() for parameter in model.parameters())
         recipe = self.recipe
         logger.info(
-            "recipe %s: %d sparse layers, 2:4 in %s; %s parameters on this rank, tp %d, dp %d",
+            "recipe %s: %d sparse layers here, 2:4 in %s; %s parameters here, tp %d, pp %d, dp %d",
             recipe.name,
             len(self.controller.weights),
             ", ".join(recipe.sparse_gemms) or "no GEMM",
             f"{local:,}",
             self.grid.tp_size,
+            self.grid.pp_size,
             self.grid.dp_size,
         )
 
@@ -303,10 +308,11 @@ class Trainer:
         if not logging.sample_tokens or tokenizer is None:
             return None
         return sample_text(
-            self.engine.model,
+            self.engine.logits,
             tokenizer,
             logging.sample_prompt,
             logging.sample_tokens,
             self.config.model.seq_length,
             self.config.train.seed,
+            self.grid.device,
         )

@@ -15,10 +15,10 @@ from megasparse.megatron.grid import make_grid
 from megasparse.train import faults, watchdog
 from megasparse.train.control import Control, as_user_error, make_control, one_line
 from megasparse.train.data import build_data
-from megasparse.train.engine import start_process, stop_process
 from megasparse.train.loop import Context, Trainer
 from megasparse.train.precheck import Prepared, check
-from megasparse.train.process import attempt
+from megasparse.train.process import start_process, stop_process
+from megasparse.train.rendezvous import attempt
 from megasparse.train.stop import StopRequest
 from megasparse.train.watchdog import Watchdog
 
@@ -69,6 +69,7 @@ class _Run:
         _check_same_config(config, control)
         grid = make_grid(
             parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
             device,
             config.train.seed,
             parallel.distributed_timeout_minutes,

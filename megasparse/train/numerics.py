@@ -46,7 +46,8 @@ class StepGuard:
     Args:
         grid: this rank's place.
         model: its parameters get the gradients.
-        loss: the module that gives the loss of a micro-batch.
+        loss: the module that gives the loss of a micro-batch; None in a pipeline, where a bad step
+            is not computed again: tensors are named from the gradients that were found.
         controller: its states are put back with the step.
         faults: poison to be injected.
     """
@@ -55,7 +56,7 @@ class StepGuard:
         self,
         grid: Grid,
         model: torch.nn.Module,
-        loss: torch.nn.Module,
+        loss: torch.nn.Module | None,
         controller: SparsityController,
         faults: Faults,
     ) -> None:
@@ -64,6 +65,7 @@ class StepGuard:
         self._kept: list[_Kept] = []
         self._rng: dict[str, torch.Tensor] = {}
         self._sparsity: list[Any] = []
+        self._noted: list[str] = []
         self.loss_is_finite = True
         for part in faults.poisoned_gradients():
             for name, parameter in model.named_parameters():
@@ -73,6 +75,7 @@ class StepGuard:
     def begin(self) -> None:
         """Remember what a step changes before its update."""
         self._kept.clear()
+        self._noted.clear()
         self.loss_is_finite = True
         self._faults.step = self._controller.clock.step
         self._rng = rng_state(self._grid)
@@ -95,34 +98,49 @@ class StepGuard:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         self.loss_is_finite = not bool(bad.item())
 
-    def end(self, lr: float, norm: float) -> None:
+    def note_gradients(self) -> None:
+        """Remember which gradients are not finite, before they are thrown away."""
+        self._noted = [
+            f"the gradient of {name} is not finite on rank {self._grid.rank}"
+            for name, parameter in self._model.named_parameters()
+            if parameter.grad is not None and not _is_finite(parameter.grad)
+        ]
+
+    def end(self, loss: float, norm: float, lr: float) -> None:
         """Accept the step, or put everything back and say why; the same on all ranks.
 
         Raises:
             NonFiniteStep: names rank, tensor, micro-batch and samples.
         """
         if self.loss_is_finite and math.isfinite(norm):
+            if not math.isfinite(loss):  # a pipeline's, known after the update alone
+                raise NumericsError(f"step {self._controller.clock.step + 1}: loss {loss}")
             return
         step = self._controller.clock.step + 1
-        findings = self._again()
+        findings = self._noted if self._loss is None else self._again(self._loss)
         self._put_back()
         what = f"gradient norm {norm}" if self.loss_is_finite else "a loss that is not finite"
         if self._grid.world > 1:
             everyone: list[Any] = [None] * self._grid.world
             dist.all_gather_object(everyone, findings)
             findings = [finding for one in everyone for finding in one]
-        cause = findings[0] if findings else "computed again it was finite: a transient fault"
+        nothing = (
+            "no tensor could be named"
+            if self._loss is None
+            else "computed again it was finite: a transient fault"
+        )
+        cause = findings[0] if findings else nothing
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         raise NonFiniteStep(f"step {step}: {what}; {cause}{more}; no update was made", lr)
 
-    def _again(self) -> list[str]:
+    def _again(self, module: torch.nn.Module) -> list[str]:
         """Compute the micro-batches once more; what is wrong on this rank."""
         self._put_back()
         findings: list[str] = []
         named = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
         for local, kept in enumerate(self._kept):
             self._controller.clock.micro_batch = kept.number
-            loss = self.poisoned(self._loss(kept.batch))
+            loss = self.poisoned(module(kept.batch))
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
             where = f"rank {self._grid.rank}, micro-batch {local}, {_samples(kept.batch)}"
             if not bool(torch.isfinite(loss)):
@@ -130,7 +148,7 @@ class StepGuard:
             bad = [
                 f"the gradient of {name} is not finite on {where}"
                 for (name, _), g in zip(named, gradients, strict=True)
-                if g is not None and not bool(torch.isfinite(g.float().square().sum()))
+                if g is not None and not _is_finite(g)
             ]
             findings += bad
         return findings
@@ -143,6 +161,11 @@ class StepGuard:
     def _scaled(self, value: torch.Tensor, point: str) -> torch.Tensor:
         factor = self._faults.poison(point)
         return value if factor is None else value * factor
+
+
+def _is_finite(gradient: torch.Tensor) -> bool:
+    """Whether a gradient's norm is; one may overflow though no entry has."""
+    return bool(torch.isfinite(gradient.float().square().sum()))
 
 
 def _samples(batch: dict[str, torch.Tensor]) -> str:

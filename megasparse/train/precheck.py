@@ -72,6 +72,7 @@ def recipe_of(config: RunConfig) -> SparsityRecipe:
         mvue=sparsity.mvue,
         dense_warmup_fraction=sparsity.dense_warmup_fraction,
         dense_tail_fraction=sparsity.dense_tail_fraction,
+        simulate_fp8=sparsity.simulate_fp8,
     )
 
 

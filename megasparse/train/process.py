@@ -1,103 +1,92 @@
-"""Joining the group of ranks that the launcher described, with no listener that is not needed.
+"""Where DeepSpeed is set up: environment, process group, and its configuration.
 
-torch's own server for the rendezvous listens on every interface of the host. Here it is bound to
-MASTER_ADDR, which on one node is loopback; gloo and NCCL are kept on loopback then as well.
+DeepSpeed's dict is derived from the RunConfig. Modules of `train/` take DeepSpeed's names
+from here, since the environment must be set before it is imported.
 """
 
 from __future__ import annotations
 
-import datetime
+import logging as python_logging
 import os
-import socket
+import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megasparse.errors import ConfigError, PeerError
+from megasparse.config import RunConfig, gradient_accumulation_steps
+from megasparse.megatron.grid import collective_timeout
+from megasparse.train.rendezvous import join_group
 
-_DEFAULTS = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "0",
-}
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Without a GPU DeepSpeed must not look for one, and the op that it would compile for shared-memory
+# collectives (30 s, again whenever the environment changes) is of no use to training.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# One hardware queue, so that collectives start in the order in which they were issued and overlap
+# with the GEMMs issued after them (Megatron's requirement for tensor parallelism).
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+# Megatron uses names of collectives that newer torch versions call differently.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
+
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec  # noqa: E402
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology  # noqa: E402
+
+__all__ = [
+    "LayerSpec",
+    "PipeModelDataParallelTopology",
+    "PipelineModule",
+    "TiedLayerSpec",
+    "deepspeed",
+    "deepspeed_config",
+    "start_process",
+    "stop_process",
+]
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+python_logging.getLogger("DeepSpeed").setLevel(python_logging.ERROR)
 
 
-def join_group(device: torch.device, timeout: datetime.timedelta) -> tuple[str, int] | None:
-    """Bring torch.distributed up, if it is not.
-
-    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from `deepspeed` or `torchrun`;
-    without them the process is a run of one rank.
+def start_process(timeout_minutes: float) -> tuple[torch.device, tuple[str, int] | None]:
+    """Join the process group that the launcher described.
 
     Returns:
-        Host and port of the store; None if the group was there already or has one rank.
-
-    Raises:
-        PeerError: not all ranks came within the timeout.
+        The device of this rank, and where the group's store listens (`join_group`).
     """
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    address = join_group(device, collective_timeout(timeout_minutes))
+    # It takes over the group that is up.
+    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+    return device, address
+
+
+def stop_process() -> None:
+    """Leave the process group after a run that ended well."""
     if dist.is_initialized():
-        return None
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    rank, world, port = (
-        _number("RANK"),
-        _number("WORLD_SIZE"),
-        _number("MASTER_PORT"),
-    )
-    host = os.environ["MASTER_ADDR"]
-    if host in _LOOPBACK:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    try:
-        store = _store(host, port, rank, world, timeout)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"attempt-{attempt()}", store),
-            rank=rank,
-            world_size=world,
-            timeout=timeout,
-        )
-        # Every rank is there: an error at this point is one line on each of them.
-        dist.barrier()
-    except (dist.DistError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise PeerError(f"the {world} ranks did not meet at {host}:{port}: {reason}") from None
-    return (host, store.port) if world > 1 else None
+        dist.destroy_process_group()
 
 
-def attempt() -> str:
-    """Which start of the same job this is; keeps the keys of restarts apart."""
-    return "-".join(
-        os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "MEGASPARSE_ATTEMPT")
-    )
-
-
-def _number(name: str) -> int:
-    try:
-        return int(os.environ[name])
-    except ValueError:
-        raise ConfigError(f"{name}: found {os.environ[name]!r}, expected a whole number") from None
-
-
-def _store(
-    host: str, port: int, rank: int, world: int, timeout: datetime.timedelta
-) -> dist.TCPStore:
-    options = {"timeout": timeout, "wait_for_workers": False}
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if rank or agent:
-        return dist.TCPStore(host, port, world, False, **options)  # type: ignore[arg-type]
-    try:
-        listener = socket.create_server((host, port))
-    except OSError as error:
-        raise ConfigError(f"MASTER_ADDR:MASTER_PORT {host}:{port}: {error.strerror}") from None
-    port = listener.getsockname()[1]
-    return dist.TCPStore(
-        host,
-        port,
-        world,
-        True,
-        master_listen_fd=listener.detach(),
-        **options,  # type: ignore[arg-type]
-    )
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's dict for a resolved configuration."""
+    train, stage = config.train, config.parallel.zero_stage
+    return {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps(config, world_size),
+        # Without ZeRO the engine clips (`train/engine.py`): DeepSpeed's norm leaves out unmarked
+        # parameters of later stages and counts tied ones twice.
+        "gradient_clipping": train.clip_grad if stage else 0.0,
+        "bf16": {"enabled": train.bf16},
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        # Between stages whole tensors travel: with sequence parallelism those of the tensor-
+        # parallel ranks differ, and DeepSpeed's partitioning takes them for equal.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }

@@ -1,12 +1,63 @@
-"""Where DeepSpeed's ZeRO keeps the float32 pieces of the model's parameters."""
+"""DeepSpeed's ZeRO: where it keeps the float32 pieces of the parameters, and its gradient norm."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megasparse.megatron.grid import Grid
 from megasparse.optim.fragments import Fragment
+
+
+def is_copy(parameter: torch.nn.Parameter) -> bool:
+    """Whether a tied parameter is the copy on a later stage (DeepSpeed's mark)."""
+    return getattr(parameter, "ds_pipe_replicated", False)
+
+
+def global_norm(
+    gradients: Iterable[tuple[torch.nn.Parameter, torch.Tensor]],
+    grid: Grid,
+    over_dp: bool = False,
+) -> torch.Tensor:
+    """0-d float32: the norm of the whole model's gradient, the same on every rank.
+
+    Entries that are sharded over tensor-parallel ranks count once each, replicated ones once, tied
+    ones once.
+
+    Args:
+        gradients: this rank's parameters with their gradients, or the pieces that it holds.
+        over_dp: the pieces are divided over data-parallel ranks.
+    """
+    total = torch.zeros((), device=grid.device)
+    for parameter, gradient in gradients:
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        if not is_copy(parameter) and (sharded or grid.tp_rank == 0):
+            total += gradient.float().square().sum()
+    if over_dp and grid.dp_size > 1:
+        dist.all_reduce(total, group=grid.dp_group)
+    return grid.sum_over_model(total).sqrt()
+
+
+def install_norm(optimizer: Any, grid: Grid) -> None:
+    """Make ZeRO 1 and 2 clip by `global_norm`.
+
+    DeepSpeed's own sums every parameter group over the model-parallel ranks, which hangs when
+    pipeline stages have different groups (a middle stage may have no dense matrix).
+    """
+
+    def norm(norm_type: int = 2) -> torch.Tensor:
+        pieces: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        for number in range(len(optimizer.bit16_groups)):
+            gradients = [
+                g for g in optimizer.averaged_gradients[number] if not hasattr(g, "_zero_padding")
+            ]
+            pieces += zip(optimizer.params_in_partition[number], gradients, strict=True)
+        return global_norm(pieces, grid, over_dp=True)
+
+    optimizer.scaled_global_norm = norm
 
 
 def fragments(

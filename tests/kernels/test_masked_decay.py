@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mask_cases import BACKENDS, WIDE, assert_same_bits, poison_empty, weights
 
 from megasparse.errors import KernelError
 from megasparse.kernels import count_flips, masked_decay_
+from tests.kernels.mask_cases import BACKENDS, WIDE, assert_same_bits, poison_empty, weights
 
 # The interpreter says so when infinities meet.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

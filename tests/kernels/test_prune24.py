@@ -5,10 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mask_cases import BACKENDS, SHAPES, WEIGHTS, assert_same_bits, poison_empty, weights
 
 from megasparse.errors import KernelError, NumericsError
 from megasparse.kernels import is_24, prune24_mask
+from tests.kernels.mask_cases import (
+    BACKENDS,
+    SHAPES,
+    WEIGHTS,
+    assert_same_bits,
+    poison_empty,
+    weights,
+)
 
 
 def sorted_oracle(w: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mask_cases import BACKENDS, SHAPES, WIDE, assert_same_bits, poison_empty, weights
 
 from megasparse.errors import KernelError, NumericsError
-from megasparse.kernels import is_24, s_ste_scale, soft_threshold24
-from megasparse.kernels.soft_threshold24 import triton as soft_threshold24_triton
+from megasparse.kernels import (
+    is_24,
+    s_ste_scale,
+    scale_from_sums,
+    soft_threshold24,
+    soft_threshold24_with_sums,
+)
+from tests.kernels.mask_cases import BACKENDS, SHAPES, WIDE, assert_same_bits, poison_empty, weights
 
 # The interpreter computes inf - inf in lanes whose result is not used.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -148,12 +153,23 @@ def test_scale_of_shards(backend: str, device: torch.device) -> None:
     assert in_place.item() == returned.item()
 
 
-def test_sums_in_the_same_pass(device: torch.device) -> None:
-    w = weights("normal", (132, 508), torch.bfloat16).to(device)
-    flag = torch.zeros(1, dtype=torch.int32, device=device)
-    s, sums = soft_threshold24_triton.soft_threshold24_with_sums(w, flag)
-    assert_same_bits(s, soft_threshold24(w, backend="reference"))
-    assert torch.equal(sums, soft_threshold24_triton.scale_sums(w, flag))  # the same bits
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", WIDE)
+def test_sums_in_the_same_pass(
+    backend: str, dtype: torch.dtype, device: torch.device, monkeypatch
+) -> None:
+    # On a GPU a program sums several blocks: sizes around that, and one that needs few of them.
+    for shape in ((132, 508), (4, 4), (1, 4 * 4 * 4096 + 4), (65, 1024)):
+        w = weights("normal", shape, dtype).to(device)
+        with monkeypatch.context() as patch:
+            poison_empty(patch)
+            s, sums = soft_threshold24_with_sums(w, backend=backend)
+        assert_same_bits(s, soft_threshold24(w, backend="reference"))
+        wide, projected = w.double(), s.double()
+        expected = torch.stack([(wide * projected).sum(), (projected * projected).sum()])
+        torch.testing.assert_close(sums, expected, rtol=2e-6, atol=0)
+        scale = s_ste_scale(w, backend=backend)
+        assert torch.equal(scale_from_sums(sums), scale)  # the same sums, bit for bit
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,11 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mask_cases import BACKENDS, SHAPES, WEIGHTS, assert_same_bits, poison_empty, weights
-from test_patterns import brute_force_patterns
 
 from megasparse.errors import KernelError, NumericsError
 from megasparse.kernels import encode_patterns, is_24, transposable24_mask
+from tests.kernels.mask_cases import (
+    BACKENDS,
+    SHAPES,
+    WEIGHTS,
+    assert_same_bits,
+    poison_empty,
+    weights,
+)
+from tests.kernels.test_patterns import brute_force_patterns
 
 # The interpreter says so when sums become infinite.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

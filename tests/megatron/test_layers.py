@@ -21,7 +21,7 @@ def _ffn(rank, world, recipe_name, sequence_parallel, gated):
     from megasparse.sparsity.controller import Clock
     from megasparse.sparsity.recipe import make_recipe
 
-    grid = make_grid(world, torch.device("cpu"), seed=1)
+    grid = make_grid(world, 1, torch.device("cpu"), seed=1)
     config = SimpleNamespace(
         sequence_parallel=sequence_parallel,
         use_cpu_initialization=True,
@@ -103,7 +103,7 @@ def _bad_patterns(rank, world):
     from megasparse.sparsity.controller import Clock
     from megasparse.sparsity.recipe import make_recipe
 
-    make_grid(1, torch.device("cpu"), seed=1)
+    make_grid(1, 1, torch.device("cpu"), seed=1)
     config = SimpleNamespace(
         sequence_parallel=False, use_cpu_initialization=True, params_dtype=torch.float32
     )

@@ -21,7 +21,7 @@ def _build(rank, world, flags):
     from megasparse.train.loop import recipe_of
 
     config = resolve(load_config(flags), world)
-    grid = make_grid(config.parallel.tensor_model_parallel_size, torch.device("cpu"), 1)
+    grid = make_grid(config.parallel.tensor_model_parallel_size, 1, torch.device("cpu"), 1)
     vocab = padded_vocab_size(128, config)
     model = build_model(config, grid, vocab)
     controller = sparsify(

@@ -71,15 +71,15 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
     from megasparse.train import checkpoint
     from megasparse.train.control import make_control
     from megasparse.train.data import batches, build_data
-    from megasparse.train.engine import start_process
     from megasparse.train.faults import Faults, parse
     from megasparse.train.loop import Context, Trainer
     from megasparse.train.numerics import NonFiniteStep
+    from megasparse.train.process import start_process
     from megasparse.train.stop import StopRequest
 
     config = resolve(load_config(run), world)
     device, _ = start_process(1.0)
-    grid = make_grid(config.parallel.tensor_model_parallel_size, device, config.train.seed)
+    grid = make_grid(config.parallel.tensor_model_parallel_size, 1, device, config.train.seed)
     # At step 4 masks are refreshed as well: they must come back too.
     faults = Faults(parse(f"nan@*:4:{point}"), rank)
     context = Context(make_control(), StopRequest(), faults, lambda *_: None)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megasparse.kernels import is_24, mvue24, prune24_mask
-from megasparse.sparsity.gemms import DenseGemms, ReferenceSparseGemms
+from megasparse.sparsity.gemms import (
+    DenseGemms,
+    ReferenceSparseGemms,
+    SimulatedFp8Gemms,
+    round_to_fp8,
+)
 from megasparse.sparsity.linear import linear
 from megasparse.sparsity.shard import Section
 
@@ -83,3 +89,38 @@ def test_frozen_input_or_weight_costs_no_gradient():
     z = linear(x, w.detach(), DenseGemms(w))
     z.backward(dz)
     assert x.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most", "step"),
+    [(torch.float8_e4m3fn, 448, 2**-4), (torch.float8_e5m2, 57344, 2**-3)],
+)
+def test_fp8_rounding_is_to_the_nearest_under_one_scale(dtype, most, step):
+    x = torch.randn(64, 64)
+    rounded = round_to_fp8(x, dtype)
+    scale = most / float(x.abs().max())
+    big = x.abs() * scale > 2**-5  # normal numbers: relative error at most half a step
+    assert ((rounded - x).abs() <= step * x.abs() * (1 + 1e-6))[big].all()
+    assert (rounded != x).any() and float(rounded.abs().max()) == pytest.approx(
+        float(x.abs().max())
+    )
+    zeros = torch.zeros(4, 4)
+    assert torch.equal(round_to_fp8(zeros, dtype), zeros)
+    # A shard with the amax of the whole is rounded as the whole is.
+    part = round_to_fp8(x[:32] * 0.01, dtype, lambda _: (x.abs().max() * 0.01).float())
+    assert torch.equal(part, round_to_fp8(torch.cat([x[:32] * 0.01, x * 0.01]), dtype)[:32])
+
+
+def test_simulated_fp8_takes_the_papers_formats():
+    x, w, dz = (a.detach() for a in _operands())
+    pruned = torch.where(prune24_mask(w), w, torch.zeros(()))
+    gemms = SimulatedFp8Gemms(pruned, "exact", (Section(0, 0, 16),))
+    x2, dz2 = x.reshape(12, 8), dz.reshape(12, 16)
+    e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
+    w4, w5 = round_to_fp8(pruned, e4), round_to_fp8(pruned, e5)
+    assert is_24(w4) and is_24(w5)
+    torch.testing.assert_close(gemms.output(x2), round_to_fp8(x2, e4) @ w4.t())
+    torch.testing.assert_close(gemms.grad_input(dz2), round_to_fp8(dz2, e5) @ w5)
+    kept = mvue24(dz2, seed=3, dim=0)  # amplified entries: the scale is taken after MVUE
+    expected = round_to_fp8(kept, e5).t() @ round_to_fp8(x2, e5)
+    torch.testing.assert_close(gemms.grad_weight(dz2, x2, 3), expected)

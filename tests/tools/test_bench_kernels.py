@@ -78,3 +78,15 @@ def test_unknown_names_and_missing_gpu(bench: ModuleType, monkeypatch, capsys) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_the_report_names_its_seed_and_no_absolute_path(bench: ModuleType, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    for output, shown in (("/some/where/table.md", "table.md"), ("out/table.md", "out/table.md")):
+        options = bench.parse(["--only", "a b", "--output", output, "--seed", "12"])
+        text = bench.report(["| a |"], 4000.0, options)
+        command = f"tools/bench_kernels.py --only 'a b' --output {shown} --seed 12"
+        assert f"`python {command}`" in text and "seed 12." in text
+    first, second = (bench.parse([]) for _ in range(2))
+    assert first.seed != second.seed
+    assert f"--seed {first.seed}" in bench.command(first)

@@ -33,6 +33,9 @@ RUNS = {
     "fst-llama-tp2-sp": ([*LLAMA, *TP2, "--sequence-parallel"], 2, "fst"),
     "fst-approximate": (["--mvue", "approximate"], 1, "fst"),
     "fst-bf16-dp2": (["--bf16"], 2, "fst"),
+    "s_ste-fp8": (
+        ["--sparsity-recipe", "s_ste", "--masked-decay", "none", "--simulate-fp8"], 1, "s_ste",
+    ),
     "s_ste-tp2": (["--sparsity-recipe", "s_ste", "--masked-decay", "none", *TP2], 2, "s_ste"),
     "ast-zero1": (
         ["--sparsity-recipe", "ast", "--masked-decay-ramp-iters", "10", "--zero-stage", "1",

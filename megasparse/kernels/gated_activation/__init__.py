@@ -9,9 +9,13 @@ from torch.autograd.function import once_differentiable
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.gated_activation import reference
+from megasparse.kernels.gated_activation import reference, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _implementation(backend: dispatch.Backend) -> Any:
+    return triton if backend == "triton" else reference
 
 
 class _GatedActivation(torch.autograd.Function):
@@ -23,13 +27,13 @@ class _GatedActivation(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, gate)
         ctx.gelu, ctx.backend = gelu, backend
-        return reference.forward(x, gate, gelu)
+        return _implementation(backend).forward(x, gate, gelu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, gate = ctx.saved_tensors
-        dx, dgate = reference.backward(dy, x, gate, ctx.gelu)
+        dx, dgate = _implementation(ctx.backend).backward(dy, x, gate, ctx.gelu)
         return dx, dgate, None, None
 
 

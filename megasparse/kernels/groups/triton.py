@@ -14,6 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megasparse.kernels.dispatch import INTERPRETING
+
+_INTERPRETING = tl.constexpr(INTERPRETING)
+
 
 @triton.jit
 def load_bits(words, group, live, KIND: tl.constexpr):
@@ -93,6 +97,28 @@ def from_fp32(x, KIND: tl.constexpr):
         return bits + 0x7FFF + ((bits >> 16) & 1)  # by hand: the interpreter truncates
     else:
         return x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+
+
+@triton.jit
+def widen(x):
+    """Floats as float32; bf16 by its bits, for the interpreter does not keep every NaN."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def rounded(x, KIND: tl.constexpr):
+    """An fp32 value, not NaN, rounded to nearest even as a number of KIND."""
+    if KIND == "fp32":
+        return x
+    elif KIND == "fp16":
+        return x.to(tl.float16).to(tl.float32)
+    elif _INTERPRETING:  # it truncates
+        return (from_fp32(x, KIND) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit

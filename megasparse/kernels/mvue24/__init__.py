@@ -6,12 +6,13 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.mvue24 import reference
+from megasparse.kernels.mvue24 import reference, triton
 from megasparse.kernels.random import SeedLike, check_seed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@torch.no_grad()
 def mvue24(
     g: torch.Tensor,
     *,
@@ -41,21 +42,21 @@ def mvue24(
             its place in the whole tensor. offsets[dim] must be a multiple of 4.
         backend: None, "reference" or "triton".
 
-    Returns: like g (shape, dtype; row- or column-major as g). Unbiased up to float32 rounding, the
-    2^-24 grid of the uniform numbers and the rounding to g's dtype. A float16 result may overflow
-    to infinity: a kept magnitude can reach the sum of its group.
+    Returns: like g (shape, dtype; row- or column-major as g), outside autograd. Unbiased up to
+    float32 rounding, the 2^-24 grid of the uniform numbers and the rounding to g's dtype. A float16
+    result may overflow to infinity: a kept magnitude can reach the sum of its group.
 
-    A poisoned group - one with a NaN or an infinity, or whose magnitudes sum to 2^127 or more - has
-    NaN in its first two entries and zero in the others: never hidden, and still 2:4.
+    A NaN or an infinity is never hidden: a group with one keeps one (and at most two non-zeros, as
+    always); finite magnitudes whose sum overflows float32 give infinities.
 
     Raises: KernelError on a wrong rank, dtype, dim, offset, seed or backend.
     """
     dim = _check(g, dim, offsets)
     check_seed("mvue24", seed, g.device)
-    dispatch.resolve("mvue24", g, backend)
+    implementation = triton if dispatch.resolve("mvue24", g, backend) == "triton" else reference
     if g.numel() == 0:
         return torch.empty_like(g)
-    return reference.mvue24(g, seed, dim, offsets, exact)
+    return implementation.mvue24(g, seed, dim, offsets, exact)
 
 
 def _check(g: torch.Tensor, dim: int, offsets: tuple[int, int]) -> int:

@@ -1,7 +1,7 @@
 """The definition of `mvue24` in plain torch. README.md has the derivation.
 
-All arithmetic is float32 in a fixed order, and nothing in it can be contracted to a fused
-multiply-add that would change a result, so that the Triton kernel agrees bit for bit.
+All arithmetic is float32 in a fixed order, every product and sum rounded by itself, so that the
+Triton kernel agrees bit for bit (the approximate sampler's magnitudes: to 1e-6, see there).
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import torch
 
 from megasparse.kernels.random import SeedLike, philox2x32, uniform24
 
-# A group whose magnitudes sum to this or more (or to NaN) is poisoned: sums may overflow.
-SUM_LIMIT = 2.0**127
-
 Four = tuple[torch.Tensor, ...]
+
+# The approximate sampler works on magnitudes times SCALE_UP if their sum is below SMALL, else times
+# SCALE_DOWN; TINY is the smallest normal number.
+SMALL, SCALE_UP, SCALE_DOWN, TINY = 2.0**60, 2.0**64, 2.0**-4, 2.0**-126
 
 
 def mvue24(
@@ -30,11 +31,10 @@ def mvue24(
     entries, results = _every_fourth(padded, dim), _every_fourth(out, dim)
     words = _words(entries[0], seed, dim, offsets)
     x = tuple(entry.float() for entry in entries)
-    keep, magnitudes = exact_sample(x, words) if exact else approximate_sample(x, words)
-    poisoned = ~(_total(x) < SUM_LIMIT)
-    for i in range(4):
-        value = torch.copysign(magnitudes[i], x[i]).masked_fill_(~keep[i], 0.0)
-        results[i].copy_(value.masked_fill_(poisoned, float("nan") if i < 2 else 0.0))
+    sample = exact_magnitudes if exact else approximate_magnitudes
+    magnitudes = sample(tuple(t.abs() for t in x), words)
+    for result, magnitude, sign in zip(results, magnitudes, x):
+        result.copy_(torch.copysign(magnitude, sign))
     return torch.empty_like(g).copy_(out.narrow(dim, 0, size)) if size % 4 else out
 
 
@@ -52,40 +52,69 @@ def _words(entry: torch.Tensor, seed: SeedLike, dim: int, offsets: tuple[int, in
     return philox2x32(row, column, seed) if dim == 0 else philox2x32(column, row, seed)
 
 
-def exact_sample(x: Four, words: Four) -> tuple[Four, Four]:
-    """Keep-masks and magnitudes of the exact (minimum-variance) sampler: one uniform a group."""
-    a = tuple(t.abs() for t in x)
-    dominant = tuple(a_i > rest_i for a_i, rest_i in zip(a, _sums_of_others(a)))
-    has_dominant = dominant[0] | dominant[1] | dominant[2] | dominant[3]
-    c = _cumulative(tuple(a_i.masked_fill(d_i, 0.0) for a_i, d_i in zip(a, dominant)))
-    step = torch.where(has_dominant, c[3], c[3] * 0.5)
+def exact_magnitudes(a: Four, words: Four) -> Four:
+    """The minimum-variance sampler on magnitudes `a`: zero where an entry is dropped.
+
+    The intervals of the entries lie in the order (smaller of 0 and 1, smaller of 2 and 3, smaller
+    of the two winners, largest), so the largest comes last. With r the sum of the three others and
+    step = (r + min(largest, r)) / 2, the numbers t and t + step, t uniform in [0, step), mark the
+    kept two. Rounding is monotone, hence, exactly and not just nearly: every entry is at most
+    max(largest, step), t falls among the three others, and a largest entry of at least r is always
+    kept, as it is.
+    """
+    smaller01, larger01 = torch.minimum(a[0], a[1]), torch.maximum(a[0], a[1])
+    smaller23, larger23 = torch.minimum(a[2], a[3]), torch.maximum(a[2], a[3])
+    middle, largest = torch.minimum(larger01, larger23), torch.maximum(larger01, larger23)
+    c1 = smaller01 + smaller23
+    r = c1 + middle
+    step = (r + torch.minimum(largest, r)).mul_(0.5)
     t = _threshold(uniform24(words[0]), step)
-    first = _first_above(c, t)
-    second = _first_above(tuple(c_i - step for c_i in c), t)
-    keep = tuple(d | f | s for d, f, s in zip(dominant, first, second))
-    return keep, tuple(torch.where(d, a_i, step) for d, a_i in zip(dominant, a))
+    # t is in one of the first three intervals, t + step in one of the last three.
+    first0, first1 = smaller01 > t, c1 > t
+    second1, second2 = c1 - step > t, r - step > t
+    v_smaller01 = step.masked_fill(~first0, 0.0)
+    v_smaller23 = step.masked_fill(~((first1 ^ first0) | second1), 0.0)
+    v_middle = step.masked_fill(first1 & ~(second2 ^ second1), 0.0)
+    v_largest = torch.maximum(largest, step).masked_fill_(second2, 0.0)
+    winner01, winner0, winner2 = larger01 >= larger23, a[0] >= a[1], a[2] >= a[3]
+    v01 = torch.where(winner01, v_largest, v_middle)
+    v23 = torch.where(winner01, v_middle, v_largest)
+    return (
+        torch.where(winner0, v01, v_smaller01),
+        torch.where(winner0, v_smaller01, v01),
+        torch.where(winner2, v23, v_smaller23),
+        torch.where(winner2, v_smaller23, v23),
+    )
 
 
-def approximate_sample(x: Four, words: Four) -> tuple[Four, Four]:
-    """Keep-masks and magnitudes of the papers' sampler: two draws without replacement."""
-    a = tuple(t.abs() for t in x)
+def approximate_magnitudes(a: Four, words: Four) -> Four:
+    """The papers' sampler on magnitudes `a`: two draws without replacement, |x_i| / p_i.
+
+    p_i = t_i (1 + sum over j != i of a_j / (S - a_j)) with t_i = a_i / S and S the sum, so the kept
+    magnitude is S / (1 + sum of the others' odds): no entry of its own in it, nothing cancels, and
+    a one-hot group comes back as it was.
+
+    Scaled by SCALE_UP or SCALE_DOWN, no group but one of zeros has a subnormal sum: reciprocals are
+    safe on any hardware, and u * sum is below the sum. What is left after the first draw can be
+    subnormal only below 2^-180 of the sum: then the odds of the first are infinite and the second
+    is zero. TINY is lost in any other sum; it gives a zero group odds of 0, not 0 / 0.
+    """
+    total = _cumulative(a)[3]
+    scale = torch.where(total < SMALL, SCALE_UP, SCALE_DOWN)
+    a = tuple(a_i * scale for a_i in a)
     c = _cumulative(a)
-    first = _first_above(c, _threshold(uniform24(words[0]), c[3]))
+    first = _first_above(c, uniform24(words[0]).mul_(c[3]))
     remaining = _cumulative(tuple(a_i.masked_fill(f_i, 0.0) for a_i, f_i in zip(a, first)))
-    second = _first_above(remaining, _threshold(uniform24(words[1]), remaining[3]))
-    odds = tuple(a_i / rest_i for a_i, rest_i in zip(a, _sums_of_others(a)))
-    magnitudes = tuple(c[3] / (1.0 + other_odds) for other_odds in _sums_of_others(odds))
-    return tuple(f | s for f, s in zip(first, second)), magnitudes
-
-
-def _total(x: Four) -> torch.Tensor:
-    return (x[0].abs() + x[1].abs()) + (x[2].abs() + x[3].abs())
-
-
-def _sums_of_others(a: Four) -> Four:
-    """For each entry the sum of the other three, without cancellation."""
-    low, high = a[0] + a[1], a[2] + a[3]
-    return a[1] + high, a[0] + high, low + a[3], low + a[2]
+    second = _first_above(remaining, uniform24(words[1]).mul_(remaining[3]))
+    low, high = a[0] + a[1] + TINY, a[2] + a[3] + TINY
+    others = (a[1] + high, a[0] + high, low + a[3], low + a[2])
+    odds = tuple(a_i / others_i for a_i, others_i in zip(a, others))
+    low, high = 1.0 + (odds[0] + odds[1]), 1.0 + (odds[2] + odds[3])
+    divisors = (odds[1] + high, odds[0] + high, low + odds[3], low + odds[2])
+    return tuple(
+        (total / divisor).masked_fill_(~(f | s), 0.0)
+        for divisor, f, s in zip(divisors, first, second)
+    )
 
 
 def _cumulative(a: Four) -> Four:
@@ -95,12 +124,18 @@ def _cumulative(a: Four) -> Four:
 
 
 def _threshold(u: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """u * total, but always below a positive total (rounding of subnormals could reach it)."""
-    below = total.view(torch.int32).clamp(min=1).sub_(1).view(torch.float32)
-    return torch.minimum(u.mul_(total), below)
+    """u * total, but below a positive total: the rounding of subnormals could reach it.
+
+    One less in the bits is the next float below; for a total of zero that is a NaN, which fmin
+    leaves out.
+    """
+    return torch.fmin(u.mul_(total), total.view(torch.int32).sub(1).view(torch.float32))
 
 
 def _first_above(c: Four, t: torch.Tensor) -> Four:
-    """One-hot: the first of the ascending `c` that is above `t`; none when no one is."""
-    above = tuple(c_i > t for c_i in c)
-    return above[0], above[1] & ~above[0], above[2] & ~above[1], above[3] & ~above[2]
+    """One-hot: the first of the ascending `c` above `t`, the last one when none of the others is.
+
+    (`t` is below a positive c[3]; when c[3] is zero the last magnitude turns out zero as well.)
+    """
+    above0, above1, above2 = c[0] > t, c[1] > t, c[2] > t
+    return above0, above1 ^ above0, above2 ^ above1, ~above2

@@ -40,6 +40,33 @@ def soft_threshold24(
     )
 
 
+def soft_threshold24_with_sums(
+    w: torch.Tensor, *, backend: str | None = None, nan_flag: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`soft_threshold24(w)` and the two sums of `s_ste_scale`, in one pass over `w`.
+
+    Returns (S, sums): S as `soft_threshold24` gives it, sums float64 (2,) on `w`'s device: <W, S>
+    and <S, S>, for `scale_from_sums`. Arguments and errors as for `soft_threshold24`.
+    """
+    check_groups("soft_threshold24_with_sums", w, dtypes=WIDE_DTYPES)
+    return run_pruning(
+        "soft_threshold24_with_sums",
+        w,
+        backend=backend,
+        nan_flag=nan_flag,
+        reference=lambda w: (reference.soft_threshold24(w), reference.scale_sums(w)),
+        kernel=triton.soft_threshold24_with_sums,
+    )
+
+
+def scale_from_sums(sums: torch.Tensor) -> torch.Tensor:
+    """0-d float32 beta = <W, S> / <S, S> of float64 (2,) sums; 1 when <S, S> is zero."""
+    numerator, denominator = sums.unbind()
+    zero = denominator == 0
+    scale = numerator / torch.where(zero, torch.ones_like(denominator), denominator)
+    return torch.where(zero, torch.ones_like(scale), scale).to(torch.float32)
+
+
 def s_ste_scale(
     w: torch.Tensor,
     reduce: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
@@ -73,7 +100,4 @@ def s_ste_scale(
     if reduce is not None:
         reduced = reduce(sums)
         sums = sums if reduced is None else reduced
-    numerator, denominator = sums.unbind()
-    zero = denominator == 0
-    scale = numerator / torch.where(zero, torch.ones_like(denominator), denominator)
-    return torch.where(zero, torch.ones_like(scale), scale).to(torch.float32)
+    return scale_from_sums(sums)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.groups import KINDS, Launch, Launches, group_words
 from megasparse.kernels.groups.triton import (
     from_fp32,
@@ -13,28 +14,23 @@ from megasparse.kernels.groups.triton import (
     magnitude,
     nan_limit,
     raise_flag,
+    rounded,
     store_bits,
     to_fp32,
 )
 
-# In groups: 64 bytes a thread, loads and stores of 16 bytes.
+# In groups: 64 bytes a thread and step, loads and stores of 16 bytes.
 LAUNCHES = Launches(wide=Launch(block=512, num_warps=4), narrow=Launch(block=1024, num_warps=4))
+# Blocks a program walks over when it sums: the sum over its threads costs as much as one of them.
+SUM_STEPS = 4
 
 
 @triton.jit
 def _project(bits, threshold, KIND: tl.constexpr):
-    """Bits of sign(x) * max(|x| - threshold, 0), and |x|. Zero also where both are infinite."""
+    """Bits of sign(x) * max(|x| - threshold, 0). Zero also where both are infinite."""
     x = to_fp32(magnitude(bits), KIND)
     shrunk = from_fp32(x - threshold, KIND) | (bits & -0x80000000)
-    return tl.where(x > threshold, shrunk, 0), x
-
-
-@triton.jit
-def _products(projected, x, KIND: tl.constexpr):
-    """|w s| and s^2: a weight and its projection have the same sign."""
-    mask: tl.constexpr = 0x7FFFFFFF if KIND == "fp32" else 0x7FFF0000
-    y = to_fp32(projected & mask, KIND)
-    return x * y, y * y
+    return tl.where(x > threshold, shrunk, 0)
 
 
 @triton.jit
@@ -47,33 +43,40 @@ def _soft_threshold24_kernel(
     KIND: tl.constexpr,
     STORE: tl.constexpr,
     SUMS: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    group = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = group < groups
-    a, b, c, d = load_bits(w, group, live, KIND)
-    size_a, size_b, size_c, size_d = magnitude(a), magnitude(b), magnitude(c), magnitude(d)
-    # The second smallest magnitude.
-    low_ab, high_ab = tl.minimum(size_a, size_b), tl.maximum(size_a, size_b)
-    low_cd, high_cd = tl.minimum(size_c, size_d), tl.maximum(size_c, size_d)
-    second = tl.minimum(tl.maximum(low_ab, low_cd), tl.minimum(high_ab, high_cd))
-    threshold = to_fp32(second, KIND)
-    a, x_a = _project(a, threshold, KIND)
-    b, x_b = _project(b, threshold, KIND)
-    c, x_c = _project(c, threshold, KIND)
-    d, x_d = _project(d, threshold, KIND)
-    if STORE:
-        store_bits(out, group, live, a, b, c, d, KIND)
-    if SUMS:  # entries that are not live were loaded as zero
-        dot_a, square_a = _products(a, x_a, KIND)
-        dot_b, square_b = _products(b, x_b, KIND)
-        dot_c, square_c = _products(c, x_c, KIND)
-        dot_d, square_d = _products(d, x_d, KIND)
-        tl.store(partial_sums + 2 * pid, tl.sum((dot_a + dot_b) + (dot_c + dot_d)))
-        squares = (square_a + square_b) + (square_c + square_d)
+    dots = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    worst = tl.zeros((BLOCK,), tl.int32)
+    for step in range(STEPS):
+        group = (pid.to(tl.int64) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        live = group < groups
+        a, b, c, d = load_bits(w, group, live, KIND)
+        size_a, size_b, size_c, size_d = magnitude(a), magnitude(b), magnitude(c), magnitude(d)
+        low_ab, high_ab = tl.minimum(size_a, size_b), tl.maximum(size_a, size_b)
+        low_cd, high_cd = tl.minimum(size_c, size_d), tl.maximum(size_c, size_d)
+        # The second, third and fourth smallest magnitudes are those of the two in the middle and
+        # the largest one; only the last two have a projection.
+        middle0, middle1 = tl.maximum(low_ab, low_cd), tl.minimum(high_ab, high_cd)
+        largest = tl.maximum(high_ab, high_cd)
+        threshold = to_fp32(tl.minimum(middle0, middle1), KIND)
+        worst = tl.maximum(worst, largest)
+        if STORE:
+            a, b = _project(a, threshold, KIND), _project(b, threshold, KIND)
+            c, d = _project(c, threshold, KIND), _project(d, threshold, KIND)
+            store_bits(out, group, live, a, b, c, d, KIND)
+        if SUMS:  # entries that are not live were loaded as zero
+            third, fourth = to_fp32(tl.maximum(middle0, middle1), KIND), to_fp32(largest, KIND)
+            s_third = rounded(third - threshold, KIND)
+            s_fourth = rounded(fourth - threshold, KIND)
+            dots += third * s_third + fourth * s_fourth
+            squares += s_third * s_third + s_fourth * s_fourth
+    if SUMS:
+        tl.store(partial_sums + 2 * pid, tl.sum(dots))
         tl.store(partial_sums + 2 * pid + 1, tl.sum(squares))
-    raise_flag(flag, (tl.maximum(high_ab, high_cd) > nan_limit(KIND)).to(tl.int32))
+    raise_flag(flag, (worst > nan_limit(KIND)).to(tl.int32))
 
 
 def soft_threshold24(w: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
@@ -104,7 +107,8 @@ def _launch(
     launch = LAUNCHES.pick(w)
     out = torch.empty(w.shape if store else 0, dtype=w.dtype, device=w.device)
     groups = w.numel() // 4
-    programs = triton.cdiv(groups, launch.block)
+    steps = SUM_STEPS if sums and not INTERPRETING else 1
+    programs = triton.cdiv(groups, launch.block * steps)
     partial = torch.empty((programs if sums else 0, 2), dtype=torch.float32, device=w.device)
     if groups:
         _soft_threshold24_kernel[(programs,)](
@@ -116,6 +120,7 @@ def _launch(
             KIND=KINDS[w.dtype],
             STORE=store,
             SUMS=sums,
+            STEPS=steps,
             BLOCK=launch.block,
             num_warps=launch.num_warps,
         )

@@ -1,0 +1,56 @@
+"""The weight gradient's sparse operand in one pass: MVUE along tokens, transpose, pack."""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.errors import KernelError
+from megasparse.kernels import dispatch
+from megasparse.kernels.mvue_pack24 import reference, triton
+from megasparse.kernels.packed24 import COLUMN_MULTIPLE, E4M3, ROW_MULTIPLE, Packed24
+from megasparse.kernels.random import SeedLike
+
+# Sections of channels: (first local channel, its place in the whole layer, number of channels).
+Channels = tuple[tuple[int, int, int], ...]
+
+
+@torch.no_grad()
+def mvue_pack24(
+    dz: torch.Tensor,
+    *,
+    seed: SeedLike,
+    channels: Channels | None = None,
+    exact: bool = True,
+    error_flag: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> Packed24:
+    """`pack24(mvue24(dz, dim=0).t())`: dZ^T (N, T), 2:4 along tokens, packed.
+
+    Args:
+        dz: (T, N) output gradient, bfloat16 or float16, row-major; N a multiple of 64, any T
+            (tokens of zeros fill it up to a multiple of 64).
+        seed: as `mvue24`.
+        channels: where the channels lie in the whole layer, in sections whose sizes are multiples
+            of 64; by default they are the layer's first.
+        exact: the exact sampler, or the papers' approximation.
+        error_flag: int32 (1,) on dz's device, set when a group has more than two non-zeros (which
+            only infinities and NaN can cause).
+        backend: None, "reference" or "triton".
+
+    Returns: Packed24 of shape (N, T up to a multiple of 64).
+
+    Raises: KernelError on sizes, dtypes, or a backend that cannot run.
+    """
+    if dz.dim() != 2 or dz.dtype == E4M3 or dz.dtype not in COLUMN_MULTIPLE:
+        raise KernelError(
+            f"mvue_pack24: dz is {dz.dtype} of shape {tuple(dz.shape)}, expected 16 bits, (T, N)"
+        )
+    tokens, width = dz.shape
+    channels = channels or ((0, 0, width),)
+    if not tokens or sum(length for *_, length in channels) != width:
+        raise KernelError(f"mvue_pack24: sections {channels} of channels, expected all {width}")
+    if any(start % ROW_MULTIPLE or length % ROW_MULTIPLE for start, _, length in channels):
+        raise KernelError(f"mvue_pack24: sections {channels}, expected multiples of {ROW_MULTIPLE}")
+    name = dispatch.resolve("mvue_pack24", dz, backend)
+    implementation = triton if name == "triton" else reference
+    return implementation.mvue_pack24(dz, seed, channels, exact, error_flag)

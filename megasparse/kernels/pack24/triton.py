@@ -1,0 +1,350 @@
+"""Triton kernels of `pack24` and `unpack24`; reference.py is the definition.
+
+A program handles 64 rows, the height of a metadata block, so the metadata it writes is contiguous:
+only the 4-bit codes (1/16 of the bytes) change threads on their way. Weights move as integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.groups.triton import widen
+from megasparse.kernels.packed24 import E4M3_MAX, Packed24
+
+
+def _code(case: int) -> int:
+    """The metadata code of a group whose non-zeros are the bits of `case`."""
+    last = case >> 3 & 1 or (case & 7) in (0, 1, 2, 4)
+    first = 0 if case & 1 else 1 if case & 2 else 2
+    return first | (3 if last else 2 if case & 4 else 1) << 2
+
+
+_CODES = tl.constexpr(sum(_code(case) << 4 * case for case in range(16)))
+_E4M3_MAX = tl.constexpr(E4M3_MAX)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Most columns a program handles (64 rows each) and its warps."""
+
+    columns: int
+    num_warps: int
+
+
+PACK = Launch(columns=128, num_warps=4)
+UNPACK = Launch(columns=128, num_warps=4)
+# The interpreter costs time per program, not per element.
+INTERPRETED = Launch(columns=1024, num_warps=4)
+
+
+@triton.jit
+def _select(w, ROWS: tl.constexpr, GROUPS: tl.constexpr, MAGNITUDE: tl.constexpr):
+    """The kept two of each 4 columns, the code, and whether more than two are non-zero.
+
+    MAGNITUDE masks the sign bit off integers; 0 for floats.
+    """
+    even, odd = tl.split(tl.reshape(w, (ROWS, GROUPS, 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    if MAGNITUDE:
+        n0, n1 = (w0 & MAGNITUDE) != 0, (w1 & MAGNITUDE) != 0
+        n2, n3 = (w2 & MAGNITUDE) != 0, (w3 & MAGNITUDE) != 0
+    else:
+        n0, n1, n2, n3 = w0 != 0, w1 != 0, w2 != 0, w3 != 0
+    several = (n0 & n1) | (n0 & n2) | (n1 & n2)
+    v0 = tl.where(n0, w0, tl.where(n1, w1, w2))
+    last = n3 | (several == 0)
+    v1 = tl.where(last, w3, tl.where(n2, w2, w1))
+    i0 = tl.where(n0, 0, tl.where(n1, 1, 2))
+    i1 = tl.where(last, 12, tl.where(n2, 8, 4))  # shifted left by 2
+    return v0, v1, i0 | i1, (several & n3) | (n0 & n1 & n2)
+
+
+@triton.jit
+def _kept_columns(tile, COLUMNS: tl.constexpr, HELD: tl.constexpr):
+    """Columns of the tile in the values, HELD to a thread: what 16 bytes of dense columns give.
+
+    Without the hint Triton moves values between threads, through shared memory, to write 16 bytes
+    at once.
+    """
+    column = tile * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
+    return tl.max_contiguous(column, [1, HELD])
+
+
+@triton.jit
+def _raise_flag(flag_ptr, violated):
+    tl.store(flag_ptr, 1, mask=tl.max(tl.max(violated.to(tl.int32), 1), 0) != 0)
+
+
+@triton.jit
+def _pack16_kernel(
+    w_ptr, values_ptr, metadata_ptr, flag_ptr, num_columns, w_stride, COLUMNS: tl.constexpr
+):
+    """16-bit weights as int16: rows r and r + 8 share their metadata bytes."""
+    GROUPS: tl.constexpr = COLUMNS // 4
+    tiles = num_columns // COLUMNS
+    pid = tl.program_id(0)
+    block_row, tile = pid // tiles, pid % tiles
+    i = tl.arange(0, 32)[:, None]
+    row = block_row.to(tl.int64) * 64 + (i // 8) * 16 + i % 8
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    w_ptrs = w_ptr + row * w_stride + column
+    low = tl.load(w_ptrs)
+    high = tl.load(w_ptrs + 8 * tl.cast(w_stride, tl.int64))
+    low0, low1, low_code, low_violated = _select(low, 32, GROUPS, 0x7FFF)
+    high0, high1, high_code, high_violated = _select(high, 32, GROUPS, 0x7FFF)
+    _raise_flag(flag_ptr, low_violated | high_violated)
+    kept_column = _kept_columns(tile, COLUMNS, 4)
+    half = tl.cast(num_columns // 2, tl.int64)
+    values_ptrs = values_ptr + row * half + kept_column
+    tl.store(values_ptrs, tl.reshape(tl.join(low0, low1), (32, COLUMNS // 2)))
+    tl.store(values_ptrs + 8 * half, tl.reshape(tl.join(high0, high1), (32, COLUMNS // 2)))
+    byte = (low_code | (high_code << 4)).to(tl.uint8)
+    # (a, b, G, gh, gl) -> (G, a, b, gl, gh)
+    byte = tl.permute(tl.reshape(byte, (4, 8, COLUMNS // 32, 2, 4)), (2, 0, 1, 4, 3))
+    start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
+    offset = tl.arange(0, 8 * COLUMNS)
+    tl.store(metadata_ptr + start + offset, tl.reshape(byte, (8 * COLUMNS,)))
+
+
+@triton.jit
+def _e4m3_grid(v):
+    """Round float32 to the nearest e4m3 number, ties to even, saturated at 448.
+
+    Only the interpreter needs it: the GPU's conversion does so by itself, the interpreter's does
+    not.
+    """
+    magnitude = tl.abs(v)
+    magnitude = tl.where(magnitude > _E4M3_MAX, _E4M3_MAX, magnitude)  # NaN stays
+    bits = magnitude.to(tl.int32, bitcast=True)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+    subnormal = (magnitude + 24576.0) - 24576.0  # at 1.5 * 2^14 the spacing is 2^-9
+    rounded = tl.where(magnitude < 2.0**-6, subnormal, normal.to(tl.float32, bitcast=True))
+    sign = v.to(tl.int32, bitcast=True) & -0x80000000
+    rounded = (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.where(v == v, rounded, float("nan"))
+
+
+@triton.jit
+def _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS: tl.constexpr):
+    """The codes (64, COLUMNS / 4) of a tile, two adjacent groups a byte, in the 8-bit order."""
+    even, odd = tl.split(tl.reshape(code, (64, COLUMNS // 8, 2)))
+    byte = (even | (odd << 4)).to(tl.uint8)
+    # (a, h, b, G, g8, gq) -> (G, a, b, gq, g8, h)
+    byte = tl.permute(tl.reshape(byte, (4, 2, 8, COLUMNS // 64, 2, 4)), (3, 0, 2, 5, 4, 1))
+    start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
+    offset = tl.arange(0, 8 * COLUMNS)
+    tl.store(metadata_ptr + start + offset, tl.reshape(byte, (8 * COLUMNS,)))
+
+
+@triton.jit
+def _pack8_kernel(
+    w_ptr, values_ptr, metadata_ptr, flag_ptr, num_columns, w_stride, COLUMNS: tl.constexpr
+):
+    """8-bit weights, a group to an int32 (w_stride counts those), two kept to an int16.
+
+    Sixteen cases of which entries are non-zero: the codes are looked up in a 64-bit constant.
+    """
+    GROUPS: tl.constexpr = COLUMNS // 4
+    tiles = num_columns // COLUMNS
+    pid = tl.program_id(0)
+    block_row, tile = pid // tiles, pid % tiles
+    row = block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
+    group = tile * GROUPS + tl.arange(0, GROUPS)[None, :]
+    w = tl.load(w_ptr + row * w_stride + group).to(tl.uint32, bitcast=True)
+    # The top bit of each byte that is non-zero without its sign, then those four bits together.
+    nonzero = (((w & 0x7F7F7F7F) + 0x7F7F7F7F) & 0x80808080) >> 7
+    case = (nonzero * 0x10204080) >> 28
+    code = (tl.full((1, 1), _CODES, tl.uint64) >> (case * 4).to(tl.uint64)).to(tl.uint32) & 15
+    # Bit c of 0xE880: c has three bits or more.
+    _raise_flag(flag_ptr, (tl.full((1, 1), 0xE880, tl.uint32) >> case) & 1)
+    kept = ((w >> ((code & 3) * 8)) & 0xFF) | (((w >> ((code >> 2) * 8)) & 0xFF) << 8)
+    values_ptrs = values_ptr + row * (num_columns // 4) + tl.max_contiguous(group, [1, 4])
+    tl.store(values_ptrs, kept.to(tl.int16))
+    _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS)
+
+
+@triton.jit
+def _quantise_pack8_kernel(
+    w_ptr,
+    values_ptr,
+    metadata_ptr,
+    flag_ptr,
+    scale_ptr,
+    num_columns,
+    w_stride,
+    COLUMNS: tl.constexpr,
+    EXACT_GRID: tl.constexpr,
+):
+    """Wider weights: the kept two times 1 / *scale_ptr as e4m3, saturated."""
+    GROUPS: tl.constexpr = COLUMNS // 4
+    tiles = num_columns // COLUMNS
+    pid = tl.program_id(0)
+    block_row, tile = pid // tiles, pid % tiles
+    row = block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    w = widen(tl.load(w_ptr + row * w_stride + column))
+    v0, v1, code, violated = _select(w, 64, GROUPS, 0)
+    _raise_flag(flag_ptr, violated)
+    factor = tl.div_rn(1.0, tl.load(scale_ptr))
+    values = tl.reshape(tl.join(v0, v1), (64, COLUMNS // 2)) * factor
+    if EXACT_GRID:
+        values = _e4m3_grid(values)
+    bits = values.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+    if EXACT_GRID:
+        bits = tl.where(values != values, 0x7F, bits).to(tl.int8)
+    HELD: tl.constexpr = 64 // w_ptr.dtype.element_ty.primitive_bitwidth
+    kept_column = _kept_columns(tile, COLUMNS, HELD)
+    tl.store(values_ptr + row * (num_columns // 2) + kept_column, bits)
+    _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS)
+
+
+@triton.jit
+def _place(values, code, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Dense rows from the kept values (ROWS, COLUMNS / 2) and the codes (ROWS, COLUMNS / 4)."""
+    v0, v1 = tl.split(tl.reshape(values, (ROWS, COLUMNS // 4, 2)))
+    zero = tl.zeros_like(v0)
+    # In one word with the first value the code is moved once to the threads that hold the values.
+    word = (v0.to(tl.int32) & 0xFFFF) | (code.to(tl.int32) << 16)
+    v0, code = word.to(values.dtype), word >> 16
+    i0, i1 = code & 3, code >> 2
+    w0 = tl.where(i0 == 0, v0, zero)
+    w1 = tl.where(i0 == 1, v0, tl.where(i1 == 1, v1, zero))
+    w2 = tl.where(i0 == 2, v0, tl.where(i1 == 2, v1, zero))
+    w3 = tl.where(i1 == 3, v1, zero)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _unpack16_kernel(values_ptr, metadata_ptr, w_ptr, num_columns, COLUMNS: tl.constexpr):
+    tiles = num_columns // COLUMNS
+    pid = tl.program_id(0)
+    block_row, tile = pid // tiles, pid % tiles
+    start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
+    byte = tl.load(metadata_ptr + start + tl.arange(0, 8 * COLUMNS))
+    # (G, a, b, gl, gh) -> (a, b, G, gh, gl)
+    byte = tl.permute(tl.reshape(byte, (COLUMNS // 32, 4, 8, 4, 2)), (1, 2, 0, 4, 3))
+    byte = tl.reshape(byte, (32, COLUMNS // 4))
+    i = tl.arange(0, 32)[:, None]
+    row = block_row.to(tl.int64) * 64 + (i // 8) * 16 + i % 8
+    half = tl.cast(num_columns // 2, tl.int64)
+    kept_column = _kept_columns(tile, COLUMNS, 4)
+    values_ptrs = values_ptr + row * half + kept_column
+    low = _place(tl.load(values_ptrs), byte & 15, 32, COLUMNS)
+    high = _place(tl.load(values_ptrs + 8 * half), byte >> 4, 32, COLUMNS)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    w_ptrs = w_ptr + row * num_columns + column
+    tl.store(w_ptrs, low)
+    tl.store(w_ptrs + 8 * tl.cast(num_columns, tl.int64), high)
+
+
+@triton.jit
+def _unpack8_kernel(values_ptr, metadata_ptr, w_ptr, scale_ptr, num_columns, COLUMNS: tl.constexpr):
+    tiles = num_columns // COLUMNS
+    pid = tl.program_id(0)
+    block_row, tile = pid // tiles, pid % tiles
+    start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
+    byte = tl.load(metadata_ptr + start + tl.arange(0, 8 * COLUMNS))
+    # (G, a, b, gq, g8, h) -> (a, h, b, G, g8, gq)
+    byte = tl.permute(tl.reshape(byte, (COLUMNS // 64, 4, 8, 4, 2, 2)), (1, 5, 2, 0, 4, 3))
+    byte = tl.reshape(byte, (64, COLUMNS // 8))
+    code = tl.reshape(tl.join(byte & 15, byte >> 4), (64, COLUMNS // 4))
+    row = block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
+    kept_column = _kept_columns(tile, COLUMNS, 2)
+    bits = tl.load(values_ptr + row * (num_columns // 2) + kept_column)
+    dense = _place(bits, code, 64, COLUMNS).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(w_ptr + row * num_columns + column, dense * tl.load(scale_ptr))
+
+
+def pack(w: torch.Tensor, packed: Packed24, quantise: bool, flag: torch.Tensor) -> None:
+    """See reference.py."""
+    if w.stride(1) != 1:
+        w = w.contiguous()
+    launch = INTERPRETED if INTERPRETING else PACK
+    if packed.dtype.itemsize == 2:
+        grid, columns = _grid(packed, launch, 64)
+        _pack16_kernel[grid](
+            w.view(torch.int16),
+            packed.values.view(torch.int16),
+            packed.metadata,
+            flag,
+            packed.shape[1],
+            w.stride(0),
+            COLUMNS=columns,
+            num_warps=launch.num_warps,
+        )
+        return
+    grid, columns = _grid(packed, launch, 128)
+    if not quantise:
+        if w.stride(0) % 4 or w.storage_offset() % 4:
+            w = w.clone(memory_format=torch.contiguous_format)
+        _pack8_kernel[grid](
+            w.view(torch.int32),
+            packed.values.view(torch.int16),
+            packed.metadata,
+            flag,
+            packed.shape[1],
+            w.stride(0) // 4,
+            COLUMNS=columns,
+            num_warps=launch.num_warps,
+        )
+        return
+    _quantise_pack8_kernel[grid](
+        w,
+        packed.values.view(torch.int8),
+        packed.metadata,
+        flag,
+        packed.scale,
+        packed.shape[1],
+        w.stride(0),
+        COLUMNS=columns,
+        EXACT_GRID=INTERPRETING,
+        num_warps=launch.num_warps,
+    )
+
+
+def unpack(packed: Packed24) -> torch.Tensor:
+    """See reference.py."""
+    launch = INTERPRETED if INTERPRETING else UNPACK
+    wide = packed.dtype.itemsize == 2
+    out = torch.empty(
+        packed.shape,
+        dtype=packed.dtype if wide else torch.float32,
+        device=packed.values.device,
+    )
+    grid, columns = _grid(packed, launch, 64 if wide else 128)
+    if wide:
+        _unpack16_kernel[grid](
+            packed.values.view(torch.int16),
+            packed.metadata,
+            out.view(torch.int16),
+            packed.shape[1],
+            COLUMNS=columns,
+            num_warps=launch.num_warps,
+        )
+    else:
+        _unpack8_kernel[grid](
+            packed.values.view(torch.int8),
+            packed.metadata,
+            out,
+            packed.scale,
+            packed.shape[1],
+            COLUMNS=columns,
+            num_warps=launch.num_warps,
+        )
+    return out
+
+
+def _grid(packed: Packed24, launch: Launch, multiple: int) -> tuple[tuple[int], int]:
+    """The grid, and the widest tile that divides the columns (always a multiple of `multiple`)."""
+    rows, total = packed.shape
+    columns = launch.columns
+    while columns > multiple and total % columns:
+        columns //= 2
+    return (rows // 64 * (total // columns),), columns

@@ -1,0 +1,105 @@
+"""The compressed 2:4 matrix as Hopper's sparse tensor cores and cuSPARSELt 0.8 read it.
+
+Values are row-major (N, K / 2). A byte of metadata holds the codes of two groups: with row r and
+group g = column // 4 the bits of both are dealt to the byte's address and its nibble thus, where
+a = r // 16 % 4, h = r // 8 % 2 and b = r % 8:
+
+16-bit: g = (G, gh: 2, gl: 4);          byte = (r // 64, G, a, b, gl, gh),      nibble = h
+8-bit:  g = (G, g8: 2, gq: 4, gn: 2);   byte = (r // 64, G, a, b, gq, g8, h),   nibble = gn
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+# The smallest normal number: the reciprocal of an amax scale is finite.
+SMALLEST_SCALE = 2.0**-126
+
+ROW_MULTIPLE = 64
+# A metadata block covers 64 rows and this many columns (twice that many bytes of one row).
+COLUMN_MULTIPLE = {torch.bfloat16: 64, torch.float16: 64, E4M3: 128}
+
+
+@dataclass(frozen=True, eq=False)
+class Packed24:
+    """A 2:4 matrix (N, K): the two kept entries of each group of 4, and where they were.
+
+    values: (N, K / 2) of `dtype`, row-major; the kept entries in ascending column order.
+    metadata: (N * K / 8,) uint8, one 4-bit code `i0 | i1 << 2` a group in the hardware's order.
+    shape: (N, K) of the dense matrix.
+    dtype: bfloat16, float16 or float8_e4m3fn.
+    scale: 0-d float32; the matrix is values * scale. 1 for 16-bit formats.
+    """
+
+    values: torch.Tensor
+    metadata: torch.Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    scale: torch.Tensor
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """(bytes,) uint8, values then metadata: what cuSPARSELt takes.
+
+        What `pack24` makes lies in one buffer, of which `values` and `metadata` are views; parts
+        that come from elsewhere are joined by a copy.
+        """
+        values = self.values.view(torch.uint8).view(-1)
+        adjacent = self.metadata.data_ptr() == values.data_ptr() + values.numel()
+        same = self.metadata.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
+        if not (adjacent and same):
+            return torch.cat([values, self.metadata])
+        total = values.numel() + self.metadata.numel()
+        return values.as_strided((total,), (1,), values.storage_offset())
+
+    def dense(self) -> torch.Tensor:
+        """The (N, K) matrix: of `dtype` for 16 bits, float32 (values * scale) for 8. Any device.
+
+        The definition of `unpack24`.
+        """
+        rows, columns = self.shape
+        codes = metadata_to_codes(self.metadata, self.shape, self.dtype).long()
+        index = torch.stack([codes & 3, codes >> 2], -1)
+        # By bits: torch does not scatter e4m3.
+        bits = self.values.view(torch.int16 if self.dtype.itemsize == 2 else torch.int8)
+        dense = bits.new_zeros(rows, columns // 4, 4)
+        dense.scatter_(-1, index, bits.reshape(rows, columns // 4, 2))
+        w = dense.view(rows, columns).view(self.dtype)
+        return w if self.dtype.itemsize == 2 else w.float() * self.scale
+
+
+def empty_packed(
+    shape: tuple[int, int], dtype: torch.dtype, scale: torch.Tensor, device: torch.device
+) -> Packed24:
+    """A Packed24 in one uninitialised buffer."""
+    rows, columns = shape
+    value_bytes = rows * (columns // 2) * dtype.itemsize
+    buffer = torch.empty(value_bytes + rows * columns // 8, dtype=torch.uint8, device=device)
+    values = buffer[:value_bytes].view(dtype).view(rows, columns // 2)
+    return Packed24(values, buffer[value_bytes:], shape, dtype, scale)
+
+
+def codes_to_metadata(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Metadata bytes (N * K / 8,) from one 4-bit code a group, (N, K / 4) uint8."""
+    rows, groups = codes.shape
+    if dtype.itemsize == 2:
+        c = codes.view(rows // 64, 4, 2, 8, groups // 8, 2, 4)
+        return (c[:, :, 0] | c[:, :, 1] << 4).permute(0, 3, 1, 2, 5, 4).reshape(-1)
+    c = codes.view(rows // 64, 4, 2, 8, groups // 16, 2, 4, 2)
+    return (c[..., 0] | c[..., 1] << 4).permute(0, 4, 1, 3, 6, 5, 2).reshape(-1)
+
+
+def metadata_to_codes(
+    metadata: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """The inverse of `codes_to_metadata` for a dense matrix of `shape`."""
+    rows, groups = shape[0], shape[1] // 4
+    if dtype.itemsize == 2:
+        c = metadata.view(rows // 64, groups // 8, 4, 8, 4, 2).permute(0, 2, 3, 1, 5, 4)
+        return torch.stack([c & 15, c >> 4], 2).reshape(rows, groups)
+    c = metadata.view(rows // 64, groups // 16, 4, 8, 4, 2, 2).permute(0, 2, 6, 3, 1, 5, 4)
+    return torch.stack([c & 15, c >> 4], -1).reshape(rows, groups)

@@ -1,0 +1,82 @@
+"""Sparse times dense: the GEMM of a packed 2:4 matrix."""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.errors import KernelError
+from megasparse.kernels import dispatch
+from megasparse.kernels.packed24 import E4M3, Packed24
+from megasparse.kernels.spmm24 import cusparselt, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, E4M3)
+
+
+@torch.no_grad()
+def spmm24(
+    packed: Packed24,
+    x: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    algorithm: int = 0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """x @ W^T with W (N, K) packed 2:4, its scale included; accumulation in float32.
+
+    Args:
+        packed: W as `pack24` made it.
+        x: (T, K), any T. float32, bfloat16, float16 or float8_e4m3fn; on cuSPARSELt the dtype of
+            `packed`. Row-major without a copy. T is padded to a multiple of 8 (16-bit) or 16
+            (8-bit) on cuSPARSELt.
+        out_dtype: x's dtype by default; bfloat16 for an e4m3 x, whose own scale, if it has one, is
+            the caller's to apply.
+        algorithm: of cuSPARSELt; one that it does not have raises RuntimeError.
+        backend: None, "reference" or "cusparselt" (CUDA tensors). With an e4m3 `packed` cuSPARSELt
+            reads the scale on the host, which waits for the device.
+
+    Returns: (T, N), row-major, outside autograd.
+
+    Raises: KernelError when shapes, dtypes or devices do not fit or the backend cannot run.
+    """
+    if x.dim() != 2 or x.shape[1] != packed.shape[1]:
+        raise KernelError(
+            f"spmm24: x has shape {tuple(x.shape)}, expected (tokens, {packed.shape[1]})"
+        )
+    if x.dtype not in DTYPES:
+        raise KernelError(f"spmm24: x is {x.dtype}, expected one of float32, 16 bits or e4m3")
+    if x.device != packed.values.device:
+        raise KernelError(f"spmm24: x is on {x.device}, expected {packed.values.device}")
+    if out_dtype is None:
+        out_dtype = torch.bfloat16 if x.dtype == E4M3 else x.dtype
+    name = dispatch.resolve("spmm24", x, backend, fast="cusparselt")
+    if x.shape[0] == 0:
+        return x.new_empty((0, packed.shape[0]), dtype=out_dtype)
+    implementation = cusparselt if name == "cusparselt" else reference
+    return implementation.spmm24(packed, x, out_dtype, algorithm)
+
+
+@torch.no_grad()
+def matmul24(
+    packed: Packed24, b: torch.Tensor, *, algorithm: int = 0, backend: str | None = None
+) -> torch.Tensor:
+    """W @ b with W (N, K) packed 2:4: the weight gradient's GEMM, dW = MVUE(dZ^T) X.
+
+    Args:
+        packed: W as `pack24` made it.
+        b: (K, M), row-major; on cuSPARSELt the 16-bit dtype of `packed`.
+        algorithm: of cuSPARSELt.
+        backend: None, "reference" or "cusparselt" (CUDA tensors).
+
+    Returns: (N, M) in b's dtype, accumulated in float32, outside autograd.
+
+    Raises: KernelError when shapes, dtypes or devices do not fit or the backend cannot run.
+    """
+    if b.dim() != 2 or b.shape[0] != packed.shape[1]:
+        raise KernelError(
+            f"matmul24: b has shape {tuple(b.shape)}, expected ({packed.shape[1]}, columns)"
+        )
+    if b.device != packed.values.device:
+        raise KernelError(f"matmul24: b is on {b.device}, expected {packed.values.device}")
+    name = dispatch.resolve("matmul24", b, backend, fast="cusparselt")
+    implementation = cusparselt if name == "cusparselt" else reference
+    return implementation.matmul24(packed, b, algorithm)

@@ -1,0 +1,157 @@
+"""Which GEMM computes a shape: the fastest of cuSPARSELt's algorithms, or a dense one.
+
+The library's algorithms differ by tens of percent, its own search does not find the best one, and
+some have returned wrong numbers. So each is measured once per shape on the GPU at hand, after its
+result has been compared with the dense GEMM's; the choice is kept on disk per GPU and library
+version. Where dense is faster, dense is used, and the log says so once per shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megasparse.log import log_once, logger
+
+MAX_ALGORITHMS = 64
+# Smaller products take microseconds: a search would find noise.
+MIN_FLOPS = 2**31
+# Relative error of two 16-bit roundings of the same product; a wrong algorithm is far above it.
+MAX_ERROR = 1e-2
+FINALISTS = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome for one shape: algorithm, and the two times that decided, in milliseconds."""
+
+    algorithm: int
+    sparse_ms: float
+    dense_ms: float
+    rejected: int = 0
+
+    @property
+    def dense_wins(self) -> bool:
+        return self.dense_ms < self.sparse_ms
+
+
+UNTUNED = Choice(algorithm=0, sparse_ms=0.0, dense_ms=0.0)
+
+
+class GemmChooser:
+    """Choices by key, in memory and on disk.
+
+    Args:
+        path: JSON file; None keeps choices in memory alone.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._choices: dict[str, Choice] = _read(path)
+
+    def choose(
+        self,
+        key: str,
+        flops: int,
+        sparse: Callable[[int], torch.Tensor],
+        dense: Callable[[], torch.Tensor],
+    ) -> Choice:
+        """The choice for `key`, measured at its first use.
+
+        Args:
+            key: operation, sizes and dtype.
+            flops: of the dense product.
+            sparse: the product by an algorithm of the library; raises for one that does not exist.
+            dense: the same product by a dense GEMM.
+        """
+        if key in self._choices:
+            return self._choices[key]
+        choice = UNTUNED if flops < MIN_FLOPS else self._measure(key, sparse, dense)
+        self._choices[key] = choice
+        if choice is not UNTUNED:
+            self._write()
+        return choice
+
+    def _measure(
+        self, key: str, sparse: Callable[[int], torch.Tensor], dense: Callable[[], torch.Tensor]
+    ) -> Choice:
+        expected = dense()
+        times: dict[int, float] = {}
+        rejected = 0
+        for algorithm in range(MAX_ALGORITHMS):
+            try:
+                result = sparse(algorithm)
+            except RuntimeError:
+                continue
+            error = (result.float() - expected.float()).norm() / expected.float().norm()
+            if not float(error) < MAX_ERROR:
+                rejected += 1
+                continue
+            times[algorithm] = _milliseconds(lambda a=algorithm: sparse(a), 2)  # type: ignore[misc]
+        if not times:
+            logger.warning("%s: no algorithm of cuSPARSELt gives the dense result", key)
+            return Choice(0, float("inf"), 0.0, rejected)
+        finalists = sorted(times, key=lambda a: times[a])[:FINALISTS]
+        for algorithm in finalists:
+            times[algorithm] = _milliseconds(lambda a=algorithm: sparse(a), 9)  # type: ignore[misc]
+        best = min(finalists, key=lambda a: times[a])
+        choice = Choice(best, times[best], _milliseconds(dense, 9), rejected)
+        log_once(
+            "%s: %s (2:4 %.3f ms by algorithm %d, dense %.3f ms)",
+            key,
+            "dense is used" if choice.dense_wins else "2:4 is used",
+            choice.sparse_ms,
+            best,
+            choice.dense_ms,
+        )
+        return choice
+
+    def _write(self) -> None:
+        """Keep the choices; a cache that cannot be written is no reason to stop."""
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+            values = {key: dataclasses.asdict(choice) for key, choice in self._choices.items()}
+            temporary.write_text(json.dumps(values, indent=1))
+            temporary.replace(self._path)
+        except OSError as error:
+            log_once("GEMM choices are not kept: %s", error)
+
+
+def chooser_for(device: torch.device) -> GemmChooser:
+    """The chooser of a GPU, with its file under the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    gpu = torch.cuda.get_device_name(device).replace(" ", "-")
+    library = torch.backends.cusparselt.version()
+    name = f"gemms-{gpu}-torch{torch.__version__}-cusparselt{library}.json"
+    return GemmChooser(home / "megasparse" / name)
+
+
+def _read(path: Path | None) -> dict[str, Choice]:
+    if path is None:
+        return {}
+    try:
+        values = json.loads(path.read_text())
+        return {key: Choice(**value) for key, value in values.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _milliseconds(run: Callable[[], torch.Tensor], repeats: int) -> float:
+    """Time of a product on the device: back to back, as in a step, so that launches overlap."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    begin.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats

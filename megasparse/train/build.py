@@ -1,0 +1,51 @@
+"""The engine of a run: model, sparsity and DeepSpeed for its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from megasparse.config import RunConfig
+from megasparse.megatron.grid import Grid
+from megasparse.megatron.model import build_model
+from megasparse.megatron.sparsify import sparsify
+from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.train.engine import Engine
+from megasparse.train.faults import Faults
+from megasparse.train.pipeline import Pipeline, PipelineEngine
+from megasparse.train.plain import PlainEngine
+
+
+def build_engine(
+    config: RunConfig,
+    grid: Grid,
+    recipe: SparsityRecipe,
+    padded_vocab_size: int,
+    faults: Faults | None = None,
+    tick: Callable[[str], None] = lambda _: None,
+) -> Engine:
+    """This rank's part of the model, sparse by the recipe, in the engine of its layout.
+
+    Args: see `Engine` and `build_model`.
+    """
+    clock = Clock(config.train.seed, config.train.train_iters)
+
+    def make_sparse(model: torch.nn.Module) -> SparsityController:
+        return sparsify(
+            model,
+            recipe,
+            config.sparsity.sparse_layers,
+            clock,
+            reduce=grid.sum_over_tp,
+            reduce_max=grid.max_over_tp,
+            monitor=config.sparsity.track_flip_rate,
+            num_layers=config.model.num_layers,
+        )
+
+    if grid.pp_size > 1:
+        pipeline = Pipeline(config, grid, padded_vocab_size, clock)
+        return PipelineEngine(config, grid, pipeline, make_sparse(pipeline.view), faults, tick)
+    model = build_model(config, grid, padded_vocab_size)
+    return PlainEngine(config, grid, model, make_sparse(model), faults, tick)

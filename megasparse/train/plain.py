@@ -1,0 +1,92 @@
+"""The engine without a pipeline: every rank has all layers (or a tensor-parallel share of each)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megasparse.megatron.grid import ModelParallelUnit
+from megasparse.train.engine import Batch, Engine
+from megasparse.train.process import deepspeed, deepspeed_config
+
+
+class LanguageModelLoss(torch.nn.Module):
+    """The model with its loss: the mean over the tokens that count.
+
+    A batch is what `train.data.batches` yields.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """0-d float32: mean cross entropy over the tokens with loss_mask 1."""
+        losses = self.model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch.get("attention_mask"),
+            labels=batch["labels"],
+        )
+        mask = batch["loss_mask"]
+        return (losses.float() * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+class PlainEngine(Engine):
+    """Micro-batch after micro-batch through the whole model. Args: see `Engine`."""
+
+    def _start_deepspeed(self) -> Any:
+        engine, *_ = deepspeed.initialize(
+            model=LanguageModelLoss(self.model),
+            optimizer=self.optimizer,
+            config=deepspeed_config(self.config, self.grid.world),
+            mpu=ModelParallelUnit(),
+            dist_init_required=False,
+        )
+        return engine
+
+    def _loss_module(self) -> torch.nn.Module | None:
+        return self._engine.module
+
+    def _compute_and_update(self, batches: Iterator[Batch]) -> float:
+        self._engine.train()
+        total = torch.zeros((), device=self.grid.device)
+        for number in range(self.accumulation_steps):
+            self._set_micro_batch(number)
+            self._faults.at("data")
+            batch = self.guard.keep(next(batches), self.controller.clock.micro_batch)
+            self._faults.at("forward")
+            loss = self.guard.poisoned(self._engine(batch))
+            total += loss.detach()
+            self._faults.at("backward")
+            self._engine.backward(loss)
+            if number == self.accumulation_steps - 1:
+                self.guard.check_loss(total)
+                self._faults.at("optimizer")
+            self._engine.step()
+        return float(self.grid.mean_over_dp(total / self.accumulation_steps))
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        batches: Iterator[Batch],
+        iterations: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> float | None:
+        self._engine.eval()
+        self._faults.step = self.controller.clock.step
+        total = torch.zeros((), device=self.grid.device)
+        for number in range(iterations):
+            self._tick(f"evaluation, micro-batch {number}")
+            self._faults.at("evaluate")
+            if interrupted():
+                return None
+            total += self._engine(next(batches))
+        return float(self.grid.mean_over_dp(total / iterations))
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        self.model.eval()
+        return self.model(tokens, positions, None, runtime_gather_output=True)

@@ -1,0 +1,94 @@
+"""The sparse GEMM against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasparse.errors import KernelError
+from megasparse.kernels import pack24, spmm24
+from tests.kernels.test_pack24 import E4M3, sparse
+
+# Relative error of the whole result: rounding of the output, and of the sums in fp8 hardware.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+
+
+def relative_error(result, w, x):
+    expected = x.double() @ w.double().t()
+    return float((result.double() - expected).norm() / expected.norm())
+
+
+def operands(tokens, shape, dtype, device):
+    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
+    return sparse(shape, dtype, device), x.to(device).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_16_bit(device, dtype, tokens):
+    w, x = operands(tokens, (64, 192), dtype, device)
+    packed = pack24(w)
+    out = spmm24(packed, x)
+    assert out.shape == (tokens, 64) and out.dtype == dtype and out.is_contiguous()
+    assert relative_error(out, w, x) < TOLERANCE[dtype]
+    assert relative_error(spmm24(packed, x.t().contiguous().t()), w, x) < TOLERANCE[dtype]
+    assert relative_error(spmm24(packed, x.float(), backend="reference"), w, x) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_e4m3(device, tokens):
+    w, x = operands(tokens, (128, 256), E4M3, device)
+    w = (w.float() * 0.02).to(torch.bfloat16)
+    packed = pack24(w, E4M3)
+    quantised = packed.dense()
+    for out_dtype in (None, torch.bfloat16, torch.float16, torch.float32):
+        out = spmm24(packed, x, out_dtype=out_dtype)
+        assert out.dtype == (out_dtype or torch.bfloat16) and out.is_contiguous()
+        tolerance = max(TOLERANCE[out.dtype], 3e-3 if out.is_cuda else 0)
+        assert relative_error(out, quantised, x.float()) < tolerance
+
+
+def test_no_tokens(device):
+    w, x = operands(3, (64, 64), torch.bfloat16, device)
+    assert spmm24(pack24(w), x[:0]).shape == (0, 64)
+
+
+def test_refusals(device):
+    w, x = operands(3, (64, 64), torch.bfloat16, device)
+    packed = pack24(w)
+    with pytest.raises(KernelError, match="expected \\(tokens, 64\\)"):
+        spmm24(packed, x[:, :32])
+    with pytest.raises(KernelError, match="float64"):
+        spmm24(packed, x.double())
+    with pytest.raises(KernelError, match="expected one of reference, cusparselt"):
+        spmm24(packed, x, backend="triton")
+    if not x.is_cuda:
+        with pytest.raises(KernelError, match="needs CUDA"):
+            spmm24(packed, x, backend="cusparselt")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, E4M3])
+def test_cusparselt_on_real_sizes(device, dtype):
+    for tokens in (1, 130, 4096):
+        w, x = operands(tokens, (1024, 2048), dtype, device)
+        out = spmm24(pack24(w), x, backend="cusparselt")
+        assert out.shape == (tokens, 1024) and out.is_contiguous()
+        assert relative_error(out, w.float(), x.float()) < 5e-3
+
+
+@pytest.mark.gpu
+def test_cusparselt_refuses_mixed_formats(device):
+    w, x = operands(16, (128, 128), torch.bfloat16, device)
+    with pytest.raises(KernelError, match="expected the same"):
+        spmm24(pack24(w, E4M3), x)
+    with pytest.raises(KernelError, match="e5m2"):
+        spmm24(pack24(w, E4M3), x.to(torch.float8_e5m2))
+
+
+def test_nothing_is_recorded_by_autograd(device):
+    """These are building blocks of hand-written backward passes: the same on every backend."""
+    w, x = operands(8, (64, 64), torch.bfloat16, device)
+    packed = pack24(w.requires_grad_())
+    assert not packed.buffer.requires_grad and not packed.values.requires_grad
+    assert not spmm24(packed, x.requires_grad_()).requires_grad

@@ -1,0 +1,71 @@
+"""The real launchers: DeepSpeed's and torch's, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TINY, make_dataset
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "launch" / "pretrain.py")
+# Auto-detected ports: several launches may run on one machine.
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def _launch(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TRITON_INTERPRET"):
+        environment.pop(name, None)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_run_ends_with_the_table(tmp_path, launcher):
+    prefix = make_dataset(tmp_path / "data")
+    command = [*DEEPSPEED, "--master_port", _free_port()] if launcher == "deepspeed" else TORCHRUN
+    flags = [*TINY, "--tensor-model-parallel-size", "2", "--data-path", prefix]
+    done = _launch([*command, SCRIPT, *flags, "--run-dir", str(tmp_path / "run")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = done.stdout + done.stderr
+    assert "Run finished: recipe fst, 20 steps" in output
+    assert output.count("0.5000  yes           yes") == 4, output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert len(rows) == 20
+
+
+@pytest.mark.slow
+def test_bad_input_ends_the_launch_with_an_error_on_every_rank(tmp_path):
+    flags = [*TINY, "--data-path", str(tmp_path / "missing"), "--run-dir", str(tmp_path / "run")]
+    done = _launch([*DEEPSPEED, "--master_port", _free_port(), SCRIPT, *flags])
+    output = done.stdout + done.stderr
+    assert done.returncode != 0
+    for rank in range(2):
+        assert f"[rank {rank}] error" in output
+    assert "Traceback" not in output and "missing" in output
+
+
+def test_help_lists_flags_by_group():
+    done = _launch([sys.executable, SCRIPT, "--help"])
+    assert done.returncode == 0
+    for text in ("--tensor-model-parallel-size", "sparsity:", "--sparsity-recipe", "data:"):
+        assert text in done.stdout

@@ -1,0 +1,340 @@
+"""Compare layouts on several GPUs: the same losses, and how many tokens a second.
+
+Two parts, each against one GPU in the same command, each with a dense and a sparse run:
+
+* the matrix: a small model over tensor, sequence, pipeline, data parallel and ZeRO, and what of
+  them fits together. Losses of every step must agree with one GPU's within the stated tolerance
+  (BF16 rounds differently in another order of sums), and the samples must be the same;
+* scaling: a model of more than 1B parameters with the same global batch in every layout (strong
+  scaling): tokens a second, and efficiency = tokens/s / (GPUs x tokens/s of one GPU).
+
+Ranks are started from here by torch.distributed.run: once for the matrix on every number of GPUs,
+once for every layout of the scaling. The exit code is 1 when a layout disagrees.
+
+    python tools/bench_scaling.py --output tools/results/scaling-h200x2.md
+    python tools/bench_scaling.py --part scaling --recipe s_ste
+    python tools/bench_scaling.py --device cpu --tiny --ranks 2      (does it run at all)
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TOLERANCE = 5e-3  # relative, of a BF16 loss
+TP2 = ["--tensor-model-parallel-size", "2"]
+TP4 = ["--tensor-model-parallel-size", "4"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+PP4 = ["--pipeline-model-parallel-size", "4"]
+SP = ["--sequence-parallel"]
+FULL = ["--recompute-granularity", "full"]
+ZERO2 = ["--zero-stage", "2"]
+
+# name: (GPUs, flags); ZeRO-1 unless said otherwise.
+MATRIX = {
+    "one": (1, []),
+    "recompute full": (1, FULL),
+    "tp 2": (2, TP2),
+    "tp 2, sp": (2, [*TP2, *SP]),
+    "pp 2": (2, PP2),
+    "pp 2, recompute full": (2, [*PP2, *FULL]),
+    "dp 2": (2, []),
+    "dp 2, zero 2": (2, ZERO2),
+    "tp 4": (4, TP4),
+    "tp 4, sp, recompute full": (4, [*TP4, *SP, *FULL]),
+    "pp 4": (4, PP4),
+    "dp 4, zero 2": (4, ZERO2),
+    "tp 2, pp 2": (4, [*TP2, *PP2]),
+    "tp 2, sp, pp 2": (4, [*TP2, *SP, *PP2]),
+    "tp 2, sp, dp 2": (4, [*TP2, *SP]),
+    "pp 2, dp 2": (4, PP2),
+}
+SCALING = {
+    "one": (1, []),
+    "tp 2, sp": (2, [*TP2, *SP]),
+    "pp 2": (2, PP2),
+    "dp 2": (2, []),
+    "tp 4, sp": (4, [*TP4, *SP]),
+    "dp 4": (4, []),
+    "tp 2, sp, pp 2": (4, [*TP2, *SP, *PP2]),
+}
+
+LLAMA = [
+    "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu",
+    "--disable-bias-linear", "--untie-embeddings-and-output-weights",
+]  # fmt: skip
+MODELS = {
+    "matrix": [
+        *LLAMA, "--num-layers", "4", "--hidden-size", "512", "--ffn-hidden-size", "1536",
+        "--num-attention-heads", "8", "--num-query-groups", "4", "--seq-length", "512",
+        "--vocab-size", "1000", "--micro-batch-size", "2", "--global-batch-size", "16",
+        "--lr", "3e-4",
+    ],
+    "scaling": [
+        *LLAMA, "--num-layers", "16", "--hidden-size", "2048", "--ffn-hidden-size", "8192",
+        "--num-attention-heads", "16", "--seq-length", "2048", "--vocab-size", "32000",
+        "--micro-batch-size", "4", "--global-batch-size", "32", "--lr", "3e-4",
+    ],
+}  # fmt: skip
+TINY = [
+    *LLAMA, "--num-layers", "4", "--hidden-size", "32", "--ffn-hidden-size", "64",
+    "--num-attention-heads", "4", "--seq-length", "16", "--vocab-size", "100",
+    "--micro-batch-size", "1", "--global-batch-size", "8", "--lr", "3e-4",
+]  # fmt: skip
+
+
+def measure(flags: list[str], steps: int) -> dict[str, Any]:
+    """Train `steps` steps in this rank's process group: losses, seconds a step, samples."""
+    import gc
+
+    import torch
+
+    from megasparse.config import load_config, padded_vocab_size, resolve
+    from megasparse.megatron.grid import make_grid
+    from megasparse.megatron.model import parameter_count
+    from megasparse.train.build import build_engine
+    from megasparse.train.data import batches, build_data, samples_digest
+    from megasparse.train.loop import recipe_of
+    from megasparse.train.process import start_process
+
+    world = int(os.environ["WORLD_SIZE"])
+    config = resolve(load_config(flags), world)
+    parallel, train = config.parallel, config.train
+    device = start_process(parallel.distributed_timeout_minutes)
+    sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    grid = make_grid(*sizes, device, train.seed)
+    data = build_data(config, grid)
+    vocabulary = padded_vocab_size(data.vocab_size, config)
+    engine = build_engine(config, grid, recipe_of(config), vocabulary)
+    stream = batches(data.streams["train"], config, grid, 0)
+    losses, seconds = [], []
+    for _ in range(steps):
+        begin = time.monotonic()
+        losses.append(engine.train_step(stream).loss)  # reads the loss: the device is done
+        seconds.append(time.monotonic() - begin)
+    assert train.global_batch_size is not None
+    result = {
+        "losses": losses,
+        "seconds": seconds,
+        "tokens": train.global_batch_size * config.model.seq_length,
+        "samples": samples_digest(data.streams["train"], 0, steps * train.global_batch_size),
+        "parameters": parameter_count(config.model, vocabulary),
+        "memory": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+    }
+    del engine, stream
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return result
+
+
+def worker(jobs_path: Path, results_path: Path) -> None:
+    """One rank: all jobs of its number of ranks, one after the other."""
+    from megasparse.train.process import stop_process
+
+    jobs = json.loads(jobs_path.read_text())
+    results = {}
+    for name, job in jobs.items():
+        results[name] = measure(job["flags"], job["steps"])
+        if os.environ["RANK"] == "0":
+            print(f"  {name}: loss {results[name]['losses'][-1]:.4f}", file=sys.stderr, flush=True)
+            results_path.write_text(json.dumps(results))
+    stop_process()
+
+
+def launch(jobs: dict[str, dict[str, Any]], ranks: int, device: str) -> dict[str, Any]:
+    """Run jobs on `ranks` ranks; results by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / "jobs.json", Path(folder) / "results.json"]
+        paths[0].write_text(json.dumps(jobs))
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "OMP_NUM_THREADS": "1",
+        }
+        if device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(ranks), str(Path(__file__).resolve()),
+            "--worker", *map(str, paths),
+        ]  # fmt: skip
+        print(f"{len(jobs)} runs on {ranks} ranks", file=sys.stderr, flush=True)
+        done = subprocess.run(command, env=environment, check=False)
+        if done.returncode:
+            raise SystemExit(f"the runs on {ranks} ranks ended with code {done.returncode}")
+        return json.loads(paths[1].read_text())
+
+
+def make_jobs(args: argparse.Namespace) -> dict[int, dict[str, dict[str, Any]]]:
+    """Jobs by number of ranks, named `part/recipe/layout`."""
+    jobs: dict[int, dict[str, dict[str, Any]]] = {}
+    for part, layouts in (("matrix", MATRIX), ("scaling", SCALING)):
+        if args.part not in (part, "all"):
+            continue
+        steps = args.matrix_steps if part == "matrix" else args.warmup + args.steps
+        for recipe in ("dense", args.recipe):
+            for name, (ranks, flags) in layouts.items():
+                if ranks > args.ranks:
+                    continue
+                stage = [] if "--zero-stage" in flags else ["--zero-stage", "1"]
+                jobs.setdefault(ranks, {})[f"{part}/{recipe}/{name}"] = {
+                    "steps": steps,
+                    "flags": [
+                        *(TINY if args.tiny else MODELS[part]), "--bf16", "--mock-data",
+                        "--eval-iters", "0", "--train-iters", str(1000), "--seed", str(args.seed),
+                        "--sparsity-recipe", recipe, *flags, *stage,
+                    ],
+                }  # fmt: skip
+    return jobs
+
+
+def matrix_table(results: dict[str, Any], recipe: str) -> tuple[list[str], bool]:
+    """Lines of the table, and whether every layout agrees with one GPU."""
+    lines = ["| layout | GPUs | recipe | last loss | largest difference | samples | |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    good = True
+    for name, (ranks, _) in MATRIX.items():
+        for method in ("dense", recipe):
+            run = results.get(f"matrix/{method}/{name}")
+            if run is None:
+                continue
+            one = results[f"matrix/{method}/one"]
+            pairs = zip(run["losses"], one["losses"], strict=True)
+            worst = max(abs(a - b) / abs(b) for a, b in pairs)
+            same = run["samples"] == one["samples"]
+            ok = worst <= TOLERANCE and same
+            good &= ok
+            lines.append(
+                f"| {name} | {ranks} | {method} | {run['losses'][-1]:.5f} | {worst:.1e} | "
+                f"{'same' if same else 'OTHERS'} | {'ok' if ok else 'FAILED'} |"
+            )
+    return lines, good
+
+
+def scaling_table(results: dict[str, Any], recipe: str, warmup: int) -> list[str]:
+    lines = [
+        f"| layout | GPUs | dense tokens/s | efficiency | {recipe} tokens/s | efficiency | "
+        f"{recipe} / dense | GiB dense | GiB {recipe} | loss dense | loss {recipe} |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def speed(name: str, method: str) -> float:
+        run = results[f"scaling/{method}/{name}"]
+        return run["tokens"] / statistics.median(run["seconds"][warmup:])
+
+    for name, (ranks, _) in SCALING.items():
+        if f"scaling/dense/{name}" not in results:
+            continue
+        cells = [name, str(ranks)]
+        for method in ("dense", recipe):
+            rate = speed(name, method)
+            cells += [f"{rate:,.0f}", f"{rate / (ranks * speed('one', method)):.0%}"]
+        runs = [results[f"scaling/{method}/{name}"] for method in ("dense", recipe)]
+        cells.append(f"{speed(name, recipe) / speed(name, 'dense'):.2f}")
+        cells += [f"{run['memory']:.1f}" for run in runs]
+        cells += [f"{run['losses'][-1]:.4f}" for run in runs]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def report(results: dict[str, Any], args: argparse.Namespace) -> tuple[str, bool]:
+    """The whole text in markdown, and whether everything agrees."""
+    any_run = next(iter(results.values()))
+    lines = [
+        f"# Layouts on {args.ranks} x {any_run['hardware']}",
+        "",
+        f"{datetime.date.today()}, torch {any_run['torch']}, BF16, "
+        f"`{shlex.join(['python', 'tools/bench_scaling.py', *args.argv])}`",
+    ]
+    good = True
+    if args.part in ("matrix", "all"):
+        table, good = matrix_table(results, args.recipe)
+        lines += [
+            "",
+            f"## The same losses ({args.matrix_steps} steps, tolerance {TOLERANCE:g} relative to "
+            "one GPU in every step)",
+            "",
+            *table,
+        ]
+    if args.part in ("scaling", "all"):
+        one = results["scaling/dense/one"]
+        lines += [
+            "",
+            f"## Scaling ({one['parameters'] / 1e9:.2f}B parameters, {one['tokens']:,} tokens a "
+            f"step in every layout, median of {args.steps} steps after {args.warmup})",
+            "",
+            "Where masks are refreshed every several steps, the refresh falls into the warm-up. "
+            "GiB: peak of the first rank.",
+            "",
+            *scaling_table(results, args.recipe, args.warmup),
+        ]
+    return "\n".join(lines) + "\n", good
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=("matrix", "scaling", "all"), default="all")
+    parser.add_argument("--recipe", default="fst", help="the sparse method (default fst)")
+    parser.add_argument("--ranks", type=int, help="GPUs to use, 1, 2 or 4 (default: all here)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a model of toy size in both parts")
+    parser.add_argument("--matrix-steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=3, help="steps of scaling that do not count")
+    parser.add_argument("--steps", type=int, default=6, help="steps of scaling that are timed")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--output", type=Path, help="markdown file to write")
+    parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.argv = argv
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    if args.worker:
+        worker(*args.worker)
+        return 0
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here; --device cpu --tiny shows that the tool runs")
+    args.ranks = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
+    args.ranks = max(n for n in (1, 2, 4) if n <= args.ranks)
+    results: dict[str, Any] = {}
+    for ranks, jobs in sorted(make_jobs(args).items()):
+        # Small runs share their processes; a large one has its own, so that the device memory of
+        # the run before it is free for certain.
+        small = {name: job for name, job in jobs.items() if name.startswith("matrix/")}
+        groups = [small, *({name: job} for name, job in jobs.items() if name not in small)]
+        for group in filter(None, groups):
+            results |= launch(group, ranks, args.device)
+            if args.output:  # what was measured is kept, should a later run fail
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.with_suffix(".json").write_text(json.dumps(results))
+    text, good = report(results, args)
+    print(text)
+    if args.output:
+        args.output.write_text(text)
+        args.output.with_suffix(".json").unlink()
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megasparse import log
 from megasparse.config import RunConfig, to_dict
-from megasparse.errors import ConfigError, MegasparseError
+from megasparse.errors import ConfigError, MegasparseError, PeerError
 from megasparse.megatron.grid import make_grid
 from megasparse.train import faults, watchdog
 from megasparse.train.control import Control, as_user_error, make_control, one_line
@@ -46,6 +46,9 @@ def main(prepared: Prepared, stop: StopRequest) -> int:
             if verdict is not None:
                 log.logger.error("PeerError: %s", verdict.message)
                 return verdict.exit_code
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # gone before it could be watched
+                message = f"PeerError: the connection to the other ranks broke: {one_line(error)}"
+                return run.failed(message, PeerError.exit_code)
         log.logger.error("unexpected error, a bug\n%s", text)
         return run.failed(f"{type(error).__name__}: {one_line(error)}", 1)
 

@@ -71,6 +71,7 @@ def save_until_killed(root: Path, pipe: int, hook: Callable[[str], None], async_
     reader = choose(root, Control(None))
     step = reader.meta["step"] + 1 if reader else 1
     saver = Saver(root, Control(None), os.urandom(8).hex(), 2, async_save, hook=hook)
+    os.write(pipe, bytes(8))  # ready
     while True:
         # Every third step is saved twice: the second replaces a good checkpoint of its name.
         for _ in range(2 if step % 3 == 0 else 1):
@@ -83,7 +84,10 @@ def save_until_killed(root: Path, pipe: int, hook: Callable[[str], None], async_
 def kill_one_save(
     root: Path, delay: float | None, point: str | None = None, async_save: bool = False
 ) -> tuple[int, int]:
-    """Start a saving process, kill it after a delay (or at a point), and look at what is left.
+    """Start a saving process, kill it (or let it strike itself), and look at what is left.
+
+    Args:
+        delay: from its first save on; None: it strikes itself at `point`.
 
     Returns:
         The newest intact step, and the last one that the process said was published.
@@ -104,13 +108,13 @@ def kill_one_save(
         finally:
             os._exit(1)
     os.close(writing)
+    told = os.read(reading, 8)
     if delay is not None:
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     assert killed, (root.parent / f"{root.name}-error").read_text()
-    told = b""
     while part := os.read(reading, 1 << 16):
         told += part
     os.close(reading)

@@ -15,7 +15,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -125,17 +125,21 @@ def _in_order(
 def _serve(connection: Connection, setup: Callable, arguments: tuple) -> None:
     """A worker's life; ends with the parent's end of the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends the workers
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    function: Callable | None = None
+    answer: Any = None
+    try:
+        function = setup(*arguments)
+    except MegasparseError as error:
+        answer = error
+    while True:
         try:
-            function = setup(*arguments)
-        except MegasparseError as error:
-            connection.send(error)
-            return
-        connection.send(None)
-        while True:
-            item = connection.recv()
-            try:
-                answer = function(item)
-            except MegasparseError as error:
-                answer = error
             connection.send(answer)
+            if function is None:
+                return
+            item = connection.recv()
+        except (EOFError, OSError):  # the parent has ended, perhaps in the midst of a message
+            return
+        try:
+            answer = function(item)
+        except MegasparseError as error:
+            answer = error

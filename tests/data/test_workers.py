@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from megasparse.data.workers import IN_FLIGHT, ordered_map
+from megasparse.data.workers import IN_FLIGHT, _serve, ordered_map
 from megasparse.errors import ConfigError, DataError
 
 
@@ -96,3 +96,18 @@ def test_errors_of_the_work_and_of_the_setup_come_back_as_they_are() -> None:
     with pytest.raises(ConfigError, match="setup refuses"), ordered_map(refuse_in_setup, (), 2):
         pass
     assert set(multiprocessing.active_children()) <= before
+
+
+@pytest.mark.parametrize("written", [b"", struct.pack("!i", 1_000_000) + b"begin"])
+def test_a_worker_ends_quietly_with_its_parent(written: bytes) -> None:
+    """Also when the parent was killed in the midst of a message."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, double_slowly, (0.0,)))
+    process.start()
+    theirs.close()
+    assert ours.recv() is None  # set up
+    os.write(ours.fileno(), written)
+    ours.close()
+    process.join()
+    assert process.exitcode == 0  # a traceback would make it 1

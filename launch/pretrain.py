@@ -3,22 +3,53 @@
     deepspeed launch/pretrain.py --config configs/quickstart.yaml [--flags]
     python -m torch.distributed.run --nproc-per-node 2 launch/pretrain.py --config ...
 
-`--help` lists every flag.
+`--help` lists every flag. Exit codes: 0 done; 64 configuration; 65 data; 66 checkpoint; 70 numbers;
+71 another rank was lost or hangs; 72 replicas differ; 74 a file cannot be written; 75 stopped by a
+signal or a limit, saved, continue with --resume; 76 restarts without progress.
 """
 
 import os
 import sys
 
+# Before torch: a lost peer is one line of ours, not a stack of its store's.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+from megasparse import log
 from megasparse.config import build_parser
+from megasparse.errors import MegasparseError
+from megasparse.train.precheck import Prepared, prepare
+from megasparse.train.stop import StopRequest
+from megasparse.train.supervise import is_supervised, supervise
+
+
+def run() -> int:
+    """The exit code of this rank."""
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    log.setup(rank)
+    try:
+        prepared = prepare(sys.argv[1:], world)
+    except MegasparseError as error:
+        log.logger.error("%s: %s", type(error).__name__, " ".join(str(error).split()))
+        return error.exit_code
+    if prepared.config.checkpoint.max_restarts and not is_supervised():
+        return supervise(prepared.config.checkpoint, [sys.executable, *sys.argv], rank)
+    return train(prepared)
+
+
+def train(prepared: Prepared) -> int:
+    """The training itself; its imports take seconds, so a mistake is told before."""
+    from megasparse.train.main import main
+
+    return main(prepared, stop)
+
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         build_parser().print_help()
         sys.exit(0)
-    from megasparse.train.main import main
-
-    code = main()
+    stop = StopRequest().install()
+    code = run()
+    sys.stderr.flush()
     if code:
         # Other ranks may wait in a collective: leave without their goodbye.
-        sys.stderr.flush()
         os._exit(code)

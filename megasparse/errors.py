@@ -3,9 +3,16 @@
 Every error that a user can cause is a `MegasparseError` whose message is one line that names the
 field or file, what was found and what was expected. `launch/` prints that line on every rank and
 exits with the class's `exit_code`; anything else is a bug and keeps its traceback.
+
+The codes follow sysexits where it has a word for it: a scheduler can tell a run that wants to be
+queued again (75) from one that must be looked at. 0 is only ever a run that is complete, or that
+stopped where `--exit-interval` told it to.
 """
 
 from __future__ import annotations
+
+EXIT_PREEMPTED = 75  # stopped by a signal or a time limit, saved; start again with --resume
+EXIT_NO_PROGRESS = 76  # restarted again and again without a new checkpoint
 
 
 class MegasparseError(Exception):
@@ -17,34 +24,46 @@ class MegasparseError(Exception):
 class ConfigError(MegasparseError):
     """A flag, YAML key or combination of them is wrong (sizes, names, unknown keys)."""
 
-    exit_code = 2
+    exit_code = 64
 
 
 class DataError(MegasparseError):
     """A corpus, tokenizer or dataset file is missing, damaged, or does not fit the run."""
 
-    exit_code = 3
+    exit_code = 65
 
 
 class CheckpointError(MegasparseError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
-    exit_code = 4
-
-
-class NumericsError(MegasparseError):
-    """A NaN or an infinity where training cannot go on."""
-
-    exit_code = 5
+    exit_code = 66
 
 
 class KernelError(MegasparseError, ValueError):
     """A kernel was asked for shapes, dtypes or a backend that it cannot run."""
 
-    exit_code = 6
+    exit_code = 69
+
+
+class NumericsError(MegasparseError):
+    """A NaN or an infinity where training cannot go on."""
+
+    exit_code = 70
+
+
+class PeerError(MegasparseError):
+    """Another rank was lost, hangs, or failed."""
+
+    exit_code = 71
 
 
 class ReplicaError(MegasparseError):
     """Ranks that must hold the same parameters, masks or scales do not."""
 
     exit_code = 72
+
+
+class StorageError(CheckpointError):
+    """A file of the run cannot be written: disk full, no permission, folder gone, in use."""
+
+    exit_code = 74

@@ -126,6 +126,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
         number += 1
         join = f"file://{store}.{number}"
         dist.init_process_group("gloo", init_method=join, rank=rank, world_size=world)
+        dist.barrier()  # a function that ends at once must not leave while others still connect
         try:
             answer = (True, function(rank, world, *args))
         except BaseException:

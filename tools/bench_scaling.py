@@ -105,13 +105,13 @@ def measure(flags: list[str], steps: int) -> dict[str, Any]:
     from megasparse.megatron.model import parameter_count
     from megasparse.train.build import build_engine
     from megasparse.train.data import batches, build_data, samples_digest
-    from megasparse.train.loop import recipe_of
+    from megasparse.train.precheck import recipe_of
     from megasparse.train.process import start_process
 
     world = int(os.environ["WORLD_SIZE"])
     config = resolve(load_config(flags), world)
     parallel, train = config.parallel, config.train
-    device = start_process(parallel.distributed_timeout_minutes)
+    device, _ = start_process(parallel.distributed_timeout_minutes)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     grid = make_grid(tp, device, train.seed, pipeline_model_parallel_size=pp)
     data = build_data(config, grid)

@@ -96,6 +96,9 @@ class ParallelConfig:
     distributed_timeout_minutes: float = option(
         10.0, "a collective that takes longer ends the run", above=0.0
     )
+    hang_timeout: float = option(
+        60.0, "seconds without progress after which a rank is taken to hang; 0: never", at_least=0.0
+    )
 
 
 @dataclass
@@ -130,6 +133,13 @@ class TrainConfig:
     exit_interval: int | None = option(
         None, "save and stop at the first step divisible by this", at_least=1
     )
+    exit_duration_in_mins: float | None = option(
+        None, "save and stop at the first step after this many minutes", above=0.0
+    )
+    max_skipped_steps: int = option(
+        0, "steps in a row that may be left out for a NaN or infinity before the run ends",
+        at_least=0,
+    )  # fmt: skip
 
 
 @dataclass
@@ -217,6 +227,28 @@ class CheckpointConfig:
         None, "steps between checkpoints; default: one at the end", at_least=1
     )
     keep_last: int = option(2, "newest checkpoints to keep; 0: all", at_least=0)
+    async_save: bool = option(False, "write checkpoints in the background, from a copy on the host")
+    max_failed_saves: int = option(
+        0, "saves in a row that may fail (disk full) before the run ends", at_least=0
+    )
+    max_restarts: int = option(
+        0, "start again from the last checkpoint, this often, when a rank dies or hangs", at_least=0
+    )
+    max_restarts_without_progress: int = option(
+        3, "restarts in a row without a new checkpoint before giving up", at_least=1
+    )
+    override_batch: bool = option(False, "continue with another global batch size")
+    override_seq_length: bool = option(False, "continue with another sequence length")
+    override_seed: bool = option(False, "continue with another seed")
+    override_data: bool = option(False, "continue with other data, or another split of it")
+    override_tokenizer: bool = option(False, "continue with another tokenizer")
+    override_schedule: bool = option(False, "continue with other steps, rates or optimizer values")
+    override_precision: bool = option(False, "continue in another precision")
+    override_model: bool = option(False, "continue with other model settings, where shapes allow")
+    override_recipe: bool = option(
+        False, "continue with another sparsity recipe: dense to sparse, sparse to dense, ..."
+    )
+    override_rng: bool = option(False, "continue with new dropout draws in another layout")
 
 
 @dataclass

@@ -27,6 +27,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megasparse.errors import DataError
+from megasparse.megatron.index_cache import VerifiedGPTDataset
 
 SPLITS = ("train", "valid", "test")
 
@@ -187,7 +188,7 @@ def _build(
         options, source.prefix, shares, str(folder / source.digest[:16]), mock=False
     )
     try:
-        return GPTDataset(low_level, source.prefix, indices, None, Split[split], config)
+        return VerifiedGPTDataset(low_level, source.prefix, indices, None, Split[split], config)
     except OSError as error:
         raise DataError(f"{folder}: sample indices cannot be kept here: {error}") from error
 

@@ -6,6 +6,7 @@ Rank order is Megatron's and DeepSpeed's own: tensor innermost, then data, then 
 from __future__ import annotations
 
 import datetime
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -228,6 +229,8 @@ def _use_cpu_in_megatron() -> None:
     It allocates on `torch.cuda.current_device()`, and its RNG tracker reads and writes the CUDA
     generator. Applied only where there is no CUDA device.
     """
+    # Here the CPU's generator is the one that its tracker switches: no reason for a warning.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
     def get_state(*_: Any, **__: Any) -> torch.Tensor:

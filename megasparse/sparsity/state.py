@@ -8,6 +8,7 @@ optimizer step. Everything that a resume needs is in `export_state`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -168,6 +169,17 @@ class SparseWeight(torch.nn.Module):
         if self.flips is not None:
             state["flips"] = self.flips
         return state
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """What a step may change, by reference, for `restore`."""
+        counts = (self.last_refresh, self.refreshes, self.prepared_step, self.preparations_of_step)
+        return (self.mask, self.scale, self.flips, counts)
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Put back what `snapshot` gave."""
+        self.mask, self.scale, self.flips, counts = snapshot
+        self.last_refresh, self.refreshes, self.prepared_step, self.preparations_of_step = counts
+        self.invalidate()
 
     def import_state(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
         """Take over what `export_state` gave; operands are rebuilt at the next use."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from megasparse.config import RunConfig
@@ -11,14 +13,25 @@ from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.train.engine import Engine
+from megasparse.train.faults import Faults
 from megasparse.train.pipeline import Pipeline, PipelineEngine
 from megasparse.train.plain import PlainEngine
 
 
 def build_engine(
-    config: RunConfig, grid: Grid, recipe: SparsityRecipe, padded_vocab_size: int
+    config: RunConfig,
+    grid: Grid,
+    recipe: SparsityRecipe,
+    padded_vocab_size: int,
+    faults: Faults | None = None,
+    tick: Callable[[str], None] = lambda _: None,
 ) -> Engine:
-    """This rank's part of the model, sparse by the recipe, in the engine of its layout."""
+    """This rank's part of the model, sparse by the recipe, in the engine of its layout.
+
+    Args:
+        faults: to be injected; none by default.
+        tick: told about every micro-batch.
+    """
     clock = Clock(config.train.seed, config.train.train_iters)
 
     def make_sparse(model: torch.nn.Module) -> SparsityController:
@@ -35,6 +48,6 @@ def build_engine(
 
     if grid.pp_size > 1:
         pipeline = Pipeline(config, grid, padded_vocab_size, clock)
-        return PipelineEngine(config, grid, pipeline, make_sparse(pipeline.view))
+        return PipelineEngine(config, grid, pipeline, make_sparse(pipeline.view), faults, tick)
     model = build_model(config, grid, padded_vocab_size)
-    return PlainEngine(config, grid, model, make_sparse(model))
+    return PlainEngine(config, grid, model, make_sparse(model), faults, tick)

@@ -1,4 +1,6 @@
-"""Save and load a run: parameters, float32 masters, moments, sparsity state, generators, position.
+"""What a checkpoint holds, and how it comes back.
+
+Parameters, float32 masters, moments, sparsity state, generators; the position is in the manifest.
 
 What is stored, by key:
 
@@ -14,110 +16,72 @@ Tensors are stored with their place in the whole, so another layout can read the
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megasparse.config import to_dict
+import megasparse
+from megasparse.config import RunConfig, to_dict
 from megasparse.errors import CheckpointError
 from megasparse.log import logger
 from megasparse.megatron.grid import rng_state, set_rng_state
 from megasparse.megatron.init import parameter_shard
+from megasparse.optim.lr import learning_rate
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 from megasparse.train import zero
+from megasparse.train.control import Control
 from megasparse.train.engine import Engine
-from megasparse.train.storage import (
-    CheckpointReader,
-    Piece,
-    list_steps,
-    publish,
-    step_folder,
-    write_rank_file,
-)
+from megasparse.train.identity import check_same_layout
+from megasparse.train.saver import choose
+from megasparse.train.storage import CheckpointReader, Piece
+from megasparse.train.writer import Tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(engine: Engine, root: Path, digests: dict[str, str], keep_last: int) -> Path:
-    """Write a checkpoint of the current step; all ranks take part.
+def layout(engine: Engine) -> dict[str, int]:
+    """How the ranks divide model and state; equal layouts resume bit for bit."""
+    grid = engine.grid
+    return {
+        "world": grid.world,
+        "tp": grid.tp_size,
+        "dp": grid.dp_size,
+        "pp": grid.pp_size,
+        "zero": engine.config.parallel.zero_stage or 0,
+    }
+
+
+def describe(engine: Engine, digests: dict[str, str], state: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the run, besides run id and step.
 
     Args:
-        root: folder of checkpoints.
         digests: of data and tokenizer.
-        keep_last: newest checkpoints to keep; 0: all.
-
-    Returns:
-        The published folder.
-
-    Raises:
-        CheckpointError: on every rank, when any rank could not write; nothing is published.
+        state: of the training loop, JSON.
     """
-    grid, clock = engine.grid, engine.controller.clock
-    final = step_folder(root, clock.step)
-    temporary = root / f".{final.name}.tmp"
-    if grid.rank == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    _barrier(grid.world)
-    record: Any
-    try:
-        record = write_rank_file(temporary, grid.rank, _collect(engine))
-    except OSError as error:
-        record = f"rank {grid.rank}: {temporary}: {error}"
-    records: list[Any] = [record] * grid.world
-    if grid.world > 1:
-        dist.all_gather_object(records, record)
-    failures = [entry for entry in records if isinstance(entry, str)]
-    if failures:
-        if grid.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError("; ".join(failures))
-    if grid.rank == 0:
-        config = engine.config
-        meta = {
-            "step": clock.step,
-            "consumed_samples": clock.step * (config.train.global_batch_size or 0),
-            "layout": {
-                "world": grid.world,
-                "tp": grid.tp_size,
-                "dp": grid.dp_size,
-                "pp": grid.pp_size,
-                "zero": config.parallel.zero_stage,
-            },
-            "optimizer_steps": _optimizer_steps(engine),
-            "digests": digests,
-            "config": to_dict(config),
-        }
-        publish(temporary, final, records, meta)
-        if keep_last:
-            for step in list_steps(root)[keep_last:]:
-                shutil.rmtree(step_folder(root, step))
-    _barrier(grid.world)
-    return final
+    clock, train = engine.controller.clock, engine.config.train
+    return {
+        "consumed_samples": clock.step * (train.global_batch_size or 0),
+        "layout": layout(engine),
+        "optimizer_steps": _optimizer_steps(engine),
+        "digests": digests,
+        "config": to_dict(engine.config),
+        "state": {
+            # Functions of the step; written down so that a reader need not know them.
+            "lr": learning_rate(train, clock.step),
+            "loss_scale": 1.0,
+            "seed": train.seed,
+            **state,
+        },
+        "versions": {"megasparse": megasparse.__version__, "torch": torch.__version__},
+    }
 
 
 def newest_valid(root: Path) -> CheckpointReader | None:
-    """The newest checkpoint whose every byte is as written; damaged ones are passed with a warning.
-
-    Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
-    """
-    steps = list_steps(root)
-    for step in steps:
-        try:
-            return CheckpointReader(step_folder(root, step))
-        except CheckpointError as error:
-            logger.warning("%s; trying the checkpoint before it", error)
-    if steps:
-        raise CheckpointError(f"{root}: none of its {len(steps)} checkpoints is intact")
-    return None
+    """`choose` for a process alone (reports, tools)."""
+    return choose(root, Control(None))
 
 
 def load(engine: Engine, reader: CheckpointReader) -> None:
@@ -135,23 +99,20 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
             parameter.copy_(shard.take(whole))
     _load_optimizer(engine, reader)
     for state, weight in controller.weights:
+        if not _has_state(reader, state, engine.config):
+            continue  # another recipe was asked for: masks begin with the next step
         state.import_state(_sparsity_state(reader, state), weight.device)
     controller.clock.step = reader.meta["step"]
-    if reader.meta["layout"] == {
-        "world": grid.world,
-        "tp": grid.tp_size,
-        "dp": grid.dp_size,
-        "pp": grid.pp_size,
-        "zero": engine.config.parallel.zero_stage,
-    }:
+    if check_same_layout(reader, engine.config, layout(engine)):
         prefix = f"rng/{grid.rank}/"
         states = {key.removeprefix(prefix): reader.read(key) for key in reader.keys(prefix)}
+        if states.keys() != rng_state(grid).keys():
+            raise CheckpointError(
+                f"{reader.folder}: generators {sorted(states)}, expected {sorted(rng_state(grid))}"
+            )
         set_rng_state(grid, states)
     else:
-        logger.warning(
-            "the checkpoint was written by another layout (%s): dropout continues with new draws",
-            reader.meta["layout"],
-        )
+        logger.warning("the checkpoint was written by another layout (%s)", reader.meta["layout"])
 
 
 def effective_weight(reader: CheckpointReader, name: str, recipe: SparsityRecipe) -> torch.Tensor:
@@ -162,7 +123,7 @@ def effective_weight(reader: CheckpointReader, name: str, recipe: SparsityRecipe
     return state.effective(whole)
 
 
-def _collect(engine: Engine) -> dict[str, tuple[Piece, torch.Tensor]]:
+def collect(engine: Engine) -> Tensors:
     """This rank's share of the checkpoint."""
     grid = engine.grid
     tensors: dict[str, tuple[Piece, torch.Tensor]] = {}
@@ -226,6 +187,15 @@ def _mask_shard(state: SparseWeight) -> WeightShard:
     )
 
 
+def _has_state(reader: CheckpointReader, state: SparseWeight, config: RunConfig) -> bool:
+    """Whether the saved state of a weight is to be taken over."""
+    if not config.checkpoint.override_recipe:
+        return True  # if it is missing, reading it is an error
+    before, now = reader.meta["config"]["sparsity"], to_dict(config)["sparsity"]
+    same = before["sparsity_recipe"] == now["sparsity_recipe"]
+    return same and f"sparsity/{state.name}/counters" in reader
+
+
 def _sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, torch.Tensor]:
     prefix = f"sparsity/{state.name}/"
     loaded = {key.removeprefix(prefix): reader.read(key) for key in reader.keys(prefix)}
@@ -268,20 +238,3 @@ def _optimizer_steps(engine: Engine) -> int:
     for state in engine.optimizer.state.values():
         return int(state["step"])
     return 0
-
-
-def _barrier(world: int) -> None:
-    if world > 1:
-        dist.barrier()
-
-
-def check_writable(root: str | os.PathLike) -> None:
-    """Refuse a folder that checkpoints could not be written to, before training starts."""
-    root = Path(root)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(f"{root}: cannot be written: {error.strerror}") from None

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from megasparse.config import RunConfig
-from megasparse.data.blend import parse_data_path, parse_split
-from megasparse.data.indexed import validate
-from megasparse.data.sidecar import check_sidecar, idx_path
-from megasparse.data.tokenizer import Tokenizer, load_tokenizer
-from megasparse.errors import ConfigError, DataError
+from megasparse.data.blend import parse_split
+from megasparse.data.tokenizer import Tokenizer
+from megasparse.errors import DataError
 from megasparse.megatron.datasets import (
     SPLITS,
     SampleOptions,
@@ -23,6 +21,8 @@ from megasparse.megatron.datasets import (
     build_stream,
 )
 from megasparse.megatron.grid import Grid
+from megasparse.train.sources import CheckedData, check_data
+from megasparse.train.stop import ignore_signals
 
 
 @dataclass
@@ -42,51 +42,21 @@ class RunData:
     digests: dict[str, str]
 
 
-def check_data(config: RunConfig) -> tuple[Tokenizer | None, int, dict[str, list[Source]]]:
-    """Check all files on this rank, before any memory is allocated for the model.
-
-    Returns:
-        tokenizer, vocabulary size, and sources by split ("all" when one set is split).
-
-    Raises:
-        DataError, ConfigError: one line that names file, found and expected.
-    """
-    data, model = config.data, config.model
-    tokenizer: Tokenizer | None = None
-    if data.tokenizer_model is not None or data.mock_data:
-        tokenizer = load_tokenizer(
-            data.tokenizer_model, data.tokenizer_type, vocab_size=model.vocab_size
-        )
-    if tokenizer and model.vocab_size and model.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"vocab_size {model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
-        )
-    vocab_size = model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
-    paths = {"all": data.data_path} if data.data_path else {
-        "train": data.train_data_path,
-        "valid": data.valid_data_path,
-        "test": data.test_data_path,
-    }  # fmt: skip
-    sources = {}
-    for split, arguments in paths.items():
-        if not arguments:
-            continue
-        blend = parse_data_path(arguments)
-        weights = blend.weights or (None,) * len(blend.prefixes)
-        sources[split] = [
-            _check_source(prefix, weight, vocab_size, tokenizer)
-            for prefix, weight in zip(blend.prefixes, weights, strict=True)
-        ]
-    return tokenizer, vocab_size, sources
-
-
-def build_data(config: RunConfig, grid: Grid) -> RunData:
+def build_data(config: RunConfig, grid: Grid, checked: CheckedData | None = None) -> RunData:
     """Checked data as sample streams, the same on every rank.
+
+    Args:
+        checked: by `check_data`; done here if not given.
 
     Raises:
         DataError: a damaged file, or a training split smaller than one global batch.
     """
-    tokenizer, vocab_size, sources = check_data(config)
+    checked = checked or check_data(config)
+    tokenizer, vocab_size = checked.tokenizer, checked.vocab_size
+    sources = {
+        split: [Source(s.prefix, s.weight, s.digest) for s in group]
+        for split, group in checked.sources.items()
+    }
     options = SampleOptions(
         seq_length=config.model.seq_length,
         seed=config.train.seed,
@@ -113,10 +83,7 @@ def build_data(config: RunConfig, grid: Grid) -> RunData:
         if stream is not None:
             streams[split] = stream
     _check_sizes(config, streams)
-    digests = {f"{split}.{s.prefix}": s.digest for split, group in sources.items() for s in group}
-    if tokenizer is not None:
-        digests["tokenizer"] = tokenizer.digest
-    return RunData(tokenizer, vocab_size, streams, digests)
+    return RunData(tokenizer, vocab_size, streams, checked.digests)
 
 
 def batches(
@@ -132,6 +99,7 @@ def batches(
         stream,
         batch_sampler=_MicroBatches(config.train.micro_batch_size, grid, first_sample),
         num_workers=config.data.num_workers,
+        worker_init_fn=ignore_signals,
         pin_memory=grid.device.type == "cuda",
         # Its own: an iterator draws a seed at its start, and dropout must not notice.
         generator=torch.Generator(),
@@ -157,19 +125,6 @@ class _MicroBatches:
         while True:
             yield list(range(start, start + self._size))
             start += self._grid.dp_size * self._size
-
-
-def _check_source(
-    prefix: str, weight: float | None, vocab_size: int, tokenizer: Tokenizer | None
-) -> Source:
-    validate(prefix, vocab_size)
-    sidecar = check_sidecar(prefix, tokenizer.digest if tokenizer else None)
-    digest = (
-        sidecar.idx_sha256
-        if sidecar is not None
-        else hashlib.sha256(idx_path(prefix).read_bytes()).hexdigest()
-    )
-    return Source(prefix, weight, digest)
 
 
 def _check_sizes(config: RunConfig, streams: dict[str, SampleStream]) -> None:

@@ -8,30 +8,34 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megasparse.config import RunConfig, gradient_accumulation_steps
-from megasparse.errors import NumericsError
 from megasparse.megatron.grid import Grid
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
 from megasparse.optim.lr import learning_rate
 from megasparse.optim.masked_decay import MaskedDecay
 from megasparse.sparsity.controller import SparsityController
 from megasparse.train import zero
+from megasparse.train.faults import Faults
+from megasparse.train.numerics import StepGuard
 
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass
 class StepResult:
-    """One optimizer step, over all ranks: mean loss, gradient norm before clipping, rate used."""
+    """One optimizer step, over all ranks: mean loss, gradient norm before clipping, rate used.
 
-    loss: float
-    grad_norm: float
+    Loss and norm are None for a step that was left out.
+    """
+
+    loss: float | None
+    grad_norm: float | None
     lr: float
 
 
@@ -43,9 +47,12 @@ class Engine(ABC):
         grid: this rank's place.
         model: this rank's part, sparsified; parameters have the whole model's names.
         controller: the model's sparsity.
+        faults: to be injected; none by default.
+        tick: told about every micro-batch.
 
     Attributes:
         fragments: where the parameters lie in the optimizer's tensors.
+        guard: watches the steps.
     """
 
     def __init__(
@@ -54,6 +61,8 @@ class Engine(ABC):
         grid: Grid,
         model: torch.nn.Module,
         controller: SparsityController,
+        faults: Faults | None = None,
+        tick: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.config, self.grid, self.model, self.controller = config, grid, model, controller
         train = config.train
@@ -81,6 +90,8 @@ class Engine(ABC):
         # Where the parameters lie in the optimizer's tensors, now that ZeRO has made its own.
         self.fragments = zero.fragments(model.named_parameters(), self.optimizer)
         decay.attach(self.fragments)
+        self._faults, self._tick = faults or Faults([], grid.rank), tick
+        self.guard = self._make_guard()
 
     @abstractmethod
     def _start_deepspeed(self) -> Any:
@@ -91,12 +102,26 @@ class Engine(ABC):
         """All micro-batches of a step and the update; the mean loss over all ranks."""
 
     @abstractmethod
-    def evaluate(self, batches: Iterator[Batch], iterations: int) -> float:
-        """Mean loss over `iterations` micro-batches of every data-parallel rank."""
+    def evaluate(
+        self,
+        batches: Iterator[Batch],
+        iterations: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> float | None:
+        """Mean loss over `iterations` micro-batches of every data-parallel rank.
+
+        Args:
+            interrupted: asked again and again, the same answer on all ranks; ends the evaluation
+                without a result.
+        """
 
     @abstractmethod
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`(B, S, V)` on every rank, of `(B, S)` int64 tokens that are the same on all."""
+
+    def _make_guard(self) -> StepGuard:
+        """Before the first step, once DeepSpeed's engine is there."""
+        return StepGuard(self.grid, self.model, self._engine.module, self.controller, self._faults)
 
     @property
     def accumulation_steps(self) -> int:
@@ -107,19 +132,17 @@ class Engine(ABC):
         """Forward, backward and update over one global batch; advances the clock.
 
         Raises:
-            NumericsError: the loss or the gradient norm is not finite; weights, moments and masks
-                are as before the step.
+            NonFiniteStep: the loss or the gradient norm is not finite; weights, moments, masks and
+                generators are as before the step, and so is the clock.
         """
         clock = self.controller.clock
         rate = learning_rate(self.config.train, clock.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.guard.begin()
         loss = self._compute_and_update(batches)
         norm = self._grad_norm()
-        if not math.isfinite(norm) or not math.isfinite(loss):
-            raise NumericsError(
-                f"step {clock.step + 1}: loss {loss}, gradient norm {norm}; no update was made"
-            )
+        self.guard.end(rate, norm)
         clock.step += 1
         return StepResult(loss, norm, rate)
 
@@ -129,6 +152,8 @@ class Engine(ABC):
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Runs inside the optimizer, on final gradients: clip without ZeRO, then masked decay."""
+        if not self.guard.loss_is_finite:
+            return False
         if not self.config.parallel.zero_stage and not self._clip():
             return False
         if self._on_gradient is not None:

@@ -1,55 +1,111 @@
-"""From flags to a finished run, with one clear line on every rank when something is wrong."""
+"""A checked configuration to a finished run, with one clear line on every rank if it goes wrong."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import sys
 import traceback
-from collections.abc import Sequence
+from pathlib import Path
 
 from megasparse import log
-from megasparse.config import RunConfig, load_config, resolve
-from megasparse.errors import MegasparseError
+from megasparse.config import RunConfig, to_dict
+from megasparse.errors import ConfigError, MegasparseError, PeerError
 from megasparse.megatron.grid import make_grid
-from megasparse.train.checkpoint import check_writable
-from megasparse.train.data import build_data, check_data
-from megasparse.train.loop import Trainer, recipe_of
+from megasparse.train import faults, watchdog
+from megasparse.train.control import Control, as_user_error, make_control, one_line
+from megasparse.train.data import build_data
+from megasparse.train.loop import Context, Trainer
+from megasparse.train.precheck import Prepared, check
 from megasparse.train.process import start_process, stop_process
+from megasparse.train.rendezvous import attempt
+from megasparse.train.stop import StopRequest
+from megasparse.train.watchdog import Watchdog
 
 
-def pretrain(config: RunConfig) -> None:
-    """Run a resolved configuration to its end on this rank.
-
-    What can be checked without other ranks (recipe, files, folders) is checked before any of them
-    is waited for, on every rank alike.
-    """
-    recipe_of(config)
-    check_data(config)
-    check_writable(config.checkpoint.run_dir)
-    check_writable(config.checkpoint.save or "")
-    device = start_process(config.parallel.distributed_timeout_minutes)
-    grid = make_grid(
-        config.parallel.tensor_model_parallel_size,
-        device,
-        config.train.seed,
-        config.parallel.distributed_timeout_minutes,
-        config.parallel.pipeline_model_parallel_size,
-    )
-    Trainer(config, grid, build_data(config, grid)).run()
+def pretrain(config: RunConfig) -> int:
+    """Run a resolved configuration to its end on this rank; its exit code."""
+    return _Run(check(config), StopRequest()).run()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `launch/pretrain.py`; the exit code of this rank."""
-    rank = int(os.environ.get("RANK", "0"))
-    log.setup(rank)
+def main(prepared: Prepared, stop: StopRequest) -> int:
+    """Run to the end; the exit code of this rank, after one line of what went wrong."""
+    run = _Run(prepared, stop)
     try:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        pretrain(resolve(load_config(sys.argv[1:] if argv is None else argv), world))
+        code = run.run()
+        stop_process()
+        return code
     except MegasparseError as error:
-        log.logger.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    except Exception:
-        log.logger.error("unexpected error\n%s", traceback.format_exc())
-        return 1
-    stop_process()
-    return 0
+        return run.failed(f"{type(error).__name__}: {one_line(error)}", error.exit_code)
+    except OSError as error:
+        return run.failed(f"StorageError: {one_line(error)}", as_user_error(error).exit_code)
+    except Exception as error:
+        text = traceback.format_exc()
+        if watchdog.is_communication_error(error):
+            verdict = run.watch.explain() if run.watch is not None else None
+            if verdict is not None:
+                log.logger.error("PeerError: %s", verdict.message)
+                return verdict.exit_code
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # gone before it could be watched
+                message = f"PeerError: the connection to the other ranks broke: {one_line(error)}"
+                return run.failed(message, PeerError.exit_code)
+        log.logger.error("unexpected error, a bug\n%s", text)
+        return run.failed(f"{type(error).__name__}: {one_line(error)}", 1)
+
+
+class _Run:
+    """One run on this rank, from the process group to the last step."""
+
+    def __init__(self, prepared: Prepared, stop: StopRequest) -> None:
+        self._prepared, self._stop = prepared, stop
+        self.watch: Watchdog | None = None
+
+    def run(self) -> int:
+        config = self._prepared.config
+        parallel = config.parallel
+        device, address = start_process(parallel.distributed_timeout_minutes)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.watch = Watchdog(
+            address, attempt(), rank, world, parallel.hang_timeout, Path(config.checkpoint.run_dir)
+        )
+        control = make_control()
+        _check_same_config(config, control)
+        grid = make_grid(
+            parallel.tensor_model_parallel_size,
+            device,
+            config.train.seed,
+            parallel.distributed_timeout_minutes,
+            parallel.pipeline_model_parallel_size,
+        )
+        context = Context(control, self._stop, faults.from_environment(rank), self.watch.tick)
+        context.faults.at("build")
+        with_data = build_data(config, grid, self._prepared.data)
+        code = Trainer(config, grid, with_data, context).run()
+        self.watch.stop()
+        control.agree([0])  # nobody leaves before all have arrived: rank 0 keeps the store
+        return code
+
+    def failed(self, message: str, exit_code: int) -> int:
+        """Say why this rank ends, here and to the others."""
+        log.logger.error("%s", message)
+        if self.watch is not None:
+            self.watch.fail(message, exit_code)
+        return exit_code
+
+
+def _check_same_config(config: RunConfig, control: Control) -> None:
+    """Ranks started with different flags would train different models, or wait for ever."""
+    trees = to_dict(config)
+    text = json.dumps(trees, sort_keys=True).encode()
+    digests = control.gather(hashlib.sha256(text).hexdigest())
+    if len(set(digests)) == 1:
+        return
+    everyone = control.gather(trees)
+    for rank, other in enumerate(everyone):
+        for group, fields in other.items():
+            for name, value in fields.items():
+                if everyone[0][group][name] != value:
+                    raise ConfigError(
+                        f"{name} is {everyone[0][group][name]!r} on rank 0 and {value!r} on rank "
+                        f"{rank}; all ranks need the same configuration"
+                    )

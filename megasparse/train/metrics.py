@@ -63,6 +63,11 @@ class MetricsWriter:
             for figure, value in figures.items():
                 self._board.add_scalar(f"layers_{figure}/{name}", value, step)
 
+    def flush(self) -> None:
+        """Hand everything to the system, so that a killed process loses nothing up to here."""
+        self._stream.flush()
+        self._board.flush()
+
     def close(self) -> None:
         """Flush everything to disk."""
         self._stream.close()
@@ -74,11 +79,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 
@@ -94,9 +102,9 @@ class ProgressLine:
         left = (time.monotonic() - self._begin) / max(done, 1) * (self._train_iters - row["step"])
         parts = [
             f"step {row['step']:>{len(str(self._train_iters))}}/{self._train_iters}",
-            f"loss {row['loss']:.4f}",
+            f"loss {row['loss']:.4f}" if row["loss"] is not None else "left out",
             f"lr {row['lr']:.2e}",
-            f"grad norm {row['grad_norm']:.3f}",
+            f"grad norm {row['grad_norm'] or 0.0:.3f}",
             f"{row['tokens_per_second']:,.0f} tokens/s",
         ]
         if row.get("flip_rate") is not None:

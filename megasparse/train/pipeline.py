@@ -6,6 +6,7 @@ The parts come from `megatron/pipeline.py`; here they become DeepSpeed's layer s
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,8 @@ from megasparse.megatron.pipeline import (
 )
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.train.engine import Batch, Engine
+from megasparse.train.faults import Faults
+from megasparse.train.numerics import StepGuard, samples_of
 from megasparse.train.process import (
     LayerSpec,
     PipelineModule,
@@ -33,6 +36,7 @@ from megasparse.train.process import (
     TiedLayerSpec,
     deepspeed,
     deepspeed_config,
+    schedule,
 )
 
 
@@ -48,11 +52,13 @@ class Pipeline(PipelineModule):
     Attributes:
         view: the stage as one module with the whole model's parameter names.
         on_forward: called before every forward of the stage.
+        on_loss: given the loss of every micro-batch of training; gives what is used instead.
     """
 
     def __init__(self, config: RunConfig, grid: Grid, padded_vocab_size: int, clock: Clock) -> None:
         self._bounds = stage_bounds(config)
         self.on_forward: Callable[[], None] | None = None
+        self.on_loss: Callable[[torch.Tensor], torch.Tensor] | None = None
         topology = PipeModelDataParallelTopology(
             num_pp=grid.pp_size, num_mp=grid.tp_size, num_dp=grid.dp_size
         )
@@ -62,7 +68,7 @@ class Pipeline(PipelineModule):
             super().__init__(
                 [_layer_spec(spec) for spec in specs],
                 topology=topology,
-                loss_fn=vocab_parallel_loss,
+                loss_fn=self._loss,
             )
         self.parts_here = [*self.tied_modules.values(), *self._numbered()]
         # A tuple, so that its parameters are not registered a second time.
@@ -81,6 +87,10 @@ class Pipeline(PipelineModule):
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
+    def _loss(self, outputs: Any, labels: Any) -> torch.Tensor:
+        loss = vocab_parallel_loss(outputs, labels)
+        return self.on_loss(loss) if self.training and self.on_loss is not None else loss
+
     def forward(self, forward_input: Any) -> Any:
         if self.on_forward is not None:
             self.on_forward()
@@ -94,12 +104,21 @@ class PipelineEngine(Engine):
     """
 
     def __init__(
-        self, config: RunConfig, grid: Grid, pipeline: Pipeline, controller: SparsityController
+        self,
+        config: RunConfig,
+        grid: Grid,
+        pipeline: Pipeline,
+        controller: SparsityController,
+        faults: Faults | None = None,
+        tick: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._pipeline = pipeline
-        self._forwards = 0
-        super().__init__(config, grid, pipeline.view, controller)
-        pipeline.on_forward = self._count_forward
+        self._forwards = self._backwards = 0
+        # Of a bad step that is computed again: what is found, and its micro-batches.
+        self._findings: list[str] | None = None
+        self._again: list[Batch] = []
+        super().__init__(config, grid, pipeline.view, controller, faults, tick)
+        pipeline.on_forward, pipeline.on_loss = self._count_forward, self._on_loss
 
     def _start_deepspeed(self) -> Any:
         with _quiet():
@@ -109,18 +128,101 @@ class PipelineEngine(Engine):
                 config=deepspeed_config(self.config, self.grid.world),
                 dist_init_required=False,
             )
+        # The schedule is DeepSpeed's: what has to happen in between goes before its instructions.
+        hooks = {
+            schedule.LoadMicroBatch: self._before_load,  # first and last stage only
+            schedule.ForwardPass: self._before_forward,
+            schedule.BackwardPass: self._before_backward,
+            schedule.OptimizerStep: self._before_optimizer,
+        }
+        engine._INSTRUCTION_MAP = {
+            kind: _after(hooks[kind], run) if kind in hooks else run
+            for kind, run in engine._INSTRUCTION_MAP.items()
+        }
         return engine
+
+    def _make_guard(self) -> StepGuard:
+        return _PipelineGuard(self, self._engine.module, self._faults)
 
     def _count_forward(self) -> None:
         """Forwards of a stage are in order of the micro-batches, whatever is between them."""
         self._set_micro_batch(self._forwards)
         self._forwards += 1
 
+    def _before_load(self) -> None:
+        if self._pipeline.training:
+            self._faults.at("data")
+
+    def _before_forward(self) -> None:
+        training = self._pipeline.training
+        phase = f"step {self.controller.clock.step + 1}" if training else "evaluation"
+        self._tick(f"{phase}, micro-batch {self._forwards}")
+        self._faults.at("forward" if training else "evaluate")
+
+    def _before_backward(self) -> None:
+        step = self.controller.clock.step + 1
+        self._tick(f"step {step}, backward of micro-batch {self._backwards}")
+        self._backwards += 1
+        self._faults.at("backward")
+
+    def _before_optimizer(self) -> None:
+        """Once a step on every rank, when all gradients are there."""
+        total = self._engine.total_loss  # None but on the last stage
+        self.guard.check_loss(
+            torch.zeros((), device=self.grid.device) if total is None else total.detach()
+        )
+        if self._findings is not None:
+            self.guard.loss_is_finite = False  # a step computed again updates nothing
+        self._faults.at("optimizer")
+
+    def _on_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        loss = self.guard.poisoned(loss)
+        if self._findings is not None and not bool(torch.isfinite(loss)):
+            where = self._where(self._forwards - 1)
+            self._findings.append(f"the loss is {float(loss.detach())} on {where}")
+        return loss
+
     def _compute_and_update(self, batches: Iterator[Batch]) -> float:
-        self._forwards = 0
+        def kept() -> Iterator[Batch]:
+            for number, batch in enumerate(batches):
+                yield self.guard.keep(batch, number * self.grid.dp_size + self.grid.dp_rank)
+
+        return self._train_batch(kept())
+
+    def _train_batch(self, batches: Iterator[Batch]) -> float:
+        self._forwards = self._backwards = 0
         loss = float(self._engine.train_batch(_pairs(batches)))
         self._release()
         return loss
+
+    def compute_again(self, batches: list[Batch]) -> list[str]:
+        """The step once more, by all ranks and without an update; what is wrong on this rank.
+
+        Args:
+            batches: of the step; none on stages between the first and the last.
+        """
+        self._findings, self._again = [], batches
+        handles = [
+            parameter.register_hook(functools.partial(self._on_gradient_again, name))
+            for name, parameter in self.model.named_parameters()
+        ]
+        try:
+            self._train_batch(iter(batches))
+            return list(dict.fromkeys(self._findings))
+        finally:
+            self._findings, self._again = None, []
+            for handle in handles:
+                handle.remove()
+
+    def _on_gradient_again(self, name: str, gradient: torch.Tensor) -> None:
+        if self._findings is not None and not bool(torch.isfinite(gradient.float().square().sum())):
+            where = self._where(self._backwards - 1)
+            self._findings.append(f"the gradient of {name} is not finite on {where}")
+
+    def _where(self, micro_batch: int) -> str:
+        known = micro_batch < len(self._again)
+        samples = samples_of(self._again[micro_batch]) if known else "samples unknown"
+        return f"rank {self.grid.rank}, micro-batch {micro_batch}, {samples}"
 
     def _release(self) -> None:
         """Let go of what DeepSpeed keeps until the next step: the last stage's logits and graph."""
@@ -128,9 +230,23 @@ class PipelineEngine(Engine):
         for kept in self._engine.pipe_buffers.values():
             kept[:] = [None] * len(kept)
 
-    def evaluate(self, batches: Iterator[Batch], iterations: int) -> float:
+    def evaluate(
+        self,
+        batches: Iterator[Batch],
+        iterations: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> float | None:
+        # As many at a time as in a step: DeepSpeed's schedule cannot be left in the middle.
+        self._faults.step = self.controller.clock.step
+        pairs, total, done = _pairs(batches), 0.0, 0
         self._forwards = 0
-        return float(self._engine.eval_batch(_pairs(batches), num_micro_batches=iterations))
+        while done < iterations:
+            if interrupted():
+                return None
+            count = min(self.accumulation_steps, iterations - done)
+            total += count * float(self._engine.eval_batch(pairs, num_micro_batches=count))
+            done += count
+        return total / iterations
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -154,6 +270,28 @@ class PipelineEngine(Engine):
                 value = torch.empty(shape, dtype=dtype, device=grid.device)
             dist.broadcast(value, src=source, group=grid.pp_group)
         return value
+
+
+class _PipelineGuard(StepGuard):
+    """Computes a bad step again through the whole pipeline, instead of batch by batch."""
+
+    def __init__(self, engine: PipelineEngine, loss: torch.nn.Module, faults: Faults) -> None:
+        super().__init__(engine.grid, engine.model, loss, engine.controller, faults)
+        self._compute_again = engine.compute_again
+
+    def _again(self) -> list[str]:
+        self._put_back()
+        return self._compute_again([kept.batch for kept in self._kept])
+
+
+def _after(hook: Callable[[], None], run: Callable[..., Any]) -> Callable[..., Any]:
+    """An instruction of DeepSpeed's schedule, after a hook."""
+
+    def instruction(engine: Any, **options: Any) -> Any:
+        hook()
+        return run(engine, **options)
+
+    return instruction
 
 
 def _pairs(batches: Iterator[Batch]) -> Iterator[tuple[Any, Any]]:

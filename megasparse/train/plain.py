@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megasparse.errors import NumericsError
 from megasparse.megatron.grid import ModelParallelUnit
 from megasparse.train.engine import Batch, Engine
 from megasparse.train.process import deepspeed, deepspeed_config
@@ -53,19 +51,36 @@ class PlainEngine(Engine):
         self._engine.train()
         total = torch.zeros((), device=self.grid.device)
         for number in range(self.accumulation_steps):
+            self._tick(f"step {self.controller.clock.step + 1}, micro-batch {number}")
             self._set_micro_batch(number)
-            loss = self._engine(next(batches))
+            self._faults.at("data")
+            batch = self.guard.keep(next(batches), self.controller.clock.micro_batch)
+            self._faults.at("forward")
+            loss = self.guard.poisoned(self._engine(batch))
             total += loss.detach()
-            self._check_finite(loss, number)
+            self._faults.at("backward")
             self._engine.backward(loss)
+            if number == self.accumulation_steps - 1:
+                self.guard.check_loss(total)
+                self._faults.at("optimizer")
             self._engine.step()
         return float(self.grid.mean_over_dp(total / self.accumulation_steps))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[Batch], iterations: int) -> float:
+    def evaluate(
+        self,
+        batches: Iterator[Batch],
+        iterations: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> float | None:
         self._engine.eval()
+        self._faults.step = self.controller.clock.step
         total = torch.zeros((), device=self.grid.device)
-        for _ in range(iterations):
+        for number in range(iterations):
+            self._tick(f"evaluation, micro-batch {number}")
+            self._faults.at("evaluate")
+            if interrupted():
+                return None
             total += self._engine(next(batches))
         return float(self.grid.mean_over_dp(total / iterations))
 
@@ -73,14 +88,3 @@ class PlainEngine(Engine):
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self.model.eval()
         return self.model(tokens, positions, None, runtime_gather_output=True)
-
-    def _check_finite(self, loss: torch.Tensor, micro_batch: int) -> None:
-        """Stop on all ranks when one rank's loss is not finite (one flag is summed per batch)."""
-        bad = (~torch.isfinite(loss.detach())).float()
-        if self.grid.world > 1:
-            dist.all_reduce(bad)
-        if bad.item():
-            raise NumericsError(
-                f"step {self.controller.clock.step + 1}, micro-batch {micro_batch}: the loss is "
-                f"{float(loss)} on rank {self.grid.rank}; no update was made"
-            )

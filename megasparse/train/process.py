@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megasparse.config import RunConfig, gradient_accumulation_steps
 from megasparse.megatron.grid import collective_timeout
+from megasparse.train.rendezvous import join_group
 
 # Without a GPU DeepSpeed must not look for one, and the op that it would compile for shared-memory
 # collectives (30 s, again whenever the environment changes) is of no use to training.
@@ -30,6 +31,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec  # noqa: E402
+from deepspeed.runtime.pipe import schedule  # noqa: E402
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology  # noqa: E402
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "TiedLayerSpec",
     "deepspeed",
     "deepspeed_config",
+    "schedule",
     "start_process",
     "stop_process",
 ]
@@ -47,33 +50,20 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 python_logging.getLogger("DeepSpeed").setLevel(python_logging.ERROR)
 
 
-def start_process(timeout_minutes: float) -> torch.device:
-    """Join the process group that the launcher described; the device of this rank.
+def start_process(timeout_minutes: float) -> tuple[torch.device, tuple[str, int] | None]:
+    """Join the process group that the launcher described.
 
-    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from `deepspeed` or `torchrun`;
-    without them the process is a run of one rank.
+    Returns:
+        The device of this rank, and where the group's store listens (`join_group`).
     """
-    for name, value in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "0"),
-    ):
-        os.environ.setdefault(name, value)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    # Where torch's process group is up already, this takes it over.
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=collective_timeout(timeout_minutes),
-        verbose=False,
-        auto_mpi_discovery=False,
-    )
-    return device
+    address = join_group(device, collective_timeout(timeout_minutes))
+    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # finds the group
+    return device, address
 
 
 def stop_process() -> None:

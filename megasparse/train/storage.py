@@ -1,32 +1,48 @@
-"""Checkpoint files: safetensors and JSON, complete or absent, verified on load.
+"""Checkpoint files: safetensors and JSON, every byte under a checksum, verified before use.
 
 A checkpoint is a folder `step-00000100` with one safetensors file a rank and `manifest.json`. The
-manifest is written last, into a temporary folder that one rename publishes; it holds the size and
-SHA-256 of every file and, for every tensor, which piece of the whole it is. So a reader can take
-any tensor whole, whatever the layout that wrote it.
+manifest holds size and header digest of every file and, for every tensor, its SHA-256 and which
+piece of the whole it is. So a reader can take any tensor whole, whatever the layout that wrote it,
+and damage is found by the name of tensor and file. The only module that imports safetensors.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-import shutil
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from megasparse.errors import CheckpointError
+from megasparse.errors import CheckpointError, ConfigError
 from megasparse.sparsity.shard import WeightShard
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8})")
+MAX_MANIFEST_BYTES = 1 << 30
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+# What a manifest says, no more and no less.
+_MANIFEST: dict[str, type] = {
+    "format": int, "run_id": str, "step": int, "consumed_samples": int, "layout": dict,
+    "optimizer_steps": int, "digests": dict, "config": dict, "state": dict, "versions": dict,
+    "files": dict, "pieces": list,
+}  # fmt: skip
+_FILE_NAME = re.compile(r"rank-\d{5,}\.safetensors")
+_FILE: dict[str, type] = {"size": int, "header_sha256": str}
+_PIECE: dict[str, type] = {"file": str, "entry": str, "key": str, "shard": dict, "sha256": str}
+_SHARD: dict[str, type] = {"global_shape": list, "rank": int, "world": int, "parts": int}
 
 
 @dataclass(frozen=True)
@@ -48,97 +64,64 @@ class Piece:
         return {"file": file, "entry": entry, **asdict(self)}
 
 
-def step_folder(root: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` optimizer steps."""
-    return root / f"step-{step:08d}"
-
-
-def list_steps(root: Path) -> list[int]:
-    """Steps of the published checkpoints, newest first."""
-    if not root.is_dir():
-        return []
-    matches = (_NAME.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
-    return sorted((int(match[1]) for match in matches if match), reverse=True)
-
-
-def write_rank_file(
-    folder: Path, rank: int, tensors: dict[str, tuple[Piece, torch.Tensor]]
-) -> dict[str, Any]:
-    """Write one rank's tensors durably.
-
-    Args:
-        folder: the temporary folder.
-        tensors: piece and value by entry name.
-
-    Returns:
-        What the manifest says of the file.
-    """
-    name = f"rank-{rank:05d}.safetensors"
-    path = folder / name
-    # Cloned, since safetensors refuses tensors that share memory: pieces of one flat shard do.
-    values = {entry: value.detach().cpu().clone() for entry, (_, value) in tensors.items()}
-    save_file(values, path)
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())
-    return {
-        "file": name,
-        "size": path.stat().st_size,
-        "sha256": file_digest(path),
-        "pieces": [piece.to_json(name, entry) for entry, (piece, _) in tensors.items()],
-    }
-
-
-def publish(
-    temporary: Path, final: Path, files: list[dict[str, Any]], meta: dict[str, Any]
-) -> None:
-    """Write the manifest and give the checkpoint its name (rank 0, after all files are written)."""
-    manifest = {
-        "format": FORMAT,
-        **meta,
-        "files": {f["file"]: {"size": f["size"], "sha256": f["sha256"]} for f in files},
-        "pieces": [piece for f in files for piece in f["pieces"]],
-    }
-    body = json.dumps(manifest, indent=1).encode()
-    manifest["sha256"] = hashlib.sha256(body).hexdigest()
-    path = temporary / MANIFEST
-    with open(path, "wb") as stream:
-        stream.write(json.dumps(manifest, indent=1).encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-    _sync_folder(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    _sync_folder(final.parent)
-
-
 class CheckpointReader:
     """A verified checkpoint: whole tensors by key.
 
     Args:
         folder: of one checkpoint.
-        verify: compare the digest of every file (one pass over the bytes).
+        verify: compare the digest of every tensor now (one pass over the bytes); `read` does so
+            for what it reads in any case.
 
     Raises:
-        CheckpointError: names the damaged file.
+        CheckpointError: names the damaged file and tensor.
     """
 
     def __init__(self, folder: Path, verify: bool = True) -> None:
         self.folder = folder
-        self.meta = _read_manifest(folder / MANIFEST)
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder}: found a link, expected a folder")
+        self._index(_read_manifest(folder / MANIFEST))
+        if verify:
+            self.verify(self.files)
+
+    @classmethod
+    def of_files(cls, folder: Path, records: list[dict[str, Any]]) -> CheckpointReader:
+        """The files of a checkpoint in the making, by what their writers said of them."""
+        reader = cls.__new__(cls)
+        reader.folder = folder
+        files = {r["file"]: {k: r[k] for k in _FILE} for r in records}
+        reader._index({"files": files, "pieces": [p for r in records for p in r["pieces"]]})
+        return reader
+
+    def _index(self, meta: dict[str, Any]) -> None:
+        self.meta = meta
         self._pieces: dict[str, list[dict[str, Any]]] = {}
+        self._by_file: dict[str, list[dict[str, Any]]] = {name: [] for name in self.meta["files"]}
         for piece in self.meta["pieces"]:
             self._pieces.setdefault(piece["key"], []).append(piece)
-        for name, expected in self.meta["files"].items():
-            path = folder / name
-            if Path(name).name != name or not path.is_file():
-                raise CheckpointError(f"{path}: missing, expected {expected['size']} bytes")
-            if (size := path.stat().st_size) != expected["size"]:
-                raise CheckpointError(f"{path}: found {size} bytes, expected {expected['size']}")
-            if verify and (digest := file_digest(path)) != expected["sha256"]:
-                raise CheckpointError(
-                    f"{path}: damaged: sha256 {digest}, expected {expected['sha256']}"
-                )
+            self._by_file[piece["file"]].append(piece)
+        for name in self._by_file:
+            self._check_file(name)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files with tensors."""
+        return list(self._by_file)
+
+    def verify(self, files: list[str]) -> None:
+        """Compare the digests of all tensors in these files.
+
+        Raises:
+            CheckpointError: names file and tensor.
+        """
+        for name in files:
+            path = self.folder / name
+            try:
+                with safe_open(path, framework="pt") as stream:
+                    for record in self._by_file[name]:
+                        self._take(stream, record)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: {error}") from None
 
     def keys(self, prefix: str = "") -> list[str]:
         """Keys of the stored tensors that start with `prefix`."""
@@ -151,79 +134,153 @@ class CheckpointReader:
         """The whole tensor, put together from its pieces, on the CPU.
 
         Raises:
-            CheckpointError: no such tensor, or the pieces do not make it up.
+            CheckpointError: no such tensor, damaged, or the pieces do not make it up.
         """
         if key not in self._pieces:
             raise CheckpointError(f"{self.folder}: holds no tensor {key!r}")
-        whole: torch.Tensor | None = None
-        covered = 0
         parts: dict[WeightShard, torch.Tensor] = {}
+        covered, numel = 0, 0
         for record in self._pieces[key]:
-            shard = _shard(record["shard"])
+            shard = _shard(record["shard"], key)
             value = self._load(record)
-            if record["start"] is None:
-                parts[shard] = value.reshape(shard.local_shape)
-                covered += value.numel()
-                continue
-            part = parts.setdefault(shard, torch.empty(shard.local_shape, dtype=value.dtype))
-            part.view(-1)[record["start"] : record["stop"]] = value
-            covered += value.numel()
-        for shard, part in parts.items():
-            if whole is None:
-                whole = torch.empty(shard.global_shape, dtype=part.dtype)
-            shard.place(whole, part)
-        assert whole is not None
-        if covered != whole.numel():
+            covered, numel = covered + value.numel(), math.prod(shard.global_shape)
+            try:
+                if record["start"] is None:
+                    parts[shard] = value.reshape(shard.local_shape)
+                    continue
+                if covered > numel:
+                    break
+                part = parts.setdefault(shard, torch.empty(shard.local_shape, dtype=value.dtype))
+                part.view(-1)[record["start"] : record["stop"]] = value
+            except (RuntimeError, TypeError) as error:
+                raise CheckpointError(f"{self.folder}: {key}: {error}") from None
+        if covered != numel:
             raise CheckpointError(
-                f"{self.folder}: {key}: its pieces hold {covered} of {whole.numel()} values"
+                f"{self.folder}: {key}: its pieces hold {covered} of {numel} values"
             )
+        first = next(iter(parts.values()))
+        whole = torch.empty(next(iter(parts)).global_shape, dtype=first.dtype)
+        for shard, part in parts.items():
+            if shard.global_shape != tuple(whole.shape):
+                raise CheckpointError(f"{self.folder}: {key}: its pieces disagree on the shape")
+            shard.place(whole, part)
         return whole
 
     def _load(self, record: dict[str, Any]) -> torch.Tensor:
+        """One stored tensor, its own copy, with the digest that the manifest says."""
         path = self.folder / record["file"]
         try:
             with safe_open(path, framework="pt") as stream:
-                return stream.get_tensor(record["entry"])
+                return self._take(stream, record)
         except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    def _take(self, stream: Any, record: dict[str, Any]) -> torch.Tensor:
+        path = self.folder / record["file"]
+        try:
+            value = stream.get_tensor(record["entry"]).clone()
+        except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{path}: {record['entry']}: {error}") from None
+        if hashlib.sha256(raw_bytes(value)).hexdigest() != record["sha256"]:
+            raise CheckpointError(f"{path}: damaged: tensor {record['entry']}: wrong sha256")
+        return value
+
+    def _check_file(self, name: str) -> None:
+        """Size and header; the size before anything is mapped, since a short file kills then."""
+        path, expected = self.folder / name, self.meta["files"][name]
+        try:
+            status = os.lstat(path)
+        except OSError:
+            raise CheckpointError(f"{path}: missing, expected {expected['size']} bytes") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        if status.st_size != expected["size"]:
+            raise CheckpointError(
+                f"{path}: found {status.st_size} bytes, expected {expected['size']}"
+            )
+        try:
+            with open(path, "rb") as stream:
+                prefix = stream.read(8)
+                length = int.from_bytes(prefix, "little")
+                header = stream.read(length) if length <= status.st_size else b""
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        if hashlib.sha256(prefix + header).hexdigest() != expected["header_sha256"]:
+            raise CheckpointError(f"{path}: damaged: wrong sha256 of the header")
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values as they lie in memory, row by row."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def encode_manifest(manifest: dict[str, Any]) -> bytes:
+    """The one way to write a manifest: its own digest comes last."""
+    body = {"format": FORMAT, **manifest}
+    digest = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1).encode()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if path.is_symlink() or os.stat(path).st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path}: a link, or longer than {MAX_MANIFEST_BYTES} bytes")
+        content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise CheckpointError(f"{path}: format {found!r}, expected {FORMAT}")
-    expected = manifest.pop("sha256", None)
-    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
-    if digest != expected:
-        raise CheckpointError(f"{path}: damaged: sha256 {digest}, expected {expected}")
+    manifest.pop("sha256", None)
+    if encode_manifest({k: v for k, v in manifest.items() if k != "format"}) != content:
+        raise CheckpointError(f"{path}: damaged: wrong sha256")
+    _check_manifest(manifest, path)
     return manifest
 
 
-def _shard(record: dict[str, Any]) -> WeightShard:
-    return WeightShard(
-        tuple(record["global_shape"]),
-        record["dim"],
-        record["rank"],
-        record["world"],
-        record["parts"],
-    )
+def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
+    _check_fields(manifest, _MANIFEST, str(path))
+    if unknown := sorted(manifest.keys() - _MANIFEST.keys()):
+        raise CheckpointError(f"{path}: unknown keys {unknown}")
+    for name, entry in manifest["files"].items():
+        if not _FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"{path}: file {name!r}, expected rank-00000.safetensors")
+        _check_fields(entry, _FILE, f"{path}: {name}")
+    for piece in manifest["pieces"]:
+        _check_fields(piece, _PIECE, f"{path}: a piece")
+        _check_fields(piece["shard"], _SHARD, f"{path}: {piece['key']}")
+        for bound in ("start", "stop"):
+            if not isinstance(piece.get(bound), (int, type(None))):
+                raise CheckpointError(f"{path}: {piece['key']}: {bound} {piece[bound]!r}")
+        if piece["file"] not in manifest["files"]:
+            raise CheckpointError(f"{path}: {piece['key']}: unknown file {piece['file']!r}")
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _check_fields(record: Any, expected: dict[str, type], where: str) -> None:
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{where}: found {type(record).__name__}, expected an object")
+    for key, kind in expected.items():
+        if type(record.get(key)) is not kind:
+            found = "nothing" if key not in record else type(record[key]).__name__
+            raise CheckpointError(f"{where}: {key}: found {found}, expected {kind.__name__}")
+
+
+def _shard(record: dict[str, Any], key: str) -> WeightShard:
+    shape = record["global_shape"]
+    dim, world = record.get("dim"), record["world"]
+    if (
+        any(type(size) is not int or size < 0 for size in shape)
+        or not (dim is None or (type(dim) is int and 0 <= dim < len(shape)))
+        or not 0 <= record["rank"] < world
+        or record["parts"] < 1
+    ):
+        raise CheckpointError(f"{key}: no part of a tensor: {record}")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return WeightShard(tuple(shape), dim, record["rank"], world, record["parts"])
+    except ConfigError as error:
+        raise CheckpointError(f"{key}: {error}") from None

@@ -18,7 +18,7 @@ def _build(rank, world, flags):
     from megasparse.megatron.model import build_model, parameter_count
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.controller import Clock
-    from megasparse.train.loop import recipe_of
+    from megasparse.train.precheck import recipe_of
 
     config = resolve(load_config(flags), world)
     grid = make_grid(config.parallel.tensor_model_parallel_size, torch.device("cpu"), 1)

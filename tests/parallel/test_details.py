@@ -87,12 +87,12 @@ def _logits(rank, world, flags):
     from megasparse.megatron.grid import make_grid
     from megasparse.train.build import build_engine
     from megasparse.train.data import batches, build_data
-    from megasparse.train.loop import recipe_of
+    from megasparse.train.precheck import recipe_of
     from megasparse.train.process import start_process
 
     config = resolve(load_config(flags), world)
     parallel = config.parallel
-    device = start_process(1.0)
+    device, _ = start_process(1.0)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     grid = make_grid(tp, device, config.train.seed, pipeline_model_parallel_size=pp)
     data = build_data(config, grid)
@@ -122,7 +122,7 @@ def test_logits_do_not_depend_on_the_layout(dataset, style):
 def _sampled(rank, world, flags):
     """A whole run with its report: the sample of the model and the report's rows, on rank 0."""
     from megasparse.config import load_config, resolve
-    from megasparse.train import loop, main
+    from megasparse.train import folder, main
 
     seen = []
 
@@ -130,7 +130,7 @@ def _sampled(rank, world, flags):
         seen.append((step, sample, [(t.name, t.density, t.rows_24) for t in tensors]))
         return ""
 
-    with mock.patch.object(loop.report, "format_report", keep):
+    with mock.patch.object(folder.report, "format_report", keep):
         main.pretrain(resolve(load_config(flags), world))
     return seen
 

@@ -31,9 +31,9 @@ def traced(rank: int, world: int, flags: list[str]) -> list[dict[str, Any]]:
     trainer_streams: dict[str, Any] = {}
 
     class Trainer(loop.Trainer):
-        def __init__(self, config, grid, run_data):
+        def __init__(self, config, grid, run_data, context):
             trainer_streams.update(run_data.streams)
-            super().__init__(config, grid, run_data)
+            super().__init__(config, grid, run_data, context)
 
         def _step(self, stream):
             consumed.clear()

@@ -116,7 +116,7 @@ def test_from_sources_to_a_dataset_that_megatron_reads(
     )
     # Again: refused, then replaced by the same bytes.
     before = (prefix.parent / "d_text_document.bin").read_bytes()
-    assert tool.main(arguments(made, tmp_path / "new" / "d")) == 3
+    assert tool.main(arguments(made, tmp_path / "new" / "d")) == 65
     error = capsys.readouterr().err
     assert error.startswith("preprocess_data.py: error: ") and error.count("\n") == 1
     again = arguments(made, tmp_path / "new" / "d", "--overwrite", "--no-append-eod")
@@ -134,7 +134,7 @@ def test_trained_tokenizer_is_reproducible_and_exact(
     assert again.read_bytes() == (made / "tokenizer.model").read_bytes()
     summary = capsys.readouterr().out
     assert "1024 tokens" in summary and load_tokenizer(again).digest in summary
-    assert tool.main([*command, "--vocab-size", "1024"]) == 3
+    assert tool.main([*command, "--vocab-size", "1024"]) == 65
     assert "exists already" in capsys.readouterr().err
     tokenizer = load_tokenizer(again)
     for text in read_texts(made / "corpus.jsonl"):
@@ -153,13 +153,13 @@ def test_chunks_lose_nothing_and_stay_short() -> None:
 @pytest.mark.parametrize(
     ("tool", "command", "code", "message"),
     [
-        ("make_corpus", ["--output", "c.jsonl", "--max-bytes", "0"], 3, "max_bytes: found 0"),
-        ("train_tokenizer", ["--input", "none", "--output", "t.model"], 3, "none: cannot read"),
-        ("train_tokenizer", ["--input", "c", "--output", "t.bin"], 3, "t.bin: expected a name"),
+        ("make_corpus", ["--output", "c.jsonl", "--max-bytes", "0"], 65, "max_bytes: found 0"),
+        ("train_tokenizer", ["--input", "none", "--output", "t.model"], 65, "none: cannot read"),
+        ("train_tokenizer", ["--input", "c", "--output", "t.bin"], 65, "t.bin: expected a name"),
         (
             "preprocess_data",
             ["--input", "none", "--output-prefix", "d", "--tokenizer-model", "t.model"],
-            3,
+            65,
             "none: cannot read",
         ),
     ],
@@ -267,7 +267,7 @@ def test_dead_worker_is_an_error_and_not_a_hang(
     process = start_long(made, long_input, tmp_path / "out", 2)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, error = process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode == 3
+    assert process.returncode == 65
     assert error.splitlines()[-1].startswith("preprocess_data.py: error: a worker process died")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -279,7 +279,7 @@ def test_file_that_cannot_grow_is_an_error(made: Path, tmp_path: Path) -> None:
         file_limit=100_000,
     )
     _, error = process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode == 3
+    assert process.returncode == 65
     assert error == (
         f"preprocess_data.py: error: {tmp_path}/d_text_document.bin: cannot write: File too large\n"
     )

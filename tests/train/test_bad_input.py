@@ -9,19 +9,29 @@ from pathlib import Path
 
 import pytest
 
+from megasparse.errors import ConfigError, DataError
 from tests import dist
 from tests.runs import TINY
 
 
 def _main(rank, world, argv):
-    """`launch/pretrain.py`'s main on this rank: its exit code and what it wrote to stderr."""
+    """What `launch/pretrain.py` does on this rank: its exit code and what it wrote to stderr."""
     import sys
 
+    from megasparse import log
+    from megasparse.errors import MegasparseError
     from megasparse.train.main import main
+    from megasparse.train.precheck import prepare
+    from megasparse.train.stop import StopRequest
 
     stream, sys.stderr = sys.stderr, io.StringIO()
     try:
-        return main(argv), sys.stderr.getvalue()
+        log.setup(rank)
+        try:
+            return main(prepare(argv, world), StopRequest()), sys.stderr.getvalue()
+        except MegasparseError as error:
+            log.logger.error("%s: %s", type(error).__name__, error)
+            return error.exit_code, sys.stderr.getvalue()
     finally:
         sys.stderr = stream
 
@@ -53,31 +63,33 @@ def _other_tokenizer(prefix: Path) -> list[str]:
     return ["--data-path", str(other), "--tokenizer-model", str(model), "--vocab-size", "512"]
 
 
+CONFIG, DATA = ConfigError.exit_code, DataError.exit_code
+
 CASES = {
     # name: (damage to a copy of the dataset, extra flags, exit code, part of the message)
-    "unknown flag": (None, ["--num-layer", "3"], 2, "did you mean --num-layers?"),
-    "world size": (None, ["--tensor-model-parallel-size", "3"], 2, "world size 2"),
-    "heads": (None, ["--num-attention-heads", "3"], 2, "num_attention_heads 3"),
+    "unknown flag": (None, ["--num-layer", "3"], CONFIG, "did you mean --num-layers?"),
+    "world size": (None, ["--tensor-model-parallel-size", "3"], CONFIG, "world size 2"),
+    "heads": (None, ["--num-attention-heads", "3"], CONFIG, "num_attention_heads 3"),
     "4x4 block": (
-        None, ["--tensor-model-parallel-size", "2", "--ffn-hidden-size", "60"], 2,
+        None, ["--tensor-model-parallel-size", "2", "--ffn-hidden-size", "60"], CONFIG,
         "ffn_hidden_size 60 over tensor_model_parallel_size 2",
     ),
-    "pattern": (None, ["--sparse-layers", "*.mlp.linear_fc9"], 2, "no linear is named like"),
-    "missing bin": (lambda p: _remove(p, ".bin"), [], 3, ".bin"),
-    "missing idx": (lambda p: _remove(p, ".idx"), [], 3, ".idx"),
-    "empty bin": (lambda p: _truncate(p, ".bin", 0), [], 3, ".bin"),
-    "empty idx": (lambda p: _truncate(p, ".idx", 0), [], 3, ".idx"),
-    "truncated bin": (lambda p: _truncate(p, ".bin", 1000), [], 3, "found 1000 bytes"),
-    "truncated idx": (lambda p: _truncate(p, ".idx", 100), [], 3, ".idx"),
-    "vocabulary": (None, ["--vocab-size", "50"], 3, "expected 0 to 49"),
-    "too small": (None, ["--global-batch-size", "4096"], 3, "at least one global batch of 4096"),
-    "no validation": (None, ["--eval-iters", "2", "--split", "100,0,0"], 3, "validation data"),
-    "no data": (None, ["--data-path", "/nonexistent/x"], 3, "/nonexistent/x"),
-    "no tokenizer": (None, ["--tokenizer-model", "/nonexistent.model"], 3, "/nonexistent.model"),
-    "two sources": (None, ["--mock-data"], 2, "exactly one of"),
-    "bad split": (None, ["--split", "a,b"], 2, "--split"),
+    "pattern": (None, ["--sparse-layers", "*.mlp.linear_fc9"], CONFIG, "no linear is named like"),
+    "missing bin": (lambda p: _remove(p, ".bin"), [], DATA, ".bin"),
+    "missing idx": (lambda p: _remove(p, ".idx"), [], DATA, ".idx"),
+    "empty bin": (lambda p: _truncate(p, ".bin", 0), [], DATA, ".bin"),
+    "empty idx": (lambda p: _truncate(p, ".idx", 0), [], DATA, ".idx"),
+    "truncated bin": (lambda p: _truncate(p, ".bin", 1000), [], DATA, "found 1000 bytes"),
+    "truncated idx": (lambda p: _truncate(p, ".idx", 100), [], DATA, ".idx"),
+    "vocabulary": (None, ["--vocab-size", "50"], DATA, "expected 0 to 49"),
+    "too small": (None, ["--global-batch-size", "4096"], DATA, "at least one global batch of 4096"),
+    "no validation": (None, ["--eval-iters", "2", "--split", "100,0,0"], DATA, "validation data"),
+    "no data": (None, ["--data-path", "/nonexistent/x"], DATA, "/nonexistent/x"),
+    "no tokenizer": (None, ["--tokenizer-model", "/nonexistent.model"], DATA, "/nonexistent.model"),
+    "two sources": (None, ["--mock-data"], CONFIG, "exactly one of"),
+    "bad split": (None, ["--split", "a,b"], CONFIG, "--split"),
     "recipe option": (
-        None, ["--sparsity-recipe", "s_ste"], 2, "the recipe s_ste has no decay",
+        None, ["--sparsity-recipe", "s_ste"], CONFIG, "the recipe s_ste has no decay",
     ),
 }  # fmt: skip
 
@@ -106,4 +118,4 @@ def test_a_tokenizer_that_did_not_make_the_data_is_named_with_both_digests(tmp_p
     sidecar = json.loads((tmp_path / "other.json").read_text())
     argv = [*TINY, *flags, "--run-dir", str(tmp_path / "run")]
     for found, text in dist.run(_main, 2, argv):
-        assert found == 3 and sidecar["tokenizer_digest"] in text
+        assert found == DATA and sidecar["tokenizer_digest"] in text

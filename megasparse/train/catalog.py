@@ -1,0 +1,130 @@
+"""The folder of checkpoints: names, pointer, leftovers, retention. No tensor is touched here.
+
+step-00000100              published: complete, by one rename
+step-00000100.tmp-RUN      being written, or left by a writer that was killed
+step-00000100.old-RUN      set aside while its successor of the same step takes its name
+step-00000100.damaged-N    failed verification; kept to be looked at, never read again
+latest.json                a hint for people; readers scan and verify
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megasparse.errors import StorageError
+from megasparse.log import logger
+
+POINTER = "latest.json"
+_STEP = re.compile(r"step-(\d{8,})")
+_LEFTOVER = re.compile(r"(step-\d{8,})\.(tmp|old)-[0-9a-f]+")
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return root / f"step-{step:08d}"
+
+
+def list_steps(root: Path) -> list[int]:
+    """Steps of the published checkpoints, newest first; links are none."""
+    if not root.is_dir():
+        return []
+    matches = (
+        _STEP.fullmatch(entry.name)
+        for entry in root.iterdir()
+        if entry.is_dir() and not entry.is_symlink()
+    )
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def read_pointer(root: Path) -> int | None:
+    """The step that `latest.json` names; None if it says nothing that can be read."""
+    try:
+        pointer = json.loads((root / POINTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    step = pointer.get("step") if isinstance(pointer, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def write_pointer(root: Path, step: int) -> None:
+    """Name the newest checkpoint, by replacing the file."""
+    temporary = root / f".{POINTER}.tmp"
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump({"step": step, "folder": step_folder(root, step).name}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, root / POINTER)
+    sync_folder(root)
+
+
+def clean(root: Path) -> None:
+    """Tidy up after interrupted writers; only for the holder of the folder's lock."""
+    for entry in sorted(root.iterdir()):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match is None or entry.is_symlink():
+            continue
+        if match[2] == "old" and not (root / match[1]).exists():
+            logger.warning("%s: put back, its replacement was never finished", entry)
+            os.rename(entry, root / match[1])
+        else:
+            logger.info("%s: removed, left by an interrupted save", entry)
+            shutil.rmtree(entry, ignore_errors=True)
+    for entry in (root / f".{POINTER}.tmp", *root.glob(".probe-*")):
+        entry.unlink(missing_ok=True)
+    sync_folder(root)
+
+
+def set_aside(root: Path, step: int) -> Path:
+    """Rename a damaged checkpoint so that no reader takes it again."""
+    folder, number = step_folder(root, step), 0
+    while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
+        number += 1
+    os.rename(folder, aside)
+    sync_folder(root)
+    return aside
+
+
+def prune(root: Path, newest: int, keep_last: int) -> None:
+    """Delete all but the `keep_last` newest checkpoints up to the verified step `newest`."""
+    if not keep_last:
+        return
+    for step in [step for step in list_steps(root) if step <= newest][keep_last:]:
+        folder = step_folder(root, step)
+        # Renamed first: a deletion that is cut off leaves no folder that looks published.
+        doomed = folder.with_name(f"{folder.name}.tmp-0")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_private(folder: str | os.PathLike) -> Path:
+    """Create a folder of the run for its owner alone (mode 0700), and try to write into it.
+
+    A folder that exists keeps its mode.
+
+    Raises:
+        StorageError: cannot be written; said before training starts.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror}") from None
+    return folder

@@ -1,0 +1,103 @@
+"""How the ranks agree: small values in JSON over a gloo group of its own.
+
+A check that one rank alone makes must end in a word to all others, or they wait for ever.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megasparse import errors
+from megasparse.errors import MegasparseError, StorageError
+
+_ERRORS = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, MegasparseError)
+}
+
+
+class Control:
+    """The ranks of a run as one that decides.
+
+    Args:
+        group: gloo, over all ranks (torch.distributed must be up); None for one rank alone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self.rank = 0 if group is None else group.rank()
+        self.world = 1 if group is None else group.size()
+
+    def agree(self, values: list[int]) -> list[int]:
+        """The largest of every value over all ranks."""
+        if self._group is None:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, by rank, on every rank."""
+        if self._group is None:
+            return [value]
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(content)])
+        sizes = [torch.zeros_like(size) for _ in range(self.world)]
+        dist.all_gather(sizes, size, group=self._group)
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[: len(content)] = content
+        parts = [torch.zeros_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded, group=self._group)
+        return [
+            json.loads(bytes(part[: int(n)].numpy())) for part, n in zip(parts, sizes, strict=True)
+        ]
+
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        """`work()` on every rank and its JSON values by rank; an error anywhere is raised on all.
+
+        Raises:
+            MegasparseError: the first failing rank's, naming it.
+        """
+        failure: Exception | None = None
+        try:
+            answer = {"value": work()}
+        except (MegasparseError, OSError) as error:
+            failure = error
+            kind = type(error).__name__ if isinstance(error, MegasparseError) else "StorageError"
+            answer = {"error": kind, "message": one_line(error)}
+        answers = self.gather(answer)
+        for rank, other in enumerate(answers):
+            if "error" in other:
+                where = f"rank {rank}: " if self.world > 1 else ""
+                raise _ERRORS.get(other["error"], MegasparseError)(
+                    where + other["message"]
+                ) from failure
+        return [other["value"] for other in answers]
+
+    def from_first(self, work: Callable[[], Any]) -> Any:
+        """`work()` on rank 0 alone; its JSON value, or its error, on every rank."""
+        return self.together(lambda: work() if self.rank == 0 else None)[0]
+
+
+def make_control() -> Control:
+    """The control of all ranks of the process group; a collective call."""
+    world = dist.get_world_size()
+    return Control(dist.new_group(backend="gloo") if world > 1 else None)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; the path and the reason of an OSError."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def as_user_error(error: OSError) -> StorageError:
+    """The one-line error of a file that the system refused."""
+    return StorageError(one_line(error))

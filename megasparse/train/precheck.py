@@ -1,0 +1,88 @@
+"""What can be checked without other ranks, and without torch: seconds before anything is built.
+
+Every rank does all of it, so a mistake is one clear line on every rank, and none waits for others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megasparse.config import RunConfig, load_config, resolve
+from megasparse.errors import CheckpointError, ConfigError
+from megasparse.sparsity.recipe import SparsityRecipe, make_recipe
+from megasparse.train.catalog import list_steps, make_private
+from megasparse.train.faults import from_environment
+from megasparse.train.sources import CheckedData, check_data
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A configuration that has passed all checks, and the files that it names."""
+
+    config: RunConfig
+    data: CheckedData
+
+
+def prepare(argv: Sequence[str], world_size: int) -> Prepared:
+    """Flags to a checked run.
+
+    Raises:
+        MegasparseError: one line.
+    """
+    return check(resolve(load_config(argv), world_size))
+
+
+def check(config: RunConfig) -> Prepared:
+    """Check a resolved configuration.
+
+    Raises:
+        MegasparseError: one line.
+    """
+    recipe_of(config)
+    from_environment(0)
+    settings = config.checkpoint
+    _check_folder_names(config)
+    save = Path(settings.save or "")
+    if list_steps(save) and not settings.resume:
+        raise ConfigError(
+            f"save: {save} already holds checkpoints of a run; continue it with --resume, or "
+            "choose another --run-dir"
+        )
+    if settings.load is not None and not (settings.resume and list_steps(save)):
+        if not Path(settings.load).is_dir():
+            raise CheckpointError(f"load: {settings.load} is no folder; it holds no checkpoint")
+        if not list_steps(Path(settings.load)):
+            raise CheckpointError(f"load: {settings.load} holds no checkpoint")
+    data = check_data(config)
+    make_private(settings.run_dir)
+    make_private(save)
+    return Prepared(config, data)
+
+
+def recipe_of(config: RunConfig) -> SparsityRecipe:
+    """The run's recipe: the preset with the flags that were given."""
+    sparsity = config.sparsity
+    return make_recipe(
+        sparsity.sparsity_recipe,
+        mask_update_interval=sparsity.mask_update_interval,
+        masked_decay=sparsity.masked_decay,
+        masked_decay_ramp_iters=sparsity.masked_decay_ramp_iters,
+        mvue=sparsity.mvue,
+        dense_warmup_fraction=sparsity.dense_warmup_fraction,
+        dense_tail_fraction=sparsity.dense_tail_fraction,
+        simulate_fp8=sparsity.simulate_fp8,
+    )
+
+
+def _check_folder_names(config: RunConfig) -> None:
+    settings = config.checkpoint
+    same = (
+        settings.load is not None
+        and Path(settings.load).resolve() == Path(settings.save or "").resolve()
+    )
+    if same and not settings.resume:
+        raise ConfigError(
+            f"load: {settings.load} is the folder that this run saves to; continue it with --resume"
+        )

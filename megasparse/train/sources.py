@@ -1,0 +1,131 @@
+"""What a run reads, checked on every rank before anything heavy is imported or allocated."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from megasparse.config import RunConfig
+from megasparse.data.blend import parse_data_path, parse_split
+from megasparse.data.indexed import validate
+from megasparse.data.sidecar import check_sidecar, idx_path
+from megasparse.data.tokenizer import Tokenizer, load_tokenizer
+from megasparse.errors import ConfigError, DataError
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class CheckedSource:
+    """A dataset whose files are as they were made: prefix, weight in the blend, digest."""
+
+    prefix: str
+    weight: float | None
+    digest: str
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True)
+class CheckedData:
+    """All files of a run.
+
+    Attributes:
+        tokenizer: None when the run has only token ids.
+        vocab_size: tokens before padding.
+        sources: by split; "all" when one set is split.
+    """
+
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    sources: dict[str, list[CheckedSource]]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of data (by split and prefix) and tokenizer, to be kept with the run."""
+        found = {f"{split}.{s.prefix}": s.digest for split, g in self.sources.items() for s in g}
+        if self.tokenizer is not None:
+            found["tokenizer"] = self.tokenizer.digest
+        return found
+
+
+def check_data(config: RunConfig) -> CheckedData:
+    """Check tokenizer and datasets.
+
+    Raises:
+        DataError, ConfigError: one line that names file, found and expected.
+    """
+    data, model = config.data, config.model
+    tokenizer: Tokenizer | None = None
+    if data.tokenizer_model is not None or data.mock_data:
+        tokenizer = load_tokenizer(
+            data.tokenizer_model, data.tokenizer_type, vocab_size=model.vocab_size
+        )
+    if tokenizer and model.vocab_size and model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"vocab_size {model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
+        )
+    vocab_size = model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
+    paths = {"all": data.data_path} if data.data_path else {
+        "train": data.train_data_path,
+        "valid": data.valid_data_path,
+        "test": data.test_data_path,
+    }  # fmt: skip
+    sources = {}
+    for split, arguments in paths.items():
+        if not arguments:
+            continue
+        blend = parse_data_path(arguments)
+        weights = blend.weights or (None,) * len(blend.prefixes)
+        sources[split] = [
+            _check_source(prefix, weight, vocab_size, tokenizer)
+            for prefix, weight in zip(blend.prefixes, weights, strict=True)
+        ]
+    checked = CheckedData(tokenizer, vocab_size, sources)
+    if sources:
+        _check_amounts(config, checked)
+    return checked
+
+
+def _check_source(
+    prefix: str, weight: float | None, vocab_size: int, tokenizer: Tokenizer | None
+) -> CheckedSource:
+    index = validate(prefix, vocab_size)
+    sidecar = check_sidecar(prefix, tokenizer.digest if tokenizer else None)
+    if sidecar is not None:
+        digest = hashlib.sha256(f"{sidecar.idx_sha256}{sidecar.bin_sha256}".encode()).hexdigest()
+    else:
+        digest = hashlib.sha256(idx_path(prefix).read_bytes()).hexdigest()
+    return CheckedSource(prefix, weight, digest, index.lengths)
+
+
+def _check_amounts(config: RunConfig, checked: CheckedData) -> None:
+    """Training data for one global batch, validation data for one sample."""
+    batch, length = config.train.global_batch_size, config.model.seq_length
+    assert batch is not None
+    found = _samples(config, checked, "train")
+    if found < batch:
+        raise DataError(
+            f"the training data holds {found} samples of {length} tokens, expected at least one "
+            f"global batch of {batch}"
+        )
+    if config.logging.eval_iters and not _samples(config, checked, "valid"):
+        raise DataError(
+            f"the validation data holds no sample of {length} tokens; give more of it by --split "
+            "or --valid-data-path, or set --eval-iters 0"
+        )
+
+
+def _samples(config: RunConfig, checked: CheckedData, split: str) -> int:
+    """Samples of a split: each source's tokens, less one that only serves as a label."""
+    total = 0
+    for source in checked.sources.get("all") or checked.sources.get(split, []):
+        lengths = source.lengths
+        if "all" in checked.sources:
+            shares = parse_split(config.data.split)
+            bounds = np.round(np.cumsum([0.0, *shares]) * len(lengths)).astype(int)
+            number = SPLITS.index(split)
+            lengths = lengths[bounds[number] : bounds[number + 1]]
+        total += max(int(lengths.sum(dtype=np.int64)) - 1, 0) // config.model.seq_length
+    return total

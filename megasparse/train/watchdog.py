@@ -1,0 +1,323 @@
+"""Finding ranks that died, stopped, hang or failed; and ending the others within seconds.
+
+Every rank has a thread that tells the store four times a second that it lives and how far it has
+come. Rank 0's looks at all of them and writes a verdict; the others look for that, and at rank 0.
+A second thread only watches the clock, so a store that does not answer is noticed as well. On a
+verdict a rank dumps its stacks, says one line, and exits. Only the stock functions of the store
+are used, through a connection of its own, since the training thread may be blocked in another.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+
+from megasparse.errors import PeerError
+from megasparse.log import logger
+
+BEAT_SECONDS = 0.25
+SILENT_SECONDS = 10.0  # no sign of life: stopped or gone
+SUSPECT_SECONDS = 1.2  # the same, once a rank has seen its connections break
+GRACE_SECONDS = 1.0  # between the first rank that is late and the one that it waits for
+LINGER_SECONDS = 3.0  # rank 0 keeps the store for the others to read why it failed
+STARTING = 20.0  # allowance of phases that compile, build or write
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the run ends: the first failing rank's words and exit code."""
+
+    rank: int
+    message: str
+    exit_code: int
+
+
+class Watchdog:
+    """This rank's signs of life, and its eyes for the others.
+
+    Args:
+        address: host and port of the store; None: one rank alone, or ranks that someone else
+            watches; nothing runs then.
+        prefix: of the keys, different for every start of the job.
+        rank, world: of this process.
+        hang_timeout: seconds without progress of the training thread; 0: any.
+        dump_dir: where stacks are written.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int] | None,
+        prefix: str,
+        rank: int,
+        world: int,
+        hang_timeout: float,
+        dump_dir: Path,
+    ) -> None:
+        self._rank, self._world, self._limit = rank, world, hang_timeout
+        self._silent = min(SILENT_SECONDS, hang_timeout or SILENT_SECONDS)
+        self._dump_dir = dump_dir
+        self._main = threading.main_thread().ident
+        self._ticks, self._phase, self._allowance = 0, "build", 0.0
+        self._ticked = self._contact = time.monotonic()
+        self._suspects = self._closing = self._stopped = False
+        self._threads: list[threading.Thread] = []
+        self._verdict: Verdict | None = None
+        self._decided = threading.Event()
+        self._seen: dict[int, tuple[Any, float]] = {}
+        self._store: dist.Store | None = None
+        if address is None:
+            return
+        client = dist.TCPStore(
+            *address, None, False, datetime.timedelta(seconds=30), wait_for_workers=False
+        )
+        self._store = dist.PrefixStore(f"watch-{prefix}", client)
+        if rank == 0:
+            for key in ("verdict", "failure"):
+                self._store.set(key, "")
+        self._store.add("suspects", 0)
+        self._store.set(f"beat/{rank}", json.dumps(self._beat()))
+        for target in (self._talk, self._judge):
+            name = f"watchdog{target.__name__}"
+            self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+            self._threads[-1].start()
+
+    def tick(self, phase: str, allowance: float = 1.0) -> None:
+        """The training thread has come this far; the next tick is due in the hang timeout.
+
+        Args:
+            phase: what begins now, for the message.
+            allowance: times the limit; 0: no limit.
+        """
+        self._ticks += 1
+        self._phase, self._allowance = phase, allowance
+        self._ticked = time.monotonic()
+
+    def fail(self, message: str, exit_code: int) -> None:
+        """Tell all ranks that this one fails; the first to do so is the one they name."""
+        self._closing = True
+        if self._store is None:
+            return
+        record = {"rank": self._rank, "message": message, "code": exit_code}
+        try:
+            self._store.compare_set("failure", "", json.dumps(record))
+        except RuntimeError:
+            return  # rank 0 is gone, and the store with it
+        if self._rank == 0:
+            self._linger(self._world - 1)
+
+    def explain(self, wait: float = 2 * SILENT_SECONDS) -> Verdict | None:
+        """What broke this rank's connections, once that is known."""
+        self._closing = True
+        if self._store is None:
+            return None
+        self._suspects = True
+        self._decided.wait(wait)
+        if self._rank == 0 and self._verdict is not None:
+            self._linger(self._world - 2)  # without the one that is lost
+        return self._verdict
+
+    def stop(self) -> None:
+        """The run ends well: the threads end, so that none is in the store at the process's end."""
+        self._closing = self._stopped = True
+        for thread in self._threads:
+            thread.join(SILENT_SECONDS)
+        self._store = None
+
+    def _linger(self, readers: int) -> None:
+        """Rank 0: keep the store until this many ranks have read the verdict."""
+        end = time.monotonic() + LINGER_SECONDS
+        assert self._store is not None
+        while time.monotonic() < end:
+            try:
+                if self._store.add("seen", 0) >= readers:
+                    return
+            except RuntimeError:
+                return
+            time.sleep(0.05)
+
+    def _beat(self) -> dict[str, Any]:
+        now = time.monotonic()
+        overdue = now - self._ticked if self._limit and self._allowance else 0.0
+        late = overdue > self._limit * self._allowance
+        beat = {"time": now, "ticks": self._ticks, "phase": self._phase, "late": late}
+        if late:
+            beat["where"], beat["collective"] = self._where()
+            beat["seconds"] = round(overdue, 1)
+            beat["late_for"] = overdue - self._limit * self._allowance
+        return beat
+
+    def _where(self) -> tuple[str, str | None]:
+        """Where the training thread is: innermost frame, and the collective it is in, if any."""
+        frame: FrameType | None = sys._current_frames().get(self._main or 0)
+        if frame is None:
+            return "unknown", None
+        here, collective = _place(frame), None
+        while frame is not None:
+            if "torch/distributed/" in frame.f_code.co_filename and frame.f_code.co_name in _NAMES:
+                collective = frame.f_code.co_name
+            frame = frame.f_back
+        return here, collective
+
+    def _talk(self) -> None:
+        """Thread: beat, look, until there is a verdict."""
+        assert self._store is not None
+        told = False
+        while self._verdict is None and not self._stopped:
+            try:
+                self._store.set(f"beat/{self._rank}", json.dumps(self._beat()))
+                if self._suspects and not told:
+                    told = bool(self._store.add("suspects", 1))
+                self._decide(self._look_at_all() if self._rank == 0 else self._look_at_first())
+            except (RuntimeError, dist.DistError):
+                if not self._closing or self._suspects:
+                    self._decide(
+                        Verdict(0, "rank 0 was lost: its store is gone", PeerError.exit_code)
+                    )
+                return
+            self._contact = time.monotonic()
+            self._decided.wait(BEAT_SECONDS)
+        if self._rank and not self._stopped:
+            try:
+                self._store.add("seen", 1)
+            except (RuntimeError, dist.DistError):
+                return
+
+    def _judge(self) -> None:
+        """Thread: end this rank on a verdict; notice a store that does not answer."""
+        while not self._decided.wait(0.1):
+            if self._stopped:
+                return
+            silence = time.monotonic() - self._contact
+            if silence > self._silent + BEAT_SECONDS and self._rank:
+                self._decide(
+                    Verdict(0, f"rank 0 does not answer for {silence:.0f} s", PeerError.exit_code)
+                )
+        if not self._closing:
+            time.sleep(2 * BEAT_SECONDS if self._rank == 0 else 0.0)  # the others shall read it
+            if not self._closing:
+                self._end()
+
+    def _end(self) -> None:
+        assert self._verdict is not None
+        logger.error("PeerError: %s; this rank was in %s", self._verdict.message, self._phase)
+        self.dump_stacks()
+        sys.stderr.flush()
+        os._exit(self._verdict.exit_code)
+
+    def dump_stacks(self) -> None:
+        """Stacks of all threads, to `stacks-rank-N.txt` in the run's folder."""
+        path = self._dump_dir / f"stacks-rank-{self._rank:05d}.txt"
+        try:
+            with open(path, "w", encoding="utf-8") as stream:
+                faulthandler.dump_traceback(stream)
+            logger.error("stacks of this rank: %s", path)
+        except OSError:
+            faulthandler.dump_traceback(sys.stderr)
+
+    def _decide(self, verdict: Verdict | None) -> None:
+        if verdict is not None and self._verdict is None:
+            self._verdict = verdict
+            self._decided.set()
+
+    def _look_at_first(self) -> Verdict | None:
+        assert self._store is not None
+        content, beat = self._store.multi_get(["verdict", "beat/0"])
+        if content:
+            return Verdict(**json.loads(content))
+        return _longest([self._silence(0, json.loads(beat), self._silent)])
+
+    def _look_at_all(self) -> Verdict | None:
+        """Rank 0: who failed, who is silent, who hangs; written down for all."""
+        assert self._store is not None
+        keys = [f"beat/{rank}" for rank in range(self._world)]
+        if not self._store.check(keys):
+            return None  # some have not begun; the rendezvous has its own limit
+        failure, *contents = self._store.multi_get(["failure", *keys])
+        beats = [json.loads(content) for content in contents]
+        limit = SUSPECT_SECONDS if self._store.add("suspects", 0) else self._silent
+        verdict = None
+        if failure:
+            told = json.loads(failure)
+            message = f"rank {told['rank']} failed: {told['message']}"
+            verdict = Verdict(told["rank"], message, told["code"])
+        silent = [self._silence(rank, beats[rank], limit) for rank in range(1, self._world)]
+        verdict = verdict or _longest(silent) or _hang(beats)
+        if verdict is not None:
+            self._store.set("verdict", json.dumps(verdict.__dict__))
+        return verdict
+
+    def _silence(
+        self, rank: int, beat: dict[str, Any], limit: float
+    ) -> tuple[float, Verdict] | None:
+        """How long a rank has been silent, if that is too long."""
+        now = time.monotonic()
+        last, since = self._seen.get(rank, (None, now))
+        if beat["time"] != last:
+            self._seen[rank] = (beat["time"], now)
+            return None
+        if now - since < limit:
+            return None
+        message = (
+            f"rank {rank} was lost in {beat['phase']}: no sign of life for {now - since:.1f} s"
+        )
+        return now - since, Verdict(rank, message, PeerError.exit_code)
+
+
+# Functions of torch.distributed whose name tells what a rank waits for.
+_NAMES = {
+    "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast",
+    "barrier", "all_to_all_single", "send", "recv", "reduce",
+    "gather", "scatter", "monitored_barrier",
+}  # fmt: skip
+
+
+def _longest(silent: list[tuple[float, Verdict] | None]) -> Verdict | None:
+    """The verdict on the rank that has been silent longest."""
+    found = [entry for entry in silent if entry is not None]
+    return max(found, key=lambda entry: entry[0])[1] if found else None
+
+
+def _hang(beats: list[dict[str, Any]]) -> Verdict | None:
+    """Who holds up the others: of those who wait for nobody the one that came least far."""
+    late = [rank for rank, beat in enumerate(beats) if beat["late"]]
+    if not late:
+        return None
+    busy = [rank for rank in late if beats[rank]["collective"] is None]
+    late_for = max(beats[rank]["late_for"] for rank in late)
+    if not busy and len(late) < len(beats) and late_for < GRACE_SECONDS:
+        return None  # they wait for one that is about to be late itself
+    busy = busy or late
+    culprit = min(busy, key=lambda rank: beats[rank]["ticks"])
+    beat = beats[culprit]
+    others = {b["collective"] for b in beats if b["late"] and b["collective"]}
+    waiting = f"; others wait in {', '.join(sorted(others))}" if others and len(beats) > 1 else ""
+    message = (
+        f"rank {culprit} hangs in {beat['phase']} for {beat['seconds']:.0f} s at {beat['where']}"
+        f"{waiting}"
+    )
+    return Verdict(culprit, message, PeerError.exit_code)
+
+
+def _place(frame: FrameType) -> str:
+    name = Path(frame.f_code.co_filename).name
+    return f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether an exception says that a peer is gone, rather than that this rank is at fault."""
+    text = str(error)
+    signs = ("peer", "gloo", "NCCL", "Broken pipe", "Timed out", "Connection re", "timeout")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    )

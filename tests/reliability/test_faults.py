@@ -1,0 +1,156 @@
+"""Ranks that die, stop, hang or fail: named, and the others end; signals and limits: one save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from megasparse.train.catalog import list_steps
+from megasparse.train.metrics import read_metrics
+from tests import forked
+from tests.reliability.runs import differences, flags
+
+VARIABLE = "MEGASPARSE_FAULT"
+
+
+def _texts(log: Path, world: int = 2) -> list[str]:
+    return [Path(f"{log}.{rank}").read_text() for rank in range(world)]
+
+
+def _faulty(dataset, tmp_path, fault, *more, world=2):
+    log = tmp_path / "log"
+    run = flags(dataset, tmp_path / "run", *more)
+    codes = forked.run(run, world, log, {VARIABLE: fault})
+    return codes, _texts(log, world)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("point", ["backward", "save:file"])
+def test_a_killed_rank_is_named_and_the_other_ends(tmp_path, dataset, rank, point):
+    fault = f"kill@{rank}:6:{point}"
+    codes, texts = _faulty(dataset, tmp_path, fault, "--save-interval", "3")
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 71
+    assert f"PeerError: rank {rank} was lost" in texts[1 - rank]
+    # A save that one rank could not finish is not published.
+    assert list_steps(tmp_path / "run" / "checkpoints")[0] == (6 if point == "backward" else 3)
+
+
+def test_a_stopped_rank_is_named(tmp_path, dataset):
+    run = flags(dataset, tmp_path / "run", "--hang-timeout", "3")
+    ranks = forked.start(run, 2, tmp_path / "log", {VARIABLE: "stop@1:6:forward"})
+    assert forked.wait(ranks[:1]) == [71]
+    ranks[1].kill()  # a stopped process cannot end by itself
+    forked.wait(ranks)
+    assert "rank 1 was lost in step" in _texts(tmp_path / "log")[0]
+
+
+def test_a_hanging_rank_is_named_with_what_the_others_wait_for(tmp_path, dataset):
+    codes, texts = _faulty(dataset, tmp_path, "hang@1:6:forward", "--hang-timeout", "2")
+    assert codes == [71, 71]
+    for text in texts:
+        assert "PeerError: rank 1 hangs in step 7, micro-batch 0" in text
+        assert "_strike" in text and "others wait in all_reduce" in text
+    assert "_strike" in (tmp_path / "run" / "stacks-rank-00001.txt").read_text()
+
+
+@pytest.mark.parametrize("point", ["data", "evaluate", "build"])
+def test_an_exception_on_one_rank_reaches_all(tmp_path, dataset, point):
+    step = "*" if point == "build" else "4"
+    codes, texts = _faulty(
+        dataset, tmp_path, f"exception@1:{step}:{point}", "--eval-iters", "1",
+        "--eval-interval", "4",
+    )  # fmt: skip
+    assert codes == [1, 1]
+    words = f"RuntimeError: exception injected by {VARIABLE} at {point}"
+    assert f"rank 1 failed: {words}" in texts[0] and words in texts[1]
+
+
+def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path, dataset):
+    codes, texts = _faulty(dataset, tmp_path, "enospc@1:6:save:sync", "--save-interval", "3")
+    assert codes == [74, 74]
+    for text in texts:
+        assert "StorageError: rank 0: step-00000006" in text and "No space left" in text
+        assert "rank 1: " in text and "Traceback" not in text
+    assert [e.name for e in (tmp_path / "run" / "checkpoints").glob("step*")] == ["step-00000003"]
+
+
+def test_ranks_with_different_settings_are_refused(tmp_path, dataset):
+    run = flags(dataset, tmp_path / "run")
+    ranks = forked.start(run, 2, tmp_path / "log", more={1: ["--lr", "2e-3"]})
+    assert forked.wait(ranks) == [64, 64]
+    for text in _texts(tmp_path / "log"):
+        assert "ConfigError: lr is 0.001 on rank 0 and 0.002 on rank 1" in text
+
+
+def test_two_runs_cannot_write_one_folder(tmp_path, dataset):
+    run = flags(dataset, tmp_path / "run", "--train-iters", "100000", "--resume")
+    first = forked.start(run, 1, tmp_path / "first")
+    end = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert forked.run(run, 1, tmp_path / "second") == [74]
+    (text,) = _texts(tmp_path / "second", 1)
+    assert f"another run writes here: process {first[0].pid} on " in text
+    first[0].kill()
+    forked.wait(first)
+    assert forked.run([*run, "--exit-interval", "1"], 1, tmp_path / "third") == [75]
+
+
+EVALUATED = ["--eval-iters", "3", "--eval-interval", "5", "--save-interval", "4"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, dataset) -> Path:
+    root = tmp_path_factory.mktemp("reference")
+    assert forked.run(flags(dataset, root / "run", *EVALUATED), 2, root / "log") == [0, 0]
+    return root / "run"
+
+
+@pytest.mark.parametrize(
+    ("fault", "step"),
+    [("*:build", 0), ("0:forward", 1), ("7:optimizer", 8), ("5:evaluate", 5), ("20:evaluate", 20),
+     ("4:save:file", 4), ("*:save:rename", 4)],
+)  # fmt: skip
+def test_a_signal_at_any_moment_gives_one_save_and_an_exact_resume(
+    tmp_path, dataset, reference, fault, step
+):
+    more = [*EVALUATED, "--async-save"] if "rename" in fault else EVALUATED
+    rank = 0 if "save:rename" in fault else 1
+    codes, texts = _faulty(dataset, tmp_path, f"term@{rank}:{fault}", *more)
+    assert codes == [75, 75], texts
+    steps = list_steps(tmp_path / "run" / "checkpoints")
+    if "rename" not in fault:  # in the background it comes some steps later
+        assert steps[0] == step
+    assert len(steps) == len(set(steps)) and f"stopped at step {steps[0]} (" in texts[0]
+    run = flags(dataset, tmp_path / "run", *more, "--resume")
+    assert forked.run(run, 2, tmp_path / "log") == [0, 0]
+    assert [d for d in differences(tmp_path / "run", reference) if "async" not in d] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])
+def test_every_signal_counts_also_twice(tmp_path, dataset, number):
+    run = flags(dataset, tmp_path / "run", "--train-iters", "100000")
+    ranks = forked.start(run, 2, tmp_path / "log")
+    end = time.monotonic() + 60
+    while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    for _ in range(2):
+        os.kill(ranks[1].pid, number)
+    assert forked.wait(ranks) == [75, 75]
+    (step,) = list_steps(tmp_path / "run" / "checkpoints")
+    assert f"stopped at step {step} ({signal.Signals(number).name})" in _texts(tmp_path / "log")[0]
+
+
+def test_the_time_limit_is_decided_together(tmp_path, dataset):
+    run = flags(
+        dataset, tmp_path / "run", "--train-iters", "100000", "--exit-duration-in-mins", "0.02"
+    )
+    assert forked.run(run, 2, tmp_path / "log") == [75, 75]
+    assert "(--exit-duration-in-mins is over)" in _texts(tmp_path / "log")[0]
+    assert len(list_steps(tmp_path / "run" / "checkpoints")) == 1

@@ -115,7 +115,7 @@ def mask_cases() -> list[Case]:
                 shape=WEIGHT,
                 others={
                     "90-pattern matmul": lambda t: partial(
-                        torch_transposable24, *t, kernels.transposable_patterns().to(t[0].device)
+                        torch_transposable24, t[0], kernels.transposable_patterns().to(t[0].device)
                     ),
                     "torch._sparse_semi_structured_tile": lambda t: partial(
                         torch._sparse_semi_structured_tile, t[0].to(BF16)

@@ -27,11 +27,19 @@ TIMEOUT_S = 240.0
 # Functions that a pool runs before it is replaced: DeepSpeed's pipeline engines are never freed.
 RUNS = 16
 
+# gloo now and then loses a connection when process groups follow one another quickly. Ranks that
+# never met have run nothing of the function: it is tried again on fresh ones.
+ATTEMPTS = 3
+
 # Where DeepSpeed keeps groups beyond the engine that made them.
 _REMEMBERED = {
     "deepspeed.utils.groups": ("_WORLD_GROUP", "mpu"),
     "deepspeed.runtime.pipe.p2p": ("_grid",),
 }
+
+
+class _NeverMet(RuntimeError):
+    """The ranks could not form a process group."""
 
 
 class _Pool:
@@ -57,6 +65,14 @@ class _Pool:
         self.runs += 1
         for pipe in self._pipes:
             pipe.send((function, args))
+        try:
+            self._answers()
+        except RuntimeError as error:
+            raise _NeverMet(str(error)) from None
+        return self._answers()
+
+    def _answers(self) -> list[Any]:
+        """One answer of every rank, by rank; the first failure is raised at once."""
         results: dict[int, tuple[bool, Any]] = {}
         while len(results) < len(self._pipes):
             waiting = [p for rank, p in enumerate(self._pipes) if rank not in results]
@@ -92,14 +108,17 @@ def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`[function(rank, world_size, *args) for each rank]`, in processes that form a gloo group."""
     if world_size in _pools and _pools[world_size].runs >= RUNS:
         _pools.pop(world_size).stop()
-    if world_size not in _pools:
-        _pools[world_size] = _Pool(world_size)
-    try:
-        return _pools[world_size].run(function, args)
-    except BaseException:
-        # The ranks may be in the middle of a collective: none of them can be used again.
-        _pools.pop(world_size).stop()
-        raise
+    for attempt in range(ATTEMPTS):
+        if world_size not in _pools:
+            _pools[world_size] = _Pool(world_size)
+        try:
+            return _pools[world_size].run(function, args)
+        except BaseException as error:
+            # The ranks may be in the middle of a collective: none of them can be used again.
+            _pools.pop(world_size).stop()
+            if not isinstance(error, _NeverMet) or attempt == ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
 
 
 @atexit.register
@@ -125,8 +144,13 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             return
         number += 1
         join = f"file://{store}.{number}"
-        dist.init_process_group("gloo", init_method=join, rank=rank, world_size=world)
-        dist.barrier()  # a function that ends at once must not leave while others still connect
+        try:
+            dist.init_process_group("gloo", init_method=join, rank=rank, world_size=world)
+            dist.barrier()  # a function that ends at once must not leave while others connect
+        except RuntimeError:
+            pipe.send((False, traceback.format_exc()))
+            return
+        pipe.send((True, None))
         try:
             answer = (True, function(rank, world, *args))
         except BaseException:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+try:
+    import matplotlib
+except ImportError:  # training does not need it
+    matplotlib = None  # type: ignore[assignment]
 
 MISSING = "matplotlib is not installed (it is in the extras test and dev)"
 
 
 def available() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
+    return matplotlib is not None
 
 
 def decay_search(

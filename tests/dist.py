@@ -15,6 +15,8 @@ import atexit
 import gc
 import multiprocessing
 import os
+import random
+import socket
 import sys
 import tempfile
 import traceback
@@ -119,6 +121,21 @@ def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
             if not isinstance(error, _NeverMet) or attempt == ATTEMPTS - 1:
                 raise
     raise AssertionError("unreachable")
+
+
+def free_port() -> int:
+    """A port that nothing listens on, from below those that the kernel hands out by itself.
+
+    One of theirs may be given to a connection of another test before it is used.
+    """
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 @atexit.register

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from tests.dist import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["megasparse.train.main", "tests.forked"])
@@ -22,13 +23,6 @@ _context.set_forkserver_preload(["megasparse.train.main", "tests.forked"])
 def context() -> multiprocessing.context.ForkServerContext:
     """Where the ranks are forked from."""
     return _context
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(

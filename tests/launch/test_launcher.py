@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.dist import free_port
 from tests.runs import TINY, make_dataset
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launch" / "pretrain.py")
-# Auto-detected ports: several launches may run on one machine.
-DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def _deepspeed() -> list[str]:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    return [*command, "--master_port", str(free_port())]  # several launches on one machine
 
 
 def _launch(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -30,19 +34,11 @@ def _launch(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_run_ends_with_the_table(tmp_path, launcher):
     prefix = make_dataset(tmp_path / "data")
-    command = [*DEEPSPEED, "--master_port", _free_port()] if launcher == "deepspeed" else TORCHRUN
+    command = _deepspeed() if launcher == "deepspeed" else TORCHRUN
     flags = [*TINY, "--tensor-model-parallel-size", "2", "--data-path", prefix]
     done = _launch([*command, SCRIPT, *flags, "--run-dir", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -56,7 +52,7 @@ def test_a_run_ends_with_the_table(tmp_path, launcher):
 @pytest.mark.slow
 def test_bad_input_ends_the_launch_with_an_error(tmp_path):
     flags = [*TINY, "--data-path", str(tmp_path / "missing"), "--run-dir", str(tmp_path / "run")]
-    done = _launch([*DEEPSPEED, "--master_port", _free_port(), SCRIPT, *flags])
+    done = _launch([*_deepspeed(), SCRIPT, *flags])
     output = done.stdout + done.stderr
     assert done.returncode != 0
     # DeepSpeed's launcher ends the other ranks as soon as one has gone, perhaps before they have

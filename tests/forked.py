@@ -6,7 +6,6 @@ and signalled; its standard error goes to a file.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
@@ -15,14 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.dist import free_port
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megasparse.train.main", "tests.forked"])
-
-
-def context() -> multiprocessing.context.ForkServerContext:
-    """Where the ranks are forked from."""
-    return _context
+from tests.forkserver import context
 
 
 def start(
@@ -48,7 +40,7 @@ def start(
         }  # fmt: skip
         target = Path(f"{log}.{rank}")
         own = [*flags, *(more or {}).get(rank, [])]
-        ranks.append(_context.Process(target=serve, args=(own, variables, str(target))))
+        ranks.append(context().Process(target=serve, args=(own, variables, str(target))))
         ranks[-1].start()
     return ranks
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megasparse.train.storage import MANIFEST, encode_manifest
-from tests import forked
+from tests import forked, forkserver
 from tests.runs import TINY, make_dataset
 
 # Nothing of this happens in a run after its imports.
@@ -277,7 +277,7 @@ def attempt(attack: Attack, base: Path, root: Path) -> list[str]:
     return wrong
 
 
-_CONTEXT = forked.context()
+_CONTEXT = forkserver.context()
 
 
 def _audited(flags: list[str], log: str) -> None:

@@ -3,9 +3,7 @@
     deepspeed launch/pretrain.py --config configs/quickstart.yaml [--flags]
     python -m torch.distributed.run --nproc-per-node 2 launch/pretrain.py --config ...
 
-`--help` lists every flag. Exit codes: 0 done; 64 configuration; 65 data; 66 checkpoint; 70 numbers;
-71 another rank was lost or hangs; 72 replicas differ; 74 a file cannot be written; 75 stopped by a
-signal or a limit, saved, continue with --resume; 76 restarts without progress.
+`--help` lists every flag and the exit codes.
 """
 
 import os

@@ -13,6 +13,11 @@ from __future__ import annotations
 
 EXIT_PREEMPTED = 75  # stopped by a signal or a time limit, saved; start again with --resume
 EXIT_NO_PROGRESS = 76  # restarted again and again without a new checkpoint
+EXIT_CODES = (
+    "0 complete; 64 configuration; 65 data; 66 checkpoint; 69 kernel; 70 numbers; 71 another rank "
+    "was lost or hangs; 72 replicas differ; 74 a file cannot be written; 75 stopped by a signal or "
+    "a limit, saved, continue with --resume; 76 restarts without progress"
+)
 
 
 class MegasparseError(Exception):

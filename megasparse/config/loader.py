@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import yaml
 
 from megasparse.config.schema import RunConfig
-from megasparse.errors import ConfigError
+from megasparse.errors import EXIT_CODES, ConfigError
 
 # Other spellings that Megatron-DeepSpeed and Megatron users type.
 ALIASES = {"num_key_value_heads": "num_query_groups"}
@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pretrain.py",
         description="Pre-train a Transformer language model with 2:4 sparse linear layers.",
-        epilog="Values: defaults < --config FILE < flags.",
+        epilog=f"Values: defaults < --config FILE < flags. Exit codes: {EXIT_CODES}.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file, e.g. configs/quickstart.yaml")

@@ -146,12 +146,6 @@ def _fill_parallel(config: RunConfig, world_size: int) -> None:
     if config.train.bf16 and parallel.zero_stage == 0:
         # DeepSpeed's bf16 wrapper without ZeRO ends at a worse loss; ZeRO-1 is equal in cost.
         raise ConfigError("zero_stage 0 with bf16 is not supported, use zero_stage 1")
-    if parallel.zero_stage == 3:
-        raise ConfigError(
-            "zero_stage 3 is not supported: masks, operands and checkpoints are made from whole "
-            "weights, which it does not keep between layers; use zero_stage 2, or more tensor or "
-            "pipeline parallelism"
-        )
     if parallel.zero_stage >= 2 and pp > 1:
         raise ConfigError(
             f"zero_stage {parallel.zero_stage} with pipeline_model_parallel_size {pp} is not "

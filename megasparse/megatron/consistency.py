@@ -102,7 +102,7 @@ def _data_parallel(model: torch.nn.Module, controller: SparsityController) -> Na
 
 def _tensor_parallel(model: torch.nn.Module, controller: SparsityController, grid: Grid) -> Named:
     named: Named = [
-        (name, parameter)
+        (name, getattr(parameter, "ds_tensor", parameter))  # ZeRO 3 keeps a part, equal over TP
         for name, parameter in model.named_parameters()
         if not getattr(parameter, "tensor_model_parallel", False)
     ]

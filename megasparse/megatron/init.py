@@ -16,7 +16,8 @@ from megasparse.sparsity.shard import WeightShard
 
 def parameter_shard(parameter: torch.Tensor, tp_rank: int, tp_size: int) -> WeightShard:
     """Where a parameter of this rank lies in the whole, from Megatron's marks on it."""
-    shape = list(parameter.shape)
+    # ZeRO 3 keeps a parameter empty between uses, and its shape aside.
+    shape = list(getattr(parameter, "ds_shape", parameter.shape))
     if tp_size == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return WeightShard(tuple(shape))
     dim = parameter.partition_dim  # type: ignore[attr-defined]

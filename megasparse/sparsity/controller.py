@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -108,23 +109,31 @@ class SparsityController:
             if state.mask is not None:
                 yield weight, state.mask
 
-    def report(self) -> list[LayerReport]:
-        """Flips of the last refresh and non-zeros of the effective weights (synchronises)."""
+    def report(
+        self,
+        whole: Callable[[list[torch.nn.Parameter]], Any] = lambda _: contextlib.nullcontext(),
+    ) -> list[LayerReport]:
+        """Flips of the last refresh and non-zeros of the effective weights (synchronises).
+
+        Args:
+            whole: makes a context in which the local weights can be read.
+        """
         reports = []
         for state, weight in self.weights:
             if state.nan_seen():
                 raise NumericsError(f"NaN in the weight {state.name}, found while it was pruned")
             if state.not_24_seen():
                 raise KernelError(f"an operand packed for {state.name} was not 2:4")
-            used = state.effective(weight.detach()) if self.sparse_now else weight.detach()
-            reports.append(
-                LayerReport(
-                    name=state.name,
-                    flips=None if state.flips is None else int(state.flips),
-                    nonzeros=int(torch.count_nonzero(used)),
-                    numel=weight.numel(),
+            with whole([weight]):
+                used = state.effective(weight.detach()) if self.sparse_now else weight.detach()
+                reports.append(
+                    LayerReport(
+                        name=state.name,
+                        flips=None if state.flips is None else int(state.flips),
+                        nonzeros=int(torch.count_nonzero(used)),
+                        numel=weight.numel(),
+                    )
                 )
-            )
         return reports
 
     def invalidate(self) -> None:

@@ -95,7 +95,7 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
                 f"{reader.folder}: {name} has shape {tuple(whole.shape)}, "
                 f"the model expects {shard.global_shape}"
             )
-        with torch.no_grad():
+        with torch.no_grad(), engine.whole([parameter], write=True):
             parameter.copy_(shard.take(whole))
     _load_optimizer(engine, reader)
     for state, weight in controller.weights:
@@ -136,13 +136,19 @@ def collect(engine: Engine) -> Tensors:
     for name, parameter in engine.model.named_parameters():
         if name in copies:
             continue
-        if grid.dp_rank == 0 and (shards[name].dim is not None or grid.tp_rank == 0):
+        whole = zero.partition(parameter) is None
+        if whole and grid.dp_rank == 0 and (shards[name].dim is not None or grid.tp_rank == 0):
             key = f"param/{name}"
             tensors[key] = (Piece(key, shards[name]), parameter)
     for fragment in engine.fragments:
         shard = shards[fragment.name]
         if fragment.name in copies:
             continue
+        part = zero.partition(fragment.parameter)
+        if part is not None and (shard.dim is not None or grid.tp_rank == 0):
+            key = f"param/{fragment.name}"
+            piece = Piece(key, shard, fragment.start, fragment.start + fragment.length)
+            tensors[key] = (piece, part.view(-1).narrow(0, 0, fragment.length))
         whole_here = fragment.parameter is fragment.tensor
         if (whole_here and grid.dp_rank) or (shard.dim is None and grid.tp_rank):
             continue

@@ -6,9 +6,10 @@ parameters lie in it. Masked decay enters between clipping and AdamW.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,11 @@ class Engine(ABC):
         if config.parallel.zero_stage:
             zero.install_norm(self._engine.optimizer, grid)
         # Where the parameters lie in the optimizer's tensors, now that ZeRO has made its own.
-        self.fragments = zero.fragments(model.named_parameters(), self.optimizer)
+        self.fragments = (
+            zero.partition_fragments(model.named_parameters(), self._engine.optimizer, grid.dp_rank)
+            if zero.is_partitioned(self._engine.optimizer)
+            else zero.fragments(model.named_parameters(), self.optimizer)
+        )
         decay.attach(self.fragments)
         self._faults, self._tick = faults or Faults([], grid.rank), tick
         self.guard = self._make_guard()
@@ -118,6 +123,16 @@ class Engine(ABC):
     @abstractmethod
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`(B, S, V)` on every rank, of `(B, S)` int64 tokens that are the same on all."""
+
+    def whole(
+        self, parameters: Sequence[torch.nn.Parameter], write: bool = False
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Within it parameters are whole on this rank: ZeRO 3 gathers them, on all ranks together.
+
+        Args:
+            write: what the first data-parallel rank writes into them stays.
+        """
+        return contextlib.nullcontext()
 
     def _make_guard(self) -> StepGuard:
         """Before the first step, once DeepSpeed's engine is there."""
@@ -181,6 +196,8 @@ class Engine(ABC):
         if not self.config.parallel.zero_stage:
             assert self._norm_without_zero is not None
             return self._norm_without_zero
+        if getattr(self._engine.optimizer, "overflow", False):
+            return math.nan  # ZeRO 3 left the step out, and keeps the norm of the one before
         return float(self._engine.get_global_grad_norm())
 
     def _reduce_replicated_gradients(self) -> None:

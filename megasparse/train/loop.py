@@ -241,7 +241,7 @@ class Trainer:
 
     def _layer_figures(self) -> dict[str, dict[str, float]]:
         """Density and (once measured) flip rate by layer of the whole model, in order."""
-        reports = self.controller.report()
+        reports = self.controller.report(self.engine.whole)
         counts = torch.tensor(
             [[r.flips or 0, r.nonzeros, r.numel] for r in reports],
             dtype=torch.int64,
@@ -289,7 +289,7 @@ class Trainer:
         self.context.tick(point, STARTING)
 
     def _describe(self, model: torch.nn.Module) -> None:
-        local = sum(parameter.numel() for parameter in model.parameters())
+        local = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         recipe = self.recipe
         logger.info(
             "recipe %s: %d sparse layers here, 2:4 in %s; %s parameters here, tp %d, pp %d, dp %d",

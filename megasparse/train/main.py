@@ -46,7 +46,7 @@ def main(prepared: Prepared, stop: StopRequest) -> int:
             if verdict is not None:
                 log.logger.error("PeerError: %s", verdict.message)
                 return verdict.exit_code
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # gone before it could be watched
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # after the watch has ended
                 message = f"PeerError: the connection to the other ranks broke: {one_line(error)}"
                 return run.failed(message, PeerError.exit_code)
         log.logger.error("unexpected error, a bug\n%s", text)
@@ -63,11 +63,8 @@ class _Run:
     def run(self) -> int:
         config = self._prepared.config
         parallel = config.parallel
-        device, address = start_process(parallel.distributed_timeout_minutes)
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.watch = Watchdog(
-            address, attempt(), rank, world, parallel.hang_timeout, Path(config.checkpoint.run_dir)
-        )
+        device = start_process(parallel.distributed_timeout_minutes, self._begin_watch)
+        assert self.watch is not None
         control = make_control()
         _check_same_config(config, control)
         grid = make_grid(
@@ -77,13 +74,21 @@ class _Run:
             parallel.distributed_timeout_minutes,
             parallel.pipeline_model_parallel_size,
         )
-        context = Context(control, self._stop, faults.from_environment(rank), self.watch.tick)
+        context = Context(
+            control, self._stop, faults.from_environment(int(os.environ["RANK"])), self.watch.tick
+        )
         context.faults.at("build")
         with_data = build_data(config, grid, self._prepared.data)
         code = Trainer(config, grid, with_data, context).run()
         self.watch.stop()
         control.agree([0])  # nobody leaves before all have arrived: rank 0 keeps the store
         return code
+
+    def _begin_watch(self, address: tuple[str, int] | None) -> None:
+        config = self._prepared.config
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        folder = Path(config.checkpoint.run_dir)
+        self.watch = Watchdog(address, attempt(), rank, world, config.parallel.hang_timeout, folder)
 
     def failed(self, message: str, exit_code: int) -> int:
         """Say why this rank ends, here and to the others."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ class PlainEngine(Engine):
         )
         return engine
 
+    def whole(
+        self, parameters: Sequence[torch.nn.Parameter], write: bool = False
+    ) -> contextlib.AbstractContextManager[Any]:
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
+
     def _compute_and_update(self, batches: Iterator[Batch]) -> float:
         self._engine.train()
         total = torch.zeros((), device=self.grid.device)
@@ -87,4 +93,5 @@ class PlainEngine(Engine):
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self.model.eval()
-        return self.model(tokens, positions, None, runtime_gather_output=True)
+        with self.whole(list(self.model.parameters())):
+            return self.model(tokens, positions, None, runtime_gather_output=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging as python_logging
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,20 +51,25 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 python_logging.getLogger("DeepSpeed").setLevel(python_logging.ERROR)
 
 
-def start_process(timeout_minutes: float) -> tuple[torch.device, tuple[str, int] | None]:
+def start_process(
+    timeout_minutes: float, watch: Callable[[tuple[str, int] | None], None]
+) -> torch.device:
     """Join the process group that the launcher described.
 
+    Args:
+        watch: called with where the group's store listens (`join_group`).
+
     Returns:
-        The device of this rank, and where the group's store listens (`join_group`).
+        The device of this rank.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    address = join_group(device, collective_timeout(timeout_minutes))
+    join_group(device, collective_timeout(timeout_minutes), watch)
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # finds the group
-    return device, address
+    return device
 
 
 def stop_process() -> None:
@@ -75,6 +81,12 @@ def stop_process() -> None:
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's dict for a resolved configuration."""
     train, stage = config.train, config.parallel.zero_stage
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+    if stage == 3:
+        # Norms and biases stay whole: gathering them costs more than they weigh.
+        model = config.model
+        longest = max(model.hidden_size, 2 * (model.ffn_hidden_size or 0))
+        zero["stage3_param_persistence_threshold"] = longest + 1
     return {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -83,7 +95,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         # parameters of later stages and counts tied ones twice.
         "gradient_clipping": train.clip_grad if stage else 0.0,
         "bf16": {"enabled": train.bf16},
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # Between stages whole tensors travel: with sequence parallelism those of the tensor-
         # parallel ranks differ, and DeepSpeed's partitioning takes them for equal.

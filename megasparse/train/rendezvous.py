@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -25,20 +26,26 @@ _DEFAULTS = {
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def join_group(device: torch.device, timeout: datetime.timedelta) -> tuple[str, int] | None:
+def join_group(
+    device: torch.device,
+    timeout: datetime.timedelta,
+    watch: Callable[[tuple[str, int] | None], None],
+) -> None:
     """Bring torch.distributed up, if it is not.
 
     RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from `deepspeed` or `torchrun`;
     without them the process is a run of one rank.
 
-    Returns:
-        Host and port of the store; None if the group was there already or has one rank.
+    Args:
+        watch: called once the store is there, with its host and port; None if the group was there
+            already or has one rank. Backends wait long for a rank that dies while they connect.
 
     Raises:
         PeerError: not all ranks came within the timeout.
     """
     if dist.is_initialized():
-        return None
+        watch(None)
+        return
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     rank, world, port = (
@@ -52,6 +59,7 @@ def join_group(device: torch.device, timeout: datetime.timedelta) -> tuple[str, 
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     try:
         store = _store(host, port, rank, world, timeout)
+        watch((host, store.port) if world > 1 else None)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"attempt-{attempt()}", store),
@@ -64,7 +72,6 @@ def join_group(device: torch.device, timeout: datetime.timedelta) -> tuple[str, 
     except (dist.DistError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise PeerError(f"the {world} ranks did not meet at {host}:{port}: {reason}") from None
-    return (host, store.port) if world > 1 else None
 
 
 def attempt() -> str:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: where it keeps the float32 pieces of the parameters, and its gradient norm."""
+"""DeepSpeed's ZeRO: where it keeps the pieces of the parameters, and its gradient norm."""
 
 from __future__ import annotations
 
@@ -42,11 +42,17 @@ def global_norm(
 
 
 def install_norm(optimizer: Any, grid: Grid) -> None:
-    """Make ZeRO 1 and 2 clip by `global_norm`.
+    """Make ZeRO clip by `global_norm`.
 
     DeepSpeed's own sums every parameter group over the model-parallel ranks, which hangs when
     pipeline stages have different groups (a middle stage may have no dense matrix).
     """
+
+    def norm_of_partitions() -> list[torch.Tensor]:
+        pieces: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        for number, parameters in enumerate(optimizer.fp16_groups):
+            pieces += zip(parameters, optimizer.averaged_gradients[number], strict=True)
+        return [global_norm(pieces, grid, over_dp=True)]
 
     def norm(norm_type: int = 2) -> torch.Tensor:
         pieces: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
@@ -57,7 +63,48 @@ def install_norm(optimizer: Any, grid: Grid) -> None:
             pieces += zip(optimizer.params_in_partition[number], gradients, strict=True)
         return global_norm(pieces, grid, over_dp=True)
 
-    optimizer.scaled_global_norm = norm
+    if is_partitioned(optimizer):
+        optimizer._get_norm_groups = norm_of_partitions
+    else:
+        optimizer.scaled_global_norm = norm
+
+
+def is_partitioned(optimizer: Any) -> bool:
+    """Whether DeepSpeed's optimizer is ZeRO 3's, which keeps a part of every parameter alone."""
+    return hasattr(optimizer, "fp32_partitioned_groups_flat")
+
+
+def partition(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """This rank's part of a parameter under ZeRO 3, 1-D, padded to equal length on all ranks.
+
+    None: the parameter is whole on every rank.
+    """
+    return getattr(parameter, "ds_tensor", None)
+
+
+def partition_fragments(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Any, dp_rank: int
+) -> list[Fragment]:
+    """The pieces that ZeRO 3's optimizer holds on this rank, one of every parameter.
+
+    Args:
+        optimizer: DeepSpeed's. Its flat float32 tensors hold the parts of `fp16_groups` in order.
+    """
+    names = {id(parameter): name for name, parameter in named_parameters}
+    found = []
+    for flat, parameters in zip(
+        optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
+    ):
+        offset = 0
+        for parameter in parameters:
+            padded = parameter.partition_numel()
+            start = dp_rank * padded
+            length = min(padded, parameter.ds_numel - start)
+            if length > 0:
+                name = names[id(parameter)]
+                found.append(Fragment(name, parameter, flat, offset, start, length))
+            offset += padded
+    return found
 
 
 def fragments(

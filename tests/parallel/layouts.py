@@ -32,6 +32,7 @@ LAYOUTS = {
     "dp 2": (2, []),
     "dp 2, zero 1": (2, zero(1)),
     "dp 2, zero 2, full": (2, [*zero(2), *FULL, "--recompute-num-layers", "2"]),
+    "dp 2, zero 3": (2, zero(3)),
     "tp 4": (4, TP4),
     "tp 4, sp, full": (4, [*TP4, *SP, *FULL]),
     "pp 4, zero 1": (4, [*PP4, *zero(1)]),
@@ -40,6 +41,7 @@ LAYOUTS = {
     "tp 2, sp, pp 2, zero 1, full": (4, [*TP2, *SP, *PP2, *zero(1), *FULL]),
     "tp 2, dp 2, zero 2": (4, [*TP2, *zero(2)]),
     "tp 2, sp, dp 2": (4, [*TP2, *SP]),
+    "tp 2, sp, dp 2, zero 3, full": (4, [*TP2, *SP, *zero(3), *FULL]),
     "pp 2, dp 2": (4, PP2),
     "pp 2, dp 2, zero 1, selective": (4, [*PP2, *zero(1), *SELECTIVE]),
 }  # fmt: skip

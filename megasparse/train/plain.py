@@ -24,7 +24,12 @@ class LanguageModelLoss(torch.nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """0-d float32: mean cross entropy over the tokens with loss_mask 1."""
+        """0-d float32: mean cross entropy over the tokens with loss_mask 1; logits `(B, S, V)` of a
+        batch without labels."""
+        if "labels" not in batch:
+            return self.model(
+                batch["tokens"], batch["position_ids"], None, runtime_gather_output=True
+            )
         losses = self.model(
             batch["tokens"],
             batch["position_ids"],
@@ -92,6 +97,5 @@ class PlainEngine(Engine):
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        self.model.eval()
-        with self.whole(list(self.model.parameters())):
-            return self.model(tokens, positions, None, runtime_gather_output=True)
+        self._engine.eval()
+        return self._engine({"tokens": tokens, "position_ids": positions})

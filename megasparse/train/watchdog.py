@@ -30,6 +30,8 @@ BEAT_SECONDS = 0.25
 SILENT_SECONDS = 10.0  # no sign of life: stopped or gone
 SUSPECT_SECONDS = 1.2  # the same, once a rank has seen its connections break
 GRACE_SECONDS = 1.0  # between the first rank that is late and the one that it waits for
+CONNECT_TIME = datetime.timedelta(seconds=10)
+ANSWER_TIME = datetime.timedelta(seconds=30)
 LINGER_SECONDS = 3.0  # rank 0 keeps the store for the others to read why it failed
 STARTING = 20.0  # allowance of phases that compile, build or write
 
@@ -78,9 +80,9 @@ class Watchdog:
         self._store: dist.Store | None = None
         if address is None:
             return
-        client = dist.TCPStore(
-            *address, None, False, datetime.timedelta(seconds=30), wait_for_workers=False
-        )
+        # The store has just answered: a connection that fails now means that rank 0 is gone.
+        client = dist.TCPStore(*address, None, False, CONNECT_TIME, wait_for_workers=False)
+        client.set_timeout(ANSWER_TIME)
         self._store = dist.PrefixStore(f"watch-{prefix}", client)
         if rank == 0:
             for key in ("verdict", "failure"):

@@ -35,8 +35,7 @@ CASES = {
     "sequence length": (4, [*TP4, *SP], ["seq_length 30", "tensor_model_parallel_size 4"]),
     "sequence parallel alone": (1, SP, ["sequence_parallel"]),
     "zero 2 with pipeline": (2, [*PP2, *zero(2)], ["zero_stage 2", "size 2"]),
-    "zero 3": (2, zero(3), ["zero_stage 3", "use zero_stage 2"]),
-    "zero 3 with pipeline": (2, [*PP2, *zero(3)], ["zero_stage 3"]),
+    "zero 3 with pipeline": (2, [*PP2, *zero(3)], ["zero_stage 3", "size 2"]),
     "recompute chunk": (1, [*FULL, "--recompute-num-layers", "7"], ["recompute_num_layers 7", "6"]),
     "recompute chunk in a pipeline": (
         2, [*PP2, *FULL, "--recompute-num-layers", "2"], ["recompute_num_layers 2", "expected 1"],

@@ -18,6 +18,8 @@ CASES = [
     ("gpt fst", (2, TP2), (2, zero(2))),
     ("gpt fst", (4, [*TP2, *PP2]), (2, [*zero(1)])),
     ("gpt fst", (2, zero(2)), (4, [*TP2, *SP, *PP2, *zero(1)])),
+    ("gpt fst", (2, zero(3)), (2, PP2)),
+    ("llama s_ste", (2, TP2), (4, [*TP2, *zero(3)])),
     ("llama s_ste", (4, [*PP4, *zero(1)]), (2, TP2)),
     ("llama s_ste", (4, [*PP2, *zero(1)]), (4, [*TP4, *SP])),
     ("llama s_ste", (2, [*TP2, *zero(1)]), (4, PP2)),

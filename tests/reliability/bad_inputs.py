@@ -74,7 +74,8 @@ def _sizes() -> list[Case]:
                 "--seq-length", "31", *tp2),
         _config("gqa", "group_query_attention needs", "--group-query-attention"),
         _config("zero-bf16", "zero_stage 0 with bf16", "--bf16", "--zero-stage", "0"),
-        _config("zero-3", "zero_stage 3 is not supported", "--zero-stage", "3"),
+        _config("zero-3", "zero_stage 3 with pipeline_model_parallel_size 2", "--zero-stage", "3",
+                "--pipeline-model-parallel-size", "2"),
     ]  # fmt: skip
 
 

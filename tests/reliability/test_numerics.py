@@ -35,7 +35,10 @@ def test_rank_micro_batch_and_samples_of_a_bad_loss_are_named(tmp_path, dataset,
         assert "micro-batch 0, samples 0:" in text and "no update was made" in text
 
 
-@pytest.mark.parametrize("more", [[], ["--bf16"], ["--tensor-model-parallel-size", "2"], PP2])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--bf16"], ["--bf16", "--zero-stage", "3"], ["--tensor-model-parallel-size", "2"], PP2],
+)
 def test_the_tensor_of_a_bad_gradient_is_named(tmp_path, dataset, more):
     name = "decoder.layers.1.mlp.linear_fc1.weight"
     codes, texts = _run(tmp_path, dataset, f"nan@1:6:grad/{name}", *more)
@@ -142,11 +145,12 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
     [
         (1, []),
         (2, ["--bf16"]),
+        (2, ["--bf16", "--zero-stage", "3"]),
         (2, PP2),
         (2, [*PP2, "--bf16"]),
         (1, ["--sparsity-recipe", "s_ste", "--masked-decay", "none"]),
     ],
-    ids=["fst", "zero1-bf16", "pp2", "pp2-bf16", "s_ste"],
+    ids=["fst", "zero1-bf16", "zero3-bf16", "pp2", "pp2-bf16", "s_ste"],
 )
 def test_a_bad_step_changes_nothing(tmp_path, dataset, world, more, point):
     run = flags(dataset, tmp_path / "run", *more)

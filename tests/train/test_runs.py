@@ -125,8 +125,13 @@ DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
 
 @pytest.mark.parametrize(
     ("flags", "world"),
-    [(DROPOUT, 1), ([*TP2, *DROPOUT], 2), (["--bf16", *DROPOUT], 2)],
-    ids=["one", "tp2", "zero1-bf16"],
+    [
+        (DROPOUT, 1),
+        ([*TP2, *DROPOUT], 2),
+        (["--bf16", *DROPOUT], 2),
+        (["--bf16", "--zero-stage", "3", *DROPOUT], 2),
+    ],
+    ids=["one", "tp2", "zero1-bf16", "zero3-bf16"],
 )
 def test_resume_repeats_the_run_bit_for_bit(tmp_path, dataset, flags, world):
     whole, whole_dir = _run(tmp_path, dataset, "whole", flags, world)

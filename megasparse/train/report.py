@@ -11,8 +11,8 @@ from megasparse.errors import CheckpointError
 from megasparse.kernels import is_24
 from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.train.checkpoint import effective_weight
 from megasparse.train.storage import CheckpointReader
+from megasparse.train.stored import effective_weight
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -27,7 +28,7 @@ from megasparse.train.report import check_sparsity, format_tensors
 from megasparse.train.stored import StoredModel
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--micro-batch-size", type=int, default=1, metavar="INT")
     data.add_argument("--max-tokens", type=int, metavar="INT", help="only the first of the data")
     parser.add_argument("--output", metavar="FILE", type=Path, help="the figures as JSON")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read_tokens(args: argparse.Namespace, loaded: LoadedModel) -> np.ndarray:

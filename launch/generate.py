@@ -10,6 +10,7 @@ Keys and values are cached. The same seed gives the same text, whatever the tens
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -19,7 +20,7 @@ from megasparse.train.generate import Sampling, generate_text
 from megasparse.train.inference import add_model_flags, guarded, leave, open_model
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     text.add_argument("--top-k", type=int, default=0, metavar="INT", help="0: all (default)")
     text.add_argument("--top-p", type=float, default=1.0, metavar="FLOAT")
     text.add_argument("--seed", type=int, default=1234, metavar="INT")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

@@ -9,10 +9,9 @@ is not ends the export.
 
     python tools/export_sparse.py --input runs/first --output packed --format hopper
 
-packs the 2:4 matrices into about half the space (--dtype bfloat16 if they are float32): `hopper` for
-megasparse's own kernels, `torch` for
-torch's semi-structured tensors, `bitmask` for compressed-tensors (its sparse-24-bitmask, which it
-has removed since; pin a version that has it).
+packs the 2:4 matrices into about half the space (with --dtype bfloat16 if they are float32):
+`hopper` for megasparse's own kernels, `torch` for torch's semi-structured tensors, `bitmask` for
+compressed-tensors (its sparse-24-bitmask, removed since; pin a version that has it).
 """
 
 from __future__ import annotations

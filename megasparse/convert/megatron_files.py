@@ -13,6 +13,7 @@ file that names anything else is refused.
 
 from __future__ import annotations
 
+import argparse
 import re
 import warnings
 from pathlib import Path
@@ -108,7 +109,8 @@ class MegatronFiles:
                 f"{self._first}: checkpoint_version {version}, expected 3.0 (another order of QKV)"
             )
         arguments = content.get("args")
-        if not isinstance(arguments, (Record, dict)):
+        # Megatron-core lets torch load a Namespace as itself, once it has been imported.
+        if not isinstance(arguments, (Record, argparse.Namespace, dict)):
             raise CheckpointError(f"{self._first}: holds no args of Megatron, which say the sizes")
         return dict(arguments) if isinstance(arguments, dict) else dict(vars(arguments))
 

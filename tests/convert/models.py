@@ -80,7 +80,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def megasparse_logits(
     rank: int, world: int, folder: str, tokens: list[list[int]] = TOKENS
 ) -> torch.Tensor:
-    """Logits of a checkpoint or Hugging Face folder by megasparse, tensor-parallel over all ranks."""
+    """Logits of a checkpoint or Hugging Face folder, tensor-parallel over all ranks."""
     from megasparse.convert.huggingface import HuggingFaceModel
     from megasparse.train.control import make_control
     from megasparse.train.inference import load_model

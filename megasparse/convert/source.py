@@ -19,6 +19,8 @@ DEFINING = (
 )  # fmt: skip
 _ROTARY = ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor")
 
+_CHUNK = 1 << 22
+
 
 class Source(Protocol):
     """A model that is somewhere on disk.
@@ -52,7 +54,9 @@ def require_finite(tensor: torch.Tensor, where: str) -> None:
     Raises:
         CheckpointError: names the tensor and how many values are not finite.
     """
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    # In pieces: the intermediate results of a whole embedding are larger than itself.
+    pieces = tensor.reshape(-1).split(_CHUNK)
+    bad = sum(piece.numel() - int(torch.isfinite(piece).sum()) for piece in pieces)
     if bad:
         raise CheckpointError(
             f"{where}: found {bad} values that are NaN or infinite of {tensor.numel()}, "

@@ -81,10 +81,9 @@ def _origin(stored: StoredModel) -> Path | None:
 
 
 def _tokenizer_config(tokenizer: Tokenizer, stored: StoredModel) -> dict[str, Any]:
-    eod = tokenizer.decode([tokenizer.eod]) or "<eod>"  # SentencePiece: control tokens are no text
     kind = "PreTrainedTokenizerFast" if tokenizer.tokenizer_type == HUGGINGFACE else None
     config = {
-        "eos_token": eod,
+        "eos_token": tokenizer.eod_piece,
         "bos_token": None,
         "add_bos_token": False,
         "add_eos_token": False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -58,13 +59,17 @@ def save_model(
         return model.float()(torch.tensor(TOKENS)).logits
 
 
-def load_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of a folder's model, as transformers loads it, in float32."""
+@functools.lru_cache(maxsize=1)
+def _loaded(folder: Path):
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of a folder's model, as transformers loads it, in float32."""
     with torch.no_grad():
-        return model.eval()(tokens).logits
+        return _loaded(folder)(tokens).logits
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

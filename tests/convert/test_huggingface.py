@@ -128,6 +128,15 @@ def _train(rank: int, world: int, flags: list[str]) -> tuple[list[float], int]:
     return [row["loss"] for row in rows], rows[0]["step"]
 
 
+def _refusal(rank: int, world: int, flags: list[str]) -> str:
+    """What a run says that cannot start; an error that is raised would end the pool of ranks."""
+    from megasparse.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        _train(rank, world, flags)
+    return str(caught.value)
+
+
 def _flags(tmp_path: Path, dataset: str, name: str, *flags: str) -> list[str]:
     return [
         "--config", str(tmp_path / "ours" / "config.yaml"), "--seq-length", "32",
@@ -175,3 +184,19 @@ def test_another_model_is_refused_with_both_values(tmp_path, flags, message):
     config = load_config(["--config", str(tmp_path / "ours" / "config.yaml"), *flags])
     with pytest.raises(ConfigError, match=message):
         check_model(HuggingFaceModel(tmp_path / "hf"), config.model, config.model.vocab_size)
+
+
+def test_a_run_refuses_what_it_cannot_start_from(tmp_path, dataset):
+    from megasparse.errors import CheckpointError, ConfigError
+    from megasparse.train.precheck import prepare
+
+    save_model(tmp_path / "hf", "llama")
+    assert to_megasparse(tmp_path / "hf", tmp_path / "ours") == 0
+    load_hf = ["--load-hf", str(tmp_path / "hf")]
+    with pytest.raises(ConfigError, match="load and load_hf are both set"):
+        prepare(_flags(tmp_path, dataset, "a", *load_hf, "--load", str(tmp_path / "ours")), 1)
+    with pytest.raises(CheckpointError, match="holds no config.json"):
+        prepare(_flags(tmp_path, dataset, "b", "--load-hf", str(tmp_path)), 1)
+    for name, flags in (("c", load_hf), ("d", ["--load", str(tmp_path / "ours")])):
+        other = _flags(tmp_path, dataset, name, *flags, "--ffn-hidden-size", "64")
+        assert "ffn_hidden_size 48, this run has 64" in dist.run(_refusal, 1, other)[0]

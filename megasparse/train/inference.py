@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from megasparse.train.start import check_shape
 from megasparse.train.stored import StoredModel, open_checkpoint
 
 _TIMEOUT_MINUTES = 10.0
+# Megatron uses names of collectives that newer torch versions call differently.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
 
 
 @dataclass

@@ -24,11 +24,12 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]==2.20.2"],
-        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "matplotlib>=3.9"],
+        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "matplotlib>=3.9", "transformers>=5.0"],
         "dev": [
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "matplotlib>=3.9",
+            "transformers>=5.0",
             "ruff==0.17.6",
             "mypy==2.4.1",
             "types-PyYAML",

@@ -90,9 +90,10 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def dump_yaml(config: RunConfig) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+def dump_yaml(config: RunConfig, groups: Sequence[str] | None = None) -> str:
+    """The configuration, or some groups of it, as YAML that `load_config` reads back."""
+    tree = to_dict(config)
+    return yaml.safe_dump({name: tree[name] for name in groups or tree}, sort_keys=False)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -43,6 +43,8 @@ class ModelConfig:
     )
     rotary_base: int = option(10000, "base of the rotary frequencies", at_least=1)
     rotary_percent: float = option(1.0, "share of a head that rotates", above=0.0)
+    use_rope_scaling: bool = option(False, "rotary frequencies scaled as in Llama 3.1 to 3.3")
+    rope_scaling_factor: float = option(8.0, "factor of use-rope-scaling", above=0.0)
     normalization: str = option("LayerNorm", "norm layers", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "epsilon of the norm layers", above=0.0)
     swiglu: bool = option(False, "gated SiLU in the FFN instead of GELU")
@@ -219,6 +221,9 @@ class CheckpointConfig:
     save: str | None = option(None, "folder of checkpoints; default RUN_DIR/checkpoints")
     load: str | None = option(
         None, "folder of checkpoints to continue from; an error when it holds none"
+    )
+    load_hf: str | None = option(
+        None, "folder of a Hugging Face model (LLaMA, GPT-2) whose weights the run starts from"
     )
     resume: bool = option(
         False, "continue from the newest checkpoint in --save, or start when there is none"

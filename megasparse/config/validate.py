@@ -64,8 +64,8 @@ def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
 def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
     """`vocab_size` rounded up so that every tensor-parallel shard is equal.
 
-    The least common multiple rather than Megatron's product: padding is part of the softmax, so
-    TP 1, 2 and 4 must pad alike to be the same model.
+    The least common multiple rather than Megatron's product: TP 1, 2 and 4 pad alike, so that each
+    reads the others' checkpoints. Padding is no part of the softmax (`hide_padding`).
     """
     multiple = math.lcm(
         config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size

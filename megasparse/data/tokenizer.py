@@ -70,12 +70,14 @@ class Tokenizer(Protocol):
     """What the data tools and the launcher need of a tokenizer.
 
     `tokenizer_type` is Megatron's name of the kind, `vocab_size` is one more than the largest id,
-    `eod` is the id that ends a document, `digest` is the SHA-256 (hex) of the model file.
+    `eod` is the id that ends a document, `eod_piece` its name, `digest` is the SHA-256 (hex) of the
+    model file.
     """
 
     tokenizer_type: str
     vocab_size: int
     eod: int
+    eod_piece: str
     digest: str
 
     def encode(self, text: str) -> list[int]:
@@ -101,6 +103,7 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
         self.digest = hashlib.sha256(model).hexdigest()
         self.eod = self._find_eod(name)
+        self.eod_piece = self._processor.id_to_piece(self.eod)
 
     def _find_eod(self, name: str) -> int:
         for piece in EOD_PIECES:
@@ -138,6 +141,7 @@ class HuggingFaceTokenizer:
         if eod is None:
             raise _no_eod(name)
         self.eod: int = eod
+        self.eod_piece = self._tokenizer.id_to_token(eod) or ""
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -160,6 +164,7 @@ class NullTokenizer:
             raise DataError(f"{NULL}: found vocab_size {vocab_size}, expected at least 2")
         self.vocab_size = vocab_size
         self.eod = vocab_size - 1
+        self.eod_piece = str(self.eod)
         self.digest = hashlib.sha256(f"{NULL}:{vocab_size}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:

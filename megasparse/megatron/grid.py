@@ -72,6 +72,12 @@ class Grid:
         dist.all_gather_object(values, value, group=self.pp_group)
         return values
 
+    def from_first_of_tp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first tensor-parallel rank's values, in place."""
+        if self.tp_size > 1:
+            dist.broadcast(tensor, src=self.rank - self.tp_rank, group=self.tp_group)
+        return tensor
+
     def mean_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean over the data-parallel group, in place."""
         if self.dp_size > 1:

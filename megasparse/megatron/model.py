@@ -78,6 +78,8 @@ def build_model(config: RunConfig, grid: Grid, padded_vocab_size: int) -> GPTMod
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
+        rope_scaling=model.use_rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
     )
     finish_model(gpt, config, grid)
     return gpt
@@ -98,6 +100,32 @@ def finish_model(model: torch.nn.Module, config: RunConfig, grid: Grid) -> None:
         grid.tp_rank,
         grid.tp_size,
     )
+
+
+def hide_padding(model: torch.nn.Module, grid: Grid, vocab_size: int | None) -> None:
+    """Keep tokens that only pad the vocabulary out of the softmax.
+
+    Their logits become the smallest number of their type: probability and gradient 0. So the
+    padding is no part of the model, and a loss is that of the model without it.
+
+    Args:
+        model: with the output layer, or a part without it.
+        vocab_size: before padding; None: nothing is padding.
+    """
+    if vocab_size is None:
+        return
+
+    def hide(layer: torch.nn.Module, _: object, output: tuple[torch.Tensor, object]) -> None:
+        logits = output[0]
+        width = logits.shape[-1]
+        gathered = width == layer.output_size
+        first = vocab_size - (0 if gathered else grid.tp_rank * width)
+        with torch.no_grad():  # no gradient comes back to them: the softmax is 0 there
+            logits[..., max(first, 0) :] = torch.finfo(logits.dtype).min
+
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear) and int(module.output_size) > vocab_size:
+            module.register_forward_hook(hide)
 
 
 def _mark_vocabulary_shards(model: torch.nn.Module) -> None:

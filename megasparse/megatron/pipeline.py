@@ -73,6 +73,8 @@ def part_specs(
             kv_channels=model.kv_channels,
             rotary_percent=model.rotary_percent,
             rotary_base=model.rotary_base,
+            rope_scaling=model.use_rope_scaling,
+            rope_scaling_factor=model.rope_scaling_factor,
             use_cpu_initialization=grid.device.type == "cpu",
         )
     spec = get_layer_spec(SparseSpecProvider())

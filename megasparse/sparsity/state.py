@@ -133,6 +133,12 @@ class SparseWeight(torch.nn.Module):
             self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device)
         )
 
+    def effective_at(self, weight: torch.Tensor, step: int) -> torch.Tensor:
+        """W~ as the GEMMs of `step` see it: the mask is refreshed before, if it is due then."""
+        if schedule.refresh_due(self.recipe, step, self.last_refresh):
+            self._refresh(weight, step)
+        return self.effective(weight)
+
     def nan_seen(self) -> bool:
         """Whether a NaN was found in the weight since the start (synchronises on a GPU)."""
         return self._nan_flag is not None and bool(self._nan_flag.item())

@@ -8,7 +8,7 @@ import torch
 
 from megasparse.config import RunConfig
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.model import build_model
+from megasparse.megatron.model import build_model, hide_padding
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -25,12 +25,14 @@ def build_engine(
     padded_vocab_size: int,
     faults: Faults | None = None,
     tick: Callable[[str], None] = lambda _: None,
+    vocab_size: int | None = None,
 ) -> Engine:
     """This rank's part of the model, sparse by the recipe, in the engine of its layout.
 
     Args:
         faults: to be injected; none by default.
         tick: told about every micro-batch.
+        vocab_size: before padding; None: nothing is padding.
     """
     clock = Clock(config.train.seed, config.train.train_iters)
 
@@ -48,6 +50,8 @@ def build_engine(
 
     if grid.pp_size > 1:
         pipeline = Pipeline(config, grid, padded_vocab_size, clock)
+        hide_padding(pipeline, grid, vocab_size)
         return PipelineEngine(config, grid, pipeline, make_sparse(pipeline.view), faults, tick)
     model = build_model(config, grid, padded_vocab_size)
+    hide_padding(model, grid, vocab_size)
     return PlainEngine(config, grid, model, make_sparse(model), faults, tick)

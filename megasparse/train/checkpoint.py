@@ -28,7 +28,6 @@ from megasparse.log import logger
 from megasparse.megatron.grid import rng_state, set_rng_state
 from megasparse.megatron.init import parameter_shard
 from megasparse.optim.lr import learning_rate
-from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 from megasparse.train import zero
@@ -36,7 +35,9 @@ from megasparse.train.control import Control
 from megasparse.train.engine import Engine
 from megasparse.train.identity import check_same_layout
 from megasparse.train.saver import choose
+from megasparse.train.start import check_shape
 from megasparse.train.storage import CheckpointReader, Piece
+from megasparse.train.stored import mask_shard, sparsity_state
 from megasparse.train.writer import Tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -90,18 +91,14 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
     for name, parameter in engine.model.named_parameters():
         whole = reader.read(f"param/{name}")
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
-        if tuple(whole.shape) != shard.global_shape:
-            raise CheckpointError(
-                f"{reader.folder}: {name} has shape {tuple(whole.shape)}, "
-                f"the model expects {shard.global_shape}"
-            )
+        check_shape(whole, shard, name, str(reader.folder))
         with torch.no_grad(), engine.whole([parameter], write=True):
             parameter.copy_(shard.take(whole))
     _load_optimizer(engine, reader)
     for state, weight in controller.weights:
         if not _has_state(reader, state, engine.config):
             continue  # another recipe was asked for: masks begin with the next step
-        state.import_state(_sparsity_state(reader, state), weight.device)
+        state.import_state(sparsity_state(reader, state), weight.device)
     controller.clock.step = reader.meta["step"]
     if check_same_layout(reader, engine.config, layout(engine)):
         prefix = f"rng/{grid.rank}/"
@@ -113,14 +110,6 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
         set_rng_state(grid, states)
     else:
         logger.warning("the checkpoint was written by another layout (%s)", reader.meta["layout"])
-
-
-def effective_weight(reader: CheckpointReader, name: str, recipe: SparsityRecipe) -> torch.Tensor:
-    """W~ `(N, K)` of a stored sparse weight, whole, on the CPU."""
-    whole = reader.read(f"param/{name}")
-    state = SparseWeight(name, recipe, WeightShard(tuple(whole.shape)))
-    state.import_state(_sparsity_state(reader, state), torch.device("cpu"))
-    return state.effective(whole)
 
 
 def collect(engine: Engine) -> Tensors:
@@ -174,23 +163,13 @@ def _collect_sparsity(state: SparseWeight, tp_rank: int) -> dict[str, tuple[Piec
     for kind, value in state.export_state().items():
         key = f"sparsity/{state.name}/{kind}"
         if kind == "mask":
-            tensors[key] = (Piece(key, _mask_shard(state)), value)
+            tensors[key] = (Piece(key, mask_shard(state)), value)
         elif kind == "flips":
             shard = WeightShard((state.shard.world,), 0, tp_rank, state.shard.world)
             tensors[key] = (Piece(key, shard), value.reshape(1))
         elif tp_rank == 0:
             tensors[key] = (Piece(key, WeightShard(tuple(value.shape))), value)
     return tensors
-
-
-def _mask_shard(state: SparseWeight) -> WeightShard:
-    """Where the local pattern indices lie: the weight's shard in units of blocks or groups."""
-    rows, columns = state.shard.global_shape
-    height = 4 if state.recipe.transposable else 1
-    shard = state.shard
-    return WeightShard(
-        (rows // height, columns // 4), shard.dim, shard.rank, shard.world, shard.parts
-    )
 
 
 def _has_state(reader: CheckpointReader, state: SparseWeight, config: RunConfig) -> bool:
@@ -200,21 +179,6 @@ def _has_state(reader: CheckpointReader, state: SparseWeight, config: RunConfig)
     before, now = reader.meta["config"]["sparsity"], to_dict(config)["sparsity"]
     same = before["sparsity_recipe"] == now["sparsity_recipe"]
     return same and f"sparsity/{state.name}/counters" in reader
-
-
-def _sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, torch.Tensor]:
-    prefix = f"sparsity/{state.name}/"
-    loaded = {key.removeprefix(prefix): reader.read(key) for key in reader.keys(prefix)}
-    if "counters" not in loaded:
-        raise CheckpointError(f"{reader.folder}: holds no sparsity state of {state.name}")
-    if "mask" in loaded:
-        loaded["mask"] = _mask_shard(state).take(loaded["mask"])
-    if "flips" in loaded:
-        # Counts of other ranks cannot be told apart in another layout: the first takes them all.
-        same = loaded["flips"].numel() == state.shard.world
-        total = loaded["flips"][state.shard.rank] if same else loaded["flips"].sum()
-        loaded["flips"] = total if same or state.shard.rank == 0 else torch.zeros_like(total)
-    return loaded
 
 
 def _load_optimizer(engine: Engine, reader: CheckpointReader) -> None:

@@ -40,6 +40,8 @@ def check_same_run(reader: CheckpointReader, config: RunConfig, digests: dict[st
         ConfigError: names field, saved and given value, and the flag that allows the change.
     """
     saved = reader.meta["config"]
+    if reader.imported:
+        return  # weights alone, put into a run of any kind: `foreign_weights` compares the model
     taken = {name for _, names in GUARDED.values() for name in names or ()}
     for flag, (group, names) in GUARDED.items():
         section = getattr(config, group)

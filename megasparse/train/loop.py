@@ -27,6 +27,7 @@ from megasparse.train.generate import sample_text
 from megasparse.train.metrics import MetricsWriter, ProgressLine
 from megasparse.train.numerics import NonFiniteStep
 from megasparse.train.precheck import recipe_of
+from megasparse.train.start import foreign_weights, start_from
 from megasparse.train.state import LoopState
 from megasparse.train.stop import StopRequest, describe
 from megasparse.train.watchdog import STARTING
@@ -62,12 +63,16 @@ class Trainer:
         self.folder = RunFolder(config, context.control)
         reader = self.folder.find_checkpoint(data.digests)
         vocabulary = padded_vocab_size(data.vocab_size, config)
+        source = foreign_weights(config, reader, data.vocab_size)
         self.engine = build_engine(
-            config, grid, self.recipe, vocabulary, context.faults, context.tick
+            config, grid, self.recipe, vocabulary, context.faults, context.tick, data.vocab_size
         )
         self.controller = self.engine.controller
         self.state = LoopState()
-        if reader is not None:
+        if source is not None:
+            start_from(self.engine, source, vocabulary)
+            logger.info("starting from the weights of %s", source.where)
+        elif reader is not None:
             checkpoint.load(self.engine, reader)
             self.state = LoopState.of(reader, config)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
@@ -280,6 +285,7 @@ class Trainer:
         self.context.faults.step = clock.step
         meta = checkpoint.describe(self.engine, self.data.digests, self.state.to_json())
         meta["consumed_samples"] += self.state.sample_offset
+        meta["state"]["vocab_size"] = self.data.vocab_size
         self.saver.save(clock.step, checkpoint.collect(self.engine), meta, final)
         self.context.tick("after a save", STARTING)
 

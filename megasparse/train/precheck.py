@@ -55,6 +55,11 @@ def check(config: RunConfig) -> Prepared:
             raise CheckpointError(f"load: {settings.load} is no folder; it holds no checkpoint")
         if not list_steps(Path(settings.load)):
             raise CheckpointError(f"load: {settings.load} holds no checkpoint")
+    if settings.load_hf is not None:
+        if settings.load is not None:
+            raise ConfigError("load and load_hf are both set, expected one")
+        if not (Path(settings.load_hf) / "config.json").is_file():
+            raise CheckpointError(f"load_hf: {settings.load_hf} holds no config.json of a model")
     data = check_data(config)
     make_private(settings.run_dir)
     make_private(save)

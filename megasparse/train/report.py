@@ -11,8 +11,8 @@ from megasparse.errors import CheckpointError
 from megasparse.kernels import is_24
 from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.train.checkpoint import effective_weight
 from megasparse.train.storage import CheckpointReader
+from megasparse.train.stored import effective_weight
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,22 @@ def format_report(
     lines += [f"  {name:<{width}}  {value}" for name, value in facts]
     if tensors:
         lines += ["", "  Effective weights in the saved checkpoint:"]
-        width = max(len(report.name) for report in tensors)
-        lines.append(f"  {'tensor':<{width}}  {'shape':>13}  density  2:4  transposable")
-        for report in tensors:
-            shape = "x".join(str(size) for size in report.shape)
-            rows_24 = "yes" if report.rows_24 else "no"
-            columns = "yes" if report.rows_24 and report.columns_24 else "no"
-            lines.append(
-                f"  {report.name:<{width}}  {shape:>13}  {report.density:7.4f}  {rows_24:>3}  "
-                f"{columns:>12}"
-            )
+        lines += [f"  {line}" for line in format_tensors(tensors)]
     if sample is not None:
         lines += ["", "  Sample of the model:", *(f"  | {line}" for line in sample.splitlines())]
     return "\n".join(lines)
+
+
+def format_tensors(tensors: list[TensorReport]) -> list[str]:
+    """A line for each tensor, under a heading."""
+    width = max(len(report.name) for report in tensors)
+    lines = [f"{'tensor':<{width}}  {'shape':>13}  density  2:4  transposable"]
+    for report in tensors:
+        shape = "x".join(str(size) for size in report.shape)
+        rows_24 = "yes" if report.rows_24 else "no"
+        columns = "yes" if report.rows_24 and report.columns_24 else "no"
+        lines.append(
+            f"{report.name:<{width}}  {shape:>13}  {report.density:7.4f}  {rows_24:>3}  "
+            f"{columns:>12}"
+        )
+    return lines

@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00000100` with one safetensors file a rank and `manifest.json`. The
 manifest holds size and header digest of every file and, for every tensor, its SHA-256 and which
 piece of the whole it is. So a reader can take any tensor whole, whatever the layout that wrote it,
-and damage is found by the name of tensor and file. The only module that imports safetensors.
+and damage is found by the name of tensor and file.
 """
 
 from __future__ import annotations
@@ -19,19 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.sparsity.shard import WeightShard
+from megasparse.tensor_files import SafetensorError, raw_bytes, safe_open
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 # What a manifest says, no more and no less.
 _MANIFEST: dict[str, type] = {
@@ -104,6 +99,11 @@ class CheckpointReader:
             self._check_file(name)
 
     @property
+    def imported(self) -> bool:
+        """Whether these are weights from elsewhere, without any run's state."""
+        return "imported" in self.meta["state"]
+
+    @property
     def files(self) -> list[str]:
         """Names of the files with tensors."""
         return list(self._by_file)
@@ -129,6 +129,22 @@ class CheckpointReader:
 
     def __contains__(self, key: str) -> bool:
         return key in self._pieces
+
+    def dtype(self, key: str) -> str:
+        """safetensors' name of a stored tensor's type, from the header of its file.
+
+        Raises:
+            CheckpointError: no such tensor, or damaged.
+        """
+        if key not in self._pieces:
+            raise CheckpointError(f"{self.folder}: holds no tensor {key!r}")
+        record = self._pieces[key][0]
+        path = self.folder / record["file"]
+        try:
+            with safe_open(path, framework="pt") as stream:
+                return stream.get_slice(record["entry"]).get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
 
     def read(self, key: str) -> torch.Tensor:
         """The whole tensor, put together from its pieces, on the CPU.
@@ -207,12 +223,6 @@ class CheckpointReader:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         if hashlib.sha256(prefix + header).hexdigest() != expected["header_sha256"]:
             raise CheckpointError(f"{path}: damaged: wrong sha256 of the header")
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's values as they lie in memory, row by row."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def encode_manifest(manifest: dict[str, Any]) -> bytes:

@@ -6,8 +6,6 @@ not for the rank's share. Each is read back from the disk before the checkpoint 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -18,8 +16,9 @@ from typing import Any
 import torch
 
 from megasparse.errors import StorageError
+from megasparse.tensor_files import Entry, write_tensors
 from megasparse.train.catalog import sync_folder
-from megasparse.train.storage import DTYPES, MANIFEST, Piece, encode_manifest, raw_bytes
+from megasparse.train.storage import MANIFEST, Piece, encode_manifest
 
 Tensors = dict[str, tuple[Piece, torch.Tensor]]
 Hook = Callable[[str], None]
@@ -35,7 +34,12 @@ def byte_size(tensors: Tensors) -> int:
 
 
 def write_rank_file(
-    folder: Path, rank: int, tensors: Tensors, binding: dict[str, Any], hook: Hook = ignore
+    folder: Path,
+    rank: int,
+    tensors: Tensors,
+    binding: dict[str, Any],
+    hook: Hook = ignore,
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write one rank's tensors durably.
 
@@ -44,6 +48,7 @@ def write_rank_file(
         tensors: piece and value by entry name.
         binding: run and step, written into the file, so that no other file can take its place.
         hook: called with the name of every point that is passed.
+        read: gives the values, if those in `tensors` have only dtype and shape (meta device).
 
     Returns:
         What the manifest says of the file.
@@ -52,45 +57,25 @@ def write_rank_file(
         OSError: cannot be written.
     """
     name = f"rank-{rank:05d}.safetensors"
-    # Wide types first: an entry must start at a multiple of its own size.
-    ordered = sorted(tensors, key=lambda entry: -tensors[entry][1].element_size())
-    header = _header(ordered, tensors, {**binding, "rank": rank})
-    pieces = []
     with open(folder / name, "wb") as stream:
-        stream.write(header)
-        for entry in ordered:
-            piece, value = tensors[entry]
-            content = raw_bytes(value)
-            stream.write(content)
-            digest = hashlib.sha256(content).hexdigest()
-            pieces.append({**piece.to_json(name, entry), "sha256": digest})
-            hook("save:file")
+        header_digest, digests = write_tensors(
+            stream,
+            [Entry.of(entry, value) for entry, (_, value) in tensors.items()],
+            read or (lambda entry: tensors[entry][1]),
+            {**binding, "rank": rank},
+            lambda: hook("save:file"),
+        )
         stream.flush()
         hook("save:sync")
         os.fsync(stream.fileno())
         size = stream.tell()
         # What is read back shall come from the disk.
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    header_digest = hashlib.sha256(header).hexdigest()
+    pieces = [
+        {**tensors[entry][0].to_json(name, entry), "sha256": digest}
+        for entry, digest in digests.items()
+    ]
     return {"file": name, "size": size, "header_sha256": header_digest, "pieces": pieces}
-
-
-def _header(ordered: list[str], tensors: Tensors, binding: dict[str, Any]) -> bytes:
-    """safetensors: u64 length, then JSON padded with spaces to a multiple of 8."""
-    entries: dict[str, Any] = {"__metadata__": {key: str(v) for key, v in binding.items()}}
-    offset = 0
-    for entry in ordered:
-        value = tensors[entry][1]
-        stop = offset + value.numel() * value.element_size()
-        entries[entry] = {
-            "dtype": DTYPES[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [offset, stop],
-        }
-        offset = stop
-    body = json.dumps(entries, separators=(",", ":")).encode()
-    body += b" " * (-len(body) % 8)
-    return len(body).to_bytes(8, "little") + body
 
 
 def publish(

@@ -8,8 +8,9 @@ import pytest
 
 from megasparse.kernels import is_24
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.train.checkpoint import effective_weight, newest_valid
+from megasparse.train.checkpoint import newest_valid
 from megasparse.train.metrics import read_metrics
+from megasparse.train.stored import effective_weight
 from tests import forked
 from tests.reliability.runs import DROPOUT, differences, flags, resume_at
 from tests.runs import TINY, make_dataset

@@ -9,8 +9,9 @@ import torch
 
 from megasparse.errors import CheckpointError
 from megasparse.sparsity.recipe import PRESETS, make_recipe
-from megasparse.train.checkpoint import effective_weight, newest_valid
+from megasparse.train.checkpoint import newest_valid
 from megasparse.train.report import check_sparsity, require_sparsity
+from megasparse.train.stored import effective_weight
 from tests import dist
 from tests.runs import LLAMA, TINY, train
 

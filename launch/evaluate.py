@@ -1,0 +1,107 @@
+"""Perplexity of a model on a dataset or a text, and what is 2:4 in its checkpoint.
+
+    python launch/evaluate.py --load runs/first --data-path data/valid_text_document
+    python launch/evaluate.py --load runs/first --text wiki.test.raw --stride 512
+    deepspeed --num_gpus 8 launch/evaluate.py --load runs/first --tensor-model-parallel-size 2 ...
+
+Every token but the first is scored once, with at least (window - stride) tokens before it; ranks
+beyond the tensor-parallel size share the windows.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import numpy as np
+
+from megasparse.data.indexed import validate
+from megasparse.data.sidecar import bin_path, check_sidecar
+from megasparse.errors import ConfigError, DataError
+from megasparse.train.inference import LoadedModel, add_model_flags, guarded, leave, open_model
+from megasparse.train.perplexity import perplexity
+from megasparse.train.report import check_sparsity, format_tensors
+from megasparse.train.stored import StoredModel
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_flags(parser)
+    data = parser.add_argument_group("data")
+    which = data.add_mutually_exclusive_group()
+    which.add_argument("--data-path", metavar="PREFIX", help="a dataset (.bin and .idx), whole")
+    which.add_argument("--text", metavar="FILE", type=Path, help="a text file, as one document")
+    data.add_argument(
+        "--seq-length", type=int, metavar="INT", help="window; default: as in training"
+    )
+    data.add_argument("--stride", type=int, metavar="INT", help="default: the window")
+    data.add_argument("--micro-batch-size", type=int, default=1, metavar="INT")
+    data.add_argument("--max-tokens", type=int, metavar="INT", help="only the first of the data")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="the figures as JSON")
+    return parser.parse_args(argv)
+
+
+def read_tokens(args: argparse.Namespace, loaded: LoadedModel) -> np.ndarray:
+    """The tokens of the data, in order."""
+    if args.data_path is not None:
+        index = validate(args.data_path, loaded.vocab_size)
+        check_sidecar(args.data_path, loaded.tokenizer.digest if loaded.tokenizer else None)
+        tokens = np.memmap(bin_path(args.data_path), dtype=index.dtype, mode="r")
+    else:
+        try:
+            text = args.text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{args.text}: cannot read: {error}") from None
+        tokens = np.array(loaded.require_tokenizer().encode(text), dtype=np.int64)
+        if len(tokens) and int(tokens.max()) >= loaded.vocab_size:
+            raise DataError(f"{args.text}: the tokenizer gives ids beyond {loaded.vocab_size}")
+    return tokens[: args.max_tokens] if args.max_tokens else tokens
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    loaded = open_model(args)
+    figures: dict = {"model": loaded.source.where}
+    lines = []
+    if args.data_path is not None or args.text is not None:
+        length = args.seq_length or loaded.source.model.seq_length
+        if length > loaded.context_length:
+            raise ConfigError(
+                f"seq_length {length} is longer than the model's context {loaded.context_length}"
+            )
+        stride = args.stride or length
+        first = loaded.grid.rank == 0
+        result = perplexity(
+            loaded.model, loaded.grid, read_tokens(args, loaded), length, stride,
+            args.micro_batch_size, bar=first,
+        )  # fmt: skip
+        figures.update(
+            loss=result.loss, perplexity=result.value, tokens=result.tokens,
+            seq_length=length, stride=stride, data=str(args.data_path or args.text),
+        )  # fmt: skip
+        lines.append(
+            f"perplexity {result.value:.4f} | loss {result.loss:.6f} | {result.tokens} tokens | "
+            f"window {length}, stride {stride}"
+        )
+    if loaded.grid.rank:
+        return
+    if isinstance(loaded.source, StoredModel):
+        source = loaded.source
+        tensors = check_sparsity(source.reader, source.recipe, source.config.train.train_iters)
+        figures["sparsity"] = [vars(tensor) for tensor in tensors]
+        lines += format_tensors(tensors) if tensors else [f"{source.where}: no sparse layer"]
+    print("\n".join(lines), flush=True)
+    if args.output is not None:
+        args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    code = guarded(lambda: evaluate(arguments))
+    leave(code)
+    sys.exit(code)

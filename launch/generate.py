@@ -1,0 +1,74 @@
+"""Continue prompts with a trained model.
+
+    python launch/generate.py --load runs/first --prompt "def main(" --max-new-tokens 64
+    deepspeed --num_gpus 2 launch/generate.py --load runs/first --tensor-model-parallel-size 2 ...
+
+Keys and values are cached. The same seed gives the same text, whatever the tensor-parallel size
+(but for rounding).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+from megasparse.errors import ConfigError
+from megasparse.megatron.inference import CachedDecoder
+from megasparse.train.generate import Sampling, generate_text
+from megasparse.train.inference import add_model_flags, guarded, leave, open_model
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_flags(parser)
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    text.add_argument("--prompt-file", help="a prompt as a file; '-' is standard input")
+    text.add_argument("--max-new-tokens", type=int, default=64, metavar="INT")
+    text.add_argument("--greedy", action="store_true", help="always the most likely token")
+    text.add_argument("--temperature", type=float, default=1.0, metavar="FLOAT")
+    text.add_argument("--top-k", type=int, default=0, metavar="INT", help="0: all (default)")
+    text.add_argument("--top-p", type=float, default=1.0, metavar="FLOAT")
+    text.add_argument("--seed", type=int, default=1234, metavar="INT")
+    return parser.parse_args(argv)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompt_file == "-":
+        prompts.append(sys.stdin.read())
+    elif args.prompt_file is not None:
+        with open(args.prompt_file, encoding="utf-8") as stream:
+            prompts.append(stream.read())
+    return prompts or [""]
+
+
+def generate(args: argparse.Namespace) -> None:
+    sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
+    prompts = read_prompts(args)
+    loaded = open_model(args)
+    tokenizer = loaded.require_tokenizer()
+    for prompt in prompts:
+        length = max(len(tokenizer.encode(prompt)), 1)
+        if length >= loaded.context_length:
+            raise ConfigError(
+                f"the prompt has {length} tokens, the model a context of {loaded.context_length}"
+            )
+        room = min(length + args.max_new_tokens, loaded.context_length)
+        text = generate_text(
+            CachedDecoder(loaded.model, room), loaded.grid, tokenizer, prompt, room - length,
+            sampling, args.seed,
+        )  # fmt: skip
+        if loaded.grid.rank == 0:
+            print(prompt + text, flush=True)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    code = guarded(lambda: generate(arguments))
+    leave(code)
+    sys.exit(code)

@@ -1,0 +1,200 @@
+"""Which Hugging Face tensors make up which parameter, and how.
+
+megasparse's parameters are megatron-core's. Where the two differ:
+
+- Q, K and V are one matrix, interleaved by query group: for each group its queries, its key, its
+  value, `kv_channels` rows each. Hugging Face has three (LLaMA), or one after the other (GPT-2);
+- gate and up are one matrix, one after the other;
+- GPT-2's matrices are stored `(in, out)` ("Conv1D"), megasparse's `(out, in)`.
+
+Rotary positions rotate halves in both, so no rows are permuted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megasparse.config import ModelConfig
+from megasparse.convert.architecture import GPT2, LLAMA
+
+Tensors = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One parameter and the tensors that it is made of.
+
+    Attributes:
+        name: of the parameter in megasparse.
+        shape: of the parameter, without padding of the vocabulary.
+        parts: names of the Hugging Face tensors, in order.
+        split: parameter to parts; exact, and run on meta tensors it tells their shapes.
+        join: the inverse.
+        transposed: the parts are stored `(in, out)`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+    split: Callable[[torch.Tensor], Tensors]
+    join: Callable[[Tensors], torch.Tensor]
+    transposed: bool = False
+
+    def part_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the Hugging Face tensors."""
+        whole = torch.empty(self.shape, device="meta")
+        return [tuple(part.shape) for part in self.split(whole)]
+
+
+def rules(model: ModelConfig, architecture: str) -> list[Rule]:
+    """All parameters of a model, in order.
+
+    Args:
+        model: with every default filled in.
+        architecture: of Hugging Face.
+    """
+    return list(_llama(model) if architecture == LLAMA else _gpt2(model))
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters, without padding of the vocabulary, in order."""
+    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    assert model.vocab_size and model.max_position_embeddings
+    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.word_embeddings.weight": (model.vocab_size, hidden)
+    }
+    if model.position_embedding_type == "learned_absolute":
+        shapes["embedding.position_embeddings.weight"] = (model.max_position_embeddings, hidden)
+
+    def add(module: str, *shape: int) -> None:
+        shapes[f"{module}.weight"] = shape
+        norm = "layernorm" in module
+        if model.normalization == "LayerNorm" if norm else not model.disable_bias_linear:
+            shapes[f"{module}.bias"] = shape[:1]
+
+    for number in range(model.num_layers):
+        layer = f"decoder.layers.{number}"
+        add(f"{layer}.input_layernorm", hidden)
+        add(f"{layer}.self_attention.linear_proj", hidden,
+            model.num_attention_heads * model.kv_channels)  # fmt: skip
+        add(f"{layer}.self_attention.linear_qkv", qkv, hidden)
+        add(f"{layer}.pre_mlp_layernorm", hidden)
+        add(f"{layer}.mlp.linear_fc1", 2 * ffn if model.swiglu else ffn, hidden)
+        add(f"{layer}.mlp.linear_fc2", hidden, ffn)
+    add("decoder.final_layernorm", hidden)
+    if model.untie_embeddings_and_output_weights:
+        shapes["output_layer.weight"] = (model.vocab_size, hidden)
+    return shapes
+
+
+def split_qkv(whole: torch.Tensor, model: ModelConfig) -> Tensors:
+    """`(groups * (queries + 2) * D, ...)` -> Q, K, V, each of its heads one after the other."""
+    groups, width = model.num_query_groups, model.kv_channels
+    assert groups is not None and width is not None
+    queries = model.num_attention_heads // groups
+    rest = whole.shape[1:]
+    view = whole.reshape(groups, queries + 2, width, *rest)
+    return [
+        view[:, :queries].reshape(-1, *rest),
+        view[:, queries].reshape(-1, *rest),
+        view[:, queries + 1].reshape(-1, *rest),
+    ]
+
+
+def join_qkv(parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
+    """The inverse of `split_qkv`."""
+    groups, width = model.num_query_groups, model.kv_channels
+    assert groups is not None and width is not None
+    rest = parts[0].shape[1:]
+    views = [part.reshape(groups, -1, width, *rest) for part in parts]
+    return torch.cat(views, 1).reshape(-1, *rest)
+
+
+def _one(name: str, shape: tuple[int, ...], part: str) -> Rule:
+    return Rule(name, shape, (part,), lambda whole: [whole], lambda parts: parts[0])
+
+
+def _conv1d(name: str, shape: tuple[int, ...], part: str) -> Rule:
+    """A weight stored `(in, out)`."""
+    return Rule(
+        name, shape, (part,),
+        lambda whole: [whole.t().contiguous()],
+        lambda parts: parts[0].t().contiguous(),
+        transposed=True,
+    )  # fmt: skip
+
+
+def _llama(model: ModelConfig) -> Iterator[Rule]:
+    simple = {
+        "embedding.word_embeddings": "model.embed_tokens",
+        "decoder.final_layernorm": "model.norm",
+        "output_layer": "lm_head",
+        "input_layernorm": "input_layernorm",
+        "pre_mlp_layernorm": "post_attention_layernorm",
+        "self_attention.linear_proj": "self_attn.o_proj",
+        "mlp.linear_fc2": "mlp.down_proj",
+    }
+    for name, shape in parameter_shapes(model).items():
+        module, kind, layer = _place(name, "model.layers.")
+        if module == "self_attention.linear_qkv":
+            parts = tuple(f"{layer}self_attn.{one}_proj.{kind}" for one in "qkv")
+            yield Rule(
+                name, shape, parts,
+                lambda whole: split_qkv(whole, model), lambda parts: join_qkv(parts, model),
+            )  # fmt: skip
+        elif module == "mlp.linear_fc1":
+            parts = tuple(f"{layer}mlp.{one}_proj.{kind}" for one in ("gate", "up"))
+            yield Rule(name, shape, parts, lambda whole: list(whole.chunk(2)), torch.cat)
+        else:
+            yield _one(name, shape, f"{layer}{simple[module]}.{kind}")
+
+
+def _gpt2(model: ModelConfig) -> Iterator[Rule]:
+    simple = {
+        "embedding.word_embeddings": "transformer.wte",
+        "embedding.position_embeddings": "transformer.wpe",
+        "decoder.final_layernorm": "transformer.ln_f",
+        "output_layer": "lm_head",
+        "input_layernorm": "ln_1",
+        "pre_mlp_layernorm": "ln_2",
+        "self_attention.linear_proj": "attn.c_proj",
+        "self_attention.linear_qkv": "attn.c_attn",
+        "mlp.linear_fc1": "mlp.c_fc",
+        "mlp.linear_fc2": "mlp.c_proj",
+    }
+
+    def split(whole: torch.Tensor) -> Tensors:
+        flat = torch.cat(split_qkv(whole, model))
+        return [flat.t().contiguous() if flat.dim() == 2 else flat]
+
+    def join(parts: Tensors) -> torch.Tensor:
+        flat = parts[0].t() if parts[0].dim() == 2 else parts[0]
+        return join_qkv(flat.chunk(3), model).contiguous()
+
+    for name, shape in parameter_shapes(model).items():
+        module, kind, layer = _place(name, "transformer.h.")
+        part = f"{layer}{simple[module]}.{kind}"
+        if module == "self_attention.linear_qkv":
+            yield Rule(name, shape, (part,), split, join, transposed=kind == "weight")
+        elif layer and len(shape) == 2:
+            yield _conv1d(name, shape, part)
+        else:
+            yield _one(name, shape, part)
+
+
+def _place(name: str, layers: str) -> tuple[str, str, str]:
+    """A parameter's name -> module (within its layer), weight or bias, Hugging Face's layer."""
+    module, kind = name.rsplit(".", 1)
+    prefix = "decoder.layers."
+    if not module.startswith(prefix):
+        return module, kind, ""
+    number, module = module.removeprefix(prefix).split(".", 1)
+    return module, kind, f"{layers}{number}."
+
+
+__all__ = ["GPT2", "LLAMA", "Rule", "join_qkv", "parameter_shapes", "rules", "split_qkv"]

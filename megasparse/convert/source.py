@@ -1,0 +1,104 @@
+"""What can be converted: a model whose parameters are read one by one."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from megasparse.config import ModelConfig
+from megasparse.errors import CheckpointError, ConfigError
+from megasparse.tensor_files import Entry
+
+# Fields that say what function the weights compute. The rest (sequence length, dropout, initial
+# weights, padding) may differ from run to run.
+DEFINING = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "kv_channels", "position_embedding_type", "normalization", "norm_epsilon", "swiglu",
+    "disable_bias_linear", "untie_embeddings_and_output_weights",
+)  # fmt: skip
+_ROTARY = ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor")
+
+_CHUNK = 1 << 22
+
+
+class Source(Protocol):
+    """A model that is somewhere on disk.
+
+    Attributes:
+        model: its sizes and style, with every default filled in.
+        where: of the model, for messages.
+        origin: what it is, for the record; JSON.
+    """
+
+    model: ModelConfig
+    where: str
+    origin: dict[str, Any]
+
+    def entries(self) -> list[Entry]:
+        """All parameters by megasparse's names, in order; the vocabulary without padding."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter, whole, on the CPU.
+
+        Raises:
+            CheckpointError: damaged, or with a NaN or an infinity; names file and tensor.
+        """
+        ...
+
+
+def require_finite(tensor: torch.Tensor, where: str) -> None:
+    """Refuse weights that no run can start from.
+
+    Raises:
+        CheckpointError: names the tensor and how many values are not finite.
+    """
+    # In pieces: the intermediate results of a whole embedding are larger than itself.
+    pieces = tensor.reshape(-1).split(_CHUNK)
+    bad = sum(piece.numel() - int(torch.isfinite(piece).sum()) for piece in pieces)
+    if bad:
+        raise CheckpointError(
+            f"{where}: found {bad} values that are NaN or infinite of {tensor.numel()}, "
+            "expected finite weights"
+        )
+
+
+def check_model(source: Source, model: ModelConfig, vocab_size: int) -> None:
+    """Refuse to put the source's weights into another model.
+
+    Args:
+        model: of the run, resolved.
+        vocab_size: of the run, before padding.
+
+    Raises:
+        ConfigError: names the field with both values.
+    """
+    found = source.model
+    names = list(DEFINING)
+    if found.position_embedding_type == "rope":
+        names += _ROTARY if found.use_rope_scaling or model.use_rope_scaling else _ROTARY[:3]
+    else:
+        names.append("max_position_embeddings")
+    for name in names:
+        if getattr(found, name) != getattr(model, name):
+            raise ConfigError(
+                f"{source.where} has {name} {getattr(found, name)!r}, this run has "
+                f"{getattr(model, name)!r}"
+            )
+    if found.vocab_size != vocab_size:
+        raise ConfigError(
+            f"{source.where} has vocab_size {found.vocab_size}, this run has {vocab_size} "
+            "(--vocab-size, or that of its tokenizer)"
+        )
+
+
+def pad_vocabulary(name: str, tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """A parameter with zero rows for the tokens that pad the vocabulary, if it has tokens."""
+    if name not in VOCABULARY or tensor.shape[0] == rows:
+        return tensor
+    padding = tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])
+    return torch.cat([tensor, padding])
+
+
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")

@@ -1,0 +1,106 @@
+"""Randomly initialised Hugging Face models, tiny, and what they compute."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+# No multiple of anything: padding must come and go.
+VOCAB = 131
+TOKENS = [[5, 130, 7, 0, 99, 4, 4, 60, 22, 101], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+
+KINDS = ("llama", "llama-tied-scaled", "llama-bias", "gpt2", "gpt2-untied")
+
+
+def make_model(kind: str, seed: int = 0):
+    """A transformers model; norms and biases are random too."""
+    import transformers
+
+    torch.manual_seed(seed)
+    if kind.startswith("gpt2"):
+        config = transformers.GPT2Config(
+            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+            tie_word_embeddings=kind == "gpt2", bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        rope = {"rope_type": "default", "rope_theta": 500000.0}
+        if "scaled" in kind:
+            rope.update(
+                rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=8192, rope_theta=10000.0,
+            )  # fmt: skip
+        config = transformers.LlamaConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+            rope_parameters=rope, tie_word_embeddings="tied" in kind, head_dim=12,
+            attention_bias="bias" in kind, mlp_bias="bias" in kind, rms_norm_eps=1e-6,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2:
+                parameter.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)
+            else:
+                parameter.mul_(5.0)  # logits of some size
+    return model.eval()
+
+
+def save_model(
+    folder: Path, kind: str, shard: str = "8KB", dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Save a model in several shards; its float32 logits `(B, S, V)` of TOKENS."""
+    model = make_model(kind).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+    (folder / "tokenizer.json").write_text("{}")  # carried along, not read
+    with torch.no_grad():
+        return model.float()(torch.tensor(TOKENS)).logits
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(folder: Path):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of a folder's model, as transformers loads it, in float32."""
+    with torch.no_grad():
+        return _loaded(folder)(tokens).logits
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, by the safetensors library."""
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+def megasparse_logits(
+    rank: int, world: int, folder: str, tokens: list[list[int]] = TOKENS
+) -> torch.Tensor:
+    """Logits of a checkpoint or Hugging Face folder, tensor-parallel over all ranks."""
+    from megasparse.convert.huggingface import HuggingFaceModel
+    from megasparse.train.control import make_control
+    from megasparse.train.inference import load_model
+    from megasparse.train.stored import StoredModel, open_checkpoint
+
+    path = Path(folder)
+    if (path / "config.json").exists():
+        source = HuggingFaceModel(path)
+    else:
+        source = StoredModel(open_checkpoint(path, make_control()))
+    model, _ = load_model(source, torch.device("cpu"), world, bf16=False)
+    inputs = torch.tensor(tokens)
+    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    with torch.no_grad():
+        logits = model(inputs, positions, None, runtime_gather_output=True)
+    # What pads the vocabulary is beyond the last real token, with probability 0.
+    assert torch.softmax(logits, -1)[..., VOCAB:].sum() == 0
+    return logits[..., : source.model.vocab_size]

@@ -1,0 +1,130 @@
+"""Convert checkpoints: Hugging Face <-> megasparse, and Megatron's to either.
+
+    python tools/convert_checkpoint.py --from huggingface --to megasparse \\
+        --input Llama-3.2-1B --output start
+    python launch/pretrain.py --config start/config.yaml --load start --run-dir runs/first ...
+
+    python tools/convert_checkpoint.py --from megasparse --to huggingface \\
+        --input runs/first --output exported
+
+    python tools/convert_checkpoint.py --from megatron --to megasparse \\
+        --input megatron/checkpoints --output start
+
+LLaMA (2, 3) and GPT-2, in safetensors; Megatron-LM, Megatron-core (torch format) and
+Megatron-DeepSpeed. One tensor at a time is in memory. A checkpoint of megasparse has no layout: it
+is read with any tensor- and pipeline-parallel size. What a sparse run has trained is written by
+tools/export_sparse.py; here only its dense master weights are (--master-weights).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from conversion import DTYPES, add_common, guarded, vocabulary_multiple
+
+from megasparse.convert.export import ExportOptions, write_huggingface
+from megasparse.convert.folder import require_empty
+from megasparse.convert.huggingface import CONFIG, HuggingFaceModel
+from megasparse.convert.megatron_model import MegatronModel
+from megasparse.convert.source import Source
+from megasparse.errors import ConfigError
+from megasparse.train.control import Control
+from megasparse.train.exported import carried_files, export_options
+from megasparse.train.imported import write_imported
+from megasparse.train.stored import StoredModel, open_checkpoint
+
+HUGGINGFACE, MEGASPARSE, MEGATRON = "huggingface", "megasparse", "megatron"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--from", dest="source", choices=(HUGGINGFACE, MEGASPARSE, MEGATRON), required=True
+    )
+    parser.add_argument("--to", choices=(HUGGINGFACE, MEGASPARSE), required=True)
+    parser.add_argument(
+        "--input", type=Path, required=True,
+        help="folder of the model; for megasparse a run, its checkpoints or one of them; for "
+        "megatron the checkpoints or one iteration",
+    )  # fmt: skip
+    add_common(parser)
+    parser.add_argument(
+        "--make-vocab-size-divisible-by", type=int, default=128,
+        help="pad the vocabulary to a multiple, as in training (default: 128)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tensor-model-parallel-size", type=int, default=1,
+        help="and of this (default: 1); any size can load what 128 pads for up to 128 ranks",
+    )  # fmt: skip
+    parser.add_argument(
+        "--master-weights", action="store_true",
+        help="of a sparse checkpoint, the dense weights behind the masks",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.source == args.to:
+        parser.error(f"--from and --to are both {args.to}")
+    if args.make_vocab_size_divisible_by < 1 or args.tensor_model_parallel_size < 1:
+        parser.error("--make-vocab-size-divisible-by and --tensor-model-parallel-size: at least 1")
+    return args
+
+
+def open_source(args: argparse.Namespace) -> Source:
+    """The input, checked as far as its headers go."""
+    dtype = DTYPES.get(args.dtype)
+    if args.source == HUGGINGFACE:
+        return HuggingFaceModel(args.input, dtype)
+    if args.source == MEGATRON:
+        return MegatronModel(args.input, dtype, args.vocab_size)
+    reader = open_checkpoint(args.input, Control(None))
+    stored = StoredModel(reader, False, dtype, args.vocab_size)
+    if stored.sparse and not args.master_weights:
+        raise ConfigError(
+            f"{reader.folder}: a sparse checkpoint; tools/export_sparse.py writes what was "
+            "trained, --master-weights the dense weights behind the masks"
+        )
+    return stored
+
+
+def convert(args: argparse.Namespace) -> None:
+    require_empty(args.output)
+    source = open_source(args)
+    if args.to == MEGASPARSE:
+        carried = []
+        folder = args.input if args.source == HUGGINGFACE else args.reference
+        if folder is not None:
+            carried = [folder / CONFIG, *carried_files(folder)]
+        size, multiple = args.max_shard_size, vocabulary_multiple(args)
+        written = write_imported(source, args.output, size, multiple, carried, bar=True)
+        print(f"{written}: {describe(source)}; start with --config {args.output}/config.yaml "
+              f"--load {args.output}")  # fmt: skip
+        return
+    if isinstance(source, StoredModel):
+        options = export_options(source, args.max_shard_size, args.reference, bar=True)
+    else:
+        options = ExportOptions(args.max_shard_size, bar=True)
+        if args.reference is not None:
+            options.config = args.reference / CONFIG
+            options.carried = carried_files(args.reference)
+    write_huggingface(source, args.output, options)
+    print(f"{args.output}: {describe(source)}")
+
+
+def describe(source: Source) -> str:
+    entries = source.entries()
+    numel = sum(entry.nbytes // entry.dtype.itemsize for entry in entries)
+    kinds = sorted({str(entry.dtype).removeprefix("torch.") for entry in entries})
+    return f"{len(entries)} parameters, {numel:,} values, {', '.join(kinds)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return guarded("convert_checkpoint.py", lambda: convert(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

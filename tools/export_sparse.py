@@ -1,0 +1,88 @@
+"""Export a sparse run to a Hugging Face folder, proven 2:4, tensor by tensor.
+
+    python tools/export_sparse.py --input runs/first --output exported
+
+writes what the run has trained: masks applied, S-STE's scale multiplied in, the zeros in place and
+nothing about sparsity in config.json, which every engine loads. `sparsity.json` lists for each
+tensor whether it is 2:4, transposable, its density and its digest. A tensor that should be 2:4 and
+is not ends the export.
+
+    python tools/export_sparse.py --input runs/first --output packed --format hopper
+
+packs the 2:4 matrices into about half the space (with --dtype bfloat16 if they are float32):
+`hopper` for megasparse's own kernels, `torch` for torch's semi-structured tensors, `bitmask` for
+compressed-tensors (its sparse-24-bitmask, removed since; pin a version that has it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from conversion import DTYPES, add_common, guarded
+
+from megasparse.convert.export import SIDE_FILE, write_huggingface
+from megasparse.convert.folder import require_empty
+from megasparse.convert.packed import FORMATS
+from megasparse.errors import ConfigError
+from megasparse.log import logger
+from megasparse.train.control import Control
+from megasparse.train.exported import export_options
+from megasparse.train.stored import StoredModel, open_checkpoint
+
+DENSE = "dense"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", type=Path, required=True, help="a run, its checkpoints, or one of them"
+    )
+    add_common(parser)
+    parser.add_argument(
+        "--format", choices=(DENSE, *FORMATS), default=DENSE,
+        help="how 2:4 matrices are stored (default: dense, with the zeros in place)",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def export(args: argparse.Namespace) -> None:
+    require_empty(args.output)
+    reader = open_checkpoint(args.input, Control(None))
+    stored = StoredModel(reader, True, DTYPES.get(args.dtype), args.vocab_size)
+    if not stored.sparse:
+        phase = "is in its dense phase" if stored.recipe.is_sparse else "is dense"
+        raise ConfigError(
+            f"{reader.folder}: the run ({stored.recipe.name}, step {stored.step}) {phase}: nothing "
+            "is 2:4; tools/convert_checkpoint.py exports it"
+        )
+    if stored.recipe.simulate_fp8:
+        logger.warning("the run simulated FP8 (--simulate-fp8); the export has its weights in full")
+    options = export_options(stored, args.max_shard_size, args.reference, bar=True)
+    options.sparse, options.transposable = stored.sparse, stored.recipe.transposable
+    options.packing = None if args.format == DENSE else args.format
+    tensors = write_huggingface(stored, args.output, options)
+    print(summary(args.output, tensors, stored))
+
+
+def summary(output: Path, tensors: dict[str, Any], stored: StoredModel) -> str:
+    sparse = [record for record in tensors.values() if record["parameter"] in stored.sparse]
+    transposable = sum(record["transposable"] for record in sparse)
+    return (
+        f"{output}: step {stored.step} of {stored.recipe.name}; {len(sparse)} of {len(tensors)} "
+        f"tensors are 2:4, {transposable} transposable; see {SIDE_FILE}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return guarded("export_sparse.py", lambda: export(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

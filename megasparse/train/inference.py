@@ -101,7 +101,7 @@ def open_model(args: argparse.Namespace) -> LoadedModel:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    join_group(device, collective_timeout(_TIMEOUT_MINUTES))
+    join_group(device, collective_timeout(_TIMEOUT_MINUTES), lambda _: None)
     control = make_control()
     source: Source
     tokenizer = None

@@ -162,6 +162,8 @@ def test_training_starts_from_a_converted_model(tmp_path, dataset):
     pipeline = ["--make-vocab-size-divisible-by", "64", "--pipeline-model-parallel-size", "2"]
     other = _flags(tmp_path, dataset, "c", *load, *pipeline, "--zero-stage", "1")
     assert dist.run(_train, 2, other)[0][0] == pytest.approx(first, abs=1e-5)
+    other = _flags(tmp_path, dataset, "e", *load_hf, "--zero-stage", "3")
+    assert dist.run(_train, 2, other)[0][0] == pytest.approx(first, abs=1e-5)
     fresh = dist.run(_train, 1, _flags(tmp_path, dataset, "d"))[0][0]
     assert abs(fresh[0] - first[0]) > 1e-3  # it was the weights
 

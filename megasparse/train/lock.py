@@ -53,8 +53,10 @@ class FolderLock:
     def _take_over(self, folder: Path) -> None:
         owner = self._read()
         age = time.time() - os.fstat(self._descriptor).st_mtime
-        here = socket.gethostname()
-        if owner and owner.get("host") not in (None, here) and age < STALE_SECONDS:
+        here, job = socket.gethostname(), os.environ.get("SLURM_JOB_ID")
+        # A job that was queued again may start on other nodes at once; Slurm runs it once.
+        elsewhere = owner.get("host") not in (None, here) and (not job or owner.get("job") != job)
+        if owner and elsewhere and age < STALE_SECONDS:
             os.close(self._descriptor)
             raise StorageError(
                 f"{folder}: another run writes here: {_describe(owner)}, last seen {age:.0f} s ago"
@@ -65,7 +67,7 @@ class FolderLock:
         record = {
             "host": here,
             "pid": os.getpid(),
-            "job": os.environ.get("SLURM_JOB_ID"),
+            "job": job,
             "since": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
         self._write(json.dumps(record).encode())

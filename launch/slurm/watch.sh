@@ -36,16 +36,14 @@ if [ -z "$newest" ]; then
     exit 66
 fi
 rank=${2:-0}
-pattern="*_rank$rank.log"
-[ "$rank" = all ] && pattern='*_rank*.log'
-# The newest start's logs: one file a rank.
+pattern=rank-$rank.log
+[ "$rank" = all ] && pattern='rank-*.log'
 mapfile -t files < <(find "$newest" -name "$pattern" | sort -V)
 if [ ${#files[@]} -eq 0 ]; then
     echo "watch.sh: $newest has no log of rank $rank" >&2
     exit 66
 fi
 echo "$run: $(last_step "$run")"
-follow=-F
-[ "${FOLLOW:-yes}" = no ] && follow=-q
-[ "${FOLLOW:-yes}" = no ] && [ "$rank" = all ] && follow=-v
-exec tail -n "${LINES:-20}" "$follow" "${files[@]}"
+follow=(--follow=name --retry)
+[ "${FOLLOW:-yes}" = no ] && follow=()
+exec tail --lines="${LINES:-20}" "${follow[@]}" "${files[@]}"

@@ -54,14 +54,14 @@ def test_stopped_by_the_signal_queued_again_and_resumed_bit_for_bit(slurm, confi
     assert text.count("told to stop") == 1 and "exit code 75: queued again" in text, text
     assert f"job {job}, start 1, run {run_dir}" in text, text
 
-    starts = [sorted(path.name.split("_")[1] for path in (run_dir / "logs" / f"{job}-{n}").glob(
-        "*_rank*.log")) for n in (0, 1)]  # fmt: skip
-    assert starts == [["rank0.log", "rank1.log"]] * 2
+    starts = [sorted(path.name for path in (run_dir / "logs" / f"{job}-{n}").glob(
+        "*.log")) for n in (0, 1)]  # fmt: skip
+    assert starts == [["rank-0.log", "rank-1.log"]] * 2
     first, second = ((run_dir / "logs" / f"{job}-{n}") for n in (0, 1))
-    words = next(first.glob("*_rank0.log")).read_text()
+    words = (first / "rank-0.log").read_text()
     assert "stopped at step" in words and "SIGUSR1" in words, words
     assert "2 ranks meet at 10.77.0.1; the store listens on ('10.77.0.1'" in words, words
-    assert "continuing" in next(second.glob("*_rank0.log")).read_text()
+    assert "continuing" in (second / "rank-0.log").read_text()
 
     reference = tmp_path / "reference"
     flags = ["--config", str(config), "--run-dir", str(reference)]

@@ -5,7 +5,8 @@
 
 `--help` lists every flag. Exit codes: 0 done; 64 configuration; 65 data; 66 checkpoint; 70 numbers;
 71 another rank was lost or hangs; 72 replicas differ; 74 a file cannot be written; 75 stopped by a
-signal or a limit, saved, continue with --resume; 76 restarts without progress.
+signal or a limit, saved, continue with --resume; 76 restarts without progress; 77 a host is not fit
+for the run (megasparse/train/preflight.py).
 """
 
 import os

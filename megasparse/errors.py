@@ -67,3 +67,9 @@ class StorageError(CheckpointError):
     """A file of the run cannot be written: disk full, no permission, folder gone, in use."""
 
     exit_code = 74
+
+
+class PreflightError(MegasparseError):
+    """A host is not fit for the run: other versions or data, too little memory, a bad GPU."""
+
+    exit_code = 77

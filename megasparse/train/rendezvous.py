@@ -71,8 +71,8 @@ def join_group(device: torch.device, timeout: datetime.timedelta) -> tuple[str, 
     except (dist.DistError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise PeerError(
-            f"the {world} ranks did not meet at {host}:{port} (this one on {socket.gethostname()}): "
-            f"{reason}"
+            f"the {world} ranks did not meet at {host}:{port} (this one is on "
+            f"{socket.gethostname()}): {reason}"
         ) from None
     return (host, store.port) if world > 1 else None
 

@@ -242,9 +242,7 @@ def make_slurm(folder: Path, nodes: list[Node]) -> Iterator[Slurm]:
         for node in nodes:
             (folder / f"spool-{node.host}").mkdir()
             command = node.command(["slurmd", "-D", "-N", node.host])
-            stack.enter_context(
-                daemon(command, folder / f"slurmd-{node.host}.out", env=variables)
-            )
+            stack.enter_context(daemon(command, folder / f"slurmd-{node.host}.out", env=variables))
         slurm = Slurm(folder, nodes)
 
         def idle() -> bool:

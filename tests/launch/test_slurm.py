@@ -11,7 +11,7 @@ import pytest
 from megasparse.config import dump_yaml, load_config
 from megasparse.train.metrics import read_metrics
 from tests import forked
-from tests.launch.nodes import ROOT, Slurm, environment, make_nodes, make_slurm, require, wait_for
+from tests.launch.nodes import Slurm, make_nodes, make_slurm, require, wait_for
 from tests.reliability.runs import differences
 from tests.runs import TINY, make_dataset
 

@@ -5,7 +5,7 @@ built model gives it; everything else follows:
 
     state         parameters, optimizer (ZeRO-1 and 2: float32 masters and moments over the data-
                   parallel ranks), masks, packed or dense operands W~   exact, between two steps
-    gradients     of the parameters, and the share that ZeRO averages
+    gradients     of the parameters, or ZeRO-2's share of them
     activations   what autograd keeps, from the operators of a layer, times micro-batches in flight
     workspace     reduce buckets, logits and their gradient, temporaries
 
@@ -154,11 +154,9 @@ def footprint(
         "masks": sparse if recipe.is_sparse else 0,
         "operands": _operands(recipe, sparse, size, gpu and config.train.bf16),
     }
-    gradients = size * (shard if zero and zero >= 2 else numel)
-    if zero:
-        gradients += size * shard  # averaged, before they are cast for the optimizer
     transient = {
-        "gradients": gradients,
+        # Of the micro-batches before; ZeRO's averages come when activations have gone.
+        "gradients": size * (shard if zero and zero >= 2 else numel),
         "activations": activations(config, world, stage, gpu),
         "workspace": workspace(config, vocabulary, numel, stage),
     }

@@ -172,7 +172,9 @@ def _smi_problems(device: int) -> list[str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"nvidia-smi does not answer: {type(error).__name__}"]
     if done.returncode:
-        return [f"nvidia-smi: {' '.join((done.stdout + done.stderr).split())}"]
+        words = " ".join((done.stdout + done.stderr).split())
+        # A driver that calls one of them otherwise says nothing about the GPU.
+        return [] if "not a valid field" in words else [f"nvidia-smi: {words}"]
     values = [value.strip() for value in done.stdout.strip().split(",")]
     well = ("0", "No", "Not Active", "[N/A]", "[Not Supported]", "N/A")
     return [

@@ -10,6 +10,7 @@ spoil the run; each failure names the host and what to do.
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from megasparse.train.footprint import footprint, stage_weights
 from megasparse.train.host_rules import GIB, Finding
 from megasparse.train.links import clock_offsets, measure_links
 from megasparse.train.precheck import recipe_of
-from megasparse.train.process import start_process, stop_process
+from megasparse.train.rendezvous import join_group, leave_group, own_device
 from megasparse.train.sources import CheckedData, check_data
 
 CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
@@ -146,14 +147,15 @@ def main(argv: Sequence[str]) -> int:
             data = check_data(config)
         except MegasparseError as problem:
             error = problem
-        start_process(parallel.distributed_timeout_minutes)
+        timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+        join_group(own_device(), timeout)
         control = make_control()
         if control.world < world:
             logger.info("preflight: this host alone; start it like the run to check all")
         findings = check_hosts(config, data, control, full=True, error=error)
         control.agree([0])
         require_fit(findings)
-        stop_process()
+        leave_group()
     except MegasparseError as problem:
         logger.error("%s: %s", type(problem).__name__, problem)
         return problem.exit_code

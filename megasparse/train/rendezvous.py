@@ -34,6 +34,21 @@ _DEFAULTS = {
 _NODES = ("CROSS_SIZE", "GROUP_WORLD_SIZE")
 
 
+def own_device() -> torch.device:
+    """Where this rank computes; a GPU becomes the process's current one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def leave_group() -> None:
+    """Leave the process group after a run that ended well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def join_group(device: torch.device, timeout: datetime.timedelta) -> tuple[str, int] | None:
     """Bring torch.distributed up, if it is not.
 

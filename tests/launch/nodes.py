@@ -32,8 +32,10 @@ def require(*programs: str) -> None:
     if os.geteuid() != 0:
         reason = "network namespaces and Slurm's daemons need root"
     elif not missing:
-        probe = subprocess.run(["unshare", "-nm", "true"], capture_output=True, text=True)
-        reason = probe.stderr.strip()
+        probe = f"ip netns add probe{os.getpid()} && ip netns del probe{os.getpid()}"
+        command = ["unshare", "--mount", "--uts", "sh", "-c", probe]
+        done = subprocess.run(command, capture_output=True, text=True)
+        reason = done.stderr.strip() if done.returncode else ""
     if reason and os.environ.get(REQUIRED):
         pytest.fail(f"{REQUIRED} is set, but: {reason}")
     if reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from megasparse.config import dump_yaml, load_config
 from megasparse.train.metrics import read_metrics
 from tests import forked
-from tests.launch.nodes import Slurm, make_nodes, make_slurm, require, wait_for
+from tests.launch.nodes import ROOT, Slurm, make_nodes, make_slurm, require, wait_for
 from tests.reliability.runs import differences
 from tests.runs import TINY, make_dataset
 
@@ -85,3 +86,48 @@ def test_a_killed_worker_ends_the_job_with_the_reason(slurm, config, tmp_path):
     text = log.read_text()
     assert facts["JobState"] == "FAILED" and facts["Restarts"] == "0", text
     assert "PeerError: rank 1 was lost" in text, text
+
+
+def test_a_cancelled_job_on_one_node_saves_and_stays_cancelled(slurm, config, tmp_path):
+    run_dir, log, metrics = tmp_path / "run", tmp_path / "job.log", tmp_path / "run/metrics.jsonl"
+    flags = ["--run-dir", str(run_dir), "--train-iters", "100000"]
+    job = slurm.submit(f"--output={log}", SCRIPT, str(config), *flags, RANKS_PER_NODE="2")
+    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 5, "first steps", log)
+    slurm.run("scancel", job)
+    wait_for(lambda: not slurm.run("squeue", "--noheader", "--jobs", job), "end", log)
+    facts = slurm.facts(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), log.read_text()
+    words = (run_dir / "logs" / f"{job}-0" / "rank-0.log").read_text()
+    assert "stopped at step" in words and "SIGTERM" in words, words
+    assert "2 ranks meet at 127.0.0.1; the store listens on ('127.0.0.1'" in words, words
+    assert len(list((run_dir / "checkpoints").glob("step-*"))) == 1
+
+
+def test_array_dependency_and_hostfile(slurm, config, tmp_path):
+    """What the scripts start, with `echo` in the interpreter's place."""
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("--lr 1e-4\n--lr 3e-4 --seed 5\n")
+    run_id = f"array-{tmp_path.parent.name}-{tmp_path.name}"
+    job = slurm.submit(
+        "--array=1-2", f"--output={tmp_path}/%a.log", "launch/slurm/array.sbatch", str(config),
+        str(sweep), RUN_ID=run_id, PYTHON="echo",
+    )  # fmt: skip
+    log = tmp_path / "convert.log"
+    after = slurm.submit(
+        f"--dependency=afterok:{job}", "--cpus-per-task=1", f"--output={log}",
+        "launch/slurm/convert.sbatch", "--flag", "x", PYTHON="echo",
+    )  # fmt: skip
+    runs = [ROOT / "runs" / f"{run_id}-{task}" for task in (1, 2)]
+    try:
+        assert slurm.wait(after, {"COMPLETED", "FAILED"}, log)["JobState"] == "COMPLETED"
+        assert "tools/convert_checkpoint.py --flag x" in log.read_text()
+        for run, flags in zip(runs, sweep.read_text().splitlines(), strict=True):
+            (said,) = run.glob("logs/*-0/rank-0.log")
+            run_dir = run.relative_to(ROOT)
+            expected = f"launch/pretrain.py --config {config} {flags} --resume --run-dir {run_dir}"
+            assert said.read_text().strip() == expected
+    finally:
+        for run in runs:
+            shutil.rmtree(run, ignore_errors=True)
+    hosts = slurm.run("launch/slurm/hostfile.sh", "8", SLURM_JOB_NODELIST="n[1-2]")
+    assert hosts == "n1 slots=8\nn2 slots=8"

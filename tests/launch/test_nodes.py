@@ -9,7 +9,7 @@ import pytest
 
 from megasparse.config import dump_yaml, load_config
 from tests import forked
-from tests.launch.nodes import ROOT, end_all_in, environment, make_nodes, make_ssh, require
+from tests.launch.nodes import ROOT, SECONDS, end_all_in, environment, make_nodes, make_ssh, require
 from tests.reliability.runs import differences
 from tests.runs import TINY, make_dataset
 
@@ -34,7 +34,7 @@ def test_deepspeed_with_a_hostfile_trains_as_on_one_node(nodes, tmp_path):
                "launch/pretrain.py", *flags, str(tmp_path / "run")]  # fmt: skip
     with make_ssh(tmp_path, nodes) as variables:
         done = nodes[0].run(
-            command, env={**variables, "DS_ENV_FILE": str(carried)}, cwd=ROOT, timeout=120
+            command, env={**variables, "DS_ENV_FILE": str(carried)}, cwd=ROOT, timeout=SECONDS
         )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
@@ -67,7 +67,7 @@ def test_torchrun_and_a_preflight_that_finds_other_data_on_a_node(nodes, tmp_pat
             )
         )  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in started]
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in started]
     finally:
         for node in nodes:
             end_all_in(node)

@@ -54,8 +54,10 @@ class FolderLock:
         owner = self._read()
         age = time.time() - os.fstat(self._descriptor).st_mtime
         here, job = socket.gethostname(), os.environ.get("SLURM_JOB_ID")
-        # A job that was queued again may start on other nodes at once; Slurm runs it once.
-        elsewhere = owner.get("host") not in (None, here) and (not job or owner.get("job") != job)
+        start = os.environ.get("SLURM_RESTART_COUNT", "0")
+        # A job that was queued again may start on other nodes at once: its start before is over.
+        ours_before = job is not None and owner.get("job") == job and owner.get("start") != start
+        elsewhere = owner.get("host") not in (None, here) and not ours_before
         if owner and elsewhere and age < STALE_SECONDS:
             os.close(self._descriptor)
             raise StorageError(
@@ -68,6 +70,7 @@ class FolderLock:
             "host": here,
             "pid": os.getpid(),
             "job": job,
+            "start": start,
             "since": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
         self._write(json.dumps(record).encode())

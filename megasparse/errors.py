@@ -5,8 +5,7 @@ field or file, what was found and what was expected. `launch/` prints that line 
 exits with the class's `exit_code`; anything else is a bug and keeps its traceback.
 
 The codes follow sysexits where it has a word for it: a scheduler can tell a run that wants to be
-queued again (75) from one that must be looked at. 0 is only ever a run that is complete, or that
-stopped where `--exit-interval` told it to.
+queued again (75) from one that must be looked at. 0 is only ever a run that is complete.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ EXIT_NO_PROGRESS = 76  # restarted again and again without a new checkpoint
 EXIT_CODES = (
     "0 complete; 64 configuration; 65 data; 66 checkpoint; 69 kernel; 70 numbers; 71 another rank "
     "was lost or hangs; 72 replicas differ; 74 a file cannot be written; 75 stopped by a signal or "
-    "a limit, saved, continue with --resume; 76 restarts without progress"
+    "a limit, saved, continue with --resume; 76 restarts without progress; 77 a host is "
+    "not fit for the run"
 )
 
 
@@ -72,3 +72,9 @@ class StorageError(CheckpointError):
     """A file of the run cannot be written: disk full, no permission, folder gone, in use."""
 
     exit_code = 74
+
+
+class PreflightError(MegasparseError):
+    """A host is not fit for the run: other versions or data, too little memory, a bad GPU."""
+
+    exit_code = 77

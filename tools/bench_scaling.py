@@ -111,7 +111,7 @@ def measure(flags: list[str], steps: int) -> dict[str, Any]:
     world = int(os.environ["WORLD_SIZE"])
     config = resolve(load_config(flags), world)
     parallel, train = config.parallel, config.train
-    device = start_process(parallel.distributed_timeout_minutes, lambda _: None)
+    device = start_process(parallel.distributed_timeout_minutes)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     grid = make_grid(tp, device, train.seed, pipeline_model_parallel_size=pp)
     data = build_data(config, grid)

@@ -170,11 +170,11 @@ def _launch(search: Search, arguments: Sequence[str], folder: Path, bar: Any) ->
         except BaseException:  # an interrupted search leaves no run behind
             process.terminate()
             raise
-    _advance(bar, folder, shown)
+    done = _advance(bar, folder, shown)
     text = log.read_text(errors="replace")
     if process.returncode and NumericsError.__name__ in text:
         (folder / "diverged").touch()
-    elif process.returncode:
+    elif process.returncode and done < search.steps:  # stopping at --exit-interval is no 0 either
         last = "\n".join(text.splitlines()[-15:])
         raise MegasparseError(f"{folder.name} ended with exit code {process.returncode}:\n{last}")
 

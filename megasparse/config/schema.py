@@ -101,6 +101,14 @@ class ParallelConfig:
     hang_timeout: float = option(
         60.0, "seconds without progress after which a rank is taken to hang; 0: never", at_least=0.0
     )
+    preflight: str = option(
+        "fast", "what is checked of the hosts before the run is built: versions, data, memory, "
+        "disk and clocks (fast), also GPUs and bandwidth (full)", choices=("off", "fast", "full"),
+    )  # fmt: skip
+    preflight_min_bandwidth: float = option(
+        0.0, "GB/s of all-reduce below which a full preflight fails; 0: it only tells",
+        at_least=0.0,
+    )  # fmt: skip
 
 
 @dataclass

@@ -28,7 +28,7 @@ from megasparse.megatron.init import parameter_shard
 from megasparse.megatron.model import build_model, hide_padding
 from megasparse.train.control import Control, as_user_error, make_control, one_line
 from megasparse.train.exported import tokenizer_of
-from megasparse.train.rendezvous import join_group
+from megasparse.train.rendezvous import join_group, own_device
 from megasparse.train.start import check_shape
 from megasparse.train.stored import StoredModel, open_checkpoint
 
@@ -97,11 +97,8 @@ def open_model(args: argparse.Namespace) -> LoadedModel:
     Raises:
         MegasparseError: one line, on every rank.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    join_group(device, collective_timeout(_TIMEOUT_MINUTES), lambda _: None)
+    device = own_device()
+    join_group(device, collective_timeout(_TIMEOUT_MINUTES))
     control = make_control()
     source: Source
     tokenizer = None

@@ -53,8 +53,12 @@ class FolderLock:
     def _take_over(self, folder: Path) -> None:
         owner = self._read()
         age = time.time() - os.fstat(self._descriptor).st_mtime
-        here = socket.gethostname()
-        if owner and owner.get("host") not in (None, here) and age < STALE_SECONDS:
+        here, job = socket.gethostname(), os.environ.get("SLURM_JOB_ID")
+        start = os.environ.get("SLURM_RESTART_COUNT", "0")
+        # A job that was queued again may start on other nodes at once: its start before is over.
+        ours_before = job is not None and owner.get("job") == job and owner.get("start") != start
+        elsewhere = owner.get("host") not in (None, here) and not ours_before
+        if owner and elsewhere and age < STALE_SECONDS:
             os.close(self._descriptor)
             raise StorageError(
                 f"{folder}: another run writes here: {_describe(owner)}, last seen {age:.0f} s ago"
@@ -65,7 +69,8 @@ class FolderLock:
         record = {
             "host": here,
             "pid": os.getpid(),
-            "job": os.environ.get("SLURM_JOB_ID"),
+            "job": job,
+            "start": start,
             "since": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
         self._write(json.dumps(record).encode())

@@ -17,6 +17,7 @@ from megasparse.train.control import Control, as_user_error, make_control, one_l
 from megasparse.train.data import build_data
 from megasparse.train.loop import Context, Trainer
 from megasparse.train.precheck import Prepared, check
+from megasparse.train.preflight import check_hosts, require_fit
 from megasparse.train.process import start_process, stop_process
 from megasparse.train.rendezvous import attempt
 from megasparse.train.stop import StopRequest
@@ -67,6 +68,9 @@ class _Run:
         assert self.watch is not None
         control = make_control()
         _check_same_config(config, control)
+        if parallel.preflight != "off":
+            full = parallel.preflight == "full"
+            require_fit(check_hosts(config, self._prepared.data, control, full))
         grid = make_grid(
             parallel.tensor_model_parallel_size,
             device,

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megasparse.config import RunConfig, gradient_accumulation_steps
 from megasparse.megatron.grid import collective_timeout
-from megasparse.train.rendezvous import join_group
+from megasparse.train.rendezvous import join_group, own_device
+from megasparse.train.rendezvous import leave_group as stop_process
 
 # Without a GPU DeepSpeed must not look for one, and the op that it would compile for shared-memory
 # collectives (30 s, again whenever the environment changes) is of no use to training.
@@ -52,7 +52,7 @@ python_logging.getLogger("DeepSpeed").setLevel(python_logging.ERROR)
 
 
 def start_process(
-    timeout_minutes: float, watch: Callable[[tuple[str, int] | None], None]
+    timeout_minutes: float, watch: Callable[[tuple[str, int] | None], object] = lambda _: None
 ) -> torch.device:
     """Join the process group that the launcher described.
 
@@ -62,20 +62,10 @@ def start_process(
     Returns:
         The device of this rank.
     """
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    device = own_device()
     join_group(device, collective_timeout(timeout_minutes), watch)
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # finds the group
     return device
-
-
-def stop_process() -> None:
-    """Leave the process group after a run that ended well."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:

@@ -1,7 +1,12 @@
 """Joining the group of ranks that the launcher described, with no listener that is not needed.
 
 torch's own server for the rendezvous listens on every interface of the host. Here it is bound to
-MASTER_ADDR, which on one node is loopback; gloo and NCCL are kept on loopback then as well.
+one address: MASTER_ADDR's, or MEGASPARSE_LISTEN_ADDR where rank 0's host has that address under
+another number (behind a NAT, in a container). On one node MASTER_ADDR is loopback; gloo and NCCL
+are kept on loopback then as well. Between nodes gloo takes the interface that leads to
+MASTER_ADDR, unless GLOO_SOCKET_IFNAME names one; NCCL finds its own (NCCL_SOCKET_IFNAME).
+
+(Under `torchrun` its agent keeps the store, which listens everywhere: torch's own.)
 """
 
 from __future__ import annotations
@@ -15,7 +20,10 @@ import torch
 import torch.distributed as dist
 
 from megasparse.errors import ConfigError, PeerError
+from megasparse.log import logger
+from megasparse.train.interfaces import interface_towards, is_loopback
 
+LISTEN = "MEGASPARSE_LISTEN_ADDR"
 _DEFAULTS = {
     "RANK": "0",
     "LOCAL_RANK": "0",
@@ -23,13 +31,29 @@ _DEFAULTS = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# How many nodes the launcher started: DeepSpeed's, torchrun's.
+_NODES = ("CROSS_SIZE", "GROUP_WORLD_SIZE")
+
+
+def own_device() -> torch.device:
+    """Where this rank computes; a GPU becomes the process's current one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def leave_group() -> None:
+    """Leave the process group after a run that ended well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def join_group(
     device: torch.device,
     timeout: datetime.timedelta,
-    watch: Callable[[tuple[str, int] | None], None],
+    watch: Callable[[tuple[str, int] | None], object] = lambda _: None,
 ) -> None:
     """Bring torch.distributed up, if it is not.
 
@@ -54,9 +78,7 @@ def join_group(
         _number("MASTER_PORT"),
     )
     host = os.environ["MASTER_ADDR"]
-    if host in _LOOPBACK:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    _choose_interface(host, world)
     try:
         store = _store(host, port, rank, world, timeout)
         watch((host, store.port) if world > 1 else None)
@@ -71,7 +93,10 @@ def join_group(
         dist.barrier()
     except (dist.DistError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise PeerError(f"the {world} ranks did not meet at {host}:{port}: {reason}") from None
+        raise PeerError(
+            f"the {world} ranks did not meet at {host}:{port} (this one is on "
+            f"{socket.gethostname()}): {reason}"
+        ) from None
 
 
 def attempt() -> str:
@@ -79,6 +104,24 @@ def attempt() -> str:
     return "-".join(
         os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "MEGASPARSE_ATTEMPT")
     )
+
+
+def _choose_interface(host: str, world: int) -> None:
+    """Say on which interface gloo and, on one node, NCCL talk; the user's choice stands."""
+    if is_loopback(host):
+        nodes = max(int(os.environ.get(name, "1")) for name in _NODES)
+        if nodes > 1:
+            logger.warning(
+                "MASTER_ADDR %s is loopback on %s, but %d nodes were started: other hosts cannot "
+                "reach it; give the launcher an address that they can (--master_addr)",
+                host, socket.gethostname(), nodes,
+            )  # fmt: skip
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        return
+    interface = interface_towards(host)
+    if interface is not None and world > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _number(name: str) -> int:
@@ -95,11 +138,19 @@ def _store(
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank or agent:
         return dist.TCPStore(host, port, world, False, **options)  # type: ignore[arg-type]
+    listen = os.environ.get(LISTEN) or host
     try:
-        listener = socket.create_server((host, port))
+        family = socket.getaddrinfo(listen, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((listen, port), family=family)
     except OSError as error:
-        raise ConfigError(f"MASTER_ADDR:MASTER_PORT {host}:{port}: {error.strerror}") from None
+        name = LISTEN if LISTEN in os.environ else "MASTER_ADDR"
+        raise ConfigError(
+            f"{name}:MASTER_PORT {listen}:{port} on {socket.gethostname()}: {error.strerror}"
+        ) from None
     port = listener.getsockname()[1]
+    if world > 1:
+        logger.info("%d ranks meet at %s; the store listens on %s", world, host,
+                    listener.getsockname()[:2])  # fmt: skip
     return dist.TCPStore(
         host,
         port,

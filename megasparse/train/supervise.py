@@ -30,6 +30,7 @@ from megasparse.errors import (
     DataError,
     KernelError,
     PeerError,
+    PreflightError,
 )
 from megasparse.log import logger
 from megasparse.train.catalog import list_steps
@@ -38,7 +39,7 @@ from megasparse.train.stop import SIGNALS
 # Another start would end the same way, or is the scheduler's business.
 FINAL_CODES = {
     0, EXIT_PREEMPTED, ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code,
-    KernelError.exit_code,
+    KernelError.exit_code, PreflightError.exit_code,
 }  # fmt: skip
 POLL_SECONDS = 0.1
 ANNOUNCEMENT_SECONDS = 120.0

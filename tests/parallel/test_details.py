@@ -92,7 +92,7 @@ def _logits(rank, world, flags):
 
     config = resolve(load_config(flags), world)
     parallel = config.parallel
-    device = start_process(1.0, lambda _: None)
+    device = start_process(1.0)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     grid = make_grid(tp, device, config.train.seed, pipeline_model_parallel_size=pp)
     data = build_data(config, grid)

@@ -104,7 +104,7 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
     from megasparse.train.stop import StopRequest
 
     config = resolve(load_config(run), world)
-    device = start_process(1.0, lambda _: None)
+    device = start_process(1.0)
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     grid = make_grid(tp, device, config.train.seed, pipeline_model_parallel_size=pp)

@@ -208,6 +208,16 @@ def test_a_lock_of_another_host_counts_while_it_shows_life(tmp_path):
     FolderLock(tmp_path).release()
 
 
+def test_a_job_that_was_queued_again_takes_over_its_own_lock_on_another_host(tmp_path, monkeypatch):
+    owner = {"host": "elsewhere", "pid": 7, "job": "42", "start": "0"}
+    (tmp_path / ".lock").write_text(json.dumps(owner))
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    with pytest.raises(StorageError, match="job 42, last seen"):  # the same start: still running
+        FolderLock(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    FolderLock(tmp_path).release()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from megasparse.errors import MegasparseError
+from megasparse.errors import ConfigError, MegasparseError
 from tests.runs import TINY, make_dataset
 
 
@@ -82,7 +82,7 @@ def test_a_dense_run_without_flips_gives_no_ratio(tool):
 )
 def test_refusals(tool, tmp_path, capsys, flags, match):
     output = ["--output", str(tmp_path / "search")]
-    assert tool.main([*TINY, "--mock-data", *output, *flags]) == 2
+    assert tool.main([*TINY, "--mock-data", *output, *flags]) == ConfigError.exit_code
     assert match in capsys.readouterr().err
     assert not (tmp_path / "search").exists()
 
@@ -132,7 +132,7 @@ def test_several_ranks_and_foreign_folders(tool, monkeypatch, tmp_path, capsys):
     folder = tmp_path / "search" / "decay-0.2"
     assert {p.name for p in folder.glob("rank-*")} == {"rank-0-of-2", "rank-1-of-2"}
     (folder / "search.json").unlink()
-    assert fake_search(tool, monkeypatch, tmp_path, *flags) == 2
+    assert fake_search(tool, monkeypatch, tmp_path, *flags) == ConfigError.exit_code
     assert "is not a run of a search" in capsys.readouterr().err
     assert (folder / "metrics.jsonl").exists()
 

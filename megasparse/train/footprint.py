@@ -1,0 +1,253 @@
+"""How many parameters and bytes a rank holds, from the configuration alone.
+
+`layer_weights` and its neighbours list every parameter with the name and the local shape that the
+built model gives it; everything else follows:
+
+    state         parameters, optimizer (ZeRO-1 and 2: float32 masters and moments over the data-
+                  parallel ranks), masks, packed or dense operands W~   exact, between two steps
+    gradients     of the parameters, or ZeRO-2's share of them
+    activations   what autograd keeps, from the operators of a layer, times micro-batches in flight
+    workspace     reduce buckets, logits and their gradient, temporaries
+
+Bytes throughout. Activations and workspace are estimates: kernels differ.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from dataclasses import dataclass
+
+from megasparse.config import (
+    ModelConfig,
+    RunConfig,
+    data_parallel_size,
+    gradient_accumulation_steps,
+    pipeline_split,
+)
+from megasparse.sparsity.recipe import SparsityRecipe
+
+REDUCE_BUCKET = 500_000_000  # entries; DeepSpeed's default
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of one rank: name in the whole model, local shape, and whether it is 2:4."""
+
+    name: str
+    shape: tuple[int, ...]
+    sparse: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One rank's bytes by what they are for, and its parameters.
+
+    Attributes:
+        parameters, sparse_parameters: on this rank.
+        state: held between two steps; exact.
+        transient: comes and goes within a step; estimated.
+    """
+
+    stage: int
+    parameters: int
+    sparse_parameters: int
+    state: dict[str, int]
+    transient: dict[str, int]
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.state.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.state_bytes + sum(self.transient.values())
+
+
+def stage_weights(
+    config: RunConfig, recipe: SparsityRecipe, vocabulary: int, stage: int
+) -> list[Weight]:
+    """The parameters of a rank of this pipeline stage (a tied copy included).
+
+    Args:
+        config: resolved.
+        vocabulary: padded.
+    """
+    model, parallel = config.model, config.parallel
+    tp, h = parallel.tensor_model_parallel_size, model.hidden_size
+    split = pipeline_split(config)
+    first, last = stage == 0, stage == len(split) - 1
+    tied = not model.untie_embeddings_and_output_weights
+    found = []
+    if first or (last and tied):
+        found.append(Weight("embedding.word_embeddings.weight", (vocabulary // tp, h)))
+    if first and model.position_embedding_type == "learned_absolute":
+        assert model.max_position_embeddings is not None
+        positions = (model.max_position_embeddings, h)
+        found.append(Weight("embedding.position_embeddings.weight", positions))
+    patterns = config.sparsity.sparse_layers if recipe.is_sparse else []
+    start = sum(split[:stage])
+    for number in range(start, start + split[stage]):
+        for name, shape in layer_weights(model, tp):
+            full = f"decoder.layers.{number}.{name}"
+            module = full.rpartition(".")[0]
+            sparse = len(shape) == 2 and any(fnmatch.fnmatchcase(module, p) for p in patterns)
+            found.append(Weight(full, shape, sparse))
+    if last:
+        found += [Weight(f"decoder.final_layernorm.{n}", s) for n, s in _norm(model)]
+        if not tied:
+            found.append(Weight("output_layer.weight", (vocabulary // tp, h)))
+    return found
+
+
+def layer_weights(model: ModelConfig, tp: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and local shapes of a Transformer layer's parameters."""
+    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
+    h, ffn = model.hidden_size, model.ffn_hidden_size // tp
+    heads = model.num_attention_heads * model.kv_channels // tp
+    qkv = heads + 2 * model.num_query_groups * model.kv_channels // tp
+    linears = {
+        "self_attention.linear_proj": (h, heads),
+        "self_attention.linear_qkv": (qkv, h),
+        "mlp.linear_fc1": (ffn * (2 if model.swiglu else 1), h),
+        "mlp.linear_fc2": (h, ffn),
+    }
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for name, shape in linears.items():
+        found.append((f"{name}.weight", shape))
+        if not model.disable_bias_linear:
+            found.append((f"{name}.bias", shape[:1]))
+    for norm in ("input_layernorm", "pre_mlp_layernorm"):
+        found += [(f"{norm}.{name}", shape) for name, shape in _norm(model)]
+    return found
+
+
+def footprint(
+    config: RunConfig,
+    recipe: SparsityRecipe,
+    vocabulary: int,
+    world: int,
+    stage: int = 0,
+    gpu: bool = True,
+) -> Footprint:
+    """The bytes of a rank of a pipeline stage.
+
+    Args:
+        config: resolved for `world` ranks.
+        vocabulary: padded.
+        gpu: a Hopper GPU, whose 16-bit operands are packed for the sparse tensor cores.
+    """
+    weights = stage_weights(config, recipe, vocabulary, stage)
+    numel = sum(weight.numel for weight in weights)
+    sparse = sum(weight.numel for weight in weights if weight.sparse)
+    dp, zero = data_parallel_size(config, world), config.parallel.zero_stage
+    size = 2 if config.train.bf16 else FLOAT32
+    shard = sum(-(-group // (2 * dp)) * 2 for group in _groups(weights)) if zero else numel
+    state = {
+        "parameters": size * numel,
+        "optimizer": (3 if zero else 2) * FLOAT32 * shard,
+        "masks": sparse if recipe.is_sparse else 0,
+        "operands": _operands(recipe, sparse, size, gpu and config.train.bf16),
+    }
+    transient = {
+        # Of the micro-batches before; ZeRO's averages come when activations have gone.
+        "gradients": size * (shard if zero and zero >= 2 else numel),
+        "activations": activations(config, world, stage, gpu),
+        "workspace": workspace(config, vocabulary, numel, stage),
+    }
+    return Footprint(stage, numel, sparse, state, transient)
+
+
+def activations(config: RunConfig, world: int, stage: int, gpu: bool = True) -> int:
+    """What autograd keeps for the micro-batches that a stage has in flight."""
+    parallel = config.parallel
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    stages = parallel.pipeline_model_parallel_size
+    in_flight = min(stages - stage, gradient_accumulation_steps(config, world))
+    layers = pipeline_split(config)[stage]
+    layer = layer_activations(config, gpu)
+    size = 2 if config.train.bf16 else FLOAT32
+    if parallel.recompute_granularity == "full":
+        kept = size * tokens * config.model.hidden_size // _sequence_split(config)
+        assert parallel.recompute_num_layers is not None
+        chunk = parallel.recompute_num_layers
+        if parallel.recompute_method == "block":
+            once = chunk * kept + (layers - chunk) * layer
+            return in_flight * once + layer
+        return in_flight * -(-layers // chunk) * kept + chunk * layer
+    return in_flight * layers * layer
+
+
+def layer_activations(config: RunConfig, gpu: bool = True) -> int:
+    """What autograd keeps of one layer for one micro-batch.
+
+    Inputs and results of the norms; q, k, v as they come and as they are rotated; the attention's
+    result and its log-sums; the FFN's input halves, activation, shifted gate and product.
+    """
+    model, parallel = config.model, config.parallel
+    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
+    tp = parallel.tensor_model_parallel_size
+    tokens = config.train.micro_batch_size * model.seq_length
+    size = 2 if config.train.bf16 else FLOAT32
+    heads = model.num_attention_heads * model.kv_channels // tp
+    groups = model.num_query_groups * model.kv_channels // tp
+    rotary = model.position_embedding_type == "rope"
+    split = tokens // _sequence_split(config)
+    rms = model.normalization == "RMSNorm"
+    norm = 2 * size * model.hidden_size + FLOAT32 * (1 if rms else 2)
+    if rms and not gpu:  # several operators there: input and normed input, in float32
+        norm = (size + 2 * FLOAT32) * model.hidden_size + FLOAT32
+    dropped = model.hidden_size if model.hidden_dropout else 0
+    # Views keep the whole of what they are cut from.
+    attention = heads + 2 * groups + heads + (heads + groups if rotary else 0)
+    angles = 4 * size * model.seq_length * model.kv_channels if rotary else 0
+    if parallel.recompute_granularity == "selective":
+        attention -= heads
+    ffn = (5 if model.swiglu else 2) * model.ffn_hidden_size // tp
+    log_sums = FLOAT32 * model.num_attention_heads // tp
+    return split * 2 * (norm + dropped) + tokens * (size * (attention + ffn) + log_sums) + angles
+
+
+def workspace(config: RunConfig, vocabulary: int, numel: int, stage: int) -> int:
+    """Buffers of a step: gradient buckets; on the last stage the logits."""
+    parallel = config.parallel
+    size = 2 if config.train.bf16 else FLOAT32
+    total = size * min(REDUCE_BUCKET, numel) if parallel.zero_stage else 0
+    if stage == parallel.pipeline_model_parallel_size - 1:
+        tokens = config.train.micro_batch_size * config.model.seq_length
+        shard = tokens * vocabulary // parallel.tensor_model_parallel_size
+        # As the layer gives them, their softmax in float32, and their gradient.
+        total += shard * (size + FLOAT32 + size)
+    return total
+
+
+def _groups(weights: list[Weight]) -> list[int]:
+    """Entries of the optimizer's groups (`optim/adamw.py`), each of which ZeRO divides."""
+    masked = sum(w.numel for w in weights if w.sparse)
+    matrices = sum(w.numel for w in weights if not w.sparse and len(w.shape) > 1)
+    vectors = sum(w.numel for w in weights if len(w.shape) == 1)
+    return [masked, matrices, vectors]
+
+
+def _operands(recipe: SparsityRecipe, sparse: int, size: int, packed: bool) -> int:
+    """W~ for the GEMMs of a step: packed values and metadata (9/16 of 16 bits), or dense."""
+    if not recipe.is_sparse:
+        return 0
+    if packed and not recipe.simulate_fp8:
+        return (2 if recipe.transposable else 1) * sparse * size * 9 // 16
+    return sparse * size
+
+
+def _sequence_split(config: RunConfig) -> int:
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+
+
+def _norm(model: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+    names = ("weight",) if model.normalization == "RMSNorm" else ("weight", "bias")
+    return [(name, (model.hidden_size,)) for name in names]

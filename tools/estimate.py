@@ -1,0 +1,256 @@
+"""Parameters, memory of a rank and step time of a run, before it is started; and what fits.
+
+    python tools/estimate.py configs/llama_8b_fst.yaml --gpus 64
+    python tools/estimate.py configs/llama_8b_fst.yaml --gpus 64 --micro-batch-size 2 --search
+    python tools/estimate.py configs/gpt2_124m_fst.yaml --gpus 2 --measure      (on this machine)
+
+Flags of launch/pretrain.py may follow. `--search` lists the layouts that fit the GPUs' memory, the
+fastest first. `--measure` runs some steps of the layout on this machine's GPUs with generated data
+and prints estimate and measurement side by side. Bytes between two steps are exact; activations are
+counted operator by operator; times come from measured rates (tools/results/gemm-h200.json), in
+BF16. No GPU and no data are needed, but for `--measure`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from bench_scaling import launch  # noqa: E402
+from estimate_time import TABLE, GemmTable, StepTime, step_time  # noqa: E402
+
+from megasparse.config import (  # noqa: E402
+    RunConfig,
+    load_config,
+    padded_vocab_size,
+    resolve,
+)
+from megasparse.errors import ConfigError, MegasparseError  # noqa: E402
+from megasparse.sparsity.recipe import SparsityRecipe  # noqa: E402
+from megasparse.train.footprint import Footprint, footprint, stage_weights  # noqa: E402
+from megasparse.train.precheck import recipe_of  # noqa: E402
+from megasparse.train.sources import check_data  # noqa: E402
+
+GIB = 2**30
+USABLE = 0.94  # of a GPU's memory: the rest is the driver's, NCCL's, and fragments
+WARMUP = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One layout: every stage's bytes, and the time of a step (None: no rates for its dtype)."""
+
+    config: RunConfig
+    world: int
+    stages: list[Footprint]
+    time: StepTime | None
+
+    @property
+    def peak(self) -> int:
+        return max(stage.peak_bytes for stage in self.stages)
+
+    @property
+    def name(self) -> str:
+        parallel = self.config.parallel
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        words = [f"tp {tp}", f"pp {pp}", f"dp {self.world // (tp * pp)}"]
+        words += ["sp"] if parallel.sequence_parallel else []
+        words += [f"zero {parallel.zero_stage}"]
+        words += [f"recompute {g}"] if (g := parallel.recompute_granularity) else []
+        return ", ".join(words)
+
+
+def estimate(config: RunConfig, world: int, table: GemmTable, args: Any) -> Estimate:
+    """Of a configuration that is resolved for `world` ranks."""
+    recipe, vocabulary = recipe_of(config), vocabulary_of(config)
+    stages = [
+        footprint(config, recipe, vocabulary, world, stage, gpu=args.device == "cuda")
+        for stage in range(config.parallel.pipeline_model_parallel_size)
+    ]
+    time = None
+    if config.train.bf16 and args.device == "cuda":
+        time = step_time(config, recipe, vocabulary, world, table, args.gpus_per_node)
+    return Estimate(config, world, stages, time)
+
+
+def vocabulary_of(config: RunConfig) -> int:
+    """The padded vocabulary, from the configuration or its tokenizer."""
+    size = config.model.vocab_size or check_data(config).vocab_size
+    return padded_vocab_size(size, config)
+
+
+def whole_model(config: RunConfig, recipe: SparsityRecipe, vocabulary: int) -> int:
+    """Parameters of the whole model, each once."""
+    parallel = dataclasses.replace(
+        config.parallel, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
+        decoder_first_pipeline_num_layers=None, decoder_last_pipeline_num_layers=None,
+    )  # fmt: skip
+    single = dataclasses.replace(config, parallel=parallel)
+    return sum(weight.numel for weight in stage_weights(single, recipe, vocabulary, 0))
+
+
+def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[RunConfig]:
+    """Every division of the run over `world` ranks that a configuration allows."""
+    sizes = [n for n in range(1, world + 1) if world % n == 0]
+    for tp in (n for n in sizes if n <= gpus_per_node):
+        for pp in (n for n in sizes if world % (tp * n) == 0):
+            for recompute in (None, "selective", "full"):
+                for zero in (1, 2):
+                    parallel = dataclasses.replace(
+                        config.parallel, tensor_model_parallel_size=tp,
+                        pipeline_model_parallel_size=pp, sequence_parallel=tp > 1,
+                        zero_stage=zero, recompute_granularity=recompute, recompute_method=None,
+                        recompute_num_layers=None, decoder_first_pipeline_num_layers=None,
+                        decoder_last_pipeline_num_layers=None,
+                    )  # fmt: skip
+                    try:
+                        yield resolve(dataclasses.replace(config, parallel=parallel), world)
+                    except ConfigError:
+                        continue  # sizes that do not divide
+
+
+def report(found: Estimate, args: argparse.Namespace) -> str:
+    """The text for one layout."""
+    config = found.config
+    recipe, vocabulary = recipe_of(config), vocabulary_of(config)
+    whole = whole_model(config, recipe, vocabulary)
+    lines = [
+        f"parameters        {whole:,} (vocabulary padded to {vocabulary:,})",
+        f"layout            {found.name}; micro-batch {config.train.micro_batch_size}, global "
+        f"batch {config.train.global_batch_size}, recipe {recipe.name}",
+        "",
+        "GiB of a rank     " + "".join(f"{f'stage {s.stage}':>10}" for s in found.stages),
+    ]
+    names = [*found.stages[0].state, *found.stages[0].transient]
+    for name in names:
+        values = [(s.state | s.transient)[name] / GIB for s in found.stages]
+        lines.append(f"  {name:<16}" + "".join(f"{value:>10.2f}" for value in values))
+    lines.append(f"  {'peak':<16}" + "".join(f"{s.peak_bytes / GIB:>10.2f}" for s in found.stages))
+    numbers = "".join(f"{s.parameters / 1e6:>9.1f}M" for s in found.stages)
+    sparse = "".join(f"{s.sparse_parameters / 1e6:>9.1f}M" for s in found.stages)
+    lines += [f"  {'parameters':<16}{numbers}", f"  {'of them 2:4':<16}{sparse}"]
+    limit = args.gpu_memory * USABLE
+    fits = "fits" if found.peak / GIB <= limit else "DOES NOT FIT"
+    lines.append(f"  {fits} {args.gpu_memory:g} GiB ({limit:.0f} usable)")
+    if found.time is None:
+        return "\n".join([*lines, "", "no step time: the rates are of BF16 on a GPU"])
+    seconds = found.time.seconds
+    lines += ["", f"step time         {seconds:.3f} s, {_rate(found):,.0f} tokens/s"]
+    for name, part in found.time.parts.items():
+        part *= found.time.overhead
+        lines.append(f"  {name:<20}{part:>8.3f} s{part / seconds:>7.0%}")
+    return "\n".join(lines)
+
+
+def search(config: RunConfig, table: GemmTable, args: argparse.Namespace) -> tuple[str, int]:
+    """The layouts that fit, and an exit code: 1 if none does."""
+    found = [
+        estimate(layout, args.gpus, table, args)
+        for layout in layouts(config, args.gpus, args.gpus_per_node)
+    ]
+    fitting = [e for e in found if e.peak / GIB <= args.gpu_memory * USABLE]
+    fitting.sort(key=lambda e: e.time.seconds if e.time else e.peak)
+    lines = [f"{len(fitting)} of {len(found)} layouts fit {args.gpus} x {args.gpu_memory:g} GiB"]
+    if found and not fitting:
+        best = min(found, key=lambda e: e.peak)
+        lines.append(f"the smallest takes {best.peak / GIB:.1f} GiB: {best.name}")
+    for e in fitting[: args.top]:
+        speed = f"{e.time.seconds:8.3f} s  {_rate(e):>12,.0f} tokens/s" if e.time else ""
+        lines.append(f"  {e.peak / GIB:7.1f} GiB  {speed}  {e.name}")
+    return "\n".join(lines), 0 if fitting else 1
+
+
+def measure(found: Estimate, flags: Sequence[str], args: argparse.Namespace) -> str:
+    """Estimate and measurement of the layout side by side (first rank)."""
+    vocabulary = ["--vocab-size", str(found.config.model.vocab_size or vocabulary_of(found.config))]
+    run = launch(
+        {
+            "run": {
+                "flags": [
+                    *flags, *vocabulary, "--eval-iters", "0", "--tokenizer-model", "none",
+                    "--mock-data", "--data-path", "--train-data-path", "--valid-data-path",
+                    "--test-data-path",
+                ],
+                "steps": WARMUP + args.steps,
+            }
+        },
+        found.world,
+        args.device,
+    )["run"]  # fmt: skip
+    seconds = statistics.median(run["seconds"][WARMUP:])
+    recipe = recipe_of(found.config)
+    whole = whole_model(found.config, recipe, vocabulary_of(found.config))
+    rows = [("parameters of the model", whole, run["parameters"])]
+    if args.device == "cuda":
+        rows.append(("GiB, peak of rank 0", found.stages[0].peak_bytes / GIB, run["memory"]))
+    if found.time is not None:
+        rows.append(("seconds a step", found.time.seconds, seconds))
+    lines = [f"{run['hardware']}, torch {run['torch']}, {found.name}",
+             f"{'':<26}{'estimated':>16}{'measured':>16}{'ratio':>8}"]  # fmt: skip
+    for name, estimated, measured in rows:
+        form = ",.0f" if isinstance(measured, int) else ".3f"
+        ratio = estimated / measured
+        lines.append(f"{name:<26}{estimated:>16{form}}{measured:>16{form}}{ratio:>8.2f}")
+    return "\n".join(lines)
+
+
+def _rate(found: Estimate) -> float:
+    assert found.time is not None and found.config.train.global_batch_size
+    tokens = found.config.train.global_batch_size * found.config.model.seq_length
+    return tokens / found.time.seconds
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--gpus", type=int, help="ranks (default: tensor x pipeline parallel)")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpu-memory", type=float, help="GiB (default: the table's GPU)")
+    parser.add_argument("--table", type=Path, default=TABLE, help="measured rates")
+    parser.add_argument("--search", action="store_true", help="list the layouts that fit")
+    parser.add_argument("--top", type=int, default=12, help="layouts to list")
+    parser.add_argument("--measure", action="store_true", help="run it here and compare")
+    parser.add_argument("--steps", type=int, default=6, help="steps to measure")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    args, flags = parse(argv)
+    table = GemmTable(args.table)
+    args.gpu_memory = args.gpu_memory or table.data["memory_gib"]
+    flags = ["--config", str(args.config), *flags]
+    try:
+        loaded = load_config(flags)
+        parallel = loaded.parallel
+        args.gpus = args.gpus or (
+            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        )
+        if args.search:
+            text, code = search(loaded, table, args)
+            print(text)
+            return code
+        found = estimate(resolve(loaded, args.gpus), args.gpus, table, args)
+        print(report(found, args))
+        if args.measure:
+            print("\n" + measure(found, flags, args))
+    except MegasparseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -114,6 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
         flags = [info.flag]
         if info.name in aliases:
             flags.append("--" + aliases[info.name].replace("_", "-"))
+        if info.name == "deepspeed_config":
+            flags.insert(0, "--deepspeed_config")  # as DeepSpeed spells it
         groups[info.group].add_argument(
             *flags, dest=info.name, default=argparse.SUPPRESS, **_argument(info)
         )

@@ -101,6 +101,10 @@ class ParallelConfig:
     hang_timeout: float = option(
         60.0, "seconds without progress after which a rank is taken to hang; 0: never", at_least=0.0
     )
+    deepspeed_config: str | None = option(
+        None, "JSON file with more of DeepSpeed's settings (buckets, profilers); it may not "
+        "contradict the flags",
+    )  # fmt: skip
     preflight: str = option(
         "fast", "what is checked of the hosts before the run is built: versions, data, memory, "
         "disk and clocks (fast), also GPUs and bandwidth (full)", choices=("off", "fast", "full"),

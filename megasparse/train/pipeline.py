@@ -26,6 +26,7 @@ from megasparse.megatron.pipeline import (
     vocab_parallel_loss,
 )
 from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.train.deepspeed_dict import deepspeed_config
 from megasparse.train.engine import Batch, Engine
 from megasparse.train.faults import Faults
 from megasparse.train.numerics import StepGuard, samples_of
@@ -35,7 +36,6 @@ from megasparse.train.process import (
     PipeModelDataParallelTopology,
     TiedLayerSpec,
     deepspeed,
-    deepspeed_config,
     schedule,
 )
 

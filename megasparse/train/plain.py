@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from megasparse.megatron.grid import ModelParallelUnit
+from megasparse.train.deepspeed_dict import deepspeed_config
 from megasparse.train.engine import Batch, Engine
-from megasparse.train.process import deepspeed, deepspeed_config
+from megasparse.train.process import deepspeed
 
 
 class LanguageModelLoss(torch.nn.Module):

@@ -13,6 +13,7 @@ from megasparse.config import RunConfig, load_config, resolve
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.sparsity.recipe import SparsityRecipe, make_recipe
 from megasparse.train.catalog import list_steps, make_private
+from megasparse.train.deepspeed_dict import deepspeed_config
 from megasparse.train.faults import from_environment
 from megasparse.train.sources import CheckedData, check_data
 
@@ -31,7 +32,9 @@ def prepare(argv: Sequence[str], world_size: int) -> Prepared:
     Raises:
         MegasparseError: one line.
     """
-    return check(resolve(load_config(argv), world_size))
+    config = resolve(load_config(argv), world_size)
+    deepspeed_config(config, world_size)
+    return check(config)
 
 
 def check(config: RunConfig) -> Prepared:

@@ -92,7 +92,7 @@ def disturb(
             result["codes"][code] = result["codes"].get(code, 0) + 1
         if struck and codes != [0] * world:
             result["strikes"] += 1
-            result["longest"] = max(result["longest"], time.monotonic() - begin)
+            result["longest"] = max(result["longest"], round(time.monotonic() - begin, 2))
         if codes == [0] * world:
             return result
         assert struck and None not in codes, (codes, place)

@@ -39,6 +39,14 @@ from megasparse.train.process import (
     schedule,
 )
 
+# Of DeepSpeed's instructions; what sends, receives and reduces is communication by itself.
+PHASES = {
+    schedule.LoadMicroBatch: "data",
+    schedule.ForwardPass: "forward",
+    schedule.BackwardPass: "backward",
+    schedule.OptimizerStep: "optimizer",
+}
+
 
 class Pipeline(PipelineModule):
     """This rank's stage, with DeepSpeed's interface.
@@ -136,10 +144,23 @@ class PipelineEngine(Engine):
             schedule.OptimizerStep: self._before_optimizer,
         }
         engine._INSTRUCTION_MAP = {
-            kind: _after(hooks[kind], run) if kind in hooks else run
+            kind: self._instruction(hooks.get(kind), PHASES.get(kind, "other"), run)
             for kind, run in engine._INSTRUCTION_MAP.items()
         }
         return engine
+
+    def _instruction(
+        self, hook: Callable[[], None] | None, phase: str, run: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """An instruction of DeepSpeed's schedule, timed, after a hook."""
+
+        def instruction(engine: Any, **options: Any) -> Any:
+            if hook is not None:
+                hook()
+            with self.timer.span(phase):
+                return run(engine, **options)
+
+        return instruction
 
     def _make_guard(self) -> StepGuard:
         return _PipelineGuard(self, self._engine.module, self._faults)
@@ -282,16 +303,6 @@ class _PipelineGuard(StepGuard):
     def _again(self) -> list[str]:
         self._put_back()
         return self._compute_again([kept.batch for kept in self._kept])
-
-
-def _after(hook: Callable[[], None], run: Callable[..., Any]) -> Callable[..., Any]:
-    """An instruction of DeepSpeed's schedule, after a hook."""
-
-    def instruction(engine: Any, **options: Any) -> Any:
-        hook()
-        return run(engine, **options)
-
-    return instruction
 
 
 def _pairs(batches: Iterator[Batch]) -> Iterator[tuple[Any, Any]]:

@@ -56,14 +56,17 @@ class PlainEngine(Engine):
             self._faults.at("data")
             batch = self.guard.keep(next(batches), self.controller.clock.micro_batch)
             self._faults.at("forward")
-            loss = self.guard.poisoned(self._engine(batch))
+            with self.timer.span("forward"):
+                loss = self.guard.poisoned(self._engine(batch))
             total += loss.detach()
             self._faults.at("backward")
-            self._engine.backward(loss)
+            with self.timer.span("backward"):
+                self._engine.backward(loss)
             if number == self.accumulation_steps - 1:
                 self.guard.check_loss(total)
                 self._faults.at("optimizer")
-            self._engine.step()
+            with self.timer.span("optimizer"):
+                self._engine.step()
         return float(self.grid.mean_over_dp(total / self.accumulation_steps))
 
     @torch.no_grad()

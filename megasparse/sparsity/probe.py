@@ -10,9 +10,10 @@ import torch
 
 from megasparse.timer import StepTimer
 
-# Sums: squared norms of dZ before and after MVUE, of the masked decay and of the gradient; per FP8 operand the entries that were rounded to
-# the largest value of the format, those that were not zero and became it, and all of them.
-# Maxima: the largest magnitude of each FP8 operand before scaling.
+# Sums: squared norms of dZ before and after MVUE, of the masked decay and of the gradient; per FP8
+# operand the entries that were rounded to the largest value of the format, those that were not
+# zero and became it, and all of them. Maxima: the largest magnitude of each FP8 operand before it
+# is scaled.
 OPERANDS = ("x", "weight", "grad_output", "grad_output_mvue")
 
 

@@ -108,10 +108,14 @@ def make_charts(runs: Sequence[RunData], window: int) -> list[Chart]:
         return each(lambda run: smoothed(curve(run, x, y), window))
 
     note = f" (mean of {window})" if window > 1 else ""
-    loss, seen, hours = f"training loss{note}, nat/token", "tokens", "hours of training"
+    loss, seen = f"training loss{note}, nat/token", "tokens"
+    # Without evaluations and saves: the sum of the steps.
+    unit, scale = ("hours", 1) if max(r.rows[-1]["hours"] for r in runs) > 2 else ("minutes", 60)
+    time = {label: [(x * scale, y) for x, y in points]
+            for label, points in smooth("hours", "loss").items()}  # fmt: skip
     charts = [
         Chart("loss_tokens", "Training loss against tokens", seen, loss, smooth("tokens", "loss")),
-        Chart("loss_time", "Training loss against time", hours, loss, smooth("hours", "loss")),
+        Chart("loss_time", "Training loss against time", f"{unit} of training", loss, time),
         Chart("validation", "Validation loss", seen, "nat/token",
               each(lambda run: curve(run, "tokens", "valid_loss"))),
         Chart("flip_rate", "Flip rate at mask refreshes", "step", "share of entries that flip",

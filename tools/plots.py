@@ -12,6 +12,7 @@ try:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 except ImportError:  # training does not need it
     matplotlib = None  # type: ignore[assignment]
 
@@ -58,6 +59,8 @@ def draw(axes: Any, chart: Chart) -> None:
     axes.set(xlabel=chart.x, ylabel=chart.y, title=chart.title)
     if chart.logarithmic:
         axes.set_yscale("log")
+    if chart.x == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)
     if any(chart.curves.values()):
         axes.legend(fontsize="small")
@@ -114,7 +117,8 @@ def patterns(
         right.barh(positions, [retained[name][number] for name in names], 0.38, label=label)
     right.set(title="Norm kept by the mask", xlabel="share of the weight's norm", xlim=(0, 1))
     right.axvline(0.5**0.5, color="black", linewidth=0.8, linestyle=":", label="L2, random mask")
-    right.legend(fontsize="small", loc="lower left")
+    figure.legend(*right.get_legend_handles_labels(), fontsize="small", loc="outside lower right",
+                  ncols=3)  # fmt: skip
     figure.savefig(path, dpi=110)
 
 

@@ -35,6 +35,9 @@ class Recorder:
         recipe: of the run.
         padded_vocab_size: rows of the output layer.
         state: gets the history of flip rates.
+
+    Attributes:
+        only_log: the log steps, instead of those of the configuration (benchmarks).
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Recorder:
         self._peak = self._peak_tflops()
         self._figures: figures.Figures = {}
         self._figures_at = -1  # refreshes at which they were taken
+        self.only_log: tuple[int, ...] | None = None
         self._split: list[Any] = []
         self._seconds = 0.0  # of the steps since the log step before
         self._steps = 0
@@ -131,6 +135,8 @@ class Recorder:
         return (self._config.train.global_batch_size or 0) * self._config.model.seq_length
 
     def _is_logged(self, step: int) -> bool:
+        if self.only_log is not None:
+            return step in self.only_log
         last = self._config.train.train_iters
         return step % self._config.logging.log_interval == 0 or step in (1, last)
 

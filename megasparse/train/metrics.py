@@ -59,7 +59,7 @@ _LOG_STEP = (
      "peak so far: allocated on the GPU, or resident on a CPU; largest rank"),
     *((f"time_{phase}", f"time/{phase}", "s", "of the step before, mean over ranks")
       for phase in PHASES),
-    ("retained_l1", "sparsity/retained_l1", "1", "sum |W o M| / sum |W|, mean over layers"),
+    ("retained_l1", "sparsity/retained_l1", "1", "sum abs(W o M) / sum abs(W), mean over layers"),
     ("decay_ratio", "sparsity/decay_ratio", "1",
      "norm of lambda (1 - M) o W / norm of the clipped gradient, mean over layers"),
     ("mvue_amplification", "sparsity/mvue_amplification", "1",

@@ -124,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     extra = {kind: time_of[kind] - time_of["plain"] for kind in KINDS[1:]}
     cost = sum(extra.values()) / (options.log_interval * time_of["plain"])
     lines = [
-        f"# Cost of the metrics on {hardware}",
+        "# Cost of the metrics",
         "",
-        f"{datetime.date.today()}, torch {torch.__version__}. Command: "
+        f"{hardware}, {datetime.date.today()}, torch {torch.__version__}. Command: "
         f"`python tools/bench_metrics.py {shlex.join(arguments)}`".rstrip(),
         "",
         "| step | lower quartile, ms | more than a plain one, ms |",

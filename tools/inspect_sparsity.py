@@ -24,6 +24,7 @@ from pathlib import Path
 import plots
 import torch
 
+from megasparse import log
 from megasparse.config import from_dict
 from megasparse.errors import CheckpointError, MegasparseError, StorageError
 from megasparse.kernels import prune24_mask, transposable24_mask
@@ -183,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint, or its folder")
     parser.add_argument("--output", type=Path, help="PNG to draw")
     options = parser.parse_args(argv)
+    log.setup(0)
     try:
         inspect(options.checkpoint, options.output)
     except MegasparseError as error:

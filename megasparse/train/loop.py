@@ -107,6 +107,8 @@ class Trainer:
         if self.state.pending_row is not None and not self._complete():
             return "an evaluation was interrupted"
         self.context.tick("the first step", STARTING)
+        if self.grid.device.type == "cuda":
+            logger.info("the first step compiles kernels and tunes GEMMs, which can take minutes")
         while clock.step < train.train_iters:
             if reason := self._reason_to_stop():
                 return describe(reason)

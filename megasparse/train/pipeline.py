@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megasparse.config import RunConfig
-from megasparse.log import logger
+from megasparse.log import logger, speaks
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.pipeline import (
     PartSpec,
@@ -25,6 +25,7 @@ from megasparse.megatron.pipeline import (
     stage_bounds,
     vocab_parallel_loss,
 )
+from megasparse.progress import progress
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.train.engine import Batch, Engine
 from megasparse.train.faults import Faults
@@ -261,12 +262,14 @@ class PipelineEngine(Engine):
         self._faults.step = self.controller.clock.step
         pairs, total, done = _pairs(batches), 0.0, 0
         self._forwards = 0
-        while done < iterations:
-            if interrupted():
-                return None
-            count = min(self.accumulation_steps, iterations - done)
-            total += count * float(self._engine.eval_batch(pairs, num_micro_batches=count))
-            done += count
+        with progress(desc="evaluation", total=iterations, unit="batch", enabled=speaks()) as bar:
+            while done < iterations:
+                if interrupted():
+                    return None
+                count = min(self.accumulation_steps, iterations - done)
+                total += count * float(self._engine.eval_batch(pairs, num_micro_batches=count))
+                done += count
+                bar.update(count)
         return total / iterations
 
     @torch.no_grad()

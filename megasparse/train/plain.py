@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from megasparse.log import speaks
 from megasparse.megatron.grid import ModelParallelUnit
+from megasparse.progress import progress
 from megasparse.train.engine import Batch, Engine
 from megasparse.train.process import deepspeed, deepspeed_config
 
@@ -79,7 +81,9 @@ class PlainEngine(Engine):
         self._engine.eval()
         self._faults.step = self.controller.clock.step
         total = torch.zeros((), device=self.grid.device)
-        for number in range(iterations):
+        for number in progress(
+            range(iterations), desc="evaluation", unit="batch", enabled=speaks()
+        ):
             self._tick(f"evaluation, micro-batch {number}")
             self._faults.at("evaluate")
             if interrupted():

@@ -22,6 +22,7 @@ import datetime
 import os
 import platform
 import shlex
+import socket
 import sys
 import tempfile
 import time
@@ -112,8 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--log-interval", type=int, default=10, help="that the cost is for")
     parser.add_argument("--output", type=Path, help="Markdown file")
     options = parser.parse_args(arguments[:mark])
+    with socket.socket() as probe:  # a free port, when no launcher has chosen one
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():  # fmt: skip
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():  # fmt: skip
         os.environ.setdefault(name, value)
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -96,10 +96,12 @@ class StepTimer:
         if not marks:
             return {}
         if self._cuda:
-            marks[-1][1].synchronize()
+            for _, moment in marks:  # of whichever stream was current
+                moment.synchronize()
         seconds = dict.fromkeys(PHASES, 0.0)
         for (phase, begin), (_, end) in zip(marks, marks[1:]):
-            seconds[phase] += begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            passed = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            seconds[phase] += max(passed, 0.0)  # two streams may be out of order
         self._spare += [moment for _, moment in marks] if self._cuda else []
         return seconds
 

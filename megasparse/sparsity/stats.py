@@ -87,7 +87,9 @@ def measure(
 
 def _weight_sums(state: SparseWeight, weight: torch.Tensor, sparse_now: bool) -> torch.Tensor:
     zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
-    used = state.effective(weight) if sparse_now else weight
+    # Without monitoring the step after a dense warm-up is the first to have a mask.
+    known = state.mask is not None or not state.recipe.has_mask
+    used = state.effective(weight) if sparse_now and known else weight
     if state.mask is None:
         kept = zero
     elif sparse_now and state.recipe.has_mask:

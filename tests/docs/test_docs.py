@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -59,6 +60,11 @@ def test_the_tutorial_runs(tmp_path):
     assert re.search(r"linear_fc1\.weight +256x64 +0\.5000 +yes +yes", done.stdout)
     page = (tmp_path / "pictures" / "index.html").read_text()
     assert page.count("<svg") >= 6 and "Training loss against time" in page
+    pictures = re.findall(r"<svg.*?</svg>", page, re.S)
+    for picture in pictures:
+        ElementTree.fromstring(picture)  # well-formed, on its own
+    for used in set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", page)):
+        assert page.count(f'id="{used}"') == 1, used
     for resource in (r'(src|href)="(?!#)', r"@import", r"url\((?!#)"):
         assert not re.search(resource, page), f"the page loads something: {resource}"
     for picture in ("flip_rate", "loss_tokens", "all", "masks"):

@@ -106,10 +106,12 @@ class StepTimer:
         return seconds
 
     def enter(self, phase: str) -> None:
+        """From here on time belongs to `phase`, until `leave` (see `span`)."""
         self._stack.append(phase)
         self._mark()
 
     def leave(self) -> None:
+        """Back to the phase before the last `enter`."""
         self._stack.pop()
         self._mark()
 

@@ -140,6 +140,13 @@ def test_nothing_prints_or_pickles_in_the_package():
                 assert not {"pickle", "dill", "marshal", "shelve"} & set(names), path
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_everything_public_is_documented(path: Path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
 def test_top_level_shows_only_what_belongs_there():
     allowed = {
         "README.md", "Makefile", "setup.py", "LICENSE", "pyproject.toml",

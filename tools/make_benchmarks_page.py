@@ -9,6 +9,7 @@ Each file there is one section, newest first: its own title, then its text as it
 from __future__ import annotations
 
 import argparse
+import posixpath
 import re
 import sys
 from collections.abc import Sequence
@@ -49,8 +50,13 @@ def section(path: Path) -> tuple[str, str]:
     for line in body.strip().splitlines():
         code ^= line.startswith("```")
         lines.append(f"#{line}" if line.startswith("#") and not code else line)
-    text = re.sub(r"\]\((?!https?:|#)", "](../tools/results/", "\n".join(lines))
+    text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", _from_docs, "\n".join(lines))
     return first[2:].strip(), text
+
+
+def _from_docs(link: re.Match[str]) -> str:
+    target = posixpath.normpath(f"tools/results/{link[1]}")
+    return f"]({posixpath.relpath(target, 'docs')})"
 
 
 def build(results: Path) -> str:

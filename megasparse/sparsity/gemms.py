@@ -30,11 +30,21 @@ class LinearGemms(Protocol):
 
     halved: Set[str]
 
-    def output(self, x_TK: torch.Tensor) -> torch.Tensor: ...
+    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """`X W~^T`, `(T, N)` in the dtype of x."""
+        ...
 
-    def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor: ...
+    def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor:
+        """`dZ W~`, `(T, K)` in the dtype of dz."""
+        ...
 
-    def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor: ...
+    def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
+        """`dZ^T X` or `MVUE(dZ^T) X`, `(N, K)`: straight through to the dense master weight.
+
+        Args:
+            seed: of the layer's draws in this micro-batch.
+        """
+        ...
 
 
 class DenseGemms:

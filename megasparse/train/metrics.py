@@ -100,6 +100,7 @@ class ProgressLine:
         self._start, self._begin = start_step, time.monotonic()
 
     def show(self, row: dict[str, Any]) -> None:
+        """Log a row as one line."""
         done = row["step"] - self._start
         left = (time.monotonic() - self._begin) / max(done, 1) * (self._train_iters - row["step"])
         parts = [

@@ -127,6 +127,7 @@ class Recorder:
             self._writer.flush()
 
     def close(self) -> None:
+        """The end of the run."""
         if self._writer is not None:
             self._writer.close()
 

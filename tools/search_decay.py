@@ -31,7 +31,7 @@ import plots
 from search_decay_choice import FEASIBLE, Run, choose, judge, table
 
 from megasparse.config import RunConfig, load_config, resolve, to_dict
-from megasparse.errors import EXIT_PREEMPTED, ConfigError, MegasparseError, NumericsError
+from megasparse.errors import ConfigError, MegasparseError, NumericsError
 from megasparse.progress import progress
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.train.metrics import read_metrics
@@ -174,7 +174,11 @@ def _launch(search: Search, arguments: Sequence[str], folder: Path, bar: Any) ->
     text = log.read_text(errors="replace")
     if process.returncode and NumericsError.__name__ in text:
         (folder / "diverged").touch()
-    elif process.returncode not in (0, EXIT_PREEMPTED):  # it ends by --exit-interval
+        return
+    # It ends by --exit-interval, with code 75, of which torchrun makes 1: what counts is that it
+    # came to its last step.
+    rows = read_metrics(folder / "metrics.jsonl")
+    if process.returncode and not (rows and rows[-1]["step"] == search.steps):
         last = "\n".join(text.splitlines()[-15:])
         raise MegasparseError(f"{folder.name} ended with exit code {process.returncode}:\n{last}")
 

@@ -82,7 +82,7 @@ def test_a_dense_run_without_flips_gives_no_ratio(tool):
 )
 def test_refusals(tool, tmp_path, capsys, flags, match):
     output = ["--output", str(tmp_path / "search")]
-    assert tool.main([*TINY, "--mock-data", *output, *flags]) == 2
+    assert tool.main([*TINY, "--mock-data", *output, *flags]) == 64
     assert match in capsys.readouterr().err
     assert not (tmp_path / "search").exists()
 
@@ -104,6 +104,7 @@ if rank == 0:
     rate = 0.02 if dense else 0.02 * (1 - decay)
     rows = [{"step": s, "loss": 5.0, "flip_rate": rate} for s in range(1, 10)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+sys.exit(75)  # as a run that --exit-interval ends
 """
 
 
@@ -132,7 +133,7 @@ def test_several_ranks_and_foreign_folders(tool, monkeypatch, tmp_path, capsys):
     folder = tmp_path / "search" / "decay-0.2"
     assert {p.name for p in folder.glob("rank-*")} == {"rank-0-of-2", "rank-1-of-2"}
     (folder / "search.json").unlink()
-    assert fake_search(tool, monkeypatch, tmp_path, *flags) == 2
+    assert fake_search(tool, monkeypatch, tmp_path, *flags) == 64
     assert "is not a run of a search" in capsys.readouterr().err
     assert (folder / "metrics.jsonl").exists()
 

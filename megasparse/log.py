@@ -29,6 +29,11 @@ def setup(rank: int) -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
+def speaks() -> bool:
+    """Whether this rank tells people how things go on: rank 0, once `setup` was called."""
+    return logger.isEnabledFor(logging.INFO)
+
+
 _said: set[str] = set()
 
 

@@ -170,11 +170,15 @@ def _launch(search: Search, arguments: Sequence[str], folder: Path, bar: Any) ->
         except BaseException:  # an interrupted search leaves no run behind
             process.terminate()
             raise
-    done = _advance(bar, folder, shown)
+    _advance(bar, folder, shown)
     text = log.read_text(errors="replace")
     if process.returncode and NumericsError.__name__ in text:
         (folder / "diverged").touch()
-    elif process.returncode and done < search.steps:  # stopping at --exit-interval is no 0 either
+        return
+    # It ends by --exit-interval, with code 75, of which torchrun makes 1: what counts is that it
+    # came to its last step.
+    rows = read_metrics(folder / "metrics.jsonl")
+    if process.returncode and not (rows and rows[-1]["step"] == search.steps):
         last = "\n".join(text.splitlines()[-15:])
         raise MegasparseError(f"{folder.name} ended with exit code {process.returncode}:\n{last}")
 

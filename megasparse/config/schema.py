@@ -278,6 +278,16 @@ class LoggingConfig:
     )
     eval_iters: int = option(10, "global batches in a validation; 0: none", at_least=0)
     tensorboard_dir: str | None = option(None, "default RUN_DIR/tensorboard")
+    log_csv: bool = option(False, "write RUN_DIR/metrics.csv too")
+    log_layers: bool = option(False, "write RUN_DIR/layers.jsonl: every layer's figures")
+    wandb_project: str | None = option(None, "Weights & Biases: project; default: not used")
+    wandb_exp_name: str | None = option(None, "its name of the run; default: the run folder's")
+    wandb_save_dir: str | None = option(None, "its local folder; default RUN_DIR/wandb")
+    wandb_entity: str | None = option(None, "its team or user")
+    peak_tflops: float | None = option(
+        None, "dense peak of a GPU (or CPU) for MFU; default: known GPUs' in the precision in use",
+        above=0.0,
+    )  # fmt: skip
     sample_prompt: str = option("", "text that the sample at the end continues")
     sample_tokens: int = option(0, "length of the sample at the end; 0: none", at_least=0)
 

@@ -28,6 +28,8 @@ import numpy as np
 from megasparse.data.atomic import read_error
 from megasparse.data.sidecar import bin_path, idx_path
 from megasparse.errors import DataError
+from megasparse.log import speaks
+from megasparse.progress import progress
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -242,7 +244,9 @@ def _check_documents(index: Index) -> None:
 def _check_tokens(index: Index, vocab_size: int) -> None:
     path = bin_path(index.prefix)
     tokens = np.memmap(path, dtype=index.dtype, mode="r", shape=(index.num_tokens,))
-    for start in range(0, index.num_tokens, _CHUNK):
+    starts = range(0, index.num_tokens, _CHUNK)
+    desc = f"checking {path.name}"
+    for start in progress(starts, desc=desc, unit="chunk", enabled=speaks()):
         chunk = tokens[start : start + _CHUNK]
         low, high = int(chunk.min()), int(chunk.max())
         if low < 0 or high >= vocab_size:

@@ -36,6 +36,9 @@ class VerifiedGPTDataset(GPTDataset):
         found = _load(folder, stem)
         if found is not None:
             return found
+        # One call of Megatron's into C++: there is nothing to count in between.
+        documents, split = len(self.indices), self.index_split.name
+        logger.info("building the %s index of %s documents; kept in %s", split, documents, folder)
         cache, self.config.path_to_cache = self.config.path_to_cache, ""  # "": none at all
         try:
             built = super()._build_document_sample_shuffle_indices()

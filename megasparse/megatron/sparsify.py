@@ -14,6 +14,7 @@ from megasparse.megatron.layers import _ParallelLinear
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.state import Reduce, SparseWeight
+from megasparse.timer import StepTimer
 
 BLOCK = 4
 
@@ -27,6 +28,7 @@ def sparsify(
     reduce_max: Reduce | None = None,
     monitor: bool = True,
     num_layers: int = 0,
+    timer: StepTimer | None = None,
 ) -> SparsityController:
     """Give every linear whose name matches a pattern the recipe's sparsity state.
 
@@ -39,11 +41,12 @@ def sparsify(
         reduce, reduce_max: sum and largest over the tensor-parallel group.
         monitor: keep masks and flips up to date in dense phases.
         num_layers: of the whole model; a stage without a match is no error if another has one.
+        timer: of the run.
 
     Raises:
         ConfigError: a pattern that matches nothing, or a shard that cuts a 4x4 block.
     """
-    controller = SparsityController(recipe, clock, monitor)
+    controller = SparsityController(recipe, clock, monitor, timer=timer or StepTimer())
     linears = {
         name: module
         for name, module in model.named_modules()

@@ -62,5 +62,21 @@ class MaskedDecay:
             )
         return decay
 
+    def measure(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tell the probes how strong the decay of this step is beside the gradients."""
+        strength = self._controller.masked_decay()
+        states = {id(weight): state for state, weight in self._controller.weights}
+        if strength == 0.0:
+            return
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                for fragment in self._by_tensor.get(id(tensor), []):
+                    state = states.get(id(fragment.parameter))
+                    if state is None or state.mask is None or tensor.grad is None:
+                        continue
+                    weight = fragment.of(tensor.data)
+                    masked = weight.masked_fill(fragment.of_parameter(state.mask), 0.0)
+                    state.probe.decay(fragment.of(tensor.grad), masked, strength)
+
     def _masks(self) -> dict[int, torch.Tensor]:
         return {id(weight): mask for weight, mask in self._controller.masked_weights()}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from megasparse.errors import KernelError, NumericsError
 from megasparse.kernels import derive_seed
 from megasparse.sparsity import schedule
+from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.state import SparseWeight
+from megasparse.timer import StepTimer
 
 
 @dataclass
@@ -48,16 +48,6 @@ class Clock:
 
 
 @dataclass
-class LayerReport:
-    """Figures of one sparse weight, of this rank alone; sums so that ranks can be added up."""
-
-    name: str
-    flips: int | None  # None before the second refresh: there was nothing to compare with
-    nonzeros: int
-    numel: int
-
-
-@dataclass
 class SparsityController:
     """All sparse weights of the local model.
 
@@ -66,16 +56,46 @@ class SparsityController:
         clock: shared with the layers.
         monitor: keep masks and flips in dense phases.
         weights: sparse weight states with their parameters, in model order.
+        timer: of the run.
     """
 
     recipe: SparsityRecipe
     clock: Clock
     monitor: bool = True
     weights: list[tuple[SparseWeight, torch.nn.Parameter]] = field(default_factory=list)
+    timer: StepTimer = field(default_factory=StepTimer)
 
     def register(self, state: SparseWeight, weight: torch.nn.Parameter) -> None:
         """Add a layer's weight."""
+        state.probe = Probe(self.timer)
         self.weights.append((state, weight))
+
+    def ask(self, wanted: bool) -> None:
+        """Let the probes of all weights measure from here, or no longer."""
+        for state, _ in self.weights:
+            if wanted:
+                state.probe.ask()
+            else:
+                state.probe.asked = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether the probes measure."""
+        return any(state.probe.asked for state, _ in self.weights)
+
+    def halved_flops_per_token(self, recomputed: float) -> float:
+        """FLOPs a token that the local shards' GEMMs have saved on sparse tensor cores.
+
+        The 2 N K of each such GEMM by a half.
+
+        Args:
+            recomputed: share of the layers whose forward, with its output GEMM, is done twice.
+        """
+        runs = {"output": 1.0 + recomputed}
+        return sum(
+            weight.numel() * sum(runs.get(gemm, 1.0) for gemm in state.halved)
+            for state, weight in self.weights
+        )
 
     @property
     def sparse_now(self) -> bool:
@@ -108,33 +128,6 @@ class SparsityController:
         for state, weight in self.weights:
             if state.mask is not None:
                 yield weight, state.mask
-
-    def report(
-        self,
-        whole: Callable[[list[torch.nn.Parameter]], Any] = lambda _: contextlib.nullcontext(),
-    ) -> list[LayerReport]:
-        """Flips of the last refresh and non-zeros of the effective weights (synchronises).
-
-        Args:
-            whole: makes a context in which the local weights can be read.
-        """
-        reports = []
-        for state, weight in self.weights:
-            if state.nan_seen():
-                raise NumericsError(f"NaN in the weight {state.name}, found while it was pruned")
-            if state.not_24_seen():
-                raise KernelError(f"an operand packed for {state.name} was not 2:4")
-            with whole([weight]):
-                used = state.effective(weight.detach()) if self.sparse_now else weight.detach()
-                reports.append(
-                    LayerReport(
-                        name=state.name,
-                        flips=None if state.flips is None else int(state.flips),
-                        nonzeros=int(torch.count_nonzero(used)),
-                        numel=weight.numel(),
-                    )
-                )
-        return reports
 
     def invalidate(self) -> None:
         """Rebuild all operands at their next use."""

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from megasparse.log import log_once, logger
+from megasparse.log import log_once, logger, speaks
+from megasparse.progress import progress
 
 MAX_ALGORITHMS = 64
 # Smaller products take microseconds: a search would find noise.
@@ -84,7 +85,10 @@ class GemmChooser:
         expected = dense()
         times: dict[int, float] = {}
         rejected = 0
-        for algorithm in range(MAX_ALGORITHMS):
+        algorithms = range(MAX_ALGORITHMS)
+        for algorithm in progress(
+            algorithms, desc=f"tuning {key}", unit="algorithm", enabled=speaks()
+        ):
             try:
                 result = sparse(algorithm)
             except RuntimeError:

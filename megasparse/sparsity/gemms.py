@@ -10,28 +10,47 @@ rank. Communication is around these (`sparsity/linear.py`), never inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Protocol
 
 import torch
 
 from megasparse.kernels import mvue24
+from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import Mvue
 from megasparse.sparsity.shard import Section
 
 
 class LinearGemms(Protocol):
-    """The GEMMs of one linear layer with the operands of one optimizer step."""
+    """The GEMMs of one linear layer with the operands of one optimizer step.
 
-    def output(self, x_TK: torch.Tensor) -> torch.Tensor: ...
+    Attributes:
+        halved: names of the GEMMs that have run on sparse tensor cores, with half of the products.
+    """
 
-    def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor: ...
+    halved: Set[str]
 
-    def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor: ...
+    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """`X W~^T`, `(T, N)` in the dtype of x."""
+        ...
+
+    def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor:
+        """`dZ W~`, `(T, K)` in the dtype of dz."""
+        ...
+
+    def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
+        """`dZ^T X` or `MVUE(dZ^T) X`, `(N, K)`: straight through to the dense master weight.
+
+        Args:
+            seed: of the layer's draws in this micro-batch.
+        """
+        ...
 
 
 class DenseGemms:
     """All three GEMMs dense."""
+
+    halved: Set[str] = frozenset()
 
     def __init__(self, w_NK: torch.Tensor) -> None:
         self._w_NK = w_NK.detach()
@@ -54,14 +73,20 @@ class ReferenceSparseGemms(DenseGemms):
         mvue: how dZ^T is pruned along tokens.
         channels: where the local output channels lie in the whole layer, so that every
             tensor-parallel degree draws the same random numbers.
+        probe: is told what is drawn and rounded.
     """
 
     def __init__(
-        self, effective_NK: torch.Tensor, mvue: Mvue, channels: tuple[Section, ...]
+        self,
+        effective_NK: torch.Tensor,
+        mvue: Mvue,
+        channels: tuple[Section, ...],
+        probe: Probe | None = None,
     ) -> None:
         super().__init__(effective_NK)
         self._mvue = mvue
         self._channels = channels
+        self._probe = probe or Probe()
 
     def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
         if self._mvue != "off":
@@ -69,17 +94,20 @@ class ReferenceSparseGemms(DenseGemms):
         return dz_TN.t() @ x_TK
 
     def _prune_along_tokens(self, dz_TN: torch.Tensor, seed: int) -> torch.Tensor:
-        pruned = [
-            mvue24(
-                dz_TN.narrow(1, s.local_start, s.length),
-                seed=seed,
-                dim=0,
-                offsets=(0, s.global_start),
-                exact=self._mvue == "exact",
-            )
-            for s in self._channels
-        ]
-        return pruned[0] if len(pruned) == 1 else torch.cat(pruned, 1)
+        with self._probe.timer.span("preparation"):
+            parts = [
+                mvue24(
+                    dz_TN.narrow(1, s.local_start, s.length),
+                    seed=seed,
+                    dim=0,
+                    offsets=(0, s.global_start),
+                    exact=self._mvue == "exact",
+                )
+                for s in self._channels
+            ]
+            pruned = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        self._probe.mvue(dz_TN, pruned)
+        return pruned
 
 
 class SimulatedFp8Gemms(ReferenceSparseGemms):
@@ -105,26 +133,36 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
         mvue: Mvue,
         channels: tuple[Section, ...],
         reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        probe: Probe | None = None,
     ) -> None:
-        super().__init__(effective_NK, mvue, channels)
+        super().__init__(effective_NK, mvue, channels, probe)
         self._reduce_max = reduce_max
 
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self._e4m3(x_TK) @ self._e4m3(self._w_NK).t()
+        return self._e4m3(x_TK, "x") @ self._e4m3(self._w_NK, "weight").t()
 
     def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor:
-        return self._e5m2(dz_TN) @ self._e5m2(self._w_NK)
+        return self._e5m2(dz_TN, "grad_output") @ self._e5m2(self._w_NK)
 
     def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
         if self._mvue != "off":
             dz_TN = self._prune_along_tokens(dz_TN, seed)
-        return self._e5m2(dz_TN).t() @ self._e5m2(x_TK)
+        return self._e5m2(dz_TN, "grad_output_mvue").t() @ self._e5m2(x_TK)
 
-    def _e4m3(self, tensor: torch.Tensor) -> torch.Tensor:
-        return round_to_fp8(tensor, torch.float8_e4m3fn, self._reduce_max)
+    def _e4m3(self, tensor: torch.Tensor, operand: str | None = None) -> torch.Tensor:
+        return self._round(tensor, torch.float8_e4m3fn, operand)
 
-    def _e5m2(self, tensor: torch.Tensor) -> torch.Tensor:
-        return round_to_fp8(tensor, torch.float8_e5m2, self._reduce_max)
+    def _e5m2(self, tensor: torch.Tensor, operand: str | None = None) -> torch.Tensor:
+        return self._round(tensor, torch.float8_e5m2, operand)
+
+    def _round(self, tensor: torch.Tensor, dtype: torch.dtype, operand: str | None) -> torch.Tensor:
+        """Rounded; an operand with a name is told to the probe."""
+        with self._probe.timer.span("preparation"):
+            scale = fp8_scale(tensor, dtype, self._reduce_max)
+            rounded = (tensor.float() * scale).to(dtype).float()
+            if operand is not None:
+                self._probe.fp8(operand, tensor, rounded, scale, dtype)
+            return (rounded / scale).to(tensor.dtype)
 
 
 def round_to_fp8(
@@ -137,9 +175,18 @@ def round_to_fp8(
     `s = max(dtype) / amax`, `q = cast(x * s)`, result `q / s`. A zero tensor comes back unchanged;
     zeros stay zeros, so 2:4 stays 2:4; infinities and NaN become NaN.
     """
+    scale = fp8_scale(tensor, dtype, reduce_max)
+    rounded = (tensor.float() * scale).to(dtype).float()
+    return (rounded / scale).to(tensor.dtype)
+
+
+def fp8_scale(
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """float32 0-d: `max(dtype) / amax`, 1 for a tensor of zeros."""
     amax = tensor.detach().abs().amax().float()
     if reduce_max is not None:
         amax = reduce_max(amax)
-    scale = torch.where(amax > 0, torch.finfo(dtype).max / amax, torch.ones_like(amax))
-    rounded = (tensor.float() * scale).to(dtype).float()
-    return (rounded / scale).to(tensor.dtype)
+    return torch.where(amax > 0, torch.finfo(dtype).max / amax, torch.ones_like(amax))

@@ -12,13 +12,14 @@ pruned weight. The weight gradient stays with MVUE, whose draws are part of the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import torch
 
 from megasparse.kernels import matmul24, mvue_pack24, pack24, spmm24
 from megasparse.kernels.packed24 import Packed24
 from megasparse.sparsity.gemm_choice import GemmChooser, chooser_for
+from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import Section
 
@@ -54,6 +55,7 @@ class PackedSparseGemms:
         channels: where the local output channels lie in the whole layer.
         error_flag: int32 (1,), set on the device if an operand is not 2:4.
         chooser: which GEMM computes which shape; default: the GPU's own, kept on disk.
+        probe: is told what MVUE draws.
     """
 
     def __init__(
@@ -63,7 +65,10 @@ class PackedSparseGemms:
         channels: tuple[Section, ...],
         error_flag: torch.Tensor,
         chooser: GemmChooser | None = None,
+        probe: Probe | None = None,
     ) -> None:
+        self.halved: Set[str] = frozenset()
+        self._probe = probe or Probe()
         self._effective, self._recipe, self._error_flag = effective, recipe, error_flag
         self._channels = tuple((s.local_start, s.global_start, s.length) for s in channels)
         w_NK = effective()
@@ -74,23 +79,26 @@ class PackedSparseGemms:
             self._packed_t = pack24(w_NK.t().contiguous(), error_flag=error_flag)
 
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self._multiply(self._packed, x_TK, lambda w_NK: w_NK.t())
+        return self._multiply("output", self._packed, x_TK, lambda w_NK: w_NK.t())
 
     def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor:
         if self._packed_t is None:
             return dz_TN @ self._effective()
-        return self._multiply(self._packed_t, dz_TN, lambda w_NK: w_NK)
+        return self._multiply("grad_input", self._packed_t, dz_TN, lambda w_NK: w_NK)
 
     def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
         if self._recipe.mvue == "off":
             return dz_TN.t() @ x_TK
-        packed = mvue_pack24(
-            dz_TN,
-            seed=seed,
-            channels=self._channels,
-            exact=self._recipe.mvue == "exact",
-            error_flag=self._error_flag,
-        )
+        with self._probe.timer.span("preparation"):
+            packed = mvue_pack24(
+                dz_TN,
+                seed=seed,
+                channels=self._channels,
+                exact=self._recipe.mvue == "exact",
+                error_flag=self._error_flag,
+            )
+        self._probe.mvue(dz_TN, packed.values)
+        self.halved |= {"grad_weight"}
         missing = packed.shape[1] - x_TK.shape[0]  # tokens of zeros add nothing
         if missing:
             x_TK = torch.nn.functional.pad(x_TK, (0, 0, 0, missing))
@@ -105,6 +113,7 @@ class PackedSparseGemms:
 
     def _multiply(
         self,
+        name: str,
         packed: Packed24,
         a: torch.Tensor,
         dense_operand: Callable[[torch.Tensor], torch.Tensor],
@@ -119,6 +128,7 @@ class PackedSparseGemms:
         )
         if choice.dense_wins:
             return a @ dense_operand(self._effective())
+        self.halved |= {name}
         return spmm24(packed, a, algorithm=choice.algorithm)
 
 

@@ -7,7 +7,7 @@ optimizer step. Everything that a resume needs is in `export_state`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from megasparse.sparsity.gemms import (
     ReferenceSparseGemms,
     SimulatedFp8Gemms,
 )
+from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
 
@@ -70,6 +71,7 @@ class SparseWeight(torch.nn.Module):
         self.prepared_step = -1  # step that the operands were last built for
         self.preparations_of_step = 0  # times they were built for it: once
         self.preparations = 0  # times in all
+        self.probe = Probe()  # the controller gives one with the run's timer
         self._reduce = reduce
         self._reduce_max = reduce_max
         self._operands: tuple[tuple[int, bool], LinearGemms] | None = None
@@ -86,8 +88,15 @@ class SparseWeight(torch.nn.Module):
             monitor: keep masks and flips up to date in dense phases too.
         """
         if self._operands is None or self._operands[0] != (step, sparse):
-            self._operands = ((step, sparse), self._prepare(weight.detach(), step, sparse, monitor))
+            with self.probe.timer.span("preparation"):
+                gemms = self._prepare(weight.detach(), step, sparse, monitor)
+            self._operands = ((step, sparse), gemms)
         return self._operands[1]
+
+    @property
+    def halved(self) -> Set[str]:
+        """The GEMMs of the latest step that have run on sparse tensor cores."""
+        return frozenset() if self._operands is None else self._operands[1].halved
 
     def invalidate(self) -> None:
         """Forget the operands: the master weight was changed from outside (a loaded checkpoint)."""
@@ -112,14 +121,18 @@ class SparseWeight(torch.nn.Module):
             if self._error_flag is None:
                 self._error_flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
             return packed_gemms.PackedSparseGemms(
-                lambda: self.effective(weight), recipe, channels, self._error_flag
+                lambda: self.effective(weight),
+                recipe,
+                channels,
+                self._error_flag,
+                probe=self.probe,
             )
         if weight.is_cuda:
             log_once("2:4 layers computed by dense GEMMs: %s", reason)
         effective = self.effective(weight)
         if recipe.simulate_fp8:
-            return SimulatedFp8Gemms(effective, recipe.mvue, channels, self._reduce_max)
-        return ReferenceSparseGemms(effective, recipe.mvue, channels)
+            return SimulatedFp8Gemms(effective, recipe.mvue, channels, self._reduce_max, self.probe)
+        return ReferenceSparseGemms(effective, recipe.mvue, channels, self.probe)
 
     def effective(self, weight: torch.Tensor) -> torch.Tensor:
         """W~ `(N, K)` of a sparse phase: `W o M`, or `beta * S(W)` (S-STE eq. of section 2.2)."""
@@ -139,13 +152,12 @@ class SparseWeight(torch.nn.Module):
             self._refresh(weight, step)
         return self.effective(weight)
 
-    def nan_seen(self) -> bool:
-        """Whether a NaN was found in the weight since the start (synchronises on a GPU)."""
-        return self._nan_flag is not None and bool(self._nan_flag.item())
-
-    def not_24_seen(self) -> bool:
-        """Whether an operand that was packed was not 2:4 (synchronises; a defect, not bad data)."""
-        return self._error_flag is not None and bool(self._error_flag.item())
+    def flags(self, device: torch.device) -> torch.Tensor:
+        """float64 (2,), not 0 where since the start a NaN was found in the weight, and where an
+        operand that was packed was not 2:4 (a defect, not bad data)."""
+        none = torch.zeros(1, dtype=torch.float64, device=device)
+        found = (self._nan_flag, self._error_flag)
+        return torch.cat([none if flag is None else flag.double() for flag in found])
 
     def _flag(self, weight: torch.Tensor) -> torch.Tensor | None:
         if not weight.is_cuda:

@@ -12,6 +12,7 @@ from megasparse.megatron.model import build_model, hide_padding
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.timer import StepTimer
 from megasparse.train.engine import Engine
 from megasparse.train.faults import Faults
 from megasparse.train.pipeline import Pipeline, PipelineEngine
@@ -46,6 +47,7 @@ def build_engine(
             reduce_max=grid.max_over_tp,
             monitor=config.sparsity.track_flip_rate,
             num_layers=config.model.num_layers,
+            timer=StepTimer(grid.device),
         )
 
     if grid.pp_size > 1:

@@ -54,6 +54,7 @@ class Engine(ABC):
     Attributes:
         fragments: where the parameters lie in the optimizer's tensors.
         guard: watches the steps.
+        timer: the controller's; phases of a step are told to it.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class Engine(ABC):
         tick: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.config, self.grid, self.model, self.controller = config, grid, model, controller
+        self.timer = controller.timer
         train = config.train
         recipe = controller.recipe
         decay = MaskedDecay(controller)
+        self._decay = decay if recipe.regulariser != "none" else None
         self._on_gradient = decay if recipe.regulariser == "masked_decay" else None
         decoupled = recipe.regulariser == "decoupled_masked_decay"
         self.optimizer = MaskedAdamW(
@@ -171,6 +174,8 @@ class Engine(ABC):
             return False
         if not self.config.parallel.zero_stage and not self._clip():
             return False
+        if self._decay is not None and self.controller.asked:
+            self._decay.measure(optimizer)
         if self._on_gradient is not None:
             self._on_gradient.add_to_gradients(optimizer)
         return True

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megasparse.config import RunConfig, dump_yaml, padded_vocab_size
+from megasparse.config import RunConfig, padded_vocab_size
 from megasparse.errors import EXIT_PREEMPTED
 from megasparse.log import logger
 from megasparse.megatron.consistency import check_replicas
@@ -24,9 +22,9 @@ from megasparse.train.engine import StepResult
 from megasparse.train.faults import Faults
 from megasparse.train.folder import RunFolder, finish
 from megasparse.train.generate import sample_text
-from megasparse.train.metrics import MetricsWriter, ProgressLine
 from megasparse.train.numerics import NonFiniteStep
 from megasparse.train.precheck import recipe_of
+from megasparse.train.recorder import Recorder, Row
 from megasparse.train.start import foreign_weights, start_from
 from megasparse.train.state import LoopState
 from megasparse.train.stop import StopRequest, describe
@@ -77,9 +75,8 @@ class Trainer:
             self.state = LoopState.of(reader, config)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
         self.saver = self.folder.make_saver(self._passed)
-        self._figures: dict[str, dict[str, float]] = {}
-        self._figures_at = -1
         self._describe(self.engine.model)
+        self.recorder = Recorder(config, self.engine, self.recipe, vocabulary, self.state)
 
     def run(self) -> int:
         """Train until the end or a reason to stop; metrics, checkpoint and report stay behind.
@@ -87,20 +84,13 @@ class Trainer:
         Returns:
             0 when all steps are done, else EXIT_PREEMPTED.
         """
-        run_dir = Path(self.config.checkpoint.run_dir)
-        writer = None
-        if self.grid.rank == 0:
-            (run_dir / "config.yaml").write_text(dump_yaml(self.config))
-            assert self.config.logging.tensorboard_dir is not None
-            board = Path(self.config.logging.tensorboard_dir)
-            writer = MetricsWriter(run_dir, board, self.controller.clock.step)
         try:
-            reason = self._train(writer)
+            self.recorder.open()
+            reason = self._train()
             if self.saver.saved_step != self.controller.clock.step:
                 self._save(final=True)
             self.saver.finish(final=True)
-            if writer is not None:
-                writer.close()
+            self.recorder.close()
             done = self.controller.clock.step == self.config.train.train_iters
             if done and self.state.pending_row is None:
                 self.context.tick("final report", 0.0)
@@ -111,27 +101,29 @@ class Trainer:
         finally:
             self.folder.release()
 
-    def _train(self, writer: MetricsWriter | None) -> str:
+    def _train(self) -> str:
         """Steps until the end or a reason to stop, in words."""
         train, clock = self.config.train, self.controller.clock
-        line = ProgressLine(train.train_iters, clock.step)
         assert train.global_batch_size is not None
         first = clock.step * train.global_batch_size + self.state.sample_offset
-        stream = batches(self.data.streams["train"], self.config, self.grid, first)
-        if self.state.pending_row is not None and not self._complete(writer, line):
+        stream = self.engine.timer.waiting_for(
+            batches(self.data.streams["train"], self.config, self.grid, first)
+        )
+        if self.state.pending_row is not None and not self._complete():
             return "an evaluation was interrupted"
         self.context.tick("the first step", STARTING)
+        if self.grid.device.type == "cuda":
+            logger.info("the first step compiles kernels and tunes GEMMs, which can take minutes")
         while clock.step < train.train_iters:
             if reason := self._reason_to_stop():
                 return describe(reason)
-            row, layers = self._step(stream)
+            row = self._step(stream)
             if self.state.pending_row is None:
-                self._record(writer, line, row, layers)
+                self.recorder.write(row)
             self.context.faults.step = clock.step
             self.context.faults.at("step_end")
             if self._save_due():
-                if writer is not None:
-                    writer.flush()
+                self.recorder.flush()
                 self._save()
             if train.exit_interval and clock.step % train.exit_interval == 0:
                 return "--exit-interval"
@@ -152,20 +144,7 @@ class Trainer:
         self.folder.refresh()
         return number or -timed_out
 
-    def _record(
-        self,
-        writer: MetricsWriter | None,
-        line: ProgressLine,
-        row: dict[str, Any],
-        layers: dict[str, dict[str, float]],
-    ) -> None:
-        if writer is None:
-            return
-        writer.write(row, layers)
-        if row["step"] % self.config.logging.log_interval == 0 or row["step"] == 1:
-            line.show(row)
-
-    def _complete(self, writer: MetricsWriter | None, line: ProgressLine) -> bool:
+    def _complete(self) -> bool:
         """Make up for the evaluation that the run before this one had no time for."""
         row, self.state.pending_row = self.state.pending_row, None
         assert row is not None
@@ -174,53 +153,37 @@ class Trainer:
             self.state.pending_row = row
             return False
         self.saver.saved_step = None  # the checkpoint of this step still has the row
-        self._record(writer, line, row, {})
+        self.recorder.write(row)
         return True
 
-    def _step(self, stream: Any) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    def _step(self, stream: Any) -> Row:
         """One optimizer step and everything recorded about it."""
         train, clock = self.config.train, self.controller.clock
         assert train.global_batch_size is not None
         first_sample = clock.step * train.global_batch_size + self.state.sample_offset
-        sparse, decay = self.controller.sparse_now, self.controller.masked_decay()
-        begin = time.monotonic()
-        result = self._train_step(stream)
-        seconds = time.monotonic() - begin
-        row = {
-            "step": clock.step,
-            **dataclasses.asdict(result),
-            "consumed_samples": first_sample + train.global_batch_size,
-            "sparse": sparse,
-            "preparations": self.controller.preparations(clock.step - 1),
-            "masked_decay": decay,
-            "tokens_per_second": train.global_batch_size * self.config.model.seq_length / seconds,
+        known: Row = {
+            "sparse": self.controller.sparse_now,
+            "masked_decay": self.controller.masked_decay(),
             "samples": samples_digest(
                 self.data.streams["train"], first_sample, train.global_batch_size
             ),
         }
+        self.recorder.begin()
+        begin = time.monotonic()
+        result = self._train_step(stream)
+        row = self.recorder.end(result, time.monotonic() - begin, first_sample, known)
         interval = self.config.parallel.replica_check_interval
         if interval and clock.step % interval == 0:
             check_replicas(self.engine.model, self.controller, self.grid, clock.step)
         logging = self.config.logging
         last = clock.step == train.train_iters
-        shown = clock.step % logging.log_interval == 0 or clock.step == 1 or last
-        layers: dict[str, dict[str, float]] = {}
-        refreshes = self._refreshes()
-        if shown or refreshes != self._figures_at:
-            layers = self._figures = self._layer_figures()
-            self._figures_at = refreshes
-            self.state.note_flips(clock.step, refreshes, self._figures)
-        for figure in ("flip_rate", "density"):
-            values = [one[figure] for one in self._figures.values() if figure in one]
-            if values:
-                row[figure] = sum(values) / len(values)
         due = logging.eval_interval and clock.step % logging.eval_interval == 0
         if logging.eval_iters and (due or last):
             row["valid_loss"] = self._validate()
             if row["valid_loss"] is None:
                 self.state.pending_row = row
             self.context.tick("after an evaluation", STARTING)
-        return row, layers
+        return row
 
     def _train_step(self, stream: Any) -> StepResult:
         """One step; one with a NaN or infinity is left out, as often as is allowed."""
@@ -238,28 +201,6 @@ class Trainer:
             return StepResult(None, None, error.lr)
         self.state.skipped_steps = 0
         return result
-
-    def _refreshes(self) -> int:
-        """Mask refreshes so far in the whole model (a stage may have none); in any layout alike."""
-        here = torch.tensor(self.controller.refreshes, device=self.grid.device)
-        return int(self.grid.sum_over_model(here)) // self.grid.tp_size
-
-    def _layer_figures(self) -> dict[str, dict[str, float]]:
-        """Density and (once measured) flip rate by layer of the whole model, in order."""
-        reports = self.controller.report(self.engine.whole)
-        counts = torch.tensor(
-            [[r.flips or 0, r.nonzeros, r.numel] for r in reports],
-            dtype=torch.int64,
-            device=self.grid.device,
-        )
-        totals = self.grid.sum_over_tp(counts).tolist() if reports else []
-        figures = {}
-        for r, (flips, nonzeros, numel) in zip(reports, totals, strict=True):
-            figures[r.name] = {"density": nonzeros / numel}
-            if r.flips is not None:
-                figures[r.name]["flip_rate"] = flips / numel
-        stages = self.grid.gather_over_pp(figures)
-        return {name: one for stage in stages for name, one in stage.items()}
 
     def _validate(self) -> float | None:
         """Mean loss over the same first samples of the validation split every time.

@@ -1,77 +1,79 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard, and lines on the screen.
+"""What a run says about itself: the figures of a row, how rows are read, and lines on the screen.
 
-One JSON object a step with full float precision; the same figures as TensorBoard scalars; one line
-an interval for people. Only rank 0 writes.
+A row is one optimizer step. Figures marked "log step" are in the rows of the first step, of every
+`--log-interval`-th and of the last one.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from megasparse.log import logger
-
-# Scalars by their names in TensorBoard.
-_TENSORBOARD = {
-    "loss": "loss/training",
-    "valid_loss": "loss/validation",
-    "lr": "optimizer/learning_rate",
-    "grad_norm": "optimizer/grad_norm",
-    "masked_decay": "sparsity/masked_decay",
-    "flip_rate": "sparsity/flip_rate",
-    "density": "sparsity/density",
-    "tokens_per_second": "throughput/tokens_per_second",
-}
+from megasparse.timer import PHASES
 
 
-class MetricsWriter:
-    """The files of one run.
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a row.
 
-    Args:
-        run_dir: folder of the run.
-        tensorboard_dir: folder of the event files.
-        resume_step: steps already recorded that stay; later ones (of a run that was cut off after
-            its checkpoint) are dropped, so that no step appears twice.
+    Attributes:
+        key: in metrics.jsonl, metrics.csv and (as `tag`) elsewhere.
+        tag: in TensorBoard and Weights & Biases; None: not there.
+        unit: "1" for ratios.
+        meaning: how it is computed.
     """
 
-    def __init__(self, run_dir: Path, tensorboard_dir: Path, resume_step: int = 0) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(self.path)
-        self._stream = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed in close)
-        self._board = SummaryWriter(str(tensorboard_dir), purge_step=resume_step + 1)
+    key: str
+    tag: str | None
+    unit: str
+    meaning: str
 
-    def write(self, row: dict[str, Any], layers: dict[str, dict[str, float]] | None = None) -> None:
-        """Record one step.
 
-        Args:
-            row: has "step"; values JSON can hold.
-            layers: figures by layer name, for TensorBoard.
-        """
-        self._stream.write(json.dumps(row) + "\n")
-        step = row["step"]
-        for key, tag in _TENSORBOARD.items():
-            if row.get(key) is not None:
-                self._board.add_scalar(tag, row[key], step)
-        for name, figures in (layers or {}).items():
-            for figure, value in figures.items():
-                self._board.add_scalar(f"layers_{figure}/{name}", value, step)
+_STEP = (
+    ("step", None, "1", "optimizer steps done"),
+    ("loss", "loss/training", "nat/token", "mean over the global batch"),
+    ("valid_loss", "loss/validation", "nat/token", "after `--eval-interval` steps and at the end"),
+    ("lr", "optimizer/learning_rate", "1", "of this step"),
+    ("grad_norm", "optimizer/grad_norm", "1", "of the whole model before clipping"),
+    ("masked_decay", "sparsity/masked_decay", "1", "lambda of this step"),
+    ("flip_rate", "sparsity/flip_rate", "1", "of the latest mask refresh, mean over layers"),
+    ("density", "sparsity/density", "1", "non-zeros of the weights in use, mean over layers"),
+    ("sparse", None, "-", "whether the step is in the sparse phase"),
+    ("preparations", None, "1", "most times a weight's operands were built in the step"),
+    ("consumed_samples", None, "sequences", "since the first step"),
+    ("samples", None, "-", "digest of the ids of the step's samples"),
+    ("tokens_per_second", "throughput/tokens_per_second", "token/s", "of this step, all ranks"),
+)
+_LOG_STEP = (
+    ("tokens_per_second_per_gpu", "throughput/tokens_per_second_per_gpu", "token/s",
+     "mean since the log step before"),
+    ("tflops", "throughput/tflops", "TFLOP/s", "dense-equivalent, of a GPU, same interval"),
+    ("tflops_true", "throughput/tflops_true", "TFLOP/s",
+     "executed by a GPU: with recomputation, without what sparse tensor cores saved"),
+    ("mfu", "throughput/mfu", "1", "tflops / dense peak of the GPU in the precision in use"),
+    ("memory_gib", "memory/peak_gib", "GiB",
+     "peak so far: allocated on the GPU, or resident on a CPU; largest rank"),
+    *((f"time_{phase}", f"time/{phase}", "s", "of the step before, mean over ranks")
+      for phase in PHASES),
+    ("retained_l1", "sparsity/retained_l1", "1", "sum abs(W o M) / sum abs(W), mean over layers"),
+    ("decay_ratio", "sparsity/decay_ratio", "1",
+     "norm of lambda (1 - M) o W / norm of the clipped gradient, mean over layers"),
+    ("mvue_amplification", "sparsity/mvue_amplification", "1",
+     "sum of squares of MVUE(dZ) / of dZ in the step, mean over layers"),
+    ("scale", "sparsity/scale", "1", "beta of S-STE, mean over layers"),
+    ("fp8_amax", "fp8/amax", "1", "largest magnitude of any FP8 operand before scaling"),
+    ("fp8_saturated", "fp8/saturated", "1",
+     "share of entries rounded to the format's largest value, worst operand"),
+    ("fp8_lost", "fp8/lost", "1", "share of entries that FP8 made zero, worst operand"),
+)  # fmt: skip
 
-    def flush(self) -> None:
-        """Hand everything to the system, so that a killed process loses nothing up to here."""
-        self._stream.flush()
-        self._board.flush()
-
-    def close(self) -> None:
-        """Flush everything to disk."""
-        self._stream.close()
-        self._board.close()
+STEP_METRICS = tuple(Metric(*entry) for entry in _STEP)
+LOG_METRICS = tuple(Metric(*entry) for entry in _LOG_STEP)
+METRICS = STEP_METRICS + LOG_METRICS
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -98,6 +100,7 @@ class ProgressLine:
         self._start, self._begin = start_step, time.monotonic()
 
     def show(self, row: dict[str, Any]) -> None:
+        """Log a row as one line."""
         done = row["step"] - self._start
         left = (time.monotonic() - self._begin) / max(done, 1) * (self._train_iters - row["step"])
         parts = [
@@ -107,6 +110,8 @@ class ProgressLine:
             f"grad norm {row['grad_norm'] or 0.0:.3f}",
             f"{row['tokens_per_second']:,.0f} tokens/s",
         ]
+        if row.get("mfu") is not None:
+            parts.append(f"{row['tflops']:.1f} TFLOP/s a GPU, MFU {row['mfu']:.1%}")
         if row.get("flip_rate") is not None:
             parts.append(f"flip rate {row['flip_rate']:.4f}")
         if row.get("valid_loss") is not None:

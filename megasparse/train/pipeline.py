@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megasparse.config import RunConfig
-from megasparse.log import logger
+from megasparse.log import logger, speaks
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.pipeline import (
     PartSpec,
@@ -25,6 +25,7 @@ from megasparse.megatron.pipeline import (
     stage_bounds,
     vocab_parallel_loss,
 )
+from megasparse.progress import progress
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.train.deepspeed_dict import deepspeed_config
 from megasparse.train.engine import Batch, Engine
@@ -38,6 +39,14 @@ from megasparse.train.process import (
     deepspeed,
     schedule,
 )
+
+# Of DeepSpeed's instructions; what sends, receives and reduces is communication by itself.
+PHASES = {
+    schedule.LoadMicroBatch: "data",
+    schedule.ForwardPass: "forward",
+    schedule.BackwardPass: "backward",
+    schedule.OptimizerStep: "optimizer",
+}
 
 
 class Pipeline(PipelineModule):
@@ -136,10 +145,23 @@ class PipelineEngine(Engine):
             schedule.OptimizerStep: self._before_optimizer,
         }
         engine._INSTRUCTION_MAP = {
-            kind: _after(hooks[kind], run) if kind in hooks else run
+            kind: self._instruction(hooks.get(kind), PHASES.get(kind, "other"), run)
             for kind, run in engine._INSTRUCTION_MAP.items()
         }
         return engine
+
+    def _instruction(
+        self, hook: Callable[[], None] | None, phase: str, run: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """An instruction of DeepSpeed's schedule, timed, after a hook."""
+
+        def instruction(engine: Any, **options: Any) -> Any:
+            if hook is not None:
+                hook()
+            with self.timer.span(phase):
+                return run(engine, **options)
+
+        return instruction
 
     def _make_guard(self) -> StepGuard:
         return _PipelineGuard(self, self._engine.module, self._faults)
@@ -240,12 +262,14 @@ class PipelineEngine(Engine):
         self._faults.step = self.controller.clock.step
         pairs, total, done = _pairs(batches), 0.0, 0
         self._forwards = 0
-        while done < iterations:
-            if interrupted():
-                return None
-            count = min(self.accumulation_steps, iterations - done)
-            total += count * float(self._engine.eval_batch(pairs, num_micro_batches=count))
-            done += count
+        with progress(desc="evaluation", total=iterations, unit="batch", enabled=speaks()) as bar:
+            while done < iterations:
+                if interrupted():
+                    return None
+                count = min(self.accumulation_steps, iterations - done)
+                total += count * float(self._engine.eval_batch(pairs, num_micro_batches=count))
+                done += count
+                bar.update(count)
         return total / iterations
 
     @torch.no_grad()
@@ -282,16 +306,6 @@ class _PipelineGuard(StepGuard):
     def _again(self) -> list[str]:
         self._put_back()
         return self._compute_again([kept.batch for kept in self._kept])
-
-
-def _after(hook: Callable[[], None], run: Callable[..., Any]) -> Callable[..., Any]:
-    """An instruction of DeepSpeed's schedule, after a hook."""
-
-    def instruction(engine: Any, **options: Any) -> Any:
-        hook()
-        return run(engine, **options)
-
-    return instruction
 
 
 def _pairs(batches: Iterator[Batch]) -> Iterator[tuple[Any, Any]]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from megasparse.log import speaks
 from megasparse.megatron.grid import ModelParallelUnit
+from megasparse.progress import progress
 from megasparse.train.deepspeed_dict import deepspeed_config
 from megasparse.train.engine import Batch, Engine
 from megasparse.train.process import deepspeed
@@ -68,14 +70,17 @@ class PlainEngine(Engine):
             self._faults.at("data")
             batch = self.guard.keep(next(batches), self.controller.clock.micro_batch)
             self._faults.at("forward")
-            loss = self.guard.poisoned(self._engine(batch))
+            with self.timer.span("forward"):
+                loss = self.guard.poisoned(self._engine(batch))
             total += loss.detach()
             self._faults.at("backward")
-            self._engine.backward(loss)
+            with self.timer.span("backward"):
+                self._engine.backward(loss)
             if number == self.accumulation_steps - 1:
                 self.guard.check_loss(total)
                 self._faults.at("optimizer")
-            self._engine.step()
+            with self.timer.span("optimizer"):
+                self._engine.step()
         return float(self.grid.mean_over_dp(total / self.accumulation_steps))
 
     @torch.no_grad()
@@ -88,7 +93,9 @@ class PlainEngine(Engine):
         self._engine.eval()
         self._faults.step = self.controller.clock.step
         total = torch.zeros((), device=self.grid.device)
-        for number in range(iterations):
+        for number in progress(
+            range(iterations), desc="evaluation", unit="batch", enabled=speaks()
+        ):
             self._tick(f"evaluation, micro-batch {number}")
             self._faults.at("evaluate")
             if interrupted():

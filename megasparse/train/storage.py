@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 from megasparse.errors import CheckpointError, ConfigError
+from megasparse.log import speaks
+from megasparse.progress import progress
 from megasparse.sparsity.shard import WeightShard
 from megasparse.tensor_files import SafetensorError, raw_bytes, safe_open
 
@@ -114,14 +116,17 @@ class CheckpointReader:
         Raises:
             CheckpointError: names file and tensor.
         """
-        for name in files:
-            path = self.folder / name
-            try:
-                with safe_open(path, framework="pt") as stream:
-                    for record in self._by_file[name]:
-                        self._take(stream, record)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: {error}") from None
+        total = sum(self.meta["files"][name]["size"] for name in files)
+        desc = f"verifying {self.folder.name}"
+        with progress(desc=desc, total=total, unit="B", enabled=speaks()) as bar:
+            for name in files:
+                path = self.folder / name
+                try:
+                    with safe_open(path, framework="pt") as stream:
+                        for record in self._by_file[name]:
+                            bar.update(self._take(stream, record).nbytes)
+                except (SafetensorError, OSError) as error:
+                    raise CheckpointError(f"{path}: {error}") from None
 
     def keys(self, prefix: str = "") -> list[str]:
         """Keys of the stored tensors that start with `prefix`."""

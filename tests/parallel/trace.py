@@ -37,9 +37,9 @@ def traced(rank: int, world: int, flags: list[str]) -> list[dict[str, Any]]:
 
         def _step(self, stream):
             consumed.clear()
-            row, layers = super()._step(stream)
+            row = super()._step(stream)
             rows.append({**row, **_across_ranks(self, list(consumed), row["preparations"])})
-            return row, layers
+            return row
 
     with mock.patch.object(loop, "batches", recording), mock.patch.object(main, "Trainer", Trainer):
         main.pretrain(resolve(load_config(flags), world))

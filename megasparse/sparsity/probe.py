@@ -1,0 +1,93 @@
+"""What the GEMMs of one weight tell about a step, when they are asked: sums left on the device.
+
+The recorder asks at log steps alone. Figures are kept as sums and maxima, so that ranks and
+micro-batches can be added up; nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.timer import StepTimer
+
+# Sums: squared norms of dZ before and after MVUE, of the masked decay and of the gradient; per FP8
+# operand the entries that were rounded to the largest value of the format, those that were not
+# zero and became it, and all of them. Maxima: the largest magnitude of each FP8 operand before it
+# is scaled.
+OPERANDS = ("x", "weight", "grad_output", "grad_output_mvue")
+
+
+class Probe:
+    """The figures of one weight in one step.
+
+    Args:
+        timer: of the run; operand preparation is a phase of the step.
+
+    Attributes:
+        asked: whether to measure; off by default.
+        sums: float64 0-d tensors by name.
+        maxima: float32 0-d tensors by name.
+    """
+
+    def __init__(self, timer: StepTimer | None = None) -> None:
+        self.timer = timer or StepTimer()
+        self.asked = False
+        self.sums: dict[str, torch.Tensor] = {}
+        self.maxima: dict[str, torch.Tensor] = {}
+
+    def ask(self) -> None:
+        """Measure until `asked` is taken back; what was measured before is forgotten."""
+        self.asked, self.sums, self.maxima = True, {}, {}
+
+    def mvue(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """A draw.
+
+        Args:
+            before: dZ.
+            after: MVUE(dZ), or its non-zeros alone.
+        """
+        if self.asked:
+            self._add("mvue_before", _square(before))
+            self._add("mvue_after", _square(after))
+
+    def decay(self, gradient: torch.Tensor, masked: torch.Tensor, strength: float) -> None:
+        """A piece of the weight before its update.
+
+        Args:
+            gradient: clipped, without the decay.
+            masked: (1 - M) o W.
+            strength: lambda.
+        """
+        if self.asked:
+            self._add("gradient", _square(gradient))
+            self._add("decay", _square(masked) * strength**2)
+
+    def fp8(self, operand: str, values: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor,
+            dtype: torch.dtype) -> None:  # fmt: skip
+        """A rounding to FP8.
+
+        Args:
+            operand: one of OPERANDS.
+            values: before.
+            rounded: `values * scale` in the values of the format, any dtype.
+            scale: 0-d.
+            dtype: the format.
+        """
+        if not self.asked:
+            return
+        limit = torch.finfo(dtype).max
+        self._add(f"fp8_{operand}_largest", torch.count_nonzero(rounded.abs() >= limit))
+        lost = torch.count_nonzero(values) - torch.count_nonzero(rounded)
+        self._add(f"fp8_{operand}_lost", lost)
+        self._add(f"fp8_{operand}_all", torch.full_like(lost, values.numel()))
+        amax = (limit / scale).float()
+        known = self.maxima.get(operand)
+        self.maxima[operand] = amax if known is None else torch.maximum(known, amax)
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        value = value.double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+def _square(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32).double().square()

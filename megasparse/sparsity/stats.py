@@ -1,0 +1,157 @@
+"""What is reported about the sparse layers, from sums that ranks can add up.
+
+A rank measures three small matrices, layers by figures, without waiting for its device; ranks add
+them up (or take the largest), and `layer_figures` turns the totals into ratios. Layers are those of
+this rank's pipeline stage.
+
+| figure             | definition                                                                |
+|--------------------|---------------------------------------------------------------------------|
+| flip_rate          | entries that the last mask refresh changed / all entries (FST, section 4) |
+| density            | non-zeros of W~ as the GEMMs use it / all entries; 1 in dense phases      |
+| retained_l1        | sum |W o M| / sum |W|                                                     |
+| scale              | beta of S-STE                                                             |
+| decay_ratio        | norm of lambda (1 - M) o W / norm of the gradient that it meets           |
+| mvue_amplification | sum of squares of MVUE(dZ) / sum of squares of dZ, over the micro-batches |
+| fp8_amax_*         | largest magnitude of an operand before it is scaled                       |
+| fp8_saturated_*    | share of an operand's entries rounded to the format's largest value       |
+| fp8_lost_*         | share of an operand's entries that were not zero and became it            |
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megasparse.errors import KernelError, NumericsError
+from megasparse.sparsity.probe import OPERANDS
+from megasparse.sparsity.state import SparseWeight
+
+# Of the weight: the same on all data-parallel ranks.
+WEIGHT_SUMS = ("flips", "nonzeros", "numel", "kept", "magnitude", "nan", "not_24")
+# Of the step: every rank has its part.
+STEP_SUMS = (
+    "mvue_before", "mvue_after", "decay", "gradient",
+    *(f"fp8_{operand}_{kind}" for operand in OPERANDS for kind in ("largest", "lost", "all")),
+)  # fmt: skip
+MAXIMA = ("scale", *OPERANDS)
+_MISSING = -1.0  # in MAXIMA, which are all positive
+
+
+@dataclass
+class Measured:
+    """This rank's sums.
+
+    Attributes:
+        names: of the layers.
+        flips_known: whether a layer's mask was refreshed twice at least.
+        weight_sums: float64 (layers, WEIGHT_SUMS).
+        step_sums: float64 (layers, STEP_SUMS).
+        maxima: float32 (layers, MAXIMA).
+    """
+
+    names: list[str]
+    flips_known: list[bool]
+    weight_sums: torch.Tensor
+    step_sums: torch.Tensor
+    maxima: torch.Tensor
+
+
+def measure(
+    weights: list[tuple[SparseWeight, torch.nn.Parameter]],
+    sparse_now: bool,
+    device: torch.device,
+    whole: Callable[[list[torch.nn.Parameter]], Any] = lambda _: contextlib.nullcontext(),
+) -> Measured:
+    """Sums of all layers, on the device.
+
+    Args:
+        weights: states with their parameters.
+        sparse_now: whether GEMMs use the pruned weights.
+        device: where the sums are; for a stage without sparse layers.
+        whole: makes a context in which parameters can be read (ZeRO 3 gathers them).
+    """
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    missing = torch.full((), _MISSING, device=device)
+    weight_sums, step_sums, maxima = [], [], []
+    for state, weight in weights:
+        with whole([weight]):
+            weight_sums.append(_weight_sums(state, weight.detach(), sparse_now))
+        step_sums.append(torch.stack([state.probe.sums.get(name, zero) for name in STEP_SUMS]))
+        scale = missing if state.scale is None else state.scale.float()
+        largest = [state.probe.maxima.get(name, missing) for name in OPERANDS]
+        maxima.append(torch.stack([scale, *largest]))
+    return Measured(
+        [state.name for state, _ in weights],
+        [state.flips is not None for state, _ in weights],
+        torch.stack(weight_sums) if weights else zero.new_zeros(0, len(WEIGHT_SUMS)),
+        torch.stack(step_sums) if weights else zero.new_zeros(0, len(STEP_SUMS)),
+        torch.stack(maxima) if weights else missing.new_zeros(0, len(MAXIMA)),
+    )
+
+
+def _weight_sums(state: SparseWeight, weight: torch.Tensor, sparse_now: bool) -> torch.Tensor:
+    zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+    # Without monitoring the step after a dense warm-up is the first to have a mask.
+    known = state.mask is not None or not state.recipe.has_mask
+    used = state.effective(weight) if sparse_now and known else weight
+    if state.mask is None:
+        kept = zero
+    elif sparse_now and state.recipe.has_mask:
+        kept = used
+    else:
+        kept = torch.where(state.mask, weight, zero)
+    flips = zero if state.flips is None else state.flips
+    sums = (
+        flips,
+        torch.count_nonzero(used),
+        torch.full((), float(weight.numel()), dtype=torch.float64, device=weight.device),
+        torch.linalg.vector_norm(kept, 1, dtype=torch.float32),
+        torch.linalg.vector_norm(weight, 1, dtype=torch.float32),
+    )
+    return torch.cat([torch.stack([value.double() for value in sums]), state.flags(weight.device)])
+
+
+def layer_figures(
+    measured: Measured,
+    weight_sums: list[list[float]],
+    step_sums: list[list[float]],
+    maxima: list[list[float]],
+) -> dict[str, dict[str, float]]:
+    """Figures by layer, from the totals of all ranks; what was not measured is left out.
+
+    Raises:
+        NumericsError: a NaN was found in a weight while it was pruned.
+        KernelError: an operand was not 2:4.
+    """
+    figures = {}
+    rows = zip(measured.names, measured.flips_known, weight_sums, step_sums, maxima, strict=True)
+    for name, flips_known, of_weight, of_step, largest in rows:
+        w = dict(zip(WEIGHT_SUMS, of_weight, strict=True))
+        s = dict(zip(STEP_SUMS, of_step, strict=True))
+        if w["nan"]:
+            raise NumericsError(f"NaN in the weight {name}, found while it was pruned")
+        if w["not_24"]:
+            raise KernelError(f"an operand packed for {name} was not 2:4")
+        one = {"density": w["nonzeros"] / w["numel"]}
+        if flips_known:
+            one["flip_rate"] = w["flips"] / w["numel"]
+        if w["magnitude"] and w["kept"]:
+            one["retained_l1"] = w["kept"] / w["magnitude"]
+        if s["gradient"] and s["decay"]:
+            one["decay_ratio"] = (s["decay"] / s["gradient"]) ** 0.5
+        if s["mvue_before"]:
+            one["mvue_amplification"] = s["mvue_after"] / s["mvue_before"]
+        for operand in OPERANDS:
+            if s[f"fp8_{operand}_all"]:
+                total = s[f"fp8_{operand}_all"]
+                one[f"fp8_saturated_{operand}"] = s[f"fp8_{operand}_largest"] / total
+                one[f"fp8_lost_{operand}"] = s[f"fp8_{operand}_lost"] / total
+        for figure, value in zip(MAXIMA, largest, strict=True):
+            if value != _MISSING:
+                one[figure if figure == "scale" else f"fp8_amax_{figure}"] = value
+        figures[name] = one
+    return figures

@@ -1,0 +1,106 @@
+"""Figures of the whole run from what each rank measured: two small reductions and one read.
+
+A rank's sums are added up over the ranks that share a layer (tensor parallel) and that see other
+samples (data parallel); pipeline stages hand over their layers.
+"""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megasparse.megatron.grid import Grid
+from megasparse.sparsity.controller import SparsityController
+from megasparse.sparsity.probe import OPERANDS
+from megasparse.sparsity.stats import MAXIMA, STEP_SUMS, WEIGHT_SUMS, layer_figures, measure
+from megasparse.train.engine import Engine
+
+Figures = dict[str, dict[str, float]]
+MEANS = (
+    "flip_rate", "density", "retained_l1", "decay_ratio", "mvue_amplification", "scale",
+)  # fmt: skip
+
+
+def all_figures(
+    engine: Engine, more: list[float], largest: float
+) -> tuple[Figures, list[float], float]:
+    """Everything that is known of the layers, and values of ranks; a collective call.
+
+    Args:
+        more: values to be added up over all ranks.
+        largest: a value of which the largest is wanted.
+
+    Returns:
+        Figures by layer of the whole model in order, the sums of `more`, and the largest.
+    """
+    controller, grid = engine.controller, engine.grid
+    measured = measure(controller.weights, controller.sparse_now, grid.device, engine.whole)
+    count = len(measured.names)
+    if grid.dp_size > 1:
+        dist.all_reduce(measured.step_sums, group=grid.dp_group)
+        dist.all_reduce(measured.maxima, op=dist.ReduceOp.MAX, group=grid.dp_group)
+    sums = grid.sum_over_tp(torch.cat([measured.weight_sums, measured.step_sums], 1))
+    maxima = grid.max_over_tp(measured.maxima)
+    of_ranks = torch.tensor(more, dtype=torch.float64, device=grid.device)
+    peak = torch.tensor([largest], dtype=torch.float64, device=grid.device)
+    if grid.world > 1:
+        dist.all_reduce(of_ranks)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    # The one read of a log step.
+    values = torch.cat([sums.flatten(), maxima.double().flatten(), of_ranks, peak]).tolist()
+    width, split = len(WEIGHT_SUMS) + len(STEP_SUMS), len(WEIGHT_SUMS)
+    rows = [values[i * width : (i + 1) * width] for i in range(count)]
+    rest = values[count * width :]
+    tops = [rest[i * len(MAXIMA) : (i + 1) * len(MAXIMA)] for i in range(count)]
+    rest = rest[count * len(MAXIMA) :]
+    figures = layer_figures(
+        measured, [row[:split] for row in rows], [row[split:] for row in rows], tops
+    )
+    return _over_stages(figures, grid), rest[:-1], rest[-1]
+
+
+def flip_rates(controller: SparsityController, grid: Grid) -> Figures:
+    """Flip rates alone, after a mask refresh between two log steps; a collective call."""
+    weights = controller.weights
+    none = torch.zeros((), dtype=torch.int64, device=grid.device)
+    counts = [none if state.flips is None else state.flips for state, _ in weights]
+    totals = grid.sum_over_tp(torch.stack(counts)).tolist() if weights else []
+    figures: Figures = {}
+    for (state, _), flips in zip(weights, totals, strict=True):
+        rows, columns = state.shard.global_shape
+        figures[state.name] = {} if state.flips is None else {"flip_rate": flips / (rows * columns)}
+    return _over_stages(figures, grid)
+
+
+def means(figures: Figures) -> dict[str, float]:
+    """The run's figures: the mean over layers, the worst for FP8."""
+    row = {}
+    for figure in MEANS:
+        values = [one[figure] for one in figures.values() if figure in one]
+        if values:
+            row[figure] = sum(values) / len(values)
+    for figure in ("amax", "saturated", "lost"):
+        values = [
+            one[key]
+            for one in figures.values()
+            for key in (f"fp8_{figure}_{operand}" for operand in OPERANDS)
+            if key in one
+        ]
+        if values:
+            row[f"fp8_{figure}"] = max(values)
+    return row
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory so far: allocated by torch on a GPU, resident of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _over_stages(figures: Figures, grid: Grid) -> Figures:
+    stages: list[Any] = grid.gather_over_pp(figures)
+    return {name: one for stage in stages for name, one in stage.items()}

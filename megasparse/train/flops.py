@@ -1,0 +1,171 @@
+"""Floating-point operations of a token, counted by formula, and the peak of the GPU in use.
+
+A product of (T, K) by (K, N) is 2 T K N operations. Norms, activations, positions, softmax and
+loss are left out, as is the embedding (a look-up). Backward has two GEMMs for each of the forward.
+
+Three counts, per token of the sequence, over the whole model:
+
+* dense-equivalent: what the dense model needs, whatever is sparse or recomputed. The basis of MFU
+  and of every comparison of recipes.
+* by the recipe: with half of the operations of each 2:4 GEMM, and what is recomputed.
+* true: what was executed, with recomputation, minus what sparse tensor cores saved. Where 2:4 GEMMs
+  are computed by dense ones (on a CPU, or for a shape where dense is faster) nothing was saved.
+
+Attention is counted causal: a token sees (S + 1) / 2 keys on average, which is what fused kernels
+compute (up to their blocks); `causal=False` counts S keys, what plain matrix products compute.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megasparse.config import ModelConfig, ParallelConfig, RunConfig
+from megasparse.sparsity.recipe import SparsityRecipe
+
+# Dense peaks in TFLOP/s (2:4 peaks are twice as high), from NVIDIA's data sheets of each product,
+# read without "with sparsity": H100 and H200 (2024), A100 (2021), B200 (2025), L40S (2023),
+# GH200 (2024). Longest name first where one contains another.
+PEAKS: dict[str, dict[str, float]] = {
+    "H200 NVL": {"fp8": 1671.0, "bf16": 835.5, "fp32": 60.0},
+    "H200": {"fp8": 1979.0, "bf16": 989.5, "fp32": 67.0},
+    "GH200": {"fp8": 1979.0, "bf16": 989.5, "fp32": 67.0},
+    "H100 NVL": {"fp8": 1671.0, "bf16": 835.5, "fp32": 60.0},
+    "H100 PCIe": {"fp8": 1513.0, "bf16": 756.0, "fp32": 51.0},
+    "H100": {"fp8": 1979.0, "bf16": 989.5, "fp32": 67.0},
+    "H800": {"fp8": 1979.0, "bf16": 989.5, "fp32": 67.0},
+    "B200": {"fp8": 4500.0, "bf16": 2250.0, "fp32": 75.0},
+    "A100": {"bf16": 312.0, "fp32": 19.5},
+    "A800": {"bf16": 312.0, "fp32": 19.5},
+    "L40S": {"fp8": 733.0, "bf16": 362.0, "fp32": 91.6},
+}
+
+
+def peak_tflops(gpu: str, precision: str) -> float | None:
+    """Dense peak of one GPU in TFLOP/s, or None for one that is not in PEAKS.
+
+    Args:
+        gpu: its name as CUDA tells it.
+        precision: fp8, bf16 or fp32 (without TF32).
+    """
+    for name in sorted(PEAKS, key=len, reverse=True):
+        if name in gpu:
+            return PEAKS[name].get(precision)
+    return None
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One linear of a layer: its name, outputs N and inputs K."""
+
+    name: str
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """Operations of a token.
+
+    Attributes:
+        dense: dense-equivalent, forward and backward.
+        recomputed: forward operations that are done once more, dense.
+        saved: of both, what the recipe's 2:4 GEMMs leave out.
+    """
+
+    dense: float
+    recomputed: float
+    saved: float
+
+    @property
+    def by_recipe(self) -> float:
+        """Operations with half of each 2:4 GEMM."""
+        return self.dense + self.recomputed - self.saved
+
+
+def layer_gemms(model: ModelConfig) -> list[Gemm]:
+    """The linears of a Transformer layer, whole (not a shard)."""
+    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
+    h, heads = model.hidden_size, model.num_attention_heads
+    attention = heads * model.kv_channels
+    return [
+        Gemm("self_attention.linear_qkv", attention + 2 * model.num_query_groups
+             * model.kv_channels, h),
+        Gemm("self_attention.linear_proj", h, attention),
+        Gemm("mlp.linear_fc1", model.ffn_hidden_size * (2 if model.swiglu else 1), h),
+        Gemm("mlp.linear_fc2", h, model.ffn_hidden_size),
+    ]  # fmt: skip
+
+
+def attention_flops(model: ModelConfig, causal: bool = True) -> float:
+    """Forward operations of a token in one layer's `Q K^T` and `P V`.
+
+    Grouped queries save memory, not operations: every query head has its own products.
+    """
+    assert model.kv_channels
+    keys = (model.seq_length + 1) / 2 if causal else model.seq_length
+    return 4.0 * keys * model.num_attention_heads * model.kv_channels
+
+
+def token_flops(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    padded_vocab_size: int,
+    recipe: SparsityRecipe,
+    sparse_layers: Sequence[str],
+    sparse_now: bool = True,
+    causal: bool = True,
+) -> TokenFlops:
+    """Operations of a token in one phase of the schedule.
+
+    Args:
+        model, parallel: resolved.
+        padded_vocab_size: rows of the output layer; its logits are computed for every token.
+        recipe: which of the three GEMMs is 2:4.
+        sparse_layers: patterns of linears, as in the run.
+        sparse_now: False in dense phases.
+        causal: how attention is counted.
+    """
+    layers = range(model.num_layers)
+    attention = attention_flops(model, causal)
+    linears = [(gemm, 2.0 * gemm.n * gemm.k) for gemm in layer_gemms(model)]
+    forward = attention + sum(flops for _, flops in linears)
+    logits = 2.0 * padded_vocab_size * model.hidden_size
+    again = layers_recomputed(model, parallel)
+    recomputed = 0.0
+    if parallel.recompute_granularity == "full":
+        recomputed = again * forward
+    elif parallel.recompute_granularity == "selective":
+        recomputed = model.num_layers * attention
+    saved = 0.0
+    if sparse_now:
+        # The output GEMM runs once more in each layer that is recomputed as a whole.
+        for gemm, flops in linears:
+            sparse = sum(_is_sparse(gemm, layer, sparse_layers) for layer in layers)
+            saved += sparse * len(recipe.sparse_gemms) * flops / 2
+            if "output" in recipe.sparse_gemms:
+                sparse_again = sparse * again / model.num_layers
+                saved += sparse_again * flops / 2
+    return TokenFlops(3.0 * (model.num_layers * forward + logits), recomputed, saved)
+
+
+def of_run(config: RunConfig, padded_vocab_size: int, recipe: SparsityRecipe) -> TokenFlops:
+    """`token_flops` of a run's sparse phase."""
+    patterns = config.sparsity.sparse_layers
+    return token_flops(config.model, config.parallel, padded_vocab_size, recipe, patterns)
+
+
+def layers_recomputed(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Layers whose whole forward is done again: all of them, or (block) the first of each stage."""
+    if parallel.recompute_granularity != "full":
+        return 0
+    if parallel.recompute_method != "block":
+        return model.num_layers
+    stages = parallel.pipeline_model_parallel_size
+    return min(stages * (parallel.recompute_num_layers or 1), model.num_layers)
+
+
+def _is_sparse(gemm: Gemm, layer: int, patterns: Sequence[str]) -> bool:
+    name = f"decoder.layers.{layer}.{gemm.name}"
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

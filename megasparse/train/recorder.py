@@ -1,0 +1,210 @@
+"""What is recorded of each step: which figures are due, how they become a row, where it goes.
+
+Figures of the layers and of the time are taken at log steps alone: the step before a log step is
+timed, the log step itself is measured. In between a row has what costs nothing, and the flip rates
+when masks were refreshed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasparse.config import RunConfig, dump_yaml, to_dict
+from megasparse.log import logger
+from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.timer import PHASES, StepTimer
+from megasparse.train import figures, flops
+from megasparse.train.engine import Engine, StepResult
+from megasparse.train.metrics import ProgressLine
+from megasparse.train.state import LoopState
+from megasparse.train.writers import MetricsWriter
+
+Row = dict[str, Any]
+
+
+class Recorder:
+    """The figures of one run, step by step; `begin`, the step, `end`, on all ranks.
+
+    Args:
+        config: resolved.
+        engine: of the run, after a checkpoint was loaded.
+        recipe: of the run.
+        padded_vocab_size: rows of the output layer.
+        state: gets the history of flip rates.
+
+    Attributes:
+        only_log: the log steps, instead of those of the configuration (benchmarks).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        recipe: SparsityRecipe,
+        padded_vocab_size: int,
+        state: LoopState,
+    ) -> None:
+        self._config, self._engine, self._state = config, engine, state
+        self._grid, self._controller = engine.grid, engine.controller
+        self._timer: StepTimer = engine.timer
+        self._flops = flops.of_run(config, padded_vocab_size, recipe)
+        layers = config.model.num_layers
+        self._again = flops.layers_recomputed(config.model, config.parallel) / layers
+        self._peak = self._peak_tflops()
+        self._figures: figures.Figures = {}
+        self._figures_at = -1  # refreshes at which they were taken
+        self.only_log: tuple[int, ...] | None = None
+        self._split: list[Any] = []
+        self._seconds = 0.0  # of the steps since the log step before
+        self._steps = 0
+        self._writer: MetricsWriter | None = None
+        self._line = ProgressLine(config.train.train_iters, self._controller.clock.step)
+        logger.info(
+            "a token takes %.4g GFLOP as a dense model, %.4g by the recipe in its sparse phase",
+            self._flops.dense / 1e9,
+            self._flops.by_recipe / 1e9,
+        )
+
+    def open(self) -> None:
+        """Write the configuration and open the files, on rank 0."""
+        if self._grid.rank != 0:
+            return
+        run_dir = Path(self._config.checkpoint.run_dir)
+        (run_dir / "config.yaml").write_text(dump_yaml(self._config))
+        step = self._controller.clock.step
+        self._writer = MetricsWriter(run_dir, self._config.logging, step, to_dict(self._config))
+
+    def begin(self) -> None:
+        """Before a step."""
+        number = self._controller.clock.step + 1
+        self._split = self._timer.take()
+        self._controller.ask(self._is_logged(number))
+        if self._is_logged(number + 1):
+            self._timer.start()
+
+    def end(self, result: StepResult, seconds: float, first_sample: int, known: Row) -> Row:
+        """After a step: its row.
+
+        Args:
+            result: of the engine.
+            seconds: that it took, until its loss was known.
+            first_sample: of the step.
+            known: what the loop knows of the step.
+        """
+        self._timer.stop()
+        self._controller.ask(False)
+        train, step = self._config.train, self._controller.clock.step
+        assert train.global_batch_size is not None
+        row: Row = {
+            "step": step,
+            **dataclasses.asdict(result),
+            "consumed_samples": first_sample + train.global_batch_size,
+            **known,
+            "preparations": self._controller.preparations(step - 1),
+            "tokens_per_second": self._tokens_per_step / seconds,
+        }
+        self._seconds += seconds
+        self._steps += 1
+        row |= self._layer_figures(step)
+        return row
+
+    def write(self, row: Row) -> None:
+        """Hand a row to the files, and to the screen if it is its turn."""
+        layers = row.pop("layers", None)
+        if self._writer is None:
+            return
+        self._writer.write(row, layers)
+        if row["step"] % self._config.logging.log_interval == 0 or row["step"] == 1:
+            self._line.show(row)
+
+    def flush(self) -> None:
+        """Lose nothing up to here if the process is killed."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """The end of the run."""
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return (self._config.train.global_batch_size or 0) * self._config.model.seq_length
+
+    def _is_logged(self, step: int) -> bool:
+        if self.only_log is not None:
+            return step in self.only_log
+        last = self._config.train.train_iters
+        return step % self._config.logging.log_interval == 0 or step in (1, last)
+
+    def _layer_figures(self, step: int) -> Row:
+        """What is due of layers, time and throughput; `layers` holds what is new of each layer."""
+        refreshes = self._refreshes()
+        new: figures.Figures = {}
+        row: Row = {}
+        if self._is_logged(step) or self._figures_at < 0:
+            new, row = self._measured(step)
+            self._figures = new
+        elif refreshes != self._figures_at:
+            new = figures.flip_rates(self._controller, self._grid)
+            for name, one in new.items():
+                self._figures.setdefault(name, {}).update(one)
+        if new or refreshes != self._figures_at:
+            self._figures_at = refreshes
+            self._state.note_flips(step, refreshes, self._figures)
+        whole = figures.means(self._figures)
+        kept = whole if self._is_logged(step) else ("flip_rate", "density")
+        return {**row, **{key: whole[key] for key in kept if key in whole}, "layers": new}
+
+    def _measured(self, step: int) -> tuple[figures.Figures, Row]:
+        """Figures of the layers, and what a row has at log steps alone; a collective call."""
+        seconds = self._timer.seconds(self._split)
+        saved = self._controller.halved_flops_per_token(self._again)
+        layers, sums, memory = figures.all_figures(
+            self._engine,
+            [*(seconds.get(phase, 0.0) for phase in PHASES), saved],
+            figures.peak_memory_gib(self._grid.device),
+        )
+        if not self._is_logged(step):
+            return layers, {}
+        world = self._grid.world
+        each = self._tokens_per_step * self._steps / self._seconds / world
+        self._seconds, self._steps = 0.0, 0
+        executed = self._flops.dense + self._flops.recomputed - sums[-1] / self._grid.dp_size
+        row: Row = {
+            "tokens_per_second_per_gpu": each,
+            "tflops": each * self._flops.dense / 1e12,
+            "tflops_true": each * executed / 1e12,
+            "memory_gib": memory,
+        }
+        if self._peak is not None:
+            row["mfu"] = row["tflops"] / self._peak
+        if seconds:
+            row |= {f"time_{p}": total / world for p, total in zip(PHASES, sums[:-1], strict=True)}
+        return layers, row
+
+    def _refreshes(self) -> int:
+        """Mask refreshes so far in the whole model (a stage may have none); in any layout alike."""
+        if self._grid.tp_size * self._grid.pp_size == 1:
+            return self._controller.refreshes
+        here = torch.tensor(self._controller.refreshes, device=self._grid.device)
+        return int(self._grid.sum_over_model(here)) // self._grid.tp_size
+
+    def _peak_tflops(self) -> float | None:
+        given = self._config.logging.peak_tflops
+        if given is not None or self._grid.device.type != "cuda":
+            return given
+        gpu = torch.cuda.get_device_name(self._grid.device)
+        precision = "bf16" if self._config.train.bf16 else "fp32"
+        peak = flops.peak_tflops(gpu, precision)
+        if peak is None:
+            logger.info(
+                "no MFU: the peak of %s in %s is not known, give --peak-tflops", gpu, precision
+            )
+        else:
+            logger.info("MFU is of %g TFLOP/s, the dense %s peak of %s", peak, precision, gpu)
+        return peak

@@ -1,0 +1,174 @@
+"""The documentation: its commands run, its messages exist, its flags and links are real."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from megasparse.config.loader import ALIASES, FIELDS
+from megasparse.train.metrics import METRICS
+from tests import dist
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page that are marked with a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
+
+
+# Smaller numbers for the tutorial's commands; each must be found in it.
+SMALLER = {
+    "--max-bytes 6000000": "--max-bytes 300000",
+    "--vocab-size 2048": "--vocab-size 400",
+    "--workers 2": "--workers 1",
+    "--exit-interval 100": "--exit-interval 4",
+    "--train-iters 200": "--train-iters 8 --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 "
+    "--num-attention-heads 4 --num-query-groups 2 --seq-length 32 --sample-tokens 2 "
+    "--mask-update-interval 2",
+    "runs/tutorial": "{folder}",
+}
+
+
+def test_the_tutorial_runs(tmp_path):
+    script = "".join(blocks("tutorial.md", "sh"))
+    for written, smaller in SMALLER.items():
+        assert written in script, f"{written} is no longer in the tutorial"
+        script = script.replace(written, smaller.format(folder=tmp_path))
+    environment = {
+        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "stopped at step 4 (--exit-interval)" in done.stdout
+    assert "Run finished: recipe fst, 8 steps" in done.stdout
+    assert re.search(r"linear_fc1\.weight +256x64 +0\.5000 +yes +yes", done.stdout)
+    page = (tmp_path / "pictures" / "index.html").read_text()
+    assert page.count("<svg") >= 6 and "Training loss against time" in page
+    pictures = re.findall(r"<svg.*?</svg>", page, re.S)
+    for picture in pictures:
+        ElementTree.fromstring(picture)  # well-formed, on its own
+    for used in set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", page)):
+        assert page.count(f'id="{used}"') == 1, used
+    for resource in (r'(src|href)="(?!#)', r"@import", r"url\((?!#)"):
+        assert not re.search(resource, page), f"the page loads something: {resource}"
+    for picture in ("flip_rate", "loss_tokens", "all", "masks"):
+        assert (tmp_path / "pictures" / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def _example(rank: int, world: int, code: str) -> list[float]:
+    names: dict = {}
+    exec(compile(code, "spec_provider.md", "exec"), names)
+    return names["losses"]
+
+
+def test_the_spec_provider_example_trains():
+    (code,) = blocks("spec_provider.md", "python")
+    (losses,) = dist.run(_example, 1, code)
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.5
+
+
+@functools.cache
+def _literals() -> list[str]:
+    """All texts of the source, with \\0 where a value is put in."""
+    found = []
+    files = [*(ROOT / "megasparse").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "\0" for p in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%(\.\d)?[sdfgr]", "\0", node.value))
+    return found
+
+
+def _quoted() -> list[str]:
+    return re.findall(r"^> `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("message", _quoted(), ids=lambda m: m[:40])
+def test_messages_in_troubleshooting_are_in_the_source(message):
+    # A value may be one of the message's own words (a list's "4x4" is written {BLOCK}x{BLOCK}).
+    pieces = [re.escape(piece) for piece in message.replace("4x4", "…x…").split("…")]
+    pattern = re.compile("[^\0]*\0.*?".join(pieces) if len(pieces) > 1 else pieces[0], re.S)
+    assert any(pattern.search(text) for text in _literals()), message
+
+
+def test_there_are_messages():
+    assert len(_quoted()) >= 20
+
+
+@pytest.mark.parametrize("page", ["megatron.md", "deepspeed.md", *(
+    str(path.relative_to(DOCS)) for path in PAGES if path.parent.name == "recipes"
+)])  # fmt: skip
+def test_flags_of_the_guides_exist(page):
+    text = (DOCS / page).read_text()
+    if page == "megatron.md":  # the first column of "Another flag" and "Not here" are theirs
+        before, _, rest = text.partition("## Another flag")
+        another, _, after = rest.partition("## Not here")
+        ours = [line.split("|")[2] for line in another.splitlines() if line.count("|") == 3]
+        text = before + "".join(ours) + after.partition("## What is new")[2]
+    known = {info.flag for info in FIELDS.values()}
+    known |= {"--" + alias.replace("_", "-") for alias in ALIASES}
+    known |= {"--config", "--help", "--num_gpus", "--hostfile"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+    assert flags <= known, flags - known
+
+
+def test_every_flag_of_sparsity_and_logging_is_explained():
+    text = "".join(path.read_text() for path in PAGES)
+    for info in FIELDS.values():
+        if info.group in ("sparsity", "logging") and not info.name.startswith("sample"):
+            assert info.flag in text, info.flag
+
+
+def test_every_metric_is_explained_as_the_code_has_it():
+    text = (DOCS / "metrics.md").read_text()
+    for metric in METRICS:
+        assert f"| `{metric.key}` | {metric.unit} | {metric.meaning} |" in text, metric.key
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "README.md"], ids=lambda p: str(p.name))
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, heading = target.partition("#")
+        page = (path.parent / name).resolve() if name else path
+        assert page.exists(), f"{path}: {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert heading in anchors, f"{path}: {target}; there are {sorted(anchors)}"
+
+
+def test_the_benchmarks_page_is_what_its_tool_makes(tmp_path):
+    tool = [sys.executable, str(ROOT / "tools" / "make_benchmarks_page.py")]
+    assert subprocess.run([*tool, "--check"]).returncode == 0
+    (tmp_path / "a-2026-01-02.md").write_text("# A title\n\n## Part\n[x](y.md)\n")
+    (tmp_path / "b.md").write_text("no title\n")
+    page = tmp_path / "out" / "page.md"
+    page.parent.mkdir()
+    own = [*tool, "--results", str(tmp_path), "--output", str(page)]
+    assert subprocess.run(own, capture_output=True).returncode == 1 and not page.exists()
+    (tmp_path / "b.md").unlink()
+    assert subprocess.run(own).returncode == 0
+    text = page.read_text()
+    assert "- [A title](#a-title)" in text and "### Part" in text
+    assert "](../tools/results/y.md)" in text

@@ -61,7 +61,7 @@ def measure(flags: Sequence[str], rounds: int, run_dir: Path) -> tuple[dict[str,
            "--log-interval", str(20 * total), "--sparsity-recipe", "fst", "--log-csv",
            "--log-layers", "--dense-tail-fraction", "0"]  # fmt: skip
     config = resolve(load_config([*own, *DEFAULT, *flags]), int(os.environ["WORLD_SIZE"]))
-    device, _ = start_process(config.parallel.distributed_timeout_minutes)
+    device = start_process(config.parallel.distributed_timeout_minutes)
     parallel, train = config.parallel, config.train
     grid = make_grid(
         parallel.tensor_model_parallel_size,

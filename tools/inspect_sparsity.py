@@ -32,7 +32,8 @@ from megasparse.kernels.patterns import decode_patterns, encode_patterns
 from megasparse.progress import progress
 from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.train.checkpoint import effective_weight, newest_valid
+from megasparse.train.checkpoint import newest_valid
+from megasparse.train.stored import effective_weight
 from megasparse.train.precheck import recipe_of
 from megasparse.train.storage import CheckpointReader
 

@@ -36,6 +36,8 @@ SMALLER = {
     "--train-iters 200": "--train-iters 8 --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 "
     "--num-attention-heads 4 --num-query-groups 2 --seq-length 32 --sample-tokens 2 "
     "--mask-update-interval 2",
+    "--max-new-tokens 64": "--max-new-tokens 4",
+    "--max-tokens 20000": "--max-tokens 200",
     "runs/tutorial": "{folder}",
 }
 
@@ -58,6 +60,7 @@ def test_the_tutorial_runs(tmp_path):
     assert "stopped at step 4 (--exit-interval)" in done.stdout
     assert "Run finished: recipe fst, 8 steps" in done.stdout
     assert re.search(r"linear_fc1\.weight +256x64 +0\.5000 +yes +yes", done.stdout)
+    assert (tmp_path / "exported" / "sparsity.json").is_file()
     page = (tmp_path / "pictures" / "index.html").read_text()
     assert page.count("<svg") >= 6 and "Training loss against time" in page
     pictures = re.findall(r"<svg.*?</svg>", page, re.S)
@@ -126,7 +129,7 @@ def test_flags_of_the_guides_exist(page):
         text = before + "".join(ours) + after.partition("## What is new")[2]
     known = {info.flag for info in FIELDS.values()}
     known |= {"--" + alias.replace("_", "-") for alias in ALIASES}
-    known |= {"--config", "--help", "--num_gpus", "--hostfile"}
+    known |= {"--config", "--help", "--num_gpus", "--hostfile", "--deepspeed_config"}
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert flags <= known, flags - known
 

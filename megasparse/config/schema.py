@@ -212,6 +212,29 @@ class SparsityConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """A frozen dense teacher beside the student (AST); off while its weight is 0."""
+
+    kd_loss_weight: float = option(
+        0.0, "weight of KL(teacher || student) in the loss (AST: 0.67 for GPT-2); 0: no teacher",
+        at_least=0.0,
+    )  # fmt: skip
+    lm_loss_weight: float = option(
+        1.0, "weight of the cross entropy beside it (AST: 0.33 for GPT-2)", at_least=0.0
+    )
+    kd_temperature: float = option(
+        2.0, "divides both logits; the divergence is multiplied by its square", above=0.0
+    )
+    teacher_load: str | None = option(
+        None, "folder of the teacher's checkpoints; default: the weights that the run starts from"
+    )
+    teacher_dtype: str | None = option(
+        None, "the teacher's weights and GEMMs; default: as the student",
+        choices=("bf16", "fp32", "fp8"),
+    )  # fmt: skip
+
+
+@dataclass
 class CheckpointConfig:
     """What a run leaves behind."""
 
@@ -219,6 +242,9 @@ class CheckpointConfig:
     save: str | None = option(None, "folder of checkpoints; default RUN_DIR/checkpoints")
     load: str | None = option(
         None, "folder of checkpoints to continue from; an error when it holds none"
+    )
+    finetune: bool = option(
+        False, "take the weights of --load alone: step 0, a new optimizer, other data or recipe"
     )
     resume: bool = option(
         False, "continue from the newest checkpoint in --save, or start when there is none"
@@ -248,6 +274,9 @@ class CheckpointConfig:
     override_recipe: bool = option(
         False, "continue with another sparsity recipe: dense to sparse, sparse to dense, ..."
     )
+    override_distillation: bool = option(
+        False, "continue with other weights of the losses, temperature or teacher's precision"
+    )
     override_rng: bool = option(False, "continue with new dropout draws in another layout")
 
 
@@ -274,5 +303,6 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -12,6 +12,7 @@ from megasparse.megatron.model import build_model
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.train.distill import Distillation
 from megasparse.train.engine import Engine
 from megasparse.train.faults import Faults
 from megasparse.train.pipeline import Pipeline, PipelineEngine
@@ -25,12 +26,14 @@ def build_engine(
     padded_vocab_size: int,
     faults: Faults | None = None,
     tick: Callable[[str], None] = lambda _: None,
+    vocab_size: int | None = None,
 ) -> Engine:
     """This rank's part of the model, sparse by the recipe, in the engine of its layout.
 
     Args:
         faults: to be injected; none by default.
         tick: told about every micro-batch.
+        vocab_size: before padding; None: nothing is padding.
     """
     clock = Clock(config.train.seed, config.train.train_iters)
 
@@ -46,8 +49,11 @@ def build_engine(
             num_layers=config.model.num_layers,
         )
 
+    teaching = None
+    if config.distillation.kd_loss_weight:
+        teaching = Distillation(config, grid, padded_vocab_size, vocab_size)
     if grid.pp_size > 1:
-        pipeline = Pipeline(config, grid, padded_vocab_size, clock)
+        pipeline = Pipeline(config, grid, padded_vocab_size, clock, teaching)
         return PipelineEngine(config, grid, pipeline, make_sparse(pipeline.view), faults, tick)
     model = build_model(config, grid, padded_vocab_size)
-    return PlainEngine(config, grid, model, make_sparse(model), faults, tick)
+    return PlainEngine(config, grid, model, make_sparse(model), faults, tick, teaching)

@@ -21,6 +21,7 @@ from megasparse.optim.lr import learning_rate
 from megasparse.optim.masked_decay import MaskedDecay
 from megasparse.sparsity.controller import SparsityController
 from megasparse.train import zero
+from megasparse.train.distill import Distillation
 from megasparse.train.faults import Faults
 from megasparse.train.numerics import StepGuard
 
@@ -53,7 +54,10 @@ class Engine(ABC):
     Attributes:
         fragments: where the parameters lie in the optimizer's tensors.
         guard: watches the steps.
+        distillation: the teacher and its part of the loss, if there is one.
     """
+
+    distillation: Distillation | None = None
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from megasparse.train.engine import StepResult
 from megasparse.train.faults import Faults
 from megasparse.train.folder import RunFolder, finish
 from megasparse.train.generate import sample_text
+from megasparse.train.initial import start
 from megasparse.train.metrics import MetricsWriter, ProgressLine
 from megasparse.train.numerics import NonFiniteStep
 from megasparse.train.precheck import recipe_of
@@ -63,7 +64,7 @@ class Trainer:
         reader = self.folder.find_checkpoint(data.digests)
         vocabulary = padded_vocab_size(data.vocab_size, config)
         self.engine = build_engine(
-            config, grid, self.recipe, vocabulary, context.faults, context.tick
+            config, grid, self.recipe, vocabulary, context.faults, context.tick, data.vocab_size
         )
         self.controller = self.engine.controller
         self.state = LoopState()
@@ -71,6 +72,7 @@ class Trainer:
             checkpoint.load(self.engine, reader)
             self.state = LoopState.of(reader, config)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
+        start(self.engine, context.control, data.digests, fresh=reader is None)
         self.saver = self.folder.make_saver(self._passed)
         self._figures: dict[str, dict[str, float]] = {}
         self._figures_at = -1
@@ -181,9 +183,11 @@ class Trainer:
         begin = time.monotonic()
         result = self._train_step(stream)
         seconds = time.monotonic() - begin
+        teaching = self.engine.distillation
         row = {
             "step": clock.step,
             **dataclasses.asdict(result),
+            **(teaching.take_parts() if teaching is not None else {}),
             "consumed_samples": first_sample + train.global_batch_size,
             "sparse": sparse,
             "preparations": self.controller.preparations(clock.step - 1),

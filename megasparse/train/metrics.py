@@ -19,6 +19,8 @@ from megasparse.log import logger
 _TENSORBOARD = {
     "loss": "loss/training",
     "valid_loss": "loss/validation",
+    "kd_loss": "loss/kl_to_teacher",
+    "lm_loss": "loss/cross_entropy",
     "lr": "optimizer/learning_rate",
     "grad_norm": "optimizer/grad_norm",
     "masked_decay": "sparsity/masked_decay",

@@ -25,7 +25,9 @@ from megasparse.megatron.pipeline import (
     stage_bounds,
     vocab_parallel_loss,
 )
+from megasparse.megatron.teacher import pair, unpair
 from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.train.distill import Distillation
 from megasparse.train.engine import Batch, Engine
 from megasparse.train.faults import Faults
 from megasparse.train.numerics import StepGuard, samples_of
@@ -48,6 +50,7 @@ class Pipeline(PipelineModule):
         grid: this rank's place; DeepSpeed derives the same from the order of its axes.
         padded_vocab_size: as for `build_model`.
         clock: the run's.
+        distillation: the teacher's stage beside this one, and its part of the loss, in training.
 
     Attributes:
         view: the stage as one module with the whole model's parameter names.
@@ -55,8 +58,17 @@ class Pipeline(PipelineModule):
         on_loss: given the loss of every micro-batch of training; gives what is used instead.
     """
 
-    def __init__(self, config: RunConfig, grid: Grid, padded_vocab_size: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        grid: Grid,
+        padded_vocab_size: int,
+        clock: Clock,
+        distillation: Distillation | None = None,
+    ) -> None:
         self._bounds = stage_bounds(config)
+        self.distillation = distillation
+        self._first, self._last = grid.pp_rank == 0, grid.pp_rank == grid.pp_size - 1
         self.on_forward: Callable[[], None] | None = None
         self.on_loss: Callable[[torch.Tensor], torch.Tensor] | None = None
         topology = PipeModelDataParallelTopology(
@@ -88,13 +100,23 @@ class Pipeline(PipelineModule):
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
     def _loss(self, outputs: Any, labels: Any) -> torch.Tensor:
-        loss = vocab_parallel_loss(outputs, labels)
+        if isinstance(outputs, tuple):
+            assert self.distillation is not None
+            targets, mask = (t.transpose(0, 1).contiguous() for t in labels)
+            student, teacher = outputs
+            loss = self.distillation.loss(student, teacher, targets, mask)
+        else:
+            loss = vocab_parallel_loss(outputs, labels)
         return self.on_loss(loss) if self.training and self.on_loss is not None else loss
 
     def forward(self, forward_input: Any) -> Any:
         if self.on_forward is not None:
             self.on_forward()
-        return super().forward(forward_input)
+        if self.distillation is None or not self.training:
+            return super().forward(forward_input)
+        ours, theirs = (forward_input,) * 2 if self._first else unpair(forward_input)
+        teacher = self.distillation.teacher.run_stage(theirs)
+        return pair(super().forward(ours), teacher, self._last)
 
 
 class PipelineEngine(Engine):
@@ -113,6 +135,7 @@ class PipelineEngine(Engine):
         tick: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._pipeline = pipeline
+        self.distillation = pipeline.distillation
         self._forwards = self._backwards = 0
         # Of a bad step that is computed again: what is found, and its micro-batches.
         self._findings: list[str] | None = None
@@ -240,13 +263,21 @@ class PipelineEngine(Engine):
         self._faults.step = self.controller.clock.step
         pairs, total, done = _pairs(batches), 0.0, 0
         self._forwards = 0
+        self._forget_shapes()
         while done < iterations:
             if interrupted():
                 return None
             count = min(self.accumulation_steps, iterations - done)
             total += count * float(self._engine.eval_batch(pairs, num_micro_batches=count))
             done += count
+        self._forget_shapes()
         return total / iterations
+
+    def _forget_shapes(self) -> None:
+        """Evaluations have no teacher: what travels between stages is not what it is in training,
+        and DeepSpeed tells its shape to the next stage once."""
+        if self.distillation is not None:
+            self._engine.reset_activation_shape()
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

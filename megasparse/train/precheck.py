@@ -55,6 +55,7 @@ def check(config: RunConfig) -> Prepared:
             raise CheckpointError(f"load: {settings.load} is no folder; it holds no checkpoint")
         if not list_steps(Path(settings.load)):
             raise CheckpointError(f"load: {settings.load} holds no checkpoint")
+    _check_teacher(config)
     data = check_data(config)
     make_private(settings.run_dir)
     make_private(save)
@@ -74,6 +75,22 @@ def recipe_of(config: RunConfig) -> SparsityRecipe:
         dense_tail_fraction=sparsity.dense_tail_fraction,
         simulate_fp8=sparsity.simulate_fp8,
     )
+
+
+def _check_teacher(config: RunConfig) -> None:
+    """A teacher is there if one is asked for."""
+    wanted, settings = config.distillation, config.checkpoint
+    if not wanted.kd_loss_weight:
+        return
+    if wanted.teacher_load is None:
+        if not settings.finetune:
+            raise ConfigError(
+                f"kd_loss_weight {wanted.kd_loss_weight} needs a teacher: --teacher-load DIR, or "
+                "initial weights (--load DIR --finetune)"
+            )
+        return
+    if not list_steps(Path(wanted.teacher_load)):
+        raise CheckpointError(f"teacher_load: {wanted.teacher_load} holds no checkpoint")
 
 
 def _check_folder_names(config: RunConfig) -> None:

@@ -206,6 +206,13 @@ class SparsityConfig:
         "round operands of sparse layers to FP8 as S-STE's paper does (e4m3 forward, e5m2 "
         "backward); for its numerics, without speed",
     )
+    slorb_k: int | None = option(
+        None, "add SLoRB's low-rank branch to sparse layers, of rank inputs / k (AST: 16)",
+        at_least=1,
+    )  # fmt: skip
+    slorb_train_projection: bool = option(
+        True, "train SLoRB's projection too, instead of sums over groups of k inputs"
+    )
     track_flip_rate: bool = option(
         True, "measure flip rates in dense phases too (masks are computed, not applied)"
     )

@@ -38,6 +38,7 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     _fill_train(config, world_size)
     _check_data(config.data, config.model)
     _check_start(config)
+    _check_slorb(config)
     config.checkpoint.save = config.checkpoint.save or f"{config.checkpoint.run_dir}/checkpoints"
     config.logging.tensorboard_dir = (
         config.logging.tensorboard_dir or f"{config.checkpoint.run_dir}/tensorboard"
@@ -260,6 +261,20 @@ def _check_start(config: RunConfig) -> None:
             f"lm_loss_weight {teacher.lm_loss_weight} without a teacher, expected 1; set "
             "kd_loss_weight"
         )
+
+
+def _check_slorb(config: RunConfig) -> None:
+    """SLoRB makes up for what masks prune, from the first step to the last."""
+    sparsity = config.sparsity
+    if sparsity.slorb_k is None:
+        return
+    if sparsity.sparsity_recipe not in ("ste", "sr_ste", "ast"):
+        raise ConfigError(
+            f"slorb_k {sparsity.slorb_k} with the recipe {sparsity.sparsity_recipe}, expected a "
+            "row-wise mask: ste, sr_ste or ast"
+        )
+    if sparsity.dense_warmup_fraction or sparsity.dense_tail_fraction:
+        raise ConfigError("slorb_k needs a run without dense_warmup_fraction, dense_tail_fraction")
 
 
 def _check_divisible(config: RunConfig) -> None:

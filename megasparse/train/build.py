@@ -47,6 +47,8 @@ def build_engine(
             reduce_max=grid.max_over_tp,
             monitor=config.sparsity.track_flip_rate,
             num_layers=config.model.num_layers,
+            slorb_k=config.sparsity.slorb_k,
+            slorb_train_projection=config.sparsity.slorb_train_projection,
         )
 
     teaching = None

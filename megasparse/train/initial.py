@@ -17,6 +17,7 @@ from megasparse.errors import CheckpointError, ConfigError
 from megasparse.log import logger
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.init import parameter_shard
+from megasparse.megatron.sparsify import boost_names, initial_boosts
 from megasparse.optim.fragments import Fragment
 from megasparse.sparsity import schedule
 from megasparse.train.checkpoint import effective_weight
@@ -58,8 +59,11 @@ def start(engine: Engine, control: Control, digests: dict[str, str], fresh: bool
     config, grid = engine.config, engine.grid
     found = initial_weights(config, control, digests) if fresh else None
     if found is not None:
-        put_weights(engine.model, found, grid, engine.fragments)
+        put_weights(engine.model, found, grid, engine.fragments, boost_names(engine.model))
         logger.info("starting from the weights of %s", found.where)
+    if fresh:
+        for parameter, value in initial_boosts(engine.model):
+            set_parameter(parameter, value, engine.fragments)
     if engine.distillation is not None:
         teacher = teacher_weights(config, control, digests)
         put_weights(engine.distillation.teacher.view, teacher, grid)

@@ -13,7 +13,7 @@ MODEL = [
 DENSE = [*MODEL, "--sparsity-recipe", "dense", "--train-iters", "60", "--lr", "1e-2"]
 AST = [
     *MODEL, *ALL_LINEARS, "--sparsity-recipe", "ast", "--mask-update-interval", "4",
-    "--masked-decay", "1e-3", "--masked-decay-ramp-iters", "5", "--lr", "2e-3",
+    "--masked-decay", "1e-4", "--masked-decay-ramp-iters", "5", "--lr", "3e-4",
     "--train-iters", "10", "--finetune",
 ]  # fmt: skip
 TEACHER = ["--kd-loss-weight", "0.67", "--lm-loss-weight", "0.33"]

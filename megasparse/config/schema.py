@@ -206,6 +206,11 @@ class SparsityConfig:
         "round operands of sparse layers to FP8 as S-STE's paper does (e4m3 forward, e5m2 "
         "backward); for its numerics, without speed",
     )
+    mask_metric: str | None = option(
+        None, "what row-wise masks keep the largest of: weights (magnitude), or weights times the "
+        "norm of their input (wanda); default magnitude",
+        choices=("magnitude", "wanda"),
+    )  # fmt: skip
     slorb_k: int | None = option(
         None, "add SLoRB's low-rank branch to sparse layers, of rank inputs / k (AST: 16)",
         at_least=1,

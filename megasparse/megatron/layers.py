@@ -180,6 +180,8 @@ class _ParallelLinear(torch.nn.Module):
 
     def _multiply(self, x: torch.Tensor, comm: LinearComm) -> torch.Tensor:
         gemms, seed = self._gemms()
+        if self.state is not None and self.state.inputs is not None and self.training:
+            self.state.inputs.observe(x)
         return linear(
             x,
             self.weight,

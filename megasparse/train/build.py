@@ -15,8 +15,9 @@ from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.train.distill import Distillation
 from megasparse.train.engine import Engine
 from megasparse.train.faults import Faults
-from megasparse.train.pipeline import Pipeline, PipelineEngine
+from megasparse.train.pipeline import PipelineEngine
 from megasparse.train.plain import PlainEngine
+from megasparse.train.stage import Pipeline
 
 
 def build_engine(

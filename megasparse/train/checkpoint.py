@@ -8,6 +8,7 @@ What is stored, by key:
     optim/NAME/exp_avg|exp_avg_sq       moments, whole or in ZeRO's pieces
     optim/NAME/master                   float32 masters, with ZeRO
     sparsity/NAME/mask|scale|counters   pattern indices, S-STE's beta, refresh counters
+    sparsity/NAME/input_square|_tokens  Wanda's sums over the input channels
     sparsity/NAME/flips                 per tensor-parallel rank, summed on reading
     rng/RANK/NAME                       generator states
 
@@ -169,6 +170,8 @@ def _collect_sparsity(state: SparseWeight, tp_rank: int) -> dict[str, tuple[Piec
         key = f"sparsity/{state.name}/{kind}"
         if kind == "mask":
             tensors[key] = (Piece(key, _mask_shard(state)), value)
+        elif kind == "input_square" and state.shard.dim == 1:
+            tensors[key] = (Piece(key, _input_shard(state)), value)
         elif kind == "flips":
             shard = WeightShard((state.shard.world,), 0, tp_rank, state.shard.world)
             tensors[key] = (Piece(key, shard), value.reshape(1))
@@ -187,6 +190,12 @@ def _mask_shard(state: SparseWeight) -> WeightShard:
     )
 
 
+def _input_shard(state: SparseWeight) -> WeightShard:
+    """Where the local input channels of a row-parallel layer lie in the whole."""
+    shard = state.shard
+    return WeightShard((shard.global_shape[1],), 0, shard.rank, shard.world, shard.parts)
+
+
 def _has_state(reader: CheckpointReader, state: SparseWeight, config: RunConfig) -> bool:
     """Whether the saved state of a weight is to be taken over."""
     if not config.checkpoint.override_recipe:
@@ -203,6 +212,8 @@ def _sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, 
         raise CheckpointError(f"{reader.folder}: holds no sparsity state of {state.name}")
     if "mask" in loaded:
         loaded["mask"] = _mask_shard(state).take(loaded["mask"])
+    if "input_square" in loaded and state.shard.dim == 1:
+        loaded["input_square"] = _input_shard(state).take(loaded["input_square"])
     if "flips" in loaded:
         # Counts of other ranks cannot be told apart in another layout: the first takes them all.
         same = loaded["flips"].numel() == state.shard.world

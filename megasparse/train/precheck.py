@@ -70,6 +70,7 @@ def recipe_of(config: RunConfig) -> SparsityRecipe:
         mask_update_interval=sparsity.mask_update_interval,
         masked_decay=sparsity.masked_decay,
         masked_decay_ramp_iters=sparsity.masked_decay_ramp_iters,
+        mask_metric=sparsity.mask_metric,
         mvue=sparsity.mvue,
         dense_warmup_fraction=sparsity.dense_warmup_fraction,
         dense_tail_fraction=sparsity.dense_tail_fraction,

@@ -30,7 +30,8 @@ def prune(
     Args:
         weight: `(N, K)`.
         method: one of METHODS.
-        gram: `X^T X` `(K, K)`, float32; not for magnitude.
+        gram: `X^T X` `(K, K)`, float32; its diagonal `(K,)` is enough for Wanda, and magnitude
+            needs none.
         damping: SparseGPT's, as a share of the mean diagonal.
 
     Returns:
@@ -45,7 +46,8 @@ def prune(
     scores = weight
     if method == "wanda":
         assert gram is not None
-        scores = weight.float() * gram.diagonal().clamp(min=0).sqrt()
+        squares = gram if gram.dim() == 1 else gram.diagonal()
+        scores = weight.float() * squares.clamp(min=0).sqrt()
     mask = prune24_mask(scores)
     return torch.where(mask, weight, torch.zeros_like(weight)), mask
 

@@ -238,7 +238,10 @@ def train(work: Comparison, variant: str, kind: str, flags: list[str]) -> None:
 
 def subprocess_launch(arguments: list[str]) -> None:
     """launch/pretrain.py in a process of its own."""
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+    # Evaluations in this process have made it a rank of its own, which the run is not.
+    own = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    environment = {"OMP_NUM_THREADS": "1", **environment, "PYTHONPATH": str(ROOT)}
     code = subprocess.run([sys.executable, str(LAUNCH), *arguments], env=environment).returncode
     if code:
         raise MegasparseError(f"pretrain.py ended with exit code {code}")

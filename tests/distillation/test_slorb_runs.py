@@ -15,7 +15,7 @@ from tests.distillation.runs import AST, TEACHER
 from tests.parallel.layouts import PP2, SP, TP2, zero
 from tests.runs import LLAMA, train
 
-BOOST = ["--slorb-k", "8", *TEACHER]
+BOOST = ["--slorb-k", "8", "--replica-check-interval", "2", *TEACHER]
 LAYOUTS = {
     "tp 2, sp": (2, [*TP2, *SP]),
     "tp 2, pp 2, zero 1": (4, [*TP2, *PP2, *zero(1)]),

@@ -241,7 +241,8 @@ class DistillationConfig:
         None, "folder of the teacher's checkpoints; default: the weights that the run starts from"
     )
     teacher_dtype: str | None = option(
-        None, "the teacher's weights and GEMMs; default: as the student",
+        None, "the teacher's precision; default: the student's. fp8: weights of its linears kept "
+        "in e4m3, GEMMs in the student's precision",
         choices=("bf16", "fp32", "fp8"),
     )  # fmt: skip
 

@@ -252,10 +252,6 @@ def _check_start(config: RunConfig) -> None:
         for name in ("teacher_load", "teacher_dtype"):
             if getattr(teacher, name) is not None:
                 raise ConfigError(f"{name} is set, but kd_loss_weight is 0: there is no teacher")
-    if teacher.teacher_dtype == "fp8":
-        raise ConfigError(
-            "teacher_dtype fp8: this build has no FP8 GEMMs for dense layers, expected bf16 or fp32"
-        )
     if not teacher.kd_loss_weight and teacher.lm_loss_weight != 1.0:
         raise ConfigError(
             f"lm_loss_weight {teacher.lm_loss_weight} without a teacher, expected 1; set "

@@ -24,7 +24,7 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from megasparse.kernels import prune24_mask
 from megasparse.megatron.boost import SplitOverRank, SumOfProjections
 from megasparse.sparsity.controller import Clock, SparsityController
-from megasparse.sparsity.gemms import DenseGemms, LinearGemms
+from megasparse.sparsity.gemms import DenseGemms, Fp8StoredGemms, LinearGemms
 from megasparse.sparsity.linear import LinearComm, NoComm, linear
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import (
@@ -119,6 +119,7 @@ class _ParallelLinear(torch.nn.Module):
         self._clock: Clock | None = None
         self._controller: SparsityController | None = None
         self._number = 0
+        self._frozen: Fp8StoredGemms | None = None
         self._boost: Boost | None = None
         self.slorb_adapter: torch.nn.Parameter | None = None
         self.slorb_projection: torch.nn.Parameter | None = None
@@ -169,8 +170,16 @@ class _ParallelLinear(torch.nn.Module):
         self.state, self._controller, self._number = state, controller, number
         controller.register(state, self.weight)
 
+    def freeze_in_fp8(self) -> int:
+        """Keep the weight in FP8 alone, for a layer that is never trained; its bytes then."""
+        self._frozen = Fp8StoredGemms(self.weight)
+        self.weight = torch.nn.Parameter(self.weight.detach().new_empty(0), requires_grad=False)
+        return self._frozen.bytes_here
+
     def _gemms(self) -> tuple[LinearGemms, int]:
         """The GEMMs of the current step, and the seed of this layer's draws."""
+        if self._frozen is not None:
+            return self._frozen, 0
         if self.state is None or self._controller is None:
             return DenseGemms(self.weight), 0
         controller = self._controller

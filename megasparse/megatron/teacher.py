@@ -21,11 +21,10 @@ import torch
 
 from megasparse.config import RunConfig
 from megasparse.megatron.grid import Grid
+from megasparse.megatron.layers import _ParallelLinear
 from megasparse.megatron.model import build_model
 from megasparse.megatron.pipeline import finish_stage, part_specs, stage_bounds
 from megasparse.sparsity.controller import Clock
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Teacher:
@@ -40,12 +39,15 @@ class Teacher:
 
     Attributes:
         view: a module with the whole model's parameter names.
-        dtype: of its weights and activations.
+        dtype: of its activations, and of its weights unless they are in FP8.
+        stored: what its linears' weights are kept in, for messages.
+        bytes_here: memory of its weights on this rank.
     """
 
     def __init__(self, config: RunConfig, grid: Grid, padded_vocab_size: int) -> None:
         own = _teacher_config(config)
-        self.dtype = DTYPES[own.distillation.teacher_dtype or ""]
+        self.dtype = torch.bfloat16 if own.train.bf16 else torch.float32
+        self._in_fp8 = config.distillation.teacher_dtype == "fp8"
         self._first = grid.pp_rank == 0
         self._parts: list[Any] = []
         if grid.pp_size == 1:
@@ -60,11 +62,17 @@ class Teacher:
                 module.eval()
                 self._parts.append((spec.forward, module))
         self.view.eval().requires_grad_(False)
+        self.stored = "e4m3" if self._in_fp8 else str(self.dtype).removeprefix("torch.")
+        self.bytes_here = 0
 
-    @property
-    def bytes_here(self) -> int:
-        """Memory of its weights on this rank."""
-        return sum(p.numel() * p.element_size() for p in self.view.parameters())
+    def freeze(self) -> None:
+        """Its weights are in: from now on they are only read."""
+        self.bytes_here = 0
+        if self._in_fp8:
+            for module in self.view.modules():
+                if isinstance(module, _ParallelLinear):
+                    self.bytes_here += module.freeze_in_fp8()
+        self.bytes_here += sum(p.numel() * p.element_size() for p in self.view.parameters())
 
     @torch.no_grad()
     def logits(
@@ -111,7 +119,8 @@ def unpair(inputs: tuple[torch.Tensor, ...]) -> tuple[Any, tuple[torch.Tensor, .
 
 def _teacher_config(config: RunConfig) -> RunConfig:
     """The run's model with the teacher's precision; nothing is recomputed without gradients."""
-    dtype = config.distillation.teacher_dtype or ("bf16" if config.train.bf16 else "fp32")
+    kinds = {"bf16": True, "fp32": False}
+    bf16 = kinds.get(config.distillation.teacher_dtype or "", config.train.bf16)
     parallel = dataclasses.replace(
         config.parallel,
         recompute_granularity=None,
@@ -121,6 +130,5 @@ def _teacher_config(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         parallel=parallel,
-        train=dataclasses.replace(config.train, bf16=dtype == "bf16"),
-        distillation=dataclasses.replace(config.distillation, teacher_dtype=dtype),
+        train=dataclasses.replace(config.train, bf16=bf16),
     )

@@ -51,7 +51,7 @@ class Distillation:
             "micro-batch where the loss is",
             where,
             self.teacher.bytes_here / MIB,
-            str(self.teacher.dtype).removeprefix("torch."),
+            self.teacher.stored,
             self._logits_bytes / MIB,
         )
 

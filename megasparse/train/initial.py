@@ -67,6 +67,7 @@ def start(engine: Engine, control: Control, digests: dict[str, str], fresh: bool
     if engine.distillation is not None:
         teacher = teacher_weights(config, control, digests)
         put_weights(engine.distillation.teacher.view, teacher, grid)
+        engine.distillation.teacher.freeze()
         engine.distillation.describe(teacher.where)
 
 

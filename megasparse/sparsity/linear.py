@@ -62,7 +62,7 @@ class _Linear(torch.autograd.Function):
         z_TN, h_TR = gemms.output(x_TK), None
         if boost is not None and s_NR is not None:
             h_TR = boost.project(x_TK, p_RK)
-            z_TN = torch.addmm(z_TN, h_TR, s_NR.t())
+            z_TN = z_TN.addmm_(h_TR, s_NR.t())
         ctx.save_for_backward(x_local, s_NR, p_RK, h_TR)
         return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
 

@@ -184,10 +184,13 @@ class Trainer:
         result = self._train_step(stream)
         seconds = time.monotonic() - begin
         teaching = self.engine.distillation
+        parts: dict[str, float | None] = dict(teaching.take_parts()) if teaching else {}
+        if result.loss is None:  # the step was left out, and so are its parts
+            parts = dict.fromkeys(parts)
         row = {
             "step": clock.step,
             **dataclasses.asdict(result),
-            **(teaching.take_parts() if teaching is not None else {}),
+            **parts,
             "consumed_samples": first_sample + train.global_batch_size,
             "sparse": sparse,
             "preparations": self.controller.preparations(clock.step - 1),

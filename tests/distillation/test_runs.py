@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from megasparse.train.checkpoint import newest_valid
 from tests import dist
 from tests.distillation.runs import AST, DENSE, TEACHER
 from tests.parallel.layouts import FULL, PP2, SP, TP2, zero
 from tests.runs import train
 
-EVALUATED = ["--eval-iters", "1", "--eval-interval", "3"]
+EVALUATED = ["--eval-iters", "1", "--eval-interval", "3", "--reset-attention-mask"]
 LAYOUTS = {
     "tp 2, sp": (2, [*TP2, *SP]),
     "dp 2, zero 2": (2, zero(2)),
@@ -105,3 +106,28 @@ def test_refusals(tmp_path, dataset, flags, message):
 def test_another_model_is_no_teacher(tmp_path, dataset, dense):
     with pytest.raises(RuntimeError, match="has num_layers 2, this run has 1"):
         _run(tmp_path, dataset, dense, [*TEACHER, "--num-layers", "1"])
+
+
+def _poisoned(rank, world, fault, flags):
+    import os
+
+    os.environ["MEGASPARSE_FAULT"] = fault
+    return train(rank, world, flags)
+
+
+@pytest.mark.parametrize("layout", [(1, []), (2, PP2)], ids=["one", "pp 2"])
+def test_a_step_with_a_nan_is_left_out_of_every_figure(tmp_path, dataset, dense, layout):
+    world, more = layout
+    flags = [
+        *AST, *TEACHER, "--mask-metric", "wanda", "--max-skipped-steps", "1", "--load", dense,
+        "--data-path", dataset, "--run-dir", str(tmp_path), *more,
+    ]  # fmt: skip
+    rows = dist.run(_poisoned, world, f"nan@{world - 1}:3:loss", flags)[0]
+    assert [row["step"] for row in rows if row["loss"] is None] == [4]
+    assert rows[3]["kd_loss"] is None and rows[3]["lm_loss"] is None
+    for row in rows[:3] + rows[4:]:
+        assert row["loss"] == pytest.approx(0.67 * row["kd_loss"] + 0.33 * row["lm_loss"], rel=1e-5)
+    state = newest_valid(tmp_path / "checkpoints")
+    name = "sparsity/decoder.layers.1.mlp.linear_fc1.weight/input"
+    assert int(state.read(f"{name}_tokens")) == 9 * 8 * 16  # steps x sequences x tokens
+    assert state.read(f"{name}_square").isfinite().all()

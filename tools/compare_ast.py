@@ -7,6 +7,7 @@ Makes a corpus (or takes --corpus), a tokenizer and a dataset, pre-trains a dens
 compares on the validation split:
 
     dense              | the model itself
+    dense_longer       | retrained densely: what the additional training alone is worth
     magnitude          | pruned once, no training
     wanda              | the same, by |w| times the norm of its input
     sparsegpt          | the same, later columns make up for pruned ones
@@ -53,7 +54,7 @@ from megasparse.train.offline import OfflineModel, StoredRun
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch" / "pretrain.py"
 INT4 = "ast_slorb_int4"
-VARIANTS = ("dense", *METHODS, "sr_ste", "ast", "ast_slorb", INT4)
+VARIANTS = ("dense", "dense_longer", *METHODS, "sr_ste", "ast", "ast_slorb", INT4)
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,21 @@ class Scale:
     micro_batch_size: int
     eval_iters: int
     group_size: int
+    workers: int  # of the preprocessing
 
 
 SCALES = {
-    "tiny": Scale(1024, 4_000_000, False, 64, 8, 16, 128),
-    "gpu": Scale(32_000, 1_000_000_000, True, 256, 16, 64, 128),
+    "tiny": Scale(1024, 4_000_000, False, 64, 8, 16, 128, 1),
+    "gpu": Scale(32_000, 1_000_000_000, True, 256, 16, 64, 128, 12),
 }
 
+ALONE = ["--kd-loss-weight", "0", "--lm-loss-weight", "1", "--masked-decay-ramp-iters", "none"]
 RETRAINED = {
-    "sr_ste": [
-        "--sparsity-recipe", "sr_ste", "--masked-decay-ramp-iters", "none", "--kd-loss-weight", "0",
-        "--lm-loss-weight", "1",
+    "dense_longer": [
+        "--sparsity-recipe", "dense", "--masked-decay", "none", "--mask-update-interval", "none",
+        *ALONE,
     ],
+    "sr_ste": ["--sparsity-recipe", "sr_ste", *ALONE],
     "ast": [],
     "ast_slorb": ["--slorb-k", "16"],
 }  # fmt: skip
@@ -92,6 +96,7 @@ class Comparison:
         output: where everything goes.
         dense_flags, retrain_flags: after those of the configs.
         launch: runs launch/pretrain.py with flags; raises if it fails.
+        command: for the table.
     """
 
     output: Path
@@ -101,6 +106,7 @@ class Comparison:
     retrain_flags: list[str]
     launch: Callable[[list[str]], None]
     corpus: list[Path]
+    command: str = "python tools/compare_ast.py"
 
     def checkpoints(self, variant: str) -> Path:
         return self.output / variant / "checkpoints"
@@ -115,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = Comparison(
         args.output, args.scale, SCALES[args.scale], flags["dense"], flags["retrain"],
         subprocess_launch, args.corpus,
+        " ".join(["python tools/compare_ast.py", *(sys.argv[1:] if argv is None else argv)]),
     )  # fmt: skip
     try:
         rows = compare(work)
@@ -263,7 +270,17 @@ def make_data(work: Comparison) -> None:
     names = [str(path) for path in corpus]
     for tool, arguments in (
         (train_tokenizer, ["--output", tokenizer, "--vocab-size", work.scale.vocab_size]),
-        (preprocess_data, ["--output-prefix", prefix, "--tokenizer-model", tokenizer]),
+        (
+            preprocess_data,
+            [
+                "--output-prefix",
+                prefix,
+                "--tokenizer-model",
+                tokenizer,
+                "--workers",
+                work.scale.workers,
+            ],
+        ),
     ):
         code = tool.main(["--input", *names, *map(str, arguments), "--overwrite"])
         if code:
@@ -282,9 +299,7 @@ def markdown(rows: list[dict], work: Comparison) -> str:
         f"megasparse {megasparse.__version__}; {dense['parameters'] / 1e6:.1f}M parameters, "
         f"validation on {dense['tokens_of_evaluation']:,} held-out tokens.",
         "",
-        "    "
-        + f"python tools/compare_ast.py --scale {work.name} --output {work.output} "
-        + " ".join([*work.dense_flags, *work.retrain_flags]).strip(),
+        f"    {work.command}",
         "",
         "| variant | steps of training | loss | perplexity | above dense |",
         "|---|---:|---:|---:|---:|",

@@ -17,8 +17,7 @@ from tests.runs import LLAMA, train
 
 BOOST = ["--slorb-k", "8", "--replica-check-interval", "2", *TEACHER]
 LAYOUTS = {
-    "tp 2, sp": (2, [*TP2, *SP]),
-    "tp 2, pp 2, zero 1": (4, [*TP2, *PP2, *zero(1)]),
+    "tp 2, sp, pp 2, zero 1": (4, [*TP2, *SP, *PP2, *zero(1)]),
     "dp 2, zero 2": (2, zero(2)),
 }
 

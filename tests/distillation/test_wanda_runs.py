@@ -10,8 +10,7 @@ from tests.parallel.layouts import FULL, PP2, SP, TP2, zero
 from tests.parallel.trace import traced
 
 LAYOUTS = {
-    "tp 2, sp": (2, [*TP2, *SP]),
-    "tp 2, pp 2, full": (4, [*TP2, *PP2, *FULL]),
+    "tp 2, sp, pp 2, full": (4, [*TP2, *SP, *PP2, *FULL]),
     "dp 2, zero 1": (2, zero(1)),
 }
 

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = {
     "errors": 0, "log": 0, "progress": 0, "tensor_files": 0, "timer": 0,
     "config": 1, "kernels": 1,
-    "sparsity": 2, "fp8": 2,
+    "sparsity": 2, "fp8": 2, "compress": 2,
     "megatron": 3, "optim": 3, "data": 3, "convert": 3,
     "train": 4,
 }  # fmt: skip

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from conversion import DTYPES, add_common, guarded
 
 from megasparse.convert.export import SIDE_FILE, write_huggingface
@@ -31,9 +32,10 @@ from megasparse.errors import ConfigError
 from megasparse.log import logger
 from megasparse.train.control import Control
 from megasparse.train.exported import export_options
-from megasparse.train.stored import StoredModel, open_checkpoint
+from megasparse.train.stored import ADAPTER, PROJECTION, StoredModel, open_checkpoint
 
 DENSE = "dense"
+LOW_RANK_FILE = "slorb.safetensors"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,14 +50,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--format", choices=(DENSE, *FORMATS), default=DENSE,
         help="how 2:4 matrices are stored (default: dense, with the zeros in place)",
     )  # fmt: skip
+    parser.add_argument(
+        "--slorb", choices=("fold", "separate"), default="fold",
+        help="fold SLoRB's matrices into their weights, which are no longer 2:4 then (default), or "
+        f"leave those 2:4 and write the matrices to {LOW_RANK_FILE}",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
 def export(args: argparse.Namespace) -> None:
     require_empty(args.output)
     reader = open_checkpoint(args.input, Control(None))
-    stored = StoredModel(reader, True, DTYPES.get(args.dtype), args.vocab_size)
-    if not stored.sparse:
+    fold = args.slorb == "fold"
+    stored = StoredModel(reader, True, DTYPES.get(args.dtype), args.vocab_size, fold)
+    if not stored.sparse and not (fold and stored.boosted):
         phase = "is in its dense phase" if stored.recipe.is_sparse else "is dense"
         raise ConfigError(
             f"{reader.folder}: the run ({stored.recipe.name}, step {stored.step}) {phase}: nothing "
@@ -66,8 +74,22 @@ def export(args: argparse.Namespace) -> None:
     options = export_options(stored, args.max_shard_size, args.reference, bar=True)
     options.sparse, options.transposable = stored.sparse, stored.recipe.transposable
     options.packing = None if args.format == DENSE else args.format
+    if stored.boosted and not fold:
+        options.extra_tensors[LOW_RANK_FILE] = low_rank_tensors(stored)
     tensors = write_huggingface(stored, args.output, options)
     print(summary(args.output, tensors, stored))
+
+
+def low_rank_tensors(stored: StoredModel) -> dict[str, torch.Tensor]:
+    """S and P of every boosted layer, by megasparse's names; a layer adds `(x P^T) S^T`."""
+    tensors = {}
+    for name in sorted(stored.boosted):
+        base = name.removesuffix(".weight")
+        adapter, projection = stored.low_rank(name)
+        tensors[base + ADAPTER] = adapter
+        if projection is not None:
+            tensors[base + PROJECTION] = projection
+    return tensors
 
 
 def summary(output: Path, tensors: dict[str, Any], stored: StoredModel) -> str:

@@ -151,3 +151,22 @@ def decay_search(
     right.set(xlabel="masked decay", ylabel="mu, flip rate relative to dense", title="Choice")
     right.legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def perplexities(path: Path, rows: Sequence[tuple[str, float]]) -> None:
+    """A bar a variant, the first one's height as a line across."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names, values = zip(*rows)
+    bars = axes.bar(range(len(rows)), values, color="tab:blue")
+    axes.bar_label(bars, fmt="%.2f", fontsize="small")
+    axes.axhline(values[0], color="black", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(rows)), names, rotation=25, ha="right")
+    if max(values) > 10 * min(values):
+        axes.set_yscale("log")
+    axes.set(ylabel="perplexity on held-out text", title="One dense model made 2:4")
+    figure.savefig(path, dpi=120)

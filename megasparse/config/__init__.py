@@ -4,6 +4,7 @@ from megasparse.config.loader import build_parser, dump_yaml, from_dict, load_co
 from megasparse.config.schema import (
     CheckpointConfig,
     DataConfig,
+    DistillationConfig,
     LoggingConfig,
     ModelConfig,
     ParallelConfig,
@@ -22,6 +23,7 @@ from megasparse.config.validate import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DistillationConfig",
     "LoggingConfig",
     "ModelConfig",
     "ParallelConfig",

@@ -220,9 +220,45 @@ class SparsityConfig:
         "round operands of sparse layers to FP8 as S-STE's paper does (e4m3 forward, e5m2 "
         "backward); for its numerics, without speed",
     )
+    mask_metric: str | None = option(
+        None, "what row-wise masks keep the largest of: weights (magnitude), or weights times the "
+        "norm of their input (wanda); default magnitude",
+        choices=("magnitude", "wanda"),
+    )  # fmt: skip
+    slorb_k: int | None = option(
+        None, "add SLoRB's low-rank branch to sparse layers, of rank inputs / k (AST: 16)",
+        at_least=1,
+    )  # fmt: skip
+    slorb_train_projection: bool = option(
+        True, "train SLoRB's projection too, instead of sums over groups of k inputs"
+    )
     track_flip_rate: bool = option(
         True, "measure flip rates in dense phases too (masks are computed, not applied)"
     )
+
+
+@dataclass
+class DistillationConfig:
+    """A frozen dense teacher beside the student (AST); off while its weight is 0."""
+
+    kd_loss_weight: float = option(
+        0.0, "weight of KL(teacher || student) in the loss (AST: 0.67 for GPT-2); 0: no teacher",
+        at_least=0.0,
+    )  # fmt: skip
+    lm_loss_weight: float = option(
+        1.0, "weight of the cross entropy beside it (AST: 0.33 for GPT-2)", at_least=0.0
+    )
+    kd_temperature: float = option(
+        2.0, "divides both logits; the divergence is multiplied by its square", above=0.0
+    )
+    teacher_load: str | None = option(
+        None, "folder of the teacher's checkpoints; default: the weights that the run starts from"
+    )
+    teacher_dtype: str | None = option(
+        None, "the teacher's precision; default: the student's. fp8: weights of its linears kept "
+        "in e4m3, GEMMs in the student's precision",
+        choices=("bf16", "fp32", "fp8"),
+    )  # fmt: skip
 
 
 @dataclass
@@ -236,6 +272,9 @@ class CheckpointConfig:
     )
     load_hf: str | None = option(
         None, "folder of a Hugging Face model (LLaMA, GPT-2) whose weights the run starts from"
+    )
+    finetune: bool = option(
+        False, "take the weights of --load alone: step 0, a new optimizer, other data or recipe"
     )
     resume: bool = option(
         False, "continue from the newest checkpoint in --save, or start when there is none"
@@ -264,6 +303,9 @@ class CheckpointConfig:
     override_model: bool = option(False, "continue with other model settings, where shapes allow")
     override_recipe: bool = option(
         False, "continue with another sparsity recipe: dense to sparse, sparse to dense, ..."
+    )
+    override_distillation: bool = option(
+        False, "continue with other weights of the losses, temperature or teacher's precision"
     )
     override_rng: bool = option(False, "continue with new dropout draws in another layout")
 
@@ -301,5 +343,6 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -37,6 +37,8 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     _fill_parallel(config, world_size)
     _fill_train(config, world_size)
     _check_data(config.data, config.model)
+    _check_start(config)
+    _check_slorb(config)
     config.checkpoint.save = config.checkpoint.save or f"{config.checkpoint.run_dir}/checkpoints"
     config.logging.tensorboard_dir = (
         config.logging.tensorboard_dir or f"{config.checkpoint.run_dir}/tensorboard"
@@ -233,6 +235,38 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
             raise ConfigError("mock_data needs vocab_size")
     elif data.tokenizer_model is None and model.vocab_size is None:
         raise ConfigError("neither tokenizer_model nor vocab_size is set; the model needs one")
+
+
+def _check_start(config: RunConfig) -> None:
+    """What a run starts and learns from."""
+    settings, teacher = config.checkpoint, config.distillation
+    if settings.finetune and settings.load is None:
+        raise ConfigError("finetune needs load, the folder of the weights to start from")
+    if not teacher.kd_loss_weight:
+        for name in ("teacher_load", "teacher_dtype"):
+            if getattr(teacher, name) is not None:
+                raise ConfigError(f"{name} is set, but kd_loss_weight is 0: there is no teacher")
+    if not teacher.kd_loss_weight and teacher.lm_loss_weight != 1.0:
+        raise ConfigError(
+            f"lm_loss_weight {teacher.lm_loss_weight} without a teacher, expected 1; set "
+            "kd_loss_weight"
+        )
+
+
+def _check_slorb(config: RunConfig) -> None:
+    """SLoRB makes up for what masks prune, from the first step to the last."""
+    sparsity = config.sparsity
+    if sparsity.slorb_k is None:
+        return
+    if config.parallel.zero_stage == 3:
+        raise ConfigError("slorb_k with zero_stage 3 is not supported, use zero_stage 2")
+    if sparsity.sparsity_recipe not in ("ste", "sr_ste", "ast"):
+        raise ConfigError(
+            f"slorb_k {sparsity.slorb_k} with the recipe {sparsity.sparsity_recipe}, expected a "
+            "row-wise mask: ste, sr_ste or ast"
+        )
+    if sparsity.dense_warmup_fraction or sparsity.dense_tail_fraction:
+        raise ConfigError("slorb_k needs a run without dense_warmup_fraction, dense_tail_fraction")
 
 
 def _check_divisible(config: RunConfig) -> None:

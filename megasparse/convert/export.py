@@ -22,7 +22,7 @@ from megasparse.convert.shards import Group, copy_file, write_json, write_model
 from megasparse.convert.source import VOCABULARY, Source, check_model
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.kernels import is_24
-from megasparse.tensor_files import Entry
+from megasparse.tensor_files import Entry, write_tensors
 
 SIDE_FILE = "sparsity.json"
 _FORMAT = 1
@@ -37,6 +37,7 @@ class ExportOptions:
         config: `config.json` that the model came with; None: one is made from its sizes.
         carried: other small files to copy.
         extra_files: other small files to write, JSON by name.
+        extra_tensors: files of tensors beside the model, by name.
         eod: token that ends a document, for a `config.json` that is made here.
         sparse: parameters that must be 2:4.
         transposable: they must be so along both dimensions.
@@ -48,6 +49,7 @@ class ExportOptions:
     config: Path | None = None
     carried: list[Path] = field(default_factory=list)
     extra_files: dict[str, Any] = field(default_factory=dict)
+    extra_tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     eod: int | None = None
     sparse: frozenset[str] = frozenset()
     transposable: bool = False
@@ -93,6 +95,10 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
             copy_file(path, folder)
         for name, content in options.extra_files.items():
             write_json(folder / name, content)
+        for name, extra in options.extra_tensors.items():
+            entries_of = [Entry.of(key, value) for key, value in extra.items()]
+            with open(folder / name, "wb") as stream:
+                write_tensors(stream, entries_of, extra.__getitem__, {})
         if options.sparse:
             packing = options.packing or "dense"
             side = {"format": _FORMAT, "packing": packing, "source": source.origin}

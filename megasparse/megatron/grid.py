@@ -78,6 +78,12 @@ class Grid:
             dist.broadcast(tensor, src=self.rank - self.tp_rank, group=self.tp_group)
         return tensor
 
+    def sum_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the data-parallel group, in place."""
+        if self.dp_size > 1:
+            dist.all_reduce(tensor, group=self.dp_group)
+        return tensor
+
     def mean_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean over the data-parallel group, in place."""
         if self.dp_size > 1:

@@ -21,10 +21,21 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
+from megasparse.kernels import prune24_mask
+from megasparse.megatron.boost import SplitOverRank, SumOfProjections
 from megasparse.sparsity.controller import Clock, SparsityController
-from megasparse.sparsity.gemms import DenseGemms, LinearGemms
+from megasparse.sparsity.gemms import DenseGemms, Fp8StoredGemms, LinearGemms
 from megasparse.sparsity.linear import LinearComm, NoComm, linear
 from megasparse.sparsity.shard import WeightShard
+from megasparse.sparsity.slorb import (
+    Boost,
+    BoostComm,
+    LocalBoost,
+    adapter_shard,
+    initial_adapter,
+    initial_projection,
+    projection_shard,
+)
 from megasparse.sparsity.state import SparseWeight
 
 
@@ -108,6 +119,45 @@ class _ParallelLinear(torch.nn.Module):
         self._clock: Clock | None = None
         self._controller: SparsityController | None = None
         self._number = 0
+        self._frozen: Fp8StoredGemms | None = None
+        self._boost: Boost | None = None
+        self.slorb_adapter: torch.nn.Parameter | None = None
+        self.slorb_projection: torch.nn.Parameter | None = None
+
+    def add_boost(self, group_size: int, trained_projection: bool) -> None:
+        """Give a sparse layer SLoRB's low-rank branch; `initial_boost` says with what.
+
+        Raises:
+            ConfigError: `group_size` does not divide the shard's inputs.
+        """
+        comm: BoostComm = LocalBoost()
+        if self.tp_group.size() > 1 and trained_projection:
+            kind = SplitOverRank if self.shard.dim == 1 else SumOfProjections
+            comm = kind(self.tp_group)
+        self._boost = Boost(group_size, comm)
+        shards = [adapter_shard(self.shard, group_size)]
+        if trained_projection:
+            shards.append(projection_shard(self.shard, group_size))
+        made = []
+        for shard in shards:
+            made.append(torch.nn.Parameter(self.weight.detach().new_zeros(shard.local_shape)))
+            if shard.dim is not None:
+                _mark_sharded(made[-1], shard)
+        self.slorb_adapter = made[0]
+        self.slorb_projection = made[1] if trained_projection else None
+        self._group_size = group_size
+
+    def initial_boost(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """The branch's parameters with the values that keep every group's sum of the weight."""
+        if self.slorb_adapter is None:
+            return []
+        weight = self.weight.detach()
+        adapter = initial_adapter(weight, prune24_mask(weight), self._group_size)
+        values = [(self.slorb_adapter, adapter)]
+        if self.slorb_projection is not None:
+            shard = projection_shard(self.shard, self._group_size)
+            values.append((self.slorb_projection, initial_projection(shard, self._group_size)))
+        return values
 
     def make_sparse(self, state: SparseWeight, controller: SparsityController, number: int) -> None:
         """Give the layer a sparsity state; from then on the recipe's GEMMs compute it.
@@ -120,8 +170,16 @@ class _ParallelLinear(torch.nn.Module):
         self.state, self._controller, self._number = state, controller, number
         controller.register(state, self.weight)
 
+    def freeze_in_fp8(self) -> int:
+        """Keep the weight in FP8 alone, for a layer that is never trained; its bytes then."""
+        self._frozen = Fp8StoredGemms(self.weight)
+        self.weight = torch.nn.Parameter(self.weight.detach().new_empty(0), requires_grad=False)
+        return self._frozen.bytes_here
+
     def _gemms(self) -> tuple[LinearGemms, int]:
         """The GEMMs of the current step, and the seed of this layer's draws."""
+        if self._frozen is not None:
+            return self._frozen, 0
         if self.state is None or self._controller is None:
             return DenseGemms(self.weight), 0
         controller = self._controller
@@ -131,7 +189,18 @@ class _ParallelLinear(torch.nn.Module):
 
     def _multiply(self, x: torch.Tensor, comm: LinearComm) -> torch.Tensor:
         gemms, seed = self._gemms()
-        return linear(x, self.weight, gemms, comm, seed)
+        if self.state is not None and self.state.inputs is not None and self.training:
+            self.state.inputs.observe(x)
+        return linear(
+            x,
+            self.weight,
+            gemms,
+            comm,
+            seed,
+            self._boost,
+            self.slorb_adapter,
+            self.slorb_projection,
+        )
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Not used: checkpoints are `megasparse/train/checkpoint.py`'s."""
@@ -141,6 +210,8 @@ class _ParallelLinear(torch.nn.Module):
         """One line for `print(model)`, an audit of what is sparse."""
         n, k = self.shard.global_shape
         how = f"{self.state.recipe.name} 2:4" if self.state is not None else "dense"
+        if self.slorb_adapter is not None:
+            how += f" + rank {k // self._group_size}"
         return f"in={k}, out={n}, tp={self.shard.world}, {how}"
 
 

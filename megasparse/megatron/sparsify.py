@@ -29,6 +29,8 @@ def sparsify(
     monitor: bool = True,
     num_layers: int = 0,
     timer: StepTimer | None = None,
+    slorb_k: int | None = None,
+    slorb_train_projection: bool = True,
 ) -> SparsityController:
     """Give every linear whose name matches a pattern the recipe's sparsity state.
 
@@ -42,6 +44,8 @@ def sparsify(
         monitor: keep masks and flips up to date in dense phases.
         num_layers: of the whole model; a stage without a match is no error if another has one.
         timer: of the run.
+        slorb_k: add SLoRB's low-rank branch, of rank inputs / k; None: none.
+        slorb_train_projection: whether its projection is a parameter.
 
     Raises:
         ConfigError: a pattern that matches nothing, or a shard that cuts a 4x4 block.
@@ -66,7 +70,26 @@ def sparsify(
         _check_blocks(name, module)
         state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce, reduce_max)
         module.make_sparse(state, controller, _draw_key(name))
+        if slorb_k is not None:
+            module.add_boost(slorb_k, slorb_train_projection)
     return controller
+
+
+def initial_boosts(
+    model: torch.nn.Module,
+) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """SLoRB's parameters of this rank with the values that follow from the weights."""
+    linears = [m for m in model.modules() if isinstance(m, _ParallelLinear)]
+    return [value for module in linears for value in module.initial_boost()]
+
+
+def boost_names(model: torch.nn.Module) -> frozenset[str]:
+    """Names of SLoRB's parameters; a dense model has none of them."""
+    return frozenset(
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith((".slorb_adapter", ".slorb_projection"))
+    )
 
 
 def _draw_key(name: str) -> int:

@@ -3,6 +3,9 @@
     forward    x = gather(x_local);            z = output(x)
     backward   dx = grad_input(dz); start reduce(dx);  dw = grad_weight(dz, x); wait for dx
 
+A low-rank branch (SLoRB) joins where the GEMMs are: `z += (x P^T) S^T` before, `dx += (dz S) P`
+after, so that it shares their communication.
+
 `dW` is computed while `dX` travels: that is why communication surrounds the GEMMs and is not a
 separate autograd node. Biases are the callers' business.
 """
@@ -15,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from megasparse.sparsity.gemms import LinearGemms
+from megasparse.sparsity.slorb import Boost
 
 
 class LinearComm(Protocol):
@@ -45,32 +49,46 @@ class _Linear(torch.autograd.Function):
         ctx: Any,
         x_local: torch.Tensor,
         weight: torch.Tensor,
+        s_NR: torch.Tensor | None,
+        p_RK: torch.Tensor | None,
         gemms: LinearGemms,
         comm: LinearComm,
+        boost: Boost | None,
         seed: int,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x_local)
-        ctx.gemms, ctx.comm, ctx.seed = gemms, comm, seed
+        ctx.gemms, ctx.comm, ctx.boost, ctx.seed = gemms, comm, boost, seed
         x = comm.gather(x_local)
-        z_TN = gemms.output(x.reshape(-1, x.shape[-1]))
+        x_TK = x.reshape(-1, x.shape[-1])
+        z_TN, h_TR = gemms.output(x_TK), None
+        if boost is not None and s_NR is not None:
+            h_TR = boost.project(x_TK, p_RK)
+            z_TN = z_TN.addmm_(h_TR, s_NR.t())
+        ctx.save_for_backward(x_local, s_NR, p_RK, h_TR)
         return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (dz,) = grads
-        (x_local,) = ctx.saved_tensors
+        x_local, s_NR, p_RK, h_TR = ctx.saved_tensors
         dz_TN = dz.reshape(-1, dz.shape[-1])
-        dx, dw, wait = None, None, None
+        dx, dw, ds, dp, wait = None, None, None, None, None
         # Gathered again rather than kept: that is what sequence parallelism saves memory for.
         x = ctx.comm.gather(x_local) if ctx.needs_input_grad[1] else None
+        dh_TR = None if h_TR is None else ctx.boost.grad_hidden(dz_TN, s_NR)
         if ctx.needs_input_grad[0]:
             dx_TK = ctx.gemms.grad_input(dz_TN)
+            if dh_TR is not None:
+                dx_TK = ctx.boost.add_grad_input_(dx_TK, dh_TR, p_RK)
             dx, wait = ctx.comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
         if x is not None:
-            dw = ctx.gemms.grad_weight(dz_TN, x.reshape(-1, x.shape[-1]), ctx.seed)
+            x_TK = x.reshape(-1, x.shape[-1])
+            dw = ctx.gemms.grad_weight(dz_TN, x_TK, ctx.seed)
+            if dh_TR is not None:
+                ds = dz_TN.t() @ h_TR
+                dp = None if p_RK is None else ctx.boost.grad_projection(dh_TR, x_TK)
         if wait is not None:
             wait()
-        return dx, dw, None, None, None
+        return dx, dw, ds, dp, None, None, None, None
 
 
 def linear(
@@ -79,8 +97,11 @@ def linear(
     gemms: LinearGemms,
     comm: LinearComm | None = None,
     seed: int = 0,
+    boost: Boost | None = None,
+    adapter: torch.Tensor | None = None,
+    projection: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x W~^T` with gradients, through the three GEMMs.
+    """`x W~^T` with gradients, through the three GEMMs; with a boost `+ (x P^T) S^T`.
 
     Args:
         x: `(..., K)`, this rank's input.
@@ -88,8 +109,10 @@ def linear(
         gemms: operands and GEMMs of the current optimizer step.
         comm: communication of the input and its gradient; none by default.
         seed: of the MVUE draws of this layer and micro-batch.
+        boost: of the low-rank branch; none by default.
+        adapter, projection: its S `(N, R)` and P `(R, K)`; P None for sums over groups.
 
     Returns:
         `(..., N)`; the leading dimensions are those of the gathered input.
     """
-    return _Linear.apply(x, weight, gemms, comm or NoComm(), seed)
+    return _Linear.apply(x, weight, adapter, projection, gemms, comm or NoComm(), boost, seed)

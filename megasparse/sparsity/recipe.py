@@ -26,6 +26,7 @@ from megasparse.errors import ConfigError
 
 Projection = Literal["none", "row", "transposable", "soft_threshold"]
 Mvue = Literal["off", "exact", "approximate"]
+MaskMetric = Literal["magnitude", "wanda"]
 Regulariser = Literal["none", "masked_decay", "decoupled_masked_decay"]
 
 
@@ -42,6 +43,8 @@ class SparsityRecipe:
             AdamW (FST, SR-STE), or decoupled from the first moment (AST).
         masked_decay: lambda, per step.
         masked_decay_ramp_iters: lambda(t) = masked_decay * min(1, t / ramp); 0: constant.
+        mask_metric: what a row-wise mask keeps the largest of: |w|, or |w| times the root mean
+            square of its input channel so far (Wanda).
         mask_update_interval: optimizer steps between mask refreshes. Soft-threshold weights are
             projected anew every step; there the interval only spaces the flip-rate measurements.
         dense_warmup_fraction, dense_tail_fraction: shares of the run that are dense.
@@ -55,6 +58,7 @@ class SparsityRecipe:
     regulariser: Regulariser = "none"
     masked_decay: float = 0.0
     masked_decay_ramp_iters: int = 0
+    mask_metric: MaskMetric = "magnitude"
     mask_update_interval: int = 1
     dense_warmup_fraction: float = 0.0
     dense_tail_fraction: float = 0.0
@@ -72,6 +76,12 @@ class SparsityRecipe:
             raise ConfigError(
                 f"recipe {self.name}: {self.regulariser} needs a mask, "
                 f"but the projection is {self.projection!r}"
+            )
+
+        if self.mask_metric == "wanda" and self.projection != "row":
+            raise ConfigError(
+                f"mask_metric wanda with the recipe {self.name}, expected row-wise masks: ste, "
+                "sr_ste or ast"
             )
 
     @property
@@ -99,7 +109,8 @@ class SparsityRecipe:
             # The mask only measures flip rates; the projection follows from weight and scale.
             "soft_threshold": ("scale", "mask", "counters", "flips"),
         }
-        return kept[self.projection]
+        wanda = ("input_square", "input_tokens") if self.mask_metric == "wanda" else ()
+        return kept[self.projection] + wanda
 
     @property
     def sparse_gemms(self) -> tuple[str, ...]:

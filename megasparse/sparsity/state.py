@@ -23,6 +23,7 @@ from megasparse.kernels import (
 from megasparse.kernels.patterns import decode_patterns, encode_patterns
 from megasparse.log import log_once
 from megasparse.sparsity import packed_gemms, schedule
+from megasparse.sparsity.activations import InputSquares
 from megasparse.sparsity.gemms import (
     DenseGemms,
     LinearGemms,
@@ -72,6 +73,8 @@ class SparseWeight(torch.nn.Module):
         self.preparations_of_step = 0  # times they were built for it: once
         self.preparations = 0  # times in all
         self.probe = Probe()  # the controller gives one with the run's timer
+        # Wanda's figures of the input channels, kept beside the mask.
+        self.inputs = InputSquares() if recipe.mask_metric == "wanda" else None
         self._reduce = reduce
         self._reduce_max = reduce_max
         self._operands: tuple[tuple[int, bool], LinearGemms] | None = None
@@ -168,7 +171,9 @@ class SparseWeight(torch.nn.Module):
 
     def _refresh(self, weight: torch.Tensor, step: int) -> None:
         search = transposable24_mask if self.recipe.transposable else prune24_mask
-        mask = search(weight, nan_flag=self._flag(weight))
+        # Until inputs were seen their norms are unknown: the first mask is magnitude's.
+        scores = weight if self.inputs is None else self.inputs.scale(weight)
+        mask = search(scores, nan_flag=self._flag(weight))
         if self.mask is not None:
             self.flips = count_flips(mask, self.mask)
         self.mask = mask
@@ -186,6 +191,8 @@ class SparseWeight(torch.nn.Module):
             state["scale"] = self.scale
         if self.flips is not None:
             state["flips"] = self.flips
+        if self.inputs is not None:
+            state.update(self.inputs.export_state())
         return state
 
     def snapshot(self) -> tuple[Any, ...]:
@@ -197,6 +204,8 @@ class SparseWeight(torch.nn.Module):
         """Put back what `snapshot` gave."""
         self.mask, self.scale, self.flips, counts = snapshot
         self.last_refresh, self.refreshes, self.prepared_step, self.preparations_of_step = counts
+        if self.inputs is not None:
+            self.inputs.drop()
         self.invalidate()
 
     def import_state(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
@@ -215,4 +224,6 @@ class SparseWeight(torch.nn.Module):
             )
         self.scale = state["scale"].to(device) if "scale" in state else None
         self.flips = state["flips"].to(device) if "flips" in state else None
+        if self.inputs is not None:
+            self.inputs.import_state(state, device)
         self.invalidate()

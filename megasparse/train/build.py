@@ -13,10 +13,12 @@ from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.timer import StepTimer
+from megasparse.train.distill import Distillation
 from megasparse.train.engine import Engine
 from megasparse.train.faults import Faults
-from megasparse.train.pipeline import Pipeline, PipelineEngine
+from megasparse.train.pipeline import PipelineEngine
 from megasparse.train.plain import PlainEngine
+from megasparse.train.stage import Pipeline
 
 
 def build_engine(
@@ -48,12 +50,17 @@ def build_engine(
             monitor=config.sparsity.track_flip_rate,
             num_layers=config.model.num_layers,
             timer=StepTimer(grid.device),
+            slorb_k=config.sparsity.slorb_k,
+            slorb_train_projection=config.sparsity.slorb_train_projection,
         )
 
+    teaching = None
+    if config.distillation.kd_loss_weight:
+        teaching = Distillation(config, grid, padded_vocab_size, vocab_size)
     if grid.pp_size > 1:
-        pipeline = Pipeline(config, grid, padded_vocab_size, clock)
+        pipeline = Pipeline(config, grid, padded_vocab_size, clock, teaching)
         hide_padding(pipeline, grid, vocab_size)
         return PipelineEngine(config, grid, pipeline, make_sparse(pipeline.view), faults, tick)
     model = build_model(config, grid, padded_vocab_size)
     hide_padding(model, grid, vocab_size)
-    return PlainEngine(config, grid, model, make_sparse(model), faults, tick)
+    return PlainEngine(config, grid, model, make_sparse(model), faults, tick, teaching)

@@ -8,6 +8,7 @@ What is stored, by key:
     optim/NAME/exp_avg|exp_avg_sq       moments, whole or in ZeRO's pieces
     optim/NAME/master                   float32 masters, with ZeRO
     sparsity/NAME/mask|scale|counters   pattern indices, S-STE's beta, refresh counters
+    sparsity/NAME/input_square|_tokens  Wanda's sums over the input channels
     sparsity/NAME/flips                 per tensor-parallel rank, summed on reading
     rng/RANK/NAME                       generator states
 
@@ -34,10 +35,10 @@ from megasparse.train import zero
 from megasparse.train.control import Control
 from megasparse.train.engine import Engine
 from megasparse.train.identity import check_same_layout
+from megasparse.train.initial import check_shape
 from megasparse.train.saver import choose
-from megasparse.train.start import check_shape
 from megasparse.train.storage import CheckpointReader, Piece
-from megasparse.train.stored import mask_shard, sparsity_state
+from megasparse.train.stored import input_shard, mask_shard, sparsity_state
 from megasparse.train.writer import Tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -164,6 +165,8 @@ def _collect_sparsity(state: SparseWeight, tp_rank: int) -> dict[str, tuple[Piec
         key = f"sparsity/{state.name}/{kind}"
         if kind == "mask":
             tensors[key] = (Piece(key, mask_shard(state)), value)
+        elif kind == "input_square" and state.shard.dim == 1:
+            tensors[key] = (Piece(key, input_shard(state)), value)
         elif kind == "flips":
             shard = WeightShard((state.shard.world,), 0, tp_rank, state.shard.world)
             tensors[key] = (Piece(key, shard), value.reshape(1))

@@ -20,8 +20,10 @@ from megasparse.megatron.grid import Grid
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
 from megasparse.optim.lr import learning_rate
 from megasparse.optim.masked_decay import MaskedDecay
+from megasparse.sparsity.activations import finish_step
 from megasparse.sparsity.controller import SparsityController
 from megasparse.train import zero
+from megasparse.train.distill import Distillation
 from megasparse.train.faults import Faults
 from megasparse.train.numerics import StepGuard
 
@@ -55,7 +57,10 @@ class Engine(ABC):
         fragments: where the parameters lie in the optimizer's tensors.
         guard: watches the steps.
         timer: the controller's; phases of a step are told to it.
+        distillation: the teacher and its part of the loss, if there is one.
     """
+
+    distillation: Distillation | None = None
 
     def __init__(
         self,
@@ -161,8 +166,20 @@ class Engine(ABC):
         loss = self._compute_and_update(batches)
         norm = self._grad_norm()
         self.guard.end(rate, norm)
+        self._finish_inputs()
         clock.step += 1
         return StepResult(loss, norm, rate)
+
+    def _finish_inputs(self) -> None:
+        """Let all replicas know the inputs of the step (Wanda's masks)."""
+        split = self.config.parallel.sequence_parallel
+        # A row-parallel layer has channels of its own, and all tokens.
+        layers = [
+            (state.inputs, split and state.shard.dim == 0)
+            for state, _ in self.controller.weights
+            if state.inputs is not None
+        ]
+        finish_step(layers, self.grid.sum_over_dp, self.grid.sum_over_tp)
 
     def _set_micro_batch(self, number: int) -> None:
         """Tell the layers which micro-batch of the global batch this rank's `number`-th is."""

@@ -48,7 +48,8 @@ class RunFolder:
     def find_checkpoint(self, digests: dict[str, str]) -> CheckpointReader | None:
         """What the run starts from: nothing, or a verified checkpoint of the same run.
 
-        With `resume` the newest intact one in `save`; else, or if there is none, that of `load`.
+        With `resume` the newest intact one in `save`; else, or if there is none, that of `load`,
+        unless only its weights are wanted (`finetune`, see `train/initial.py`).
 
         Args:
             digests: of this run's data and tokenizer.
@@ -62,7 +63,7 @@ class RunFolder:
         if settings.resume:
             reader = choose(self._root, control)
             control.from_first(lambda: self._set_damaged_aside(reader))
-        if reader is None and settings.load is not None:
+        if reader is None and settings.load is not None and not settings.finetune:
             reader = choose(Path(settings.load), control)
             if reader is None:
                 raise CheckpointError(f"load: {settings.load} holds no checkpoint")

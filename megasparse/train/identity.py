@@ -24,6 +24,9 @@ GUARDED: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "override_seq_length": ("model", ("seq_length", "max_position_embeddings")),
     "override_model": ("model", None),
     "override_recipe": ("sparsity", None),
+    "override_distillation": ("distillation", (
+        "kd_loss_weight", "lm_loss_weight", "kd_temperature", "teacher_dtype",
+    )),
     "override_data": ("data", (
         "split", "mock_data", "reset_position_ids", "reset_attention_mask", "eod_mask_loss",
     )),

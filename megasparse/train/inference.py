@@ -28,8 +28,8 @@ from megasparse.megatron.init import parameter_shard
 from megasparse.megatron.model import build_model, hide_padding
 from megasparse.train.control import Control, as_user_error, make_control, one_line
 from megasparse.train.exported import tokenizer_of
+from megasparse.train.initial import check_shape
 from megasparse.train.rendezvous import join_group, own_device
-from megasparse.train.start import check_shape
 from megasparse.train.stored import StoredModel, open_checkpoint
 
 _TIMEOUT_MINUTES = 10.0

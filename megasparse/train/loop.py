@@ -22,10 +22,10 @@ from megasparse.train.engine import StepResult
 from megasparse.train.faults import Faults
 from megasparse.train.folder import RunFolder, finish
 from megasparse.train.generate import sample_text
+from megasparse.train.initial import Sources, start
 from megasparse.train.numerics import NonFiniteStep
 from megasparse.train.precheck import recipe_of
 from megasparse.train.recorder import Recorder, Row
-from megasparse.train.start import foreign_weights, start_from
 from megasparse.train.state import LoopState
 from megasparse.train.stop import StopRequest, describe
 from megasparse.train.watchdog import STARTING
@@ -61,19 +61,17 @@ class Trainer:
         self.folder = RunFolder(config, context.control)
         reader = self.folder.find_checkpoint(data.digests)
         vocabulary = padded_vocab_size(data.vocab_size, config)
-        source = foreign_weights(config, reader, data.vocab_size)
+        sources = Sources(config, context.control, data.digests, data.vocab_size, reader)
         self.engine = build_engine(
             config, grid, self.recipe, vocabulary, context.faults, context.tick, data.vocab_size
         )
         self.controller = self.engine.controller
         self.state = LoopState()
-        if source is not None:
-            start_from(self.engine, source, vocabulary)
-            logger.info("starting from the weights of %s", source.where)
-        elif reader is not None:
+        if reader is not None and not reader.imported:
             checkpoint.load(self.engine, reader)
             self.state = LoopState.of(reader, config)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
+        start(self.engine, sources, vocabulary)
         self.saver = self.folder.make_saver(self._passed)
         self._describe(self.engine.model)
         self.recorder = Recorder(config, self.engine, self.recipe, vocabulary, self.state)
@@ -171,7 +169,11 @@ class Trainer:
         self.recorder.begin()
         begin = time.monotonic()
         result = self._train_step(stream)
-        row = self.recorder.end(result, time.monotonic() - begin, first_sample, known)
+        seconds = time.monotonic() - begin
+        if (teaching := self.engine.distillation) is not None:
+            parts = teaching.take_parts()  # of a step that was left out they say nothing
+            known |= dict.fromkeys(parts) if result.loss is None else parts
+        row = self.recorder.end(result, seconds, first_sample, known)
         interval = self.config.parallel.replica_check_interval
         if interval and clock.step % interval == 0:
             check_replicas(self.engine.model, self.controller, self.grid, clock.step)

@@ -37,6 +37,8 @@ _STEP = (
     ("step", None, "1", "optimizer steps done"),
     ("loss", "loss/training", "nat/token", "mean over the global batch"),
     ("valid_loss", "loss/validation", "nat/token", "after `--eval-interval` steps and at the end"),
+    ("kd_loss", "loss/kl_to_teacher", "nat/token", "KL to the teacher, with --kd-loss-weight"),
+    ("lm_loss", "loss/cross_entropy", "nat/token", "beside it: loss is their weighted sum"),
     ("lr", "optimizer/learning_rate", "1", "of this step"),
     ("grad_norm", "optimizer/grad_norm", "1", "of the whole model before clipping"),
     ("masked_decay", "sparsity/masked_decay", "1", "lambda of this step"),

@@ -5,9 +5,7 @@ The parts come from `megatron/pipeline.py`; here they become DeepSpeed's layer s
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,30 +13,17 @@ import torch
 import torch.distributed as dist
 
 from megasparse.config import RunConfig
-from megasparse.log import logger, speaks
+from megasparse.log import speaks
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.pipeline import (
-    PartSpec,
-    finish_stage,
-    gather_logits,
-    part_specs,
-    stage_bounds,
-    vocab_parallel_loss,
-)
+from megasparse.megatron.pipeline import gather_logits
 from megasparse.progress import progress
-from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.controller import SparsityController
 from megasparse.train.deepspeed_dict import deepspeed_config
 from megasparse.train.engine import Batch, Engine
 from megasparse.train.faults import Faults
 from megasparse.train.numerics import StepGuard, samples_of
-from megasparse.train.process import (
-    LayerSpec,
-    PipelineModule,
-    PipeModelDataParallelTopology,
-    TiedLayerSpec,
-    deepspeed,
-    schedule,
-)
+from megasparse.train.process import deepspeed, schedule
+from megasparse.train.stage import Pipeline, quiet
 
 # Of DeepSpeed's instructions; what sends, receives and reduces is communication by itself.
 PHASES = {
@@ -47,63 +32,6 @@ PHASES = {
     schedule.BackwardPass: "backward",
     schedule.OptimizerStep: "optimizer",
 }
-
-
-class Pipeline(PipelineModule):
-    """This rank's stage, with DeepSpeed's interface.
-
-    Args:
-        config: resolved.
-        grid: this rank's place; DeepSpeed derives the same from the order of its axes.
-        padded_vocab_size: as for `build_model`.
-        clock: the run's.
-
-    Attributes:
-        view: the stage as one module with the whole model's parameter names.
-        on_forward: called before every forward of the stage.
-        on_loss: given the loss of every micro-batch of training; gives what is used instead.
-    """
-
-    def __init__(self, config: RunConfig, grid: Grid, padded_vocab_size: int, clock: Clock) -> None:
-        self._bounds = stage_bounds(config)
-        self.on_forward: Callable[[], None] | None = None
-        self.on_loss: Callable[[torch.Tensor], torch.Tensor] | None = None
-        topology = PipeModelDataParallelTopology(
-            num_pp=grid.pp_size, num_mp=grid.tp_size, num_dp=grid.dp_size
-        )
-        specs = part_specs(config, grid, padded_vocab_size, clock)
-        # DeepSpeed broadcasts tied parameters where they are made; autograd must not see it.
-        with _quiet(), torch.no_grad():
-            super().__init__(
-                [_layer_spec(spec) for spec in specs],
-                topology=topology,
-                loss_fn=self._loss,
-            )
-        self.parts_here = [*self.tied_modules.values(), *self._numbered()]
-        # A tuple, so that its parameters are not registered a second time.
-        self._views = (finish_stage(self.parts_here, config, grid),)
-
-    @property
-    def view(self) -> torch.nn.Module:
-        return self._views[0]
-
-    def _numbered(self) -> list[torch.nn.Module]:
-        return [module for name, module in self.named_children() if name.isdigit()]
-
-    def _partition_layers(self, method: str = "uniform") -> None:
-        """Our split instead of DeepSpeed's, which would build every layer to count parameters."""
-        self.parts = self._bounds
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
-
-    def _loss(self, outputs: Any, labels: Any) -> torch.Tensor:
-        loss = vocab_parallel_loss(outputs, labels)
-        return self.on_loss(loss) if self.training and self.on_loss is not None else loss
-
-    def forward(self, forward_input: Any) -> Any:
-        if self.on_forward is not None:
-            self.on_forward()
-        return super().forward(forward_input)
 
 
 class PipelineEngine(Engine):
@@ -122,6 +50,7 @@ class PipelineEngine(Engine):
         tick: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._pipeline = pipeline
+        self.distillation = pipeline.distillation
         self._forwards = self._backwards = 0
         # Of a bad step that is computed again: what is found, and its micro-batches.
         self._findings: list[str] | None = None
@@ -130,7 +59,7 @@ class PipelineEngine(Engine):
         pipeline.on_forward, pipeline.on_loss = self._count_forward, self._on_loss
 
     def _start_deepspeed(self) -> Any:
-        with _quiet():
+        with quiet():
             engine, *_ = deepspeed.initialize(
                 model=self._pipeline,
                 optimizer=self.optimizer,
@@ -262,6 +191,7 @@ class PipelineEngine(Engine):
         self._faults.step = self.controller.clock.step
         pairs, total, done = _pairs(batches), 0.0, 0
         self._forwards = 0
+        self._forget_shapes()
         with progress(desc="evaluation", total=iterations, unit="batch", enabled=speaks()) as bar:
             while done < iterations:
                 if interrupted():
@@ -270,7 +200,14 @@ class PipelineEngine(Engine):
                 total += count * float(self._engine.eval_batch(pairs, num_micro_batches=count))
                 done += count
                 bar.update(count)
+        self._forget_shapes()
         return total / iterations
+
+    def _forget_shapes(self) -> None:
+        """Evaluations have no teacher: what travels between stages is not what it is in training,
+        and DeepSpeed tells its shape to the next stage once."""
+        if self.distillation is not None:
+            self._engine.reset_activation_shape()
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -315,24 +252,3 @@ def _pairs(batches: Iterator[Batch]) -> Iterator[tuple[Any, Any]]:
         if "attention_mask" in batch:
             inputs.append(batch["attention_mask"])
         yield tuple(inputs), (batch["labels"], batch["loss_mask"])
-
-
-def _layer_spec(spec: PartSpec) -> LayerSpec:
-    if spec.tied is None:
-        return LayerSpec(spec.kind, **spec.options)
-    return TiedLayerSpec(
-        spec.tied,
-        spec.kind,
-        forward_fn=spec.forward,
-        tied_weight_attr=spec.tied_weight,
-        **spec.options,
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints the split on stdout; it goes to the debug log."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        yield
-    logger.debug("%s", text.getvalue())

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 
+from megasparse.config import RunConfig
 from megasparse.log import speaks
-from megasparse.megatron.grid import ModelParallelUnit
+from megasparse.megatron.grid import Grid, ModelParallelUnit
 from megasparse.progress import progress
+from megasparse.sparsity.controller import SparsityController
 from megasparse.train.deepspeed_dict import deepspeed_config
+from megasparse.train.distill import Distillation
 from megasparse.train.engine import Batch, Engine
+from megasparse.train.faults import Faults
 from megasparse.train.process import deepspeed
 
 
@@ -20,19 +24,29 @@ class LanguageModelLoss(torch.nn.Module):
     """The model with its loss: the mean over the tokens that count.
 
     A batch is what `train.data.batches` yields.
+
+    Args:
+        model: the student, if there is a teacher.
+        distillation: the teacher and its part of the loss in training.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, distillation: Distillation | None = None) -> None:
         super().__init__()
         self.model = model
+        self._distillation = distillation
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """0-d float32: mean cross entropy over the tokens with loss_mask 1; logits `(B, S, V)` of a
-        batch without labels."""
+        """0-d float32: mean cross entropy over the tokens with loss_mask 1, or what a teacher's
+        student minimises; logits `(B, S, V)` of a batch without labels."""
         if "labels" not in batch:
             return self.model(
                 batch["tokens"], batch["position_ids"], None, runtime_gather_output=True
             )
+        if self._distillation is not None and self.training:
+            inputs = batch["tokens"], batch["position_ids"], batch.get("attention_mask")
+            teacher = self._distillation.teacher.logits(*inputs)
+            student = self.model(*inputs)
+            return self._distillation.loss(student, teacher, batch["labels"], batch["loss_mask"])
         losses = self.model(
             batch["tokens"],
             batch["position_ids"],
@@ -46,9 +60,22 @@ class LanguageModelLoss(torch.nn.Module):
 class PlainEngine(Engine):
     """Micro-batch after micro-batch through the whole model. Args: see `Engine`."""
 
+    def __init__(
+        self,
+        config: RunConfig,
+        grid: Grid,
+        model: torch.nn.Module,
+        controller: SparsityController,
+        faults: Faults | None = None,
+        tick: Callable[[str], None] = lambda _: None,
+        distillation: Distillation | None = None,
+    ) -> None:
+        self.distillation = distillation
+        super().__init__(config, grid, model, controller, faults, tick)
+
     def _start_deepspeed(self) -> Any:
         engine, *_ = deepspeed.initialize(
-            model=LanguageModelLoss(self.model),
+            model=LanguageModelLoss(self.model, self.distillation),
             optimizer=self.optimizer,
             config=deepspeed_config(self.config, self.grid.world),
             mpu=ModelParallelUnit(),

@@ -69,6 +69,7 @@ def check(config: RunConfig) -> Prepared:
             raise ConfigError("load and load_hf are both set, expected one")
         if not (Path(settings.load_hf) / "config.json").is_file():
             raise CheckpointError(f"load_hf: {settings.load_hf} holds no config.json of a model")
+    _check_teacher(config)
     data = check_data(config)
     make_private(settings.run_dir)
     make_private(save)
@@ -83,11 +84,28 @@ def recipe_of(config: RunConfig) -> SparsityRecipe:
         mask_update_interval=sparsity.mask_update_interval,
         masked_decay=sparsity.masked_decay,
         masked_decay_ramp_iters=sparsity.masked_decay_ramp_iters,
+        mask_metric=sparsity.mask_metric,
         mvue=sparsity.mvue,
         dense_warmup_fraction=sparsity.dense_warmup_fraction,
         dense_tail_fraction=sparsity.dense_tail_fraction,
         simulate_fp8=sparsity.simulate_fp8,
     )
+
+
+def _check_teacher(config: RunConfig) -> None:
+    """A teacher is there if one is asked for."""
+    wanted, settings = config.distillation, config.checkpoint
+    if not wanted.kd_loss_weight:
+        return
+    if wanted.teacher_load is None:
+        if settings.load_hf is None and settings.load is None:
+            raise ConfigError(
+                f"kd_loss_weight {wanted.kd_loss_weight} needs a teacher: --teacher-load DIR, or "
+                "initial weights (--load-hf DIR, or --load DIR --finetune)"
+            )
+        return
+    if not list_steps(Path(wanted.teacher_load)):
+        raise CheckpointError(f"teacher_load: {wanted.teacher_load} holds no checkpoint")
 
 
 def _check_folder_names(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ from megasparse.config import RunConfig, from_dict
 from megasparse.convert.layout import parameter_shapes
 from megasparse.convert.source import VOCABULARY, require_finite
 from megasparse.errors import CheckpointError
-from megasparse.sparsity import schedule
+from megasparse.sparsity import schedule, slorb
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
@@ -22,6 +22,8 @@ from megasparse.train.precheck import recipe_of
 from megasparse.train.saver import choose
 from megasparse.train.storage import MANIFEST, CheckpointReader
 
+# SLoRB's S and P beside a layer's `.weight`.
+ADAPTER, PROJECTION = ".slorb_adapter", ".slorb_projection"
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -34,9 +36,12 @@ class StoredModel:
             this step; else the dense master weight.
         dtype: weights are given in; None: as stored.
         vocab_size: before padding; None: what the checkpoint says.
+        fold: with SLoRB give `W~ + S P`, which computes the layer and is no longer 2:4; else W~
+            alone (`low_rank` has the rest). Dense master weights never have it.
 
     Attributes:
         recipe, step: of the run.
+        boosted: names of the parameters that SLoRB adds to.
         sparse: names of the parameters that are 2:4 at this step.
 
     Raises:
@@ -49,6 +54,7 @@ class StoredModel:
         effective: bool = True,
         dtype: torch.dtype | None = None,
         vocab_size: int | None = None,
+        fold: bool = True,
     ) -> None:
         self.reader, self._effective, self._dtype = reader, effective, dtype
         self.where = str(reader.folder)
@@ -65,11 +71,18 @@ class StoredModel:
             "recipe": self.recipe.name,
         }
         self._shapes = parameter_shapes(self.model)
+        self._fold = fold
+        self.boosted = frozenset(
+            key.removeprefix("param/").removesuffix(ADAPTER) + ".weight"
+            for key in reader.keys("param/")
+            if key.endswith(ADAPTER)
+        )
         self._check()
         names = [key.split("/")[1] for key in reader.keys("sparsity/") if key.endswith("/counters")]
         iterations = self.config.train.train_iters
         sparse_now = schedule.is_sparse_step(self.recipe, self.step, iterations)
-        self.sparse = frozenset(names if sparse_now else ())
+        self._pruned = frozenset(names if sparse_now else ())
+        self.sparse = self._pruned - self.boosted if fold else self._pruned
 
     def entries(self) -> list[Entry]:
         return [
@@ -78,10 +91,12 @@ class StoredModel:
         ]
 
     def read(self, name: str) -> torch.Tensor:
-        if self._effective and name in self.sparse:
+        if self._effective and name in self._pruned:
             value = effective_weight(self.reader, name, self.recipe)
         else:
             value = self.reader.read(f"param/{name}")
+        if self._effective and self._fold and name in self.boosted:
+            value = slorb.fold(value, *self.low_rank(name))
         if name in VOCABULARY:
             value = value[: self.model.vocab_size].contiguous()
         if tuple(value.shape) != self._shapes[name]:
@@ -92,11 +107,22 @@ class StoredModel:
         require_finite(value, f"{self.where}: {name}")
         return value.to(self._dtype or value.dtype)
 
+    def low_rank(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """SLoRB's S `(N, R)` and P `(R, K)` of a boosted weight; P None for sums over groups."""
+        base = f"param/{name.removesuffix('.weight')}"
+        projection = f"{base}{PROJECTION}"
+        return (
+            self.reader.read(f"{base}{ADAPTER}"),
+            self.reader.read(projection) if projection in self.reader else None,
+        )
+
     def _stored_dtype(self, name: str) -> torch.dtype:
         return _DTYPES[self.reader.dtype(f"param/{name}")]
 
     def _check(self) -> None:
         stored = {key.removeprefix("param/") for key in self.reader.keys("param/")}
+        boosts = {name.removesuffix(".weight") for name in self.boosted & self._shapes.keys()}
+        stored -= {base + part for base in boosts for part in (ADAPTER, PROJECTION)}
         if missing := sorted(self._shapes.keys() - stored):
             raise CheckpointError(f"{self.where}: holds no parameter {missing[0]}")
         if unknown := sorted(stored - self._shapes.keys()):
@@ -146,6 +172,8 @@ def sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, t
         raise CheckpointError(f"{reader.folder}: holds no sparsity state of {state.name}")
     if "mask" in loaded:
         loaded["mask"] = mask_shard(state).take(loaded["mask"])
+    if "input_square" in loaded and state.shard.dim == 1:
+        loaded["input_square"] = input_shard(state).take(loaded["input_square"])
     if "flips" in loaded:
         # Counts of other ranks cannot be told apart in another layout: the first takes them all.
         same = loaded["flips"].numel() == state.shard.world
@@ -162,6 +190,12 @@ def mask_shard(state: SparseWeight) -> WeightShard:
     return WeightShard(
         (rows // height, columns // 4), shard.dim, shard.rank, shard.world, shard.parts
     )
+
+
+def input_shard(state: SparseWeight) -> WeightShard:
+    """Where the local input channels of a row-parallel layer lie in the whole."""
+    shard = state.shard
+    return WeightShard((shard.global_shape[1],), 0, shard.rank, shard.world, shard.parts)
 
 
 def _vocab_size(reader: CheckpointReader, config: RunConfig) -> int:

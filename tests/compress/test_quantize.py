@@ -1,0 +1,71 @@
+"""4-bit and FP8 weights: zeros stay, packing is exact, sizes are what they say, AWQ helps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasparse.compress.quantize import FORMATS, Quantized, awq_scales, quantize
+from megasparse.errors import ConfigError
+from megasparse.kernels import is_24, prune24_mask
+
+N, K, GROUP = 6, 64, 32
+
+
+def _weight(sparse=True):
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
+    mask = prune24_mask(weight)
+    return (weight * mask, mask) if sparse else (weight, None)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_packing_is_exact_and_zeros_stay(kind, sparse):
+    weight, mask = _weight(sparse)
+    if sparse:
+        weight[0] = 0.0  # nothing left in a row: its scale must not be a division by zero
+    quantized = quantize(weight, kind, GROUP, mask)
+    stored = quantized.pack()
+    again = Quantized.unpack(stored, K)
+    assert torch.equal(again.dequantize(), quantized.dequantize())
+    if sparse:
+        assert torch.equal(again.mask, mask) and is_24(again.dequantize())
+        assert not again.dequantize()[weight == 0].any()
+    bits = sum(t.numel() * t.element_size() for t in stored.values()) * 8
+    values = (4 if kind == "int4" else 8) * (0.5 if sparse else 1)
+    scales = 16 / GROUP if kind == "int4" else 32 / K
+    assert bits == N * K * (values + (1 if sparse else 0) + scales)
+
+
+@pytest.mark.parametrize(("kind", "relative"), [("int4", 0.5 / 7), ("fp8", 2**-4)])
+def test_values_are_the_nearest(kind, relative):
+    weight, mask = _weight()
+    error = (quantize(weight, kind, GROUP, mask).dequantize() - weight).abs()
+    if kind == "fp8":  # half a unit in the last place; below the normal numbers half a step
+        smallest = weight.abs().amax(1, keepdim=True) / 448 * 2.0**-10
+        assert (error <= weight.abs() * relative * 1.001 + smallest * 1.001).all()
+        return
+    largest = weight.view(N, -1, GROUP).abs().amax(-1, keepdim=True)
+    assert (error.view(N, -1, GROUP) <= largest * relative * 1.002).all()
+
+
+def test_activation_aware_scales_lower_the_error_where_inputs_are_large():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(500, K, generator=generator)
+    x[:, ::16] *= 30.0
+    weight, mask = _weight()
+    scales, alpha = awq_scales(weight, x.t() @ x, x.abs().mean(0), GROUP)
+
+    def error(s):
+        back = quantize(weight * s, "int4", GROUP, mask).dequantize() / s
+        return float(((weight - back) @ x.t()).square().sum())
+
+    assert alpha > 0 and error(scales) < 0.8 * error(torch.ones(K))
+    # Without outliers, and with one token, there is little to win: never worse than no scaling.
+    flat, _ = awq_scales(weight, torch.eye(K), torch.ones(K), GROUP)
+    assert torch.equal(flat, torch.ones(K))
+
+
+def test_a_group_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match="group_size 48 does not divide 64"):
+        quantize(_weight()[0], "int4", 48)

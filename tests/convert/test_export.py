@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megasparse.convert.packed import unpack_bitmask, unpack_hopper, unpack_torch
 from megasparse.data.sidecar import bin_path
@@ -105,6 +106,29 @@ def test_transformers_gives_the_trainers_validation_loss(runs, tmp_path, name):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     loaded = dict(model.named_parameters())
     assert all(torch.equal(loaded[key] == 0, stored[key] == 0) for key in sparse)
+
+
+def test_slorb_is_folded_in_or_written_beside(runs, tmp_path):
+    flags = [*RUNS["sr_ste"][0], "--slorb-k", "16", "--valid-data-path", str(runs / "valid")]
+    data = ["--train-data-path", str(runs / "train"), "--run-dir", str(tmp_path / "run")]
+    row = dist.run(train, 1, [*TINY, *COMMON, *data, *flags])[0][-1]
+    assert export("--input", tmp_path / "run", "--output", tmp_path / "folded") == 0
+    inputs, labels = trainer_samples(runs)
+    logits = load_logits(tmp_path / "folded", inputs)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert float(loss) == pytest.approx(row["valid_loss"], abs=1e-5)
+    assert not (tmp_path / "folded" / "sparsity.json").exists()
+
+    separate = ["--output", tmp_path / "separate", "--slorb", "separate"]
+    assert export("--input", tmp_path / "run", *separate) == 0
+    folded, pruned = tensors(tmp_path / "folded"), tensors(tmp_path / "separate")
+    side = json.loads((tmp_path / "separate" / "sparsity.json").read_text())
+    key = "model.layers.1.mlp.down_proj.weight"
+    assert side["tensors"][key]["2:4"] and is_24(pruned[key]) and not is_24(folded[key])
+    low_rank = load_file(tmp_path / "separate" / "slorb.safetensors")
+    base = "decoder.layers.1.mlp.linear_fc2"
+    added = low_rank[f"{base}.slorb_adapter"] @ low_rank[f"{base}.slorb_projection"]
+    torch.testing.assert_close(pruned[key] + added, folded[key])
 
 
 def test_scale_of_s_ste_is_folded_in(runs):

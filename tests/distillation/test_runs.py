@@ -14,6 +14,7 @@ EVALUATED = ["--eval-iters", "1", "--eval-interval", "3", "--reset-attention-mas
 LAYOUTS = {
     "tp 2, sp": (2, [*TP2, *SP]),
     "dp 2, zero 2": (2, zero(2)),
+    "dp 2, zero 3": (2, zero(3)),
     "tp 2, sp, pp 2, zero 1, full": (4, [*TP2, *SP, *PP2, *zero(1), *FULL]),
 }
 

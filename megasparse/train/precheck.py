@@ -5,7 +5,7 @@ Every rank does all of it, so a mistake is one clear line on every rank, and non
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +46,15 @@ def check(config: RunConfig) -> Prepared:
     """
     recipe_of(config)
     from_environment(0)
-    if config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f"wandb_project {config.logging.wandb_project!r}: the package wandb is not installed; "
-            "pip install wandb, or leave the flag out (TensorBoard files are always written)"
-        )
+    if config.logging.wandb_project:
+        try:
+            importlib.metadata.version("wandb")
+        except importlib.metadata.PackageNotFoundError:
+            raise ConfigError(
+                f"wandb_project {config.logging.wandb_project!r}: the package wandb is not "
+                "installed; pip install wandb, or leave the flag out (TensorBoard files are always "
+                "written)"
+            ) from None
     settings = config.checkpoint
     _check_folder_names(config)
     save = Path(settings.save or "")

@@ -194,11 +194,14 @@ def test_an_interrupted_conversion_leaves_nothing(good, tmp_path, monkeypatch, n
         return read(self, name)
 
     monkeypatch.setattr(HuggingFaceModel, "read", interrupted)
+    # As at a terminal, also where the tests were started in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     if number == signal.SIGTERM:
         with pytest.raises(SystemExit) as caught:
             run(good["llama"], tmp_path / "ours")
         assert caught.value.code == 143
     else:
         assert run(good["llama"], tmp_path / "ours") == 130
+    signal.signal(signal.SIGINT, before)
     assert len(seen) == 8 and seen[-1][0].startswith(".ours.")  # something had been written
     assert list(tmp_path.iterdir()) == []

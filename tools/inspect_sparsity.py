@@ -33,9 +33,9 @@ from megasparse.progress import progress
 from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.train.checkpoint import newest_valid
-from megasparse.train.stored import effective_weight
 from megasparse.train.precheck import recipe_of
 from megasparse.train.storage import CheckpointReader
+from megasparse.train.stored import effective_weight
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,6 @@ _STEP = (
     ("step", None, "1", "optimizer steps done"),
     ("loss", "loss/training", "nat/token", "mean over the global batch"),
     ("valid_loss", "loss/validation", "nat/token", "after `--eval-interval` steps and at the end"),
-    ("kd_loss", "loss/kl_to_teacher", "nat/token", "KL to the teacher, with --kd-loss-weight"),
-    ("lm_loss", "loss/cross_entropy", "nat/token", "beside it: loss is their weighted sum"),
     ("lr", "optimizer/learning_rate", "1", "of this step"),
     ("grad_norm", "optimizer/grad_norm", "1", "of the whole model before clipping"),
     ("masked_decay", "sparsity/masked_decay", "1", "lambda of this step"),
@@ -49,6 +47,10 @@ _STEP = (
     ("consumed_samples", None, "sequences", "since the first step"),
     ("samples", None, "-", "digest of the ids of the step's samples"),
     ("tokens_per_second", "throughput/tokens_per_second", "token/s", "of this step, all ranks"),
+)
+_TEACHER = (
+    ("kd_loss", "loss/kl_to_teacher", "nat/token", "KL to the teacher"),
+    ("lm_loss", "loss/cross_entropy", "nat/token", "beside it; loss is their weighted sum"),
 )
 _LOG_STEP = (
     ("tokens_per_second_per_gpu", "throughput/tokens_per_second_per_gpu", "token/s",
@@ -74,8 +76,9 @@ _LOG_STEP = (
 )  # fmt: skip
 
 STEP_METRICS = tuple(Metric(*entry) for entry in _STEP)
+TEACHER_METRICS = tuple(Metric(*entry) for entry in _TEACHER)
 LOG_METRICS = tuple(Metric(*entry) for entry in _LOG_STEP)
-METRICS = STEP_METRICS + LOG_METRICS
+METRICS = STEP_METRICS + TEACHER_METRICS + LOG_METRICS
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

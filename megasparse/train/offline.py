@@ -22,7 +22,7 @@ from megasparse.kernels.patterns import encode_patterns
 from megasparse.megatron.calibrate import LinearInputs, calibrate_layers
 from megasparse.megatron.distillation import token_cross_entropy
 from megasparse.megatron.grid import make_grid
-from megasparse.megatron.model import build_model
+from megasparse.megatron.model import build_model, hide_padding
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import fold
 from megasparse.train.control import Control
@@ -111,6 +111,7 @@ class OfflineModel:
         self._streams = data.streams
         rows = run.weights["embedding.word_embeddings.weight"].shape[0]
         self.model = build_model(self.config, self.grid, rows)
+        hide_padding(self.model, self.grid, data.vocab_size)
         self.model.eval().requires_grad_(False)
 
     def put(self, weights: dict[str, torch.Tensor]) -> None:

@@ -8,12 +8,19 @@ before the first interval prints nothing.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 LOG_INTERVAL_SECONDS = 5.0
+
+# tqdm's lock is shared with forked processes, and one that is killed while it holds it would stop
+# all others for ever; its monitor thread could be holding it at any fork. A bar here is drawn by
+# one process, so a lock of its threads is enough.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 class _LogProgress(tqdm):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 
 import pytest
+from tqdm import tqdm
 
 from megasparse import progress as module
 from megasparse.progress import progress
@@ -41,3 +44,19 @@ def test_terminal_gets_a_bar_and_disabled_nothing() -> None:
     silent = Terminal()
     list(progress(range(3), desc="work", stream=silent, enabled=False))
     assert silent.getvalue() == ""
+
+
+def test_a_killed_fork_that_draws_does_not_stop_its_parent():
+    """tqdm's own lock is a semaphore of all forks; here it belongs to a process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with tqdm.get_lock():
+            os.write(writing, b"x")
+            signal.pause()
+    os.read(reading, 1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert tqdm.get_lock().acquire(timeout=10)
+    tqdm.get_lock().release()
+    assert list(progress(range(3), desc="work", stream=io.StringIO())) == [0, 1, 2]

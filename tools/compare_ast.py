@@ -29,30 +29,23 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import comparison
 import plots
-import preprocess_data
 import prune_oneshot
 import quantize
 import torch
-import train_tokenizer
 
 import megasparse
 from megasparse.compress.oneshot import METHODS
-from megasparse.config import load_config
-from megasparse.data.corpus import write_corpus
 from megasparse.errors import MegasparseError
 from megasparse.train.catalog import list_steps
 from megasparse.train.offline import OfflineModel, StoredRun
 
-ROOT = Path(__file__).parents[1]
-LAUNCH = ROOT / "launch" / "pretrain.py"
 INT4 = "ast_slorb_int4"
 VARIANTS = ("dense", "dense_longer", *METHODS, "sr_ste", "ast", "ast_slorb", INT4)
 
@@ -61,19 +54,16 @@ VARIANTS = ("dense", "dense_longer", *METHODS, "sr_ste", "ast", "ast_slorb", INT
 class Scale:
     """What is not in the configs."""
 
-    vocab_size: int
-    corpus_bytes: int
-    installed_packages: bool  # their sources too, not only the standard library's
+    text: comparison.Text
     calibration_samples: int
     micro_batch_size: int
     eval_iters: int
     group_size: int
-    workers: int  # of the preprocessing
 
 
 SCALES = {
-    "tiny": Scale(1024, 4_000_000, False, 64, 8, 16, 128, 1),
-    "gpu": Scale(32_000, 1_000_000_000, True, 256, 16, 64, 128, 12),
+    "tiny": Scale(comparison.Text(1024, 4_000_000, False, 1), 64, 8, 16, 128),
+    "gpu": Scale(comparison.Text(32_000, 1_000_000_000, True, 12), 256, 16, 64, 128),
 }
 
 ALONE = ["--kd-loss-weight", "0", "--lm-loss-weight", "1", "--masked-decay-ramp-iters", "none"]
@@ -120,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     work = Comparison(
         args.output, args.scale, SCALES[args.scale], flags["dense"], flags["retrain"],
-        subprocess_launch, args.corpus,
+        comparison.subprocess_launch, args.corpus,
         " ".join(["python tools/compare_ast.py", *(sys.argv[1:] if argv is None else argv)]),
     )  # fmt: skip
     try:
@@ -147,7 +137,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def compare(work: Comparison) -> list[dict]:
     """All variants, what is missing of them; a row each, also in results.json."""
     work.output.mkdir(parents=True, exist_ok=True)
-    make_data(work)
+    comparison.make_data(work.output, work.scale.text, work.corpus)
     rows = []
     for variant in VARIANTS:
         path = work.output / f"{variant}.json"
@@ -232,59 +222,8 @@ def quantized(work: Comparison, common: list[str]) -> dict:
 
 def train(work: Comparison, variant: str, kind: str, flags: list[str]) -> None:
     """A run to its end; one that is complete is left as it is."""
-    arguments = [
-        "--config", str(ROOT / "configs" / f"compare_ast_{work.name}{kind}.yaml"),
-        "--data-path", str(work.output / "data_text_document"),
-        "--tokenizer-model", str(work.output / "tokenizer.model"),
-        "--run-dir", str(work.output / variant), *flags, "--resume",
-    ]  # fmt: skip
-    steps = list_steps(work.checkpoints(variant))
-    if not steps or steps[0] < load_config(arguments).train.train_iters:
-        work.launch(arguments)
-
-
-def subprocess_launch(arguments: list[str]) -> None:
-    """launch/pretrain.py in a process of its own."""
-    # Evaluations in this process have made it a rank of its own, which the run is not.
-    own = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {name: value for name, value in os.environ.items() if name not in own}
-    environment = {"OMP_NUM_THREADS": "1", **environment, "PYTHONPATH": str(ROOT)}
-    code = subprocess.run([sys.executable, str(LAUNCH), *arguments], env=environment).returncode
-    if code:
-        raise MegasparseError(f"pretrain.py ended with exit code {code}")
-
-
-def make_data(work: Comparison) -> None:
-    """Corpus, tokenizer and dataset, unless they are there."""
-    tokenizer, prefix = work.output / "tokenizer.model", work.output / "data"
-    if (work.output / "data_text_document.idx").exists() and tokenizer.exists():
-        return
-    corpus = list(work.corpus)
-    if not corpus:
-        corpus = [work.output / "corpus.jsonl"]
-        write_corpus(corpus[0], work.scale.corpus_bytes)
-        if work.scale.installed_packages:
-            corpus.append(work.output / "packages.jsonl")
-            packages = Path(sysconfig.get_paths()["purelib"])
-            write_corpus(corpus[1], work.scale.corpus_bytes, packages)
-    names = [str(path) for path in corpus]
-    for tool, arguments in (
-        (train_tokenizer, ["--output", tokenizer, "--vocab-size", work.scale.vocab_size]),
-        (
-            preprocess_data,
-            [
-                "--output-prefix",
-                prefix,
-                "--tokenizer-model",
-                tokenizer,
-                "--workers",
-                work.scale.workers,
-            ],
-        ),
-    ):
-        code = tool.main(["--input", *names, *map(str, arguments), "--overwrite"])
-        if code:
-            raise MegasparseError(f"{tool.__name__}.py ended with exit code {code}")
+    config = f"compare_ast_{work.name}{kind}.yaml"
+    comparison.train(config, work.output, work.output / variant, flags, work.launch)
 
 
 def markdown(rows: list[dict], work: Comparison) -> str:

@@ -21,7 +21,7 @@ def _compare(rank, world, folder):
     from tests.runs import train
 
     tool = _tool("compare_ast")
-    scale = tool.Scale(400, 400_000, False, 16, 8, 8, 32, 1)
+    scale = tool.Scale(tool.comparison.Text(400, 400_000, False, 1), 16, 8, 8, 32)
     launched = []
 
     def launch(arguments):

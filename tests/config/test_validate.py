@@ -81,7 +81,7 @@ def test_committed_configs_resolve(path):
     world = 8 if config.parallel.tensor_model_parallel_size <= 8 else 16
     if path.stem == "quickstart":
         world = 2
-    if path.stem.startswith("compare_ast"):
+    if path.stem.startswith("compare"):
         world = 1
     config = resolve(config, world)
     recipe = recipe_of(config)

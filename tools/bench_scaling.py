@@ -40,6 +40,7 @@ PP4 = ["--pipeline-model-parallel-size", "4"]
 SP = ["--sequence-parallel"]
 FULL = ["--recompute-granularity", "full"]
 ZERO2 = ["--zero-stage", "2"]
+ZERO3 = ["--zero-stage", "3"]
 
 # name: (GPUs, flags); ZeRO-1 unless said otherwise.
 MATRIX = {
@@ -51,6 +52,7 @@ MATRIX = {
     "pp 2, recompute full": (2, [*PP2, *FULL]),
     "dp 2": (2, []),
     "dp 2, zero 2": (2, ZERO2),
+    "dp 2, zero 3": (2, ZERO3),
     "tp 4": (4, TP4),
     "tp 4, sp, recompute full": (4, [*TP4, *SP, *FULL]),
     "pp 4": (4, PP4),
@@ -59,6 +61,7 @@ MATRIX = {
     "tp 2, sp, pp 2": (4, [*TP2, *SP, *PP2]),
     "tp 2, sp, dp 2": (4, [*TP2, *SP]),
     "pp 2, dp 2": (4, PP2),
+    "tp 2, sp, dp 2, zero 3": (4, [*TP2, *SP, *ZERO3]),
 }
 SCALING = {
     "one": (1, []),

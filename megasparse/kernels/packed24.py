@@ -10,6 +10,7 @@ a = r // 16 % 4, h = r // 8 % 2 and b = r % 8:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ class Packed24:
     dtype: torch.dtype
     scale: torch.Tensor
 
-    @property
+    @functools.cached_property
     def buffer(self) -> torch.Tensor:
         """(bytes,) uint8, values then metadata: what cuSPARSELt takes.
 
@@ -70,6 +71,12 @@ class Packed24:
         dense.scatter_(-1, index, bits.reshape(rows, columns // 4, 2))
         w = dense.view(rows, columns).view(self.dtype)
         return w if self.dtype.itemsize == 2 else w.float() * self.scale
+
+
+@functools.cache
+def unit_scale(device: torch.device) -> torch.Tensor:
+    """The scale of 16-bit formats, 0-d float32; one for all, not to be changed."""
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 def empty_packed(

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
 
 
 class _ForwardKL(torch.autograd.Function):
@@ -86,13 +85,3 @@ def vocab_parallel_kl(
     first = 0 if group is None else group.rank() * width
     valid = width if vocab_size is None else min(max(vocab_size - first, 0), width)
     return _ForwardKL.apply(student, teacher.detach(), temperature, valid, group)
-
-
-def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of every token, `(...)` float32; overwrites float32 logits.
-
-    Args:
-        logits: `(..., V / tp)`.
-        labels: `(...)` int64.
-    """
-    return tensor_parallel.vocab_parallel_cross_entropy(logits, labels)

@@ -12,9 +12,15 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megasparse.config import ModelConfig, RunConfig
+from megasparse.errors import ConfigError
+from megasparse.megatron import loss
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.init import initialize_weights
-from megasparse.megatron.spec import SparseSpecProvider, get_block_spec
+from megasparse.megatron.spec import (
+    SparseSpecProvider,
+    get_block_spec,
+    transformer_engine_is_there,
+)
 
 
 def transformer_config(config: RunConfig, device: torch.device) -> TransformerConfig:
@@ -48,10 +54,39 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        use_te_activation_func=model.swiglu,  # that is, the provider's
+        apply_rope_fusion=spec_provider(config, device).transformer_engine,
         gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=loss.fused(device, dtype),
+        cross_entropy_fusion_impl="te",
         persist_layer_norm=False,
     )
+
+
+def spec_provider(config: RunConfig, device: torch.device) -> SparseSpecProvider:
+    """The provider of the layers' classes.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for where it cannot be used.
+    """
+    asked = config.train.transformer_impl
+    refusal = _transformer_engine_refusal(config, device)
+    if asked == "transformer_engine" and refusal is not None:
+        raise ConfigError(f"transformer_impl transformer_engine: {refusal}")
+    return SparseSpecProvider(asked != "local" and refusal is None)
+
+
+def _transformer_engine_refusal(config: RunConfig, device: torch.device) -> str | None:
+    """Why Transformer Engine cannot compute attention and norms, or None when it can."""
+    if device.type != "cuda":
+        return f"the run is on {device.type}, expected a GPU"
+    if not transformer_engine_is_there():
+        return "Transformer Engine is not installed"
+    if not config.train.bf16:
+        return "the run is in float32, expected bf16"
+    if config.data.reset_attention_mask:
+        return "reset_attention_mask is on, expected plain causal attention"
+    return None
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +105,7 @@ def build_model(config: RunConfig, grid: Grid, padded_vocab_size: int) -> GPTMod
     model = config.model
     gpt = GPTModel(
         config=transformer_config(config, grid.device),
-        transformer_layer_spec=get_block_spec(SparseSpecProvider(), model.num_layers),
+        transformer_layer_spec=get_block_spec(spec_provider(config, grid.device), model.num_layers),
         vocab_size=padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
         parallel_output=True,

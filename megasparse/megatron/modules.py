@@ -1,4 +1,4 @@
-"""Plain-torch building blocks where Transformer Engine is absent: norms and attention."""
+"""Building blocks of a layer beside its linears: torch's norms and attention, gated activation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+
+from megasparse.kernels import swiglu
 
 
 class TorchNorm:
@@ -83,3 +85,15 @@ class SdpaAttention(torch.nn.Module):
         else:
             context = attend()
         return context.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+
+class GatedActivation(torch.nn.Module):
+    """SwiGLU of a fused projection `[gate | up]`, both halves read in place."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+    def forward(self, fused: torch.Tensor) -> torch.Tensor:
+        """`(..., 2 F)` -> `silu(gate) * up`, `(..., F)`."""
+        gate, up = fused.chunk(2, dim=-1)
+        return swiglu(up, gate)

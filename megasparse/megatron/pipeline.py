@@ -26,7 +26,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megasparse.config import RunConfig, pipeline_split
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.model import finish_model, transformer_config
+from megasparse.megatron.loss import token_cross_entropy
+from megasparse.megatron.model import finish_model, spec_provider, transformer_config
 from megasparse.megatron.spec import SparseSpecProvider, get_layer_spec
 from megasparse.sparsity.controller import Clock
 
@@ -77,7 +78,8 @@ def part_specs(
             rope_scaling_factor=model.rope_scaling_factor,
             use_cpu_initialization=grid.device.type == "cpu",
         )
-    spec = get_layer_spec(SparseSpecProvider())
+    provider = spec_provider(config, grid.device)
+    spec = get_layer_spec(provider)
     recomputed = _recomputed_layers(config)
     body = [
         PartSpec(
@@ -89,7 +91,7 @@ def part_specs(
         )
         for number in range(model.num_layers)
     ]  # fmt: skip
-    norm = PartSpec(NormPart, {"config": layers})
+    norm = PartSpec(NormPart, {"config": layers, "provider": provider})
     if model.untie_embeddings_and_output_weights:
         first, last = PartSpec(EmbeddingPart, embedding), PartSpec(OutputPart, sizes)
     else:
@@ -218,9 +220,9 @@ class LayerPart(torch.nn.Module):
 class NormPart(torch.nn.Module):
     """The final norm; the attention mask ends here."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, provider: SparseSpecProvider) -> None:
         super().__init__()
-        kind = SparseSpecProvider().layer_norm()
+        kind = provider.layer_norm()
         self.norm = kind(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, inputs: Hidden) -> torch.Tensor:
@@ -275,9 +277,7 @@ def vocab_parallel_loss(logits: torch.Tensor, labels: Sequence[torch.Tensor]) ->
         labels: (labels `(B, S)` int64, loss_mask `(B, S)` float32).
     """
     targets, mask = labels
-    losses = tensor_parallel.vocab_parallel_cross_entropy(
-        logits, targets.transpose(0, 1).contiguous()
-    )
+    losses = token_cross_entropy(logits, targets.transpose(0, 1).contiguous())
     losses = losses.transpose(0, 1).contiguous()
     return (losses * mask).sum() / mask.sum().clamp(min=1.0)
 

@@ -6,8 +6,10 @@ megatron-core can build, with linears that `sparsify` turns 2:4.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.extensions import transformer_engine
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -21,11 +23,19 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megasparse.megatron.layers import SparseColumnParallelLinear, SparseRowParallelLinear
-from megasparse.megatron.modules import SdpaAttention, TorchNorm
+from megasparse.megatron.modules import GatedActivation, SdpaAttention, TorchNorm
 
 
+@dataclass(frozen=True)
 class SparseSpecProvider:
-    """megatron-core's `BackendSpecProvider` with megasparse's linears."""
+    """megatron-core's `BackendSpecProvider` with megasparse's linears.
+
+    Attributes:
+        transformer_engine: norms and attention are Transformer Engine's (GPUs alone), which know
+            no masks but the causal one; else torch's.
+    """
+
+    transformer_engine: bool = False
 
     def column_parallel_linear(self) -> type:
         return SparseColumnParallelLinear
@@ -40,16 +50,24 @@ class SparseSpecProvider:
         return None
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        return TorchNorm
+        return transformer_engine.TENorm if self.transformer_engine else TorchNorm
 
     def core_attention(self) -> type:
+        if self.transformer_engine:
+            return transformer_engine.TEDotProductAttention
         return SdpaAttention
 
     def grouped_mlp_modules(self, *_: Any) -> Any:
         raise ValueError("mixture-of-experts layers are not supported by SparseSpecProvider")
 
     def activation_func(self) -> type | None:
-        return None
+        """Used where the layers' config has `use_te_activation_func`, for SwiGLU."""
+        return GatedActivation
+
+
+def transformer_engine_is_there() -> bool:
+    """Whether megatron-core has found Transformer Engine, which runs on GPUs alone."""
+    return bool(transformer_engine.HAVE_TE)
 
 
 def get_layer_spec(provider: SparseSpecProvider) -> ModuleSpec:
@@ -72,7 +90,7 @@ def get_layer_spec(provider: SparseSpecProvider) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(backend=provider),
+            mlp=get_mlp_module_spec_for_backend(backend=provider, use_te_activation_func=True),
             mlp_bda=get_bias_dropout_add,
         ),
     )

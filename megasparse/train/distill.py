@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from megasparse.config import RunConfig
 from megasparse.log import logger
-from megasparse.megatron.distillation import token_cross_entropy, vocab_parallel_kl
+from megasparse.megatron.distillation import vocab_parallel_kl
 from megasparse.megatron.grid import Grid
+from megasparse.megatron.loss import token_cross_entropy
 from megasparse.megatron.teacher import Teacher
 
 MIB = 2**20

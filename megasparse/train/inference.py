@@ -126,6 +126,7 @@ def load_model(
         bf16: compute in bfloat16, else in float32; None: bfloat16 if the weights are 16-bit.
     """
     config = RunConfig(model=source.model)
+    config.train.transformer_impl = "local"  # decoding masks with keys that were seen before
     wide = any(entry.dtype == torch.float32 for entry in source.entries())
     config.train.bf16 = not wide if bf16 is None else bf16
     config.parallel.tensor_model_parallel_size = tensor_parallel

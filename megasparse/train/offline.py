@@ -20,8 +20,8 @@ from megasparse.config import ParallelConfig, RunConfig, SparsityConfig, from_di
 from megasparse.errors import CheckpointError, DataError
 from megasparse.kernels.patterns import encode_patterns
 from megasparse.megatron.calibrate import LinearInputs, calibrate_layers
-from megasparse.megatron.distillation import token_cross_entropy
 from megasparse.megatron.grid import make_grid
+from megasparse.megatron.loss import token_cross_entropy
 from megasparse.megatron.model import build_model, hide_padding
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import fold

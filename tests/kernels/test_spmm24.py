@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megasparse.errors import KernelError
-from megasparse.kernels import pack24, spmm24
+from megasparse.kernels import matmul24, pack24, spmm24
 from tests.kernels.test_pack24 import E4M3, sparse
 
 # Relative error of the whole result: rounding of the output, and of the sums in fp8 hardware.
@@ -48,6 +48,27 @@ def test_e4m3(device, tokens):
         assert relative_error(out, quantised, x.float()) < tolerance
 
 
+@pytest.mark.parametrize("columns", [1, 40, 128])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matmul24(device, columns, transposed):
+    w, x = operands(columns, (64, 192), torch.bfloat16, device)
+    b = x if transposed else x.t().contiguous()
+    out = matmul24(pack24(w), b, transposed=transposed)
+    assert out.shape == (64, columns) and out.dtype == torch.bfloat16
+    assert relative_error(out.t(), w, x) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_matmul24_of_e4m3_takes_alpha_instead_of_the_scale(device, dtype):
+    w, x = operands(48, (128, 256), E4M3, device)
+    packed = pack24((w.float() * 0.02).to(torch.bfloat16), E4M3)
+    plain = packed.dense() / packed.scale
+    out = matmul24(packed, x, transposed=True, out_dtype=dtype, alpha=0.25)
+    assert out.dtype == dtype
+    assert relative_error(out.t(), plain * 0.25, x.float()) < 4e-3
+    assert relative_error(spmm24(packed, x, alpha=0.25), plain * 0.25, x.float()) < 4e-3
+
+
 def test_no_tokens(device):
     w, x = operands(3, (64, 64), torch.bfloat16, device)
     assert spmm24(pack24(w), x[:0]).shape == (0, 64)
@@ -84,6 +105,8 @@ def test_cusparselt_refuses_mixed_formats(device):
         spmm24(pack24(w, E4M3), x)
     with pytest.raises(KernelError, match="e5m2"):
         spmm24(pack24(w, E4M3), x.to(torch.float8_e5m2))
+    with pytest.raises(KernelError, match="given transposed"):
+        matmul24(pack24(w, E4M3), x.t().contiguous().to(E4M3))
 
 
 def test_nothing_is_recorded_by_autograd(device):

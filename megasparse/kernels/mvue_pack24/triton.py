@@ -15,7 +15,7 @@ import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.mvue24.triton import _sample, _seed_arguments
-from megasparse.kernels.packed24 import COLUMN_MULTIPLE, Packed24, empty_packed
+from megasparse.kernels.packed24 import COLUMN_MULTIPLE, Packed24, empty_packed, unit_scale
 from megasparse.kernels.random import SeedLike
 
 
@@ -119,8 +119,7 @@ def mvue_pack24(
     groups = launch.groups
     while padded % (4 * groups):
         groups //= 2
-    scale = torch.ones((), dtype=torch.float32, device=dz.device)
-    packed = empty_packed((width, padded), dz.dtype, scale, dz.device)
+    packed = empty_packed((width, padded), dz.dtype, unit_scale(dz.device), dz.device)
     if error_flag is None:
         error_flag = torch.zeros(1, dtype=torch.int32, device=dz.device)
     seed_ptr, key, high = _seed_arguments(seed)

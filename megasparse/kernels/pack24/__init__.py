@@ -16,6 +16,7 @@ from megasparse.kernels.packed24 import (
     ROW_MULTIPLE,
     Packed24,
     empty_packed,
+    unit_scale,
 )
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, E4M3)
@@ -64,7 +65,7 @@ def pack24(
         w_sparse = w_sparse.to(dtype)
     quantise = w_sparse.dtype != dtype
     if not quantise:
-        scale = torch.ones((), dtype=torch.float32, device=w_sparse.device)
+        scale = unit_scale(w_sparse.device)
     elif scale is None:
         scale = amax_scale(w_sparse, backend=backend)
     packed = empty_packed((w_sparse.shape[0], w_sparse.shape[1]), dtype, scale, w_sparse.device)

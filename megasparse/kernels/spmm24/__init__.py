@@ -19,6 +19,7 @@ def spmm24(
     *,
     out_dtype: torch.dtype | None = None,
     algorithm: int = 0,
+    alpha: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """x @ W^T with W (N, K) packed 2:4, its scale included; accumulation in float32.
@@ -31,8 +32,9 @@ def spmm24(
         out_dtype: x's dtype by default; bfloat16 for an e4m3 x, whose own scale, if it has one, is
             the caller's to apply.
         algorithm: of cuSPARSELt; one that it does not have raises RuntimeError.
-        backend: None, "reference" or "cusparselt" (CUDA tensors). With an e4m3 `packed` cuSPARSELt
-            reads the scale on the host, which waits for the device.
+        alpha: factor of `values @ x^T` in place of the packed scale. cuSPARSELt takes it from the
+            host: without it an 8-bit product waits for the device, to read `packed.scale`.
+        backend: None, "reference" or "cusparselt" (CUDA tensors).
 
     Returns: (T, N), row-major, outside autograd.
 
@@ -52,31 +54,43 @@ def spmm24(
     if x.shape[0] == 0:
         return x.new_empty((0, packed.shape[0]), dtype=out_dtype)
     implementation = cusparselt if name == "cusparselt" else reference
-    return implementation.spmm24(packed, x, out_dtype, algorithm)
+    return implementation.spmm24(packed, x, out_dtype, algorithm, alpha)
 
 
 @torch.no_grad()
 def matmul24(
-    packed: Packed24, b: torch.Tensor, *, algorithm: int = 0, backend: str | None = None
+    packed: Packed24,
+    b: torch.Tensor,
+    *,
+    transposed: bool = False,
+    out_dtype: torch.dtype | None = None,
+    algorithm: int = 0,
+    alpha: float | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """W @ b with W (N, K) packed 2:4: the weight gradient's GEMM, dW = MVUE(dZ^T) X.
 
     Args:
         packed: W as `pack24` made it.
-        b: (K, M), row-major; on cuSPARSELt the 16-bit dtype of `packed`.
-        algorithm: of cuSPARSELt.
-        backend: None, "reference" or "cusparselt" (CUDA tensors).
+        b: (K, M), row-major, or (M, K) when `transposed`, as 8-bit operands on cuSPARSELt must be;
+            there of the dtype of `packed`.
+        transposed: b is given transposed.
+        out_dtype, algorithm, alpha, backend: as in `spmm24`.
 
-    Returns: (N, M) in b's dtype, accumulated in float32, outside autograd.
+    Returns: (N, M), accumulated in float32, outside autograd.
 
     Raises: KernelError when shapes, dtypes or devices do not fit or the backend cannot run.
     """
-    if b.dim() != 2 or b.shape[0] != packed.shape[1]:
-        raise KernelError(
-            f"matmul24: b has shape {tuple(b.shape)}, expected ({packed.shape[1]}, columns)"
+    inner = b.shape[-1 if transposed else 0]
+    if b.dim() != 2 or inner != packed.shape[1]:
+        expected = (
+            f"(columns, {packed.shape[1]})" if transposed else f"({packed.shape[1]}, columns)"
         )
+        raise KernelError(f"matmul24: b has shape {tuple(b.shape)}, expected {expected}")
     if b.device != packed.values.device:
         raise KernelError(f"matmul24: b is on {b.device}, expected {packed.values.device}")
+    if out_dtype is None:
+        out_dtype = torch.bfloat16 if b.dtype == E4M3 else b.dtype
     name = dispatch.resolve("matmul24", b, backend, fast="cusparselt")
     implementation = cusparselt if name == "cusparselt" else reference
-    return implementation.matmul24(packed, b, algorithm)
+    return implementation.matmul24(packed, b, transposed, out_dtype, algorithm, alpha)

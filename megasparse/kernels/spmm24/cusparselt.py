@@ -1,15 +1,8 @@
-"""`spmm24` by cuSPARSELt, through torch's wrapper.
+"""`spmm24` and `matmul24` by cuSPARSELt, bound directly (library.py).
 
-The library multiplies sparse (N, K) by dense (K, T). Its result is asked for transposed, which
-makes the (T, N) that torch wants row-major without a copy. Traps of the wrapper (torch 2.11,
-cuSPARSELt 0.8): an e5m2 operand is read as e4m3 without an error, so both dtypes are checked here;
-8-bit operands must both run along K, which x.t() of a row-major x does; T must be a multiple of 16
-bytes of x.
-
-An e4m3 call waits for the device: the scale goes in as `alpha`, and the wrapper reads a one-element
-alpha on the host, after everything queued before it. The library refuses a vector of alphas (which
-would stay on the device) for 8-bit operands: "operation not supported ... ALPHA_VECTOR_SCALING".
-16-bit calls pass no alpha and do not wait.
+The library multiplies sparse (N, K) by dense (K, M). For `spmm24` its result is asked for column by
+column, which is the row-major (T, N) that torch wants. Rows of a dense operand must be multiples of
+16 bytes.
 """
 
 from __future__ import annotations
@@ -19,10 +12,15 @@ from torch.nn.functional import pad
 
 from megasparse.errors import KernelError
 from megasparse.kernels.packed24 import E4M3, Packed24
+from megasparse.kernels.spmm24.library import Problem, plan
 
 
 def spmm24(
-    packed: Packed24, x: torch.Tensor, out_dtype: torch.dtype, algorithm: int
+    packed: Packed24,
+    x: torch.Tensor,
+    out_dtype: torch.dtype,
+    algorithm: int,
+    alpha: float | None,
 ) -> torch.Tensor:
     """x (T, K) times W^T as (T, N) of `out_dtype`; see `megasparse.kernels.spmm24`."""
     if x.dtype != packed.dtype:
@@ -30,40 +28,56 @@ def spmm24(
             f"spmm24: x is {x.dtype} and the packed matrix {packed.dtype}, expected the same "
             "for cusparselt"
         )
-    if packed.dtype != E4M3 and out_dtype != x.dtype:
-        raise KernelError(f"spmm24: out_dtype is {out_dtype}, expected {x.dtype} for cusparselt")
+    rows, columns = packed.shape
     tokens = x.shape[0]
-    multiple = 16 // x.dtype.itemsize
-    # Zero rows as bytes: torch does not pad e4m3. Two rows at least, for one row has no strides.
-    missing = -tokens % multiple
-    if missing:
+    missing = -tokens % (16 // x.dtype.itemsize)
+    if missing:  # zero rows as bytes: torch does not pad e4m3
         x = pad(x.contiguous().view(torch.uint8), (0, 0, 0, missing)).view(x.dtype)
-    rows = packed.shape[0]
-    eight_bit = packed.dtype == E4M3
-    out = torch._cslt_sparse_mm(
-        packed.buffer.view(packed.dtype).view(rows, -1),
-        x.contiguous().t(),
-        alpha=packed.scale.reshape(1) if eight_bit else None,
-        out_dtype=out_dtype if eight_bit else None,
-        transpose_result=True,
-        alg_id=algorithm,
+    elif not x.is_contiguous():
+        x = x.contiguous()
+    out = x.new_empty((tokens + missing, rows), dtype=out_dtype)
+    problem = Problem(
+        rows, columns, tokens + missing, packed.dtype, x.dtype, out_dtype, False, False, algorithm
     )
-    return out[:tokens]
+    plan(problem, x.device).run(packed.buffer, x, out, _alpha(packed, alpha))
+    return out[:tokens] if missing else out
 
 
-def matmul24(packed: Packed24, b: torch.Tensor, algorithm: int) -> torch.Tensor:
-    """W (N, K) times b (K, M), 16-bit; see `megasparse.kernels.matmul24`."""
-    if b.dtype != packed.dtype or packed.dtype == E4M3:
+def matmul24(
+    packed: Packed24,
+    b: torch.Tensor,
+    transposed: bool,
+    out_dtype: torch.dtype,
+    algorithm: int,
+    alpha: float | None,
+) -> torch.Tensor:
+    """W (N, K) times b (K, M) as (N, M); see `megasparse.kernels.matmul24`."""
+    if b.dtype != packed.dtype:
         raise KernelError(
             f"matmul24: b is {b.dtype} and the packed matrix {packed.dtype}, expected the same "
-            "16-bit dtype for cusparselt"
+            "for cusparselt"
         )
-    columns = b.shape[1]
-    missing = -columns % 8
+    if b.dtype == E4M3 and not transposed:
+        raise KernelError("matmul24: an e4m3 b must be given transposed (M, K) to cusparselt")
+    rows, inner = packed.shape
+    columns = b.shape[0] if transposed else b.shape[1]
+    missing = -columns % (16 // min(b.dtype.itemsize, out_dtype.itemsize))
     if missing:
-        b = pad(b, (0, missing))
-    rows = packed.shape[0]
-    out = torch._cslt_sparse_mm(
-        packed.buffer.view(packed.dtype).view(rows, -1), b.contiguous(), alg_id=algorithm
-    )
-    return out[:, :columns]
+        edge = (0, 0, 0, missing) if transposed else (0, missing)
+        kind = torch.uint8 if b.dtype == E4M3 else b.dtype
+        b = pad(b.contiguous().view(kind), edge).view(b.dtype)
+    elif not b.is_contiguous():
+        b = b.contiguous()
+    out = b.new_empty((rows, columns + missing), dtype=out_dtype)
+    problem = Problem(
+        rows, inner, columns + missing, packed.dtype, b.dtype, out_dtype, not transposed, True,
+        algorithm,
+    )  # fmt: skip
+    plan(problem, b.device).run(packed.buffer, b, out, _alpha(packed, alpha))
+    return out[:, :columns] if missing else out
+
+
+def _alpha(packed: Packed24, alpha: float | None) -> float:
+    if alpha is not None:
+        return alpha
+    return 1.0 if packed.dtype.itemsize == 2 else float(packed.scale)

@@ -8,12 +8,29 @@ from megasparse.kernels.packed24 import Packed24
 
 
 def spmm24(
-    packed: Packed24, x: torch.Tensor, out_dtype: torch.dtype, algorithm: int
+    packed: Packed24,
+    x: torch.Tensor,
+    out_dtype: torch.dtype,
+    algorithm: int,
+    alpha: float | None,
 ) -> torch.Tensor:
     """x (T, K) times W^T as (T, N) of `out_dtype`; see `megasparse.kernels.spmm24`."""
-    return (x.float() @ packed.dense().float().t()).to(out_dtype)
+    return (x.float() @ _scaled(packed, alpha).t()).to(out_dtype)
 
 
-def matmul24(packed: Packed24, b: torch.Tensor, algorithm: int) -> torch.Tensor:
-    """W (N, K) times b (K, M) in b's dtype; see `megasparse.kernels.matmul24`."""
-    return (packed.dense().float() @ b.float()).to(b.dtype)
+def matmul24(
+    packed: Packed24,
+    b: torch.Tensor,
+    transposed: bool,
+    out_dtype: torch.dtype,
+    algorithm: int,
+    alpha: float | None,
+) -> torch.Tensor:
+    """W (N, K) times b (K, M) as (N, M); see `megasparse.kernels.matmul24`."""
+    b = b.float().t() if transposed else b.float()
+    return (_scaled(packed, alpha) @ b).to(out_dtype)
+
+
+def _scaled(packed: Packed24, alpha: float | None) -> torch.Tensor:
+    dense = packed.dense().float()
+    return dense if alpha is None else dense / packed.scale * alpha

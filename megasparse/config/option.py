@@ -1,0 +1,14 @@
+"""A field of the configuration: its default, its help text and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field with its help text and limits (`choices`, `at_least`, `above`, `below`)."""
+    metadata = {"help": help, **limits}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)

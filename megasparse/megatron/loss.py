@@ -1,0 +1,31 @@
+"""Cross entropy of vocabulary-parallel logits, token by token.
+
+megatron-core's own makes several float32 tensors of the logits' size. Transformer Engine's kernels
+read 16-bit logits, compute in float32 in registers and keep one 16-bit copy, which becomes the
+gradient: used on GPUs where it is installed.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
+
+
+def fused(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine computes the cross entropy of such logits."""
+    there = te_parallel_cross_entropy is not None
+    return there and device.type == "cuda" and dtype == torch.bfloat16
+
+
+def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """float32 `(a, b)`: -log softmax(logits)[label]; overwrites float32 logits.
+
+    Args:
+        logits: `(a, b, V / tp)`.
+        labels: `(a, b)` int64.
+    """
+    if fused(logits.device, logits.dtype):
+        group = parallel_state.get_tensor_model_parallel_group()
+        return te_parallel_cross_entropy(logits, labels.contiguous(), group)
+    return tensor_parallel.vocab_parallel_cross_entropy(logits, labels)

@@ -1,0 +1,105 @@
+"""Where the time of a GPU goes: kernels of a profile by class."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# The first pattern that is found in a kernel's name is its class.
+CLASSES = {
+    "communication": r"nccl",
+    "attention": r"flash|fmha|sdpa|attention|cudnn_generated",
+    "rotary embedding": r"rope|rotary",
+    "cross entropy": r"cross_entropy",
+    "2:4 GEMM": r"spmma|sparse|cusparselt|sp_gemm",
+    "preparing operands": r"mvue|pack|transposable|prune24|threshold|quantise|masked_decay|flip",
+    "dense GEMM": r"gemm|nvjet|cutlass|cublas|s884|s16816|xmma",
+    "casts and amax of FP8": r"cast|amax|fp8|transpose",
+    "norm": r"norm",
+    "gated activation": r"swiglu|geglu|gated",
+    "optimizer": r"adam|multi_tensor|foreach",
+    "copies and fills": r"memcpy|memset|copy|fill|cat",
+    "elementwise and reductions": r"elementwise|reduce|vectorized|index|embedding",
+}
+
+
+@dataclass
+class Profile:
+    """Figures of one step.
+
+    Attributes:
+        seconds: of the host's clock, without the profiler.
+        device_seconds: kernels' times added up, by class.
+        launches: kernels, by class.
+        longest: (seconds, launches, name) of kernels, the longest together first.
+    """
+
+    seconds: float = 0.0
+    device_seconds: dict[str, float] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    longest: list[tuple[float, int, str]] = field(default_factory=list)
+
+    @property
+    def busy(self) -> float:
+        """Seconds of all kernels."""
+        return sum(self.device_seconds.values())
+
+
+def kernel_class(name: str) -> str:
+    """The class of a kernel's name."""
+    for label, pattern in CLASSES.items():
+        if re.search(pattern, name, re.IGNORECASE):
+            return label
+    return "other"
+
+
+def profiled(step: Callable[[], object], steps: int) -> Profile:
+    """Kernel times of `steps` calls of `step`, a call's share of each."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    seconds: dict[str, float] = defaultdict(float)
+    launches: dict[str, int] = defaultdict(int)
+    names: dict[str, tuple[float, int]] = {}
+    for event in trace.events():
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        duration = event.time_range.elapsed_us() / 1e6 / steps
+        label = kernel_class(event.name)
+        seconds[label] += duration
+        launches[label] += 1
+        before = names.get(event.name, (0.0, 0))
+        names[event.name] = (before[0] + duration, before[1] + 1)
+    longest = sorted(((s, n // steps, name) for name, (s, n) in names.items()), reverse=True)
+    by_class = dict(sorted(seconds.items(), key=lambda item: -item[1]))
+    return Profile(0.0, by_class, {k: v // steps for k, v in launches.items()}, longest)
+
+
+def table(profiles: dict[str, Profile]) -> list[str]:
+    """Markdown: milliseconds (and launches) a step of every class, a column for each profile."""
+    labels = [
+        c for c in [*CLASSES, "other"] if any(c in p.device_seconds for p in profiles.values())
+    ]
+    lines = [f"| ms (launches) | {' | '.join(profiles)} |", "|---|" + "---:|" * len(profiles)]
+    for label in labels:
+        cells = [
+            f"{1e3 * p.device_seconds[label]:.2f} ({p.launches[label]})"
+            if label in p.device_seconds
+            else "-"
+            for p in profiles.values()
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    rows = {
+        "all kernels": lambda p: f"{1e3 * p.busy:.2f} ({sum(p.launches.values())})",
+        "step, without the profiler": lambda p: f"{1e3 * p.seconds:.2f}",
+    }
+    for label, text in rows.items():
+        lines.append(f"| {label} | {' | '.join(text(p) for p in profiles.values())} |")
+    return lines

@@ -31,11 +31,16 @@ def global_norm(
         gradients: this rank's parameters with their gradients, or the pieces that it holds.
         over_dp: the pieces are divided over data-parallel ranks.
     """
+    counted = [
+        gradient
+        for parameter, gradient in gradients
+        if not is_copy(parameter)
+        and (getattr(parameter, "tensor_model_parallel", False) or grid.tp_rank == 0)
+    ]
     total = torch.zeros((), device=grid.device)
-    for parameter, gradient in gradients:
-        sharded = getattr(parameter, "tensor_model_parallel", False)
-        if not is_copy(parameter) and (sharded or grid.tp_rank == 0):
-            total += gradient.float().square().sum()
+    if counted:
+        norms = torch._foreach_norm(counted, 2, dtype=torch.float32)
+        total = torch.stack(norms).square().sum()
     if over_dp and grid.dp_size > 1:
         dist.all_reduce(total, group=grid.dp_group)
     return grid.sum_over_model(total).sqrt()
@@ -67,6 +72,9 @@ def install_norm(optimizer: Any, grid: Grid) -> None:
         optimizer._get_norm_groups = norm_of_partitions
     else:
         optimizer.scaled_global_norm = norm
+        # A norm that is not finite is an overflow to DeepSpeed too. Its own check before that looks
+        # at one gradient after the other, several launches each.
+        optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 def is_partitioned(optimizer: Any) -> bool:

@@ -186,8 +186,9 @@ class Plan:
     def run(self, packed: torch.Tensor, b: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         """`out = alpha * A @ B` on the current stream."""
         self._alpha.value = alpha
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        workspace = _workspace(self._device, stream.value or 0, self._workspace_bytes)
+        address = torch._C._cuda_getCurrentRawStream(self._device.index)
+        workspace = _workspace(self._device, address, self._workspace_bytes)
+        stream = ctypes.c_void_p(address)
         library().Matmul(
             self._handle,
             self._plan,

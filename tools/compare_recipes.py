@@ -14,7 +14,9 @@ Trains
     fst_every_10, fst_every_40         --ablations: the mask interval
     fst_mvue_approximate, fst_no_mvue  how the output gradient is made 2:4, or not
     fst_no_decay, fst_tail             without masked decay; with the paper's dense tail of 1/6
+    fst_decay_before_clipping          gradient and decay clipped together
     fst_all_linears, s_ste_all_linears attention's linears too
+    s_ste_scale_recomputed             S-STE's scale of the current weight, in every step
 
 and writes results.json, results.md and, through plot_runs.py, pictures/. --sweep-lr trains `dense`
 alone with each rate and writes sweep.json and sweep.md.
@@ -78,8 +80,16 @@ ABLATIONS = {
     "fst_mvue_approximate": [*FST, *EVERY_STEP, "--mvue", "approximate"],
     "fst_no_mvue": [*FST, *EVERY_STEP, "--mvue", "off"],
     "fst_no_decay": [*FST, *EVERY_STEP, "--masked-decay", "0"],
+    "fst_decay_before_clipping": [*FST, *EVERY_STEP, "--masked-decay-before-clipping"],
     "fst_tail": ["--sparsity-recipe", "fst", *EVERY_STEP],
     "fst_all_linears": [*FST, *EVERY_STEP, *ALL_LINEARS],
+    "s_ste_scale_recomputed": [
+        *S_STE,
+        "--mask-update-interval",
+        "none",
+        "--s-ste-scale",
+        "every_step",
+    ],
     "s_ste_all_linears": [*S_STE, "--mask-update-interval", "none", *ALL_LINEARS],
 }
 

@@ -9,15 +9,8 @@ in Megatron) and an attribute (`config.group.field`). The text in `option(...)` 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-
-def option(default: Any, help: str, **limits: Any) -> Any:
-    """A dataclass field with its help text and limits (`choices`, `at_least`, `above`, `below`)."""
-    metadata = {"help": help, **limits}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from megasparse.config.option import option
 
 
 @dataclass
@@ -204,6 +197,9 @@ class SparsityConfig:
     masked_decay_ramp_iters: int | None = option(
         None, "steps over which the decay grows from 0 (AST's T0)", at_least=0
     )
+    masked_decay_before_clipping: bool = option(
+        False, "clip gradient and decay together, instead of adding the decay to the clipped one"
+    )
     mvue: str | None = option(
         None, "how output gradients are made 2:4 for the weight gradient",
         choices=("off", "exact", "approximate"),
@@ -214,6 +210,10 @@ class SparsityConfig:
     dense_tail_fraction: float | None = option(
         None, "share of the steps that is dense at the end (FST's paper: 1/6)",
         at_least=0.0, below=1.0,
+    )  # fmt: skip
+    s_ste_scale: str | None = option(
+        None, "when S-STE's scale is computed: before the first sparse step, or anew in each; "
+        "default frozen", choices=("frozen", "every_step"),
     )  # fmt: skip
     simulate_fp8: bool = option(
         False,

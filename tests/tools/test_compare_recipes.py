@@ -16,7 +16,10 @@ SMALL = [
     "--num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "16",
     "--train-iters", "12", "--eval-interval", "4", "--eval-iters", "2", "--log-interval", "4",
 ]  # fmt: skip
-NAMES = ["dense", "half", "ste", "sr_ste", "fst", "s_ste", "fst_every_40"]
+NAMES = [
+    "dense", "half", "ste", "sr_ste", "fst", "s_ste", "fst_every_40",
+    "fst_decay_before_clipping", "s_ste_scale_recomputed",
+]  # fmt: skip
 
 
 COMMON = ("metrics.jsonl", "config.yaml", "finished.json")

@@ -93,9 +93,8 @@ class Engine(ABC):
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_eps,
         )
-        self._measured = (
-            decay.with_decay if recipe.masked_decay_before_clipping else zero.gradient_alone
-        )
+        together = recipe.masked_decay_before_clipping
+        self._measured = decay.with_decay if together else zero.gradient_alone
         self._norm_without_zero: float | None = None
         self._reduce_replicated_gradients()
         self._engine = self._start_deepspeed()

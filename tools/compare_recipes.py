@@ -51,6 +51,7 @@ import plot_runs
 import plots
 import recipe_tables
 import run_queue
+from recipe_variants import ABLATIONS, BASES, VARIANTS
 from run_queue import RunQueue, Task
 
 from megasparse.config import load_config
@@ -60,37 +61,6 @@ TEXTS = {
     "cpu": comparison.Text(1024, 4_000_000, False, 1),
     "gpu": comparison.Text(32_000, 300_000_000, True, 12),
     "cluster": comparison.Text(32_000, 8_000_000_000, True, 32),
-}
-FST = ["--sparsity-recipe", "fst", "--dense-tail-fraction", "0"]
-EVERY_STEP = ["--mask-update-interval", "1"]
-S_STE = ["--sparsity-recipe", "s_ste", "--masked-decay", "none"]
-ALL_LINEARS = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
-PLAIN = ["--masked-decay", "none", "--mask-update-interval", "none"]
-VARIANTS = {
-    "dense": ["--sparsity-recipe", "dense", *PLAIN],
-    "half": ["--sparsity-recipe", "dense", *PLAIN],  # and half of the FFN
-    "ste": ["--sparsity-recipe", "ste", *PLAIN],
-    "sr_ste": ["--sparsity-recipe", "sr_ste", "--mask-update-interval", "none"],
-    "fst": [*FST, *EVERY_STEP],
-    "s_ste": [*S_STE, "--mask-update-interval", "none"],
-}
-ABLATIONS = {
-    "fst_every_10": [*FST, "--mask-update-interval", "10"],
-    "fst_every_40": [*FST, "--mask-update-interval", "40"],
-    "fst_mvue_approximate": [*FST, *EVERY_STEP, "--mvue", "approximate"],
-    "fst_no_mvue": [*FST, *EVERY_STEP, "--mvue", "off"],
-    "fst_no_decay": [*FST, *EVERY_STEP, "--masked-decay", "0"],
-    "fst_decay_before_clipping": [*FST, *EVERY_STEP, "--masked-decay-before-clipping"],
-    "fst_tail": ["--sparsity-recipe", "fst", *EVERY_STEP],
-    "fst_all_linears": [*FST, *EVERY_STEP, *ALL_LINEARS],
-    "s_ste_scale_recomputed": [
-        *S_STE,
-        "--mask-update-interval",
-        "none",
-        "--s-ste-scale",
-        "every_step",
-    ],
-    "s_ste_all_linears": [*S_STE, "--mask-update-interval", "none", *ALL_LINEARS],
 }
 
 
@@ -237,12 +207,20 @@ def compare(work: Work) -> str:
     if not complete:
         return f"{work.output}: nothing is complete yet, missing {', '.join(missing)}"
     rows = [
-        recipe_tables.row_of(run, complete.get(("dense", seed)))
-        for (_, seed), run in complete.items()
+        recipe_tables.row_of(
+            run,
+            complete.get(("dense", seed)),
+            complete.get((BASES[variant], seed)) if variant in BASES else None,
+        )
+        for (variant, seed), run in complete.items()
     ]
     lines = [
         *recipe_tables.heading("Recipes compared", list(complete.values()), work.command),
-        *recipe_tables.table(rows, work.variants),
+        *recipe_tables.table(rows, [name for name in work.variants if name in VARIANTS]),
+        *recipe_tables.ablation_table(
+            rows, {name: BASES[name] for name in work.variants if name in BASES}
+        ),
+        *recipe_tables.noise(rows),
         *recipe_tables.missing_line(missing),
     ]
     write(work.output, "results", rows, lines)

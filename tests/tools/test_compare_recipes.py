@@ -71,7 +71,9 @@ def test_every_variant_is_trained_once_a_seed(compared):
     assert len(losses) == len(rows)  # no two runs are the same
     assert all(rows["dense", seed]["gap"] == 0 for seed in (1, 2))
     table = (folder / "results.md").read_text()
-    assert all(f"| {name} | 2 | " in table for name in NAMES) and "Not run yet" not in table
+    assert all(table.count(f"| {name} | 2 | ") == 1 for name in NAMES)
+    assert "Not run yet" not in table and "## Noise" in table
+    _check_ablations(rows, table)
     assert (folder / "pictures" / "index.html").is_file()
 
     from megasparse.config import load_config
@@ -94,6 +96,20 @@ def test_every_variant_is_trained_once_a_seed(compared):
         for name in NAMES
     }
     assert len(digests) == 1
+
+
+def _check_ablations(rows, table):
+    """They have a section of their own, beside what they change and beside dense."""
+    section = table.partition("## Ablations")[2].partition("##")[0]
+    for name, base in (("fst_every_40", "fst"), ("s_ste_scale_recomputed", "s_ste")):
+        gaps = []
+        for seed in (1, 2):
+            row = rows[name, seed]
+            gaps.append(row["valid_loss"] / rows[base, seed]["valid_loss"] - 1)
+            assert row["base"] == base and row["gap_to_base"] == pytest.approx(gaps[-1])
+        (line,) = (line for line in section.splitlines() if line.startswith(f"| {name} |"))
+        assert f" | {base} | {50 * sum(gaps):+.2f} % ({100 * min(gaps):+.2f} to " in line
+    assert "| fst | 2 |" not in section and rows["fst", 1]["gap_to_base"] is None
 
 
 def test_the_sweep_names_the_rate_with_the_lowest_loss(compared):
@@ -217,6 +233,29 @@ def test_the_share_of_the_dense_run():
     assert share(curve, 4.0) == pytest.approx(20 / 40)
     assert share(curve, 6.0) == pytest.approx(10 / 40)  # before its first evaluation
     assert share(curve, 2.9) == 1.0 and share(curve, 3.0) == 1.0
+
+
+def _rows(**gaps):
+    return [
+        {"variant": name, "seed": seed, "gap": gap, "valid_loss": 2.0 + 0.02 * seed}
+        for name, values in gaps.items()
+        for seed, gap in enumerate(values)
+    ]
+
+
+def test_the_paragraph_on_noise():
+    noise = _tool("recipe_tables").noise
+    one = noise(_rows(dense=[0.0], fst=[0.01]))
+    assert one[-1] == "No variant has a gap to dense for two seeds: the noise is not known."
+    two = noise(
+        _rows(dense=[0.0, 0.0], fst=[0.001, 0.003], ste=[0.05, 0.051], s_ste=[0.0035], late=[None])
+    )
+    text = "\n".join(two)
+    assert "2 variants with two seeds or more) is 0.15 percentage points on average" in text
+    assert "at most 0.20 (fst); the validation losses of dense itself lie 1.00 % apart" in text
+    assert two[-4:] == [
+        "- dense: stands alone", "- fst: s_ste", "- ste: stands alone", "- s_ste: fst",
+    ]  # fmt: skip
 
 
 def test_an_unknown_variant_is_refused(tmp_path, capsys):

@@ -2,8 +2,9 @@
 
     python tools/compare_recipes.py --scale cpu --output runs/recipes_cpu     # CPU, minutes
     python tools/compare_recipes.py --scale gpu --output runs/recipes_gpu     # one H200
-    python tools/compare_recipes.py --scale gpu --output ... --only fst s_ste --seeds 1 2
+    python tools/compare_recipes.py --scale gpu --output ... --jobs 2 --seeds 1 2    # two of them
     python tools/compare_recipes.py --scale gpu --output ... --ablations
+    python tools/compare_recipes.py --scale gpu --output ... --sweep-lr 4e-4 8e-4 1.6e-3
 
 Trains
 
@@ -13,63 +14,53 @@ Trains
     fst_every_10, fst_every_40         --ablations: the mask interval
     fst_mvue_approximate, fst_no_mvue  how the output gradient is made 2:4, or not
     fst_no_decay, fst_tail             without masked decay; with the paper's dense tail of 1/6
+    fst_decay_before_clipping          gradient and decay clipped together
     fst_all_linears, s_ste_all_linears attention's linears too
+    s_ste_scale_recomputed             S-STE's scale of the current weight, in every step
 
-and writes results.json, results.md and, through plot_runs.py, pictures/. Restartable: what is
-finished is not repeated, an interrupted run goes on. Settings: configs/compare_recipes_SCALE.yaml;
-flags after `--` go to every run (`-- --lr 6e-4`). Several ranks: --launcher "deepspeed --num_gpus
-8", with a hostfile for several nodes.
+and writes results.json, results.md and, through plot_runs.py, pictures/. --sweep-lr trains `dense`
+alone with each rate and writes sweep.json and sweep.md.
+
+Restartable, also on another machine: what is finished is not repeated, which the finished.json of a
+run says (with config.yaml and metrics.jsonl it is all that the table and the pictures need; take
+tokenizer.model and data_text_document.* along as well, or have them made of the same text). An
+interrupted run goes on from its checkpoint. --time-limit begins nothing that would not end in time
+and says what is missing. With --jobs each run has a GPU and a log beside its folder.
+
+Settings: configs/compare_recipes_SCALE.yaml; flags after `--` go to every run (`-- --lr 6e-4`).
+Several ranks: --launcher "deepspeed --num_gpus 8", with a hostfile for several nodes.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import statistics
+import os
+import shlex
+import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import comparison
+import finished
 import plot_runs
 import plots
-import torch
+import recipe_tables
+import run_queue
+from recipe_variants import ABLATIONS, BASES, VARIANTS
+from run_queue import RunQueue, Task
 
-import megasparse
 from megasparse.config import load_config
 from megasparse.errors import ConfigError, MegasparseError
 
 TEXTS = {
     "cpu": comparison.Text(1024, 4_000_000, False, 1),
-    "gpu": comparison.Text(32_000, 1_000_000_000, True, 12),
+    "gpu": comparison.Text(32_000, 300_000_000, True, 12),
     "cluster": comparison.Text(32_000, 8_000_000_000, True, 32),
-}
-FST = ["--sparsity-recipe", "fst", "--dense-tail-fraction", "0"]
-EVERY_STEP = ["--mask-update-interval", "1"]
-S_STE = ["--sparsity-recipe", "s_ste", "--masked-decay", "none"]
-ALL_LINEARS = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
-PLAIN = ["--masked-decay", "none", "--mask-update-interval", "none"]
-VARIANTS = {
-    "dense": ["--sparsity-recipe", "dense", *PLAIN],
-    "half": ["--sparsity-recipe", "dense", *PLAIN],  # and half of the FFN
-    "ste": ["--sparsity-recipe", "ste", *PLAIN],
-    "sr_ste": ["--sparsity-recipe", "sr_ste", "--mask-update-interval", "none"],
-    "fst": [*FST, *EVERY_STEP],
-    "s_ste": [*S_STE, "--mask-update-interval", "none"],
-}
-ABLATIONS = {
-    "fst_every_10": [*FST, "--mask-update-interval", "10"],
-    "fst_every_40": [*FST, "--mask-update-interval", "40"],
-    "fst_mvue_approximate": [*FST, *EVERY_STEP, "--mvue", "approximate"],
-    "fst_no_mvue": [*FST, *EVERY_STEP, "--mvue", "off"],
-    "fst_no_decay": [*FST, *EVERY_STEP, "--masked-decay", "0"],
-    "fst_tail": ["--sparsity-recipe", "fst", *EVERY_STEP],
-    "fst_all_linears": [*FST, *EVERY_STEP, *ALL_LINEARS],
-    "s_ste_all_linears": [*S_STE, "--mask-update-interval", "none", *ALL_LINEARS],
 }
 
 
@@ -81,7 +72,8 @@ class Work:
         output: where everything goes.
         config: name of a file in configs/.
         flags: of every run.
-        launch: runs launch/pretrain.py with flags; raises if it fails.
+        queue: runs them.
+        discard: remove the checkpoints of complete runs.
         command: for the table.
     """
 
@@ -91,29 +83,34 @@ class Work:
     variants: list[str]
     seeds: list[int]
     flags: list[str]
-    launch: Callable[[list[str]], None]
-    corpus: list[Path]
+    queue: RunQueue
+    corpus: list[Path] = field(default_factory=list)
+    discard: bool = False
     command: str = "python tools/compare_recipes.py"
 
-    def folder(self, variant: str, seed: int) -> Path:
-        return self.output / f"{variant}-seed-{seed}"
+    def task(self, variant: str, seed: int, folder: str = "", more: Sequence[str] = ()) -> Task:
+        """A run: the comparison's flags, the variant's, and some of its own."""
+        run_dir = self.output / (folder or f"{variant}-seed-{seed}")
+        flags = [*self.flags, *flags_of(self, variant), *more, "--seed", str(seed)]
+        arguments = comparison.run_arguments(self.config, self.output, run_dir, flags)
+        name = f"{' '.join([variant, *more])}, seed {seed}"
+        return Task(variant, name, run_dir, tuple(arguments))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     args, flags = parse(argv)
     try:
-        names = args.only or [*VARIANTS, *(ABLATIONS if args.ablations else ())]
-        if unknown := [name for name in names if name not in VARIANTS | ABLATIONS]:
-            raise ConfigError(f"--only {unknown[0]}, expected of {', '.join(VARIANTS | ABLATIONS)}")
-        variants = ["dense", *(name for name in names if name != "dense")]
-        work = Work(
-            args.output, f"compare_recipes_{args.scale}.yaml", TEXTS[args.scale], variants,
-            args.seeds, flags, partial(comparison.subprocess_launch, launcher=args.launcher),
-            args.corpus,
-            " ".join(["python tools/compare_recipes.py", *argv]),
-        )  # fmt: skip
-        print(compare(work))
+        work = work_of(args, flags, argv, began)
+        if args.data_only:
+            work.output.mkdir(parents=True, exist_ok=True)
+            comparison.make_data(work.output, work.text, work.corpus)
+            print(f"{work.output}: data of sha256 {comparison.data_digest(work.output)}")
+        elif args.sweep_lr:
+            print(sweep(work, args.sweep_lr))
+        else:
+            print(compare(work))
     except MegasparseError as error:
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
@@ -133,29 +130,152 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="and dense")
     parser.add_argument("--launcher", default="", metavar="COMMAND", help="starts the ranks")
-    parser.add_argument("--ablations", action="store_true", help="the variants of fst too")
+    parser.add_argument("--ablations", action="store_true", help="their variants too")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="for the whole command")
+    parser.add_argument("--data-only", action="store_true", help="make the data and stop")
+    parser.add_argument("--sweep-lr", type=float, nargs="+", default=[], metavar="LR",
+                        help="choose the rate of dense, with the first seed")  # fmt: skip
+    parser.add_argument("--discard-checkpoints", action="store_true", help="of complete runs")
     return parser.parse_args(own), flags
+
+
+def work_of(args: argparse.Namespace, flags: list[str], argv: list[str], began: float) -> Work:
+    """The comparison that the flags ask for.
+
+    Raises:
+        ConfigError: they cannot be met.
+    """
+    names = args.only or [*VARIANTS, *(ABLATIONS if args.ablations else ())]
+    if unknown := [name for name in names if name not in VARIANTS | ABLATIONS]:
+        raise ConfigError(f"--only {unknown[0]}, expected of {', '.join(VARIANTS | ABLATIONS)}")
+    if args.sweep_lr and (args.only or args.ablations or "--lr" in flags):
+        raise ConfigError("--sweep-lr trains dense alone: not with --only, --ablations or -- --lr")
+    gpus = run_queue.visible_gpus()
+    run_queue.check_jobs(args.jobs, args.launcher, gpus)
+    queue = RunQueue(
+        partial(run_queue.start_process, launcher=args.launcher),
+        args.jobs,
+        gpus,
+        None if args.time_limit is None else began + 60 * args.time_limit,
+    )
+    return Work(
+        args.output, f"compare_recipes_{args.scale}.yaml", TEXTS[args.scale],
+        ["dense", *(name for name in names if name != "dense")], args.seeds, flags, queue,
+        args.corpus, args.discard_checkpoints,
+        shlex.join(["python", "tools/compare_recipes.py", *argv]),
+    )  # fmt: skip
+
+
+def train(work: Work, tasks: dict[Task, tuple[str, int]]) -> list[Task]:
+    """Run what is not finished; what the time limit left out of it.
+
+    Args:
+        tasks: with the variant and seed that their records name.
+    """
+    work.output.mkdir(parents=True, exist_ok=True)
+    done = {task: finished.read(task.folder) for task in tasks}
+    if None in done.values():
+        comparison.make_data(work.output, work.text, work.corpus)
+    data = comparison.data_digest(work.output)
+    for task, run in done.items():
+        if run is not None:
+            finished.check(run, task.folder, task.arguments, data)
+            data = data or run.data
+            if run.seconds is not None and run.hardware == finished.hardware():
+                work.queue.seconds.setdefault(task.kind, []).append(run.seconds)
+
+    def ended(task: Task, seconds: float | None) -> None:
+        variant, seed = tasks[task]
+        finished.record(task.folder, variant, seed, task.arguments, data, seconds)
+        if work.discard:
+            shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
+
+    return work.queue.run([task for task, run in done.items() if run is None], ended)
 
 
 def compare(work: Work) -> str:
     """Train what is missing; the table, which is also in results.md."""
-    work.output.mkdir(parents=True, exist_ok=True)
-    comparison.make_data(work.output, work.text, work.corpus)
-    for seed in work.seeds:
-        for variant in work.variants:
-            print(f"{variant}, seed {seed} ...", flush=True)
-            flags = [*work.flags, *flags_of(work, variant), "--seed", str(seed)]
-            folder = work.folder(variant, seed)
-            comparison.train(work.config, work.output, folder, flags, work.launch)
-    rows = [row_of(work, variant, seed) for seed in work.seeds for variant in work.variants]
-    (work.output / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    table = markdown(rows, work)
-    (work.output / "results.md").write_text(table)
-    if plots.available():
-        folders = [str(work.folder(variant, work.seeds[0])) for variant in work.variants]
-        pictures = ["--output", str(work.output / "pictures"), "--label", *work.variants]
-        plot_runs.main([*folders, *pictures])
-    return table
+    tasks = {
+        work.task(variant, seed): (variant, seed)
+        for seed in work.seeds
+        for variant in work.variants
+    }
+    missing = [task.name for task in train(work, tasks)]
+    runs = {key: finished.read(task.folder) for task, key in tasks.items()}
+    complete = {key: run for key, run in runs.items() if run is not None}
+    if not complete:
+        return f"{work.output}: nothing is complete yet, missing {', '.join(missing)}"
+    rows = [
+        recipe_tables.row_of(
+            run,
+            complete.get(("dense", seed)),
+            complete.get((BASES[variant], seed)) if variant in BASES else None,
+        )
+        for (variant, seed), run in complete.items()
+    ]
+    lines = [
+        *recipe_tables.heading("Recipes compared", list(complete.values()), work.command),
+        *recipe_tables.table(rows, [name for name in work.variants if name in VARIANTS]),
+        *recipe_tables.ablation_table(
+            rows, {name: BASES[name] for name in work.variants if name in BASES}
+        ),
+        *recipe_tables.noise(rows),
+        *recipe_tables.missing_line(missing),
+    ]
+    write(work.output, "results", rows, lines)
+    draw(work, [task for task, key in tasks.items() if key in complete])
+    return "\n".join(lines)
+
+
+def sweep(work: Work, rates: Sequence[float]) -> str:
+    """`dense` with each learning rate, the lowest rate as a share of it the configuration's; the
+    table, which is also in sweep.md, and the flags of the best."""
+    train_config = load_config(work.task("dense", work.seeds[0]).arguments).train
+    low, seed = train_config.min_lr / train_config.lr, work.seeds[0]
+    own = {rate: ["--lr", f"{rate:g}", "--min-lr", f"{rate * low:g}"] for rate in rates}
+    tasks = {
+        rate: work.task("dense", seed, f"sweep/lr-{rate:g}-seed-{seed}", flags)
+        for rate, flags in own.items()
+    }
+    missing = [task.name for task in train(work, dict.fromkeys(tasks.values(), ("dense", seed)))]
+    runs = [(rate, run) for rate, task in tasks.items() if (run := finished.read(task.folder))]
+    if not runs:
+        return f"{work.output}: nothing is complete yet, missing {', '.join(missing)}"
+    best = min(runs, key=lambda pair: pair[1].figures["valid_loss"])[0]
+    edge = len(runs) > 1 and best in (min(rates), max(rates))
+    lines = [
+        *recipe_tables.heading("Learning rates of dense", [run for _, run in runs], work.command),
+        *recipe_tables.sweep_table(runs),
+        "",
+        f"Lowest validation loss: `-- {' '.join(own[best])}`"
+        f"{', at the end of what was tried: try further' if edge else ''}.",
+        *recipe_tables.missing_line(missing),
+    ]
+    rows = [{"lr": rate, "seed": run.seed, **run.figures} for rate, run in runs]
+    write(work.output, "sweep", rows, lines)
+    return "\n".join(lines)
+
+
+def write(output: Path, name: str, rows: list[dict], lines: list[str]) -> None:
+    """NAME.json and NAME.md."""
+    for suffix, text in ((".json", json.dumps(rows, indent=1)), (".md", "\n".join(lines))):
+        temporary = output / f".{name}{suffix}.tmp"
+        temporary.write_text(text + "\n")
+        os.replace(temporary, output / f"{name}{suffix}")
+
+
+def draw(work: Work, tasks: Sequence[Task]) -> None:
+    """Pictures of the first seed's runs, where they have their metrics."""
+    shown = {
+        task.kind: str(task.folder)
+        for task in reversed(tasks)
+        if (task.folder / "metrics.jsonl").exists()
+    }
+    labels = [variant for variant in work.variants if variant in shown]
+    if plots.available() and labels:
+        folders = [shown[label] for label in labels]
+        plot_runs.main([*folders, "--output", str(work.output / "pictures"), "--label", *labels])
 
 
 def flags_of(work: Work, variant: str) -> list[str]:
@@ -166,90 +286,6 @@ def flags_of(work: Work, variant: str) -> list[str]:
     model = load_config(["--config", str(comparison.ROOT / "configs" / work.config), *work.flags])
     width = model.model.ffn_hidden_size or 4 * model.model.hidden_size
     return [*flags, "--ffn-hidden-size", str(width // 2)]
-
-
-def row_of(work: Work, variant: str, seed: int) -> dict:
-    """The figures of one run, and beside the dense run of the same seed.
-
-    `dense_share` is the share of the dense run's steps after which it had the variant's final
-    validation loss (linear between evaluations; 1: not before its end), `hours_to` the time until
-    the variant's loss was at most 1.02 times the dense run's last.
-    """
-    run = plot_runs.read_run(work.folder(variant, seed), variant)
-    dense = plot_runs.read_run(work.folder("dense", seed), "dense")
-    curve = [(r["step"], r["valid_loss"], r["hours"]) for r in run.rows if r.get("valid_loss")]
-    of_dense = [(r["step"], r["valid_loss"]) for r in dense.rows if r.get("valid_loss")]
-    losses = [r["loss"] for r in run.rows if r["loss"] is not None]
-    flips = [r["flip_rate"] for r in run.rows if r.get("flip_rate") is not None]
-    tail = losses[-max(len(losses) // 20, 1) :]
-    final, target = curve[-1][1], 1.02 * of_dense[-1][1]
-    speeds = [r["tokens_per_second"] for r in run.rows[len(run.rows) // 10 :]]
-    return {
-        "variant": variant,
-        "seed": seed,
-        "steps": run.rows[-1]["step"],
-        "tokens": run.rows[-1]["tokens"],
-        "training_loss": statistics.fmean(tail),
-        "valid_loss": final,
-        "gap": final / of_dense[-1][1] - 1,
-        "dense_share": share_of(of_dense, final),
-        "flip_rate_highest": max(flips, default=None),
-        "flip_rate_last": flips[-1] if flips else None,
-        "tokens_per_second": statistics.median(speeds),
-        "hours": run.rows[-1]["hours"],
-        "hours_to": next((hours for _, loss, hours in curve if loss <= target), None),
-    }
-
-
-def share_of(curve: Sequence[tuple[int, float]], loss: float) -> float:
-    """The share of a run's steps after which its validation loss was `loss`."""
-    last = curve[-1][0]
-    for (before, high), (step, low) in zip(curve, curve[1:], strict=False):
-        if low <= loss < high:
-            return (before + (step - before) * (high - loss) / (high - low)) / last
-    return curve[0][0] / last if loss >= curve[0][1] else 1.0
-
-
-def markdown(rows: list[dict], work: Work) -> str:
-    """The table with hardware, versions and date; several seeds as mean and range."""
-    gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else f"CPU ({platform.machine()})"
-    lines = [
-        "# Recipes compared",
-        "",
-        f"{datetime.date.today()}, {device}, torch {torch.__version__}, megasparse "
-        f"{megasparse.__version__}; {rows[0]['tokens']:,} tokens a run, seeds "
-        f"{', '.join(map(str, work.seeds))}.",
-        "",
-        f"    {work.command}",
-        "",
-        "| variant | training loss | validation loss | to dense | dense steps to it | flip rate, "
-        "highest and last | tokens/s | minutes | minutes to 1.02 x dense |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for variant in work.variants:
-        group = [row for row in rows if row["variant"] == variant]
-        mean = {
-            key: statistics.fmean(row[key] for row in group)
-            if all(row[key] is not None for row in group)
-            else None
-            for key in group[0]
-            if key != "variant"
-        }
-        gaps = [100 * row["gap"] for row in group]
-        spread = f" ({min(gaps):+.2f} to {max(gaps):+.2f})" if len(group) > 1 else ""
-        flips = (
-            "-"
-            if mean["flip_rate_last"] is None
-            else f"{mean['flip_rate_highest']:.4f}, {mean['flip_rate_last']:.4f}"
-        )
-        reached = "-" if mean["hours_to"] is None else f"{60 * mean['hours_to']:.1f}"
-        lines.append(
-            f"| {variant} | {mean['training_loss']:.4f} | {mean['valid_loss']:.4f} | "
-            f"{100 * mean['gap']:+.2f} %{spread} | {100 * mean['dense_share']:.0f} % | {flips} | "
-            f"{mean['tokens_per_second']:,.0f} | {60 * mean['hours']:.1f} | {reached} |"
-        )
-    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,14 +9,13 @@ from pathlib import Path
 
 import preprocess_data
 import train_tokenizer
+from run_queue import ROOT, start_process
 
 from megasparse.config import load_config
 from megasparse.data.corpus import write_corpus
+from megasparse.data.sidecar import read_sidecar
 from megasparse.errors import MegasparseError
 from megasparse.train.catalog import list_steps
-
-ROOT = Path(__file__).parents[1]
-LAUNCH = ROOT / "launch" / "pretrain.py"
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,26 @@ def make_data(output: Path, text: Text, corpus: Sequence[Path]) -> None:
             raise MegasparseError(f"{tool.__name__}.py ended with exit code {code}")
 
 
+def data_digest(output: Path) -> str | None:
+    """SHA-256 of the tokens in a folder of `make_data`; None: there are none."""
+    sidecar = read_sidecar(output / "data_text_document")
+    return None if sidecar is None else sidecar.bin_sha256
+
+
+def run_arguments(config: str, output: Path, run_dir: Path, flags: Sequence[str]) -> list[str]:
+    """launch/pretrain.py's, for a run on the folder's data that goes on where it was interrupted.
+
+    Args:
+        config: name of a file in configs/.
+    """
+    return [
+        "--config", str(ROOT / "configs" / config),
+        "--data-path", str(output / "data_text_document"),
+        "--tokenizer-model", str(output / "tokenizer.model"),
+        "--run-dir", str(run_dir), *flags, "--resume",
+    ]  # fmt: skip
+
+
 def train(
     config: str,
     output: Path,
@@ -79,32 +94,19 @@ def train(
 
     Args:
         config: name of a file in configs/.
-    """  # fmt: skip
-    arguments = [
-        "--config", str(ROOT / "configs" / config),
-        "--data-path", str(output / "data_text_document"),
-        "--tokenizer-model", str(output / "tokenizer.model"),
-        "--run-dir", str(run_dir), *flags, "--resume",
-    ]  # fmt: skip
+    """
+    arguments = run_arguments(config, output, run_dir, flags)
     steps = list_steps(run_dir / "checkpoints")
     if not steps or steps[0] < load_config(arguments).train.train_iters:
         launch(arguments)
 
 
-def subprocess_launch(arguments: list[str], launcher: str = "") -> None:
-    """launch/pretrain.py in a process of its own.
-
-    Args:
-        launcher: command that starts its ranks (`deepspeed --num_gpus 8`); default: one rank.
+def subprocess_launch(arguments: list[str]) -> None:
+    """launch/pretrain.py in a process of its own, to its end.
 
     Raises:
         MegasparseError: it failed.
     """
-    # Evaluations in this process have made it a rank of its own, which the run is not.
-    own = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {name: value for name, value in os.environ.items() if name not in own}
-    environment = {"OMP_NUM_THREADS": "1", **environment, "PYTHONPATH": str(ROOT)}
-    command = shlex.split(launcher) or [sys.executable]
-    code = subprocess.run([*command, str(LAUNCH), *arguments], env=environment).returncode
+    code = start_process(arguments, {}, None).wait()
     if code:
         raise MegasparseError(f"pretrain.py ended with exit code {code}")

@@ -203,6 +203,9 @@ class SparsityConfig:
     masked_decay_ramp_iters: int | None = option(
         None, "steps over which the decay grows from 0 (AST's T0)", at_least=0
     )
+    masked_decay_before_clipping: bool = option(
+        False, "clip gradient and decay together, instead of adding the decay to the clipped one"
+    )
     mvue: str | None = option(
         None, "how output gradients are made 2:4 for the weight gradient",
         choices=("off", "exact", "approximate"),
@@ -213,6 +216,10 @@ class SparsityConfig:
     dense_tail_fraction: float | None = option(
         None, "share of the steps that is dense at the end (FST's paper: 1/6)",
         at_least=0.0, below=1.0,
+    )  # fmt: skip
+    s_ste_scale: str | None = option(
+        None, "when S-STE's scale is computed: before the first sparse step, or anew in each; "
+        "default frozen", choices=("frozen", "every_step"),
     )  # fmt: skip
     simulate_fp8: bool = option(
         False,

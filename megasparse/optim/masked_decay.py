@@ -21,16 +21,46 @@ class MaskedDecay:
     def __init__(self, controller: SparsityController) -> None:
         self._controller = controller
         self._by_tensor: dict[int, list[Fragment]] = {}
+        self._by_parameter: dict[int, Fragment] = {}
 
     def attach(self, fragments: Sequence[Fragment]) -> None:
         """Say where the parameters lie; after the engine is built, since ZeRO makes its shards."""
         self._by_tensor = {}
         for fragment in fragments:
             self._by_tensor.setdefault(id(fragment.tensor), []).append(fragment)
+        self._by_parameter = {id(fragment.parameter): fragment for fragment in fragments}
 
-    def add_to_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """`grad += lambda (1 - M) o W` for every masked piece of the optimizer's tensors."""
-        strength = self._controller.masked_decay()
+    def with_decay(self, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+        """`grad + lambda (1 - M) o W` in float32, for the norm that both are clipped by.
+
+        Args:
+            parameter: of the model.
+            gradient: of the piece of it that this rank's optimizer holds; it is left as it is. It
+                may end in padding.
+
+        Returns:
+            1-D; the gradient itself where there is no mask or no decay.
+        """
+        strength, mask = self._controller.masked_decay(), self._masks().get(id(parameter))
+        if strength == 0.0 or mask is None:
+            return gradient
+        piece = self._by_parameter[id(parameter)]
+        total = gradient.detach().reshape(-1).to(torch.float32, copy=True)
+        masked_decay_(
+            total.narrow(0, 0, piece.length),
+            piece.of(piece.tensor.data),
+            piece.of_parameter(mask),
+            strength,
+        )
+        return total
+
+    def add_to_gradients(self, optimizer: torch.optim.Optimizer, factor: float = 1.0) -> None:
+        """`grad += factor lambda (1 - M) o W` for every masked piece of the optimizer's tensors.
+
+        Args:
+            factor: that the gradients were clipped by, if the decay is to be clipped with them.
+        """
+        strength = factor * self._controller.masked_decay()
         if strength == 0.0:
             return
         masks = self._masks()
@@ -62,9 +92,9 @@ class MaskedDecay:
             )
         return decay
 
-    def measure(self, optimizer: torch.optim.Optimizer) -> None:
+    def measure(self, optimizer: torch.optim.Optimizer, factor: float = 1.0) -> None:
         """Tell the probes how strong the decay of this step is beside the gradients."""
-        strength = self._controller.masked_decay()
+        strength = factor * self._controller.masked_decay()
         states = {id(weight): state for state, weight in self._controller.weights}
         if strength == 0.0:
             return

@@ -28,6 +28,7 @@ Projection = Literal["none", "row", "transposable", "soft_threshold"]
 Mvue = Literal["off", "exact", "approximate"]
 MaskMetric = Literal["magnitude", "wanda"]
 Regulariser = Literal["none", "masked_decay", "decoupled_masked_decay"]
+ScaleUpdate = Literal["frozen", "every_step"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,15 @@ class SparsityRecipe:
         regulariser: where lambda (1-M) o W enters: nowhere, in the gradient between clipping and
             AdamW (FST, SR-STE), or decoupled from the first moment (AST).
         masked_decay: lambda, per step.
+        masked_decay_before_clipping: the gradient is clipped with its decay, by their common norm:
+            clip(g + lambda (1-M) o W) instead of clip(g) + lambda (1-M) o W.
         masked_decay_ramp_iters: lambda(t) = masked_decay * min(1, t / ramp); 0: constant.
         mask_metric: what a row-wise mask keeps the largest of: |w|, or |w| times the root mean
             square of its input channel so far (Wanda).
         mask_update_interval: optimizer steps between mask refreshes. Soft-threshold weights are
             projected anew every step; there the interval only spaces the flip-rate measurements.
+        s_ste_scale: when beta of a soft-threshold weight is computed: at its first sparse step, or
+            of the current weight in every one.
         dense_warmup_fraction, dense_tail_fraction: shares of the run that are dense.
         simulate_fp8: round the operands of all GEMMs of the sparse phase to FP8 as S-STE's paper
             does (e4m3 forward, e5m2 backward), computing in higher precision.
@@ -57,9 +62,11 @@ class SparsityRecipe:
     mvue: Mvue = "off"
     regulariser: Regulariser = "none"
     masked_decay: float = 0.0
+    masked_decay_before_clipping: bool = False
     masked_decay_ramp_iters: int = 0
     mask_metric: MaskMetric = "magnitude"
     mask_update_interval: int = 1
+    s_ste_scale: ScaleUpdate = "frozen"
     dense_warmup_fraction: float = 0.0
     dense_tail_fraction: float = 0.0
     simulate_fp8: bool = False
@@ -77,7 +84,16 @@ class SparsityRecipe:
                 f"recipe {self.name}: {self.regulariser} needs a mask, "
                 f"but the projection is {self.projection!r}"
             )
-
+        if self.masked_decay_before_clipping and self.regulariser != "masked_decay":
+            raise ConfigError(
+                f"masked_decay_before_clipping: the recipe {self.name} adds no decay to gradients, "
+                "expected fst or sr_ste"
+            )
+        if self.s_ste_scale != "frozen" and self.projection != "soft_threshold":
+            raise ConfigError(
+                f"s_ste_scale {self.s_ste_scale}: the recipe {self.name} has no scale, expected "
+                "s_ste"
+            )
         if self.mask_metric == "wanda" and self.projection != "row":
             raise ConfigError(
                 f"mask_metric wanda with the recipe {self.name}, expected row-wise masks: ste, "

@@ -65,7 +65,7 @@ class SparseWeight(torch.nn.Module):
         self.recipe = recipe
         self.shard = shard
         self.mask: torch.Tensor | None = None  # bool (N, K): kept entries
-        self.scale: torch.Tensor | None = None  # float32 0-d: S-STE's beta, frozen
+        self.scale: torch.Tensor | None = None  # float32 0-d: S-STE's beta
         self.flips: torch.Tensor | None = None  # int64 0-d: entries that the last refresh changed
         self.last_refresh = -1  # step of the last refresh
         self.refreshes = 0
@@ -114,6 +114,7 @@ class SparseWeight(torch.nn.Module):
         self.preparations += 1
         if not sparse:
             return DenseGemms(weight)
+        self._forget_old_scale()
         return self._sparse_gemms(weight)
 
     def _sparse_gemms(self, weight: torch.Tensor) -> LinearGemms:
@@ -153,7 +154,14 @@ class SparseWeight(torch.nn.Module):
         """W~ as the GEMMs of `step` see it: the mask is refreshed before, if it is due then."""
         if schedule.refresh_due(self.recipe, step, self.last_refresh):
             self._refresh(weight, step)
+        self._forget_old_scale()
         return self.effective(weight)
+
+    def _forget_old_scale(self) -> None:
+        """The next `effective` computes beta, and those after it keep it: once a step, since all
+        ranks of a shard take part."""
+        if self.recipe.s_ste_scale == "every_step":
+            self.scale = None
 
     def flags(self, device: torch.device) -> torch.Tensor:
         """float64 (2,), not 0 where since the start a NaN was found in the weight, and where an

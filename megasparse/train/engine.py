@@ -1,7 +1,9 @@
 """One optimizer step, whatever the layout: what the plain and the pipeline engine share.
 
 An engine has the model (with the whole model's parameter names), the optimizer, and where the
-parameters lie in it. Masked decay enters between clipping and AdamW.
+parameters lie in it. Masked decay enters between clipping and AdamW, or is clipped with the
+gradient: the norm is then that of their sum, and the decay is added times the factor that the
+gradient was clipped by, in float32 although ZeRO's gradients may be bfloat16.
 """
 
 from __future__ import annotations
@@ -91,11 +93,13 @@ class Engine(ABC):
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_eps,
         )
+        together = recipe.masked_decay_before_clipping
+        self._measured = decay.with_decay if together else zero.gradient_alone
         self._norm_without_zero: float | None = None
         self._reduce_replicated_gradients()
         self._engine = self._start_deepspeed()
         if config.parallel.zero_stage:
-            zero.install_norm(self._engine.optimizer, grid)
+            zero.install_norm(self._engine.optimizer, grid, self._measured)
         # Where the parameters lie in the optimizer's tensors, now that ZeRO has made its own.
         self.fragments = (
             zero.partition_fragments(model.named_parameters(), self._engine.optimizer, grid.dp_rank)
@@ -191,11 +195,22 @@ class Engine(ABC):
             return False
         if not self.config.parallel.zero_stage and not self._clip():
             return False
+        factor = 1.0
+        if self.controller.recipe.masked_decay_before_clipping:
+            factor = self._clipped_by()
         if self._decay is not None and self.controller.asked:
-            self._decay.measure(optimizer)
+            self._decay.measure(optimizer, factor)
         if self._on_gradient is not None:
-            self._on_gradient.add_to_gradients(optimizer)
+            self._on_gradient.add_to_gradients(optimizer, factor)
         return True
+
+    def _clipped_by(self) -> float:
+        """What the gradients of this step were multiplied by, here or by DeepSpeed; 1: whole."""
+        norm, limit = self._norm_without_zero, self.config.train.clip_grad
+        if self.config.parallel.zero_stage:
+            norm = float(self._engine.optimizer._global_grad_norm)
+        assert norm is not None
+        return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
 
     def _clip(self) -> bool:
         """Global norm over the whole model and clipping, for whole (not ZeRO) gradients."""
@@ -204,7 +219,7 @@ class Engine(ABC):
             for parameter in self.model.parameters()
             if parameter.grad is not None
         ]
-        norm = float(zero.global_norm(gradients, self.grid))
+        norm = float(zero.global_norm(gradients, self.grid, measured=self._measured))
         self._norm_without_zero = norm
         limit = self.config.train.clip_grad
         if not math.isfinite(norm):

@@ -88,6 +88,8 @@ def recipe_of(config: RunConfig) -> SparsityRecipe:
         mask_update_interval=sparsity.mask_update_interval,
         masked_decay=sparsity.masked_decay,
         masked_decay_ramp_iters=sparsity.masked_decay_ramp_iters,
+        masked_decay_before_clipping=sparsity.masked_decay_before_clipping,
+        s_ste_scale=sparsity.s_ste_scale,
         mask_metric=sparsity.mask_metric,
         mvue=sparsity.mvue,
         dense_warmup_fraction=sparsity.dense_warmup_fraction,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,14 @@ import torch.distributed as dist
 
 from megasparse.megatron.grid import Grid
 from megasparse.optim.fragments import Fragment
+
+# What the norm is taken of, given a parameter and its gradient.
+Measured = Callable[[torch.nn.Parameter, torch.Tensor], torch.Tensor]
+
+
+def gradient_alone(_: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+    """What the norm is usually taken of."""
+    return gradient
 
 
 def is_copy(parameter: torch.nn.Parameter) -> bool:
@@ -21,6 +29,7 @@ def global_norm(
     gradients: Iterable[tuple[torch.nn.Parameter, torch.Tensor]],
     grid: Grid,
     over_dp: bool = False,
+    measured: Measured = gradient_alone,
 ) -> torch.Tensor:
     """0-d float32: the norm of the whole model's gradient, the same on every rank.
 
@@ -30,9 +39,10 @@ def global_norm(
     Args:
         gradients: this rank's parameters with their gradients, or the pieces that it holds.
         over_dp: the pieces are divided over data-parallel ranks.
+        measured: what of each counts.
     """
     counted = [
-        gradient
+        measured(parameter, gradient)
         for parameter, gradient in gradients
         if not is_copy(parameter)
         and (getattr(parameter, "tensor_model_parallel", False) or grid.tp_rank == 0)
@@ -46,7 +56,7 @@ def global_norm(
     return grid.sum_over_model(total).sqrt()
 
 
-def install_norm(optimizer: Any, grid: Grid) -> None:
+def install_norm(optimizer: Any, grid: Grid, measured: Measured = gradient_alone) -> None:
     """Make ZeRO clip by `global_norm`.
 
     DeepSpeed's own sums every parameter group over the model-parallel ranks, which hangs when
@@ -57,7 +67,7 @@ def install_norm(optimizer: Any, grid: Grid) -> None:
         pieces: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         for number, parameters in enumerate(optimizer.fp16_groups):
             pieces += zip(parameters, optimizer.averaged_gradients[number], strict=True)
-        return [global_norm(pieces, grid, over_dp=True)]
+        return [global_norm(pieces, grid, over_dp=True, measured=measured)]
 
     def norm(norm_type: int = 2) -> torch.Tensor:
         pieces: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
@@ -66,7 +76,7 @@ def install_norm(optimizer: Any, grid: Grid) -> None:
                 g for g in optimizer.averaged_gradients[number] if not hasattr(g, "_zero_padding")
             ]
             pieces += zip(optimizer.params_in_partition[number], gradients, strict=True)
-        return global_norm(pieces, grid, over_dp=True)
+        return global_norm(pieces, grid, over_dp=True, measured=measured)
 
     if is_partitioned(optimizer):
         optimizer._get_norm_groups = norm_of_partitions

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megasparse.errors import CheckpointError, NumericsError
-from megasparse.kernels import is_24, transposable24_mask
+from megasparse.errors import CheckpointError, ConfigError, NumericsError
+from megasparse.kernels import is_24, s_ste_scale, soft_threshold24, transposable24_mask
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import WeightShard
@@ -85,6 +85,31 @@ def test_s_ste_scale_is_frozen_and_summed_over_shards():
     )
     reduced.gemms(reduced.shard.take(whole), 0, True, True)
     assert float(reduced.scale) == pytest.approx(scale, rel=1e-6)
+
+
+def test_s_ste_scale_of_every_step_is_that_of_the_weight():
+    state, reduced = _state("s_ste", s_ste_scale="every_step"), []
+    state._reduce = lambda sums: reduced.append(1) or sums
+    weight = torch.randn(8, 12)
+    for step in range(3):
+        for _ in range(2):  # micro-batches
+            gemms = state.gemms(weight, step, True, True)
+            assert torch.equal(gemms.output(torch.eye(12)).t(), state.effective(weight))
+        projected = soft_threshold24(weight)
+        # beta is the least-squares fit: what is left is orthogonal to S(W).
+        left = weight - state.scale * projected
+        assert float((left * projected).sum()) == pytest.approx(0.0, abs=1e-4)
+        assert len(reduced) == step + 1  # ranks of a shard meet once a step
+        weight = 2 * weight + torch.randn(8, 12)
+    # A checkpoint is read with the scale of its weight, whatever was stored.
+    other = _state("s_ste", s_ste_scale="every_step")
+    other.import_state(state.export_state(), torch.device("cpu"))
+    assert torch.equal(other.effective_at(weight, 3), state.effective_at(weight, 3))
+    assert float(other.scale) == float(s_ste_scale(weight))
+    for name in ("fst", "ste", "dense"):
+        with pytest.raises(ConfigError, match=f"s_ste_scale every_step: the recipe {name} has no"):
+            make_recipe(name, s_ste_scale="every_step")
+    assert make_recipe("s_ste").s_ste_scale == "frozen"
 
 
 def test_a_model_cast_does_not_round_the_scale():

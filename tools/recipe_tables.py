@@ -1,0 +1,191 @@
+"""The tables of compare_recipes.py: from the files of complete runs to rows and Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finished import Finished
+
+Row = dict[str, Any]
+
+
+def row_of(run: Finished, dense: Finished | None, base: Finished | None) -> Row:
+    """The figures of one run, and beside runs of the same seed: the dense one, and for an ablation
+    the one that it changes (`base`); None: not there.
+
+    `dense_share` is the share of the dense run's steps after which it had the variant's final
+    validation loss (linear between evaluations; 1: not before its end), `hours_to` the time until
+    the variant's loss was at most 1.02 times the dense run's last.
+    """
+    final = run.figures["valid_loss"]
+    row = {"variant": run.variant, "seed": run.seed, **run.figures, "seconds": run.seconds}
+    row["base"] = None if base is None else base.variant
+    row["gap_to_base"] = None if base is None else final / base.figures["valid_loss"] - 1
+    if dense is None:
+        return {**row, "gap": None, "dense_share": None, "hours_to": None}
+    last = dense.figures["valid_loss"]
+    return {
+        **row,
+        "gap": final / last - 1,
+        "dense_share": share_of([(step, loss) for step, loss, _ in dense.curve], final),
+        "hours_to": next((hours for _, loss, hours in run.curve if loss <= 1.02 * last), None),
+    }
+
+
+def share_of(curve: Sequence[tuple[int, float]], loss: float) -> float:
+    """The share of a run's steps after which its validation loss was `loss`."""
+    last = curve[-1][0]
+    for (before, high), (step, low) in zip(curve, curve[1:], strict=False):
+        if low <= loss < high:
+            return (before + (step - before) * (high - loss) / (high - low)) / last
+    return curve[0][0] / last if loss >= curve[0][1] else 1.0
+
+
+def mean_of(rows: Sequence[Row], key: str) -> float | None:
+    """Over the rows (seeds of a variant); None unless all have the figure."""
+    values = [row[key] for row in rows]
+    return None if not values or None in values else statistics.fmean(values)
+
+
+def percent(values: Sequence[float]) -> str:
+    """A share with its range over seeds, in %."""
+    if not values:
+        return "-"
+    spread = f" ({100 * min(values):+.2f} to {100 * max(values):+.2f})" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):+.2f} %{spread}"
+
+
+def _known(rows: Sequence[Row], key: str) -> list[float]:
+    return [row[key] for row in rows if row[key] is not None]
+
+
+def _flips(rows: Sequence[Row]) -> str:
+    highest, last = mean_of(rows, "flip_rate_highest"), mean_of(rows, "flip_rate_last")
+    return "-" if highest is None or last is None else f"{highest:.4f}, {last:.4f}"
+
+
+def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else format(scale * value, form)
+
+
+def heading(title: str, runs: Sequence[Finished], command: str) -> list[str]:
+    """What was run, when and on what, of the runs themselves."""
+    seeds = sorted({run.seed for run in runs})
+    dates = sorted({run.date for run in runs})
+    tokens = sorted({run.figures["tokens"] for run in runs})
+    return [
+        f"# {title}",
+        "",
+        f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, "
+        f"{'; '.join(sorted({run.hardware for run in runs}))}; "
+        f"{' or '.join(f'{count:,}' for count in tokens)} tokens a run, seeds "
+        f"{', '.join(map(str, seeds))}.",
+        "",
+        f"    {command}",
+        "",
+    ]
+
+
+def table(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
+    """A line a variant; several seeds as mean and range."""
+    lines = [
+        "| variant | seeds | training loss | validation loss | to dense | dense steps to it | flip "
+        "rate, highest and last | tokens/s | minutes | minutes to 1.02 x dense |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for variant in variants:
+        group = [row for row in rows if row["variant"] == variant]
+        if not group:
+            continue
+        share = _shown(mean_of(group, "dense_share"), ".0f", 100)
+        lines.append(
+            f"| {variant} | {len(group)} | {mean_of(group, 'training_loss'):.4f} | "
+            f"{mean_of(group, 'valid_loss'):.4f} | "
+            f"{percent(_known(group, 'gap'))} | "
+            f"{share + ' %' if share != '-' else share} | {_flips(group)} | "
+            f"{mean_of(group, 'tokens_per_second'):,.0f} | "
+            f"{_shown(mean_of(group, 'hours'), '.1f', 60)} | "
+            f"{_shown(mean_of(group, 'hours_to'), '.1f', 60)} |"
+        )
+    return lines
+
+
+def ablation_table(rows: Sequence[Row], bases: Mapping[str, str]) -> list[str]:
+    """A line an ablation beside the variant that it changes; empty if there is none.
+
+    Args:
+        bases: by ablation, in order.
+    """
+    lines = [
+        "",
+        "## Ablations",
+        "",
+        "| variant | seeds | training loss | validation loss | changes | to it | to dense | flip "
+        "rate, highest and last | tokens/s |",
+        "|---|---:|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    start = len(lines)
+    for variant, base in bases.items():
+        group = [row for row in rows if row["variant"] == variant]
+        if group:
+            lines.append(
+                f"| {variant} | {len(group)} | {mean_of(group, 'training_loss'):.4f} | "
+                f"{mean_of(group, 'valid_loss'):.4f} | {base} | "
+                f"{percent(_known(group, 'gap_to_base'))} | {percent(_known(group, 'gap'))} | "
+                f"{_flips(group)} | {mean_of(group, 'tokens_per_second'):,.0f} |"
+            )
+    return lines if len(lines) > start else []
+
+
+def noise(rows: Sequence[Row]) -> list[str]:
+    """How far seeds lie apart, and which variants are not told apart by that: a paragraph."""
+    lines = ["", "## Noise", ""]
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["variant"], []).append(row)
+    gaps = {
+        name: values
+        for name, group in groups.items()
+        if name != "dense" and len(values := _known(group, "gap")) > 1
+    }
+    if not gaps:
+        return [*lines, "No variant has a gap to dense for two seeds: the noise is not known."]
+    ranges = {name: max(values) - min(values) for name, values in gaps.items()}
+    widest = max(ranges, key=lambda name: ranges[name])
+    limit = ranges[widest]
+    dense = [row["valid_loss"] for row in groups["dense"]]
+    lines += [
+        "A gap is taken between two runs of one seed, which see the same samples in the same order "
+        "and are evaluated on the same samples. Over seeds the range of a variant's gap to dense "
+        f"(highest less lowest, {len(ranges)} variants with two seeds or more) is "
+        f"{100 * statistics.fmean(ranges.values()):.2f} percentage points on average and at most "
+        f"{100 * limit:.2f} ({widest}); the validation losses of dense itself lie "
+        f"{100 * (max(dense) / min(dense) - 1):.2f} % apart. Means that differ by less than the "
+        "widest range are not told apart here:",
+        "",
+    ]
+    means = {name: statistics.fmean(_known(group, "gap"))
+             for name, group in groups.items() if _known(group, "gap")}  # fmt: skip
+    for name in means:
+        near = [o for o in means if o != name and abs(means[o] - means[name]) < limit]
+        lines.append(f"- {name}: {', '.join(near) if near else 'stands alone'}")
+    return lines
+
+
+def missing_line(missing: Sequence[str]) -> list[str]:
+    """What the table does not have yet."""
+    return ["", f"Not run yet: {', '.join(missing)}."] if missing else []
+
+
+def sweep_table(runs: Sequence[tuple[float, Finished]]) -> list[str]:
+    """A line a learning rate, the lowest validation loss marked."""
+    best = min(runs, key=lambda pair: pair[1].figures["valid_loss"])
+    lines = ["| lr | training loss | validation loss | |", "|---:|---:|---:|---|"]
+    for rate, run in sorted(runs, key=lambda pair: pair[0]):
+        lines.append(
+            f"| {rate:g} | {run.figures['training_loss']:.4f} | {run.figures['valid_loss']:.4f} | "
+            f"{'lowest' if rate == best[0] else ''} |"
+        )
+    return lines

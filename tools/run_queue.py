@@ -78,7 +78,10 @@ def start_process(
     # Evaluations in this process have made it a rank of its own, which the run is not.
     own = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in own}
-    environment = {"OMP_NUM_THREADS": "1", **environment, "PYTHONPATH": str(ROOT), **extra}
+    environment = {"OMP_NUM_THREADS": "1", **environment, **extra}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), environment.get("PYTHONPATH")])
+    )
     command = [*(shlex.split(launcher) or [sys.executable]), str(LAUNCH), *arguments]
     if log is None:
         return subprocess.Popen(command, env=environment)

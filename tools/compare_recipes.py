@@ -25,7 +25,8 @@ Restartable, also on another machine: what is finished is not repeated, which th
 run says (with config.yaml and metrics.jsonl it is all that the table and the pictures need; take
 tokenizer.model and data_text_document.* along as well, or have them made of the same text). An
 interrupted run goes on from its checkpoint. --time-limit begins nothing that would not end in time
-and says what is missing. With --jobs each run has a GPU and a log beside its folder.
+and says what is missing; with 0 the table is made of what is there. With --jobs each run has a GPU
+and a log beside its folder.
 
 Settings: configs/compare_recipes_SCALE.yaml; flags after `--` go to every run (`-- --lr 6e-4`).
 Several ranks: --launcher "deepspeed --num_gpus 8", with a hostfile for several nodes.
@@ -175,7 +176,7 @@ def train(work: Work, tasks: dict[Task, tuple[str, int]]) -> list[Task]:
     """
     work.output.mkdir(parents=True, exist_ok=True)
     done = {task: finished.read(task.folder) for task in tasks}
-    if None in done.values():
+    if None in done.values() and not work.queue.time_is_over():
         comparison.make_data(work.output, work.text, work.corpus)
     data = comparison.data_digest(work.output)
     for task, run in done.items():
@@ -229,8 +230,10 @@ def compare(work: Work) -> str:
 
 
 def sweep(work: Work, rates: Sequence[float]) -> str:
-    """`dense` with each learning rate, the lowest rate as a share of it the configuration's; the
-    table, which is also in sweep.md, and the flags of the best."""
+    """Train `dense` with each learning rate; the table, also in sweep.md, with the best's flags.
+
+    `min_lr` is the same share of the rate as in the configuration.
+    """
     train_config = load_config(work.task("dense", work.seeds[0]).arguments).train
     low, seed = train_config.min_lr / train_config.lr, work.seeds[0]
     own = {rate: ["--lr", f"{rate:g}", "--min-lr", f"{rate * low:g}"] for rate in rates}

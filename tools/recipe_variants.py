@@ -4,16 +4,16 @@ from __future__ import annotations
 
 FST = ["--sparsity-recipe", "fst", "--dense-tail-fraction", "0"]
 EVERY_STEP = ["--mask-update-interval", "1"]
-S_STE = ["--sparsity-recipe", "s_ste", "--masked-decay", "none"]
 ALL_LINEARS = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
 PLAIN = ["--masked-decay", "none", "--mask-update-interval", "none"]
+S_STE = ["--sparsity-recipe", "s_ste", *PLAIN]
 VARIANTS = {
     "dense": ["--sparsity-recipe", "dense", *PLAIN],
     "half": ["--sparsity-recipe", "dense", *PLAIN],  # and half of the FFN
     "ste": ["--sparsity-recipe", "ste", *PLAIN],
     "sr_ste": ["--sparsity-recipe", "sr_ste", "--mask-update-interval", "none"],
     "fst": [*FST, *EVERY_STEP],
-    "s_ste": [*S_STE, "--mask-update-interval", "none"],
+    "s_ste": S_STE,
 }
 ABLATIONS = {
     "fst_every_10": [*FST, "--mask-update-interval", "10"],
@@ -24,14 +24,8 @@ ABLATIONS = {
     "fst_decay_before_clipping": [*FST, *EVERY_STEP, "--masked-decay-before-clipping"],
     "fst_tail": ["--sparsity-recipe", "fst", *EVERY_STEP],
     "fst_all_linears": [*FST, *EVERY_STEP, *ALL_LINEARS],
-    "s_ste_scale_recomputed": [
-        *S_STE,
-        "--mask-update-interval",
-        "none",
-        "--s-ste-scale",
-        "every_step",
-    ],
-    "s_ste_all_linears": [*S_STE, "--mask-update-interval", "none", *ALL_LINEARS],
+    "s_ste_scale_recomputed": [*S_STE, "--s-ste-scale", "every_step"],
+    "s_ste_all_linears": [*S_STE, *ALL_LINEARS],
 }
 
 # The variant that an ablation changes.

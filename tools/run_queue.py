@@ -171,12 +171,16 @@ class RunQueue:
             raise failures[0]
         return left
 
+    def time_is_over(self) -> bool:
+        """Whether nothing at all can begin any more."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
     def _fits(self, task: Task) -> bool:
         """Whether the task would end in time: as the runs of its kind, else as the mean run."""
         known = self.seconds.get(task.kind) or [s for group in self.seconds.values() for s in group]
-        if self.deadline is None or (not known and time.monotonic() < self.deadline):
-            return True
-        return bool(known) and time.monotonic() + statistics.fmean(known) <= self.deadline
+        if self.deadline is None or not known:
+            return not self.time_is_over()
+        return time.monotonic() + statistics.fmean(known) <= self.deadline
 
     def _begin(self, task: Task, number: int) -> _Slot:
         extra, log, where = {}, None, ""

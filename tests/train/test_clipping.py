@@ -12,7 +12,7 @@ from tests.runs import TINY, train
 
 BEFORE = "--masked-decay-before-clipping"
 # A decay as strong as the gradient, so that it counts in the norm.
-STRONG = [*TINY, "--train-iters", "6", "--masked-decay", "0.5", "--lr", "1e-2"]
+STRONG = [*TINY, "--train-iters", "4", "--masked-decay", "0.5", "--lr", "1e-2"]
 CLIPPED = [*STRONG, "--clip-grad", "0.3"]
 
 

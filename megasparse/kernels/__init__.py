@@ -20,6 +20,7 @@ any sizes that the function's own docstring allows.
 | amax_scale(w (N, K))                           | 0-d float32: amax / 448, e4m3's scale        |
 | pack24(w (N, K), dtype=None, scale=None)       | Packed24: the hardware's 2:4 layout          |
 | unpack24(packed)                               | (N, K) dense                                 |
+| weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T packed or dense; one pass    |
 | spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
 | encode_patterns(mask, transposable)            | uint8: the number of each pattern            |
 | decode_patterns(indices, shape, transposable)  | bool mask: the inverse                       |
@@ -52,6 +53,7 @@ from megasparse.kernels.soft_threshold24 import (
 from megasparse.kernels.spmm24 import matmul24 as matmul24
 from megasparse.kernels.spmm24 import spmm24 as spmm24
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask
+from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
 
 __all__ = [
     "Packed24",
@@ -77,4 +79,5 @@ __all__ = [
     "transposable24_mask",
     "transposable_patterns",
     "unpack24",
+    "weight_pack24",
 ]

@@ -1,0 +1,138 @@
+"""Device functions for the packed layout: groups of 4 as words, and where their codes lie.
+
+A group is a word: four bytes in a uint32, or four 16-bit numbers in a uint64. Which two entries are
+kept depends on which of the four are non-zero: sixteen cases, looked up in a 64-bit constant.
+
+Kernels that write both orientations hold 8 x 4 entries, two 4x4 blocks one above the other, at one
+place (p, C) of their tensors: rows 8 p + b, columns 4 C + j. The codes of its eight groups along
+the rows are the nibbles b of a uint32; those of its eight groups along the columns, the rows of the
+transpose, are the nibbles 4 * block + j. Addresses and their letters are those of packed24.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+def _code(case: int) -> int:
+    """The metadata code of a group whose non-zeros are the bits of `case`."""
+    last = case >> 3 & 1 or (case & 7) in (0, 1, 2, 4)
+    first = 0 if case & 1 else 1 if case & 2 else 2
+    return first | (3 if last else 2 if case & 4 else 1) << 2
+
+
+CODES = tl.constexpr(sum(_code(case) << 4 * case for case in range(16)))
+# Bit c: the case c has three non-zeros or more.
+CROWDED = tl.constexpr(sum((case.bit_count() > 2) << case for case in range(16)))
+
+
+@triton.jit
+def code_of(case):
+    """The 4-bit code of each case (2-D, uint32), and 1 where it has more than two non-zeros."""
+    code = (tl.full((1, 1), CODES, tl.uint64) >> (case * 4).to(tl.uint64)).to(tl.uint32) & 15
+    return code, (tl.full((1, 1), CROWDED, tl.uint32) >> case) & 1
+
+
+@triton.jit
+def select8(word):
+    """The kept two bytes of a uint32 in its low half, their code, and 1 where two are too few."""
+    # The top bit of each byte that is non-zero without its sign, then those four bits together.
+    nonzero = (((word & 0x7F7F7F7F) + 0x7F7F7F7F) & 0x80808080) >> 7
+    code, crowded = code_of((nonzero * 0x10204080) >> 28)
+    first = (word >> ((code & 3) * 8)) & 0xFF
+    return first | (((word >> ((code >> 2) * 8)) & 0xFF) << 8), code, crowded
+
+
+@triton.jit
+def select16(word):
+    """The kept two of the four 16-bit numbers of a uint64 as a uint32, their code, and as above."""
+    low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
+    low = ((low & 0x7FFF7FFF) + 0x7FFF7FFF) & 0x80008000
+    high = ((high & 0x7FFF7FFF) + 0x7FFF7FFF) & 0x80008000
+    nonzero = (low >> 15) | (high >> 13)  # bits 0 and 16, 2 and 18
+    code, crowded = code_of((nonzero | (nonzero >> 15)) & 15)
+    first = (word >> ((code & 3) * 16).to(tl.uint64)).to(tl.uint32) & 0xFFFF
+    second = (word >> ((code >> 2) * 16).to(tl.uint64)).to(tl.uint32)
+    return first | (second << 16), code, crowded
+
+
+@triton.jit
+def column_of(r0, r1, r2, r3, J: tl.constexpr):
+    """Column J of a 4x4 block whose rows are words, as such a word."""
+    BITS: tl.constexpr = r0.dtype.primitive_bitwidth // 4
+    ONE: tl.constexpr = (1 << BITS) - 1
+    SHIFT: tl.constexpr = J * BITS
+    c0, c1 = (r0 >> SHIFT) & ONE, ((r1 >> SHIFT) & ONE) << BITS
+    c2, c3 = ((r2 >> SHIFT) & ONE) << (2 * BITS), ((r3 >> SHIFT) & ONE) << (3 * BITS)
+    return (c0 | c1) | (c2 | c3)
+
+
+@triton.jit
+def join4(x0, x1, x2, x3):
+    """(..., 2, 2), flat along the last two: x0, x1, x2, x3."""
+    return tl.join(tl.join(x0, x2), tl.join(x1, x3))
+
+
+@triton.jit
+def _bytes(word):
+    """The bytes of a uint32: (..., 2, 2) uint8."""
+    return join4(
+        word.to(tl.uint8),
+        (word >> 8).to(tl.uint8),
+        (word >> 16).to(tl.uint8),
+        (word >> 24).to(tl.uint8),
+    )
+
+
+@triton.jit
+def _paired_nibbles(low, high):
+    """(..., 2, 2, 2) uint8: byte b is nibble b of `low` and, in its upper half, that of `high`."""
+    even = (low & 0x0F0F0F0F) | ((high & 0x0F0F0F0F) << 4)
+    odd = ((low >> 4) & 0x0F0F0F0F) | (high & 0xF0F0F0F0)
+    return tl.join(_bytes(even), _bytes(odd))
+
+
+@triton.jit
+def _spread(nibbles):
+    """The four nibbles of a uint32 below 2^16 to the low halves of its four bytes."""
+    nibbles = (nibbles | (nibbles << 8)) & 0x00FF00FF
+    return (nibbles | (nibbles << 4)) & 0x0F0F0F0F
+
+
+@triton.jit
+def row_metadata(codes, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(8 * COLUMNS,) uint8 of 64 rows: from (8, COLUMNS / 4) codes along the rows."""
+    GROUPS: tl.constexpr = COLUMNS // 4
+    if BITS == 8:
+        even, odd = tl.split(tl.reshape(codes, (8, GROUPS // 2, 2)))
+        byte = tl.reshape(_paired_nibbles(even, odd), (4, 2, GROUPS // 16, 2, 4, 8))
+        # (a, h, G, g8, gq, b) -> (G, a, b, gq, g8, h)
+        byte = tl.permute(byte, (2, 0, 5, 4, 3, 1))
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(codes, (4, 2, GROUPS)), (0, 2, 1)))
+        byte = tl.reshape(_paired_nibbles(low, high), (4, GROUPS // 8, 2, 4, 8))
+        # (a, G, gh, gl, b) -> (G, a, b, gl, gh)
+        byte = tl.permute(byte, (1, 0, 4, 3, 2))
+    return tl.reshape(byte, (8 * COLUMNS,))
+
+
+@triton.jit
+def column_metadata(codes, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(COLUMNS / 64, 512) uint8: for each 64 rows of the transpose, those of 64 of its columns.
+
+    codes: (8, COLUMNS / 4), along the columns.
+    """
+    BLOCKS: tl.constexpr = COLUMNS // 64
+    if BITS == 8:
+        word = _spread(codes & 0xFFFF) | (_spread(codes >> 16) << 4)
+        byte = tl.reshape(_bytes(word), (2, 4, BLOCKS, 4, 2, 2, 4))
+        # (g8, gq, block, a, h, b: 2, b: 4) -> (block, a, b, gq, g8, h)
+        byte = tl.permute(byte, (2, 3, 5, 6, 1, 0, 4))
+    else:
+        codes = tl.reshape(codes, (8, BLOCKS * 4, 2, 2))
+        low, high = tl.split(tl.permute(codes, (0, 1, 3, 2)))
+        byte = tl.reshape(_paired_nibbles(low, high), (2, 2, 2, BLOCKS, 4, 2, 2, 4))
+        # (G, gh, gl: 2, block, a, b: 2, gl: 2, b: 4) -> (block, G, a, b, gl, gh)
+        byte = tl.permute(byte, (3, 0, 4, 5, 7, 2, 6, 1))
+    return tl.reshape(byte, (BLOCKS, 512))

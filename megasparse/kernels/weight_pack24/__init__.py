@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 
 from megasparse.errors import KernelError
-from megasparse.kernels import dispatch
 from megasparse.kernels.groups import WIDE_DTYPES, run_pruning
 from megasparse.kernels.packed24 import (
     COLUMN_MULTIPLE,
@@ -91,7 +90,7 @@ def weight_pack24(
         kernel=lambda w, nan_flag: triton.weight_pack24(w, mask, *parts, nan_flag),
     )
     if not asynchronous and flag.item():
-        raise _not_24(mask, transposed)
+        raise _not_24(mask)
     return packed, other
 
 
@@ -153,15 +152,14 @@ def _check_tensors(
             )
 
 
-def _not_24(mask: torch.Tensor | None, transposed: str | None) -> KernelError:
+def _not_24(mask: torch.Tensor | None) -> KernelError:
     """The error for a mask that is not 2:4, naming its first group with more than two True."""
     assert mask is not None, "the soft threshold is 2:4"
-    for along, m in (("columns", mask), ("rows", mask.t())):
+    for across, along, m in (("row", "columns", mask), ("column", "rows", mask.t())):
         crowded = (m.reshape(m.shape[0], -1, 4).sum(-1) > 2).nonzero()
         if len(crowded):
             line, group = (int(i) for i in crowded[0])
             break
-    across = "row" if along == "columns" else "column"
     return KernelError(
         f"weight_pack24: the mask is not 2:4: {across} {line}, {along} {4 * group} to "
         f"{4 * group + 3} keep more than 2, expected at most 2"

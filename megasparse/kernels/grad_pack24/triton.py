@@ -1,0 +1,199 @@
+"""Triton kernel of `grad_pack24`: dZ is read once, coalesced along channels.
+
+A program takes 64 channels (the height of a metadata block) by 8 * PAIRS tokens. A thread holds
+eight channels of eight tokens, two groups: it writes eight bytes of the row-major copy at a time,
+and only what the groups keep, one 32-bit word for both, and their codes move between threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.float8 import E5M2
+from megasparse.kernels.float8.triton import e4m3_word, raise_amax, to_float8
+from megasparse.kernels.groups.triton import raise_flag, widen
+from megasparse.kernels.layout24.triton import select8
+from megasparse.kernels.mvue24.triton import _sample, _seed_arguments
+from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.random import SeedLike
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Most pairs of groups (8 tokens) a program handles, 64 channels each, and its warps."""
+
+    pairs: int
+    num_warps: int
+
+
+LAUNCH = Launch(pairs=16, num_warps=4)
+# The interpreter costs time per program, not per element.
+INTERPRETED = Launch(pairs=64, num_warps=4)
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(x0, x1, x2, x3):
+    return _max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3)))
+
+
+@triton.jit
+def _group(
+    dz_ptr,
+    row_ptr,
+    row_scale,
+    packed_scale,
+    group,
+    channel,
+    other,
+    num_tokens,
+    dz_stride,
+    row_stride,
+    seed_ptr,
+    key,
+    high,
+    EXACT: tl.constexpr,
+    E5M2: tl.constexpr,
+):
+    """Four tokens: stores their row-major copy; the MVUE as `select8` gives it, and both maxima."""
+    token = group.to(tl.int64) * 4
+    ptrs = dz_ptr + token * dz_stride + channel
+    m0, m1 = token < num_tokens, token + 1 < num_tokens
+    m2, m3 = token + 2 < num_tokens, token + 3 < num_tokens
+    x0 = widen(tl.load(ptrs, mask=m0, other=0.0))
+    x1 = widen(tl.load(ptrs + dz_stride, mask=m1, other=0.0))
+    x2 = widen(tl.load(ptrs + 2 * dz_stride, mask=m2, other=0.0))
+    x3 = widen(tl.load(ptrs + 3 * dz_stride, mask=m3, other=0.0))
+    if row_ptr is not None:
+        rows = row_ptr + token * row_stride + channel
+        tl.store(rows, to_float8(x0 * row_scale, E5M2), mask=m0)
+        tl.store(rows + row_stride, to_float8(x1 * row_scale, E5M2), mask=m1)
+        tl.store(rows + 2 * row_stride, to_float8(x2 * row_scale, E5M2), mask=m2)
+        tl.store(rows + 3 * row_stride, to_float8(x3 * row_scale, E5M2), mask=m3)
+    o0, o1, o2, o3 = _sample(x0, x1, x2, x3, group.to(tl.uint32), other, seed_ptr, key, high, EXACT)
+    word = e4m3_word(o0 * packed_scale, o1 * packed_scale, o2 * packed_scale, o3 * packed_scale)
+    kept, code, bad = select8(word)
+    return kept, code, bad, _largest(x0, x1, x2, x3), _largest(o0, o1, o2, o3)
+
+
+@triton.jit(do_not_specialize=["key", "high", "first_other"])
+def _grad_pack24_kernel(
+    dz_ptr,
+    row_ptr,
+    words_ptr,
+    metadata_ptr,
+    row_scale_ptr,
+    packed_scale_ptr,
+    inverse_ptr,
+    row_amax_ptr,
+    packed_amax_ptr,
+    flag_ptr,
+    seed_ptr,
+    key,
+    high,
+    num_tokens,
+    padded_tokens,
+    dz_stride,
+    row_stride,
+    first_channel,
+    first_other,
+    EXACT: tl.constexpr,
+    E5M2: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    blocks = tl.num_programs(0) // (padded_tokens // (8 * PAIRS))
+    pid = tl.program_id(0)
+    tile, block_row = pid // blocks, pid % blocks
+    pair = tile * PAIRS + tl.arange(0, PAIRS)[:, None]
+    local = block_row * 64 + tl.arange(0, 64)[None, :]
+    channel = first_channel + local
+    other = local.to(tl.uint32) + first_other.to(tl.uint32)
+    dz_stride, row_stride = tl.cast(dz_stride, tl.int64), tl.cast(row_stride, tl.int64)
+    packed_scale, row_scale = tl.load(packed_scale_ptr), 1.0
+    tl.store(inverse_ptr, tl.div_rn(1.0, packed_scale), mask=pid == 0)
+    if row_ptr is not None:
+        row_scale = tl.load(row_scale_ptr)
+    kept, code, bad, row_amax, packed_amax = _group(
+        dz_ptr, row_ptr, row_scale, packed_scale, 2 * pair, channel, other, num_tokens,
+        dz_stride, row_stride, seed_ptr, key, high, EXACT, E5M2,
+    )  # fmt: skip
+    kept1, code1, bad1, row_amax1, packed_amax1 = _group(
+        dz_ptr, row_ptr, row_scale, packed_scale, 2 * pair + 1, channel, other, num_tokens,
+        dz_stride, row_stride, seed_ptr, key, high, EXACT, E5M2,
+    )  # fmt: skip
+    if row_amax_ptr is not None:
+        raise_amax(row_amax_ptr, _max(row_amax, row_amax1))
+    if packed_amax_ptr is not None:
+        raise_amax(packed_amax_ptr, _max(packed_amax, packed_amax1))
+    raise_flag(flag_ptr, (bad | bad1).to(tl.int32))
+    # Row `channel` of the packed values has a word for each pair of groups.
+    row = first_channel + block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
+    column = tile * PAIRS + tl.arange(0, PAIRS)[None, :]
+    words = tl.trans(kept | (kept1 << 16)).to(tl.int32, bitcast=True)
+    tl.store(words_ptr + row * (padded_tokens // 8) + column, words)
+    byte = tl.reshape((code | (code1 << 4)).to(tl.uint8), (PAIRS // 8, 2, 4, 4, 2, 8))
+    # (G, g8, gq, a, h, b) -> (G, a, b, gq, g8, h)
+    byte = tl.permute(byte, (0, 3, 5, 2, 1, 4))
+    start = (first_channel // 64 + block_row).to(tl.int64) * 8 * padded_tokens
+    offset = start + tile * (64 * PAIRS) + tl.arange(0, 64 * PAIRS)
+    tl.store(metadata_ptr + offset, tl.reshape(byte, (64 * PAIRS,)))
+
+
+def grad_pack24(
+    dz: torch.Tensor,
+    seed: SeedLike,
+    channels: tuple[tuple[int, int, int], ...],
+    exact: bool,
+    scales: tuple[torch.Tensor | None, torch.Tensor],
+    row: torch.Tensor | None,
+    packed: Packed24,
+    maxima: tuple[torch.Tensor | None, torch.Tensor | None],
+    flag: torch.Tensor,
+) -> None:
+    """See reference.py."""
+    if dz.stride(1) != 1:
+        dz = dz.contiguous()
+    padded = packed.shape[1]
+    launch = INTERPRETED if INTERPRETING else LAUNCH
+    pairs = launch.pairs
+    while padded % (8 * pairs):
+        pairs //= 2
+    seed_ptr, key, high = _seed_arguments(seed)
+    row_amax, packed_amax = (None if amax is None else amax.view(torch.int32) for amax in maxima)
+    with torch.cuda.device_of(dz):  # Triton launches on the current device
+        for start, place, length in channels:
+            _grad_pack24_kernel[((length // 64) * (padded // (8 * pairs)),)](
+                dz,
+                None if row is None else row.view(torch.int8),
+                packed.values.view(torch.int32),
+                packed.metadata,
+                scales[0],
+                scales[1],
+                packed.scale,
+                row_amax,
+                packed_amax,
+                flag,
+                seed_ptr,
+                key,
+                high,
+                dz.shape[0],
+                padded,
+                dz.stride(0),
+                dz.shape[1],
+                start,
+                place,
+                EXACT=exact,
+                E5M2=row is not None and row.dtype == E5M2,
+                PAIRS=pairs,
+                num_warps=launch.num_warps,
+                enable_fp_fusion=False,
+            )

@@ -158,9 +158,9 @@ def _not_24(mask: torch.Tensor | None) -> KernelError:
     for across, along, m in (("row", "columns", mask), ("column", "rows", mask.t())):
         crowded = (m.reshape(m.shape[0], -1, 4).sum(-1) > 2).nonzero()
         if len(crowded):
-            line, group = (int(i) for i in crowded[0])
-            break
-    return KernelError(
-        f"weight_pack24: the mask is not 2:4: {across} {line}, {along} {4 * group} to "
-        f"{4 * group + 3} keep more than 2, expected at most 2"
-    )
+            line, first = (int(i) for i in crowded[0] * torch.tensor([1, 4], device=mask.device))
+            return KernelError(
+                f"weight_pack24: the mask is not 2:4: {across} {line}, {along} {first} to "
+                f"{first + 3} keep more than 2, expected at most 2"
+            )
+    return KernelError("weight_pack24: the mask has changed since it was packed, and was not 2:4")

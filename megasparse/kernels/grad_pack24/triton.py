@@ -17,7 +17,7 @@ from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.float8.triton import e4m3_word, raise_amax, to_float8
 from megasparse.kernels.groups.triton import raise_flag, widen
-from megasparse.kernels.layout24.triton import select8
+from megasparse.kernels.layout24.triton import crowded8, select8
 from megasparse.kernels.mvue24.triton import _sample, _seed_arguments
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
@@ -81,8 +81,8 @@ def _group(
         tl.store(rows + 3 * row_stride, to_float8(x3 * row_scale, E5M2), mask=m3)
     o0, o1, o2, o3 = _sample(x0, x1, x2, x3, group.to(tl.uint32), other, seed_ptr, key, high, EXACT)
     word = e4m3_word(o0 * packed_scale, o1 * packed_scale, o2 * packed_scale, o3 * packed_scale)
-    kept, code, bad = select8(word)
-    return kept, code, bad, _largest(x0, x1, x2, x3), _largest(o0, o1, o2, o3)
+    kept, code = select8(word)
+    return kept, code, crowded8(word), _largest(x0, x1, x2, x3), _largest(o0, o1, o2, o3)
 
 
 @triton.jit(do_not_specialize=["key", "high", "first_other"])
@@ -134,11 +134,11 @@ def _grad_pack24_kernel(
         raise_amax(row_amax_ptr, _max(row_amax, row_amax1))
     if packed_amax_ptr is not None:
         raise_amax(packed_amax_ptr, _max(packed_amax, packed_amax1))
-    raise_flag(flag_ptr, (bad | bad1).to(tl.int32))
+    raise_flag(flag_ptr, ((bad | bad1) >> 31).to(tl.int32))
     # Row `channel` of the packed values has a word for each pair of groups.
     row = first_channel + block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
     column = tile * PAIRS + tl.arange(0, PAIRS)[None, :]
-    words = tl.trans(kept | (kept1 << 16)).to(tl.int32, bitcast=True)
+    words = tl.trans((kept & 0xFFFF) | (kept1 << 16)).to(tl.int32, bitcast=True)
     tl.store(words_ptr + row * (padded_tokens // 8) + column, words)
     byte = tl.reshape((code | (code1 << 4)).to(tl.uint8), (PAIRS // 8, 2, 4, 4, 2, 8))
     # (G, g8, gq, a, h, b) -> (G, a, b, gq, g8, h)

@@ -14,6 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megasparse.kernels.dispatch import INTERPRETING
+
+_INTERPRETING = tl.constexpr(INTERPRETING)
+
 
 def _code(case: int) -> int:
     """The metadata code of a group whose non-zeros are the bits of `case`."""
@@ -22,39 +26,82 @@ def _code(case: int) -> int:
     return first | (3 if last else 2 if case & 4 else 1) << 2
 
 
-CODES = tl.constexpr(sum(_code(case) << 4 * case for case in range(16)))
-# Bit c: the case c has three non-zeros or more.
-CROWDED = tl.constexpr(sum((case.bit_count() > 2) << case for case in range(16)))
+def _table(order: tuple[int, ...]) -> int:
+    """The codes, 4 bits each; bit k of a case, as it is numbered there, is entry order[k]'s."""
+    table = 0
+    for number in range(16):
+        case = sum((number >> bit & 1) << entry for bit, entry in enumerate(order))
+        table |= _code(case) << 4 * number
+    return table
+
+
+_CODES8 = tl.constexpr(_table((0, 1, 2, 3)))
+_CODES16 = tl.constexpr(_table((2, 0, 3, 1)))
 
 
 @triton.jit
-def code_of(case):
-    """The 4-bit code of each case (2-D, uint32), and 1 where it has more than two non-zeros."""
-    code = (tl.full((1, 1), CODES, tl.uint64) >> (case * 4).to(tl.uint64)).to(tl.uint32) & 15
-    return code, (tl.full((1, 1), CROWDED, tl.uint32) >> case) & 1
+def _look_up(TABLE: tl.constexpr, shift):
+    """The 4 bits of a 64-bit constant that lie `shift` (2-D, uint32) above its end."""
+    return (tl.full((1, 1), TABLE, tl.uint64) >> shift.to(tl.uint64)).to(tl.uint32) & 15
+
+
+@triton.jit
+def _permute_bytes(low, high, selector):
+    """PTX's `prmt`: of the eight bytes of `low` and `high` the four that the nibbles name."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;",
+        "=r,r,r,r",
+        [low, high, selector],
+        dtype=tl.uint32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _nonzero8(word):
+    """The top bit of each byte that is not zero without its sign."""
+    return ((word & 0x7F7F7F7F) + 0x7F7F7F7F) & 0x80808080
+
+
+@triton.jit
+def crowded8(word):
+    """uint32 whose top bit is set where more than two bytes of a uint32 are non-zero."""
+    return (_nonzero8(word) >> 7) * 0x01010101 + 0x7D000000  # the top byte counts
 
 
 @triton.jit
 def select8(word):
-    """The kept two bytes of a uint32 in its low half, their code, and 1 where two are too few."""
-    # The top bit of each byte that is non-zero without its sign, then those four bits together.
-    nonzero = (((word & 0x7F7F7F7F) + 0x7F7F7F7F) & 0x80808080) >> 7
-    code, crowded = code_of((nonzero * 0x10204080) >> 28)
-    first = (word >> ((code & 3) * 8)) & 0xFF
-    return first | (((word >> ((code >> 2) * 8)) & 0xFF) << 8), code, crowded
+    """The kept two bytes of a uint32, in the low half of another whose high half is anything, and
+    their code.
+
+    Multiplications gather bits: they run beside the logic, whose units are the busy ones.
+    """
+    # The four bits together, from bit 28 on.
+    code = _look_up(_CODES8, (_nonzero8(word) * 0x00204081) >> 26)
+    if _INTERPRETING:
+        first, second = (word >> ((code & 3) * 8)) & 0xFF, (word >> ((code >> 2) * 8)) & 0xFF
+        kept = first | (second << 8)
+    else:
+        kept = _permute_bytes(word, word, code + (code & 12) * 3)
+    return kept, code
 
 
 @triton.jit
 def select16(word):
-    """The kept two of the four 16-bit numbers of a uint64 as a uint32, their code, and as above."""
+    """The kept two of the four 16-bit numbers of a uint64, as a uint32, and their code."""
     low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
-    low = ((low & 0x7FFF7FFF) + 0x7FFF7FFF) & 0x80008000
-    high = ((high & 0x7FFF7FFF) + 0x7FFF7FFF) & 0x80008000
-    nonzero = (low >> 15) | (high >> 13)  # bits 0 and 16, 2 and 18
-    code, crowded = code_of((nonzero | (nonzero >> 15)) & 15)
-    first = (word >> ((code & 3) * 16).to(tl.uint64)).to(tl.uint32) & 0xFFFF
-    second = (word >> ((code >> 2) * 16).to(tl.uint64)).to(tl.uint32)
-    return first | (second << 16), code, crowded
+    nonzero = ((low & 0x7FFF7FFF) + 0x7FFF7FFF) & 0x80008000
+    nonzero = nonzero | ((((high & 0x7FFF7FFF) + 0x7FFF7FFF) >> 1) & 0x40004000)
+    # Entries 0, 1, 2, 3 at bits 15, 31, 14, 30: then at 29, 31, 28, 30.
+    code = _look_up(_CODES16, (nonzero * 0x4001) >> 26)
+    if _INTERPRETING:
+        first = (word >> ((code & 3) * 16).to(tl.uint64)).to(tl.uint32) & 0xFFFF
+        second = (word >> ((code >> 2) * 16).to(tl.uint64)).to(tl.uint32)
+        kept = first | (second << 16)
+    else:  # bytes 2 i0, 2 i0 + 1, 2 i1, 2 i1 + 1
+        kept = _permute_bytes(low, high, code * 0x22 + (code & 12) * (0x880 - 0x22) + 0x1010)
+    return kept, code
 
 
 @triton.jit

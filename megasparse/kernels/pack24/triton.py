@@ -15,7 +15,7 @@ import triton.language as tl
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8.triton import to_float8
 from megasparse.kernels.groups.triton import widen
-from megasparse.kernels.layout24.triton import select8
+from megasparse.kernels.layout24.triton import crowded8, select8
 from megasparse.kernels.packed24 import Packed24
 
 
@@ -127,8 +127,8 @@ def _pack8_kernel(
     row = block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
     group = tile * GROUPS + tl.arange(0, GROUPS)[None, :]
     w = tl.load(w_ptr + row * w_stride + group).to(tl.uint32, bitcast=True)
-    kept, code, crowded = select8(w)
-    _raise_flag(flag_ptr, crowded)
+    kept, code = select8(w)
+    _raise_flag(flag_ptr, crowded8(w) >> 31)
     values_ptrs = values_ptr + row * (num_columns // 4) + tl.max_contiguous(group, [1, 4])
     tl.store(values_ptrs, kept.to(tl.int16))
     _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS)

@@ -54,7 +54,7 @@ def weight_pack24(
             tensor of `dtype` (e4m3: times `scale`). None: neither.
         amax: float32 (1,) on w's device, raised to the largest |W~| (before rounding and scaling).
         error_flag: int32 (1,) on w's device. On CUDA it is set to 1, without a synchronisation,
-            when a group of what is packed has more than two non-zeros; the result is then not W~.
+            when the mask keeps more than two in a group that is packed; the result is then not W~.
             Without it, and always on the CPU, the call raises.
         nan_flag: None, or int32 (1,) on w's device. Triton sets it to 1 when `w` holds a NaN (kept
             or not), without synchronising; results and amax are then meaningless.

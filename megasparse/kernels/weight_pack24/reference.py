@@ -16,7 +16,14 @@ def effective_weight(
     """W~ (N, K) in float32: `W o M`, or `beta * S(W)` with S rounded to w's dtype (S-STE)."""
     if mask is not None:
         return torch.where(mask, w.float(), 0.0)
+    assert threshold_scale is not None
     return soft_threshold24(w).float() * threshold_scale
+
+
+def _check_mask(mask: torch.Tensor, both: bool, flag: torch.Tensor) -> None:
+    """Set `flag` to 1 when a group along the rows, or with `both` the columns, keeps over two."""
+    for m in (mask, mask.t()) if both else (mask,):
+        flag.bitwise_or_((m.reshape(m.shape[0], -1, 4).sum(-1) > 2).any().int())
 
 
 def weight_pack24(
@@ -30,6 +37,8 @@ def weight_pack24(
     flag: torch.Tensor,
 ) -> None:
     """Fill `packed` (with its scale) and, if it is there, `other`: W~^T packed or dense."""
+    if mask is not None:
+        _check_mask(mask, isinstance(other, Packed24), flag)
     effective = effective_weight(w, mask, threshold_scale)
     if amax is not None:
         amax.copy_(torch.maximum(amax, effective.abs().amax()))
@@ -39,10 +48,11 @@ def weight_pack24(
     else:
         converted = quantise(effective, scale, packed.dtype)
         packed.scale.copy_(scale.reciprocal())
-    pack(converted, packed, False, flag)
+    ignored = torch.zeros_like(flag)  # the mask has been looked at
+    pack(converted, packed, False, ignored)
     bits = torch.int16 if packed.dtype.itemsize == 2 else torch.int8
     transposed = converted.view(bits).t().contiguous().view(packed.dtype)
     if isinstance(other, Packed24):
-        pack(transposed, other, False, flag)
+        pack(transposed, other, False, ignored)
     elif other is not None:
         other.copy_(transposed)

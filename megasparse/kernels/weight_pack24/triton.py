@@ -68,11 +68,6 @@ def _shrunk(x, threshold, KIND: tl.constexpr):
 
 
 @triton.jit
-def _kept_bits(x, kept):
-    return tl.where(kept != 0, x, 0.0)
-
-
-@triton.jit
 def _halves(low, high, KIND: tl.constexpr):
     """Two float32, rounded to nearest even as 16-bit numbers, in a uint64 below 2^32."""
     if KIND == "bf16" and _INTERPRETING:  # its conversion truncates
@@ -88,28 +83,85 @@ def _halves(low, high, KIND: tl.constexpr):
 
 
 @triton.jit
-def _row(w, mask, beta, scale, group, KIND: tl.constexpr, OUT: tl.constexpr):
-    """One group a lane of one row: its word, its largest |W~|, and the largest |w| or NaN."""
+def _load(w, mask, group, KIND: tl.constexpr):
+    """The bits of a group's entries, and its mask: four bytes, 0 or 1, in a uint32."""
     live = tl.full(group.shape, 1, tl.int1)
     a, b, c, d = load_bits(w, group, live, KIND)
-    a, b, c, d = to_fp32(a, KIND), to_fp32(b, KIND), to_fp32(c, KIND), to_fp32(d, KIND)
+    kept = 0
+    if mask is not None:
+        kept = tl.load(mask + group).to(tl.uint32, bitcast=True)
+    return a, b, c, d, kept
+
+
+@triton.jit
+def _load_block(w, mask, group, stride, KIND: tl.constexpr):
+    return (
+        _load(w, mask, group, KIND),
+        _load(w, mask, group + stride, KIND),
+        _load(w, mask, group + 2 * stride, KIND),
+        _load(w, mask, group + 3 * stride, KIND),
+    )
+
+
+@triton.jit
+def _soft_threshold(a, b, c, d, beta, KIND: tl.constexpr):
+    """beta * S of a group, and whether it holds a NaN."""
     low_ab, high_ab = tl.minimum(tl.abs(a), tl.abs(b)), _max(tl.abs(a), tl.abs(b))
     low_cd, high_cd = tl.minimum(tl.abs(c), tl.abs(d)), _max(tl.abs(c), tl.abs(d))
+    threshold = tl.minimum(tl.maximum(low_ab, low_cd), tl.minimum(high_ab, high_cd))
     largest = _max(high_ab, high_cd)
-    if mask is None:
-        threshold = tl.minimum(tl.maximum(low_ab, low_cd), tl.minimum(high_ab, high_cd))
-        a, b = _shrunk(a, threshold, KIND) * beta, _shrunk(b, threshold, KIND) * beta
-        c, d = _shrunk(c, threshold, KIND) * beta, _shrunk(d, threshold, KIND) * beta
-    else:
-        kept = tl.load(mask + group)
-        a, b = _kept_bits(a, kept & 0xFF), _kept_bits(b, kept & 0xFF00)
-        c, d = _kept_bits(c, kept & 0xFF0000), _kept_bits(d, kept & -0x1000000)
-    amax = _max(_max(tl.abs(a), tl.abs(b)), _max(tl.abs(c), tl.abs(d)))
+    a, b = _shrunk(a, threshold, KIND) * beta, _shrunk(b, threshold, KIND) * beta
+    c, d = _shrunk(c, threshold, KIND) * beta, _shrunk(d, threshold, KIND) * beta
+    return a, b, c, d, largest != largest
+
+
+@triton.jit
+def _convert(a, b, c, d, scale, OUT: tl.constexpr):
+    """Four float32 as a word, and a number that has one of the bits of `_nan_bits` for a NaN."""
     if OUT == "e4m3":
         word = e4m3_word(a * scale, b * scale, c * scale, d * scale)
+        found = (word & 0x7F7F7F7F) + 0x01010101
     else:
         word = _halves(a, b, OUT) | (_halves(c, d, OUT) << 32)
-    return word, amax, largest
+        above: tl.constexpr = 0x007F007F if OUT == "bf16" else 0x03FF03FF
+        found = (word.to(tl.uint32) & 0x7FFF7FFF) + above
+        found = found | (((word >> 32).to(tl.uint32) & 0x7FFF7FFF) + above)
+    return word, found
+
+
+@triton.jit
+def _nan_bits(OUT: tl.constexpr):
+    bits: tl.constexpr = 0x80808080 if OUT == "e4m3" else 0x80008000
+    return bits
+
+
+@triton.jit
+def _masked(word, kept, OUT: tl.constexpr):
+    """`word` without the entries whose byte in `kept` is 0. After the conversion: one operation."""
+    if OUT == "e4m3":
+        return word & (kept * 0xFF)
+    else:
+        low = (kept & 1) * 0xFFFF + (kept & 0x100) * 0xFFFF00
+        high = ((kept >> 16) & 1) * 0xFFFF + ((kept >> 16) & 0x100) * 0xFFFF00
+        return word & (low.to(tl.uint64) | (high.to(tl.uint64) << 32))
+
+
+@triton.jit
+def _row(loaded, beta, scale, MASK: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr):
+    """One group a lane of one row: its word, bits of `_nan_bits`, and its largest |W~|."""
+    a, b = to_fp32(loaded[0], KIND), to_fp32(loaded[1], KIND)
+    c, d = to_fp32(loaded[2], KIND), to_fp32(loaded[3], KIND)
+    kept = loaded[4]
+    if MASK:
+        word, found = _convert(a, b, c, d, scale, OUT)
+        word = _masked(word, kept, OUT)
+        a, b = tl.where(kept & 0xFF != 0, a, 0.0), tl.where(kept & 0xFF00 != 0, b, 0.0)
+        c, d = tl.where(kept & 0xFF0000 != 0, c, 0.0), tl.where(kept >> 24 != 0, d, 0.0)
+    else:
+        a, b, c, d, nan = _soft_threshold(a, b, c, d, beta, KIND)
+        word, found = _convert(a, b, c, d, scale, OUT)
+        found = tl.where(nan, 0x80008000, 0).to(tl.uint32)
+    return word, found, _max(_max(tl.abs(a), tl.abs(b)), _max(tl.abs(c), tl.abs(d)))
 
 
 @triton.jit
@@ -121,47 +173,69 @@ def _select(word, OUT: tl.constexpr):
 
 
 @triton.jit
-def _select_four(w0, w1, w2, w3, OUT: tl.constexpr):
-    """The kept of four groups, their codes as nibbles, and 1 where one is crowded."""
-    k0, code0, bad0 = _select(w0, OUT)
-    k1, code1, bad1 = _select(w1, OUT)
-    k2, code2, bad2 = _select(w2, OUT)
-    k3, code3, bad3 = _select(w3, OUT)
-    codes = (code0 | (code1 << 4)) | ((code2 << 8) | (code3 << 12))
-    return (k0, k1, k2, k3), codes, (bad0 | bad1) | (bad2 | bad3)
+def _select_four(words, OUT: tl.constexpr):
+    """The kept of four groups, and their codes as nibbles."""
+    k0, code0 = _select(words[0], OUT)
+    k1, code1 = _select(words[1], OUT)
+    k2, code2 = _select(words[2], OUT)
+    k3, code3 = _select(words[3], OUT)
+    return (k0, k1, k2, k3), (code0 | (code1 << 4)) | ((code2 << 8) | (code3 << 12))
 
 
 @triton.jit
-def _block(w, mask, beta, scale, values, group, stride, KIND: tl.constexpr, OUT: tl.constexpr):
-    """A 4x4 block a lane: stores the kept of its rows, returns its columns.
+def _block(
+    loaded, beta, scale, values, group, stride, MASK: tl.constexpr, KIND: tl.constexpr,
+    OUT: tl.constexpr,
+):  # fmt: skip
+    """A 4x4 block a lane: stores the kept of its rows, returns the words of its rows and more.
 
-    Returns four words of columns, the codes of the rows, 1 where one is crowded, and the maxima.
+    Then the codes of the rows, bits of `_nan_bits`, and the largest |W~|.
     """
-    w0, amax0, most0 = _row(w, mask, beta, scale, group, KIND, OUT)
-    w1, amax1, most1 = _row(w, mask, beta, scale, group + stride, KIND, OUT)
-    w2, amax2, most2 = _row(w, mask, beta, scale, group + 2 * stride, KIND, OUT)
-    w3, amax3, most3 = _row(w, mask, beta, scale, group + 3 * stride, KIND, OUT)
-    kept, codes, bad = _select_four(w0, w1, w2, w3, OUT)
+    w0, found0, amax0 = _row(loaded[0], beta, scale, MASK, KIND, OUT)
+    w1, found1, amax1 = _row(loaded[1], beta, scale, MASK, KIND, OUT)
+    w2, found2, amax2 = _row(loaded[2], beta, scale, MASK, KIND, OUT)
+    w3, found3, amax3 = _row(loaded[3], beta, scale, MASK, KIND, OUT)
+    kept, codes = _select_four((w0, w1, w2, w3), OUT)
     kind: tl.constexpr = values.dtype.element_ty
     tl.store(values + group, kept[0].to(kind))
     tl.store(values + group + stride, kept[1].to(kind))
     tl.store(values + group + 2 * stride, kept[2].to(kind))
     tl.store(values + group + 3 * stride, kept[3].to(kind))
-    columns = (
-        column_of(w0, w1, w2, w3, 0),
-        column_of(w0, w1, w2, w3, 1),
-        column_of(w0, w1, w2, w3, 2),
-        column_of(w0, w1, w2, w3, 3),
+    amax = _max(_max(amax0, amax1), _max(amax2, amax3))
+    return (w0, w1, w2, w3), codes, (found0 | found1) | (found2 | found3), amax
+
+
+@triton.jit
+def _columns(words):
+    """The columns of 4x4 blocks from their rows."""
+    return (
+        column_of(words[0], words[1], words[2], words[3], 0),
+        column_of(words[0], words[1], words[2], words[3], 1),
+        column_of(words[0], words[1], words[2], words[3], 2),
+        column_of(words[0], words[1], words[2], words[3], 3),
     )
-    amax, most = _max(_max(amax0, amax1), _max(amax2, amax3)), _max(most0, most1)
-    return columns, codes, bad, amax, _max(most, _max(most2, most3))
+
+
+@triton.jit
+def _crowded(loaded, BOTH: tl.constexpr):
+    """Masks of a 4x4 block: a bit of 0x80808080 where a row, or with BOTH a column, keeps over 2.
+
+    The bytes of a product with 0x01010101 are sums; 0x7D and 3 make 0x80.
+    """
+    m0, m1, m2, m3 = loaded[0][4], loaded[1][4], loaded[2][4], loaded[3][4]
+    found = (m0 * 0x01010101 + 0x7D000000) | (m1 * 0x01010101 + 0x7D000000)
+    found = found | (m2 * 0x01010101 + 0x7D000000) | (m3 * 0x01010101 + 0x7D000000)
+    found = found & 0x80000000
+    if BOTH:
+        found = found | (((m0 + m1) + (m2 + m3) + 0x7D7D7D7D) & 0x80808080)
+    return found
 
 
 @triton.jit
 def _stacked(low, high, OUT: tl.constexpr):
     """What two groups of a column keep, one above the other, as one word."""
     if OUT == "e4m3":
-        return low | (high << 16)
+        return (low & 0xFFFF) | (high << 16)
     else:
         return low.to(tl.uint64) | (high.to(tl.uint64) << 32)
 
@@ -215,26 +289,32 @@ def _weight_pack24_kernel(
     group = (block_row.to(tl.int64) * 64 + 8 * p) * stride + (
         tile * GROUPS + tl.arange(0, GROUPS)[None, :]
     )
-    upper, upper_codes, bad, amax, largest = _block(
-        w, mask, beta, scale, values, group, stride, KIND, OUT
+    MASK: tl.constexpr = mask is not None
+    # All loads come first: the hardware has them under way at once, and keeps their order.
+    upper_loaded = _load_block(w, mask, group, stride, KIND)
+    lower_loaded = _load_block(w, mask, group + 4 * stride, stride, KIND)
+    if MASK:
+        BOTH: tl.constexpr = metadata_t is not None
+        crowded = _crowded(upper_loaded, BOTH) | _crowded(lower_loaded, BOTH)
+        raise_flag(flag, (crowded != 0).to(tl.int32))
+    upper, upper_codes, nan, amax = _block(
+        upper_loaded, beta, scale, values, group, stride, MASK, KIND, OUT
     )
-    lower, lower_codes, lower_bad, lower_amax, lower_largest = _block(
-        w, mask, beta, scale, values, group + 4 * stride, stride, KIND, OUT
+    lower, lower_codes, lower_nan, lower_amax = _block(
+        lower_loaded, beta, scale, values, group + 4 * stride, stride, MASK, KIND, OUT
     )
-    largest = _max(largest, lower_largest)
-    raise_flag(nan_flag, (largest != largest).to(tl.int32))
+    raise_flag(nan_flag, ((nan | lower_nan) & _nan_bits(OUT) != 0).to(tl.int32))
     if amax_ptr is not None:
         raise_amax(amax_ptr, _max(amax, lower_amax))
-    bad = bad | lower_bad
     byte = row_metadata(upper_codes | (lower_codes << 16), BITS, COLUMNS)
     start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
     tl.store(metadata + start + tl.arange(0, 8 * COLUMNS), byte)
 
     column = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    upper, lower = _columns(upper), _columns(lower)
     if metadata_t is not None:
-        kept, codes, upper_bad = _select_four(upper[0], upper[1], upper[2], upper[3], OUT)
-        more, more_codes, lower_bad = _select_four(lower[0], lower[1], lower[2], lower[3], OUT)
-        bad = bad | (upper_bad | lower_bad)
+        kept, codes = _select_four(upper, OUT)
+        more, more_codes = _select_four(lower, OUT)
         words = _transposed_tile(
             _stacked(kept[0], more[0], OUT),
             _stacked(kept[1], more[1], OUT),
@@ -265,7 +345,6 @@ def _weight_pack24_kernel(
         )
         place = column * (num_rows // 4) + block_row * 16 + tl.arange(0, 16)[None, :]
         tl.store(values_t + place, tl.reshape(words, (COLUMNS, 16)).to(tl.int64, bitcast=True))
-    raise_flag(flag, bad.to(tl.int32))
 
 
 def weight_pack24(

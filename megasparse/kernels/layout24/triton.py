@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.float8.triton import e4m3_word
+from megasparse.kernels.groups.triton import from_fp32
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
@@ -56,6 +58,53 @@ def _permute_bytes(low, high, selector):
         is_pure=True,
         pack=1,
     )
+
+
+@triton.jit
+def _halves(low, high, KIND: tl.constexpr):
+    """Two float32, rounded to nearest even as 16-bit numbers, in a uint64 below 2^32."""
+    if KIND == "bf16" and _INTERPRETING:  # its conversion truncates
+        low_bits = from_fp32(low, KIND).to(tl.uint32, bitcast=True) >> 16
+        high_bits = from_fp32(high, KIND).to(tl.uint32, bitcast=True) >> 16
+    elif KIND == "bf16":
+        low_bits = low.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        high_bits = high.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    else:
+        low_bits = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        high_bits = high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return (low_bits | (high_bits << 16)).to(tl.uint64)
+
+
+@triton.jit
+def to_word(a, b, c, d, scale, OUT: tl.constexpr):
+    """Four float32 as a word, and a number that has one of the bits of `nan_bits` for a NaN."""
+    if OUT == "e4m3":
+        word = e4m3_word(a * scale, b * scale, c * scale, d * scale)
+        found = (word & 0x7F7F7F7F) + 0x01010101
+    else:
+        word = _halves(a, b, OUT) | (_halves(c, d, OUT) << 32)
+        above: tl.constexpr = 0x007F007F if OUT == "bf16" else 0x03FF03FF
+        found = (word.to(tl.uint32) & 0x7FFF7FFF) + above
+        found = found | (((word >> 32).to(tl.uint32) & 0x7FFF7FFF) + above)
+    return word, found
+
+
+@triton.jit
+def nan_bits(OUT: tl.constexpr):
+    """What `to_word` sets for a NaN."""
+    bits: tl.constexpr = 0x80808080 if OUT == "e4m3" else 0x80008000
+    return bits
+
+
+@triton.jit
+def masked_word(word, kept, OUT: tl.constexpr):
+    """`word` without the entries whose byte in `kept` is 0. After the conversion: one operation."""
+    if OUT == "e4m3":
+        return word & (kept * 0xFF)
+    else:
+        low = (kept & 1) * 0xFFFF + (kept & 0x100) * 0xFFFF00
+        high = ((kept >> 16) & 1) * 0xFFFF + ((kept >> 16) & 0x100) * 0xFFFF00
+        return word & (low.to(tl.uint64) | (high.to(tl.uint64) << 32))
 
 
 @triton.jit
@@ -105,7 +154,16 @@ def select16(word):
 
 
 @triton.jit
-def column_of(r0, r1, r2, r3, J: tl.constexpr):
+def select(word, OUT: tl.constexpr):
+    """`select8` or `select16`."""
+    if OUT == "e4m3":
+        return select8(word)
+    else:
+        return select16(word)
+
+
+@triton.jit
+def _column_of(r0, r1, r2, r3, J: tl.constexpr):
     """Column J of a 4x4 block whose rows are words, as such a word."""
     BITS: tl.constexpr = r0.dtype.primitive_bitwidth // 4
     ONE: tl.constexpr = (1 << BITS) - 1
@@ -113,6 +171,28 @@ def column_of(r0, r1, r2, r3, J: tl.constexpr):
     c0, c1 = (r0 >> SHIFT) & ONE, ((r1 >> SHIFT) & ONE) << BITS
     c2, c3 = ((r2 >> SHIFT) & ONE) << (2 * BITS), ((r3 >> SHIFT) & ONE) << (3 * BITS)
     return (c0 | c1) | (c2 | c3)
+
+
+@triton.jit
+def columns_of(r0, r1, r2, r3):
+    """The four columns of a 4x4 block whose rows are words, as words."""
+    if r0.dtype.primitive_bitwidth == 32 and not _INTERPRETING:
+        # Bytes 0 and 1, then 2 and 3, of two rows in turn.
+        t0, t1 = _permute_bytes(r0, r1, 0x5140), _permute_bytes(r2, r3, 0x5140)
+        t2, t3 = _permute_bytes(r0, r1, 0x7362), _permute_bytes(r2, r3, 0x7362)
+        return (
+            _permute_bytes(t0, t1, 0x5410),
+            _permute_bytes(t0, t1, 0x7632),
+            _permute_bytes(t2, t3, 0x5410),
+            _permute_bytes(t2, t3, 0x7632),
+        )
+    else:
+        return (
+            _column_of(r0, r1, r2, r3, 0),
+            _column_of(r0, r1, r2, r3, 1),
+            _column_of(r0, r1, r2, r3, 2),
+            _column_of(r0, r1, r2, r3, 3),
+        )
 
 
 @triton.jit

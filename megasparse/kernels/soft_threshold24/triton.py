@@ -79,6 +79,26 @@ def _soft_threshold24_kernel(
     raise_flag(flag, (worst > nan_limit(KIND)).to(tl.int32))
 
 
+@triton.jit
+def _shrunk(x, threshold, KIND: tl.constexpr):
+    size = tl.abs(x)
+    s = rounded(size - threshold, KIND)
+    return tl.where(size > threshold, tl.where(x < 0, -s, s), 0.0)
+
+
+@triton.jit
+def soft_threshold_group(a, b, c, d, KIND: tl.constexpr):
+    """The projection of four float32 that are KIND's, rounded to it, and where one is NaN."""
+    low_ab = tl.minimum(tl.abs(a), tl.abs(b))
+    high_ab = tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+    low_cd = tl.minimum(tl.abs(c), tl.abs(d))
+    high_cd = tl.maximum(tl.abs(c), tl.abs(d), propagate_nan=tl.PropagateNan.ALL)
+    threshold = tl.minimum(tl.maximum(low_ab, low_cd), tl.minimum(high_ab, high_cd))
+    a, b = _shrunk(a, threshold, KIND), _shrunk(b, threshold, KIND)
+    c, d = _shrunk(c, threshold, KIND), _shrunk(d, threshold, KIND)
+    return a, b, c, d, (high_ab != high_ab) | (high_cd != high_cd)
+
+
 def soft_threshold24(w: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
     """`reference.soft_threshold24`; sets `flag` to 1 when `w` holds a NaN."""
     return _launch(w, flag, store=True, sums=False)[0]

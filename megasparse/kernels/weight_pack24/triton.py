@@ -14,26 +14,21 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8.triton import e4m3_word, raise_amax
+from megasparse.kernels.float8.triton import raise_amax
 from megasparse.kernels.groups import KINDS, group_words
-from megasparse.kernels.groups.triton import (
-    from_fp32,
-    load_bits,
-    raise_flag,
-    rounded,
-    to_fp32,
-)
+from megasparse.kernels.groups.triton import load_bits, raise_flag, to_fp32
 from megasparse.kernels.layout24.triton import (
     column_metadata,
-    column_of,
+    columns_of,
     join4,
+    masked_word,
+    nan_bits,
     row_metadata,
-    select8,
-    select16,
+    select,
+    to_word,
 )
 from megasparse.kernels.packed24 import Packed24
-
-_INTERPRETING = tl.constexpr(INTERPRETING)
+from megasparse.kernels.soft_threshold24.triton import soft_threshold_group
 
 
 @dataclass(frozen=True)
@@ -60,29 +55,6 @@ def _max(a, b):
 
 
 @triton.jit
-def _shrunk(x, threshold, KIND: tl.constexpr):
-    """sign(x) * max(|x| - threshold, 0), rounded to KIND; +0 also where both are infinite."""
-    size = tl.abs(x)
-    s = rounded(size - threshold, KIND)
-    return tl.where(size > threshold, tl.where(x < 0, -s, s), 0.0)
-
-
-@triton.jit
-def _halves(low, high, KIND: tl.constexpr):
-    """Two float32, rounded to nearest even as 16-bit numbers, in a uint64 below 2^32."""
-    if KIND == "bf16" and _INTERPRETING:  # its conversion truncates
-        low_bits = from_fp32(low, KIND).to(tl.uint32, bitcast=True) >> 16
-        high_bits = from_fp32(high, KIND).to(tl.uint32, bitcast=True) >> 16
-    elif KIND == "bf16":
-        low_bits = low.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        high_bits = high.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    else:
-        low_bits = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        high_bits = high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    return (low_bits | (high_bits << 16)).to(tl.uint64)
-
-
-@triton.jit
 def _load(w, mask, group, KIND: tl.constexpr):
     """The bits of a group's entries, and its mask: four bytes, 0 or 1, in a uint32."""
     live = tl.full(group.shape, 1, tl.int1)
@@ -104,81 +76,34 @@ def _load_block(w, mask, group, stride, KIND: tl.constexpr):
 
 
 @triton.jit
-def _soft_threshold(a, b, c, d, beta, KIND: tl.constexpr):
-    """beta * S of a group, and whether it holds a NaN."""
-    low_ab, high_ab = tl.minimum(tl.abs(a), tl.abs(b)), _max(tl.abs(a), tl.abs(b))
-    low_cd, high_cd = tl.minimum(tl.abs(c), tl.abs(d)), _max(tl.abs(c), tl.abs(d))
-    threshold = tl.minimum(tl.maximum(low_ab, low_cd), tl.minimum(high_ab, high_cd))
-    largest = _max(high_ab, high_cd)
-    a, b = _shrunk(a, threshold, KIND) * beta, _shrunk(b, threshold, KIND) * beta
-    c, d = _shrunk(c, threshold, KIND) * beta, _shrunk(d, threshold, KIND) * beta
-    return a, b, c, d, largest != largest
-
-
-@triton.jit
-def _convert(a, b, c, d, scale, OUT: tl.constexpr):
-    """Four float32 as a word, and a number that has one of the bits of `_nan_bits` for a NaN."""
-    if OUT == "e4m3":
-        word = e4m3_word(a * scale, b * scale, c * scale, d * scale)
-        found = (word & 0x7F7F7F7F) + 0x01010101
-    else:
-        word = _halves(a, b, OUT) | (_halves(c, d, OUT) << 32)
-        above: tl.constexpr = 0x007F007F if OUT == "bf16" else 0x03FF03FF
-        found = (word.to(tl.uint32) & 0x7FFF7FFF) + above
-        found = found | (((word >> 32).to(tl.uint32) & 0x7FFF7FFF) + above)
-    return word, found
-
-
-@triton.jit
-def _nan_bits(OUT: tl.constexpr):
-    bits: tl.constexpr = 0x80808080 if OUT == "e4m3" else 0x80008000
-    return bits
-
-
-@triton.jit
-def _masked(word, kept, OUT: tl.constexpr):
-    """`word` without the entries whose byte in `kept` is 0. After the conversion: one operation."""
-    if OUT == "e4m3":
-        return word & (kept * 0xFF)
-    else:
-        low = (kept & 1) * 0xFFFF + (kept & 0x100) * 0xFFFF00
-        high = ((kept >> 16) & 1) * 0xFFFF + ((kept >> 16) & 0x100) * 0xFFFF00
-        return word & (low.to(tl.uint64) | (high.to(tl.uint64) << 32))
-
-
-@triton.jit
 def _row(loaded, beta, scale, MASK: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr):
-    """One group a lane of one row: its word, bits of `_nan_bits`, and its largest |W~|."""
+    """One group a lane of one row: its word, bits of `nan_bits`, and its largest |W~|."""
     a, b = to_fp32(loaded[0], KIND), to_fp32(loaded[1], KIND)
     c, d = to_fp32(loaded[2], KIND), to_fp32(loaded[3], KIND)
-    kept = loaded[4]
     if MASK:
-        word, found = _convert(a, b, c, d, scale, OUT)
-        word = _masked(word, kept, OUT)
-        a, b = tl.where(kept & 0xFF != 0, a, 0.0), tl.where(kept & 0xFF00 != 0, b, 0.0)
-        c, d = tl.where(kept & 0xFF0000 != 0, c, 0.0), tl.where(kept >> 24 != 0, d, 0.0)
+        word, found = to_word(a, b, c, d, scale, OUT)
+        kept = loaded[4]
+        # Products with 0 or 1: they run beside the logic, whose units are the busy ones.
+        a = to_fp32(loaded[0] * (kept & 0xFF).to(tl.int32), KIND)
+        b = to_fp32(loaded[1] * ((kept >> 8) & 0xFF).to(tl.int32), KIND)
+        c = to_fp32(loaded[2] * ((kept >> 16) & 0xFF).to(tl.int32), KIND)
+        d = to_fp32(loaded[3] * (kept >> 24).to(tl.int32), KIND)
+        word = masked_word(word, kept, OUT)
     else:
-        a, b, c, d, nan = _soft_threshold(a, b, c, d, beta, KIND)
-        word, found = _convert(a, b, c, d, scale, OUT)
-        found = tl.where(nan, 0x80008000, 0).to(tl.uint32)
+        a, b, c, d, nan = soft_threshold_group(a, b, c, d, KIND)
+        a, b, c, d = a * beta, b * beta, c * beta, d * beta
+        word, found = to_word(a, b, c, d, scale, OUT)
+        found = tl.where(nan, nan_bits(OUT), 0).to(tl.uint32)
     return word, found, _max(_max(tl.abs(a), tl.abs(b)), _max(tl.abs(c), tl.abs(d)))
-
-
-@triton.jit
-def _select(word, OUT: tl.constexpr):
-    if OUT == "e4m3":
-        return select8(word)
-    else:
-        return select16(word)
 
 
 @triton.jit
 def _select_four(words, OUT: tl.constexpr):
     """The kept of four groups, and their codes as nibbles."""
-    k0, code0 = _select(words[0], OUT)
-    k1, code1 = _select(words[1], OUT)
-    k2, code2 = _select(words[2], OUT)
-    k3, code3 = _select(words[3], OUT)
+    k0, code0 = select(words[0], OUT)
+    k1, code1 = select(words[1], OUT)
+    k2, code2 = select(words[2], OUT)
+    k3, code3 = select(words[3], OUT)
     return (k0, k1, k2, k3), (code0 | (code1 << 4)) | ((code2 << 8) | (code3 << 12))
 
 
@@ -189,7 +114,7 @@ def _block(
 ):  # fmt: skip
     """A 4x4 block a lane: stores the kept of its rows, returns the words of its rows and more.
 
-    Then the codes of the rows, bits of `_nan_bits`, and the largest |W~|.
+    Then the codes of the rows, bits of `nan_bits`, and the largest |W~|.
     """
     w0, found0, amax0 = _row(loaded[0], beta, scale, MASK, KIND, OUT)
     w1, found1, amax1 = _row(loaded[1], beta, scale, MASK, KIND, OUT)
@@ -203,17 +128,6 @@ def _block(
     tl.store(values + group + 3 * stride, kept[3].to(kind))
     amax = _max(_max(amax0, amax1), _max(amax2, amax3))
     return (w0, w1, w2, w3), codes, (found0 | found1) | (found2 | found3), amax
-
-
-@triton.jit
-def _columns(words):
-    """The columns of 4x4 blocks from their rows."""
-    return (
-        column_of(words[0], words[1], words[2], words[3], 0),
-        column_of(words[0], words[1], words[2], words[3], 1),
-        column_of(words[0], words[1], words[2], words[3], 2),
-        column_of(words[0], words[1], words[2], words[3], 3),
-    )
 
 
 @triton.jit
@@ -303,7 +217,7 @@ def _weight_pack24_kernel(
     lower, lower_codes, lower_nan, lower_amax = _block(
         lower_loaded, beta, scale, values, group + 4 * stride, stride, MASK, KIND, OUT
     )
-    raise_flag(nan_flag, ((nan | lower_nan) & _nan_bits(OUT) != 0).to(tl.int32))
+    raise_flag(nan_flag, ((nan | lower_nan) & nan_bits(OUT) != 0).to(tl.int32))
     if amax_ptr is not None:
         raise_amax(amax_ptr, _max(amax, lower_amax))
     byte = row_metadata(upper_codes | (lower_codes << 16), BITS, COLUMNS)
@@ -311,7 +225,8 @@ def _weight_pack24_kernel(
     tl.store(metadata + start + tl.arange(0, 8 * COLUMNS), byte)
 
     column = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
-    upper, lower = _columns(upper), _columns(lower)
+    upper = columns_of(upper[0], upper[1], upper[2], upper[3])
+    lower = columns_of(lower[0], lower[1], lower[2], lower[3])
     if metadata_t is not None:
         kept, codes = _select_four(upper, OUT)
         more, more_codes = _select_four(lower, OUT)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8.triton import e4m3_word
-from megasparse.kernels.groups.triton import from_fp32
+from megasparse.kernels.groups.triton import from_fp32, to_fp32
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
@@ -77,21 +77,35 @@ def _halves(low, high, KIND: tl.constexpr):
 
 @triton.jit
 def to_word(a, b, c, d, scale, OUT: tl.constexpr):
-    """Four float32 as a word, and a number that has one of the bits of `nan_bits` for a NaN."""
+    """Four float32, times `scale` for e4m3, as a word of OUT's."""
     if OUT == "e4m3":
-        word = e4m3_word(a * scale, b * scale, c * scale, d * scale)
-        found = (word & 0x7F7F7F7F) + 0x01010101
+        return e4m3_word(a * scale, b * scale, c * scale, d * scale)
     else:
-        word = _halves(a, b, OUT) | (_halves(c, d, OUT) << 32)
+        return _halves(a, b, OUT) | (_halves(c, d, OUT) << 32)
+
+
+@triton.jit
+def word_of(a, b, c, d):
+    """The word of four 16-bit numbers that are bits as in `groups.triton`."""
+    low, high = (a >> 16) & 0xFFFF | (b & -0x10000), (c >> 16) & 0xFFFF | (d & -0x10000)
+    low, high = low.to(tl.uint32, bitcast=True), high.to(tl.uint32, bitcast=True)
+    return low.to(tl.uint64) | (high.to(tl.uint64) << 32)
+
+
+@triton.jit
+def nans_of(word, OUT: tl.constexpr):
+    """A uint32 that has one of `nan_bits` if the word holds a NaN; others may be set anyway."""
+    if OUT == "e4m3":
+        return (word & 0x7F7F7F7F) + 0x01010101
+    else:
         above: tl.constexpr = 0x007F007F if OUT == "bf16" else 0x03FF03FF
-        found = (word.to(tl.uint32) & 0x7FFF7FFF) + above
-        found = found | (((word >> 32).to(tl.uint32) & 0x7FFF7FFF) + above)
-    return word, found
+        low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
+        return ((low & 0x7FFF7FFF) + above) | ((high & 0x7FFF7FFF) + above)
 
 
 @triton.jit
 def nan_bits(OUT: tl.constexpr):
-    """What `to_word` sets for a NaN."""
+    """See `nans_of`."""
     bits: tl.constexpr = 0x80808080 if OUT == "e4m3" else 0x80008000
     return bits
 
@@ -102,9 +116,22 @@ def masked_word(word, kept, OUT: tl.constexpr):
     if OUT == "e4m3":
         return word & (kept * 0xFF)
     else:
-        low = (kept & 1) * 0xFFFF + (kept & 0x100) * 0xFFFF00
-        high = ((kept >> 16) & 1) * 0xFFFF + ((kept >> 16) & 0x100) * 0xFFFF00
+        if _INTERPRETING:
+            low = (kept & 1) * 0xFFFF + (kept & 0x100) * 0xFFFF00
+            high = ((kept >> 16) & 1) * 0xFFFF + ((kept >> 16) & 0x100) * 0xFFFF00
+        else:
+            kept = kept * 0xFF
+            low, high = _permute_bytes(kept, kept, 0x1100), _permute_bytes(kept, kept, 0x3322)
         return word & (low.to(tl.uint64) | (high.to(tl.uint64) << 32))
+
+
+@triton.jit
+def amax_of(word, KIND: tl.constexpr):
+    """The largest magnitude, float32, of the four 16-bit numbers of a word."""
+    low, high = word.to(tl.uint32) & 0x7FFF7FFF, (word >> 32).to(tl.uint32) & 0x7FFF7FFF
+    # The upper one of two decides; what is below it does not matter.
+    most = tl.maximum(tl.maximum(low, low << 16), tl.maximum(high, high << 16)) & 0xFFFF0000
+    return to_fp32(most.to(tl.int32, bitcast=True), KIND)
 
 
 @triton.jit
@@ -213,6 +240,12 @@ def _bytes(word):
 
 
 @triton.jit
+def _nibbles(word):
+    """The nibbles of a uint32: (..., 2, 2, 2) uint8."""
+    return tl.join(_bytes(word & 0x0F0F0F0F), _bytes((word >> 4) & 0x0F0F0F0F))
+
+
+@triton.jit
 def _paired_nibbles(low, high):
     """(..., 2, 2, 2) uint8: byte b is nibble b of `low` and, in its upper half, that of `high`."""
     even = (low & 0x0F0F0F0F) | ((high & 0x0F0F0F0F) << 4)
@@ -237,10 +270,11 @@ def row_metadata(codes, BITS: tl.constexpr, COLUMNS: tl.constexpr):
         # (a, h, G, g8, gq, b) -> (G, a, b, gq, g8, h)
         byte = tl.permute(byte, (2, 0, 5, 4, 3, 1))
     else:
-        low, high = tl.split(tl.permute(tl.reshape(codes, (4, 2, GROUPS)), (0, 2, 1)))
-        byte = tl.reshape(_paired_nibbles(low, high), (4, GROUPS // 8, 2, 4, 8))
-        # (a, G, gh, gl, b) -> (G, a, b, gl, gh)
-        byte = tl.permute(byte, (1, 0, 4, 3, 2))
+        nibble = tl.reshape(_nibbles(codes), (4, 2, GROUPS // 8, 2, 4, 8))
+        # (a, h, G, gh, gl, b) -> (G, a, b, gl, gh, h)
+        nibble = tl.permute(nibble, (2, 0, 5, 4, 3, 1))
+        low, high = tl.split(tl.reshape(nibble, (8 * COLUMNS, 2)))
+        byte = low | (high << 4)
     return tl.reshape(byte, (8 * COLUMNS,))
 
 
@@ -257,9 +291,9 @@ def column_metadata(codes, BITS: tl.constexpr, COLUMNS: tl.constexpr):
         # (g8, gq, block, a, h, b: 2, b: 4) -> (block, a, b, gq, g8, h)
         byte = tl.permute(byte, (2, 3, 5, 6, 1, 0, 4))
     else:
-        codes = tl.reshape(codes, (8, BLOCKS * 4, 2, 2))
-        low, high = tl.split(tl.permute(codes, (0, 1, 3, 2)))
-        byte = tl.reshape(_paired_nibbles(low, high), (2, 2, 2, BLOCKS, 4, 2, 2, 4))
-        # (G, gh, gl: 2, block, a, b: 2, gl: 2, b: 4) -> (block, G, a, b, gl, gh)
-        byte = tl.permute(byte, (3, 0, 4, 5, 7, 2, 6, 1))
+        nibble = tl.reshape(_nibbles(codes), (2, 2, 2, BLOCKS, 4, 2, 2, 2, 4))
+        # (G, gh, gl: 2, block, a, h, b: 2, gl: 2, b: 4) -> (block, G, a, b, gl, gh, h)
+        nibble = tl.permute(nibble, (3, 0, 4, 6, 8, 2, 7, 1, 5))
+        low, high = tl.split(tl.reshape(nibble, (BLOCKS * 512, 2)))
+        byte = low | (high << 4)
     return tl.reshape(byte, (BLOCKS, 512))

@@ -18,14 +18,17 @@ from megasparse.kernels.float8.triton import raise_amax
 from megasparse.kernels.groups import KINDS, group_words
 from megasparse.kernels.groups.triton import load_bits, raise_flag, to_fp32
 from megasparse.kernels.layout24.triton import (
+    amax_of,
     column_metadata,
     columns_of,
     join4,
     masked_word,
     nan_bits,
+    nans_of,
     row_metadata,
     select,
     to_word,
+    word_of,
 )
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.soft_threshold24.triton import soft_threshold_group
@@ -78,21 +81,27 @@ def _load_block(w, mask, group, stride, KIND: tl.constexpr):
 @triton.jit
 def _row(loaded, beta, scale, MASK: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr):
     """One group a lane of one row: its word, bits of `nan_bits`, and its largest |W~|."""
+    kept = loaded[4]
+    if MASK and KIND == OUT:
+        word = word_of(loaded[0], loaded[1], loaded[2], loaded[3])
+        found = nans_of(word, OUT)
+        word = masked_word(word, kept, OUT)
+        return word, found, amax_of(word, KIND)
     a, b = to_fp32(loaded[0], KIND), to_fp32(loaded[1], KIND)
     c, d = to_fp32(loaded[2], KIND), to_fp32(loaded[3], KIND)
     if MASK:
-        word, found = to_word(a, b, c, d, scale, OUT)
-        kept = loaded[4]
+        word = to_word(a, b, c, d, scale, OUT)
+        found = nans_of(word, OUT)
+        word = masked_word(word, kept, OUT)
         # Products with 0 or 1: they run beside the logic, whose units are the busy ones.
         a = to_fp32(loaded[0] * (kept & 0xFF).to(tl.int32), KIND)
         b = to_fp32(loaded[1] * ((kept >> 8) & 0xFF).to(tl.int32), KIND)
         c = to_fp32(loaded[2] * ((kept >> 16) & 0xFF).to(tl.int32), KIND)
         d = to_fp32(loaded[3] * (kept >> 24).to(tl.int32), KIND)
-        word = masked_word(word, kept, OUT)
     else:
         a, b, c, d, nan = soft_threshold_group(a, b, c, d, KIND)
         a, b, c, d = a * beta, b * beta, c * beta, d * beta
-        word, found = to_word(a, b, c, d, scale, OUT)
+        word = to_word(a, b, c, d, scale, OUT)
         found = tl.where(nan, nan_bits(OUT), 0).to(tl.uint32)
     return word, found, _max(_max(tl.abs(a), tl.abs(b)), _max(tl.abs(c), tl.abs(d)))
 

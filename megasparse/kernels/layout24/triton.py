@@ -16,7 +16,7 @@ import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8.triton import e4m3_word
-from megasparse.kernels.groups.triton import from_fp32, to_fp32
+from megasparse.kernels.groups.triton import pair16, to_fp32
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
@@ -61,27 +61,13 @@ def _permute_bytes(low, high, selector):
 
 
 @triton.jit
-def _halves(low, high, KIND: tl.constexpr):
-    """Two float32, rounded to nearest even as 16-bit numbers, in a uint64 below 2^32."""
-    if KIND == "bf16" and _INTERPRETING:  # its conversion truncates
-        low_bits = from_fp32(low, KIND).to(tl.uint32, bitcast=True) >> 16
-        high_bits = from_fp32(high, KIND).to(tl.uint32, bitcast=True) >> 16
-    elif KIND == "bf16":
-        low_bits = low.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        high_bits = high.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    else:
-        low_bits = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        high_bits = high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    return (low_bits | (high_bits << 16)).to(tl.uint64)
-
-
-@triton.jit
 def to_word(a, b, c, d, scale, OUT: tl.constexpr):
     """Four float32, times `scale` for e4m3, as a word of OUT's."""
     if OUT == "e4m3":
         return e4m3_word(a * scale, b * scale, c * scale, d * scale)
     else:
-        return _halves(a, b, OUT) | (_halves(c, d, OUT) << 32)
+        low, high = pair16(a, b, OUT), pair16(c, d, OUT)
+        return low.to(tl.uint64) | (high.to(tl.uint64) << 32)
 
 
 @triton.jit

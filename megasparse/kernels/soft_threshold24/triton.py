@@ -15,6 +15,7 @@ from megasparse.kernels.groups.triton import (
     nan_limit,
     raise_flag,
     rounded,
+    rounded_pair,
     store_bits,
     to_fp32,
 )
@@ -80,10 +81,11 @@ def _soft_threshold24_kernel(
 
 
 @triton.jit
-def _shrunk(x, threshold, KIND: tl.constexpr):
-    size = tl.abs(x)
-    s = rounded(size - threshold, KIND)
-    return tl.where(size > threshold, tl.where(x < 0, -s, s), 0.0)
+def _shrunk_pair(x, y, threshold, KIND: tl.constexpr):
+    """`_project` on float32."""
+    s, t = rounded_pair(tl.abs(x) - threshold, tl.abs(y) - threshold, KIND)
+    s, t = tl.where(x < 0, -s, s), tl.where(y < 0, -t, t)
+    return tl.where(tl.abs(x) > threshold, s, 0.0), tl.where(tl.abs(y) > threshold, t, 0.0)
 
 
 @triton.jit
@@ -94,8 +96,8 @@ def soft_threshold_group(a, b, c, d, KIND: tl.constexpr):
     low_cd = tl.minimum(tl.abs(c), tl.abs(d))
     high_cd = tl.maximum(tl.abs(c), tl.abs(d), propagate_nan=tl.PropagateNan.ALL)
     threshold = tl.minimum(tl.maximum(low_ab, low_cd), tl.minimum(high_ab, high_cd))
-    a, b = _shrunk(a, threshold, KIND), _shrunk(b, threshold, KIND)
-    c, d = _shrunk(c, threshold, KIND), _shrunk(d, threshold, KIND)
+    a, b = _shrunk_pair(a, b, threshold, KIND)
+    c, d = _shrunk_pair(c, d, threshold, KIND)
     return a, b, c, d, (high_ab != high_ab) | (high_cd != high_cd)
 
 

@@ -212,6 +212,9 @@ def _weight_pack24_kernel(
     group = (block_row.to(tl.int64) * 64 + 8 * p) * stride + (
         tile * GROUPS + tl.arange(0, GROUPS)[None, :]
     )
+    # Groups that a thread holds side by side: as many as 16 bytes of w.
+    HELD: tl.constexpr = 1 if KIND == "fp32" else 2
+    group = tl.max_contiguous(group, [1, HELD])
     MASK: tl.constexpr = mask is not None
     # All loads come first: the hardware has them under way at once, and keeps their order.
     upper_loaded = _load_block(w, mask, group, stride, KIND)

@@ -42,47 +42,41 @@ def _max(a, b):
 
 
 @triton.jit
-def _largest(x0, x1, x2, x3):
-    return _max(_max(tl.abs(x0), tl.abs(x1)), _max(tl.abs(x2), tl.abs(x3)))
+def _largest(x):
+    return _max(_max(tl.abs(x[0]), tl.abs(x[1])), _max(tl.abs(x[2]), tl.abs(x[3])))
 
 
 @triton.jit
-def _group(
-    dz_ptr,
-    row_ptr,
-    row_scale,
-    packed_scale,
-    group,
-    channel,
-    other,
-    num_tokens,
-    dz_stride,
-    row_stride,
-    seed_ptr,
-    key,
-    high,
-    EXACT: tl.constexpr,
-    E5M2: tl.constexpr,
-):
-    """Four tokens: stores their row-major copy; the MVUE as `select8` gives it, and both maxima."""
+def _load(dz_ptr, group, channel, num_tokens, dz_stride):
+    """The four tokens of a group; zeros after the last token."""
     token = group.to(tl.int64) * 4
     ptrs = dz_ptr + token * dz_stride + channel
-    m0, m1 = token < num_tokens, token + 1 < num_tokens
-    m2, m3 = token + 2 < num_tokens, token + 3 < num_tokens
-    x0 = widen(tl.load(ptrs, mask=m0, other=0.0))
-    x1 = widen(tl.load(ptrs + dz_stride, mask=m1, other=0.0))
-    x2 = widen(tl.load(ptrs + 2 * dz_stride, mask=m2, other=0.0))
-    x3 = widen(tl.load(ptrs + 3 * dz_stride, mask=m3, other=0.0))
-    if row_ptr is not None:
-        rows = row_ptr + token * row_stride + channel
-        tl.store(rows, to_float8(x0 * row_scale, E5M2), mask=m0)
-        tl.store(rows + row_stride, to_float8(x1 * row_scale, E5M2), mask=m1)
-        tl.store(rows + 2 * row_stride, to_float8(x2 * row_scale, E5M2), mask=m2)
-        tl.store(rows + 3 * row_stride, to_float8(x3 * row_scale, E5M2), mask=m3)
-    o0, o1, o2, o3 = _sample(x0, x1, x2, x3, group.to(tl.uint32), other, seed_ptr, key, high, EXACT)
-    word = e4m3_word(o0 * packed_scale, o1 * packed_scale, o2 * packed_scale, o3 * packed_scale)
+    x0 = tl.load(ptrs, mask=token < num_tokens, other=0.0)
+    x1 = tl.load(ptrs + dz_stride, mask=token + 1 < num_tokens, other=0.0)
+    x2 = tl.load(ptrs + 2 * dz_stride, mask=token + 2 < num_tokens, other=0.0)
+    x3 = tl.load(ptrs + 3 * dz_stride, mask=token + 3 < num_tokens, other=0.0)
+    return widen(x0), widen(x1), widen(x2), widen(x3)
+
+
+@triton.jit
+def _store_rows(row_ptr, x, scale, group, channel, num_tokens, row_stride, E5M2: tl.constexpr):
+    token = group.to(tl.int64) * 4
+    ptrs = row_ptr + token * row_stride + channel
+    tl.store(ptrs, to_float8(x[0] * scale, E5M2), mask=token < num_tokens)
+    tl.store(ptrs + row_stride, to_float8(x[1] * scale, E5M2), mask=token + 1 < num_tokens)
+    tl.store(ptrs + 2 * row_stride, to_float8(x[2] * scale, E5M2), mask=token + 2 < num_tokens)
+    tl.store(ptrs + 3 * row_stride, to_float8(x[3] * scale, E5M2), mask=token + 3 < num_tokens)
+
+
+@triton.jit
+def _prune(x, scale, group, other, seed_ptr, key, high, EXACT: tl.constexpr):
+    """MVUE of a group in e4m3: what `select8` and `crowded8` say of it, and the largest before."""
+    o0, o1, o2, o3 = _sample(
+        x[0], x[1], x[2], x[3], group.to(tl.uint32), other, seed_ptr, key, high, EXACT
+    )
+    word = e4m3_word(o0 * scale, o1 * scale, o2 * scale, o3 * scale)
     kept, code = select8(word)
-    return kept, code, crowded8(word), _largest(x0, x1, x2, x3), _largest(o0, o1, o2, o3)
+    return kept, code, crowded8(word), _largest((o0, o1, o2, o3))
 
 
 @triton.jit(do_not_specialize=["key", "high", "first_other"])
@@ -118,20 +112,23 @@ def _grad_pack24_kernel(
     channel = first_channel + local
     other = local.to(tl.uint32) + first_other.to(tl.uint32)
     dz_stride, row_stride = tl.cast(dz_stride, tl.int64), tl.cast(row_stride, tl.int64)
-    packed_scale, row_scale = tl.load(packed_scale_ptr), 1.0
+    packed_scale = tl.load(packed_scale_ptr)
     tl.store(inverse_ptr, tl.div_rn(1.0, packed_scale), mask=pid == 0)
+    # All loads come first: the hardware has them under way at once, and keeps their order.
+    x = _load(dz_ptr, 2 * pair, channel, num_tokens, dz_stride)
+    x1 = _load(dz_ptr, 2 * pair + 1, channel, num_tokens, dz_stride)
     if row_ptr is not None:
-        row_scale = tl.load(row_scale_ptr)
-    kept, code, bad, row_amax, packed_amax = _group(
-        dz_ptr, row_ptr, row_scale, packed_scale, 2 * pair, channel, other, num_tokens,
-        dz_stride, row_stride, seed_ptr, key, high, EXACT, E5M2,
-    )  # fmt: skip
-    kept1, code1, bad1, row_amax1, packed_amax1 = _group(
-        dz_ptr, row_ptr, row_scale, packed_scale, 2 * pair + 1, channel, other, num_tokens,
-        dz_stride, row_stride, seed_ptr, key, high, EXACT, E5M2,
-    )  # fmt: skip
+        scale = tl.load(row_scale_ptr)
+        _store_rows(row_ptr, x, scale, 2 * pair, channel, num_tokens, row_stride, E5M2)
+        _store_rows(row_ptr, x1, scale, 2 * pair + 1, channel, num_tokens, row_stride, E5M2)
+    kept, code, bad, packed_amax = _prune(
+        x, packed_scale, 2 * pair, other, seed_ptr, key, high, EXACT
+    )
+    kept1, code1, bad1, packed_amax1 = _prune(
+        x1, packed_scale, 2 * pair + 1, other, seed_ptr, key, high, EXACT
+    )
     if row_amax_ptr is not None:
-        raise_amax(row_amax_ptr, _max(row_amax, row_amax1))
+        raise_amax(row_amax_ptr, _max(_largest(x), _largest(x1)))
     if packed_amax_ptr is not None:
         raise_amax(packed_amax_ptr, _max(packed_amax, packed_amax1))
     raise_flag(flag_ptr, ((bad | bad1) >> 31).to(tl.int32))

@@ -232,14 +232,6 @@ def _nibbles(word):
 
 
 @triton.jit
-def _paired_nibbles(low, high):
-    """(..., 2, 2, 2) uint8: byte b is nibble b of `low` and, in its upper half, that of `high`."""
-    even = (low & 0x0F0F0F0F) | ((high & 0x0F0F0F0F) << 4)
-    odd = ((low >> 4) & 0x0F0F0F0F) | (high & 0xF0F0F0F0)
-    return tl.join(_bytes(even), _bytes(odd))
-
-
-@triton.jit
 def _spread(nibbles):
     """The four nibbles of a uint32 below 2^16 to the low halves of its four bytes."""
     nibbles = (nibbles | (nibbles << 8)) & 0x00FF00FF
@@ -251,17 +243,15 @@ def row_metadata(codes, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     """(8 * COLUMNS,) uint8 of 64 rows: from (8, COLUMNS / 4) codes along the rows."""
     GROUPS: tl.constexpr = COLUMNS // 4
     if BITS == 8:
-        even, odd = tl.split(tl.reshape(codes, (8, GROUPS // 2, 2)))
-        byte = tl.reshape(_paired_nibbles(even, odd), (4, 2, GROUPS // 16, 2, 4, 8))
-        # (a, h, G, g8, gq, b) -> (G, a, b, gq, g8, h)
-        byte = tl.permute(byte, (2, 0, 5, 4, 3, 1))
+        nibble = tl.reshape(_nibbles(codes), (4, 2, GROUPS // 16, 2, 4, 2, 8))
+        # (a, h, G, g8, gq, gn, b) -> (G, a, b, gq, g8, h, gn)
+        nibble = tl.permute(nibble, (2, 0, 6, 4, 3, 1, 5))
     else:
         nibble = tl.reshape(_nibbles(codes), (4, 2, GROUPS // 8, 2, 4, 8))
         # (a, h, G, gh, gl, b) -> (G, a, b, gl, gh, h)
         nibble = tl.permute(nibble, (2, 0, 5, 4, 3, 1))
-        low, high = tl.split(tl.reshape(nibble, (8 * COLUMNS, 2)))
-        byte = low | (high << 4)
-    return tl.reshape(byte, (8 * COLUMNS,))
+    low, high = tl.split(tl.reshape(nibble, (8 * COLUMNS, 2)))
+    return low | (high << 4)
 
 
 @triton.jit

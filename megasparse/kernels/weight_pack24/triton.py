@@ -36,7 +36,7 @@ from megasparse.kernels.soft_threshold24.triton import soft_threshold_group
 
 @dataclass(frozen=True)
 class Launch:
-    """Most columns a program handles (64 rows each), its warps, and how programs are ordered.
+    """Most columns a program handles (64 rows each), its warps, and a thread's most registers.
 
     `bands` blocks of 64 rows are handled together before the next columns: what they write to one
     row of the transpose is adjacent, and meets in the cache.
@@ -44,12 +44,13 @@ class Launch:
 
     columns: int
     num_warps: int
+    registers: int
     bands: int
 
 
-LAUNCH = Launch(columns=128, num_warps=4, bands=4)
+LAUNCH = Launch(columns=128, num_warps=4, registers=96, bands=4)
 # The interpreter costs time per program, not per element.
-INTERPRETED = Launch(columns=1024, num_warps=4, bands=2)
+INTERPRETED = Launch(columns=1024, num_warps=4, registers=96, bands=2)
 
 
 @triton.jit
@@ -320,5 +321,6 @@ def weight_pack24(
         COLUMNS=columns,
         BANDS=bands,
         num_warps=launch.num_warps,
+        maxnreg=launch.registers,
         enable_fp_fusion=False,
     )

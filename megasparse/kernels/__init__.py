@@ -20,6 +20,9 @@ any sizes that the function's own docstring allows.
 | amax_scale(w (N, K))                           | 0-d float32: amax / 448, e4m3's scale        |
 | pack24(w (N, K), dtype=None, scale=None)       | Packed24: the hardware's 2:4 layout          |
 | unpack24(packed)                               | (N, K) dense                                 |
+| mvue_pack24(dz (T, N), seed)                   | Packed24 (N, T): MVUE(dZ^T) in 16 bits       |
+| grad_pack24(dz (T, N), seed, scales)           | dz in 8 bits, MVUE(dZ^T) packed in e4m3      |
+| weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T packed or dense; one pass    |
 | spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
 | encode_patterns(mask, transposable)            | uint8: the number of each pattern            |
 | decode_patterns(indices, shape, transposable)  | bool mask: the inverse                       |
@@ -30,6 +33,7 @@ any sizes that the function's own docstring allows.
 from megasparse.kernels.amax_scale import amax_scale as amax_scale
 from megasparse.kernels.gated_activation import geglu as geglu
 from megasparse.kernels.gated_activation import swiglu as swiglu
+from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
 from megasparse.kernels.masked_decay import count_flips as count_flips
 from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
 from megasparse.kernels.mvue24 import mvue24 as mvue24
@@ -52,6 +56,7 @@ from megasparse.kernels.soft_threshold24 import (
 from megasparse.kernels.spmm24 import matmul24 as matmul24
 from megasparse.kernels.spmm24 import spmm24 as spmm24
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask
+from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
 
 __all__ = [
     "Packed24",
@@ -61,6 +66,7 @@ __all__ = [
     "derive_seed",
     "encode_patterns",
     "geglu",
+    "grad_pack24",
     "is_24",
     "masked_decay_",
     "matmul24",
@@ -77,4 +83,5 @@ __all__ = [
     "transposable24_mask",
     "transposable_patterns",
     "unpack24",
+    "weight_pack24",
 ]

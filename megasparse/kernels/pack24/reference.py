@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels.packed24 import E4M3_MAX, Packed24, codes_to_metadata
+from megasparse.kernels.float8 import quantise as to_float8
+from megasparse.kernels.packed24 import Packed24, codes_to_metadata
 
 
 def pack(w: torch.Tensor, packed: Packed24, quantise: bool, flag: torch.Tensor) -> None:
@@ -26,8 +27,7 @@ def pack(w: torch.Tensor, packed: Packed24, quantise: bool, flag: torch.Tensor) 
     i1 = torch.where(n3 | (count < 2), 3, torch.where(n2, 2, 1))
     index = torch.stack([i0, i1], -1)
     if quantise:
-        kept = groups.gather(-1, index).float() * packed.scale.reciprocal()
-        kept = kept.clamp(-E4M3_MAX, E4M3_MAX).to(packed.dtype)
+        kept = to_float8(groups.gather(-1, index), packed.scale.reciprocal(), packed.dtype)
     else:  # by bits: torch does not gather e4m3
         bits = torch.int16 if packed.dtype.itemsize == 2 else torch.int8
         kept = groups.view(bits).gather(-1, index).view(packed.dtype)

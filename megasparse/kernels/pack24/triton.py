@@ -13,19 +13,10 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.float8.triton import to_float8
 from megasparse.kernels.groups.triton import widen
-from megasparse.kernels.packed24 import E4M3_MAX, Packed24
-
-
-def _code(case: int) -> int:
-    """The metadata code of a group whose non-zeros are the bits of `case`."""
-    last = case >> 3 & 1 or (case & 7) in (0, 1, 2, 4)
-    first = 0 if case & 1 else 1 if case & 2 else 2
-    return first | (3 if last else 2 if case & 4 else 1) << 2
-
-
-_CODES = tl.constexpr(sum(_code(case) << 4 * case for case in range(16)))
-_E4M3_MAX = tl.constexpr(E4M3_MAX)
+from megasparse.kernels.layout24.triton import crowded8, select8
+from megasparse.kernels.packed24 import Packed24
 
 
 @dataclass(frozen=True)
@@ -113,24 +104,6 @@ def _pack16_kernel(
 
 
 @triton.jit
-def _e4m3_grid(v):
-    """Round float32 to the nearest e4m3 number, ties to even, saturated at 448.
-
-    Only the interpreter needs it: the GPU's conversion does so by itself, the interpreter's does
-    not.
-    """
-    magnitude = tl.abs(v)
-    magnitude = tl.where(magnitude > _E4M3_MAX, _E4M3_MAX, magnitude)  # NaN stays
-    bits = magnitude.to(tl.int32, bitcast=True)
-    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-    subnormal = (magnitude + 24576.0) - 24576.0  # at 1.5 * 2^14 the spacing is 2^-9
-    rounded = tl.where(magnitude < 2.0**-6, subnormal, normal.to(tl.float32, bitcast=True))
-    sign = v.to(tl.int32, bitcast=True) & -0x80000000
-    rounded = (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return tl.where(v == v, rounded, float("nan"))
-
-
-@triton.jit
 def _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS: tl.constexpr):
     """The codes (64, COLUMNS / 4) of a tile, two adjacent groups a byte, in the 8-bit order."""
     even, odd = tl.split(tl.reshape(code, (64, COLUMNS // 8, 2)))
@@ -146,10 +119,7 @@ def _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS: 
 def _pack8_kernel(
     w_ptr, values_ptr, metadata_ptr, flag_ptr, num_columns, w_stride, COLUMNS: tl.constexpr
 ):
-    """8-bit weights, a group to an int32 (w_stride counts those), two kept to an int16.
-
-    Sixteen cases of which entries are non-zero: the codes are looked up in a 64-bit constant.
-    """
+    """8-bit weights, a group to an int32 (w_stride counts those), two kept to an int16."""
     GROUPS: tl.constexpr = COLUMNS // 4
     tiles = num_columns // COLUMNS
     pid = tl.program_id(0)
@@ -157,13 +127,8 @@ def _pack8_kernel(
     row = block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
     group = tile * GROUPS + tl.arange(0, GROUPS)[None, :]
     w = tl.load(w_ptr + row * w_stride + group).to(tl.uint32, bitcast=True)
-    # The top bit of each byte that is non-zero without its sign, then those four bits together.
-    nonzero = (((w & 0x7F7F7F7F) + 0x7F7F7F7F) & 0x80808080) >> 7
-    case = (nonzero * 0x10204080) >> 28
-    code = (tl.full((1, 1), _CODES, tl.uint64) >> (case * 4).to(tl.uint64)).to(tl.uint32) & 15
-    # Bit c of 0xE880: c has three bits or more.
-    _raise_flag(flag_ptr, (tl.full((1, 1), 0xE880, tl.uint32) >> case) & 1)
-    kept = ((w >> ((code & 3) * 8)) & 0xFF) | (((w >> ((code >> 2) * 8)) & 0xFF) << 8)
+    kept, code = select8(w)
+    _raise_flag(flag_ptr, crowded8(w) >> 31)
     values_ptrs = values_ptr + row * (num_columns // 4) + tl.max_contiguous(group, [1, 4])
     tl.store(values_ptrs, kept.to(tl.int16))
     _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS)
@@ -179,7 +144,6 @@ def _quantise_pack8_kernel(
     num_columns,
     w_stride,
     COLUMNS: tl.constexpr,
-    EXACT_GRID: tl.constexpr,
 ):
     """Wider weights: the kept two times 1 / *scale_ptr as e4m3, saturated."""
     GROUPS: tl.constexpr = COLUMNS // 4
@@ -193,14 +157,9 @@ def _quantise_pack8_kernel(
     _raise_flag(flag_ptr, violated)
     factor = tl.div_rn(1.0, tl.load(scale_ptr))
     values = tl.reshape(tl.join(v0, v1), (64, COLUMNS // 2)) * factor
-    if EXACT_GRID:
-        values = _e4m3_grid(values)
-    bits = values.to(tl.float8e4nv).to(tl.int8, bitcast=True)
-    if EXACT_GRID:
-        bits = tl.where(values != values, 0x7F, bits).to(tl.int8)
     HELD: tl.constexpr = 64 // w_ptr.dtype.element_ty.primitive_bitwidth
     kept_column = _kept_columns(tile, COLUMNS, HELD)
-    tl.store(values_ptr + row * (num_columns // 2) + kept_column, bits)
+    tl.store(values_ptr + row * (num_columns // 2) + kept_column, to_float8(values, False))
     _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS)
 
 
@@ -304,7 +263,6 @@ def pack(w: torch.Tensor, packed: Packed24, quantise: bool, flag: torch.Tensor) 
         packed.shape[1],
         w.stride(0),
         COLUMNS=columns,
-        EXACT_GRID=INTERPRETING,
         num_warps=launch.num_warps,
     )
 

@@ -15,6 +15,7 @@ from megasparse.kernels.groups.triton import (
     nan_limit,
     raise_flag,
     rounded,
+    rounded_pair,
     store_bits,
     to_fp32,
 )
@@ -77,6 +78,27 @@ def _soft_threshold24_kernel(
         tl.store(partial_sums + 2 * pid, tl.sum(dots))
         tl.store(partial_sums + 2 * pid + 1, tl.sum(squares))
     raise_flag(flag, (worst > nan_limit(KIND)).to(tl.int32))
+
+
+@triton.jit
+def _shrunk_pair(x, y, threshold, KIND: tl.constexpr):
+    """`_project` on float32."""
+    s, t = rounded_pair(tl.abs(x) - threshold, tl.abs(y) - threshold, KIND)
+    s, t = tl.where(x < 0, -s, s), tl.where(y < 0, -t, t)
+    return tl.where(tl.abs(x) > threshold, s, 0.0), tl.where(tl.abs(y) > threshold, t, 0.0)
+
+
+@triton.jit
+def soft_threshold_group(a, b, c, d, KIND: tl.constexpr):
+    """The projection of four float32 that are KIND's, rounded to it, and where one is NaN."""
+    low_ab = tl.minimum(tl.abs(a), tl.abs(b))
+    high_ab = tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+    low_cd = tl.minimum(tl.abs(c), tl.abs(d))
+    high_cd = tl.maximum(tl.abs(c), tl.abs(d), propagate_nan=tl.PropagateNan.ALL)
+    threshold = tl.minimum(tl.maximum(low_ab, low_cd), tl.minimum(high_ab, high_cd))
+    a, b = _shrunk_pair(a, b, threshold, KIND)
+    c, d = _shrunk_pair(c, d, threshold, KIND)
+    return a, b, c, d, (high_ab != high_ab) | (high_cd != high_cd)
 
 
 def soft_threshold24(w: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:

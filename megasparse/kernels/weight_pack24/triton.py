@@ -1,0 +1,326 @@
+"""Triton kernel of `weight_pack24`: the weight is read once and leaves packed in both orientations.
+
+A thread holds whole 4x4 blocks, two of them one above the other: groups along the rows and along
+the columns are selected in registers, on words of four converted numbers. Only what leaves is
+moved between threads: the transpose's kept values (half of the converted bytes) and the codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.float8.triton import raise_amax
+from megasparse.kernels.groups import KINDS, group_words
+from megasparse.kernels.groups.triton import load_bits, raise_flag, to_fp32
+from megasparse.kernels.layout24.triton import (
+    amax_of,
+    column_metadata,
+    columns_of,
+    join4,
+    masked_word,
+    nan_bits,
+    nans_of,
+    row_metadata,
+    select,
+    to_word,
+    word_of,
+)
+from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.soft_threshold24.triton import soft_threshold_group
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Most columns a program handles (64 rows each), its warps, and a thread's most registers.
+
+    `bands` blocks of 64 rows are handled together before the next columns: what they write to one
+    row of the transpose is adjacent, and meets in the cache.
+    """
+
+    columns: int
+    num_warps: int
+    registers: int
+    bands: int
+
+
+LAUNCH = Launch(columns=128, num_warps=4, registers=96, bands=4)
+# The interpreter costs time per program, not per element.
+INTERPRETED = Launch(columns=1024, num_warps=4, registers=96, bands=2)
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _load(w, mask, group, KIND: tl.constexpr):
+    """The bits of a group's entries, and its mask: four bytes, 0 or 1, in a uint32."""
+    live = tl.full(group.shape, 1, tl.int1)
+    a, b, c, d = load_bits(w, group, live, KIND)
+    kept = 0
+    if mask is not None:
+        kept = tl.load(mask + group).to(tl.uint32, bitcast=True)
+    return a, b, c, d, kept
+
+
+@triton.jit
+def _load_block(w, mask, group, stride, KIND: tl.constexpr):
+    return (
+        _load(w, mask, group, KIND),
+        _load(w, mask, group + stride, KIND),
+        _load(w, mask, group + 2 * stride, KIND),
+        _load(w, mask, group + 3 * stride, KIND),
+    )
+
+
+@triton.jit
+def _row(loaded, beta, scale, MASK: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr):
+    """One group a lane of one row: its word, bits of `nan_bits`, and its largest |W~|."""
+    kept = loaded[4]
+    if MASK and KIND == OUT:
+        word = word_of(loaded[0], loaded[1], loaded[2], loaded[3])
+        found = nans_of(word, OUT)
+        word = masked_word(word, kept, OUT)
+        return word, found, amax_of(word, KIND)
+    a, b = to_fp32(loaded[0], KIND), to_fp32(loaded[1], KIND)
+    c, d = to_fp32(loaded[2], KIND), to_fp32(loaded[3], KIND)
+    if MASK:
+        word = to_word(a, b, c, d, scale, OUT)
+        found = nans_of(word, OUT)
+        word = masked_word(word, kept, OUT)
+        # Products with 0 or 1: they run beside the logic, whose units are the busy ones.
+        a = to_fp32(loaded[0] * (kept & 0xFF).to(tl.int32), KIND)
+        b = to_fp32(loaded[1] * ((kept >> 8) & 0xFF).to(tl.int32), KIND)
+        c = to_fp32(loaded[2] * ((kept >> 16) & 0xFF).to(tl.int32), KIND)
+        d = to_fp32(loaded[3] * (kept >> 24).to(tl.int32), KIND)
+    else:
+        a, b, c, d, nan = soft_threshold_group(a, b, c, d, KIND)
+        a, b, c, d = a * beta, b * beta, c * beta, d * beta
+        word = to_word(a, b, c, d, scale, OUT)
+        found = tl.where(nan, nan_bits(OUT), 0).to(tl.uint32)
+    return word, found, _max(_max(tl.abs(a), tl.abs(b)), _max(tl.abs(c), tl.abs(d)))
+
+
+@triton.jit
+def _select_four(words, OUT: tl.constexpr):
+    """The kept of four groups, and their codes as nibbles."""
+    k0, code0 = select(words[0], OUT)
+    k1, code1 = select(words[1], OUT)
+    k2, code2 = select(words[2], OUT)
+    k3, code3 = select(words[3], OUT)
+    return (k0, k1, k2, k3), (code0 | (code1 << 4)) | ((code2 << 8) | (code3 << 12))
+
+
+@triton.jit
+def _block(
+    loaded, beta, scale, values, group, stride, MASK: tl.constexpr, KIND: tl.constexpr,
+    OUT: tl.constexpr,
+):  # fmt: skip
+    """A 4x4 block a lane: stores the kept of its rows, returns the words of its rows and more.
+
+    Then the codes of the rows, bits of `nan_bits`, and the largest |W~|.
+    """
+    w0, found0, amax0 = _row(loaded[0], beta, scale, MASK, KIND, OUT)
+    w1, found1, amax1 = _row(loaded[1], beta, scale, MASK, KIND, OUT)
+    w2, found2, amax2 = _row(loaded[2], beta, scale, MASK, KIND, OUT)
+    w3, found3, amax3 = _row(loaded[3], beta, scale, MASK, KIND, OUT)
+    kept, codes = _select_four((w0, w1, w2, w3), OUT)
+    kind: tl.constexpr = values.dtype.element_ty
+    tl.store(values + group, kept[0].to(kind))
+    tl.store(values + group + stride, kept[1].to(kind))
+    tl.store(values + group + 2 * stride, kept[2].to(kind))
+    tl.store(values + group + 3 * stride, kept[3].to(kind))
+    amax = _max(_max(amax0, amax1), _max(amax2, amax3))
+    return (w0, w1, w2, w3), codes, (found0 | found1) | (found2 | found3), amax
+
+
+@triton.jit
+def _crowded(loaded, BOTH: tl.constexpr):
+    """Masks of a 4x4 block: a bit of 0x80808080 where a row, or with BOTH a column, keeps over 2.
+
+    The bytes of a product with 0x01010101 are sums; 0x7D and 3 make 0x80.
+    """
+    m0, m1, m2, m3 = loaded[0][4], loaded[1][4], loaded[2][4], loaded[3][4]
+    found = (m0 * 0x01010101 + 0x7D000000) | (m1 * 0x01010101 + 0x7D000000)
+    found = found | (m2 * 0x01010101 + 0x7D000000) | (m3 * 0x01010101 + 0x7D000000)
+    found = found & 0x80000000
+    if BOTH:
+        found = found | (((m0 + m1) + (m2 + m3) + 0x7D7D7D7D) & 0x80808080)
+    return found
+
+
+@triton.jit
+def _stacked(low, high, OUT: tl.constexpr):
+    """What two groups of a column keep, one above the other, as one word."""
+    if OUT == "e4m3":
+        return (low & 0xFFFF) | (high << 16)
+    else:
+        return low.to(tl.uint64) | (high.to(tl.uint64) << 32)
+
+
+@triton.jit
+def _transposed_tile(x0, x1, x2, x3, GROUPS: tl.constexpr):
+    """(4 * GROUPS, 8): the words (8, GROUPS) of the columns 4 C, 4 C + 1, 4 C + 2, 4 C + 3."""
+    return tl.trans(tl.reshape(join4(x0, x1, x2, x3), (8, 4 * GROUPS)))
+
+
+@triton.jit
+def _weight_pack24_kernel(
+    w,
+    mask,
+    beta_ptr,
+    scale_ptr,
+    inverse_ptr,
+    values,
+    metadata,
+    values_t,
+    metadata_t,
+    amax_ptr,
+    flag,
+    nan_flag,
+    num_rows,
+    num_columns,
+    KIND: tl.constexpr,
+    OUT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BANDS: tl.constexpr,
+):
+    """64 x COLUMNS of w; pointers to groups are to words. Without `metadata_t`, values_t is dense.
+
+    `values_t` has a word for 8 rows (two groups) of w that is as wide as what those become.
+    """
+    GROUPS: tl.constexpr = COLUMNS // 4
+    BITS: tl.constexpr = 8 if OUT == "e4m3" else 16
+    tiles = num_columns // COLUMNS
+    pid = tl.program_id(0)
+    tile = (pid // BANDS) % tiles
+    block_row = (pid // (BANDS * tiles)) * BANDS + pid % BANDS
+    beta, scale = 1.0, 1.0
+    if mask is None:
+        beta = tl.load(beta_ptr)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    tl.store(inverse_ptr, tl.div_rn(1.0, scale), mask=pid == 0)
+
+    stride = tl.cast(num_columns // 4, tl.int64)
+    p = tl.arange(0, 8)[:, None]
+    group = (block_row.to(tl.int64) * 64 + 8 * p) * stride + (
+        tile * GROUPS + tl.arange(0, GROUPS)[None, :]
+    )
+    # Groups that a thread holds side by side: as many as 16 bytes of w.
+    HELD: tl.constexpr = 1 if KIND == "fp32" else 2
+    group = tl.max_contiguous(group, [1, HELD])
+    MASK: tl.constexpr = mask is not None
+    # All loads come first: the hardware has them under way at once, and keeps their order.
+    upper_loaded = _load_block(w, mask, group, stride, KIND)
+    lower_loaded = _load_block(w, mask, group + 4 * stride, stride, KIND)
+    if MASK:
+        BOTH: tl.constexpr = metadata_t is not None
+        crowded = _crowded(upper_loaded, BOTH) | _crowded(lower_loaded, BOTH)
+        raise_flag(flag, (crowded != 0).to(tl.int32))
+    upper, upper_codes, nan, amax = _block(
+        upper_loaded, beta, scale, values, group, stride, MASK, KIND, OUT
+    )
+    lower, lower_codes, lower_nan, lower_amax = _block(
+        lower_loaded, beta, scale, values, group + 4 * stride, stride, MASK, KIND, OUT
+    )
+    raise_flag(nan_flag, ((nan | lower_nan) & nan_bits(OUT) != 0).to(tl.int32))
+    if amax_ptr is not None:
+        raise_amax(amax_ptr, _max(amax, lower_amax))
+    byte = row_metadata(upper_codes | (lower_codes << 16), BITS, COLUMNS)
+    start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
+    tl.store(metadata + start + tl.arange(0, 8 * COLUMNS), byte)
+
+    column = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    upper = columns_of(upper[0], upper[1], upper[2], upper[3])
+    lower = columns_of(lower[0], lower[1], lower[2], lower[3])
+    if metadata_t is not None:
+        kept, codes = _select_four(upper, OUT)
+        more, more_codes = _select_four(lower, OUT)
+        words = _transposed_tile(
+            _stacked(kept[0], more[0], OUT),
+            _stacked(kept[1], more[1], OUT),
+            _stacked(kept[2], more[2], OUT),
+            _stacked(kept[3], more[3], OUT),
+            GROUPS,
+        )
+        place = column * (num_rows // 8) + block_row * 8 + tl.arange(0, 8)[None, :]
+        tl.store(values_t + place, words.to(values_t.dtype.element_ty))
+        byte = column_metadata(codes | (more_codes << 16), BITS, COLUMNS)
+        block = (tile * (COLUMNS // 64) + tl.arange(0, COLUMNS // 64)[:, None]).to(tl.int64)
+        inner = block_row * 512 + tl.arange(0, 512)[None, :]
+        tl.store(metadata_t + block * 8 * num_rows + inner, byte)
+    elif values_t is not None and BITS == 8:
+        words = _transposed_tile(
+            upper[0].to(tl.uint64) | (lower[0].to(tl.uint64) << 32),
+            upper[1].to(tl.uint64) | (lower[1].to(tl.uint64) << 32),
+            upper[2].to(tl.uint64) | (lower[2].to(tl.uint64) << 32),
+            upper[3].to(tl.uint64) | (lower[3].to(tl.uint64) << 32),
+            GROUPS,
+        )
+        place = column * (num_rows // 8) + block_row * 8 + tl.arange(0, 8)[None, :]
+        tl.store(values_t + place, words.to(tl.int64, bitcast=True))
+    elif values_t is not None:
+        words = tl.join(
+            _transposed_tile(upper[0], upper[1], upper[2], upper[3], GROUPS),
+            _transposed_tile(lower[0], lower[1], lower[2], lower[3], GROUPS),
+        )
+        place = column * (num_rows // 4) + block_row * 16 + tl.arange(0, 16)[None, :]
+        tl.store(values_t + place, tl.reshape(words, (COLUMNS, 16)).to(tl.int64, bitcast=True))
+
+
+def weight_pack24(
+    w: torch.Tensor,
+    mask: torch.Tensor | None,
+    threshold_scale: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    packed: Packed24,
+    other: Packed24 | torch.Tensor | None,
+    amax: torch.Tensor | None,
+    flag: torch.Tensor,
+    nan_flag: torch.Tensor,
+) -> None:
+    """See reference.py; sets `nan_flag` to 1 when `w` holds a NaN."""
+    rows, total = packed.shape
+    launch = INTERPRETED if INTERPRETING else LAUNCH
+    columns, bands = launch.columns, launch.bands
+    while total % columns:
+        columns //= 2
+    while rows // 64 % bands:
+        bands //= 2
+    group = torch.int32 if packed.dtype.itemsize == 2 else torch.int16  # what a group keeps
+    values_t, metadata_t = None, None
+    if isinstance(other, Packed24):
+        pair = torch.int64 if packed.dtype.itemsize == 2 else torch.int32
+        values_t, metadata_t = other.values.view(pair), other.metadata
+    elif other is not None:
+        values_t = other.view(torch.int64)
+    _weight_pack24_kernel[(rows // 64 * (total // columns),)](
+        group_words(w),
+        None if mask is None else group_words(mask),
+        threshold_scale,
+        scale,
+        packed.scale,
+        packed.values.view(group),
+        packed.metadata,
+        values_t,
+        metadata_t,
+        None if amax is None else amax.view(torch.int32),
+        flag,
+        nan_flag,
+        rows,
+        total,
+        KIND=KINDS[w.dtype],
+        OUT=KINDS[packed.dtype],
+        COLUMNS=columns,
+        BANDS=bands,
+        num_warps=launch.num_warps,
+        maxnreg=launch.registers,
+        enable_fp_fusion=False,
+    )

@@ -15,9 +15,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = {
     "errors": 0, "log": 0, "progress": 0, "tensor_files": 0, "timer": 0,
     "config": 1, "kernels": 1,
-    "sparsity": 2, "fp8": 2, "compress": 2,
-    "megatron": 3, "optim": 3, "data": 3, "convert": 3,
-    "train": 4,
+    "fp8": 2,
+    "sparsity": 3, "compress": 3,
+    "megatron": 4, "optim": 4, "data": 4, "convert": 4,
+    "train": 5,
 }  # fmt: skip
 
 # Only these files (or folders) may import the dependency.
@@ -25,6 +26,7 @@ DOORS = {
     "megatron": ["megasparse/megatron"],
     "deepspeed": ["megasparse/train/process.py"],
     "transformer_engine": ["megasparse/fp8.py"],
+    "transformer_engine_torch": ["megasparse/fp8.py"],
     "triton": ["megasparse/kernels/*/triton.py"],
     "sentencepiece": ["megasparse/data/tokenizer.py"],
     "tokenizers": ["megasparse/data/tokenizer.py"],

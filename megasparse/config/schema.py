@@ -244,6 +244,24 @@ class SparsityConfig:
 
 
 @dataclass
+class Fp8Config:
+    """FP8 GEMMs of the sparse layers (Hopper, with Transformer Engine)."""
+
+    fp8_format: str | None = option(
+        None, "compute the sparse layers' GEMMs in 8 bits: all operands e4m3 (e4m3), or output "
+        "gradients in e5m2 where their GEMM is dense (hybrid); default: in the model's precision",
+        choices=("e4m3", "hybrid"),
+    )  # fmt: skip
+    fp8_margin: int = option(0, "scales are divided by 2 to the power of this", at_least=0)
+    fp8_amax_history_len: int = option(
+        16, "optimizer steps whose largest magnitudes make a scale", at_least=1
+    )
+    fp8_amax_compute_algo: str = option(
+        "max", "the largest of them, or the newest", choices=("max", "most_recent")
+    )
+
+
+@dataclass
 class DistillationConfig:
     """A frozen dense teacher beside the student (AST); off while its weight is 0."""
 
@@ -276,6 +294,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -39,6 +39,7 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     _check_data(config.data, config.model)
     _check_start(config)
     _check_slorb(config)
+    _check_fp8(config)
     config.checkpoint.save = config.checkpoint.save or f"{config.checkpoint.run_dir}/checkpoints"
     config.logging.tensorboard_dir = (
         config.logging.tensorboard_dir or f"{config.checkpoint.run_dir}/tensorboard"
@@ -267,6 +268,18 @@ def _check_slorb(config: RunConfig) -> None:
         )
     if sparsity.dense_warmup_fraction or sparsity.dense_tail_fraction:
         raise ConfigError("slorb_k needs a run without dense_warmup_fraction, dense_tail_fraction")
+
+
+def _check_fp8(config: RunConfig) -> None:
+    wanted, recipe = config.fp8.fp8_format, config.sparsity.sparsity_recipe
+    if wanted is None:
+        return
+    if recipe == "dense":
+        raise ConfigError(f"fp8_format {wanted} with no sparse layers, expected a sparsity_recipe")
+    if not config.train.bf16:
+        raise ConfigError(f"fp8_format {wanted} in float32, expected --bf16")
+    if config.sparsity.simulate_fp8:
+        raise ConfigError(f"fp8_format {wanted} with simulate_fp8, expected one of the two")
 
 
 def _check_divisible(config: RunConfig) -> None:

@@ -62,6 +62,11 @@ class Packed24:
 
         The definition of `unpack24`.
         """
+        w = self.stored()
+        return w if self.dtype.itemsize == 2 else w.float() * self.scale
+
+    def stored(self) -> torch.Tensor:
+        """The (N, K) matrix of `dtype`, without the scale. Any device."""
         rows, columns = self.shape
         codes = metadata_to_codes(self.metadata, self.shape, self.dtype).long()
         index = torch.stack([codes & 3, codes >> 2], -1)
@@ -69,8 +74,7 @@ class Packed24:
         bits = self.values.view(torch.int16 if self.dtype.itemsize == 2 else torch.int8)
         dense = bits.new_zeros(rows, columns // 4, 4)
         dense.scatter_(-1, index, bits.reshape(rows, columns // 4, 2))
-        w = dense.view(rows, columns).view(self.dtype)
-        return w if self.dtype.itemsize == 2 else w.float() * self.scale
+        return dense.view(rows, columns).view(self.dtype)
 
 
 @functools.cache

@@ -58,6 +58,13 @@ class Grid:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.tp_group)
         return tensor
 
+    def max_over_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest value over the ranks that compute the same layers, in place."""
+        tensor = self.max_over_tp(tensor)
+        if self.dp_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.dp_group)
+        return tensor
+
     def sum_over_model(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks that share one copy of the model, in place."""
         if self.tp_size * self.pp_size > 1:

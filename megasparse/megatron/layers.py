@@ -42,6 +42,8 @@ from megasparse.sparsity.state import SparseWeight
 class SumOverTensorParallel:
     """Column-parallel without sp: every rank has the whole input; its gradients are summed."""
 
+    gathers = False
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
@@ -57,6 +59,8 @@ class SumOverTensorParallel:
 
 class GatherOverSequence:
     """Column-parallel with sp: inputs are gathered, their gradients summed and scattered."""
+
+    gathers = True
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group

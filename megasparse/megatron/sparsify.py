@@ -10,8 +10,12 @@ from collections.abc import Sequence
 import torch
 
 from megasparse.errors import ConfigError
+from megasparse.fp8 import Fp8Scales
+from megasparse.kernels.packed24 import ROW_MULTIPLE
 from megasparse.megatron.layers import _ParallelLinear
 from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.fp8_gemms import ALIGNMENT as FP8_ALIGNMENT
+from megasparse.sparsity.fp8_gemms import Fp8Slots
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.state import Reduce, SparseWeight
 from megasparse.timer import StepTimer
@@ -31,6 +35,8 @@ def sparsify(
     timer: StepTimer | None = None,
     slorb_k: int | None = None,
     slorb_train_projection: bool = True,
+    fp8: Fp8Scales | None = None,
+    fp8_hybrid: bool = False,
 ) -> SparsityController:
     """Give every linear whose name matches a pattern the recipe's sparsity state.
 
@@ -46,11 +52,13 @@ def sparsify(
         timer: of the run.
         slorb_k: add SLoRB's low-rank branch, of rank inputs / k; None: none.
         slorb_train_projection: whether its projection is a parameter.
+        fp8: compute the GEMMs of these layers in FP8, scaled by it; None: in the model's dtype.
+        fp8_hybrid: output gradients in e5m2 where their GEMM is dense.
 
     Raises:
         ConfigError: a pattern that matches nothing, or a shard that cuts a 4x4 block.
     """
-    controller = SparsityController(recipe, clock, monitor, timer=timer or StepTimer())
+    controller = SparsityController(recipe, clock, monitor, timer=timer or StepTimer(), fp8=fp8)
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -69,9 +77,14 @@ def sparsify(
             continue
         _check_blocks(name, module)
         state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce, reduce_max)
+        if fp8 is not None:
+            _check_fp8(name, module)
+            state.fp8, state.fp8_hybrid = Fp8Slots.of(fp8), fp8_hybrid
         module.make_sparse(state, controller, _draw_key(name))
         if slorb_k is not None:
             module.add_boost(slorb_k, slorb_train_projection)
+    if fp8 is not None:
+        fp8.allocate()
     return controller
 
 
@@ -113,6 +126,18 @@ def _check_blocks(name: str, module: _ParallelLinear) -> None:
         raise ConfigError(
             f"{name}: a shard of {rows} x {columns} (tensor_model_parallel_size {shard.world}, "
             f"{shard.parts} fused parts) cuts a {BLOCK}x{BLOCK} block"
+        )
+
+
+def _check_fp8(name: str, module: _ParallelLinear) -> None:
+    shard = module.shard
+    rows, columns = shard.local_shape
+    parts = [section.length for section in shard.sections(0)]
+    if rows % FP8_ALIGNMENT or columns % FP8_ALIGNMENT or any(n % ROW_MULTIPLE for n in parts):
+        raise ConfigError(
+            f"{name}: FP8 with a shard of {rows} x {columns} (tensor_model_parallel_size "
+            f"{shard.world}, fused parts of {parts} rows), expected multiples of {FP8_ALIGNMENT}, "
+            f"and parts of {ROW_MULTIPLE}"
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megasparse.fp8 import Fp8Scales
 from megasparse.kernels import derive_seed
 from megasparse.sparsity import schedule
 from megasparse.sparsity.probe import Probe
@@ -57,6 +58,7 @@ class SparsityController:
         monitor: keep masks and flips in dense phases.
         weights: sparse weight states with their parameters, in model order.
         timer: of the run.
+        fp8: scaling of FP8 operands, where GEMMs are in FP8.
     """
 
     recipe: SparsityRecipe
@@ -64,6 +66,12 @@ class SparsityController:
     monitor: bool = True
     weights: list[tuple[SparseWeight, torch.nn.Parameter]] = field(default_factory=list)
     timer: StepTimer = field(default_factory=StepTimer)
+    fp8: Fp8Scales | None = None
+
+    def finish_step(self) -> None:
+        """After the update of a step, on all ranks: FP8 scales of the next one."""
+        if self.fp8 is not None:
+            self.fp8.finish_step()
 
     def register(self, state: SparseWeight, weight: torch.nn.Parameter) -> None:
         """Add a layer's weight."""

@@ -9,6 +9,7 @@ version. Where dense is faster, dense is used, and the log says so once per shap
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -130,8 +131,9 @@ class GemmChooser:
             log_once("GEMM choices are not kept: %s", error)
 
 
-def chooser_for(device: torch.device) -> GemmChooser:
-    """The chooser of a GPU, with its file under the user's cache folder."""
+@functools.cache
+def shared_chooser(device: torch.device) -> GemmChooser:
+    """The chooser of a GPU, one a process, with its file under the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     gpu = torch.cuda.get_device_name(device).replace(" ", "-")
     library = torch.backends.cusparselt.version()

@@ -6,12 +6,16 @@ rank. Communication is around these (`sparsity/linear.py`), never inside.
     output       z_TN  = x_TK  @ w_NK^T     contraction over K
     grad_input   dx_TK = dz_TN @ w_NK       contraction over N
     grad_weight  dw_NK = dz_TN^T @ x_TK     contraction over T
+
+Two of them share x and two share dz. What an implementation makes of either for its GEMMs (an FP8
+copy, a packed draw) it makes once: `output_keeping` gives what grad_weight wants of x beside z, and
+`gradient` what both GEMMs of the backward pass want of dz.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -34,20 +38,55 @@ class LinearGemms(Protocol):
         """`X W~^T`, `(T, N)` in the dtype of x."""
         ...
 
-    def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor:
-        """`dZ W~`, `(T, K)` in the dtype of dz."""
+    def output_keeping(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and what `grad_weight` wants of x."""
         ...
 
-    def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
-        """`dZ^T X` or `MVUE(dZ^T) X`, `(N, K)`: straight through to the dense master weight.
+    def kept(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """What `grad_weight` wants of x, without the product."""
+        ...
+
+    def gradient(self, dz_TN: torch.Tensor, seed: int) -> Any:
+        """What `grad_input` and `grad_weight` want of dZ.
 
         Args:
             seed: of the layer's draws in this micro-batch.
         """
         ...
 
+    def grad_input(self, gradient: Any) -> torch.Tensor:
+        """`dZ W~`, `(T, K)` in the dtype of dz."""
+        ...
 
-class DenseGemms:
+    def grad_weight(self, gradient: Any, kept: torch.Tensor) -> torch.Tensor:
+        """`dZ^T X` or `MVUE(dZ^T) X`, `(N, K)`: straight through to the dense master weight."""
+        ...
+
+
+class Gradient(NamedTuple):
+    """dZ as it came, with the seed of what is drawn from it."""
+
+    dz_TN: torch.Tensor
+    seed: int
+
+
+class PlainOperands:
+    """For GEMMs that take x and dz as they are."""
+
+    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def output_keeping(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.output(x_TK), x_TK
+
+    def kept(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return x_TK
+
+    def gradient(self, dz_TN: torch.Tensor, seed: int) -> Gradient:
+        return Gradient(dz_TN, seed)
+
+
+class DenseGemms(PlainOperands):
     """All three GEMMs dense."""
 
     halved: Set[str] = frozenset()
@@ -58,11 +97,11 @@ class DenseGemms:
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         return x_TK @ self._w_NK.t()
 
-    def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor:
-        return dz_TN @ self._w_NK
+    def grad_input(self, gradient: Gradient) -> torch.Tensor:
+        return gradient.dz_TN @ self._w_NK
 
-    def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
-        return dz_TN.t() @ x_TK
+    def grad_weight(self, gradient: Gradient, kept: torch.Tensor) -> torch.Tensor:
+        return gradient.dz_TN.t() @ kept
 
 
 class ReferenceSparseGemms(DenseGemms):
@@ -88,10 +127,13 @@ class ReferenceSparseGemms(DenseGemms):
         self._channels = channels
         self._probe = probe or Probe()
 
-    def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
-        if self._mvue != "off":
-            dz_TN = self._prune_along_tokens(dz_TN, seed)
-        return dz_TN.t() @ x_TK
+    def grad_weight(self, gradient: Gradient, kept: torch.Tensor) -> torch.Tensor:
+        return self._drawn(gradient).t() @ kept
+
+    def _drawn(self, gradient: Gradient) -> torch.Tensor:
+        if self._mvue == "off":
+            return gradient.dz_TN
+        return self._prune_along_tokens(*gradient)
 
     def _prune_along_tokens(self, dz_TN: torch.Tensor, seed: int) -> torch.Tensor:
         with self._probe.timer.span("preparation"):
@@ -141,13 +183,12 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         return self._e4m3(x_TK, "x") @ self._e4m3(self._w_NK, "weight").t()
 
-    def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor:
-        return self._e5m2(dz_TN, "grad_output") @ self._e5m2(self._w_NK)
+    def grad_input(self, gradient: Gradient) -> torch.Tensor:
+        return self._e5m2(gradient.dz_TN, "grad_output") @ self._e5m2(self._w_NK)
 
-    def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
-        if self._mvue != "off":
-            dz_TN = self._prune_along_tokens(dz_TN, seed)
-        return self._e5m2(dz_TN, "grad_output_mvue").t() @ self._e5m2(x_TK)
+    def grad_weight(self, gradient: Gradient, kept: torch.Tensor) -> torch.Tensor:
+        drawn = self._e5m2(self._drawn(gradient), "grad_output_mvue")
+        return drawn.t() @ self._e5m2(kept)
 
     def _e4m3(self, tensor: torch.Tensor, operand: str | None = None) -> torch.Tensor:
         return self._round(tensor, torch.float8_e4m3fn, operand)
@@ -165,7 +206,7 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
             return (rounded / scale).to(tensor.dtype)
 
 
-class Fp8StoredGemms:
+class Fp8StoredGemms(PlainOperands):
     """A frozen weight kept in e4m3 with a scale a row: half the memory of 16 bits.
 
     It is brought back to the input's precision where it is used, so the GEMM is a dense one; there
@@ -191,10 +232,10 @@ class Fp8StoredGemms:
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         return (x_TK @ self._codes_NK.to(x_TK.dtype).t()) * self._scale_N.to(x_TK.dtype)
 
-    def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor:
+    def grad_input(self, gradient: Gradient) -> torch.Tensor:
         raise RuntimeError("a frozen weight has no backward pass")
 
-    def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
+    def grad_weight(self, gradient: Gradient, kept: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("a frozen weight has no backward pass")
 
 

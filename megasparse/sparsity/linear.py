@@ -1,7 +1,8 @@
 """The autograd function of a linear layer: three GEMMs, with communication around them.
 
-    forward    x = gather(x_local);            z = output(x)
-    backward   dx = grad_input(dz); start reduce(dx);  dw = grad_weight(dz, x); wait for dx
+    forward    x = gather(x_local);            z, kept = output_keeping(x)
+    backward   g = gradient(dz);  dx = grad_input(g); start reduce(dx);  dw = grad_weight(g, kept);
+               wait for dx
 
 A low-rank branch (SLoRB) joins where the GEMMs are: `z += (x P^T) S^T` before, `dx += (dz S) P`
 after, so that it shares their communication.
@@ -22,7 +23,14 @@ from megasparse.sparsity.slorb import Boost
 
 
 class LinearComm(Protocol):
-    """What happens to the input before, and to its gradient after, the GEMMs of this rank."""
+    """What happens to the input before, and to its gradient after, the GEMMs of this rank.
+
+    Attributes:
+        gathers: the GEMMs see more than this rank holds; it is gathered again in the backward pass
+            rather than kept, which is what sequence parallelism saves memory for.
+    """
+
+    gathers: bool
 
     def gather(self, x_local: torch.Tensor) -> torch.Tensor:
         """The input that the GEMMs see, from what this rank holds."""
@@ -35,6 +43,8 @@ class LinearComm(Protocol):
 
 class NoComm:
     """A linear layer whose rank holds its whole input."""
+
+    gathers = False
 
     def gather(self, x_local: torch.Tensor) -> torch.Tensor:
         return x_local
@@ -55,40 +65,50 @@ class _Linear(torch.autograd.Function):
         comm: LinearComm,
         boost: Boost | None,
         seed: int,
+        recorded: bool,
     ) -> torch.Tensor:
         ctx.gemms, ctx.comm, ctx.boost, ctx.seed = gemms, comm, boost, seed
         x = comm.gather(x_local)
         x_TK = x.reshape(-1, x.shape[-1])
-        z_TN, h_TR = gemms.output(x_TK), None
+        kept, h_TR = None, None
+        if recorded and ctx.needs_input_grad[1]:
+            z_TN, kept = gemms.output_keeping(x_TK)
+        else:
+            z_TN = gemms.output(x_TK)
         if boost is not None and s_NR is not None:
             h_TR = boost.project(x_TK, p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
-        ctx.save_for_backward(x_local, s_NR, p_RK, h_TR)
+        again = comm.gathers or p_RK is not None
+        ctx.save_for_backward(
+            x_local if again else None, None if comm.gathers else kept, s_NR, p_RK, h_TR
+        )
         return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (dz,) = grads
-        x_local, s_NR, p_RK, h_TR = ctx.saved_tensors
+        x_local, kept, s_NR, p_RK, h_TR = ctx.saved_tensors
         dz_TN = dz.reshape(-1, dz.shape[-1])
-        dx, dw, ds, dp, wait = None, None, None, None, None
-        # Gathered again rather than kept: that is what sequence parallelism saves memory for.
-        x = ctx.comm.gather(x_local) if ctx.needs_input_grad[1] else None
+        dx, dw, ds, dp, wait, x_TK = None, None, None, None, None, None
+        wanted = ctx.needs_input_grad
+        if x_local is not None and wanted[1]:
+            x = ctx.comm.gather(x_local)
+            x_TK = x.reshape(-1, x.shape[-1])
         dh_TR = None if h_TR is None else ctx.boost.grad_hidden(dz_TN, s_NR)
-        if ctx.needs_input_grad[0]:
-            dx_TK = ctx.gemms.grad_input(dz_TN)
+        gradient = ctx.gemms.gradient(dz_TN, ctx.seed)
+        if wanted[0]:
+            dx_TK = ctx.gemms.grad_input(gradient)
             if dh_TR is not None:
                 dx_TK = ctx.boost.add_grad_input_(dx_TK, dh_TR, p_RK)
             dx, wait = ctx.comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
-        if x is not None:
-            x_TK = x.reshape(-1, x.shape[-1])
-            dw = ctx.gemms.grad_weight(dz_TN, x_TK, ctx.seed)
+        if wanted[1]:
+            dw = ctx.gemms.grad_weight(gradient, ctx.gemms.kept(x_TK) if kept is None else kept)
             if dh_TR is not None:
                 ds = dz_TN.t() @ h_TR
                 dp = None if p_RK is None else ctx.boost.grad_projection(dh_TR, x_TK)
         if wait is not None:
             wait()
-        return dx, dw, ds, dp, None, None, None, None
+        return dx, dw, ds, dp, None, None, None, None, None
 
 
 def linear(
@@ -115,4 +135,6 @@ def linear(
     Returns:
         `(..., N)`; the leading dimensions are those of the gathered input.
     """
-    return _Linear.apply(x, weight, adapter, projection, gemms, comm or NoComm(), boost, seed)
+    recorded = torch.is_grad_enabled()  # inside the function it is off
+    comm = comm or NoComm()
+    return _Linear.apply(x, weight, adapter, projection, gemms, comm, boost, seed, recorded)

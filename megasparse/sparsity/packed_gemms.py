@@ -11,14 +11,14 @@ pruned weight. The weight gradient stays with MVUE, whose draws are part of the 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Set
 
 import torch
 
 from megasparse.kernels import matmul24, mvue_pack24, pack24, spmm24
 from megasparse.kernels.packed24 import Packed24
-from megasparse.sparsity.gemm_choice import GemmChooser, chooser_for
+from megasparse.sparsity.gemm_choice import GemmChooser, shared_chooser
+from megasparse.sparsity.gemms import Gradient, PlainOperands
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import Section
@@ -45,7 +45,7 @@ def refusal(
     return None
 
 
-class PackedSparseGemms:
+class PackedSparseGemms(PlainOperands):
     """The GEMMs of one step with W~ packed.
 
     Args:
@@ -72,7 +72,7 @@ class PackedSparseGemms:
         self._effective, self._recipe, self._error_flag = effective, recipe, error_flag
         self._channels = tuple((s.local_start, s.global_start, s.length) for s in channels)
         w_NK = effective()
-        self._chooser = chooser or _chooser(w_NK.device)
+        self._chooser = chooser or shared_chooser(w_NK.device)
         self._packed = pack24(w_NK, error_flag=error_flag)
         self._packed_t: Packed24 | None = None
         if recipe.transposable:
@@ -81,12 +81,13 @@ class PackedSparseGemms:
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         return self._multiply("output", self._packed, x_TK, lambda w_NK: w_NK.t())
 
-    def grad_input(self, dz_TN: torch.Tensor) -> torch.Tensor:
+    def grad_input(self, gradient: Gradient) -> torch.Tensor:
         if self._packed_t is None:
-            return dz_TN @ self._effective()
-        return self._multiply("grad_input", self._packed_t, dz_TN, lambda w_NK: w_NK)
+            return gradient.dz_TN @ self._effective()
+        return self._multiply("grad_input", self._packed_t, gradient.dz_TN, lambda w_NK: w_NK)
 
-    def grad_weight(self, dz_TN: torch.Tensor, x_TK: torch.Tensor, seed: int) -> torch.Tensor:
+    def grad_weight(self, gradient: Gradient, kept: torch.Tensor) -> torch.Tensor:
+        (dz_TN, seed), x_TK = gradient, kept
         if self._recipe.mvue == "off":
             return dz_TN.t() @ x_TK
         with self._probe.timer.span("preparation"):
@@ -130,9 +131,3 @@ class PackedSparseGemms:
             return a @ dense_operand(self._effective())
         self.halved |= {name}
         return spmm24(packed, a, algorithm=choice.algorithm)
-
-
-@functools.cache
-def _chooser(device: torch.device) -> GemmChooser:
-    """One chooser a process and GPU, whose choices all layers share."""
-    return chooser_for(device)

@@ -24,6 +24,7 @@ from megasparse.kernels.patterns import decode_patterns, encode_patterns
 from megasparse.log import log_once
 from megasparse.sparsity import packed_gemms, schedule
 from megasparse.sparsity.activations import InputSquares
+from megasparse.sparsity.fp8_gemms import DenseFp8Gemms, Fp8Slots, PackedFp8Gemms
 from megasparse.sparsity.gemms import (
     DenseGemms,
     LinearGemms,
@@ -75,6 +76,8 @@ class SparseWeight(torch.nn.Module):
         self.probe = Probe()  # the controller gives one with the run's timer
         # Wanda's figures of the input channels, kept beside the mask.
         self.inputs = InputSquares() if recipe.mask_metric == "wanda" else None
+        self.fp8: Fp8Slots | None = None  # where GEMMs are in FP8
+        self.fp8_hybrid = False
         self._reduce = reduce
         self._reduce_max = reduce_max
         self._operands: tuple[tuple[int, bool], LinearGemms] | None = None
@@ -113,9 +116,9 @@ class SparseWeight(torch.nn.Module):
         self.prepared_step = step
         self.preparations += 1
         if not sparse:
-            return DenseGemms(weight)
+            return DenseGemms(weight) if self.fp8 is None else DenseFp8Gemms(weight, self.fp8)
         self._forget_old_scale()
-        return self._sparse_gemms(weight)
+        return self._sparse_gemms(weight) if self.fp8 is None else self._fp8_gemms(weight, self.fp8)
 
     def _sparse_gemms(self, weight: torch.Tensor) -> LinearGemms:
         """The best implementation that can compute this weight's sparse phase."""
@@ -138,13 +141,34 @@ class SparseWeight(torch.nn.Module):
             return SimulatedFp8Gemms(effective, recipe.mvue, channels, self._reduce_max, self.probe)
         return ReferenceSparseGemms(effective, recipe.mvue, channels, self.probe)
 
+    def _fp8_gemms(self, weight: torch.Tensor, slots: Fp8Slots) -> LinearGemms:
+        soft = self.recipe.projection == "soft_threshold"
+        if self._error_flag is None and weight.is_cuda:
+            self._error_flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
+        return PackedFp8Gemms(
+            weight,
+            None if soft else self.mask,
+            self._beta(weight) if soft else None,
+            self.recipe,
+            self.shard.sections(0),
+            slots,
+            self.fp8_hybrid,
+            self._error_flag,
+            self._flag(weight),
+            self.probe,
+        )
+
+    def _beta(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.scale is None:
+            self.scale = s_ste_scale(weight, reduce=self._reduce)
+        return self.scale
+
     def effective(self, weight: torch.Tensor) -> torch.Tensor:
         """W~ `(N, K)` of a sparse phase: `W o M`, or `beta * S(W)` (S-STE eq. of section 2.2)."""
         if self.recipe.projection == "soft_threshold":
-            if self.scale is None:
-                self.scale = s_ste_scale(weight, reduce=self._reduce)
+            beta = self._beta(weight)
             projected = soft_threshold24(weight, nan_flag=self._flag(weight))
-            return (projected.float() * self.scale).to(weight.dtype)
+            return (projected.float() * beta).to(weight.dtype)
         assert self.mask is not None, f"{self.name}: effective() before the first refresh"
         return torch.where(
             self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device)
@@ -201,6 +225,8 @@ class SparseWeight(torch.nn.Module):
             state["flips"] = self.flips
         if self.inputs is not None:
             state.update(self.inputs.export_state())
+        if self.fp8 is not None:
+            state.update(self.fp8.x.scales.export_state(self.fp8))
         return state
 
     def snapshot(self) -> tuple[Any, ...]:
@@ -234,4 +260,6 @@ class SparseWeight(torch.nn.Module):
         self.flips = state["flips"].to(device) if "flips" in state else None
         if self.inputs is not None:
             self.inputs.import_state(state, device)
+        if self.fp8 is not None:
+            self.fp8.x.scales.import_state(self.fp8, state)
         self.invalidate()

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from megasparse import fp8
 from megasparse.config import RunConfig
+from megasparse.errors import ConfigError
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import build_model, hide_padding
 from megasparse.megatron.sparsify import sparsify
@@ -39,6 +41,8 @@ def build_engine(
     """
     clock = Clock(config.train.seed, config.train.train_iters)
 
+    scales = _fp8_scales(config, grid)
+
     def make_sparse(model: torch.nn.Module) -> SparsityController:
         return sparsify(
             model,
@@ -52,6 +56,8 @@ def build_engine(
             timer=StepTimer(grid.device),
             slorb_k=config.sparsity.slorb_k,
             slorb_train_projection=config.sparsity.slorb_train_projection,
+            fp8=scales,
+            fp8_hybrid=config.fp8.fp8_format == "hybrid",
         )
 
     teaching = None
@@ -64,3 +70,24 @@ def build_engine(
     model = build_model(config, grid, padded_vocab_size)
     hide_padding(model, grid, vocab_size)
     return PlainEngine(config, grid, model, make_sparse(model), faults, tick, teaching)
+
+
+def _fp8_scales(config: RunConfig, grid: Grid) -> fp8.Fp8Scales | None:
+    """Scaling of the sparse layers' FP8 operands, or None when they are not in FP8.
+
+    Raises:
+        ConfigError: FP8 cannot run here.
+    """
+    settings = config.fp8
+    if settings.fp8_format is None:
+        return None
+    refusal = fp8.refusal(grid.device)
+    if refusal is not None:
+        raise ConfigError(f"fp8_format {settings.fp8_format}: {refusal}")
+    return fp8.Fp8Scales(
+        grid.device,
+        settings.fp8_amax_history_len,
+        settings.fp8_amax_compute_algo,  # type: ignore[arg-type]
+        settings.fp8_margin,
+        grid.max_over_stage,
+    )

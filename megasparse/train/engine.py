@@ -171,6 +171,7 @@ class Engine(ABC):
         norm = self._grad_norm()
         self.guard.end(rate, norm)
         self._finish_inputs()
+        self.controller.finish_step()
         clock.step += 1
         return StepResult(loss, norm, rate)
 

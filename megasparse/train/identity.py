@@ -13,24 +13,25 @@ from megasparse.errors import ConfigError
 from megasparse.train.storage import CheckpointReader
 
 # Override flag -> (group, fields); None: all fields of the group that no other flag has.
-GUARDED: dict[str, tuple[str, tuple[str, ...] | None]] = {
-    "override_batch": ("train", ("global_batch_size",)),
-    "override_seed": ("train", ("seed",)),
-    "override_precision": ("train", ("bf16",)),
-    "override_schedule": ("train", (
+GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
+    ("override_batch", "train", ("global_batch_size",)),
+    ("override_seed", "train", ("seed",)),
+    ("override_precision", "train", ("bf16",)),
+    ("override_precision", "fp8", None),
+    ("override_schedule", "train", (
         "train_iters", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
     )),
-    "override_seq_length": ("model", ("seq_length", "max_position_embeddings")),
-    "override_model": ("model", None),
-    "override_recipe": ("sparsity", None),
-    "override_distillation": ("distillation", (
+    ("override_seq_length", "model", ("seq_length", "max_position_embeddings")),
+    ("override_model", "model", None),
+    ("override_recipe", "sparsity", None),
+    ("override_distillation", "distillation", (
         "kd_loss_weight", "lm_loss_weight", "kd_temperature", "teacher_dtype",
     )),
-    "override_data": ("data", (
+    ("override_data", "data", (
         "split", "mock_data", "reset_position_ids", "reset_attention_mask", "eod_mask_loss",
     )),
-}  # fmt: skip
+)  # fmt: skip
 
 
 def check_same_run(reader: CheckpointReader, config: RunConfig, digests: dict[str, str]) -> None:
@@ -45,8 +46,8 @@ def check_same_run(reader: CheckpointReader, config: RunConfig, digests: dict[st
     saved = reader.meta["config"]
     if reader.imported:
         return  # weights alone, put into a run of any kind: `foreign_weights` compares the model
-    taken = {name for _, names in GUARDED.values() for name in names or ()}
-    for flag, (group, names) in GUARDED.items():
+    taken = {name for _, _, names in GUARDED for name in names or ()}
+    for flag, group, names in GUARDED:
         section = getattr(config, group)
         for field in dataclasses.fields(section):
             if field.name not in names if names is not None else field.name in taken:

@@ -14,6 +14,8 @@ from xml.etree import ElementTree
 import pytest
 
 from megasparse.config.loader import ALIASES, FIELDS
+from megasparse.data.tokenizer import load_tokenizer
+from megasparse.train.exported import tokenizer_file_of
 from megasparse.train.metrics import METRICS
 from tests import dist
 
@@ -43,6 +45,8 @@ SMALLER = {
 
 
 def test_the_tutorial_runs(tmp_path):
+    import transformers
+
     script = "".join(blocks("tutorial.md", "sh"))
     for written, smaller in SMALLER.items():
         assert written in script, f"{written} is no longer in the tutorial"
@@ -60,7 +64,15 @@ def test_the_tutorial_runs(tmp_path):
     assert "stopped at step 4 (--exit-interval)" in done.stdout
     assert "Run finished: recipe fst, 8 steps" in done.stdout
     assert re.search(r"linear_fc1\.weight +256x64 +0\.5000 +yes +yes", done.stdout)
-    assert (tmp_path / "exported" / "sparsity.json").is_file()
+    exported = tmp_path / "exported"
+    assert (exported / "sparsity.json").is_file()
+    # An engine cuts text into the ids of the training; figures on the data find its tokenizer.
+    engines = transformers.AutoTokenizer.from_pretrained(exported)
+    ours = load_tokenizer(tokenizer_file_of(exported), probe=False)
+    assert tokenizer_file_of(exported).name == "tokenizer.model"
+    text = "a <eod>  b\n\tdef main(self):\n"
+    assert engines(text)["input_ids"] == ours.encode(text)
+    assert engines.decode(ours.encode(text)) == text and engines.eos_token_id == ours.eod
     page = (tmp_path / "pictures" / "index.html").read_text()
     assert page.count("<svg") >= 6 and "Training loss against time" in page
     pictures = re.findall(r"<svg.*?</svg>", page, re.S)

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megasparse import errors
 from megasparse.config.loader import ALIASES, FIELDS
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.train.exported import tokenizer_file_of
@@ -146,17 +147,28 @@ def test_flags_of_the_guides_exist(page):
     assert flags <= known, flags - known
 
 
-def test_every_flag_of_sparsity_and_logging_is_explained():
+def test_every_flag_is_in_the_documentation():
     text = "".join(path.read_text() for path in PAGES)
-    for info in FIELDS.values():
-        if info.group in ("sparsity", "logging") and not info.name.startswith("sample"):
-            assert info.flag in text, info.flag
+    written = set(re.findall(r"--[a-z][\w-]*", text))
+    flags = {info.flag for info in FIELDS.values()} - {"--deepspeed-config"}
+    assert flags | {"--deepspeed_config"} <= written, flags - written
 
 
 def test_every_metric_is_explained_as_the_code_has_it():
     text = (DOCS / "metrics.md").read_text()
     for metric in METRICS:
-        assert f"| `{metric.key}` | {metric.unit} | {metric.meaning} |" in text, metric.key
+        curve = f"`{metric.tag}`" if metric.tag else "-"
+        row = f"| `{metric.key}` | {curve} | {metric.unit} | {metric.meaning} |"
+        assert row in text, metric.key
+
+
+def test_exit_codes_are_those_of_the_errors():
+    text = (DOCS / "troubleshooting.md").read_text()
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.M)}
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    codes = {kind.exit_code for kind in classes if issubclass(kind, errors.MegasparseError)}
+    assert listed == codes - {1} | {errors.EXIT_PREEMPTED, errors.EXIT_NO_PROGRESS}
+    assert all(f"{code} " in errors.EXIT_CODES for code in listed)
 
 
 @pytest.mark.parametrize("path", [*PAGES, ROOT / "README.md"], ids=lambda p: str(p.name))

@@ -116,7 +116,7 @@ class ProgressLine:
             f"{row['tokens_per_second']:,.0f} tokens/s",
         ]
         if row.get("mfu") is not None:
-            parts.append(f"{row['tflops']:.1f} TFLOP/s a GPU, MFU {row['mfu']:.1%}")
+            parts.append(f"{row['tflops']:.4g} TFLOP/s a GPU, MFU {row['mfu']:.1%}")
         if row.get("flip_rate") is not None:
             parts.append(f"flip rate {row['flip_rate']:.4f}")
         if row.get("valid_loss") is not None:

@@ -61,7 +61,6 @@ def _add_tokenizer(
         "clean_up_tokenization_spaces": False,
     }
     options.extra_files[_TOKENIZER_CONFIG] = config
-    converted = None
     if tokenizer.tokenizer_type == HUGGINGFACE:
         options.carried[TOKENIZER_JSON] = file
     else:

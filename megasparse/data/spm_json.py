@@ -1,10 +1,10 @@
 """A SentencePiece model as a Hugging Face `tokenizer.json` that gives the same ids.
 
-Engines read a `tokenizer.model` in different ways: transformers before 5 (measured with 4.57) puts a
+Engines read a `tokenizer.model` in different ways: transformers before 5 (seen with 4.57) puts a
 space before every text, whatever the model says. A `tokenizer.json` is read as it is written, so an
-export carries both. Only BPE models that leave text as it is (no normalisation, no dummy prefix: those of
-`train_sentencepiece`) are converted. Unigram ones are not: among equally likely ways to cut a text
-the two libraries choose differently.
+export carries both. Only BPE models that leave text as it is (no normalisation, no dummy prefix:
+those of `train_sentencepiece`) are converted. Unigram ones are not: among equally likely ways to
+cut a text the two libraries choose differently.
 """
 
 from __future__ import annotations

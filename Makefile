@@ -19,12 +19,12 @@ export OMP_NUM_THREADS ?= 1
 GPUS := $(shell $(PYTHON) -c "import torch; print(torch.cuda.device_count())" 2>/dev/null || echo 0)
 ifeq ($(GPUS),0)
 VENV_FLAGS :=
-INSTALL = $(BIN)/python -m pip install -q -c tools/constraints-cpu.txt torch && \
-	$(BIN)/python -m pip install -q -c tools/constraints-cpu.txt -e .[test,dev]
+INSTALL = $(BIN)/python -m pip install -c tools/constraints-cpu.txt torch && \
+	$(BIN)/python -m pip install -c tools/constraints-cpu.txt -e .[test,dev]
 RANKS := 2
 else
 VENV_FLAGS := --system-site-packages
-INSTALL = $(BIN)/python -m pip install -q -e .[gpu,test,dev]
+INSTALL = $(BIN)/python -m pip install -e .[gpu,test,dev]
 RANKS := $(if $(filter 1,$(GPUS)),1,2)
 endif
 
@@ -33,10 +33,11 @@ endif
 install: $(INSTALLED)
 
 $(VENV)/.installed: setup.py tools/constraints-cpu.txt
-	@echo "Installing into $(VENV) (once) ..."
+	@echo "Installing into $(VENV) (once; a few minutes, about 2 GB without GPUs) ..."
 	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	@$(INSTALL)
 	@touch $@
+	@echo "Installed. To use it: source $(VENV)/bin/activate"
 
 quickstart: $(RUN)/data_text_document.idx
 	@rm -rf $(RUN)/run

@@ -17,6 +17,7 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.4.5",
         "sentencepiece>=0.2.1",
+        "protobuf>=4",
         "tokenizers>=0.21",
         "tensorboard>=2.20",
         "pyyaml>=6.0",

@@ -7,6 +7,7 @@ before the first interval prints nothing.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterable
@@ -34,6 +35,13 @@ class _LogProgress(tqdm):
                 file.flush()
 
         return write
+
+
+def _has_width(stream: TextIO) -> bool:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # no file behind it
+        return False
 
 
 def progress(
@@ -66,7 +74,9 @@ def progress(
         "disable": not enabled,
     }
     if stream.isatty():
-        return tqdm(iterable, dynamic_ncols=True, **common)
+        # A terminal without a size (0 columns: `script`, some containers) would get empty lines.
+        width: dict[str, Any] = {"dynamic_ncols": True} if _has_width(stream) else {"ncols": 80}
+        return tqdm(iterable, **width, **common)
     return _LogProgress(
         iterable,
         ncols=100,

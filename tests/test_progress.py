@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pty
 import signal
 
 import pytest
@@ -44,6 +45,16 @@ def test_terminal_gets_a_bar_and_disabled_nothing() -> None:
     silent = Terminal()
     list(progress(range(3), desc="work", stream=silent, enabled=False))
     assert silent.getvalue() == ""
+
+
+def test_a_terminal_that_does_not_know_its_width_gets_a_bar() -> None:
+    reading, terminal = pty.openpty()  # 0 columns until somebody sets them
+    assert os.get_terminal_size(terminal).columns == 0
+    with open(terminal, "w") as stream:
+        list(progress(range(3), desc="work", stream=stream))
+    shown = os.read(reading, 4096).decode()
+    os.close(reading)
+    assert "work: 100%" in shown and "3/3" in shown
 
 
 def test_a_killed_fork_that_draws_does_not_stop_its_parent():

@@ -109,7 +109,7 @@ def convert(args: argparse.Namespace) -> None:
         options = ExportOptions(args.max_shard_size, bar=True)
         if args.reference is not None:
             options.config = args.reference / CONFIG
-            options.carried = carried_files(args.reference)
+            options.carried = {file.name: file for file in carried_files(args.reference)}
     write_huggingface(source, args.output, options)
     print(f"{args.output}: {describe(source)}")
 

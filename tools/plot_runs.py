@@ -124,10 +124,10 @@ def make_charts(runs: Sequence[RunData], window: int) -> list[Chart]:
               smooth("step", "tokens_per_second")),
         *(Chart(key, title, "step", unit, each(lambda run, key=key: curve(run, "step", key)))
           for key, title, unit in (
-            ("tflops_true", "Executed operations", "TFLOP/s a GPU"),
+            ("tflops_true", "Operations executed", "TFLOP/s a rank"),
             ("retained_l1", "L1 norm kept by the masks", "share of the weight's"),
             ("decay_ratio", "Masked decay beside the gradient", "ratio of norms"),
-            ("mvue_amplification", "MVUE amplification", "E[|MVUE(g)|^2] / |g|^2"),
+            ("mvue_amplification", "MVUE amplification", "|MVUE(dZ)|² / |dZ|²"),
         )),
     ]  # fmt: skip
     return [chart for chart in charts if any(chart.curves.values())]
@@ -156,12 +156,24 @@ def table(runs: Sequence[RunData]) -> list[list[str]]:
     return rows
 
 
-_STYLE = (
-    "body{font:15px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1180px;padding:0 1em;"
-    "color:#222}table{border-collapse:collapse;margin:1em 0}th,td{padding:.3em .8em;text-align:"
-    "right;border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}"
-    "figure{display:inline-block;width:48%;min-width:420px;margin:.5%}svg{width:100%;height:auto}"
-)
+# Two charts a row where there is room, one on a phone; a wide table scrolls by itself. In the dark
+# theme the charts, which have no background, are inverted and their hues turned back.
+_STYLE = """
+:root{color-scheme:light dark}
+body{font:15px/1.4 system-ui,sans-serif;margin:1.5em auto;max-width:1180px;padding:0 1em;
+color:#222;background:#fff}
+h1{font-size:1.5em;overflow-wrap:anywhere}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;margin:1em 0}
+th,td{padding:.3em .7em;text-align:right;border-bottom:1px solid #8885}
+td{white-space:nowrap}
+th:first-child,td:first-child{text-align:left}
+main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:1em}
+figure{margin:0}
+svg{width:100%;height:auto}
+@media(prefers-color-scheme:dark){body{color:#ddd;background:#111}
+svg{filter:invert(.93) hue-rotate(180deg)}}
+"""
 
 
 def page(rows: list[list[str]], charts: Sequence[Chart]) -> str:
@@ -174,9 +186,11 @@ def page(rows: list[list[str]], charts: Sequence[Chart]) -> str:
     figures = "".join(f"<figure>{plots.svg(chart)}</figure>\n" for chart in charts)
     title = html.escape("Runs: " + ", ".join(row[0] for row in rows[1:]))
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n"
-        f"<table><tr>{cells}</tr>\n{lines}</table>\n{figures}</body></html>\n"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n"
+        f'<div class="scroll"><table><tr>{cells}</tr>\n{lines}</table></div>\n'
+        f"<main>\n{figures}</main></body></html>\n"
     )
 
 

@@ -91,7 +91,7 @@ def svg(chart: Chart) -> str:
         figure = _figure(6.4, 4.2)
         draw(figure.subplots(), chart)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     whole = text.getvalue()
     return whole[whole.index("<svg") :]
 
@@ -116,9 +116,11 @@ def patterns(
         positions = [row + 0.4 * (offset - 0.5) for row in range(len(names))]
         right.barh(positions, [retained[name][number] for name in names], 0.38, label=label)
     right.set(title="Norm kept by the mask", xlabel="share of the weight's norm", xlim=(0, 1))
-    right.axvline(0.5**0.5, color="black", linewidth=0.8, linestyle=":", label="L2, random mask")
+    for place, label, color in ((0.5, "L1", "C0"), (0.5**0.5, "L2", "C1")):
+        right.axvline(place, color="white", linewidth=2.4)  # seen on the bars and between them
+        right.axvline(place, color=color, linestyle=":", label=f"{label}, random mask")
     figure.legend(*right.get_legend_handles_labels(), fontsize="small", loc="outside lower right",
-                  ncols=3)  # fmt: skip
+                  ncols=4)  # fmt: skip
     figure.savefig(path, dpi=110)
 
 

@@ -94,8 +94,8 @@ def train(args: argparse.Namespace) -> str:
     ratio = sum(map(len, sample)) / max(1, sum(map(len, encoded)))
     return (
         f"{args.output}: {args.model_type}, {tokenizer.vocab_size} tokens, end of document "
-        f"{tokenizer.eod}, {ratio:.2f} characters a token, {exact} of {len(sample)} documents "
-        f"decode exactly, sha256 {tokenizer.digest}"
+        f"{tokenizer.eod}, {ratio:.2f} characters a token, {exact} of {len(sample)} sampled "
+        f"documents decode exactly, sha256 {tokenizer.digest}"
     )
 
 

@@ -83,13 +83,17 @@ class Quantized:
 def quantize(
     weight: torch.Tensor, kind: str, group_size: int = 128, mask: torch.Tensor | None = None
 ) -> Quantized:
-    """The nearest codes.
+    """The nearest codes: `round(w / scale)`, scale the group's largest magnitude / 7 (int4) or the
+    row's / 448 (fp8).
 
     Args:
-        weight: `(N, K)`; zero where `mask` is False.
+        weight: `(N, K)` of any float dtype; zero where `mask` is False.
         kind: one of FORMATS.
-        group_size: inputs that share a scale in int4.
-        mask: of a 2:4 weight.
+        group_size: inputs that share a scale in int4; fp8 has one scale a row.
+        mask: bool `(N, K)` of a 2:4 weight; kept, not applied.
+
+    Returns:
+        Codes and scales on the weight's device, outside autograd.
 
     Raises:
         ConfigError: the group size does not divide K.

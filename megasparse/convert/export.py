@@ -35,7 +35,7 @@ class ExportOptions:
     Attributes:
         max_shard_bytes: of a file.
         config: `config.json` that the model came with; None: one is made from its sizes.
-        carried: other small files to copy.
+        carried: other small files to copy, by their name in the output.
         extra_files: other small files to write, JSON by name.
         extra_tensors: files of tensors beside the model, by name.
         eod: token that ends a document, for a `config.json` that is made here.
@@ -47,7 +47,7 @@ class ExportOptions:
 
     max_shard_bytes: int
     config: Path | None = None
-    carried: list[Path] = field(default_factory=list)
+    carried: dict[str, Path] = field(default_factory=dict)
     extra_files: dict[str, Any] = field(default_factory=dict)
     extra_tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     eod: int | None = None
@@ -91,8 +91,8 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
         if options.packing == "bitmask":
             config["quantization_config"] = _compressed_tensors(tensors)
         write_json(folder / CONFIG, config)
-        for path in options.carried:
-            copy_file(path, folder)
+        for name, path in options.carried.items():
+            copy_file(path, folder / name)
         for name, content in options.extra_files.items():
             write_json(folder / name, content)
         for name, extra in options.extra_tensors.items():

@@ -74,9 +74,9 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(stream.fileno())
 
 
-def copy_file(source: Path, folder: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
     """A small file, on the disk when this returns."""
-    with open(folder / source.name, "wb") as stream:
+    with open(target, "wb") as stream:
         stream.write(source.read_bytes())
         stream.flush()
         os.fsync(stream.fileno())

@@ -1,6 +1,6 @@
 """Tokenizers: SentencePiece `.model`, Hugging Face `tokenizer.json`, and none for mock data.
 
-The only module that imports sentencepiece and tokenizers. Three rules hold for all of them:
+Only this module and `spm_json` import sentencepiece and tokenizers. Three rules hold for all:
 
 - a model file is first loaded in a child process, because a crafted or damaged SentencePiece
   model can corrupt memory (CVE-2026-1260 and before): the child may crash, the run may not;

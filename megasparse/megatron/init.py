@@ -30,10 +30,18 @@ def parameter_shard(parameter: torch.Tensor, tp_rank: int, tp_size: int) -> Weig
 def initialize_weights(
     model: torch.nn.Module, seed: int, std: float, num_layers: int, tp_rank: int, tp_size: int
 ) -> None:
-    """Fill all parameters: GPT-2's rules.
+    """Fill all parameters: GPT-2's rules (Radford et al., 2019, section 2.3).
 
     Norm weights 1, biases 0, matrices normal with `std`; those that write to the residual stream
-    (`linear_proj`, `linear_fc2`) `std / sqrt(2 * num_layers)`.
+    (`linear_proj`, `linear_fc2`) `std / sqrt(2 * num_layers)`. Each is drawn whole, in float32,
+    from the seed and its name, and then cut: every layout gets the same model.
+
+    Args:
+        model: whole, or a pipeline stage with the whole's names.
+        seed: of the run.
+        std: standard deviation of the matrices.
+        num_layers: of the whole model.
+        tp_rank, tp_size: place in the tensor-parallel group.
     """
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:

@@ -97,7 +97,16 @@ def get_layer_spec(provider: SparseSpecProvider) -> ModuleSpec:
 
 
 def get_block_spec(provider: SparseSpecProvider, num_layers: int) -> TransformerBlockSubmodules:
-    """`num_layers` decoder layers and the final norm."""
+    """What megatron-core's `GPTModel` takes as `transformer_layer_spec`.
+
+    Args:
+        provider: says which classes a layer is built from.
+        num_layers: of the whole block, as `TransformerConfig.num_layers`; all are alike.
+
+    Returns:
+        The layers and the final norm. Which norm that is (LayerNorm, RMSNorm), and with which
+        epsilon, the `TransformerConfig` says when the model is built.
+    """
     return TransformerBlockSubmodules(
         layer_specs=[get_layer_spec(provider)] * num_layers, layer_norm=provider.layer_norm()
     )

@@ -101,11 +101,18 @@ def ast_adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AST's AdamW (section 3.2) in place, on tensors of one shape.
+    """AST's AdamW (Huang et al., AAAI 2025, section 3.2) in place, on tensors of one shape.
+
+        m <- b1 m + (1 - b1) g,   u = m + decay,   v <- b2 v + (1 - b2) u^2
+        W <- W (1 - lr wd) - lr / (1 - b1^step)  u / (sqrt(v / (1 - b2^step)) + eps)
 
     Args:
+        weight: the master weight, float32, or a flat piece of it.
+        grad: clipped, in the weight's dtype.
+        exp_avg, exp_avg_sq: m and v.
         decay: `lambda (1 - M) o W` of the weight before the step.
         step: number of this update, from 1.
+        lr, betas, eps, weight_decay: as AdamW's.
     """
     beta1, beta2 = betas
     exp_avg.lerp_(grad, 1 - beta1)

@@ -82,7 +82,13 @@ def describe(engine: Engine, digests: dict[str, str], state: dict[str, Any]) -> 
 
 
 def newest_valid(root: Path) -> CheckpointReader | None:
-    """`choose` for a process alone (reports, tools)."""
+    """The newest intact checkpoint of a folder, every byte verified, for a process alone.
+
+    None if the folder holds none. Damaged ones are named in the log and passed over.
+
+    Raises:
+        CheckpointError: there are some, and none is intact.
+    """
     return choose(root, Control(None))
 
 

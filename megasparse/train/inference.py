@@ -27,7 +27,7 @@ from megasparse.megatron.grid import Grid, collective_timeout, make_grid
 from megasparse.megatron.init import parameter_shard
 from megasparse.megatron.model import build_model, hide_padding
 from megasparse.train.control import Control, as_user_error, make_control, one_line
-from megasparse.train.exported import tokenizer_of
+from megasparse.train.exported import tokenizer_file_of, tokenizer_of
 from megasparse.train.initial import check_shape
 from megasparse.train.rendezvous import join_group, own_device
 from megasparse.train.stored import StoredModel, open_checkpoint
@@ -180,6 +180,5 @@ def leave(code: int) -> None:
 
 
 def _tokenizer_beside(source: HuggingFaceModel) -> Tokenizer | None:
-    names = ("tokenizer.json", "tokenizer.model")
-    found = any((source.folder / name).is_file() for name in names)
-    return load_tokenizer(source.folder) if found else None
+    file = tokenizer_file_of(source.folder)
+    return load_tokenizer(file) if file is not None else None

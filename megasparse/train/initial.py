@@ -182,7 +182,13 @@ def put_weights(
 def set_parameter(
     parameter: torch.nn.Parameter, local: torch.Tensor, fragments: list[Fragment]
 ) -> None:
-    """Overwrite a parameter's local part, and the float32 master of it that this rank holds."""
+    """Overwrite a parameter's local part, and the float32 master of it that this rank holds.
+
+    Args:
+        parameter: of the model, of any float dtype.
+        local: this rank's shard, in the parameter's shape; rounded to its dtype.
+        fragments: where the optimizer's tensors hold pieces of parameters (ZeRO, masters).
+    """
     parameter.copy_(local)
     for fragment in fragments:
         if fragment.parameter is parameter and fragment.tensor is not parameter:

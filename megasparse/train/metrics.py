@@ -116,10 +116,19 @@ class ProgressLine:
             f"{row['tokens_per_second']:,.0f} tokens/s",
         ]
         if row.get("mfu") is not None:
-            parts.append(f"{row['tflops']:.1f} TFLOP/s a GPU, MFU {row['mfu']:.1%}")
+            parts.append(f"{row['tflops']:.4g} TFLOP/s a GPU, MFU {row['mfu']:.1%}")
         if row.get("flip_rate") is not None:
             parts.append(f"flip rate {row['flip_rate']:.4f}")
         if row.get("valid_loss") is not None:
             parts.append(f"validation {row['valid_loss']:.4f}")
-        minutes, seconds = divmod(int(left), 60)
-        logger.info("%s", " | ".join([*parts, f"ETA {minutes}:{seconds:02d}"]))
+        logger.info("%s", " | ".join([*parts, f"ETA {_clock(int(left))}"]))
+
+
+def _clock(seconds: int) -> str:
+    """`0:12`, `3:04:05`, `2 d 03:04:05`."""
+    minutes, hours = seconds // 60 % 60, seconds // 3600
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24:02d}:{minutes:02d}:{seconds % 60:02d}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{seconds % 60:02d}"
+    return f"{minutes}:{seconds % 60:02d}"

@@ -28,10 +28,16 @@ class Prepared:
 
 
 def prepare(argv: Sequence[str], world_size: int) -> Prepared:
-    """Flags to a checked run.
+    """Flags to a checked run, before any process group or model is built.
+
+    Args:
+        argv: flags, `--config` among them.
+        world_size: ranks of the launch.
 
     Raises:
-        MegasparseError: one line.
+        ConfigError: a flag, a key, or a combination of them, also with DeepSpeed's file.
+        DataError: a dataset or tokenizer is missing, damaged, or does not fit the run.
+        CheckpointError: `--load` or `--resume` names none, or a folder of another run.
     """
     config = resolve(load_config(argv), world_size)
     deepspeed_config(config, world_size)
@@ -42,7 +48,7 @@ def check(config: RunConfig) -> Prepared:
     """Check a resolved configuration.
 
     Raises:
-        MegasparseError: one line.
+        ConfigError, DataError, CheckpointError: as of `prepare`.
     """
     recipe_of(config)
     from_environment(0)

@@ -163,6 +163,10 @@ def effective_weight(reader: CheckpointReader, name: str, recipe: SparsityRecipe
 def sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, torch.Tensor]:
     """What `SparseWeight.import_state` takes, for the state's shard.
 
+    Returns:
+        `counters`, and as the recipe has them: `mask` (pattern indices, uint8), `scale`, `flips`,
+        `input_square`, cut for the rank.
+
     Raises:
         CheckpointError: there is none.
     """

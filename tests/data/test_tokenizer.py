@@ -8,10 +8,12 @@ import random
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megasparse.data import tokenizer as tok
+from megasparse.data.spm_json import tokenizer_json
 from megasparse.errors import DataError
 
 HARD_TEXTS = [
@@ -66,6 +68,38 @@ def test_every_document_of_the_corpus_comes_back(model_file: Path, texts: list[s
     tokenizer = tok.load_tokenizer(model_file)
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text.replace("\u2581", " ")
+
+
+@pytest.fixture(scope="module")
+def converted(model_file: Path) -> tokenizers.Tokenizer:
+    content = tokenizer_json(model_file)
+    assert content is not None
+    made = tokenizers.Tokenizer.from_str(json.dumps(content))
+    made.encode_special_tokens = True  # what `split_special_tokens` of transformers sets
+    return made
+
+
+def test_a_converted_model_gives_the_same_ids(
+    converted: tokenizers.Tokenizer, model_file: Path, texts: list[str]
+) -> None:
+    original = tok.load_tokenizer(model_file, probe=False)
+    for text in [*HARD_TEXTS, *texts]:
+        ids = converted.encode(text, add_special_tokens=False).ids
+        assert ids == original.encode(text)
+        assert converted.decode(ids, skip_special_tokens=False) == text
+    assert converted.token_to_id(tok.EOD_PIECE) == original.eod
+    assert converted.decode([original.eod, *ids]) == converted.decode(ids)  # it is special
+
+
+def test_a_model_that_cannot_be_converted_exactly_is_not(texts: list[str], tmp_path: Path) -> None:
+    unigram, prefixed = tmp_path / "unigram.model", tmp_path / "prefixed.model"
+    unigram.write_bytes(tok.train_sentencepiece(texts[:5], 400, "unigram"))
+    with open(prefixed, "wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts[:5]), model_writer=stream, model_type="bpe",
+            vocab_size=400, byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
+        )  # fmt: skip
+    assert tokenizer_json(unigram) is None and tokenizer_json(prefixed) is None
 
 
 def test_empty_text_has_no_tokens(model_file: Path, json_file: Path) -> None:

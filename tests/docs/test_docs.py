@@ -13,9 +13,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megasparse import errors
 from megasparse.config.loader import ALIASES, FIELDS
+from megasparse.data.tokenizer import load_tokenizer
+from megasparse.train.exported import tokenizer_file_of
 from megasparse.train.metrics import METRICS
-from tests import dist
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -42,25 +44,37 @@ SMALLER = {
 }
 
 
+ENVIRONMENT = {
+    **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+}  # fmt: skip
+
+
 def test_the_tutorial_runs(tmp_path):
+    import transformers
+
     script = "".join(blocks("tutorial.md", "sh"))
     for written, smaller in SMALLER.items():
         assert written in script, f"{written} is no longer in the tutorial"
         script = script.replace(written, smaller.format(folder=tmp_path))
-    environment = {
-        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }  # fmt: skip
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, env=environment, text=True,
+        ["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert "stopped at step 4 (--exit-interval)" in done.stdout
     assert "Run finished: recipe fst, 8 steps" in done.stdout
     assert re.search(r"linear_fc1\.weight +256x64 +0\.5000 +yes +yes", done.stdout)
-    assert (tmp_path / "exported" / "sparsity.json").is_file()
+    exported = tmp_path / "exported"
+    assert (exported / "sparsity.json").is_file()
+    # An engine cuts text into the ids of the training; figures on the data find its tokenizer.
+    engines = transformers.AutoTokenizer.from_pretrained(exported)
+    ours = load_tokenizer(tokenizer_file_of(exported), probe=False)
+    assert tokenizer_file_of(exported).name == "tokenizer.model"
+    text = "a <eod>  b\n\tdef main(self):\n"
+    assert engines(text)["input_ids"] == ours.encode(text)
+    assert engines.decode(ours.encode(text)) == text and engines.eos_token_id == ours.eod
     page = (tmp_path / "pictures" / "index.html").read_text()
     assert page.count("<svg") >= 6 and "Training loss against time" in page
     pictures = re.findall(r"<svg.*?</svg>", page, re.S)
@@ -74,16 +88,18 @@ def test_the_tutorial_runs(tmp_path):
         assert (tmp_path / "pictures" / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def _example(rank: int, world: int, code: str) -> list[float]:
-    names: dict = {}
-    exec(compile(code, "spec_provider.md", "exec"), names)
-    return names["losses"]
-
-
-def test_the_spec_provider_example_trains():
+def test_the_spec_provider_example_trains(tmp_path):
     (code,) = blocks("spec_provider.md", "python")
-    (losses,) = dist.run(_example, 1, code)
-    assert len(losses) == 10 and losses[-1] < losses[0] - 0.5
+    (tmp_path / "example.py").write_text(code)
+    # torchrun, as the page says.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "1", "example.py"], cwd=tmp_path, env=ENVIRONMENT,
+        text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, last, weights = re.findall(r"loss (.*) -> (.*); (\d+) sparse weights", done.stdout)[0]
+    assert float(last) < float(first) - 0.5 and weights == "4"
 
 
 @functools.cache
@@ -130,21 +146,33 @@ def test_flags_of_the_guides_exist(page):
     known = {info.flag for info in FIELDS.values()}
     known |= {"--" + alias.replace("_", "-") for alias in ALIASES}
     known |= {"--config", "--help", "--num_gpus", "--hostfile", "--deepspeed_config"}
+    known |= {"--append-eod", "--no-append-eod"}  # of tools/preprocess_data.py
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert flags <= known, flags - known
 
 
-def test_every_flag_of_sparsity_and_logging_is_explained():
+def test_every_flag_is_in_the_documentation():
     text = "".join(path.read_text() for path in PAGES)
-    for info in FIELDS.values():
-        if info.group in ("sparsity", "logging") and not info.name.startswith("sample"):
-            assert info.flag in text, info.flag
+    written = set(re.findall(r"--[a-z][\w-]*", text))
+    flags = {info.flag for info in FIELDS.values()} - {"--deepspeed-config"}
+    assert flags | {"--deepspeed_config"} <= written, flags - written
 
 
 def test_every_metric_is_explained_as_the_code_has_it():
     text = (DOCS / "metrics.md").read_text()
     for metric in METRICS:
-        assert f"| `{metric.key}` | {metric.unit} | {metric.meaning} |" in text, metric.key
+        curve = f"`{metric.tag}`" if metric.tag else "-"
+        row = f"| `{metric.key}` | {curve} | {metric.unit} | {metric.meaning} |"
+        assert row in text, metric.key
+
+
+def test_exit_codes_are_those_of_the_errors():
+    text = (DOCS / "troubleshooting.md").read_text()
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.M)}
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    codes = {kind.exit_code for kind in classes if issubclass(kind, errors.MegasparseError)}
+    assert listed == codes - {1} | {errors.EXIT_PREEMPTED, errors.EXIT_NO_PROGRESS}
+    assert all(f"{code} " in errors.EXIT_CODES for code in listed)
 
 
 @pytest.mark.parametrize("path", [*PAGES, ROOT / "README.md"], ids=lambda p: str(p.name))

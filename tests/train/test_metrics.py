@@ -22,6 +22,7 @@ from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 from megasparse.sparsity.stats import layer_figures, measure
 from megasparse.timer import PHASES, StepTimer
+from megasparse.train import metrics as metrics_module
 from megasparse.train.figures import means
 from megasparse.train.metrics import LOG_METRICS, METRICS, STEP_METRICS, read_metrics
 from megasparse.train.precheck import prepare
@@ -260,3 +261,8 @@ def test_rows_are_json_on_one_line_each(runs):
     _, _, folder = runs["pp2"]
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line), dict)
+
+
+def test_time_left_is_readable():
+    texts = [metrics_module._clock(s) for s in (0, 65, 3600, 86399, 90061)]
+    assert texts == ["0:00", "1:05", "1:00:00", "23:59:59", "1 d 01:01:01"]

@@ -36,9 +36,10 @@ from megasparse.kernels.soft_threshold24.triton import soft_threshold_group
 
 @dataclass(frozen=True)
 class Launch:
-    """Most columns a program handles (64 rows each), its warps, and a thread's most registers.
+    """Most columns a program handles (64 rows each) and its warps.
 
-    `bands` blocks of 64 rows are handled together before the next columns: what they write to one
+    registers: the most that a thread may have; five programs fit on an SM.
+    bands: blocks of 64 rows are handled together before the next columns: what they write to one
     row of the transpose is adjacent, and meets in the cache.
     """
 

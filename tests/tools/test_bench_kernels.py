@@ -19,7 +19,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import bench_kernels
 
     yield bench_kernels
-    for name in ("bench_kernels", "bench_kernels_cases"):
+    for name in ("bench_kernels", "bench_kernels_cases", "bench_kernels_operands"):
         sys.modules.pop(name, None)
 
 

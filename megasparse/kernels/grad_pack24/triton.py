@@ -25,15 +25,19 @@ from megasparse.kernels.random import SeedLike
 
 @dataclass(frozen=True)
 class Launch:
-    """Most pairs of groups (8 tokens) a program handles, 64 channels each, and its warps."""
+    """Most pairs of groups (8 tokens) a program handles, 64 channels each, and its warps.
+
+    registers: the most that a thread may have; five programs fit on an SM.
+    """
 
     pairs: int
     num_warps: int
+    registers: int
 
 
-LAUNCH = Launch(pairs=16, num_warps=4)
+LAUNCH = Launch(pairs=16, num_warps=4, registers=96)
 # The interpreter costs time per program, not per element.
-INTERPRETED = Launch(pairs=64, num_warps=4)
+INTERPRETED = Launch(pairs=64, num_warps=4, registers=96)
 
 
 @triton.jit
@@ -114,16 +118,19 @@ def _grad_pack24_kernel(
     dz_stride, row_stride = tl.cast(dz_stride, tl.int64), tl.cast(row_stride, tl.int64)
     packed_scale = tl.load(packed_scale_ptr)
     tl.store(inverse_ptr, tl.div_rn(1.0, packed_scale), mask=pid == 0)
-    # All loads come first: the hardware has them under way at once, and keeps their order.
-    x = _load(dz_ptr, 2 * pair, channel, num_tokens, dz_stride)
-    x1 = _load(dz_ptr, 2 * pair + 1, channel, num_tokens, dz_stride)
+    scale = 1.0
     if row_ptr is not None:
         scale = tl.load(row_scale_ptr)
+    # Loads and stores keep this order; the second group's loads pass the first one's arithmetic.
+    x = _load(dz_ptr, 2 * pair, channel, num_tokens, dz_stride)
+    if row_ptr is not None:
         _store_rows(row_ptr, x, scale, 2 * pair, channel, num_tokens, row_stride, E5M2)
-        _store_rows(row_ptr, x1, scale, 2 * pair + 1, channel, num_tokens, row_stride, E5M2)
     kept, code, bad, packed_amax = _prune(
         x, packed_scale, 2 * pair, other, seed_ptr, key, high, EXACT
     )
+    x1 = _load(dz_ptr, 2 * pair + 1, channel, num_tokens, dz_stride)
+    if row_ptr is not None:
+        _store_rows(row_ptr, x1, scale, 2 * pair + 1, channel, num_tokens, row_stride, E5M2)
     kept1, code1, bad1, packed_amax1 = _prune(
         x1, packed_scale, 2 * pair + 1, other, seed_ptr, key, high, EXACT
     )
@@ -192,5 +199,6 @@ def grad_pack24(
                 E5M2=row is not None and row.dtype == E5M2,
                 PAIRS=pairs,
                 num_warps=launch.num_warps,
+                maxnreg=launch.registers,
                 enable_fp_fusion=False,
             )

@@ -36,9 +36,10 @@ from megasparse.kernels.soft_threshold24.triton import soft_threshold_group
 
 @dataclass(frozen=True)
 class Launch:
-    """Most columns a program handles (64 rows each), its warps, and a thread's most registers.
+    """Most columns a program handles (64 rows each) and its warps.
 
-    `bands` blocks of 64 rows are handled together before the next columns: what they write to one
+    registers: the most that a thread may have; five programs fit on an SM.
+    bands: blocks of 64 rows are handled together before the next columns: what they write to one
     row of the transpose is adjacent, and meets in the cache.
     """
 
@@ -83,28 +84,30 @@ def _load_block(w, mask, group, stride, KIND: tl.constexpr):
 def _row(loaded, beta, scale, MASK: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr):
     """One group a lane of one row: its word, bits of `nan_bits`, and its largest |W~|."""
     kept = loaded[4]
-    if MASK and KIND == OUT:
+    if MASK and KIND == OUT:  # no float at all
         word = word_of(loaded[0], loaded[1], loaded[2], loaded[3])
         found = nans_of(word, OUT)
         word = masked_word(word, kept, OUT)
-        return word, found, amax_of(word, KIND)
-    a, b = to_fp32(loaded[0], KIND), to_fp32(loaded[1], KIND)
-    c, d = to_fp32(loaded[2], KIND), to_fp32(loaded[3], KIND)
-    if MASK:
-        word = to_word(a, b, c, d, scale, OUT)
-        found = nans_of(word, OUT)
-        word = masked_word(word, kept, OUT)
-        # Products with 0 or 1: they run beside the logic, whose units are the busy ones.
-        a = to_fp32(loaded[0] * (kept & 0xFF).to(tl.int32), KIND)
-        b = to_fp32(loaded[1] * ((kept >> 8) & 0xFF).to(tl.int32), KIND)
-        c = to_fp32(loaded[2] * ((kept >> 16) & 0xFF).to(tl.int32), KIND)
-        d = to_fp32(loaded[3] * (kept >> 24).to(tl.int32), KIND)
+        amax = amax_of(word, KIND)
     else:
-        a, b, c, d, nan = soft_threshold_group(a, b, c, d, KIND)
-        a, b, c, d = a * beta, b * beta, c * beta, d * beta
-        word = to_word(a, b, c, d, scale, OUT)
-        found = tl.where(nan, nan_bits(OUT), 0).to(tl.uint32)
-    return word, found, _max(_max(tl.abs(a), tl.abs(b)), _max(tl.abs(c), tl.abs(d)))
+        a, b = to_fp32(loaded[0], KIND), to_fp32(loaded[1], KIND)
+        c, d = to_fp32(loaded[2], KIND), to_fp32(loaded[3], KIND)
+        if MASK:
+            word = to_word(a, b, c, d, scale, OUT)
+            found = nans_of(word, OUT)
+            word = masked_word(word, kept, OUT)
+            # Products with 0 or 1: they run beside the logic, whose units are the busy ones.
+            a = to_fp32(loaded[0] * (kept & 0xFF).to(tl.int32), KIND)
+            b = to_fp32(loaded[1] * ((kept >> 8) & 0xFF).to(tl.int32), KIND)
+            c = to_fp32(loaded[2] * ((kept >> 16) & 0xFF).to(tl.int32), KIND)
+            d = to_fp32(loaded[3] * (kept >> 24).to(tl.int32), KIND)
+        else:
+            a, b, c, d, nan = soft_threshold_group(a, b, c, d, KIND)
+            a, b, c, d = a * beta, b * beta, c * beta, d * beta
+            word = to_word(a, b, c, d, scale, OUT)
+            found = tl.where(nan, nan_bits(OUT), 0).to(tl.uint32)
+        amax = _max(_max(tl.abs(a), tl.abs(b)), _max(tl.abs(c), tl.abs(d)))
+    return word, found, amax
 
 
 @triton.jit
@@ -201,12 +204,13 @@ def _weight_pack24_kernel(
     pid = tl.program_id(0)
     tile = (pid // BANDS) % tiles
     block_row = (pid // (BANDS * tiles)) * BANDS + pid % BANDS
-    beta, scale = 1.0, 1.0
+    beta, scale, inverse = 1.0, 1.0, 1.0
     if mask is None:
         beta = tl.load(beta_ptr)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-    tl.store(inverse_ptr, tl.div_rn(1.0, scale), mask=pid == 0)
+        inverse = tl.div_rn(1.0, scale)
+    tl.store(inverse_ptr, inverse, mask=pid == 0)
 
     stride = tl.cast(num_columns // 4, tl.int64)
     p = tl.arange(0, 8)[:, None]

@@ -1,0 +1,135 @@
+"""Rows of `bench_kernels.py` for kernels that prepare a whole operand: what they fuse, beside them.
+
+Transformer Engine's cast-transpose, the dense counterpart of a gradient's preparation, is measured
+where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from bench_kernels_cases import BF16, E4M3, FP32, SHORT, Case, Inputs, Step
+
+from megasparse import kernels
+
+E5M2 = torch.float8_e5m2
+
+
+def transformer_engine_cast_transpose(t: Inputs) -> Step:
+    """TE's quantisation of t[0] to e5m2, row-major and transposed, with its amax.
+
+    The one door to TE here: RuntimeError when it cannot be imported or has another interface.
+    """
+    x = t[0]
+    try:
+        # In this order: the first loads the libraries that the second needs.
+        tensors = importlib.import_module("transformer_engine.pytorch.tensor.float8_tensor")
+        engine = importlib.import_module("transformer_engine_torch")
+        quantizer = tensors.Float8Quantizer(
+            scale=torch.ones(1, device=x.device),
+            amax=torch.zeros(1, device=x.device),
+            fp8_dtype=engine.DType.kFloat8E5M2,
+            rowwise=True,
+            columnwise=True,
+        )
+        out = quantizer(x)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise RuntimeError(f"Transformer Engine: {error}") from error
+    return lambda: quantizer.update_quantized(x, out)
+
+
+def operand_cases() -> list[Case]:
+    """Weights and gradients prepared for the GEMMs, with the maxima of delayed scaling."""
+    cases = []
+    # Read: w and its mask; written: values and metadata, both ways (or dense the other way).
+    for source, dtype, size in ((BF16, E4M3, 4.25), (FP32, E4M3, 6.25), (BF16, BF16, 5.25)):
+        cases.append(
+            Case(
+                f"weight_pack24 {SHORT[source]} to {SHORT[dtype]}, mask, both packed",
+                "weight_pack24",
+                size,
+                partial(
+                    lambda s, source, dtype: (
+                        s.normal(source),
+                        s.transposable(),
+                        s.number(100.0) if dtype == E4M3 else None,
+                        *s.maxima(1),
+                    ),
+                    source=source,
+                    dtype=dtype,
+                ),
+                partial(
+                    lambda op, t, dtype: partial(
+                        op, t[0], t[1], dtype=dtype, scale=t[2], amax=t[3]
+                    ),
+                    dtype=dtype,
+                ),
+                odd_shape=(256, 384),
+                others=unfused_weight(dtype),
+            )
+        )
+    cases.append(
+        Case(
+            "weight_pack24 bf16 to e4m3, soft threshold, transpose dense",
+            "weight_pack24",
+            3.625,
+            lambda s: (s.normal(), s.number(1.4), s.number(100.0), *s.maxima(1)),
+            lambda op, t: partial(
+                op, t[0], threshold_scale=t[1], dtype=E4M3, scale=t[2], amax=t[3],
+                transposed="dense",
+            ),
+            odd_shape=(192, 384),
+        )
+    )  # fmt: skip
+    found = importlib.util.find_spec("transformer_engine") is not None
+    others = {"Transformer Engine cast-transpose": transformer_engine_cast_transpose}
+    for exact, row_dtype, size in ((True, E5M2, 3.625), (True, None, 2.625), (False, E5M2, 3.625)):
+        row = "packed alone" if row_dtype is None else "e5m2 rows and packed"
+        cases.append(
+            Case(
+                f"grad_pack24 {'exact' if exact else 'approx'} bf16, {row}",
+                "grad_pack24",
+                size,
+                lambda s: (s.normal(), s.number(1000.0), s.number(50.0), *s.maxima(2)),
+                partial(prepare_gradient, exact=exact, row_dtype=row_dtype),
+                odd_shape=(515, 192),
+                others=others if found else {},
+                # The approximate sampler's magnitudes agree to 1e-6: now and then another byte.
+                wrong_share=0.0 if exact else 1e-3,
+            )
+        )
+    return cases
+
+
+def unfused_weight(dtype: torch.dtype) -> Mapping[str, Callable[[Inputs], Step]]:
+    """The same by this package's separate kernels."""
+
+    def prepare(t: Inputs) -> Step:
+        w, mask, scale, _ = t
+        inverse = None if scale is None else scale.reciprocal()
+        flag = torch.zeros(1, dtype=torch.int32, device=w.device)
+        pack = partial(kernels.pack24, dtype=dtype, scale=inverse, error_flag=flag)
+
+        def step() -> tuple[kernels.Packed24, kernels.Packed24]:
+            pruned = torch.where(mask, w, 0)
+            return pack(pruned), pack(pruned.t().contiguous())
+
+        return step
+
+    return {"torch where, transpose, pack24 twice": prepare}
+
+
+def prepare_gradient(
+    op: Callable[..., Any], t: Inputs, exact: bool, row_dtype: torch.dtype | None
+) -> Step:
+    dz, row_scale, packed_scale, row_amax, packed_amax = t
+    return partial(
+        op, dz, seed=7, exact=exact, row_dtype=row_dtype, packed_scale=packed_scale,
+        row_scale=None if row_dtype is None else row_scale,
+        row_amax=row_amax, packed_amax=packed_amax,
+    )  # fmt: skip

@@ -134,9 +134,10 @@ def pair16(low, high, KIND: tl.constexpr):
         low_bits = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
         pair = low_bits | (high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
     else:
-        instruction: tl.constexpr = "cvt.rn.bf16x2.f32" if KIND == "bf16" else "cvt.rn.f16x2.f32"
+        bf16: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        fp16: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
         pair = tl.inline_asm_elementwise(
-            instruction + " $0, $2, $1;",
+            bf16 if KIND == "bf16" else fp16,
             "=r,f,f",
             [low, high],
             dtype=tl.uint32,

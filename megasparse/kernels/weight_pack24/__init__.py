@@ -48,7 +48,7 @@ def weight_pack24(
         threshold_scale: beta, 0-d float32 on w's device; only, and always, without a mask.
         dtype: bfloat16, float16 or float8_e4m3fn; by default w's own. From another 16-bit format
             there is no conversion.
-        scale: 0-d float32 on w's device, only and always for e4m3: values are W~ * scale, to
+        scale: 0-d finite float32 on the device, only and always for e4m3: values are W~ * scale, to
             nearest even, saturated at 448 (infinities too). The results' `scale` is its reciprocal.
         transposed: "packed": also W~^T (K, N), packed along N. "dense": W~^T as a row-major (K, N)
             tensor of `dtype` (e4m3: times `scale`). None: neither.

@@ -60,30 +60,31 @@ def _max(a, b):
 
 
 @triton.jit
-def _load(w, mask, group, KIND: tl.constexpr):
-    """The bits of a group's entries, and its mask: four bytes, 0 or 1, in a uint32."""
+def _load_block(w, group, stride, KIND: tl.constexpr):
+    """The bits of 4x4 blocks: four rows of four entries."""
     live = tl.full(group.shape, 1, tl.int1)
-    a, b, c, d = load_bits(w, group, live, KIND)
-    kept = 0
-    if mask is not None:
-        kept = tl.load(mask + group).to(tl.uint32, bitcast=True)
-    return a, b, c, d, kept
-
-
-@triton.jit
-def _load_block(w, mask, group, stride, KIND: tl.constexpr):
     return (
-        _load(w, mask, group, KIND),
-        _load(w, mask, group + stride, KIND),
-        _load(w, mask, group + 2 * stride, KIND),
-        _load(w, mask, group + 3 * stride, KIND),
+        load_bits(w, group, live, KIND),
+        load_bits(w, group + stride, live, KIND),
+        load_bits(w, group + 2 * stride, live, KIND),
+        load_bits(w, group + 3 * stride, live, KIND),
     )
 
 
 @triton.jit
-def _row(loaded, beta, scale, MASK: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr):
+def _load_mask(mask, group, stride):
+    """The mask of 4x4 blocks: for each row a uint32 of four bytes, 0 or 1."""
+    return (
+        tl.load(mask + group).to(tl.uint32, bitcast=True),
+        tl.load(mask + group + stride).to(tl.uint32, bitcast=True),
+        tl.load(mask + group + 2 * stride).to(tl.uint32, bitcast=True),
+        tl.load(mask + group + 3 * stride).to(tl.uint32, bitcast=True),
+    )
+
+
+@triton.jit
+def _row(loaded, kept, beta, scale, MASK: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr):
     """One group a lane of one row: its word, bits of `nan_bits`, and its largest |W~|."""
-    kept = loaded[4]
     if MASK and KIND == OUT:  # no float at all
         word = word_of(loaded[0], loaded[1], loaded[2], loaded[3])
         found = nans_of(word, OUT)
@@ -122,34 +123,34 @@ def _select_four(words, OUT: tl.constexpr):
 
 @triton.jit
 def _block(
-    loaded, beta, scale, values, group, stride, MASK: tl.constexpr, KIND: tl.constexpr,
+    loaded, kept, beta, scale, values, group, stride, MASK: tl.constexpr, KIND: tl.constexpr,
     OUT: tl.constexpr,
 ):  # fmt: skip
     """A 4x4 block a lane: stores the kept of its rows, returns the words of its rows and more.
 
     Then the codes of the rows, bits of `nan_bits`, and the largest |W~|.
     """
-    w0, found0, amax0 = _row(loaded[0], beta, scale, MASK, KIND, OUT)
-    w1, found1, amax1 = _row(loaded[1], beta, scale, MASK, KIND, OUT)
-    w2, found2, amax2 = _row(loaded[2], beta, scale, MASK, KIND, OUT)
-    w3, found3, amax3 = _row(loaded[3], beta, scale, MASK, KIND, OUT)
-    kept, codes = _select_four((w0, w1, w2, w3), OUT)
+    w0, found0, amax0 = _row(loaded[0], kept[0], beta, scale, MASK, KIND, OUT)
+    w1, found1, amax1 = _row(loaded[1], kept[1], beta, scale, MASK, KIND, OUT)
+    w2, found2, amax2 = _row(loaded[2], kept[2], beta, scale, MASK, KIND, OUT)
+    w3, found3, amax3 = _row(loaded[3], kept[3], beta, scale, MASK, KIND, OUT)
+    packed, codes = _select_four((w0, w1, w2, w3), OUT)
     kind: tl.constexpr = values.dtype.element_ty
-    tl.store(values + group, kept[0].to(kind))
-    tl.store(values + group + stride, kept[1].to(kind))
-    tl.store(values + group + 2 * stride, kept[2].to(kind))
-    tl.store(values + group + 3 * stride, kept[3].to(kind))
+    tl.store(values + group, packed[0].to(kind))
+    tl.store(values + group + stride, packed[1].to(kind))
+    tl.store(values + group + 2 * stride, packed[2].to(kind))
+    tl.store(values + group + 3 * stride, packed[3].to(kind))
     amax = _max(_max(amax0, amax1), _max(amax2, amax3))
     return (w0, w1, w2, w3), codes, (found0 | found1) | (found2 | found3), amax
 
 
 @triton.jit
-def _crowded(loaded, BOTH: tl.constexpr):
+def _crowded(kept, BOTH: tl.constexpr):
     """Masks of a 4x4 block: a bit of 0x80808080 where a row, or with BOTH a column, keeps over 2.
 
     The bytes of a product with 0x01010101 are sums; 0x7D and 3 make 0x80.
     """
-    m0, m1, m2, m3 = loaded[0][4], loaded[1][4], loaded[2][4], loaded[3][4]
+    m0, m1, m2, m3 = kept[0], kept[1], kept[2], kept[3]
     found = (m0 * 0x01010101 + 0x7D000000) | (m1 * 0x01010101 + 0x7D000000)
     found = found | (m2 * 0x01010101 + 0x7D000000) | (m3 * 0x01010101 + 0x7D000000)
     found = found & 0x80000000
@@ -222,17 +223,20 @@ def _weight_pack24_kernel(
     group = tl.max_contiguous(group, [1, HELD])
     MASK: tl.constexpr = mask is not None
     # All loads come first: the hardware has them under way at once, and keeps their order.
-    upper_loaded = _load_block(w, mask, group, stride, KIND)
-    lower_loaded = _load_block(w, mask, group + 4 * stride, stride, KIND)
+    upper_bits = _load_block(w, group, stride, KIND)
+    lower_bits = _load_block(w, group + 4 * stride, stride, KIND)
+    upper_mask, lower_mask = upper_bits, lower_bits  # stands in, unread, without a mask
     if MASK:
         BOTH: tl.constexpr = metadata_t is not None
-        crowded = _crowded(upper_loaded, BOTH) | _crowded(lower_loaded, BOTH)
+        upper_mask = _load_mask(mask, group, stride)
+        lower_mask = _load_mask(mask, group + 4 * stride, stride)
+        crowded = _crowded(upper_mask, BOTH) | _crowded(lower_mask, BOTH)
         raise_flag(flag, (crowded != 0).to(tl.int32))
     upper, upper_codes, nan, amax = _block(
-        upper_loaded, beta, scale, values, group, stride, MASK, KIND, OUT
+        upper_bits, upper_mask, beta, scale, values, group, stride, MASK, KIND, OUT
     )
     lower, lower_codes, lower_nan, lower_amax = _block(
-        lower_loaded, beta, scale, values, group + 4 * stride, stride, MASK, KIND, OUT
+        lower_bits, lower_mask, beta, scale, values, group + 4 * stride, stride, MASK, KIND, OUT
     )
     raise_flag(nan_flag, ((nan | lower_nan) & nan_bits(OUT) != 0).to(tl.int32))
     if amax_ptr is not None:

@@ -189,7 +189,7 @@ def report(part: str, results: tuple[Any, ...]) -> list[str]:
     lines = [
         f"## {'The whole layer' if part == 'layer' else 'Norm and MLP'}",
         "",
-        "Times faster than the column's name; GiB: peak of a step beyond what lies there before it.",
+        "Times faster than the column's name; GiB: peak of a step beyond what lies there before.",
         "",
         f"| variant | ms | {' | '.join(f'x {base}' for base in bases)} | GiB |",
         "|---|---:|" + "---:|" * (len(bases) + 1),

@@ -61,7 +61,7 @@ class Fp8Slot:
     scale: torch.Tensor = field(init=False)
     inverse: torch.Tensor = field(init=False)
     amax: torch.Tensor = field(init=False)
-    _quantisers: dict[tuple[bool, bool, bool], Any] = field(default_factory=dict)
+    _quantisers: dict[tuple[bool, bool], Any] = field(default_factory=dict)
 
     @property
     def factor(self) -> float:
@@ -84,7 +84,8 @@ class Fp8Slot:
 
         Args:
             x: 16-bit or float32.
-            rows, columns: which of the two are wanted; the others are None.
+            rows, columns: which of the two are wanted; the others are None (on a GPU there is no
+                pass for columns alone).
             record: raise `amax`.
         """
         if not x.is_cuda:
@@ -92,13 +93,13 @@ class Fp8Slot:
                 self.amax.copy_(torch.maximum(self.amax, x.detach().float().abs().amax()))
             whole = definition(x, self.scale, E4M3)
             return whole if rows else None, whole.t().contiguous() if columns else None
-        quantiser = self._quantisers.get((rows, columns, record))
+        quantiser = self._quantisers.get((columns, record))
         if quantiser is None:
-            quantiser = self._quantisers[rows, columns, record] = Float8Quantizer(
+            quantiser = self._quantisers[columns, record] = Float8Quantizer(
                 self.scale.view(1),
                 self.amax if record else torch.zeros_like(self.amax),
                 tex.DType.kFloat8E4M3,
-                rowwise=rows,
+                rowwise=True,
                 columnwise=columns,
             )
         result = tex.quantize(x.contiguous(), quantiser)
@@ -147,7 +148,9 @@ class Fp8Scales:
         """Make the tensors of all slots."""
         count = len(self._slots)
         self.scale = torch.ones(count, dtype=torch.float32, device=self._device)
-        self.inverse = torch.ones_like(self.scale)
+        # Each in 16 bytes of its own: cuBLAS takes no scale at another address.
+        self._inverse = torch.ones(count, 4, dtype=torch.float32, device=self._device)
+        self.inverse = self._inverse[:, 0]
         # Row 0 takes the magnitudes of the step that is under way (as in Transformer Engine).
         self.history = torch.zeros(self._length, count, dtype=torch.float32, device=self._device)
         for slot in self._slots:
@@ -173,9 +176,10 @@ class Fp8Scales:
         newest = self._reduce_max(self.history[0].clone())
         # A step with a NaN or an infinity says nothing about magnitudes.
         newest = torch.where(torch.isfinite(newest), newest, torch.zeros_like(newest))
+        self.history[0] = newest
         update = update_by_definition if tex is None or not newest.is_cuda else _update
         update(newest, self.history, self.scale, self._algorithm, self._margin)
-        torch.reciprocal(self.scale, out=self.inverse)
+        self.inverse.copy_(self.scale.reciprocal())
         self.on_host = self.scale.tolist()
 
     def export_state(self, slots: tuple[Fp8Slot, ...]) -> dict[str, torch.Tensor]:
@@ -193,7 +197,7 @@ class Fp8Scales:
             return
         index = [slot.index for slot in slots]
         self.scale[index] = state["fp8_scale"].to(self._device)
-        torch.reciprocal(self.scale, out=self.inverse)
+        self.inverse.copy_(self.scale.reciprocal())
         history = state["fp8_history"].to(self._device)
         # Row 0 is of the step under way, rows 1 and on of the past, the newest last.
         past = min(history.shape[0], self._length) - 1
@@ -214,17 +218,16 @@ def update_by_definition(
     """Transformer Engine's delayed scaling: `scale = 448 / amax / 2 ** margin`, in place.
 
     Args:
-        newest: (n,) largest magnitudes of the step.
+        newest: (n,) largest magnitudes of the step; 0 leaves a slot as it was.
         history: (length, n); shifted by one row.
-        scale: (n,) float32; kept where no magnitude is known.
+        scale: (n,) float32.
     """
     history[0] = newest
-    amax = history.amax(0) if algorithm == "max" else history[0].clone()
-    if history.shape[0] > 1:
-        history.copy_(history.roll(-1, 0))
+    amax = history.amax(0) if algorithm == "max" else newest
+    history.copy_(torch.where(newest > 0, history.roll(-1, 0), history))
     history[0] = 0.0
     new = (E4M3_MAX / amax / 2.0**margin).clamp(max=_FLOAT32_MAX)
-    scale.copy_(torch.where(amax > 0, new, scale))
+    scale.copy_(torch.where(newest > 0, new, scale))
 
 
 def _update(

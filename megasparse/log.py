@@ -39,7 +39,16 @@ _said: set[str] = set()
 
 def log_once(message: str, *values: object) -> None:
     """An info line, the first time that it is asked for with these values."""
-    line = message % values
+    _once(logging.INFO, message % values)
+
+
+def warn_once(message: str, *values: object) -> None:
+    """A warning, likewise; from the first rank alone, for it is the same on all."""
+    if speaks():
+        _once(logging.WARNING, message % values)
+
+
+def _once(level: int, line: str) -> None:
     if line not in _said:
         _said.add(line)
-        logger.info("%s", line)
+        logger.log(level, "%s", line)

@@ -17,6 +17,7 @@ import torch
 
 from megasparse.kernels import matmul24, mvue_pack24, pack24, spmm24
 from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.sparsity.gemm_choice import GemmChooser, shared_chooser
 from megasparse.sparsity.gemms import Gradient, PlainOperands
 from megasparse.sparsity.probe import Probe
@@ -42,7 +43,7 @@ def refusal(
         return f"the shard is {tuple(weight.shape)}, expected multiples of {ALIGNMENT}"
     if torch.cuda.get_device_capability(weight.device)[0] != 9:
         return "the packed layout is Hopper's (compute capability 9)"
-    return None
+    return packing_disagreement(weight.device, weight.dtype)
 
 
 class PackedSparseGemms(PlainOperands):

@@ -21,7 +21,7 @@ from megasparse.kernels import (
     transposable24_mask,
 )
 from megasparse.kernels.patterns import decode_patterns, encode_patterns
-from megasparse.log import log_once
+from megasparse.log import warn_once
 from megasparse.sparsity import packed_gemms, schedule
 from megasparse.sparsity.activations import InputSquares
 from megasparse.sparsity.fp8_gemms import DenseFp8Gemms, Fp8Slots, PackedFp8Gemms
@@ -135,7 +135,7 @@ class SparseWeight(torch.nn.Module):
                 probe=self.probe,
             )
         if weight.is_cuda:
-            log_once("2:4 layers computed by dense GEMMs: %s", reason)
+            warn_once("2:4 layers are computed by dense GEMMs, without their speed: %s", reason)
         effective = self.effective(weight)
         if recipe.simulate_fp8:
             return SimulatedFp8Gemms(effective, recipe.mvue, channels, self._reduce_max, self.probe)

@@ -9,6 +9,9 @@ import torch
 from megasparse import fp8
 from megasparse.config import RunConfig
 from megasparse.errors import ConfigError
+from megasparse.kernels.packed24 import E4M3
+from megasparse.kernels.spmm24.agreement import packing_disagreement
+from megasparse.log import warn_once
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import build_model, hide_padding
 from megasparse.megatron.sparsify import sparsify
@@ -84,6 +87,9 @@ def _fp8_scales(config: RunConfig, grid: Grid) -> fp8.Fp8Scales | None:
     refusal = fp8.refusal(grid.device)
     if refusal is not None:
         raise ConfigError(f"fp8_format {settings.fp8_format}: {refusal}")
+    if grid.device.type == "cuda" and (reason := packing_disagreement(grid.device, E4M3)):
+        warn_once("FP8 is not used, the sparse layers stay in bfloat16: %s", reason)
+        return None
     return fp8.Fp8Scales(
         grid.device,
         settings.fp8_amax_history_len,

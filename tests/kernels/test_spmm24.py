@@ -7,6 +7,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import matmul24, pack24, spmm24
+from megasparse.kernels.spmm24.agreement import difference, packing_disagreement
 from tests.kernels.test_pack24 import E4M3, sparse
 
 # Relative error of the whole result: rounding of the output, and of the sums in fp8 hardware.
@@ -115,3 +116,18 @@ def test_nothing_is_recorded_by_autograd(device):
     packed = pack24(w.requires_grad_())
     assert not packed.buffer.requires_grad and not packed.values.requires_grad
     assert not spmm24(packed, x.requires_grad_()).requires_grad
+
+
+def test_another_packed_layout_is_told(device):
+    ours = torch.arange(64, dtype=torch.uint8, device=device)
+    theirs = ours.clone()
+    assert difference(ours, theirs, torch.bfloat16) is None
+    theirs[[5, 9]] += 1
+    assert "2 of 64 bytes differ, the first at 5" in difference(ours, theirs, torch.bfloat16)
+    assert "into 32 bytes, expected 64" in difference(ours, theirs[:32], torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, E4M3])
+def test_the_library_packs_as_we_do(device, dtype):
+    assert packing_disagreement(device, dtype) is None

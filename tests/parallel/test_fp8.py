@@ -1,0 +1,131 @@
+"""FP8 runs: one result in every layout, an exact resume, a curve that follows bfloat16's.
+
+What the sparse tensor cores compute is computed here by the kernels' definitions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests import dist
+from tests.parallel.trace import traced
+
+# 128 wide: FP8 operands come in tiles of 128.
+WIDE = [
+    "--num-layers", "2", "--hidden-size", "128", "--ffn-hidden-size", "256",
+    "--num-attention-heads", "4", "--seq-length", "32", "--micro-batch-size", "2",
+    "--global-batch-size", "4", "--train-iters", "12", "--lr", "1e-3", "--vocab-size", "128",
+    "--make-vocab-size-divisible-by", "16", "--mask-update-interval", "4", "--eval-iters", "1",
+    "--eval-interval", "5", "--split", "90,10,0", "--bf16", "--position-embedding-type", "rope",
+    "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear",
+]  # fmt: skip
+FP8 = ["--fp8-format", "e4m3", "--fp8-amax-history-len", "3"]
+# With a dense tail: both kinds of FP8 GEMMs.
+FST = ["--sparsity-recipe", "fst", "--masked-decay", "1e-3", "--dense-tail-fraction", "0.25"]
+S_STE = ["--sparsity-recipe", "s_ste"]
+TP2 = ["--tensor-model-parallel-size", "2"]
+
+
+def fp8_run(rank: int, world: int, flags: list[str]) -> tuple[list[dict[str, Any]], list[list]]:
+    """Rows of a run whose device is said to have FP8, and the scales after every step."""
+    from megasparse.fp8 import Fp8Scales
+
+    scales: list[list[float]] = []
+    finish = Fp8Scales.finish_step
+
+    def recording(self):
+        finish(self)
+        scales.append(list(self.on_host))
+
+    with (
+        mock.patch("megasparse.fp8.refusal", return_value=None),
+        mock.patch.object(Fp8Scales, "finish_step", recording),
+    ):
+        return traced(rank, world, flags), scales
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, dataset):
+    """A run of one rank by its recipe; made once."""
+    made: dict[str, Any] = {}
+
+    def get(name, recipe):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            flags = [*WIDE, *recipe, "--data-path", dataset, "--run-dir", str(folder)]
+            made[name] = dist.run(fp8_run, 1, flags)[0]
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("fst", [*FST, *FP8]), ("s_ste", [*S_STE, "--fp8-format", "hybrid"])]
+)
+def test_tensor_parallel_ranks_scale_and_train_as_one(runs, tmp_path, dataset, name, recipe):
+    rows, scales = runs(name, recipe)
+    flags = [*WIDE, *recipe, *TP2, "--data-path", dataset, "--run-dir", str(tmp_path)]
+    if name == "s_ste":
+        flags.append("--sequence-parallel")
+    (split, ours), (_, theirs) = dist.run(fp8_run, 2, flags)
+    assert ours == theirs  # both ranks, exactly
+    assert [row["samples"] for row in split] == [row["samples"] for row in rows]
+    assert split[0]["masks"] == rows[0]["masks"]
+    for row, expected in zip(split, rows, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=5e-3)
+    # After the first step weights and draws still agree but for bfloat16's sums.
+    assert ours[0] == pytest.approx(scales[0], rel=0.02)
+
+
+def test_data_parallel_ranks_scale_alike(runs, tmp_path, dataset):
+    rows, _ = runs("fst", [*FST, *FP8])
+    flags = [*WIDE, *FST, *FP8, "--data-path", dataset, "--run-dir", str(tmp_path)]
+    (split, ours), (_, theirs) = dist.run(fp8_run, 2, flags)
+    assert ours == theirs
+    for row, expected in zip(split, rows, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+
+
+def test_a_resumed_run_repeats_it(runs, tmp_path, dataset):
+    rows, scales = runs("fst", [*FST, *FP8])
+    flags = [*WIDE, *FST, *FP8, "--data-path", dataset, "--run-dir", str(tmp_path)]
+    # Step 5 ends with an evaluation, which must leave no trace.
+    first, before = dist.run(fp8_run, 1, [*flags, "--exit-interval", "5"])[0]
+    second, after = dist.run(fp8_run, 1, [*flags, "--resume"])[0]
+    assert [row["loss"] for row in first + second] == [row["loss"] for row in rows]
+    assert before + after == scales
+
+
+def test_the_curve_follows_bfloat16(runs, tmp_path, dataset):
+    rows, _ = runs("fst", [*FST, *FP8])
+    flags = [*WIDE, *FST, "--data-path", dataset, "--run-dir", str(tmp_path)]
+    plain = dist.run(traced, 1, flags)[0]
+    for row, expected in zip(rows, plain, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+    assert rows[0]["masks"] == plain[0]["masks"]
+    assert rows[0]["loss"] != plain[0]["loss"] and rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--fp8-format", "e4m3"], "expected a GPU"),
+        (["--fp8-format", "e4m3", "--no-bf16"], "expected --bf16"),
+        (["--fp8-format", "e4m3", "--sparsity-recipe", "dense"], "expected a sparsity_recipe"),
+        (["--fp8-format", "e4m3", "--simulate-fp8"], "expected one of the two"),
+    ],
+)
+def test_refusals(tmp_path, dataset, change, words):
+    flags = [*WIDE, *S_STE, *change, "--data-path", dataset, "--run-dir", str(tmp_path)]
+    flags += ["--mask-update-interval", "none"]
+    with pytest.raises(Exception, match=words):
+        dist.run(traced, 1, flags)
+
+
+def test_a_shard_that_cuts_a_tile_is_refused(tmp_path, dataset):
+    flags = [*WIDE, *FST, *FP8, "--ffn-hidden-size", "192", "--data-path", dataset]
+    with pytest.raises(Exception, match="expected multiples of 128"):
+        dist.run(fp8_run, 1, [*flags, "--run-dir", str(tmp_path)])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Set
 
 import torch
 
-from megasparse.kernels import matmul24, mvue_pack24, pack24, spmm24
+from megasparse.kernels import matmul24, mvue_pack24, spmm24
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.sparsity.gemm_choice import GemmChooser, shared_chooser
@@ -50,9 +50,10 @@ class PackedSparseGemms(PlainOperands):
     """The GEMMs of one step with W~ packed.
 
     Args:
-        effective: gives W~ `(N, K)`, 16-bit, 2:4 along K (and N if transposable); called again when
-            a dense GEMM needs it, so that no dense copy is kept.
-        recipe: transposable or not, and how dZ^T is pruned along tokens.
+        packed: W~ `(N, K)`, 16-bit, 2:4 along K.
+        packed_t: W~^T `(K, N)`, 2:4 along N; None if it is not.
+        effective: gives W~ when a dense GEMM needs it, so that no dense copy is kept.
+        recipe: how dZ^T is pruned along tokens.
         channels: where the local output channels lie in the whole layer.
         error_flag: int32 (1,), set on the device if an operand is not 2:4.
         chooser: which GEMM computes which shape; default: the GPU's own, kept on disk.
@@ -61,6 +62,8 @@ class PackedSparseGemms(PlainOperands):
 
     def __init__(
         self,
+        packed: Packed24,
+        packed_t: Packed24 | None,
         effective: Callable[[], torch.Tensor],
         recipe: SparsityRecipe,
         channels: tuple[Section, ...],
@@ -72,12 +75,8 @@ class PackedSparseGemms(PlainOperands):
         self._probe = probe or Probe()
         self._effective, self._recipe, self._error_flag = effective, recipe, error_flag
         self._channels = tuple((s.local_start, s.global_start, s.length) for s in channels)
-        w_NK = effective()
-        self._chooser = chooser or shared_chooser(w_NK.device)
-        self._packed = pack24(w_NK, error_flag=error_flag)
-        self._packed_t: Packed24 | None = None
-        if recipe.transposable:
-            self._packed_t = pack24(w_NK.t().contiguous(), error_flag=error_flag)
+        self._packed, self._packed_t = packed, packed_t
+        self._chooser = chooser or shared_chooser(packed.values.device)
 
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         return self._multiply("output", self._packed, x_TK, lambda w_NK: w_NK.t())

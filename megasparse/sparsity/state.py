@@ -19,6 +19,7 @@ from megasparse.kernels import (
     s_ste_scale,
     soft_threshold24,
     transposable24_mask,
+    weight_pack24,
 )
 from megasparse.kernels.patterns import decode_patterns, encode_patterns
 from megasparse.log import warn_once
@@ -127,7 +128,19 @@ class SparseWeight(torch.nn.Module):
         if reason is None:
             if self._error_flag is None:
                 self._error_flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
+            soft = recipe.projection == "soft_threshold"
+            packed, packed_t = weight_pack24(
+                weight,
+                None if soft else self.mask,
+                threshold_scale=self._beta(weight) if soft else None,
+                transposed="packed" if recipe.transposable else None,
+                error_flag=self._error_flag,
+                nan_flag=self._flag(weight),
+            )
+            assert not isinstance(packed_t, torch.Tensor)
             return packed_gemms.PackedSparseGemms(
+                packed,
+                packed_t,
                 lambda: self.effective(weight),
                 recipe,
                 channels,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megasparse.kernels import prune24_mask, transposable24_mask
+from megasparse.kernels import pack24, prune24_mask, transposable24_mask
 from megasparse.sparsity.gemm_choice import GemmChooser
 from megasparse.sparsity.gemms import ReferenceSparseGemms
 from megasparse.sparsity.packed_gemms import PackedSparseGemms, refusal
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.sparsity.shard import Section
+from megasparse.sparsity.shard import Section, WeightShard
+from megasparse.sparsity.state import SparseWeight
 
 
 def test_refusals_name_the_reason():
@@ -44,7 +45,10 @@ def test_equal_to_the_reference(device, transposable, mvue, tokens):
     channels = (Section(0, 0, 128), Section(128, 512, 128))
     flag = torch.zeros(1, dtype=torch.int32, device=device)
     recipe = make_recipe("fst" if transposable else "ste", mvue=mvue)
-    packed = PackedSparseGemms(lambda: effective, recipe, channels, flag, GemmChooser(None))
+    operands = pack24(effective), pack24(effective.t().contiguous()) if transposable else None
+    packed = PackedSparseGemms(
+        *operands, lambda: effective, recipe, channels, flag, GemmChooser(None)
+    )
     reference = ReferenceSparseGemms(effective.double(), mvue, channels)
     x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16)
     dz = torch.randn(tokens, n, device=device, dtype=torch.bfloat16)
@@ -65,11 +69,31 @@ def test_equal_to_the_reference(device, transposable, mvue, tokens):
 
 
 @pytest.mark.gpu
-def test_an_operand_that_is_not_24_is_flagged(device):
-    flag = torch.zeros(1, dtype=torch.int32, device=device)
+@pytest.mark.parametrize("name", ["fst", "ste", "s_ste"])
+def test_a_state_packs_its_weight_once(device, name):
+    """What the state of a weight gives on a GPU, against the same on the CPU."""
+    w = torch.randn(128, 192, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x = torch.randn(96, 192, generator=torch.Generator().manual_seed(4)).bfloat16()
+    found = {}
+    for where in ("cpu", device):
+        state = SparseWeight("w", make_recipe(name), WeightShard((128, 192)))
+        gemms = state.gemms(w.to(where), 0, True, True)
+        found[str(where)] = gemms.output(x.to(where)).cpu().double()
+        assert not state.flags(w.to(where).device).any()
+    assert isinstance(gemms, PackedSparseGemms)
+    on_gpu, on_cpu = found[str(device)], found["cpu"]
+    assert float((on_gpu - on_cpu).norm() / on_cpu.norm()) < 4e-3
+
+
+@pytest.mark.gpu
+def test_a_mask_that_is_not_24_is_flagged(device):
     w = torch.randn(64, 64, device=device, dtype=torch.bfloat16)
-    PackedSparseGemms(lambda: w, make_recipe("ste"), (Section(0, 0, 64),), flag, GemmChooser(None))
-    assert int(flag) == 1
+    state = SparseWeight("w", make_recipe("ste"), WeightShard((64, 64)))
+    state.gemms(w, 0, True, True)
+    state.mask = torch.ones_like(w, dtype=torch.bool)
+    state.invalidate()  # the mask of step 0 is not searched again
+    state.gemms(w, 0, True, True)
+    assert state.flags(w.device).tolist() == [0.0, 1.0]
 
 
 @pytest.mark.gpu
@@ -82,7 +106,9 @@ def test_large_shapes_are_tuned_once_and_remembered(device, tmp_path):
     channels = (Section(0, 0, 1024),)
     for _ in range(2):
         chooser = GemmChooser(path)
-        gemms = PackedSparseGemms(lambda: w, make_recipe("fst"), channels, flag, chooser)
+        gemms = PackedSparseGemms(
+            pack24(w), None, lambda: w, make_recipe("fst"), channels, flag, chooser
+        )
         z = gemms.output(x)
         assert float((z.double() - x.double() @ w.double().t()).norm() / z.double().norm()) < 4e-3
         (key,) = GemmChooser(path)._choices

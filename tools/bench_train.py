@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import te_baseline  # noqa: E402
 import torch  # noqa: E402
 from kernel_classes import Profile, profiled, table  # noqa: E402
 
@@ -49,6 +50,8 @@ MODEL = [
 ALL = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
 FST = ["--sparsity-recipe", "fst", "--dense-tail-fraction", "0", "--mask-update-interval"]
 VARIANTS = {
+    "te bf16": ["--sparsity-recipe", "dense"],  # megatron-core's own layers, Transformer Engine's
+    "te fp8": ["--sparsity-recipe", "dense"],
     "dense": ["--sparsity-recipe", "dense"],
     "fst": [*FST, "1"],
     "fst, masks every 40 steps": [*FST, "40"],
@@ -58,27 +61,40 @@ VARIANTS = {
     "s_ste, all linears": ["--sparsity-recipe", "s_ste", *ALL],
     "s_ste fp8, all linears": ["--sparsity-recipe", "s_ste", *ALL, "--fp8-format", "e4m3"],
 }
-DEFAULT = ["dense", "fst", "fst, all linears", "s_ste"]
+DEFAULT = [
+    "te bf16",
+    "te fp8",
+    "fst, all linears",
+    "fst fp8, all linears",
+    "s_ste fp8, all linears",
+]
 
 
-def measure(flags: Sequence[str], warmup: int, steps: int) -> tuple[dict[str, Any], Profile]:
+def measure(
+    name: str, flags: Sequence[str], warmup: int, steps: int
+) -> tuple[dict[str, Any], Profile]:
     """Figures of one variant, and its profile."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()  # DeepSpeed's engines are not freed
-    result, found = _train(flags, warmup, steps)
+    result, found = _train(name, flags, warmup, steps)
     result["memory"] = (torch.cuda.max_memory_allocated() - before) / 2**30
     return result, found
 
 
-def _train(flags: Sequence[str], warmup: int, steps: int) -> tuple[dict[str, Any], Profile]:
+def _train(
+    name: str, flags: Sequence[str], warmup: int, steps: int
+) -> tuple[dict[str, Any], Profile]:
     config = resolve(load_config(list(flags)), 1)
     device = start_process(config.parallel.distributed_timeout_minutes)
     grid = make_grid(1, device, config.train.seed)
     data = build_data(config, grid)
     vocabulary = padded_vocab_size(data.vocab_size, config)
-    engine = build_engine(config, grid, recipe_of(config), vocabulary)
+    if name.startswith("te "):
+        engine = te_baseline.build_baseline(config, grid, vocabulary, name == "te fp8")
+    else:
+        engine = build_engine(config, grid, recipe_of(config), vocabulary)
     stream = batches(data.streams["train"], config, grid, 0)
     losses, seconds = [], []
     for _ in range(warmup + steps):
@@ -145,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
         for name in args.variants:
             flags = [*MODEL, "--mock-data", "--eval-iters", "0", "--train-iters", "1000",
                      *VARIANTS[name], *argv[mark + 1 :]]  # fmt: skip
-            results[name] = measure(flags, args.warmup, args.steps)
+            results[name] = measure(name, flags, args.warmup, args.steps)
             rate = results[name][0]["tokens_per_second"]
             print(f"{name}: {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
             text = report(results, argv)

@@ -14,9 +14,11 @@ Trains
     fst_every_10, fst_every_40         --ablations: the mask interval
     fst_mvue_approximate, fst_no_mvue  how the output gradient is made 2:4, or not
     fst_no_decay, fst_tail             without masked decay; with the paper's dense tail of 1/6
+    fst_decay_6e-4, fst_decay_2e-3     with more of it than the configuration's
     fst_decay_before_clipping          gradient and decay clipped together
     fst_all_linears, s_ste_all_linears attention's linears too
     s_ste_scale_recomputed             S-STE's scale of the current weight, in every step
+    fst_fp8, s_ste_fp8                 --fp8: the sparse layers' GEMMs in e4m3
 
 and writes results.json, results.md and, through plot_runs.py, pictures/. --sweep-lr trains `dense`
 alone with each rate and writes sweep.json and sweep.md.
@@ -52,7 +54,7 @@ import plot_runs
 import plots
 import recipe_tables
 import run_queue
-from recipe_variants import ABLATIONS, BASES, VARIANTS
+from recipe_variants import ABLATIONS, ALL_VARIANTS, BASES, IN_FP8, VARIANTS
 from run_queue import RunQueue, Task
 
 from megasparse.config import load_config
@@ -132,6 +134,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="and dense")
     parser.add_argument("--launcher", default="", metavar="COMMAND", help="starts the ranks")
     parser.add_argument("--ablations", action="store_true", help="their variants too")
+    parser.add_argument("--fp8", action="store_true", help="its variants too")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="for the whole command")
     parser.add_argument("--data-only", action="store_true", help="make the data and stop")
@@ -147,11 +150,14 @@ def work_of(args: argparse.Namespace, flags: list[str], argv: list[str], began: 
     Raises:
         ConfigError: they cannot be met.
     """
-    names = args.only or [*VARIANTS, *(ABLATIONS if args.ablations else ())]
-    if unknown := [name for name in names if name not in VARIANTS | ABLATIONS]:
-        raise ConfigError(f"--only {unknown[0]}, expected of {', '.join(VARIANTS | ABLATIONS)}")
-    if args.sweep_lr and (args.only or args.ablations or "--lr" in flags):
-        raise ConfigError("--sweep-lr trains dense alone: not with --only, --ablations or -- --lr")
+    more = [*(IN_FP8 if args.fp8 else ()), *(ABLATIONS if args.ablations else ())]
+    names = args.only or [*VARIANTS, *more]
+    if unknown := [name for name in names if name not in ALL_VARIANTS]:
+        raise ConfigError(f"--only {unknown[0]}, expected of {', '.join(ALL_VARIANTS)}")
+    if args.sweep_lr and (args.only or more or "--lr" in flags):
+        raise ConfigError(
+            "--sweep-lr trains dense alone: not with --only, --ablations, --fp8 or -- --lr"
+        )
     gpus = run_queue.visible_gpus()
     run_queue.check_jobs(args.jobs, args.launcher, gpus)
     queue = RunQueue(
@@ -283,7 +289,7 @@ def draw(work: Work, tasks: Sequence[Task]) -> None:
 
 def flags_of(work: Work, variant: str) -> list[str]:
     """What makes a variant, after the flags of all."""
-    flags = (VARIANTS | ABLATIONS)[variant]
+    flags = ALL_VARIANTS[variant]
     if variant != "half":
         return flags
     model = load_config(["--config", str(comparison.ROOT / "configs" / work.config), *work.flags])

@@ -21,6 +21,8 @@ ABLATIONS = {
     "fst_mvue_approximate": [*FST, *EVERY_STEP, "--mvue", "approximate"],
     "fst_no_mvue": [*FST, *EVERY_STEP, "--mvue", "off"],
     "fst_no_decay": [*FST, *EVERY_STEP, "--masked-decay", "0"],
+    "fst_decay_6e-4": [*FST, *EVERY_STEP, "--masked-decay", "6e-4"],
+    "fst_decay_2e-3": [*FST, *EVERY_STEP, "--masked-decay", "2e-3"],
     "fst_decay_before_clipping": [*FST, *EVERY_STEP, "--masked-decay-before-clipping"],
     "fst_tail": ["--sparsity-recipe", "fst", *EVERY_STEP],
     "fst_all_linears": [*FST, *EVERY_STEP, *ALL_LINEARS],
@@ -28,5 +30,12 @@ ABLATIONS = {
     "s_ste_all_linears": [*S_STE, *ALL_LINEARS],
 }
 
-# The variant that an ablation changes.
-BASES = {name: "s_ste" if name.startswith("s_ste") else "fst" for name in ABLATIONS}
+# --fp8: on GPUs that have it.
+IN_FP8 = {
+    "fst_fp8": [*VARIANTS["fst"], "--fp8-format", "e4m3"],
+    "s_ste_fp8": [*VARIANTS["s_ste"], "--fp8-format", "e4m3"],
+}
+ALL_VARIANTS = VARIANTS | ABLATIONS | IN_FP8
+
+# The variant that another changes.
+BASES = {name: "s_ste" if name.startswith("s_ste") else "fst" for name in (*ABLATIONS, *IN_FP8)}

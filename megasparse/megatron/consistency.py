@@ -97,7 +97,7 @@ def _data_parallel(model: torch.nn.Module, controller: SparsityController) -> Na
     named: Named = list(model.named_parameters())
     for state, _ in controller.weights:
         named += [(f"mask of {state.name}", state.mask), (f"scale of {state.name}", state.scale)]
-    return named
+    return named + _fp8(controller)
 
 
 def _tensor_parallel(model: torch.nn.Module, controller: SparsityController, grid: Grid) -> Named:
@@ -112,7 +112,12 @@ def _tensor_parallel(model: torch.nn.Module, controller: SparsityController, gri
             (f"scale of {state.name}", state.scale),
             (f"refresh counters of {state.name}", counters),
         ]
-    return named
+    return named + _fp8(controller)
+
+
+def _fp8(controller: SparsityController) -> Named:
+    scales = controller.fp8
+    return [] if scales is None else [("FP8 scales", scales.scale), ("FP8 history", scales.history)]
 
 
 def _tied(model: torch.nn.Module, grid: Grid) -> Named:

@@ -200,6 +200,8 @@ class Recorder:
             return given
         gpu = torch.cuda.get_device_name(self._grid.device)
         precision = "bf16" if self._config.train.bf16 else "fp32"
+        if self._config.fp8.fp8_format is not None:
+            precision = "fp8"
         peak = flops.peak_tflops(gpu, precision)
         if peak is None:
             logger.info(

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,8 +39,7 @@ _STRUCT_BYTES = 512
 _ALGORITHM_ID = 0  # of cusparseLtMatmulAlgAttribute_t
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a plan is made for.
 
     Attributes:

@@ -238,9 +238,7 @@ def fp8_linears(config: RunConfig) -> set[str]:
     }
 
 
-def workspace(
-    config: RunConfig, vocabulary: int, numel: int, stage: int, gpu: bool = True
-) -> int:
+def workspace(config: RunConfig, vocabulary: int, numel: int, stage: int, gpu: bool = True) -> int:
     """Buffers of a step: gradient buckets; on the last stage the logits."""
     parallel = config.parallel
     size = 2 if config.train.bf16 else FLOAT32

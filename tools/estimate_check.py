@@ -118,8 +118,8 @@ def report(content: dict[str, Any], rows: list[Compared], command: str) -> str:
         f"Measured {content['date']}, {content['versions']}. Command: `{command}`",
         "",
         "Ratios are estimate to measurement. The estimator's constants (launches, bytes, rates "
-        "within a step) were taken from some of these runs: kernels of `layer` and `l8`, the host's "
-        "time of `llama`. So this says how well one model describes all of them, not how well it "
+        "within a step) were taken from some of these runs: kernels of `layer` and `l8`, the "
+        "host's time of `llama`. So this says how well one model describes all of them, not how well it "
         "predicts others: on another machine measure first (`--measure`).",
         "",
         *_table([row for row in rows if not row.older]),
@@ -133,8 +133,8 @@ def report(content: dict[str, Any], rows: list[Compared], command: str) -> str:
         "",
         "## By code that has changed since",
         "",
-        "Estimated as the code is now, so these are no test of it: memory and times were larger by "
-        "what each source says. But tp 2, with more kernels than today, took less than its host is "
+        "Estimated as the code is now, so these are no test of it: most were larger by what each "
+        "source says. But tp 2, with more kernels than today, took less than its host is "
         "estimated to need: a launch may cost less than here.",
         "",
         *_table([row for row in rows if row.older]),

@@ -1,8 +1,7 @@
 """The sbatch scripts' container variant: what srun is given, and what of it reaches a rank.
 
-There is no pyxis here. In place of srun stands a script that writes its options down and does to the
-environment what pyxis and enroot's hook for PyTorch images are documented to do, then runs the
-command.
+There is no pyxis here. In place of srun stands a script that writes its options down and does to
+the environment what pyxis and enroot's hook for PyTorch images do, then runs the command.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ Flags of launch/pretrain.py may follow. `--search` lists the layouts that fit th
 fastest first. `--measure` runs some steps of the layout on this machine's GPUs with generated data
 and prints estimate and measurement side by side; `--check` does so for runs measured before. Bytes
 between two steps are exact; activations are counted operator by operator; times come from measured
-rates (tools/results/gemm-h200.json), in BF16 and FP8. The time of launching kernels is the host's:
-it was measured on one. No GPU and no data are needed, but for `--measure`.
+rates (tools/results/gemm-h200.json), in BF16 and FP8. The time to launch a kernel is that of one
+slow host: give yours (`--launch-us`). No GPU and no data are needed, but for `--measure`.
 """
 
 from __future__ import annotations
@@ -243,6 +243,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--gpu-memory", type=float, help="GiB (default: the table's GPU)")
     parser.add_argument("--table", type=Path, default=TABLE, help="measured rates")
+    parser.add_argument("--launch-us", type=float, help="host's time a kernel (the table's)")
     parser.add_argument("--search", action="store_true", help="list the layouts that fit")
     parser.add_argument("--top", type=int, default=12, help="layouts to list")
     parser.add_argument("--measure", action="store_true", help="run it here and compare")
@@ -261,6 +262,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str]) -> int:
     args, flags = parse(argv)
     table = GemmTable(args.table)
+    if args.launch_us is not None:
+        table.data["launch_us"] = args.launch_us
     args.gpu_memory = args.gpu_memory or table.data["memory_gib"]
     flags = ["--config", str(args.config), *flags]
     try:

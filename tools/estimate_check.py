@@ -119,8 +119,8 @@ def report(content: dict[str, Any], rows: list[Compared], command: str) -> str:
         "",
         "Ratios are estimate to measurement. The estimator's constants (launches, bytes, rates "
         "within a step) were taken from some of these runs: kernels of `layer` and `l8`, the "
-        "host's time of `llama`. So this says how well one model describes all of them, not how well it "
-        "predicts others: on another machine measure first (`--measure`).",
+        "host's time of `llama`. So this says how well one model describes all of them, not how "
+        "well it predicts others: on another machine measure first (`--measure`).",
         "",
         *_table([row for row in rows if not row.older]),
         "",

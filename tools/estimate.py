@@ -3,18 +3,21 @@
     python tools/estimate.py configs/llama_8b_fst.yaml --gpus 64
     python tools/estimate.py configs/llama_8b_fst.yaml --gpus 64 --micro-batch-size 2 --search
     python tools/estimate.py configs/gpt2_124m_fst.yaml --gpus 2 --measure      (on this machine)
+    python tools/estimate.py --check tools/results/estimate-points-h200.json --output TABLE.md
 
 Flags of launch/pretrain.py may follow. `--search` lists the layouts that fit the GPUs' memory, the
 fastest first. `--measure` runs some steps of the layout on this machine's GPUs with generated data
-and prints estimate and measurement side by side. Bytes between two steps are exact; activations are
-counted operator by operator; times come from measured rates (tools/results/gemm-h200.json), in
-BF16. No GPU and no data are needed, but for `--measure`.
+and prints estimate and measurement side by side; `--check` does so for runs measured before. Bytes
+between two steps are exact; activations are counted operator by operator; times come from measured
+rates (tools/results/gemm-h200.json), in BF16 and FP8. The time to launch a kernel is that of one
+slow host: give yours (`--launch-us`). No GPU and no data are needed, but for `--measure`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import estimate_check  # noqa: E402
 from bench_scaling import launch  # noqa: E402
 from estimate_time import TABLE, GemmTable, StepTime, step_time  # noqa: E402
 
@@ -142,11 +146,10 @@ def report(found: Estimate, args: argparse.Namespace) -> str:
     fits = "fits" if found.peak / GIB <= limit else "DOES NOT FIT"
     lines.append(f"  {fits} {args.gpu_memory:g} GiB ({limit:.0f} usable)")
     if found.time is None:
-        return "\n".join([*lines, "", "no step time: the rates are of BF16 on a GPU"])
+        return "\n".join([*lines, "", "no step time: the rates are of BF16 and FP8 on a GPU"])
     seconds = found.time.seconds
     lines += ["", f"step time         {seconds:.3f} s, {_rate(found):,.0f} tokens/s"]
-    for name, part in found.time.parts.items():
-        part *= found.time.overhead
+    for name, part in (found.time.parts | {"waiting for host": found.time.waiting}).items():
         lines.append(f"  {name:<20}{part:>8.3f} s{part / seconds:>7.0%}")
     return "\n".join(lines)
 
@@ -203,6 +206,27 @@ def measure(found: Estimate, flags: Sequence[str], args: argparse.Namespace) -> 
     return "\n".join(lines)
 
 
+def check(table: GemmTable, args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """The table of `--check`, printed or written to a file.
+
+    Raises:
+        ConfigError: the file of points cannot be read, or the table's cannot be written.
+    """
+    content = estimate_check.read_points(args.check)
+    rows = estimate_check.compare(content, table, lambda c, n: estimate(c, n, table, args))
+    command = shlex.join(["python", "tools/estimate.py", *argv])
+    text = estimate_check.report(content, rows, command)
+    if args.output is None:
+        print(text, end="")
+        return
+    temporary = args.output.with_suffix(".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(args.output)
+    except OSError as error:
+        raise ConfigError(f"--output {args.output}: {error}") from None
+
+
 def _rate(found: Estimate) -> float:
     assert found.time is not None and found.config.train.global_batch_size
     tokens = found.config.train.global_batch_size * found.config.model.seq_length
@@ -214,25 +238,38 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, nargs="?", help="YAML file")
     parser.add_argument("--gpus", type=int, help="ranks (default: tensor x pipeline parallel)")
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--gpu-memory", type=float, help="GiB (default: the table's GPU)")
     parser.add_argument("--table", type=Path, default=TABLE, help="measured rates")
+    parser.add_argument("--launch-us", type=float, help="host's time a kernel (the table's)")
     parser.add_argument("--search", action="store_true", help="list the layouts that fit")
     parser.add_argument("--top", type=int, default=12, help="layouts to list")
     parser.add_argument("--measure", action="store_true", help="run it here and compare")
+    parser.add_argument("--check", type=Path, help="compare with the measured points of a file")
+    parser.add_argument("--output", type=Path, help="markdown file for the table of --check")
     parser.add_argument("--steps", type=int, default=6, help="steps to measure")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    return parser.parse_known_args(argv)
+    args, flags = parser.parse_known_args(argv)
+    if (args.config is None) == (args.check is None):
+        parser.error("expected a configuration, or --check FILE")
+    if args.check and (flags or args.device == "cpu"):
+        parser.error(f"--check takes its runs from the file, on GPUs; found {shlex.join(argv)}")
+    return args, flags
 
 
 def main(argv: Sequence[str]) -> int:
     args, flags = parse(argv)
     table = GemmTable(args.table)
+    if args.launch_us is not None:
+        table.data["launch_us"] = args.launch_us
     args.gpu_memory = args.gpu_memory or table.data["memory_gib"]
     flags = ["--config", str(args.config), *flags]
     try:
+        if args.check:
+            check(table, args, argv)
+            return 0
         loaded = load_config(flags)
         parallel = loaded.parallel
         args.gpus = args.gpus or (

@@ -44,7 +44,7 @@ done
 
 if [ "$code" -ne 0 ]; then
     kill "$killer"
-    echo "node $SLURM_NODEID ($(hostname)): the first rank to fail had exit code $code"
+    echo "node $SLURM_NODEID ($HOSTNAME): the first rank to fail had exit code $code"
     # srun ends all other nodes when this one reports. Their ranks know within seconds too, and
     # shall end by themselves: with the reason in their logs, and with their own exit code. After
     # a save (75) all have agreed to leave already.

@@ -140,7 +140,8 @@ def footprint(
     Args:
         config: resolved for `world` ranks.
         vocabulary: padded.
-        gpu: a Hopper GPU, whose 16-bit operands are packed for the sparse tensor cores.
+        gpu: a Hopper GPU with Transformer Engine: operands are packed for the sparse tensor cores,
+            and the cross entropy is fused.
     """
     weights = stage_weights(config, recipe, vocabulary, stage)
     numel = sum(weight.numel for weight in weights)
@@ -152,13 +153,13 @@ def footprint(
         "parameters": size * numel,
         "optimizer": (3 if zero else 2) * FLOAT32 * shard,
         "masks": sparse if recipe.is_sparse else 0,
-        "operands": _operands(recipe, sparse, size, gpu and config.train.bf16),
+        "operands": _operands(config, recipe, sparse, size, gpu and config.train.bf16),
     }
     transient = {
         # Of the micro-batches before; ZeRO's averages come when activations have gone.
         "gradients": size * (shard if zero and zero >= 2 else numel),
         "activations": activations(config, world, stage, gpu),
-        "workspace": workspace(config, vocabulary, numel, stage),
+        "workspace": workspace(config, vocabulary, numel, stage, gpu),
     }
     return Footprint(stage, numel, sparse, state, transient)
 
@@ -187,7 +188,9 @@ def layer_activations(config: RunConfig, gpu: bool = True) -> int:
     """What autograd keeps of one layer for one micro-batch.
 
     Inputs and results of the norms; q, k, v as they come and as they are rotated; the attention's
-    result and its log-sums; the FFN's input halves, activation, shifted gate and product.
+    result and its log-sums; the FFN's input (both halves of SwiGLU's) and its activation. A linear
+    in FP8 keeps its input transposed in 8 bits, unless sequence parallelism gathers it again; the
+    attention keeps its own result beside that.
     """
     model, parallel = config.model, config.parallel
     assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
@@ -199,21 +202,43 @@ def layer_activations(config: RunConfig, gpu: bool = True) -> int:
     rotary = model.position_embedding_type == "rope"
     split = tokens // _sequence_split(config)
     rms = model.normalization == "RMSNorm"
-    norm = 2 * size * model.hidden_size + FLOAT32 * (1 if rms else 2)
-    if rms and not gpu:  # several operators there: input and normed input, in float32
-        norm = (size + 2 * FLOAT32) * model.hidden_size + FLOAT32
+    fp8 = fp8_linears(config)
+    norms = 0
+    for linear in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        given = 1 if linear in fp8 and not parallel.sequence_parallel else size
+        kept = (size + given) * model.hidden_size + FLOAT32 * (1 if rms else 2)
+        if rms and not gpu:  # several operators there: the norm keeps two float32 copies too
+            kept = (given + 2 * FLOAT32) * model.hidden_size + FLOAT32
+        norms += kept
     dropped = model.hidden_size if model.hidden_dropout else 0
     # Views keep the whole of what they are cut from.
     attention = heads + 2 * groups + heads + (heads + groups if rotary else 0)
     angles = 4 * size * model.seq_length * model.kv_channels if rotary else 0
     if parallel.recompute_granularity == "selective":
         attention -= heads
-    ffn = (5 if model.swiglu else 2) * model.ffn_hidden_size // tp
+    ffn = size * (2 if model.swiglu else 1) * model.ffn_hidden_size // tp
+    ffn += (1 if "mlp.linear_fc2" in fp8 else size) * model.ffn_hidden_size // tp
     log_sums = FLOAT32 * model.num_attention_heads // tp
-    return split * 2 * (norm + dropped) + tokens * (size * (attention + ffn) + log_sums) + angles
+    result = heads if "self_attention.linear_proj" in fp8 else 0
+    inner = size * attention + result + ffn + log_sums
+    return split * (norms + 2 * dropped) + tokens * inner + angles
 
 
-def workspace(config: RunConfig, vocabulary: int, numel: int, stage: int) -> int:
+def fp8_linears(config: RunConfig) -> set[str]:
+    """Names within a layer of the linears whose GEMMs are in 8 bits (as in the first layer)."""
+    if config.fp8.fp8_format is None:
+        return set()
+    names = {name for name, shape in layer_weights(config.model, 1) if len(shape) == 2}
+    linears = {name.removesuffix(".weight") for name in names}
+    patterns = config.sparsity.sparse_layers
+    return {
+        linear
+        for linear in linears
+        if any(fnmatch.fnmatchcase(f"decoder.layers.0.{linear}", p) for p in patterns)
+    }
+
+
+def workspace(config: RunConfig, vocabulary: int, numel: int, stage: int, gpu: bool = True) -> int:
     """Buffers of a step: gradient buckets; on the last stage the logits."""
     parallel = config.parallel
     size = 2 if config.train.bf16 else FLOAT32
@@ -221,8 +246,10 @@ def workspace(config: RunConfig, vocabulary: int, numel: int, stage: int) -> int
     if stage == parallel.pipeline_model_parallel_size - 1:
         tokens = config.train.micro_batch_size * config.model.seq_length
         shard = tokens * vocabulary // parallel.tensor_model_parallel_size
-        # As the layer gives them, their softmax in float32, and their gradient.
-        total += shard * (size + FLOAT32 + size)
+        # As the layer gives them; a copy of the same type, which becomes their gradient
+        # (megatron/loss.py), or their softmax in float32 and then their gradient.
+        fused = gpu and config.train.bf16
+        total += shard * (size + size if fused else size + FLOAT32 + size)
     return total
 
 
@@ -234,10 +261,15 @@ def _groups(weights: list[Weight]) -> list[int]:
     return [masked, matrices, vectors]
 
 
-def _operands(recipe: SparsityRecipe, sparse: int, size: int, packed: bool) -> int:
-    """W~ for the GEMMs of a step: packed values and metadata (9/16 of 16 bits), or dense."""
+def _operands(
+    config: RunConfig, recipe: SparsityRecipe, sparse: int, size: int, packed: bool
+) -> int:
+    """W~ for the GEMMs of a step: packed values and metadata (9/16 of 16 bits, 5/8 of 8 bits; in
+    8 bits with a dense transpose where that is not 2:4), or dense."""
     if not recipe.is_sparse:
         return 0
+    if config.fp8.fp8_format is not None:
+        return sparse * (10 if recipe.transposable else 13) // 8
     if packed and not recipe.simulate_fp8:
         return (2 if recipe.transposable else 1) * sparse * size * 9 // 16
     return sparse * size

@@ -12,6 +12,11 @@ from tests.runs import LLAMA, TINY
 BASE = [*TINY, "--mock-data", "--train-iters", "10"]
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
+FP8 = [
+    "--bf16", "--fp8-format", "e4m3", "--hidden-size", "128", "--ffn-hidden-size", "256",
+    "--num-attention-heads", "2", "--seq-length", "64", "--transformer-impl", "local",
+    "--sparse-layers", "*.mlp.*", "*.self_attention.linear_*",
+]  # fmt: skip
 WIDE = ["--sparse-layers", "*.mlp.linear_fc1", "*.self_attention.linear_*"]
 
 
@@ -89,9 +94,13 @@ def _saved(rank: int, world: int, flags: list[str]) -> list[int]:
     import torch
 
     from megasparse.config import load_config, resolve
+    from megasparse.fp8 import Fp8Scales
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.model import build_model
+    from megasparse.megatron.sparsify import sparsify
+    from megasparse.sparsity.controller import Clock
     from megasparse.train.footprint import layer_activations
+    from megasparse.train.precheck import recipe_of
     from megasparse.train.process import start_process
 
     config = resolve(load_config(flags), world)
@@ -99,6 +108,9 @@ def _saved(rank: int, world: int, flags: list[str]) -> list[int]:
     device = start_process(5.0)
     tp = parallel.tensor_model_parallel_size
     gpt = build_model(config, make_grid(tp, device, 1), 128)
+    if config.fp8.fp8_format:
+        scales, recipe = Fp8Scales(device), recipe_of(config)
+        sparsify(gpt, recipe, config.sparsity.sparse_layers, Clock(1, 10), fp8=scales)
     own = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -120,9 +132,40 @@ def _saved(rank: int, world: int, flags: list[str]) -> list[int]:
 
 @pytest.mark.parametrize(
     "flags",
-    [[], [*LLAMA, "--bf16"], [*LLAMA, "--bf16", *TP2, "--sequence-parallel"]],
-    ids=["gpt", "llama bf16", "llama tp 2 sp"],
+    [
+        [],
+        [*LLAMA, "--bf16"],
+        [*LLAMA, "--bf16", *TP2, "--sequence-parallel"],
+        [*LLAMA, *FP8],
+        [*LLAMA, *FP8, *TP2, "--sequence-parallel", "--hidden-size", "256"],
+    ],
+    ids=["gpt", "llama bf16", "llama tp 2 sp", "llama fp8", "llama fp8 tp 2 sp"],
 )
 def test_what_autograd_keeps_of_a_layer(flags):
     for estimated, counted in dist.run(_saved, 2, [*BASE, *flags]):
         assert estimated == counted
+
+
+@pytest.mark.parametrize("name", ["fst", "s_ste"])
+def test_operands_in_8_bits(name):
+    import torch
+
+    from megasparse.config import load_config, resolve
+    from megasparse.kernels import transposable24_mask, weight_pack24
+    from megasparse.kernels.packed24 import E4M3, Packed24
+    from megasparse.train.footprint import footprint
+    from megasparse.train.precheck import recipe_of
+
+    config = resolve(
+        load_config([*BASE, *LLAMA, *FP8, "--masked-decay", "none", "--sparsity-recipe", name]), 1
+    )
+    recipe = recipe_of(config)
+    estimated = footprint(config, recipe, 128, 1)
+    w = torch.randn(128, 256).bfloat16()
+    made = weight_pack24(
+        w, transposable24_mask(w), dtype=E4M3, scale=torch.tensor(1.0),
+        transposed="packed" if recipe.transposable else "dense",
+    )  # fmt: skip
+    parts = [[m.values, m.metadata] if isinstance(m, Packed24) else [m] for m in made]
+    nbytes = sum(t.nbytes for part in parts for t in part)
+    assert estimated.state["operands"] * w.numel() == nbytes * estimated.sparse_parameters

@@ -78,7 +78,7 @@ def test_a_failure_lets_those_under_way_end(tmp_path):
 
     queue = _tool("run_queue").RunQueue(_start, jobs=2, say=say)
     tasks = [_task(tmp_path, "a", "failed"), _task(tmp_path, "b", code=66), _task(tmp_path, "c")]
-    with pytest.raises(MegasparseError, match="b: pretrain.py ended with exit code 66, see") as e:
+    with pytest.raises(MegasparseError, match="b: ended with exit code 66, see") as e:
         queue.run(tasks, lambda task, _: ended.append(task.name))
     assert e.value.exit_code == 66 and str(tmp_path / "b-run.log") in str(e.value)
     assert ended == ["a"] and not (tmp_path / "c").exists()

@@ -182,21 +182,33 @@ def compare(session: Session) -> str:
     work = session.work
     work.output.mkdir(parents=True, exist_ok=True)
     rows = ast_variants.read_rows(work, session.variants)
-    if len(rows) < len(session.variants) and not session.time_is_over():
-        remember(session)
-        before = time.monotonic()
-        comparison.make_data(work.output, work.scale.text, work.corpus)
-        session.say(f"data: there after {time.monotonic() - before:.0f} s")
+    missing = [name for name in session.variants if name not in rows]
+    if not missing or session.time_is_over():
+        return report(session)
+    remember(session)
+    before = time.monotonic()
+    comparison.make_data(work.output, work.scale.text, work.corpus)
+    session.say(f"data: there after {time.monotonic() - before:.0f} s")
+    try:
         if train_dense(session, "dense" in rows):
-            make_variants(session, [name for name in session.variants if name not in rows])
-        rows = ast_variants.read_rows(work, session.variants)
+            make_variants(session, missing)
+    except MegasparseError:
+        report(session)  # what is there is not lost by what failed
+        raise
+    return report(session)
+
+
+def report(session: Session) -> str:
+    """The table of what is there, with its files and pictures."""
+    output = session.work.output
+    rows = ast_variants.read_rows(session.work, session.variants)
     missing = [name for name in session.variants if name not in rows]
     if not rows:
-        return f"{work.output}: nothing is complete yet, missing {', '.join(missing)}"
-    table = [row for name, row in rows.items() if name in session.variants]
-    lines = ast_tables.report(work.name, table, missing, commands(work.output))
-    finished_files(work.output, table, lines)
-    draw(work.output, table)
+        return f"{output}: nothing is complete yet, missing {', '.join(missing)}"
+    found = list(rows.values())
+    lines = ast_tables.report(session.work.name, found, missing, commands(output))
+    finished_files(output, found, lines)
+    draw(output, found)
     return "\n".join(lines)
 
 
@@ -229,9 +241,14 @@ def train_dense(session: Session, measured: bool) -> bool:
 
 
 def make_variants(session: Session, missing: Sequence[str]) -> None:
-    """Those that are missing, `jobs` at a time; 4 bits once the model is there that it is of."""
+    """Those that are missing, `jobs` at a time; 4 bits once the model is there that it is of.
+
+    Raises:
+        MegasparseError: one failed; all others were tried.
+    """
     work = session.work
     queue = session.queue(session.start_make, session.jobs)
+    queue.goes_on = True
 
     def ended(task: Task, _: float | None) -> None:
         if session.discard and task.kind not in ("dense", "ast_slorb"):

@@ -132,6 +132,7 @@ class RunQueue:
         gpus: names for CUDA_VISIBLE_DEVICES.
         deadline: time.monotonic() by which runs are to end; None: no limit.
         stops: end what is under way at the deadline; it saves, and is not a failure.
+        goes_on: begin the others although a run failed.
         seconds: how long whole runs took, by kind; those of earlier sessions may be given.
         say: tells what begins and ends.
     """
@@ -141,6 +142,7 @@ class RunQueue:
     gpus: Sequence[str] = ()
     deadline: float | None = None
     stops: bool = False
+    goes_on: bool = False
     seconds: dict[str, list[float]] = field(default_factory=dict)
     say: Callable[[str], None] = lambda line: print(line, flush=True)
 
@@ -154,15 +156,16 @@ class RunQueue:
             What was not begun, or was stopped.
 
         Raises:
-            MegasparseError: a run failed; has its exit code and names its log. Those under way
-                have ended.
+            MegasparseError: a run failed, the first if there are several; has its exit code and
+                names its log. Those under way have ended.
         """
         waiting, left, running = list(tasks), [], dict[int, _Slot]()
         failures: list[MegasparseError] = []
         with _ending(running):
-            while running or (waiting and not failures):
+            while running or (waiting and (self.goes_on or not failures)):
                 for number in range(self.jobs):
-                    while waiting and not failures and number not in running:
+                    ends = failures and not self.goes_on
+                    while waiting and not ends and number not in running:
                         task = waiting.pop(0)
                         if self._fits(task):
                             running[number] = self._begin(task, number)

@@ -26,7 +26,8 @@ Restartable: a variant that has its VARIANT.json is not made again, an interrupt
 from its last checkpoint. --time-limit ends what is under way at the limit (it saves, which takes
 some seconds), makes the table of what is there and names what is missing; with 0 it makes the table
 alone. The settings of the two kinds of training are configs/compare_ast_SCALE.yaml and
-configs/compare_ast_SCALE_retrain.yaml; flags after `--` go to every run.
+configs/compare_ast_SCALE_retrain.yaml; flags after `--` go to every run, those of --retrain-flags
+(one word: --retrain-flags="--lr 1e-4") to the retraining.
 """
 
 from __future__ import annotations
@@ -95,12 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     args, flags = parse(argv)
-    work = Work(
-        args.output, args.scale, SCALES[args.scale], flags,
-        *(["--train-iters", str(steps)] if steps else []
-          for steps in (args.dense_iters, args.retrain_iters)),
-        corpus=args.corpus,
-    )  # fmt: skip
+    dense, retrain = (
+        ["--train-iters", str(steps)] if steps else []
+        for steps in (args.dense_iters, args.retrain_iters)
+    )
+    retrain += shlex.split(args.retrain_flags)
+    scale = SCALES[args.scale]
+    work = Work(args.output, args.scale, scale, flags, dense, retrain, corpus=args.corpus)
     try:
         if args.make:
             # As an exception it ends the run under way, which saves.
@@ -129,6 +131,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--corpus", type=Path, nargs="+", default=[], help="JSONL; default: made")
     parser.add_argument("--dense-iters", type=int, help="steps instead of the config's")
     parser.add_argument("--retrain-iters", type=int, help="steps instead of the config's")
+    parser.add_argument("--retrain-flags", default="", metavar='="FLAGS"',
+                        help="of the retraining alone, in one word")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=[], metavar="NAME",
                         help="these, what they are made of, and dense")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="devices")
@@ -156,6 +160,7 @@ def session_of(args: argparse.Namespace, work: Work, argv: list[str], began: flo
     for name in ("dense_iters", "retrain_iters"):
         if getattr(args, name):
             own += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    own += [f"--retrain-flags={args.retrain_flags}"] if args.retrain_flags else []
     launcher = ""
     if args.jobs > 1:
         launcher = shlex.join([sys.executable, "-m", "torch.distributed.run", "--standalone",

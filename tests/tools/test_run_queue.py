@@ -98,6 +98,25 @@ def test_what_would_not_end_in_time_is_not_begun(tmp_path):
     assert _queue(lines, deadline=time.monotonic()).run(tasks[2:], lambda *_: None) == tasks[2:]
 
 
+def test_the_deadline_ends_what_is_under_way_if_asked(tmp_path):
+    """`a` waits for ever: it is ended at the deadline, and `b` does not begin."""
+    lines, ended = [], []
+    tasks = [_task(tmp_path, "a", "never"), _task(tmp_path, "b")]
+    queue = _queue(lines, deadline=time.monotonic() + 0.3, stops=True)
+    left = queue.run(tasks, lambda task, _: ended.append(task.name))
+    assert [task.name for task in left] == ["a", "b"] and not ended
+    assert lines[0] == "a ..." and lines[1].startswith("a: stopped by the time limit after ")
+
+
+def test_the_others_begin_in_spite_of_a_failure_if_asked(tmp_path):
+    ended = []
+    queue = _queue([], goes_on=True)
+    tasks = [_task(tmp_path, "a", code=66), _task(tmp_path, "b"), _task(tmp_path, "c", code=67)]
+    with pytest.raises(MegasparseError, match="a: ended with exit code 66") as e:
+        queue.run(tasks, lambda task, _: ended.append(task.name))
+    assert e.value.exit_code == 66 and ended == ["b"] and (tmp_path / "c").exists()
+
+
 def test_the_end_of_the_queue_ends_its_runs(tmp_path):
     """SIGTERM to the tool reaches what it started, and the tool waits for it."""
     started = []

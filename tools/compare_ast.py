@@ -57,6 +57,7 @@ from run_queue import RunQueue, Start, Task
 
 from megasparse.config import load_config, resolve
 from megasparse.errors import CheckpointError, MegasparseError
+from megasparse.train.catalog import list_steps
 
 COMMANDS = "commands.json"
 
@@ -111,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.plan:
             rate = args.tokens_per_second or work.scale.tokens_per_second
             print(ast_plan.text(ast_plan.stages(work, args.jobs, rate), args.jobs, rate))
+        elif args.data_only:
+            work.output.mkdir(parents=True, exist_ok=True)
+            comparison.make_data(work.output, work.scale.text, work.corpus)
+            print(f"{work.output}: data of sha256 {comparison.data_digest(work.output)}")
         else:
             print(compare(session_of(args, work, argv, began)))
     except MegasparseError as error:
@@ -228,7 +233,7 @@ def train_dense(session: Session, measured: bool) -> bool:
     data = comparison.data_digest(work.output)
     if done is not None:
         finished.check(done, task.folder, task.arguments, data)
-    if (done is not None or measured) and not run_queue.list_steps(work.checkpoints("dense")):
+    if (done is not None or measured) and not list_steps(work.checkpoints("dense")):
         raise CheckpointError(
             f"{work.checkpoints('dense')}: the dense model was complete, and is not here any more: "
             "bring it, take another --output, or --time-limit 0 for the table alone"

@@ -232,6 +232,24 @@ def test_impossible_flags_are_refused(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
+def test_the_data_alone(compared, tmp_path, capsys):
+    tool = _tool("compare_ast")
+    for name in DATA:
+        shutil.copy(compared[0] / name, tmp_path)
+    assert tool.main(["--output", str(tmp_path), "--data-only"]) == 0
+    assert f"data of sha256 {tool.comparison.data_digest(tmp_path)}" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(DATA)
+
+
+def test_adamw_gets_a_higher_rate_than_ast(tmp_path):
+    from megasparse.config import load_config
+
+    tool = _tool("compare_ast")
+    work = tool.Work(tmp_path, "tiny", tool.SCALES["tiny"], retrain_flags=["--lr", "1e-5"])
+    rates = {name: load_config(work.training(name).arguments).train.lr for name in tool.RETRAINED}
+    assert rates == {"dense_longer": 4e-5, "sr_ste": 4e-5, "ast": 1e-5, "ast_slorb": 1e-5}
+
+
 def test_configurations_of_all_scales_are_valid(tmp_path):
     from megasparse.config import load_config, resolve
 

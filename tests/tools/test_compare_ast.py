@@ -70,7 +70,9 @@ def _compare(rank, world, folder):
 
     work = _work(tool, folder, start_run)
     session = _session(tool, work, start_run, start_make)
+    drawing, tool.plots.available = tool.plots.available, lambda: False
     tool.compare(session)
+    tool.plots.available = drawing
     # Interrupted after its training: it is measured again, and not trained again.
     before = json.loads((work.output / "ast.json").read_text())
     (work.output / "ast.json").unlink()
@@ -121,8 +123,9 @@ def _travel(folder, target, without=()):
             shutil.copy(folder / f"{name}.json", target)
 
 
-def test_what_is_missing_is_named_and_small_files_are_enough(compared, tmp_path):
+def test_what_is_missing_is_named_and_small_files_are_enough(compared, tmp_path, monkeypatch):
     tool = _tool("compare_ast")
+    monkeypatch.setattr(tool.plots, "available", lambda: False)
     _travel(compared[0], tmp_path, without=("dense", "wanda"))
     over = time.monotonic() - 1
     table = tool.compare(_session(tool, _work(tool, tmp_path), deadline=over))
@@ -156,9 +159,10 @@ def test_rows_of_another_comparison_are_refused(compared, tmp_path):
         tool.compare(_session(tool, _work(tool, tmp_path)))
 
 
-def test_a_variant_that_fails_leaves_the_others(compared, tmp_path):
+def test_a_variant_that_fails_leaves_the_others(compared, tmp_path, monkeypatch):
     """`sparsegpt` fails: `wanda` is made all the same, the table is written, the code is told."""
     tool = _tool("compare_ast")
+    monkeypatch.setattr(tool.plots, "available", lambda: False)
     folder = compared[0]
     _travel(folder, tmp_path, without=("sparsegpt", "wanda"))
     for name in DATA:
@@ -201,7 +205,7 @@ def test_on_two_devices_with_the_flags_of_a_user(compared, tmp_path, capsys):
     assert (tmp_path / "dense" / "checkpoints").exists()  # what is missing will need it
 
 
-def test_the_plan_adds_up(tmp_path, capsys, monkeypatch):
+def test_the_plan_adds_up(tmp_path, capsys):
     tool = _tool("compare_ast")
     plan, work = tool.ast_plan, _work(tool, tmp_path / "none")
     found = {stage.name: stage for stage in plan.stages(work, 2, 1000.0)}

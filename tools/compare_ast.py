@@ -2,6 +2,8 @@
 
     python tools/compare_ast.py --scale tiny --output runs/compare_ast_tiny      # CPU, minutes
     python tools/compare_ast.py --scale gpu --output runs/compare_ast_gpu        # one H200
+    python tools/compare_ast.py --scale gpu --output ... --jobs 2 --time-limit 9    # two of them
+    python tools/compare_ast.py --scale gpu --output ... --jobs 2 --plan         # how long it takes
 
 Makes a corpus (or takes --corpus), a tokenizer and a dataset, pre-trains a dense GPT on it, and
 compares on the validation split:
@@ -16,113 +18,116 @@ compares on the validation split:
     ast_slorb          | with SLoRB's low-rank branch
     ast_slorb_int4     | and quantised to 4 bits
 
-Writes results.json, results.md and results.png into --output. Restartable: what is finished is not
-repeated, an interrupted training goes on from its last checkpoint. The settings of the two kinds of
-training are configs/compare_ast_SCALE.yaml and configs/compare_ast_SCALE_retrain.yaml.
+Writes results.json, results.md, results.png and pictures/ into --output. With --jobs N the dense
+model is trained on N devices (data parallel); then every variant is made and measured by a process
+of its own, N at a time, each with a GPU and a log in --output.
+
+Restartable: a variant that has its VARIANT.json is not made again, an interrupted training goes on
+from its last checkpoint. --time-limit ends what is under way at the limit (it saves, which takes
+some seconds), makes the table of what is there and names what is missing; with 0 it makes the table
+alone. The settings of the two kinds of training are configs/compare_ast_SCALE.yaml and
+configs/compare_ast_SCALE_retrain.yaml; flags after `--` go to every run, those of --retrain-flags
+(one word: --retrain-flags="--lr 1e-4") to the retraining.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import math
-import os
-import platform
+import shlex
+import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import ast_plan
+import ast_tables
+import ast_variants
 import comparison
+import finished
+import plot_runs
 import plots
-import prune_oneshot
-import quantize
-import torch
+import run_queue
+from ast_variants import INT4, ORDER, RETRAINED, SCALES, VARIANTS, Work
+from run_queue import RunQueue, Start, Task
 
-import megasparse
-from megasparse.compress.oneshot import METHODS
-from megasparse.errors import MegasparseError
+from megasparse.config import load_config, resolve
+from megasparse.errors import CheckpointError, MegasparseError
 from megasparse.train.catalog import list_steps
-from megasparse.train.offline import OfflineModel, StoredRun
 
-INT4 = "ast_slorb_int4"
-VARIANTS = ("dense", "dense_longer", *METHODS, "sr_ste", "ast", "ast_slorb", INT4)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What is not in the configs."""
-
-    text: comparison.Text
-    calibration_samples: int
-    micro_batch_size: int
-    eval_iters: int
-    group_size: int
-
-
-SCALES = {
-    "tiny": Scale(comparison.Text(1024, 4_000_000, False, 1), 64, 8, 16, 128),
-    "gpu": Scale(comparison.Text(32_000, 1_000_000_000, True, 12), 256, 16, 64, 128),
-}
-
-ALONE = ["--kd-loss-weight", "0", "--lm-loss-weight", "1", "--masked-decay-ramp-iters", "none"]
-RETRAINED = {
-    "dense_longer": [
-        "--sparsity-recipe", "dense", "--masked-decay", "none", "--mask-update-interval", "none",
-        *ALONE,
-    ],
-    "sr_ste": ["--sparsity-recipe", "sr_ste", *ALONE],
-    "ast": [],
-    "ast_slorb": ["--slorb-k", "16"],
-}  # fmt: skip
+COMMANDS = "commands.json"
 
 
 @dataclass
-class Comparison:
-    """Folders and settings of one comparison.
+class Session:
+    """One call of this tool.
 
     Attributes:
-        output: where everything goes.
-        dense_flags, retrain_flags: after those of the configs.
-        launch: runs launch/pretrain.py with flags; raises if it fails.
-        command: for the table.
+        start_dense: begins the dense training, on `jobs` devices.
+        start_make: begins a process that makes a variant, from `make_arguments` and its name.
+        deadline: time.monotonic() by which this call is to end; None: no limit.
+        discard: remove checkpoints that nothing missing needs.
+        say: tells what begins and ends.
     """
 
-    output: Path
-    name: str
-    scale: Scale
-    dense_flags: list[str]
-    retrain_flags: list[str]
-    launch: Callable[[list[str]], None]
-    corpus: list[Path]
+    work: Work
+    variants: list[str]
+    start_dense: Start
+    start_make: Start
+    jobs: int = 1
+    gpus: Sequence[str] = ()
+    deadline: float | None = None
+    discard: bool = False
     command: str = "python tools/compare_ast.py"
+    make_arguments: list[str] = field(default_factory=list)
+    say: Callable[[str], None] = lambda line: print(line, flush=True)
 
-    def checkpoints(self, variant: str) -> Path:
-        return self.output / variant / "checkpoints"
+    def queue(self, start: Start, jobs: int) -> RunQueue:
+        return RunQueue(start, jobs, self.gpus, self.deadline, stops=True, say=self.say)
+
+    def time_is_over(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    flags = {
-        kind: ["--train-iters", str(steps)] if steps else []
-        for kind, steps in (("dense", args.dense_iters), ("retrain", args.retrain_iters))
-    }
-    work = Comparison(
-        args.output, args.scale, SCALES[args.scale], flags["dense"], flags["retrain"],
-        comparison.subprocess_launch, args.corpus,
-        " ".join(["python tools/compare_ast.py", *(sys.argv[1:] if argv is None else argv)]),
-    )  # fmt: skip
+    began = time.monotonic()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args, flags = parse(argv)
+    dense, retrain = (
+        ["--train-iters", str(steps)] if steps else []
+        for steps in (args.dense_iters, args.retrain_iters)
+    )
+    retrain += shlex.split(args.retrain_flags)
+    scale = SCALES[args.scale]
+    work = Work(args.output, args.scale, scale, flags, dense, retrain, corpus=args.corpus)
     try:
-        rows = compare(work)
+        if args.make:
+            # As an exception it ends the run under way, which saves.
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+            ast_variants.make(work, args.make)
+        elif args.plan:
+            rate = args.tokens_per_second or work.scale.tokens_per_second
+            print(ast_plan.text(ast_plan.stages(work, args.jobs, rate), args.jobs, rate))
+        elif args.data_only:
+            work.output.mkdir(parents=True, exist_ok=True)
+            comparison.make_data(work.output, work.scale.text, work.corpus)
+            print(f"{work.output}: data of sha256 {comparison.data_digest(work.output)}")
+        else:
+            print(compare(session_of(args, work, argv, began)))
     except MegasparseError as error:
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    print(markdown(rows, work))
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    own, flags = argv, []
+    if "--" in argv:
+        own, flags = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -131,135 +136,182 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, nargs="+", default=[], help="JSONL; default: made")
     parser.add_argument("--dense-iters", type=int, help="steps instead of the config's")
     parser.add_argument("--retrain-iters", type=int, help="steps instead of the config's")
-    return parser.parse_args(argv)
+    parser.add_argument("--retrain-flags", default="", metavar='="FLAGS"',
+                        help="of the retraining alone, in one word")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=[], metavar="NAME",
+                        help="these, what they are made of, and dense")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="devices")
+    parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="for the whole command")
+    parser.add_argument("--data-only", action="store_true", help="make the data and stop")
+    parser.add_argument("--discard-checkpoints", action="store_true", help="of complete variants")
+    parser.add_argument("--plan", action="store_true", help="print the stages with their minutes")
+    parser.add_argument("--tokens-per-second", type=float, metavar="RATE",
+                        help="for --plan: of dense training on one device")  # fmt: skip
+    parser.add_argument("--make", choices=VARIANTS, help=argparse.SUPPRESS)
+    return parser.parse_args(own), flags
 
 
-def compare(work: Comparison) -> list[dict]:
-    """All variants, what is missing of them; a row each, also in results.json."""
-    work.output.mkdir(parents=True, exist_ok=True)
-    comparison.make_data(work.output, work.scale.text, work.corpus)
-    rows = []
-    for variant in VARIANTS:
-        path = work.output / f"{variant}.json"
-        if not path.exists():
-            print(f"{variant} ...", flush=True)
-            row = {"variant": variant, **make(work, variant)}
-            row["perplexity"] = math.exp(row["loss"])
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(row, indent=1) + "\n")
-            os.replace(temporary, path)
-        rows.append(json.loads(path.read_text()))
-    (work.output / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (work.output / "results.md").write_text(markdown(rows, work))
-    if plots.available():
-        plots.perplexities(
-            work.output / "results.png", [(row["variant"], row["perplexity"]) for row in rows]
-        )
-    return rows
+def session_of(args: argparse.Namespace, work: Work, argv: list[str], began: float) -> Session:
+    """What the flags ask for.
 
-
-def make(work: Comparison, variant: str) -> dict:
-    """One variant and its figures."""
-    scale, dense = work.scale, work.checkpoints("dense")
-    common = [
-        "--micro-batch-size", str(scale.micro_batch_size),
-        "--calibration-samples", str(scale.calibration_samples),
-    ]  # fmt: skip
-    if variant in METHODS:
-        folder = work.checkpoints(variant)
-        if not list_steps(folder):
-            arguments = ["--load", str(dense), "--output", str(folder), "--method", variant]
-            prune_oneshot.run(prune_oneshot.parse([*arguments, *common]))
-    elif variant == INT4:
-        return quantized(work, common)
-    elif variant == "dense":
-        train(work, variant, "", work.dense_flags)
-    else:
-        flags = ["--load", str(dense), "--finetune", *work.retrain_flags, *RETRAINED[variant]]
-        train(work, variant, "_retrain", flags)
-    stored = StoredRun(work.checkpoints(variant))
-    model = OfflineModel(stored, micro_batch_size=scale.micro_batch_size)
-    model.put(stored.folded())
-    linears = sum(stored.weights[name].numel() for name in stored.sparse)
-    extra = sum(
-        tensor.numel()
-        for branch in stored.low_rank.values()
-        for tensor in (branch.adapter, branch.projection)
-        if tensor is not None
+    Raises:
+        ConfigError: it cannot be met.
+    """
+    gpus = run_queue.visible_gpus()
+    run_queue.check_jobs(args.jobs, "", gpus)
+    resolve(load_config(work.training("dense").arguments), args.jobs)
+    chosen = {"dense", *args.only, *(["ast_slorb"] if INT4 in args.only else [])}
+    own = ["--scale", args.scale, "--output", str(args.output)]
+    for name in ("dense_iters", "retrain_iters"):
+        if getattr(args, name):
+            own += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    own += [f"--retrain-flags={args.retrain_flags}"] if args.retrain_flags else []
+    launcher = ""
+    if args.jobs > 1:
+        launcher = shlex.join([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc-per-node", str(args.jobs)])  # fmt: skip
+    dense = partial(run_queue.start_process, launcher=launcher)
+    log = work.training("dense").log if args.jobs > 1 else None
+    return Session(
+        work,
+        [name for name in VARIANTS if not args.only or name in chosen],
+        lambda arguments, extra, _: dense(arguments, extra, log),
+        partial(run_queue.start_process, script=Path(__file__).resolve()),
+        args.jobs,
+        gpus,
+        None if args.time_limit is None else began + 60 * args.time_limit,
+        args.discard_checkpoints,
+        shlex.join(["python", "tools/compare_ast.py", *argv]),
+        [*own, "--", *work.flags],
+        lambda line: print(f"[{(time.monotonic() - began) / 60:5.2f} min] {line}", flush=True),
     )
-    return {
-        "loss": model.loss(scale.eval_iters),
-        "sparse_layers": len(stored.sparse),
-        "low_rank_share": extra / linears if linears else 0.0,
-        "steps": stored.reader.meta["step"],
-        "parameters": sum(weight.numel() for weight in stored.weights.values()),
-        "tokens_of_evaluation": scale.eval_iters * scale.micro_batch_size
-        * stored.config.model.seq_length,
-    }  # fmt: skip
 
 
-def quantized(work: Comparison, common: list[str]) -> dict:
-    """AST + SLoRB in 4 bits, read back from its file."""
-    folder = work.output / INT4
-    if not folder.exists():
-        quantize.run(
-            quantize.parse(
-                ["--load", str(work.checkpoints("ast_slorb")), "--output", str(folder),
-                 "--group-size", str(work.scale.group_size), *common]
-            )
-        )  # fmt: skip
-    stored = StoredRun(work.checkpoints("ast_slorb"))
-    model = OfflineModel(stored, micro_batch_size=work.scale.micro_batch_size)
-    model.put(quantize.read_quantized(folder))
-    found = json.loads((folder / quantize.DESCRIPTION).read_text())["sizes"]
-    return {
-        "loss": model.loss(work.scale.eval_iters),
-        "times_smaller_than_fp32": found["dense FP32"] / found["total"],
-        "linears_times_smaller_than_fp32": found["linears FP32"] / found["linears"],
-        "sizes": found,
-    }
+def compare(session: Session) -> str:
+    """All variants, what is missing of them; the table, which is also in results.md."""
+    work = session.work
+    work.output.mkdir(parents=True, exist_ok=True)
+    rows = ast_variants.read_rows(work, session.variants)
+    missing = [name for name in session.variants if name not in rows]
+    if not missing or session.time_is_over():
+        return report(session)
+    remember(session)
+    before = time.monotonic()
+    comparison.make_data(work.output, work.scale.text, work.corpus)
+    session.say(f"data: there after {time.monotonic() - before:.0f} s")
+    try:
+        if train_dense(session, "dense" in rows):
+            make_variants(session, missing)
+    except MegasparseError:
+        report(session)  # what is there is not lost by what failed
+        raise
+    return report(session)
 
 
-def train(work: Comparison, variant: str, kind: str, flags: list[str]) -> None:
-    """A run to its end; one that is complete is left as it is."""
-    config = f"compare_ast_{work.name}{kind}.yaml"
-    comparison.train(config, work.output, work.output / variant, flags, work.launch)
-
-
-def markdown(rows: list[dict], work: Comparison) -> str:
-    """The table with hardware, versions and date."""
-    gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else f"CPU ({platform.machine()})"
-    dense = next(row for row in rows if row["variant"] == "dense")
-    lines = [
-        f"# AST compared, scale {work.name}",
-        "",
-        f"{datetime.date.today()}, {device}, torch {torch.__version__}, "
-        f"megasparse {megasparse.__version__}; {dense['parameters'] / 1e6:.1f}M parameters, "
-        f"validation on {dense['tokens_of_evaluation']:,} held-out tokens.",
-        "",
-        f"    {work.command}",
-        "",
-        "| variant | steps of training | loss | perplexity | above dense |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        gap = row["perplexity"] / dense["perplexity"] - 1
-        steps = row.get("steps", "") if row["variant"] not in METHODS else 0
-        lines.append(
-            f"| {row['variant']} | {steps} | {row['loss']:.4f} | {row['perplexity']:.3f} | "
-            f"{100 * gap:+.1f} % |"
-        )
-    last = rows[-1]
-    lines += [
-        "",
-        f"{INT4}: {last['times_smaller_than_fp32']:.2f} times smaller than the dense model in FP32 "
-        f"with everything; the quantised linears alone "
-        f"{last['linears_times_smaller_than_fp32']:.2f} times (values, places, scales and "
-        "low-rank matrices).",
-        "",
-    ]
+def report(session: Session) -> str:
+    """The table of what is there, with its files and pictures."""
+    output = session.work.output
+    rows = ast_variants.read_rows(session.work, session.variants)
+    missing = [name for name in session.variants if name not in rows]
+    if not rows:
+        return f"{output}: nothing is complete yet, missing {', '.join(missing)}"
+    found = list(rows.values())
+    lines = ast_tables.report(session.work.name, found, missing, commands(output))
+    finished_files(output, found, lines)
+    draw(output, found)
     return "\n".join(lines)
+
+
+def train_dense(session: Session, measured: bool) -> bool:
+    """The dense model to its end; whether it is there.
+
+    Raises:
+        CheckpointError: it was complete, and is gone: another one would not be the same.
+    """
+    work, task = session.work, session.work.training("dense")
+    done = finished.read(task.folder)
+    data = comparison.data_digest(work.output)
+    if done is not None:
+        finished.check(done, task.folder, task.arguments, data)
+    if (done is not None or measured) and not list_steps(work.checkpoints("dense")):
+        raise CheckpointError(
+            f"{work.checkpoints('dense')}: the dense model was complete, and is not here any more: "
+            "bring it, take another --output, or --time-limit 0 for the table alone"
+        )
+    if done is not None:
+        return True
+    seed = load_config(task.arguments).train.seed
+
+    def ended(task: Task, seconds: float | None) -> None:
+        finished.record(task.folder, "dense", seed, task.arguments, data, seconds)
+
+    if session.jobs > 1:
+        session.say(f"{session.jobs} devices, log: {task.log}")
+    return not session.queue(session.start_dense, 1).run([task], ended)
+
+
+def make_variants(session: Session, missing: Sequence[str]) -> None:
+    """Those that are missing, `jobs` at a time; 4 bits once the model is there that it is of.
+
+    Raises:
+        MegasparseError: one failed; all others were tried.
+    """
+    work = session.work
+    queue = session.queue(session.start_make, session.jobs)
+    queue.goes_on = True
+
+    def ended(task: Task, _: float | None) -> None:
+        if session.discard and task.kind not in ("dense", "ast_slorb"):
+            shutil.rmtree(work.checkpoints(task.kind), ignore_errors=True)
+
+    order = [name for name in ORDER if name in missing]
+    for group in ([n for n in order if n != INT4], [n for n in order if n == INT4]):
+        tasks = [
+            Task(name, name, work.output / name, ("--make", name, *session.make_arguments))
+            for name in group
+        ]
+        if queue.run(tasks, ended):
+            return
+    if session.discard and all(work.row_path(name).exists() for name in VARIANTS):
+        for name in ("dense", "ast_slorb"):
+            shutil.rmtree(work.checkpoints(name), ignore_errors=True)
+
+
+def remember(session: Session) -> None:
+    """This command, for the table."""
+    known = commands(session.work.output)
+    if session.command not in known:
+        path = session.work.output / COMMANDS
+        path.write_text(json.dumps([*known, session.command], indent=1) + "\n")
+
+
+def commands(output: Path) -> list[str]:
+    path = output / COMMANDS
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def finished_files(output: Path, rows: list[ast_variants.Row], lines: list[str]) -> None:
+    """results.json and results.md."""
+    kept = [{key: value for key, value in row.items() if key != "runs"} for row in rows]
+    for name, text in (
+        ("results.json", json.dumps(kept, indent=1)),
+        ("results.md", "\n".join(lines)),
+    ):
+        temporary = output / f".{name}.tmp"
+        temporary.write_text(text + "\n")
+        temporary.replace(output / name)
+
+
+def draw(output: Path, rows: list[ast_variants.Row]) -> None:
+    """The perplexities, and the curves of what was retrained where its metrics are here."""
+    if not plots.available():
+        return
+    bars = [(row["variant"], row["perplexity"]) for row in rows]
+    plots.perplexities(output / "results.png", bars)
+    names = [name for name, _ in bars if name in RETRAINED]
+    if names := [name for name in names if (output / name / "metrics.jsonl").exists()]:
+        folders = [str(output / name) for name in names]
+        plot_runs.main([*folders, "--output", str(output / "pictures"), "--label", *names])
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
-"""What comparisons of runs share: a text made into data, and trainings that are not repeated."""
+"""What comparisons of runs share: a text made into data, and the runs' arguments."""
 
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import preprocess_data
 import train_tokenizer
-from run_queue import ROOT, start_process
+from run_queue import ROOT
 
-from megasparse.config import load_config
 from megasparse.data.corpus import write_corpus
 from megasparse.data.sidecar import read_sidecar
 from megasparse.errors import MegasparseError
-from megasparse.train.catalog import list_steps
 
 
 @dataclass(frozen=True)
@@ -81,32 +79,3 @@ def run_arguments(config: str, output: Path, run_dir: Path, flags: Sequence[str]
         "--tokenizer-model", str(output / "tokenizer.model"),
         "--run-dir", str(run_dir), *flags, "--resume",
     ]  # fmt: skip
-
-
-def train(
-    config: str,
-    output: Path,
-    run_dir: Path,
-    flags: Sequence[str],
-    launch: Callable[[list[str]], None],
-) -> None:
-    """A run to its end on the folder's data; one that is complete is left as it is.
-
-    Args:
-        config: name of a file in configs/.
-    """
-    arguments = run_arguments(config, output, run_dir, flags)
-    steps = list_steps(run_dir / "checkpoints")
-    if not steps or steps[0] < load_config(arguments).train.train_iters:
-        launch(arguments)
-
-
-def subprocess_launch(arguments: list[str]) -> None:
-    """launch/pretrain.py in a process of its own, to its end.
-
-    Raises:
-        MegasparseError: it failed.
-    """
-    code = start_process(arguments, {}, None).wait()
-    if code:
-        raise MegasparseError(f"pretrain.py ended with exit code {code}")

@@ -141,18 +141,36 @@ def check(done: Finished, folder: Path, arguments: Sequence[str], data: str | No
     Raises:
         ConfigError: naming the field.
     """
-    now, defaults = settings_of(arguments), to_dict(RunConfig())
-    for group, fields in now.items():
+    check_settings(done.settings, folder, arguments)
+    check_data(done.data, folder, data)
+
+
+def check_settings(before: dict[str, Any], path: Path, arguments: Sequence[str]) -> None:
+    """Refuse what was made by a run with other settings (`settings_of`) than these flags'.
+
+    Raises:
+        ConfigError: naming the path and the field.
+    """
+    defaults = to_dict(RunConfig())
+    for group, fields in settings_of(arguments).items():
         for name, value in fields.items():
             # A field that did not exist yet was what is now its default.
-            found = done.settings.get(group, {}).get(name, defaults[group][name])
+            found = before.get(group, {}).get(name, defaults[group][name])
             if found != value:
                 raise ConfigError(
-                    f"{folder}: finished with {name} {found!r}, this comparison has {value!r}: "
-                    "another --output, or remove that folder"
+                    f"{path}: finished with {name} {found!r}, this comparison has {value!r}: "
+                    "another --output, or remove it"
                 )
-    if None not in (data, done.data) and data != done.data:
+
+
+def check_data(before: str | None, path: Path, now: str | None) -> None:
+    """Refuse what was made of other tokens; None: digests that are not known.
+
+    Raises:
+        ConfigError: naming the path and both.
+    """
+    if None not in (before, now) and before != now:
         raise ConfigError(
-            f"{folder}: finished on tokens of sha256 {done.data}, here they are {data}: take the "
+            f"{path}: finished on tokens of sha256 {before}, here they are {now}: take the "
             "same data_text_document and tokenizer.model to all machines"
         )

@@ -69,8 +69,9 @@ def start_process(
     extra: Mapping[str, str],
     log: Path | None,
     launcher: str = "",
+    script: Path = LAUNCH,
 ) -> subprocess.Popen:
-    """launch/pretrain.py in a process of its own.
+    """launch/pretrain.py, or another script, in a process of its own.
 
     Args:
         launcher: command that starts its ranks (`deepspeed --num_gpus 8`); default: one rank.
@@ -82,7 +83,7 @@ def start_process(
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), environment.get("PYTHONPATH")])
     )
-    command = [*(shlex.split(launcher) or [sys.executable]), str(LAUNCH), *arguments]
+    command = [*(shlex.split(launcher) or [sys.executable]), str(script), *arguments]
     if log is None:
         return subprocess.Popen(command, env=environment)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +131,8 @@ class RunQueue:
         jobs: runs at a time. With several each has one of `gpus` (if there are any) and a log.
         gpus: names for CUDA_VISIBLE_DEVICES.
         deadline: time.monotonic() by which runs are to end; None: no limit.
+        stops: end what is under way at the deadline; it saves, and is not a failure.
+        goes_on: begin the others although a run failed.
         seconds: how long whole runs took, by kind; those of earlier sessions may be given.
         say: tells what begins and ends.
     """
@@ -138,6 +141,8 @@ class RunQueue:
     jobs: int = 1
     gpus: Sequence[str] = ()
     deadline: float | None = None
+    stops: bool = False
+    goes_on: bool = False
     seconds: dict[str, list[float]] = field(default_factory=dict)
     say: Callable[[str], None] = lambda line: print(line, flush=True)
 
@@ -148,24 +153,27 @@ class RunQueue:
             ended: called after each success, with its seconds if it ran from its first step.
 
         Returns:
-            What was not begun.
+            What was not begun, or was stopped.
 
         Raises:
-            MegasparseError: a run failed; has its exit code and names its log. Those under way
-                have ended.
+            MegasparseError: a run failed, the first if there are several; has its exit code and
+                names its log. Those under way have ended.
         """
         waiting, left, running = list(tasks), [], dict[int, _Slot]()
         failures: list[MegasparseError] = []
         with _ending(running):
-            while running or (waiting and not failures):
+            while running or (waiting and (self.goes_on or not failures)):
                 for number in range(self.jobs):
-                    while waiting and not failures and number not in running:
+                    ends = failures and not self.goes_on
+                    while waiting and not ends and number not in running:
                         task = waiting.pop(0)
                         if self._fits(task):
                             running[number] = self._begin(task, number)
                         else:
                             left.append(task)
                 failures += self._collect(running, ended)
+                if self.stops and self.time_is_over():
+                    left += self._stop(running)
                 time.sleep(POLL_SECONDS if running else 0)
         if failures:
             raise failures[0]
@@ -206,7 +214,7 @@ class RunQueue:
             seconds = time.monotonic() - slot.began
             log = f", see {slot.task.log}" if self.jobs > 1 else ""
             if code:
-                message = f"{slot.task.name}: pretrain.py ended with exit code {code}{log}"
+                message = f"{slot.task.name}: ended with exit code {code}{log}"
                 self.say(f"{message}, after {seconds:.0f} s")
                 failures.append(MegasparseError(message))
                 failures[-1].exit_code = code if code > 0 else 128 - code
@@ -216,6 +224,19 @@ class RunQueue:
                 self.seconds.setdefault(slot.task.kind, []).append(seconds)
             ended(slot.task, seconds if slot.whole else None)
         return failures
+
+    def _stop(self, running: dict[int, _Slot]) -> list[Task]:
+        """End all that is under way and wait for it; what it was."""
+        for slot in running.values():
+            slot.process.terminate()
+        stopped = []
+        for slot in running.values():
+            slot.process.wait()
+            seconds = time.monotonic() - slot.began
+            self.say(f"{slot.task.name}: stopped by the time limit after {seconds:.0f} s")
+            stopped.append(slot.task)
+        running.clear()
+        return stopped
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from megasparse.megatron.model import build_model, hide_padding
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import fold
 from megasparse.train.control import Control
-from megasparse.train.data import batches, build_data
+from megasparse.train.data import batches, build_data, samples_digest
 from megasparse.train.process import start_process
 from megasparse.train.saver import Saver, choose
 from megasparse.train.storage import CheckpointReader, Piece
@@ -94,6 +94,7 @@ class OfflineModel:
         run: gives sizes, data and the vocabulary; its weights are not put in.
         data_path: other data than the run's, as in `--data-path`.
         micro_batch_size: of calibration and evaluation; default the run's.
+        seed: of the order of samples, so that runs can be measured on the same; default the run's.
     """
 
     def __init__(
@@ -101,11 +102,12 @@ class OfflineModel:
         run: StoredRun,
         data_path: list[str] | None = None,
         micro_batch_size: int | None = None,
+        seed: int | None = None,
     ) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if not dist.is_initialized():
             device = start_process(10.0)
-        self.config = _own_config(run.config, data_path, micro_batch_size)
+        self.config = _own_config(run.config, data_path, micro_batch_size, seed)
         self.grid = make_grid(1, device, self.config.train.seed)
         data = build_data(self.config, self.grid)
         self._streams = data.streams
@@ -141,6 +143,11 @@ class OfflineModel:
         stream = batches(self._streams[split], self.config, self.grid, 0)
         for _, batch in zip(range(count), stream, strict=False):
             yield batch
+
+    def samples(self, count: int, split: str = "valid") -> str:
+        """A digest of what `micro_batches` gives: equal ones mean equal samples, in order."""
+        samples = count * self.config.train.micro_batch_size
+        return samples_digest(self._streams[split], 0, samples)
 
     @torch.no_grad()
     def loss(self, count: int, split: str = "valid") -> float:
@@ -216,7 +223,7 @@ def save_pruned(
 
 
 def _own_config(
-    config: RunConfig, data_path: list[str] | None, micro_batch_size: int | None
+    config: RunConfig, data_path: list[str] | None, micro_batch_size: int | None, seed: int | None
 ) -> RunConfig:
     """One process in float32, dense, without dropout."""
     micro_batch_size = micro_batch_size or config.train.micro_batch_size
@@ -234,6 +241,7 @@ def _own_config(
             bf16=False,
             micro_batch_size=micro_batch_size,
             global_batch_size=micro_batch_size,
+            seed=config.train.seed if seed is None else seed,
         ),
         data=data,
     )

@@ -78,7 +78,7 @@ def test_a_failure_lets_those_under_way_end(tmp_path):
 
     queue = _tool("run_queue").RunQueue(_start, jobs=2, say=say)
     tasks = [_task(tmp_path, "a", "failed"), _task(tmp_path, "b", code=66), _task(tmp_path, "c")]
-    with pytest.raises(MegasparseError, match="b: pretrain.py ended with exit code 66, see") as e:
+    with pytest.raises(MegasparseError, match="b: ended with exit code 66, see") as e:
         queue.run(tasks, lambda task, _: ended.append(task.name))
     assert e.value.exit_code == 66 and str(tmp_path / "b-run.log") in str(e.value)
     assert ended == ["a"] and not (tmp_path / "c").exists()
@@ -96,6 +96,25 @@ def test_what_would_not_end_in_time_is_not_begun(tmp_path):
     # Nothing is known: the first begins, unless the time is over.
     assert _queue(lines, deadline=soon).run(tasks[2:], lambda *_: None) == []
     assert _queue(lines, deadline=time.monotonic()).run(tasks[2:], lambda *_: None) == tasks[2:]
+
+
+def test_the_deadline_ends_what_is_under_way_if_asked(tmp_path):
+    """`a` waits for ever: it is ended at the deadline, and `b` does not begin."""
+    lines, ended = [], []
+    tasks = [_task(tmp_path, "a", "never"), _task(tmp_path, "b")]
+    queue = _queue(lines, deadline=time.monotonic() + 0.3, stops=True)
+    left = queue.run(tasks, lambda task, _: ended.append(task.name))
+    assert [task.name for task in left] == ["a", "b"] and not ended
+    assert lines[0] == "a ..." and lines[1].startswith("a: stopped by the time limit after ")
+
+
+def test_the_others_begin_in_spite_of_a_failure_if_asked(tmp_path):
+    ended = []
+    queue = _queue([], goes_on=True)
+    tasks = [_task(tmp_path, "a", code=66), _task(tmp_path, "b"), _task(tmp_path, "c", code=67)]
+    with pytest.raises(MegasparseError, match="a: ended with exit code 66") as e:
+        queue.run(tasks, lambda task, _: ended.append(task.name))
+    assert e.value.exit_code == 66 and ended == ["b"] and (tmp_path / "c").exists()
 
 
 def test_the_end_of_the_queue_ends_its_runs(tmp_path):

@@ -17,6 +17,8 @@ any sizes that the function's own docstring allows.
 | masked_decay_(grad, w, mask, decay)            | grad, in place: += decay * (1 - mask) * w    |
 | count_flips(mask_a, mask_b)                    | 0-d int64: entries that differ               |
 | swiglu(x, gate), geglu(x, gate)                | like x: act(gate) * x, with autograd         |
+| swiglu_fused(fused (..., 2 F))                 | (..., F): swiglu of [gate | x], autograd     |
+| swiglu_fused_backward(dy (..., F), fused)      | (..., 2 F): its gradient                     |
 | amax_scale(w (N, K))                           | 0-d float32: amax / 448, e4m3's scale        |
 | pack24(w (N, K), dtype=None, scale=None)       | Packed24: the hardware's 2:4 layout          |
 | unpack24(packed)                               | (N, K) dense                                 |
@@ -33,6 +35,8 @@ any sizes that the function's own docstring allows.
 from megasparse.kernels.amax_scale import amax_scale as amax_scale
 from megasparse.kernels.gated_activation import geglu as geglu
 from megasparse.kernels.gated_activation import swiglu as swiglu
+from megasparse.kernels.gated_activation import swiglu_fused as swiglu_fused
+from megasparse.kernels.gated_activation import swiglu_fused_backward as swiglu_fused_backward
 from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
 from megasparse.kernels.masked_decay import count_flips as count_flips
 from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
@@ -80,6 +84,8 @@ __all__ = [
     "soft_threshold24_with_sums",
     "spmm24",
     "swiglu",
+    "swiglu_fused",
+    "swiglu_fused_backward",
     "transposable24_mask",
     "transposable_patterns",
     "unpack24",

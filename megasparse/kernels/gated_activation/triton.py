@@ -116,10 +116,14 @@ def forward(x: torch.Tensor, gate: torch.Tensor, gelu: bool) -> torch.Tensor:
 
 
 def backward(
-    dy: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, gelu: bool
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    gelu: bool,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients with respect to `x` and `gate`; see reference.py."""
-    dx, dgate = torch.empty_like(x), torch.empty_like(gate)
+    dx, dgate = out or (torch.empty_like(x), torch.empty_like(gate))
     if x.numel() == 0:
         return dx, dgate
     same_order = common_plane(dx, dgate) is not None
@@ -138,7 +142,10 @@ def _check(x: torch.Tensor) -> None:
 def _in_layout_of(
     out: torch.Tensor, *inputs: torch.Tensor
 ) -> tuple[Plane, tuple[torch.Tensor, ...]]:
-    """One plane over inputs and `out` (dense); inputs that lie otherwise in memory are copied."""
+    """One plane over inputs and `out`; inputs that lie otherwise in memory are copied.
+
+    `out` is dense, or half of a dense tensor along its last dimension.
+    """
     plane = common_plane(*inputs, out)
     if plane is None:
         inputs = tuple(
@@ -149,7 +156,7 @@ def _in_layout_of(
     if plane is None:
         inputs = tuple(torch.empty_like(out).copy_(t) for t in inputs)
         plane = common_plane(*inputs, out)
-    assert plane is not None  # dense tensors with equal strides are one run
+    assert plane is not None  # dense tensors in one order are one run; halves of one, a plane
     return plane, inputs
 
 

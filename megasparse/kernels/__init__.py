@@ -24,6 +24,8 @@ any sizes that the function's own docstring allows.
 | unpack24(packed)                               | (N, K) dense                                 |
 | mvue_pack24(dz (T, N), seed)                   | Packed24 (N, T): MVUE(dZ^T) in 16 bits       |
 | grad_pack24(dz (T, N), seed, scales)           | dz in 8 bits, MVUE(dZ^T) packed in e4m3      |
+| swiglu_float8(fused (T, 2 F), scale)           | swiglu_fused in e4m3: (T', F), (F, T')       |
+| swiglu_grad_pack24(dy (T, F), fused, seed)     | grad_pack24 of swiglu_fused's gradient       |
 | weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T packed or dense; one pass    |
 | spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
 | encode_patterns(mask, transposable)            | uint8: the number of each pattern            |
@@ -37,7 +39,9 @@ from megasparse.kernels.gated_activation import geglu as geglu
 from megasparse.kernels.gated_activation import swiglu as swiglu
 from megasparse.kernels.gated_activation import swiglu_fused as swiglu_fused
 from megasparse.kernels.gated_activation import swiglu_fused_backward as swiglu_fused_backward
+from megasparse.kernels.gated_float8 import swiglu_float8 as swiglu_float8
 from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
+from megasparse.kernels.grad_pack24 import swiglu_grad_pack24 as swiglu_grad_pack24
 from megasparse.kernels.masked_decay import count_flips as count_flips
 from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
 from megasparse.kernels.mvue24 import mvue24 as mvue24
@@ -84,8 +88,10 @@ __all__ = [
     "soft_threshold24_with_sums",
     "spmm24",
     "swiglu",
+    "swiglu_float8",
     "swiglu_fused",
     "swiglu_fused_backward",
+    "swiglu_grad_pack24",
     "transposable24_mask",
     "transposable_patterns",
     "unpack24",

@@ -52,7 +52,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _grad_fused(dy, *ctx.saved_tensors, ctx.gelu, ctx.backend), None, None
+        (fused,) = ctx.saved_tensors
+        return _grad_fused(dy, fused, ctx.gelu, ctx.backend), None, None
 
 
 def _grad_fused(

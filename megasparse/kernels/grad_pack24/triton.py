@@ -22,7 +22,7 @@ from megasparse.kernels.float8.triton import e4m3_word, raise_amax, to_float8
 from megasparse.kernels.gated_activation.triton import gated, grad_gate
 from megasparse.kernels.groups.triton import raise_flag, rounded_pair, widen
 from megasparse.kernels.layout24.triton import crowded8, select8
-from megasparse.kernels.mvue24.triton import _sample, _seed_arguments
+from megasparse.kernels.mvue24.triton import _seed_arguments, sample_scaled
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
 
@@ -45,14 +45,13 @@ GATED = Launch(pairs=16, num_warps=4, registers=128)
 INTERPRETED = Launch(pairs=64, num_warps=4, registers=96)
 
 
+# Of a grid's second dimension.
+MOST_TILES = 65535
+
+
 @triton.jit
 def _max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _largest(x):
-    return _max(_max(tl.abs(x[0]), tl.abs(x[1])), _max(tl.abs(x[2]), tl.abs(x[3])))
 
 
 @triton.jit
@@ -110,16 +109,17 @@ def _store_rows(row_ptr, x, scale, group, channel, num_tokens, row_stride, E5M2:
 
 @triton.jit
 def _prune(x, scale, group, other, seed_ptr, key, high, EXACT: tl.constexpr):
-    """MVUE of a group in e4m3: what `select8` and `crowded8` say of it, and the largest before."""
-    o0, o1, o2, o3 = _sample(
-        x[0], x[1], x[2], x[3], group.to(tl.uint32), other, seed_ptr, key, high, EXACT
+    """MVUE of a group in e4m3: what `select8` and `crowded8` say of it, and the largest magnitudes
+    before and after."""
+    o0, o1, o2, o3, largest, most = sample_scaled(
+        x[0], x[1], x[2], x[3], group.to(tl.uint32), other, seed_ptr, key, high, scale, EXACT
     )
-    word = e4m3_word(o0 * scale, o1 * scale, o2 * scale, o3 * scale)
+    word = e4m3_word(o0, o1, o2, o3)
     kept, code = select8(word)
-    return kept, code, crowded8(word), _largest((o0, o1, o2, o3))
+    return kept, code, crowded8(word), largest, most
 
 
-@triton.jit(do_not_specialize=["key", "high", "first_other", "second_other"])
+@triton.jit(do_not_specialize=["key", "high", "first_tile", "first_other", "second_other"])
 def _grad_pack24_kernel(
     dz_ptr,
     fused_ptr,
@@ -137,6 +137,7 @@ def _grad_pack24_kernel(
     high,
     num_tokens,
     padded_tokens,
+    first_tile,
     dz_stride,
     fused_stride,
     row_stride,
@@ -147,14 +148,13 @@ def _grad_pack24_kernel(
     E5M2: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    blocks = tl.num_programs(0) // (padded_tokens // (8 * PAIRS))
-    pid = tl.program_id(0)
-    tile, block_row = pid // blocks, pid % blocks
+    # No division here: each would cost as much as a group of four gradients.
+    block_row, tile = tl.program_id(0), first_tile + tl.program_id(1)
     pair = tile * PAIRS + tl.arange(0, PAIRS)[:, None]
     # Where the channels lie in dz, and in the whole layer.
     column = block_row * 64 + tl.arange(0, 64)[None, :]
     other = column.to(tl.uint32) + first_other.to(tl.uint32)
-    half, width, rows = 0, 32 * blocks.to(tl.int64), num_tokens
+    half, width, rows = 0, 32 * tl.num_programs(0).to(tl.int64), num_tokens
     if fused_ptr is not None:
         rows = padded_tokens
         half = block_row % 2
@@ -162,13 +162,13 @@ def _grad_pack24_kernel(
         column = block_row * 64 + tl.arange(0, 64)[None, :]
         place = tl.where(half == 0, first_other, second_other)
         other = column.to(tl.uint32) + place.to(tl.uint32)
-        block_row += half * (blocks // 2)
+        block_row += half * (tl.num_programs(0) // 2)
     column += first_channel
     channel = first_channel + block_row * 64 + tl.arange(0, 64)[None, :]
     dz_stride, row_stride = tl.cast(dz_stride, tl.int64), tl.cast(row_stride, tl.int64)
     fused_stride = tl.cast(fused_stride, tl.int64)
     packed_scale = tl.load(packed_scale_ptr)
-    tl.store(inverse_ptr, tl.div_rn(1.0, packed_scale), mask=pid == 0)
+    tl.store(inverse_ptr, tl.div_rn(1.0, packed_scale), mask=(block_row == 0) & (tile == 0))
     scale = 1.0
     if row_ptr is not None:
         scale = tl.load(row_scale_ptr)
@@ -181,7 +181,7 @@ def _grad_pack24_kernel(
         )
     if row_ptr is not None:
         _store_rows(row_ptr, x, scale, 2 * pair, channel, rows, row_stride, E5M2)
-    kept, code, bad, packed_amax = _prune(
+    kept, code, bad, largest, most = _prune(
         x, packed_scale, 2 * pair, other, seed_ptr, key, high, EXACT
     )
     pair1 = 2 * pair + 1
@@ -193,13 +193,13 @@ def _grad_pack24_kernel(
         )
     if row_ptr is not None:
         _store_rows(row_ptr, x1, scale, pair1, channel, rows, row_stride, E5M2)
-    kept1, code1, bad1, packed_amax1 = _prune(
+    kept1, code1, bad1, largest1, most1 = _prune(
         x1, packed_scale, pair1, other, seed_ptr, key, high, EXACT
     )
     if row_amax_ptr is not None:
-        raise_amax(row_amax_ptr, _max(_largest(x), _largest(x1)))
+        raise_amax(row_amax_ptr, _max(largest, largest1))
     if packed_amax_ptr is not None:
-        raise_amax(packed_amax_ptr, _max(packed_amax, packed_amax1))
+        raise_amax(packed_amax_ptr, _max(most, most1))
     raise_flag(flag_ptr, ((bad | bad1) >> 31).to(tl.int32))
     # Row `channel` of the packed values has a word for each pair of groups.
     row = first_channel + block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
@@ -275,32 +275,35 @@ def _launch(
         pairs //= 2
     seed_ptr, key, high = _seed_arguments(seed)
     row_amax, packed_amax = (None if amax is None else amax.view(torch.int32) for amax in maxima)
+    tiles = padded // (8 * pairs)
     with torch.cuda.device_of(dz):  # Triton launches on the current device
-        _grad_pack24_kernel[((length // 64) * (padded // (8 * pairs)),)](
-            dz,
-            fused,
-            None if row is None else row.view(torch.int8),
-            packed.values.view(torch.int32),
-            packed.metadata,
-            *scales,
-            packed.scale,
-            row_amax,
-            packed_amax,
-            flag,
-            seed_ptr,
-            key,
-            high,
-            dz.shape[0],
-            padded,
-            dz.stride(0),
-            0 if fused is None else fused.stride(0),
-            packed.shape[0],
-            start,
-            *places,
-            EXACT=exact,
-            E5M2=row is not None and row.dtype == E5M2,
-            PAIRS=pairs,
-            num_warps=launch.num_warps,
-            maxnreg=launch.registers,
-            enable_fp_fusion=False,
-        )
+        for first in range(0, tiles, MOST_TILES):
+            _grad_pack24_kernel[(length // 64, min(tiles - first, MOST_TILES))](
+                dz,
+                fused,
+                None if row is None else row.view(torch.int8),
+                packed.values.view(torch.int32),
+                packed.metadata,
+                *scales,
+                packed.scale,
+                row_amax,
+                packed_amax,
+                flag,
+                seed_ptr,
+                key,
+                high,
+                dz.shape[0],
+                padded,
+                first,
+                dz.stride(0),
+                0 if fused is None else fused.stride(0),
+                packed.shape[0],
+                start,
+                *places,
+                EXACT=exact,
+                E5M2=row is not None and row.dtype == E5M2,
+                PAIRS=pairs,
+                num_warps=launch.num_warps,
+                maxnreg=launch.registers,
+                enable_fp_fusion=False,
+            )

@@ -51,12 +51,29 @@ INTERPRETED = Launch(rows=64, columns=256, num_warps=4)
 
 
 @triton.jit
+def _product(x):
+    """The high and the low half of x * _MULTIPLIER: one instruction, where the compiler makes two."""
+    if _INTERPRETING:
+        product = x.to(tl.uint64) * _MULTIPLIER
+        return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 p; mul.wide.u32 p, $2, 0xD256D193; mov.b64 {$1, $0}, p; }",
+            "=r,=r,r",
+            [x],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def philox2x32(x0, x1, key):
     """Philox2x32 on uint32 counters (any shapes that broadcast) and a uint32 key."""
     for _ in tl.static_range(_ROUNDS):
-        product = x0.to(tl.uint64) * _MULTIPLIER
-        x0 = (product >> 32).to(tl.uint32) ^ key ^ x1
-        x1 = product.to(tl.uint32)
+        high, low = _product(x0)
+        x0 = high ^ key ^ x1
+        x1 = low
         key = key + _WEYL
     return x0, x1
 
@@ -83,8 +100,10 @@ def _max(a, b):
 
 
 @triton.jit
-def _exact(a0, a1, a2, a3, word):
-    """`reference.exact_magnitudes`, line by line."""
+def _exact(a0, a1, a2, a3, word, scale):
+    """`reference.exact_magnitudes`, line by line; times `scale`; then the largest of the group
+    before and after pruning, both unscaled: what is kept is `step`, or at the largest more.
+    """
     smaller01, larger01 = _min(a0, a1), _max(a0, a1)
     smaller23, larger23 = _min(a2, a3), _max(a2, a3)
     middle, largest = _min(larger01, larger23), _max(larger01, larger23)
@@ -94,16 +113,19 @@ def _exact(a0, a1, a2, a3, word):
     t = _threshold(_uniform24(word), step)
     first0, first1 = smaller01 > t, c1 > t
     second1, second2 = c1 - step > t, r - step > t
+    most = _max(largest, step)
+    kept = tl.where(second2, step, most)
+    step, most = step * scale, most * scale
     v_smaller01 = tl.where(first0, step, 0.0)
     v_smaller23 = tl.where((first1 ^ first0) | second1, step, 0.0)
     v_middle = tl.where(first1, tl.where(second2 ^ second1, step, 0.0), step)
-    v_largest = tl.where(second2, 0.0, _max(largest, step))
+    v_largest = tl.where(second2, 0.0, most)
     winner01, winner0, winner2 = larger01 >= larger23, a0 >= a1, a2 >= a3
     v01 = tl.where(winner01, v_largest, v_middle)
     v23 = tl.where(winner01, v_middle, v_largest)
     o0, o1 = tl.where(winner0, v01, v_smaller01), tl.where(winner0, v_smaller01, v01)
     o2, o3 = tl.where(winner2, v23, v_smaller23), tl.where(winner2, v_smaller23, v23)
-    return o0, o1, o2, o3
+    return o0, o1, o2, o3, largest, kept
 
 
 @triton.jit
@@ -157,13 +179,33 @@ def _approximate(a0, a1, a2, a3, word0, word1):
 
 @triton.jit
 def _signed(magnitude, x):
-    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
-    return (magnitude.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    """A magnitude with the sign of x; on the GPU one instruction, where the compiler may make two."""
+    if _INTERPRETING:
+        sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+        return (magnitude.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "copysign.f32 $0, $2, $1;",
+            "=f,f,f",
+            [magnitude, x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
 def _sample(x0, x1, x2, x3, group, other, seed_ptr, key, high, EXACT: tl.constexpr):
     """The four entries of each group after pruning; `group` and `other` are uint32 counters."""
+    o0, o1, o2, o3, _, _ = sample_scaled(
+        x0, x1, x2, x3, group, other, seed_ptr, key, high, 1.0, EXACT
+    )
+    return o0, o1, o2, o3
+
+
+@triton.jit
+def sample_scaled(x0, x1, x2, x3, group, other, seed_ptr, key, high, scale, EXACT: tl.constexpr):
+    """The same times `scale` (positive); then the largest magnitudes before and after, unscaled."""
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         key = seed.to(tl.uint32)
@@ -177,10 +219,14 @@ def _sample(x0, x1, x2, x3, group, other, seed_ptr, key, high, EXACT: tl.constex
     word0, word1 = philox2x32((group ^ high) ^ nothing, other, key)
     a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     if EXACT:
-        o0, o1, o2, o3 = _exact(a0, a1, a2, a3, word0)
+        o0, o1, o2, o3, largest, kept = _exact(a0, a1, a2, a3, word0, scale)
     else:
         o0, o1, o2, o3 = _approximate(a0, a1, a2, a3, word0, word1)
-    return _signed(o0, x0), _signed(o1, x1), _signed(o2, x2), _signed(o3, x3)
+        largest = _max(_max(a0, a1), _max(a2, a3))
+        kept = _max(_max(o0, o1), _max(o2, o3))
+        o0, o1, o2, o3 = o0 * scale, o1 * scale, o2 * scale, o3 * scale
+    o0, o1, o2, o3 = _signed(o0, x0), _signed(o1, x1), _signed(o2, x2), _signed(o3, x3)
+    return o0, o1, o2, o3, largest, kept
 
 
 @triton.jit(do_not_specialize=["key", "high", "first_group", "first_other"])

@@ -92,7 +92,7 @@ def grad_gate(dy, x, gate, GELU: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _gated_forward_kernel(
     x_ptr,
     gate_ptr,
     out_ptr,
@@ -113,7 +113,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gated_backward_kernel(
     dy_ptr,
     x_ptr,
     gate_ptr,
@@ -147,7 +147,7 @@ def forward(x: torch.Tensor, gate: torch.Tensor, gelu: bool) -> torch.Tensor:
     if x.numel() == 0:
         return out
     plane, (x, gate) = _in_layout_of(out, x, gate)
-    _launch(_forward_kernel, FORWARD, plane, (x, gate, out), gelu)
+    _launch(_gated_forward_kernel, FORWARD, plane, (x, gate, out), gelu)
     return out
 
 
@@ -166,7 +166,7 @@ def backward(
     dgate_written = dgate if same_order else torch.empty_like(dx)
     plane, (dy, x, gate) = _in_layout_of(dx, dy, x, gate)
     plane = plane._replace(strides=(*plane.strides, plane.strides[-1]))
-    _launch(_backward_kernel, BACKWARD, plane, (dy, x, gate, dx, dgate_written), gelu)
+    _launch(_gated_backward_kernel, BACKWARD, plane, (dy, x, gate, dx, dgate_written), gelu)
     return dx, dgate if same_order else dgate.copy_(dgate_written)
 
 

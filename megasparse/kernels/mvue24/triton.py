@@ -16,17 +16,9 @@ import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.mvue24.reference import SCALE_DOWN, SCALE_UP, SMALL, TINY
-from megasparse.kernels.random import (
-    PHILOX_MULTIPLIER,
-    PHILOX_ROUNDS,
-    PHILOX_WEYL,
-    SeedLike,
-    seed_words,
-)
+from megasparse.kernels.philox.triton import philox2x32, uniform24
+from megasparse.kernels.random import SeedLike, seed_words
 
-_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
-_MULTIPLIER = tl.constexpr(PHILOX_MULTIPLIER)
-_WEYL = tl.constexpr(PHILOX_WEYL)
 _SMALL = tl.constexpr(SMALL)
 _SCALE_UP = tl.constexpr(SCALE_UP)
 _SCALE_DOWN = tl.constexpr(SCALE_DOWN)
@@ -48,39 +40,6 @@ ALONG_ROWS = Launch(rows=4, columns=256, num_warps=4)
 ALONG_COLUMNS = Launch(rows=2, columns=512, num_warps=4)
 # The interpreter costs time per program, not per element.
 INTERPRETED = Launch(rows=64, columns=256, num_warps=4)
-
-
-@triton.jit
-def _product(x):
-    """The high and the low half of x * _MULTIPLIER: one instruction, where the compiler makes two."""
-    if _INTERPRETING:
-        product = x.to(tl.uint64) * _MULTIPLIER
-        return (product >> 32).to(tl.uint32), product.to(tl.uint32)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b64 p; mul.wide.u32 p, $2, 0xD256D193; mov.b64 {$1, $0}, p; }",
-            "=r,=r,r",
-            [x],
-            dtype=(tl.uint32, tl.uint32),
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
-def philox2x32(x0, x1, key):
-    """Philox2x32 on uint32 counters (any shapes that broadcast) and a uint32 key."""
-    for _ in tl.static_range(_ROUNDS):
-        high, low = _product(x0)
-        x0 = high ^ key ^ x1
-        x1 = low
-        key = key + _WEYL
-    return x0, x1
-
-
-@triton.jit
-def _uniform24(word):
-    return (word >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
 
 
 @triton.jit
@@ -110,7 +69,7 @@ def _exact(a0, a1, a2, a3, word, scale):
     c1 = smaller01 + smaller23
     r = c1 + middle
     step = (r + _min(largest, r)) * 0.5
-    t = _threshold(_uniform24(word), step)
+    t = _threshold(uniform24(word), step)
     first0, first1 = smaller01 > t, c1 > t
     second1, second2 = c1 - step > t, r - step > t
     most = _max(largest, step)
@@ -151,7 +110,7 @@ def _approximate(a0, a1, a2, a3, word0, word1):
     a0, a1, a2, a3 = a0 * scale, a1 * scale, a2 * scale, a3 * scale
     low, high = a0 + a1, a2 + a3
     c2 = low + a2
-    t = _uniform24(word0) * (c2 + a3)
+    t = uniform24(word0) * (c2 + a3)
     above1 = low > t
     f0 = a0 > t
     f1 = above1 & (f0 == 0)
@@ -160,7 +119,7 @@ def _approximate(a0, a1, a2, a3, word0, word1):
     e0 = tl.where(f0, 0.0, a0)
     e1 = e0 + tl.where(f1, 0.0, a1)
     e2 = e1 + tl.where(f2, 0.0, a2)
-    t = _uniform24(word1) * (e2 + tl.where(f3, 0.0, a3))
+    t = uniform24(word1) * (e2 + tl.where(f3, 0.0, a3))
     again1 = e1 > t
     s0 = e0 > t
     s1 = again1 & (s0 == 0)
@@ -179,18 +138,13 @@ def _approximate(a0, a1, a2, a3, word0, word1):
 
 @triton.jit
 def _signed(magnitude, x):
-    """A magnitude with the sign of x; on the GPU one instruction, where the compiler may make two."""
+    """A magnitude with the sign of x: one instruction where the compiler may make two."""
     if _INTERPRETING:
         sign = x.to(tl.uint32, bitcast=True) & 0x80000000
         return (magnitude.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     else:
         return tl.inline_asm_elementwise(
-            "copysign.f32 $0, $2, $1;",
-            "=f,f,f",
-            [magnitude, x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
+            "copysign.f32 $0, $2, $1;", "=f,f,f", [magnitude, x], tl.float32, True, 1
         )
 
 

@@ -68,13 +68,18 @@ class Fp8Slot:
         """1 / scale on the host: what undoes the scaling in a product."""
         return 1.0 / self.scales.on_host[self.index]
 
+    @property
+    def known(self) -> bool:
+        """Whether it has a scale, which its first use gives it."""
+        return self.scales.known[self.index]
+
     def begin(self, x: torch.Tensor, headroom: float = 1.0) -> None:
         """At the very first use: a scale from the tensor itself. Waits for the device once.
 
         Args:
             headroom: how much larger than x what is to be quantised may be.
         """
-        if not self.scales.known[self.index]:
+        if not self.known:
             self.scales.set_from(self.index, x, headroom)
 
     def quantise(

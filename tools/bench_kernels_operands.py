@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_kernels_cases import BF16, E4M3, FP32, SHORT, Case, Inputs, Step
+from bench_kernels_cases import BF16, E4M3, FP32, SHORT, Case, Inputs, Source, Step
 
 from megasparse import kernels
 
@@ -103,7 +103,59 @@ def operand_cases() -> list[Case]:
                 wrong_share=0.0 if exact else 1e-3,
             )
         )
-    return cases
+    return [*cases, *gated_cases()]
+
+
+def gated_cases() -> list[Case]:
+    """The gated activation fused with the preparation of the GEMMs' operands; (T, F) of a half."""
+
+    def forward(s: Source) -> Inputs:
+        return (torch.cat([s.normal(), s.normal()], 1), s.number(100.0), *s.maxima(1))
+
+    def backward(s: Source) -> Inputs:
+        scales = (s.number(100.0), s.number(25.0), *s.maxima(2))
+        return (s.normal(), torch.cat([s.normal(), s.normal()], 1), *scales)
+
+    # A sigmoid's last bit decides now and then how a number is rounded.
+    shared: dict[str, Any] = {"odd_shape": (131, 64), "wrong_share": 1e-3}
+    return [
+        Case(
+            "swiglu_float8 bf16, both ways",
+            "swiglu_float8",
+            6,
+            forward,
+            lambda op, t: partial(op, t[0], scale=t[1], amax=t[2]),
+            others={"swiglu_fused alone": lambda t: partial(kernels.swiglu_fused, t[0])},
+            **shared,
+        ),
+        Case(
+            "swiglu_grad_pack24 exact bf16, e4m3 rows and packed",
+            "swiglu_grad_pack24",
+            9.25,
+            backward,
+            lambda op, t: partial(
+                op, t[0], t[1], seed=7, row_scale=t[2], row_dtype=E4M3, packed_scale=t[3],
+                row_amax=t[4], packed_amax=t[5],
+            ),
+            others={"swiglu_fused_backward, grad_pack24": unfused_gradient},
+            **shared,
+        ),
+    ]  # fmt: skip
+
+
+def unfused_gradient(t: Inputs) -> Step:
+    """The same in two steps."""
+    dy, fused, row_scale, packed_scale, row_amax, packed_amax = t
+    flag = torch.zeros(1, dtype=torch.int32, device=dy.device)
+
+    def step() -> Any:
+        dz = kernels.swiglu_fused_backward(dy, fused)
+        return kernels.grad_pack24(
+            dz, seed=7, row_scale=row_scale, row_dtype=E4M3, packed_scale=packed_scale,
+            row_amax=row_amax, packed_amax=packed_amax, error_flag=flag,
+        )  # fmt: skip
+
+    return step
 
 
 def unfused_weight(dtype: torch.dtype) -> Mapping[str, Callable[[Inputs], Step]]:

@@ -17,11 +17,15 @@ any sizes that the function's own docstring allows.
 | masked_decay_(grad, w, mask, decay)            | grad, in place: += decay * (1 - mask) * w    |
 | count_flips(mask_a, mask_b)                    | 0-d int64: entries that differ               |
 | swiglu(x, gate), geglu(x, gate)                | like x: act(gate) * x, with autograd         |
+| swiglu_fused(fused (..., 2 F))                 | (..., F): swiglu of [gate | x], autograd     |
+| swiglu_fused_backward(dy (..., F), fused)      | (..., 2 F): its gradient                     |
 | amax_scale(w (N, K))                           | 0-d float32: amax / 448, e4m3's scale        |
 | pack24(w (N, K), dtype=None, scale=None)       | Packed24: the hardware's 2:4 layout          |
 | unpack24(packed)                               | (N, K) dense                                 |
 | mvue_pack24(dz (T, N), seed)                   | Packed24 (N, T): MVUE(dZ^T) in 16 bits       |
 | grad_pack24(dz (T, N), seed, scales)           | dz in 8 bits, MVUE(dZ^T) packed in e4m3      |
+| swiglu_float8(fused (T, 2 F), scale)           | swiglu_fused in e4m3: (T', F), (F, T')       |
+| swiglu_grad_pack24(dy (T, F), fused, seed)     | grad_pack24 of swiglu_fused's gradient       |
 | weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T packed or dense; one pass    |
 | spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
 | encode_patterns(mask, transposable)            | uint8: the number of each pattern            |
@@ -33,7 +37,11 @@ any sizes that the function's own docstring allows.
 from megasparse.kernels.amax_scale import amax_scale as amax_scale
 from megasparse.kernels.gated_activation import geglu as geglu
 from megasparse.kernels.gated_activation import swiglu as swiglu
+from megasparse.kernels.gated_activation import swiglu_fused as swiglu_fused
+from megasparse.kernels.gated_activation import swiglu_fused_backward as swiglu_fused_backward
+from megasparse.kernels.gated_float8 import swiglu_float8 as swiglu_float8
 from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
+from megasparse.kernels.grad_pack24 import swiglu_grad_pack24 as swiglu_grad_pack24
 from megasparse.kernels.masked_decay import count_flips as count_flips
 from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
 from megasparse.kernels.mvue24 import mvue24 as mvue24
@@ -80,6 +88,10 @@ __all__ = [
     "soft_threshold24_with_sums",
     "spmm24",
     "swiglu",
+    "swiglu_float8",
+    "swiglu_fused",
+    "swiglu_fused_backward",
+    "swiglu_grad_pack24",
     "transposable24_mask",
     "transposable_patterns",
     "unpack24",

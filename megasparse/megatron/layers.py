@@ -180,7 +180,7 @@ class _ParallelLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(self.weight.detach().new_empty(0), requires_grad=False)
         return self._frozen.bytes_here
 
-    def _gemms(self) -> tuple[LinearGemms, int]:
+    def current_gemms(self) -> tuple[LinearGemms, int]:
         """The GEMMs of the current step, and the seed of this layer's draws."""
         if self._frozen is not None:
             return self._frozen, 0
@@ -191,8 +191,15 @@ class _ParallelLinear(torch.nn.Module):
         gemms = self.state.gemms(self.weight, clock.step, controller.sparse_now, controller.monitor)
         return gemms, clock.mvue_seed(self._number)
 
+    @property
+    def in_fp8_alone(self) -> bool:
+        """The layer is its FP8 GEMMs and nothing that wants its input in full."""
+        state = self.state
+        observed = state is not None and state.inputs is not None
+        return state is not None and state.fp8 is not None and not observed and self._boost is None
+
     def _multiply(self, x: torch.Tensor, comm: LinearComm) -> torch.Tensor:
-        gemms, seed = self._gemms()
+        gemms, seed = self.current_gemms()
         if self.state is not None and self.state.inputs is not None and self.training:
             self.state.inputs.observe(x)
         return linear(
@@ -246,9 +253,9 @@ class SparseColumnParallelLinear(_ParallelLinear):
         shard = WeightShard((output_size, input_size), 0, group.rank(), group.size(), stride)
         super().__init__(config, shard, bias, True, skip_bias_add, group)
         self.gather_output = gather_output
-        self._comm: LinearComm = NoComm()
+        self.comm: LinearComm = NoComm()
         if group.size() > 1:
-            self._comm = (
+            self.comm = (
                 GatherOverSequence(group)
                 if self.sequence_parallel
                 else SumOverTensorParallel(group)
@@ -256,7 +263,7 @@ class SparseColumnParallelLinear(_ParallelLinear):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(S, B, K)` or, with sp, `(S/p, B, K)` -> `(S, B, N/p)` (N with gather_output), bias."""
-        z = self._multiply(x, self._comm)
+        z = self._multiply(x, self.comm)
         if self.bias is not None and not self.skip_bias_add:
             z = z + self.bias
         if self.gather_output:
@@ -295,7 +302,10 @@ class SparseRowParallelLinear(_ParallelLinear):
         """`(S, B, K/p)` -> `(S, B, N)` or, with sp, `(S/p, B, N)`, and the bias if skipped."""
         if not self.input_is_parallel:
             x = mappings.scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
-        z = self._multiply(x, NoComm())
+        return self.finish(self._multiply(x, NoComm()))
+
+    def finish(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's result from this rank's part `(S, B, N)` of the sum `x W^T`."""
         if self.sequence_parallel:
             z = mappings.reduce_scatter_to_sequence_parallel_region(z, group=self.tp_group)
         else:

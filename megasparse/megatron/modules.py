@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 
-from megasparse.kernels import swiglu
+from megasparse.kernels import swiglu_fused
 
 
 class TorchNorm:
@@ -88,12 +88,11 @@ class SdpaAttention(torch.nn.Module):
 
 
 class GatedActivation(torch.nn.Module):
-    """SwiGLU of a fused projection `[gate | up]`, both halves read in place."""
+    """SwiGLU of a fused projection `[gate | up]`, whose gradient is one tensor too."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
 
     def forward(self, fused: torch.Tensor) -> torch.Tensor:
         """`(..., 2 F)` -> `silu(gate) * up`, `(..., F)`."""
-        gate, up = fused.chunk(2, dim=-1)
-        return swiglu(up, gate)
+        return swiglu_fused(fused)

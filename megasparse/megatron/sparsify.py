@@ -13,6 +13,7 @@ from megasparse.errors import ConfigError
 from megasparse.fp8 import Fp8Scales
 from megasparse.kernels.packed24 import ROW_MULTIPLE
 from megasparse.megatron.layers import _ParallelLinear
+from megasparse.megatron.mlp import fuse_gated_mlps
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.fp8_gemms import ALIGNMENT as FP8_ALIGNMENT
 from megasparse.sparsity.fp8_gemms import Fp8Slots
@@ -85,6 +86,7 @@ def sparsify(
             module.add_boost(slorb_k, slorb_train_projection)
     if fp8 is not None:
         fp8.allocate()
+        fuse_gated_mlps(model)
     return controller
 
 

@@ -15,13 +15,22 @@ orientations, dZ the copy for grad_input and the packed draw for grad_weight. Re
 from __future__ import annotations
 
 from collections.abc import Set
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
 from megasparse.fp8 import Fp8Scales, Fp8Slot
-from megasparse.kernels import grad_pack24, matmul24, spmm24, weight_pack24
+from megasparse.kernels import (
+    grad_pack24,
+    matmul24,
+    spmm24,
+    swiglu_float8,
+    swiglu_fused,
+    swiglu_fused_backward,
+    swiglu_grad_pack24,
+    weight_pack24,
+)
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.sparsity.gemm_choice import GemmChooser, shared_chooser
@@ -86,6 +95,22 @@ class DenseFp8Gemms:
         assert kept is not None
         return z_TN, kept
 
+    def output_gated(
+        self, fused_TF: torch.Tensor, keep: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`output` (with `keep` `output_keeping`) of swiglu([gate | up]).
+
+        Args:
+            fused_TF: (T, 2 K), 16 bits.
+        """
+        x, weight = self._slots.x, self._slots.weight
+        if not x.known:
+            return self._output(swiglu_fused(fused_TF), keep)
+        row, x_KT = swiglu_float8(
+            fused_TF, scale=x.scale, transposed=keep, amax=x.amax if keep else None
+        )
+        return self._multiply_output(row, x, weight)[: fused_TF.shape[0]], x_KT
+
     def kept(self, x_TK: torch.Tensor) -> torch.Tensor:
         self._slots.x.begin(x_TK)
         _, x_KT = self._slots.x.quantise(_whole_tiles(x_TK), rows=False, columns=True)
@@ -109,6 +134,10 @@ class DenseFp8Gemms:
         row, dz_NT = slot.quantise(_whole_tiles(dz_TN), columns=True)
         assert row is not None and dz_NT is not None
         return Fp8Gradient(row, dz_NT, dz_TN.shape[0])
+
+    def gradient_gated(self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: int) -> Fp8Gradient:
+        """`gradient` of that of [gate | up], this layer's output, from that of its swiglu."""
+        return self.gradient(swiglu_fused_backward(dy_TF, fused_TF), seed)
 
     def grad_input(self, gradient: Fp8Gradient) -> torch.Tensor:
         assert self._w_KN is not None
@@ -183,23 +212,36 @@ class PackedFp8Gemms(DenseFp8Gemms):
         slots.gradient.begin(dz_TN)
         slots.draw.begin(dz_TN, MVUE_HEADROOM)
         with self._probe.timer.span("preparation"):
-            row, packed = grad_pack24(
-                _whole_tiles(dz_TN),
-                seed=seed,
-                row_scale=slots.gradient.scale,
-                row_dtype=self._row_dtype,
-                packed_scale=slots.draw.scale,
-                channels=self._channels,
-                exact=self._recipe.mvue == "exact",
-                row_amax=slots.gradient.amax,
-                packed_amax=slots.draw.amax,
-                error_flag=self._error_flag,
-            )
+            row, packed = grad_pack24(_whole_tiles(dz_TN), seed=seed, **self._as_operands())
         assert row is not None
         if self._probe.asked:
             self._tell("grad_output", dz_TN, row, slots.gradient)
             self._probe.mvue(dz_TN, packed.values.float() * slots.draw.factor)
         return Fp8Gradient(row, packed, tokens)
+
+    def gradient_gated(self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: int) -> Fp8Gradient:
+        slots = self._slots
+        at_once = self._recipe.mvue != "off" and slots.gradient.known and slots.draw.known
+        if not at_once or self._probe.asked:
+            return super().gradient_gated(dy_TF, fused_TF, seed)
+        with self._probe.timer.span("preparation"):
+            row, packed = swiglu_grad_pack24(dy_TF, fused_TF, seed=seed, **self._as_operands())
+        assert row is not None
+        return Fp8Gradient(row, packed, dy_TF.shape[0])
+
+    def _as_operands(self) -> dict[str, Any]:
+        """How dZ is quantised and drawn."""
+        slots = self._slots
+        return {
+            "row_scale": slots.gradient.scale,
+            "row_dtype": self._row_dtype,
+            "packed_scale": slots.draw.scale,
+            "channels": self._channels,
+            "exact": self._recipe.mvue == "exact",
+            "row_amax": slots.gradient.amax,
+            "packed_amax": slots.draw.amax,
+            "error_flag": self._error_flag,
+        }
 
     def grad_input(self, gradient: Fp8Gradient) -> torch.Tensor:
         slots = self._slots

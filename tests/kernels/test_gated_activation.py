@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megasparse.errors import KernelError
-from megasparse.kernels import geglu, swiglu
+from megasparse.kernels import geglu, swiglu, swiglu_fused, swiglu_fused_backward
 from megasparse.kernels.gated_activation.layout import Plane, common_plane
 from tests.kernels.poison import poison_new_tensors
 
@@ -107,6 +107,42 @@ def test_extreme_gates(device, op, backend):
     assert out[0, :3].tolist() == [0.0, 2e4, 0.0] and out[0, 3].isnan()
 
 
+FUSED = {
+    "row-major": lambda: random(T, 2 * H),
+    "3-D": lambda: random(3, 11, 2 * H),
+    "column-major": lambda: random(2 * H, T).t(),
+    "3-D column-major": lambda: random(2 * H, 3, 11).permute(1, 2, 0),
+    "swapped": lambda: random(11, 3, 2 * H).transpose(0, 1),
+    "in the middle": lambda: random(3, 2 * H, 11).transpose(1, 2),
+    "no dense tensor": lambda: random(T, 5 * H)[:, H : 3 * H],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", FUSED)
+def test_fused_is_swiglu_of_the_halves(device, monkeypatch, layout, backend):
+    """Bit for bit, values and gradients, the latter in one tensor of the layout of the input."""
+    fused = FUSED[layout]().to(device)
+    with torch.no_grad():
+        halved = fused.clone().requires_grad_()
+    gate, x = halved[..., :H], halved[..., H:]
+    expected = swiglu(x, gate, backend=backend)
+    for dy in (random(*x.shape).to(device), random(*x.shape[::-1]).to(device).permute(2, 1, 0)
+               if x.dim() == 3 else random(H, T).to(device).t()):  # fmt: skip
+        halved.grad = None
+        expected.backward(dy, retain_graph=True)
+        with monkeypatch.context() as patch:
+            poison_new_tensors(patch)
+            leaf = fused.detach().requires_grad_()
+            out = swiglu_fused(leaf, backend=backend)
+            assert len(out.grad_fn.saved_tensors) == 1
+            (grad,) = torch.autograd.grad(out, leaf, dy)
+            again = swiglu_fused_backward(dy, fused, backend=backend)
+        assert torch.equal(out, expected) and out.stride() == expected.stride()
+        assert torch.equal(grad, halved.grad) and grad.stride() == order_of(fused)
+        assert torch.equal(again, grad)
+
+
 def test_only_the_needed_is_kept():
     x, gate = (t.requires_grad_() for t in LAYOUTS["row-major"]())
     out = swiglu(x, gate)
@@ -144,3 +180,7 @@ def test_refusals(device):
         swiglu(x.double(), x.double(), backend="triton")
     with pytest.raises(KernelError, match="backend='cusparselt'"):
         swiglu(x, x, backend="cusparselt")
+    with pytest.raises(KernelError, match="even last dimension"):
+        swiglu_fused(x[:, :3])
+    with pytest.raises(KernelError, match="dy is .* expected"):
+        swiglu_fused_backward(x, x)

@@ -1,4 +1,4 @@
-"""Gated activations: `swiglu` and `geglu`, with gradients, in any dense layout."""
+"""Gated activations, with gradients, in any dense layout, of two tensors or of a fused one."""
 
 from __future__ import annotations
 
@@ -37,6 +37,35 @@ class _GatedActivation(torch.autograd.Function):
         return dx, dgate, None, None
 
 
+class _Fused(torch.autograd.Function):
+    """The same of `[gate | x]`, whose gradient is written as one tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, fused: torch.Tensor, gelu: bool, backend: dispatch.Backend
+    ) -> torch.Tensor:
+        ctx.save_for_backward(fused)
+        ctx.gelu, ctx.backend = gelu, backend
+        gate, x = fused.chunk(2, dim=-1)
+        return _implementation(backend).forward(x, gate, gelu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (fused,) = ctx.saved_tensors
+        return _grad_fused(dy, fused, ctx.gelu, ctx.backend), None, None
+
+
+def _grad_fused(
+    dy: torch.Tensor, fused: torch.Tensor, gelu: bool, backend: dispatch.Backend
+) -> torch.Tensor:
+    gate, x = fused.chunk(2, dim=-1)
+    gradient = torch.empty_like(fused)
+    dgate, dx = gradient.chunk(2, dim=-1)
+    _implementation(backend).backward(dy, x, gate, gelu, (dx, dgate))
+    return gradient
+
+
 def swiglu(x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """silu(gate) * x, with autograd (FST, section on gated activations).
 
@@ -57,6 +86,45 @@ def swiglu(x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None) -
 def geglu(x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """gelu(gate) * x with the tanh GELU, with autograd; all else as in `swiglu`."""
     return _apply("geglu", x, gate, True, backend)
+
+
+def swiglu_fused(fused: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """silu(gate) * x of `fused` = [gate | x], (..., 2 F) -> (..., F), with autograd.
+
+    The values and gradients of `swiglu` on the two halves; the gradient is one tensor in the layout
+    of `fused`, so nothing is joined after. All else as in `swiglu`.
+
+    Raises: KernelError too when the last dimension is odd.
+    """
+    _check_fused("swiglu_fused", fused)
+    return _Fused.apply(fused, False, dispatch.resolve("swiglu_fused", fused, backend))
+
+
+@torch.no_grad()
+def swiglu_fused_backward(
+    dy: torch.Tensor, fused: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
+    """The gradient of `swiglu_fused` (..., 2 F) from that of its result (..., F), outside autograd.
+
+    Raises: KernelError when dy is not like the result, or as in `swiglu_fused`.
+    """
+    _check_fused("swiglu_fused_backward", fused)
+    shape = (*fused.shape[:-1], fused.shape[-1] // 2)
+    if (dy.shape, dy.dtype, dy.device) != (shape, fused.dtype, fused.device):
+        raise KernelError(
+            f"swiglu_fused_backward: dy is {dy.dtype} {tuple(dy.shape)} on {dy.device}, expected "
+            f"{fused.dtype} {shape} on {fused.device}"
+        )
+    name = dispatch.resolve("swiglu_fused_backward", fused, backend)
+    return _grad_fused(dy, fused, False, name)
+
+
+def _check_fused(op: str, fused: torch.Tensor) -> None:
+    if fused.dtype not in DTYPES or fused.dim() == 0 or fused.shape[-1] % 2:
+        raise KernelError(
+            f"{op}: fused is {fused.dtype} {tuple(fused.shape)}, expected float32, bfloat16, "
+            "float16 or float64 with an even last dimension"
+        )
 
 
 def _apply(

@@ -42,13 +42,17 @@ def forward(x: torch.Tensor, gate: torch.Tensor, gelu: bool) -> torch.Tensor:
 
 
 def backward(
-    dy: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, gelu: bool
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    gelu: bool,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients with respect to `x` and `gate`, each in the layout of its input."""
+    """Gradients with respect to `x` and `gate`: in `out`, or each in the layout of its input."""
     d, g = _wide(dy), _wide(gate)
     h, slope = _inner(g, gelu)
     s = torch.sigmoid(h)
-    dx, dgate = torch.empty_like(x), torch.empty_like(gate)
+    dx, dgate = out or (torch.empty_like(x), torch.empty_like(gate))
     dx.copy_(d * (g * s))
     dgate.copy_(d * _wide(x) * (s + g * s * (1.0 - s) * slope))
     return dx, dgate

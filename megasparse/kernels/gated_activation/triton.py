@@ -15,6 +15,7 @@ from megasparse.kernels.gated_activation.reference import GELU_H1, GELU_H3
 
 _H1 = tl.constexpr(GELU_H1)
 _H3 = tl.constexpr(GELU_H3)
+_INTERPRETING = tl.constexpr(INTERPRETING)
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,55 @@ def _tile(num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid(h):
+    """1 / (1 + exp(-h)) within 2 ulp; 0 where it is no normal number, below -87.
+
+    By the GPU's instructions that take subnormal numbers for zero: those that do not need four
+    others each, and down to there they give the same.
+    """
+    if _INTERPRETING:
+        return tl.sigmoid(h)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; "
+            "add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",  # -log2(e), 1
+            "=f,f",
+            [h],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def _gate_parts(g, GELU: tl.constexpr):
     """sigmoid(h(g)) and h'(g); see reference.py."""
     if GELU:
         square = g * g
-        return tl.sigmoid(g * (_H1 + _H3 * square)), _H1 + 3.0 * _H3 * square
+        return _sigmoid(g * (_H1 + _H3 * square)), _H1 + 3.0 * _H3 * square
     else:
-        return tl.sigmoid(g), 1.0
+        return _sigmoid(g), 1.0
 
 
 @triton.jit
-def _forward_kernel(
+def gated(x, gate, GELU: tl.constexpr):
+    """act(gate) * x in float32."""
+    s, _ = _gate_parts(gate, GELU)
+    return x * (gate * s)
+
+
+@triton.jit
+def grad_gate(dy, x, gate, GELU: tl.constexpr):
+    """The gradient of `gated` with respect to the gate."""
+    s, slope = _gate_parts(gate, GELU)
+    if GELU:
+        return dy * x * (s + gate * s * (1.0 - s) * slope)
+    else:  # fused as the compiler does anyway, so that a kernel in which it may not gives the same
+        return dy * x * tl.fma(gate * s, 1.0 - s, s)
+
+
+@triton.jit
+def _gated_forward_kernel(
     x_ptr,
     gate_ptr,
     out_ptr,
@@ -69,13 +108,12 @@ def _forward_kernel(
     row, column, mask = _tile(num_rows, num_columns, ROWS, COLUMNS)
     x = tl.load(x_ptr + row * x_stride + column, mask=mask).to(tl.float32)
     g = tl.load(gate_ptr + row * gate_stride + column, mask=mask).to(tl.float32)
-    s, _ = _gate_parts(g, GELU)
-    out = (x * (g * s)).to(out_ptr.dtype.element_ty)
+    out = gated(x, g, GELU).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * out_stride + column, out, mask=mask)
 
 
 @triton.jit
-def _backward_kernel(
+def _gated_backward_kernel(
     dy_ptr,
     x_ptr,
     gate_ptr,
@@ -96,11 +134,9 @@ def _backward_kernel(
     dy = tl.load(dy_ptr + row * dy_stride + column, mask=mask).to(tl.float32)
     x = tl.load(x_ptr + row * x_stride + column, mask=mask).to(tl.float32)
     g = tl.load(gate_ptr + row * gate_stride + column, mask=mask).to(tl.float32)
-    s, slope = _gate_parts(g, GELU)
-    gs = g * s
-    dx = (dy * gs).to(dx_ptr.dtype.element_ty)
+    dx = gated(dy, g, GELU).to(dx_ptr.dtype.element_ty)
     tl.store(dx_ptr + row * dx_stride + column, dx, mask=mask)
-    dgate = (dy * x * (s + gs * (1.0 - s) * slope)).to(dgate_ptr.dtype.element_ty)
+    dgate = grad_gate(dy, x, g, GELU).to(dgate_ptr.dtype.element_ty)
     tl.store(dgate_ptr + row * dgate_stride + column, dgate, mask=mask)
 
 
@@ -111,22 +147,26 @@ def forward(x: torch.Tensor, gate: torch.Tensor, gelu: bool) -> torch.Tensor:
     if x.numel() == 0:
         return out
     plane, (x, gate) = _in_layout_of(out, x, gate)
-    _launch(_forward_kernel, FORWARD, plane, (x, gate, out), gelu)
+    _launch(_gated_forward_kernel, FORWARD, plane, (x, gate, out), gelu)
     return out
 
 
 def backward(
-    dy: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, gelu: bool
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    gelu: bool,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients with respect to `x` and `gate`; see reference.py."""
-    dx, dgate = torch.empty_like(x), torch.empty_like(gate)
+    dx, dgate = out or (torch.empty_like(x), torch.empty_like(gate))
     if x.numel() == 0:
         return dx, dgate
     same_order = common_plane(dx, dgate) is not None
     dgate_written = dgate if same_order else torch.empty_like(dx)
     plane, (dy, x, gate) = _in_layout_of(dx, dy, x, gate)
     plane = plane._replace(strides=(*plane.strides, plane.strides[-1]))
-    _launch(_backward_kernel, BACKWARD, plane, (dy, x, gate, dx, dgate_written), gelu)
+    _launch(_gated_backward_kernel, BACKWARD, plane, (dy, x, gate, dx, dgate_written), gelu)
     return dx, dgate if same_order else dgate.copy_(dgate_written)
 
 
@@ -138,7 +178,10 @@ def _check(x: torch.Tensor) -> None:
 def _in_layout_of(
     out: torch.Tensor, *inputs: torch.Tensor
 ) -> tuple[Plane, tuple[torch.Tensor, ...]]:
-    """One plane over inputs and `out` (dense); inputs that lie otherwise in memory are copied."""
+    """One plane over inputs and `out`; inputs that lie otherwise in memory are copied.
+
+    `out` is dense, or half of a dense tensor along its last dimension.
+    """
     plane = common_plane(*inputs, out)
     if plane is None:
         inputs = tuple(
@@ -149,7 +192,7 @@ def _in_layout_of(
     if plane is None:
         inputs = tuple(torch.empty_like(out).copy_(t) for t in inputs)
         plane = common_plane(*inputs, out)
-    assert plane is not None  # dense tensors with equal strides are one run
+    assert plane is not None  # dense tensors in one order are one run; halves of one, a plane
     return plane, inputs
 
 

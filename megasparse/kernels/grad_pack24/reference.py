@@ -1,4 +1,4 @@
-"""The definition of `grad_pack24`: the operations that it fuses, one after the other."""
+"""The definitions: the operations that are fused, one after the other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from megasparse.kernels.float8 import quantise
+from megasparse.kernels.gated_activation.reference import backward
 from megasparse.kernels.mvue24 import mvue24
 from megasparse.kernels.pack24.reference import pack
 from megasparse.kernels.packed24 import Packed24
@@ -45,3 +46,24 @@ def grad_pack24(
     quantised = quantise(pad(pruned.t(), (0, missing)), packed_scale, packed.dtype)
     pack(quantised.contiguous(), packed, False, flag)
     packed.scale.copy_(packed_scale.reciprocal())
+
+
+def swiglu_grad_pack24(
+    dy: torch.Tensor,
+    fused: torch.Tensor,
+    seed: SeedLike,
+    places: tuple[int, int],
+    exact: bool,
+    scales: tuple[torch.Tensor | None, torch.Tensor],
+    row: torch.Tensor | None,
+    packed: Packed24,
+    maxima: tuple[torch.Tensor | None, torch.Tensor | None],
+    flag: torch.Tensor,
+) -> None:
+    """The same of the gradient of swiglu(`fused`), whose halves lie at `places` in the layer."""
+    width = dy.shape[1]
+    gate, x = fused.chunk(2, dim=1)
+    dx, dgate = backward(dy, x, gate, False)
+    dz = pad(torch.cat([dgate, dx], 1), (0, 0, 0, packed.shape[1] - dy.shape[0]))
+    channels = ((0, places[0], width), (width, places[1], width))
+    grad_pack24(dz, seed, channels, exact, scales, row, packed, maxima, flag)

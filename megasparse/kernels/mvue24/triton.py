@@ -16,17 +16,9 @@ import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.mvue24.reference import SCALE_DOWN, SCALE_UP, SMALL, TINY
-from megasparse.kernels.random import (
-    PHILOX_MULTIPLIER,
-    PHILOX_ROUNDS,
-    PHILOX_WEYL,
-    SeedLike,
-    seed_words,
-)
+from megasparse.kernels.philox.triton import philox2x32, uniform24
+from megasparse.kernels.random import SeedLike, seed_words
 
-_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
-_MULTIPLIER = tl.constexpr(PHILOX_MULTIPLIER)
-_WEYL = tl.constexpr(PHILOX_WEYL)
 _SMALL = tl.constexpr(SMALL)
 _SCALE_UP = tl.constexpr(SCALE_UP)
 _SCALE_DOWN = tl.constexpr(SCALE_DOWN)
@@ -51,22 +43,6 @@ INTERPRETED = Launch(rows=64, columns=256, num_warps=4)
 
 
 @triton.jit
-def philox2x32(x0, x1, key):
-    """Philox2x32 on uint32 counters (any shapes that broadcast) and a uint32 key."""
-    for _ in tl.static_range(_ROUNDS):
-        product = x0.to(tl.uint64) * _MULTIPLIER
-        x0 = (product >> 32).to(tl.uint32) ^ key ^ x1
-        x1 = product.to(tl.uint32)
-        key = key + _WEYL
-    return x0, x1
-
-
-@triton.jit
-def _uniform24(word):
-    return (word >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
-
-
-@triton.jit
 def _threshold(u, total):
     below = (total.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
     return tl.minimum(u * total, below)
@@ -83,27 +59,32 @@ def _max(a, b):
 
 
 @triton.jit
-def _exact(a0, a1, a2, a3, word):
-    """`reference.exact_magnitudes`, line by line."""
+def _exact(a0, a1, a2, a3, word, scale):
+    """`reference.exact_magnitudes`, line by line; times `scale`; then the largest of the group
+    before and after pruning, both unscaled: what is kept is `step`, or at the largest more.
+    """
     smaller01, larger01 = _min(a0, a1), _max(a0, a1)
     smaller23, larger23 = _min(a2, a3), _max(a2, a3)
     middle, largest = _min(larger01, larger23), _max(larger01, larger23)
     c1 = smaller01 + smaller23
     r = c1 + middle
     step = (r + _min(largest, r)) * 0.5
-    t = _threshold(_uniform24(word), step)
+    t = _threshold(uniform24(word), step)
     first0, first1 = smaller01 > t, c1 > t
     second1, second2 = c1 - step > t, r - step > t
+    most = _max(largest, step)
+    kept = tl.where(second2, step, most)
+    step, most = step * scale, most * scale
     v_smaller01 = tl.where(first0, step, 0.0)
     v_smaller23 = tl.where((first1 ^ first0) | second1, step, 0.0)
     v_middle = tl.where(first1, tl.where(second2 ^ second1, step, 0.0), step)
-    v_largest = tl.where(second2, 0.0, _max(largest, step))
+    v_largest = tl.where(second2, 0.0, most)
     winner01, winner0, winner2 = larger01 >= larger23, a0 >= a1, a2 >= a3
     v01 = tl.where(winner01, v_largest, v_middle)
     v23 = tl.where(winner01, v_middle, v_largest)
     o0, o1 = tl.where(winner0, v01, v_smaller01), tl.where(winner0, v_smaller01, v01)
     o2, o3 = tl.where(winner2, v23, v_smaller23), tl.where(winner2, v_smaller23, v23)
-    return o0, o1, o2, o3
+    return o0, o1, o2, o3, largest, kept
 
 
 @triton.jit
@@ -129,7 +110,7 @@ def _approximate(a0, a1, a2, a3, word0, word1):
     a0, a1, a2, a3 = a0 * scale, a1 * scale, a2 * scale, a3 * scale
     low, high = a0 + a1, a2 + a3
     c2 = low + a2
-    t = _uniform24(word0) * (c2 + a3)
+    t = uniform24(word0) * (c2 + a3)
     above1 = low > t
     f0 = a0 > t
     f1 = above1 & (f0 == 0)
@@ -138,7 +119,7 @@ def _approximate(a0, a1, a2, a3, word0, word1):
     e0 = tl.where(f0, 0.0, a0)
     e1 = e0 + tl.where(f1, 0.0, a1)
     e2 = e1 + tl.where(f2, 0.0, a2)
-    t = _uniform24(word1) * (e2 + tl.where(f3, 0.0, a3))
+    t = uniform24(word1) * (e2 + tl.where(f3, 0.0, a3))
     again1 = e1 > t
     s0 = e0 > t
     s1 = again1 & (s0 == 0)
@@ -157,13 +138,28 @@ def _approximate(a0, a1, a2, a3, word0, word1):
 
 @triton.jit
 def _signed(magnitude, x):
-    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
-    return (magnitude.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    """A magnitude with the sign of x: one instruction where the compiler may make two."""
+    if _INTERPRETING:
+        sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+        return (magnitude.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "copysign.f32 $0, $2, $1;", "=f,f,f", [magnitude, x], tl.float32, True, 1
+        )
 
 
 @triton.jit
 def _sample(x0, x1, x2, x3, group, other, seed_ptr, key, high, EXACT: tl.constexpr):
     """The four entries of each group after pruning; `group` and `other` are uint32 counters."""
+    o0, o1, o2, o3, _, _ = sample_scaled(
+        x0, x1, x2, x3, group, other, seed_ptr, key, high, 1.0, EXACT
+    )
+    return o0, o1, o2, o3
+
+
+@triton.jit
+def sample_scaled(x0, x1, x2, x3, group, other, seed_ptr, key, high, scale, EXACT: tl.constexpr):
+    """The same times `scale` (positive); then the largest magnitudes before and after, unscaled."""
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         key = seed.to(tl.uint32)
@@ -177,10 +173,14 @@ def _sample(x0, x1, x2, x3, group, other, seed_ptr, key, high, EXACT: tl.constex
     word0, word1 = philox2x32((group ^ high) ^ nothing, other, key)
     a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     if EXACT:
-        o0, o1, o2, o3 = _exact(a0, a1, a2, a3, word0)
+        o0, o1, o2, o3, largest, kept = _exact(a0, a1, a2, a3, word0, scale)
     else:
         o0, o1, o2, o3 = _approximate(a0, a1, a2, a3, word0, word1)
-    return _signed(o0, x0), _signed(o1, x1), _signed(o2, x2), _signed(o3, x3)
+        largest = _max(_max(a0, a1), _max(a2, a3))
+        kept = _max(_max(o0, o1), _max(o2, o3))
+        o0, o1, o2, o3 = o0 * scale, o1 * scale, o2 * scale, o3 * scale
+    o0, o1, o2, o3 = _signed(o0, x0), _signed(o1, x1), _signed(o2, x2), _signed(o3, x3)
+    return o0, o1, o2, o3, largest, kept
 
 
 @triton.jit(do_not_specialize=["key", "high", "first_group", "first_other"])

@@ -1,0 +1,74 @@
+"""A gated activation that leaves as the operands of an 8-bit GEMM, in one pass."""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.errors import KernelError
+from megasparse.kernels import dispatch
+from megasparse.kernels.gated_float8 import reference, triton
+from megasparse.kernels.packed24 import COLUMN_MULTIPLE, E4M3
+
+DTYPES = (torch.bfloat16, torch.float16)
+WIDTH_MULTIPLE = 64
+
+
+@torch.no_grad()
+def swiglu_float8(
+    fused: torch.Tensor,
+    *,
+    scale: torch.Tensor,
+    transposed: bool = True,
+    amax: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """silu(gate) * x of `fused` = [gate | x], quantised to e4m3, row-major and transposed.
+
+    What `swiglu_fused`, rounded to the dtype of `fused`, times `scale`, saturated, gives: the
+    16-bit activation is never written.
+
+    Args:
+        fused: (T, 2 F), bfloat16 or float16, read row-major (copied otherwise); any T, F a multiple
+            of 64.
+        scale: 0-d float32 on the device of `fused`, the multiplier; to nearest even, saturated
+            (infinities too); NaN stays NaN.
+        transposed: whether the transposed copy is wanted.
+        amax: float32 (1,) there, raised to the largest magnitude before scaling; a NaN makes it
+            NaN.
+        backend: None, "reference" or "triton".
+
+    Returns: ((T', F), (F, T') or None) float8_e4m3fn, outside autograd; T' is T up to a multiple of
+    128, with zeros.
+
+    Raises: KernelError on sizes, dtypes, or a backend that cannot run.
+    """
+    if (
+        fused.dim() != 2
+        or fused.dtype not in DTYPES
+        or not fused.shape[0]
+        or fused.shape[1] % (2 * WIDTH_MULTIPLE)
+    ):
+        raise KernelError(
+            f"swiglu_float8: fused is {fused.dtype} of shape {tuple(fused.shape)}, expected 16 "
+            f"bits, (T, 2 F), F a multiple of {WIDTH_MULTIPLE}"
+        )
+    for argument, tensor, shape in (("scale", scale, ()), ("amax", amax, (1,))):
+        if tensor is None:
+            continue
+        found = (tensor.dtype, tuple(tensor.shape), tensor.device)
+        if found != (torch.float32, shape, fused.device):
+            raise KernelError(
+                f"swiglu_float8: {argument} is a {tensor.dtype} tensor of shape "
+                f"{tuple(tensor.shape)} on {tensor.device}, expected float32 {shape} on "
+                f"{fused.device}"
+            )
+    multiple, width = COLUMN_MULTIPLE[E4M3], fused.shape[1] // 2
+    padded = -(-fused.shape[0] // multiple) * multiple
+    rows = torch.empty((padded, width), dtype=E4M3, device=fused.device)
+    columns = None
+    if transposed:
+        columns = torch.empty((width, padded), dtype=E4M3, device=fused.device)
+    name = dispatch.resolve("swiglu_float8", fused, backend)
+    implementation = triton if name == "triton" else reference
+    implementation.swiglu_float8(fused, scale, rows, columns, amax)
+    return rows, columns

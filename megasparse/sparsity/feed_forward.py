@@ -1,0 +1,97 @@
+"""The autograd function of a gated feed-forward block in FP8: two linears and SwiGLU between them.
+
+    forward    x = gather(x_local);   [gate | up], kept1 = first.output_keeping(x)
+               z, kept2 = second.output_gated([gate | up])        of silu(gate) * up
+    backward   g2 = second.gradient(dz);  dy = second.grad_input(g2);  dW2 = of (g2, kept2)
+               g1 = first.gradient_gated(dy, [gate | up])
+               dx = first.grad_input(g1); start reduce(dx);  dW1 = of (g1, kept1);  wait for dx
+
+What two calls of `linear` with an activation between them compute, to the last bit; but neither the
+activation nor the gradient of [gate | up] is written in 16 bits: they leave the activation's
+kernels as operands of the GEMMs that follow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megasparse.sparsity.fp8_gemms import DenseFp8Gemms
+from megasparse.sparsity.linear import LinearComm
+
+
+class _GatedFeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_local: torch.Tensor,
+        weight1: torch.Tensor,
+        weight2: torch.Tensor,
+        first: DenseFp8Gemms,
+        second: DenseFp8Gemms,
+        comm: LinearComm,
+        seeds: tuple[int, int],
+        recorded: bool,
+    ) -> torch.Tensor:
+        ctx.first, ctx.second, ctx.comm, ctx.seeds = first, second, comm, seeds
+        x = comm.gather(x_local)
+        x_TK = x.reshape(-1, x.shape[-1])
+        kept1 = None
+        if recorded and ctx.needs_input_grad[1]:
+            fused_TF, kept1 = first.output_keeping(x_TK)
+        else:
+            fused_TF = first.output(x_TK)
+        z_TN, kept2 = second.output_gated(fused_TF, recorded and ctx.needs_input_grad[2])
+        again = comm.gathers
+        ctx.save_for_backward(x_local if again else None, None if again else kept1, fused_TF, kept2)
+        return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (dz,) = grads
+        x_local, kept1, fused_TF, kept2 = ctx.saved_tensors
+        first, second, comm, wanted = ctx.first, ctx.second, ctx.comm, ctx.needs_input_grad
+        dx, dw1, dw2, dy_TF, wait = None, None, None, None, None
+        gradient = second.gradient(dz.reshape(-1, dz.shape[-1]), ctx.seeds[1])
+        if wanted[0] or wanted[1]:
+            dy_TF = second.grad_input(gradient)
+        if wanted[2]:
+            dw2 = second.grad_weight(gradient, kept2)
+        if dy_TF is not None:
+            if x_local is not None and wanted[1]:
+                x = comm.gather(x_local)
+                kept1 = first.kept(x.reshape(-1, x.shape[-1]))
+            gradient = first.gradient_gated(dy_TF, fused_TF, ctx.seeds[0])
+            del dy_TF
+            if wanted[0]:
+                dx_TK = first.grad_input(gradient)
+                dx, wait = comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
+            if wanted[1]:
+                dw1 = first.grad_weight(gradient, kept1)
+        if wait is not None:
+            wait()
+        return dx, dw1, dw2, None, None, None, None, None
+
+
+def gated_feed_forward(
+    x: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    gemms: tuple[DenseFp8Gemms, DenseFp8Gemms],
+    comm: LinearComm,
+    seeds: tuple[int, int] = (0, 0),
+) -> torch.Tensor:
+    """`(silu(gate) * up) W2~^T` of `[gate | up] = x W1~^T`, with gradients.
+
+    Args:
+        x: `(..., K)`, this rank's input.
+        weights: the master weights, `(2 F, K)` and `(N, F)`; get straight-through gradients.
+        gemms: of the two layers, of the current optimizer step.
+        comm: communication of x and its gradient.
+        seeds: of the MVUE draws of the two layers in this micro-batch.
+
+    Returns:
+        `(..., N)`, this rank's part of a sum; the leading dimensions are those of the gathered x.
+    """
+    recorded = torch.is_grad_enabled()  # inside the function it is off
+    return _GatedFeedForward.apply(x, *weights, *gemms, comm, seeds, recorded)

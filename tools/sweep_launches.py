@@ -10,7 +10,6 @@ otherwise its row says so and the exit code is 1. Shapes and data are those of `
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,11 @@ import torch  # noqa: E402
 from bench_kernels import bind, milliseconds, tensors_of  # noqa: E402
 from bench_kernels_cases import Case, Source  # noqa: E402
 from bench_kernels_operands import operand_cases  # noqa: E402
+
+from megasparse.kernels.gated_float8 import triton as gated_float8  # noqa: E402
+from megasparse.kernels.grad_pack24 import triton as grad_pack24  # noqa: E402
+
+MODULES = {"gated_float8": gated_float8, "grad_pack24": grad_pack24}
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def results(case: Case, device: torch.device) -> list[torch.Tensor]:
 
 def rows(sweep: Sweep, case: Case, device: torch.device) -> tuple[list[str], int]:
     """A table's rows, one a candidate, and how many of them are wrong."""
-    module: Any = importlib.import_module(f"megasparse.kernels.{sweep.module}.triton")
+    module: Any = MODULES[sweep.module]
     set_now, lines, wrong = getattr(module, sweep.name), [], 0
     source = Source(case.shape, device, torch.Generator(device).manual_seed(1))
     step = case.prepare(bind(case.op, "triton", device), case.inputs(source))

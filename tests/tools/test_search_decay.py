@@ -88,10 +88,12 @@ def test_refusals(tool, tmp_path, capsys, flags, match):
 
 
 FAKE_RUN = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 (folder / f"rank-{rank}-of-{world}").touch()
+while len(list(folder.glob("rank-*"))) < world:  # the first to end has the others ended
+    time.sleep(0.01)
 decay = float(sys.argv[::-1][sys.argv[::-1].index("--masked-decay") - 1])
 dense = "dense" in folder.name
 if decay == 0.5 and not dense:

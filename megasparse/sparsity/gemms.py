@@ -14,6 +14,7 @@ copy, a packed draw) it makes once: `output_keeping` gives what grad_weight want
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
 from typing import Any, NamedTuple, Protocol
 
@@ -70,11 +71,12 @@ class Gradient(NamedTuple):
     seed: int
 
 
-class PlainOperands:
+class PlainOperands(ABC):
     """For GEMMs that take x and dz as they are."""
 
+    @abstractmethod
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """`X W~^T`, `(T, N)` in the dtype of x."""
 
     def output_keeping(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.output(x_TK), x_TK

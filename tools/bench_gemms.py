@@ -16,7 +16,7 @@ import datetime
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,8 @@ import torch  # noqa: E402
 
 from megasparse.kernels import pack24, prune24_mask  # noqa: E402
 from megasparse.kernels.packed24 import E4M3  # noqa: E402
-from megasparse.kernels.spmm24.library import Plan, Problem  # noqa: E402
+from megasparse.kernels.spmm24.binding import Plan, Problem  # noqa: E402
+from megasparse.sparsity.gemm_choice import milliseconds  # noqa: E402
 
 TOKENS, HIDDEN, FFN, QKV = 16384, 4096, 14336, 6144
 # (N, K, M), and whether the result is row-major.
@@ -101,18 +102,6 @@ def measure(shape: tuple[int, int, int], rows: bool, dtype: torch.dtype) -> Row:
     where = "rows" if rows else "columns"
     name = f"{str(dtype).removeprefix('torch.')} | {n}, {k}, {m} | {where}"
     return Row(name, 2 * n * k * m, times, rejected, milliseconds(dense, 10))
-
-
-def milliseconds(run: Callable[[], object], repeats: int) -> float:
-    """Device time of a product, back to back."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()
-    begin.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / repeats
 
 
 def report(rows: Sequence[Row], argv: Sequence[str]) -> str:

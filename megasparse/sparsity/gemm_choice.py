@@ -98,15 +98,15 @@ class GemmChooser:
             if not float(error) < MAX_ERROR:
                 rejected += 1
                 continue
-            times[algorithm] = _milliseconds(lambda a=algorithm: sparse(a), 2)  # type: ignore[misc]
+            times[algorithm] = milliseconds(lambda a=algorithm: sparse(a), 2)  # type: ignore[misc]
         if not times:
             logger.warning("%s: no algorithm of cuSPARSELt gives the dense result", key)
             return Choice(0, float("inf"), 0.0, rejected)
         finalists = sorted(times, key=lambda a: times[a])[:FINALISTS]
         for algorithm in finalists:
-            times[algorithm] = _milliseconds(lambda a=algorithm: sparse(a), 9)  # type: ignore[misc]
+            times[algorithm] = milliseconds(lambda a=algorithm: sparse(a), 9)  # type: ignore[misc]
         best = min(finalists, key=lambda a: times[a])
-        choice = Choice(best, times[best], _milliseconds(dense, 9), rejected)
+        choice = Choice(best, times[best], milliseconds(dense, 9), rejected)
         log_once(
             "%s: %s (2:4 %.3f ms by algorithm %d, dense %.3f ms)",
             key,
@@ -151,7 +151,7 @@ def _read(path: Path | None) -> dict[str, Choice]:
         return {}
 
 
-def _milliseconds(run: Callable[[], torch.Tensor], repeats: int) -> float:
+def milliseconds(run: Callable[[], object], repeats: int) -> float:
     """Time of a product on the device: back to back, as in a step, so that launches overlap."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     run()

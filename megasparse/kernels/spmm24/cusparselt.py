@@ -1,4 +1,4 @@
-"""`spmm24` and `matmul24` by cuSPARSELt, bound directly (library.py).
+"""`spmm24` and `matmul24` by cuSPARSELt, bound directly (binding.py).
 
 The library multiplies sparse (N, K) by dense (K, M). For `spmm24` its result is asked for column by
 column, which is the row-major (T, N) that torch wants. Rows of a dense operand must be multiples of
@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from megasparse.errors import KernelError
 from megasparse.kernels.packed24 import E4M3, Packed24
-from megasparse.kernels.spmm24.library import Problem, plan
+from megasparse.kernels.spmm24.binding import Problem, plan
 
 
 def spmm24(

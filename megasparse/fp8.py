@@ -178,9 +178,10 @@ class Fp8Scales:
         """Scales of the next step from the magnitudes of this one; a collective call."""
         if not self._slots:
             return
-        newest = self._reduce_max(self.history[0].clone())
-        # A step with a NaN or an infinity says nothing about magnitudes.
+        newest = self.history[0]
+        # A NaN or an infinity says nothing about magnitudes.
         newest = torch.where(torch.isfinite(newest), newest, torch.zeros_like(newest))
+        newest = self._reduce_max(newest)
         self.history[0] = newest
         update = update_by_definition if tex is None or not newest.is_cuda else _update
         update(newest, self.history, self.scale, self._algorithm, self._margin)
@@ -188,13 +189,14 @@ class Fp8Scales:
         self.on_host = self.scale.tolist()
 
     def export_state(self, slots: tuple[Fp8Slot, ...]) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps of some slots: scales (n,) and histories (length, n)."""
+        """What a checkpoint keeps of some slots: scales (n,), histories (length, n), and which
+        have been used, uint8 (n,): a recipe without MVUE, or a dense phase, does not use all."""
         index = [slot.index for slot in slots]
-        if not all(self.known[i] for i in index):
-            return {}
         return {
-            "fp8_scale": self.scale[index].clone(), "fp8_history": self.history[:, index].clone()
-        }  # fmt: skip
+            "fp8_scale": self.scale[index].clone(),
+            "fp8_history": self.history[:, index].clone(),
+            "fp8_known": torch.tensor([self.known[i] for i in index], dtype=torch.uint8),
+        }
 
     def import_state(self, slots: tuple[Fp8Slot, ...], state: dict[str, torch.Tensor]) -> None:
         """Take over what `export_state` gave; of a longer history the newest steps."""
@@ -209,8 +211,9 @@ class Fp8Scales:
         self.history[:, index] = 0.0
         if past:
             self.history[-past:, index] = history[-past:]
-        for i, value in zip(index, self.scale[index].tolist(), strict=True):
-            self.on_host[i], self.known[i] = value, True
+        known = state["fp8_known"].tolist()
+        for i, value, used in zip(index, self.scale[index].tolist(), known, strict=True):
+            self.on_host[i], self.known[i] = value, bool(used)
 
 
 def update_by_definition(

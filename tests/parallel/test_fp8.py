@@ -89,9 +89,12 @@ def test_data_parallel_ranks_scale_alike(runs, tmp_path, dataset):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-2)
 
 
-def test_a_resumed_run_repeats_it(runs, tmp_path, dataset):
-    rows, scales = runs("fst", [*FST, *FP8])
-    flags = [*WIDE, *FST, *FP8, "--data-path", dataset, "--run-dir", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("fst", [*FST, *FP8]), ("ste", ["--sparsity-recipe", "ste", *FP8])]
+)
+def test_a_resumed_run_repeats_it(runs, tmp_path, dataset, name, recipe):
+    rows, scales = runs(name, recipe)
+    flags = [*WIDE, *recipe, "--data-path", dataset, "--run-dir", str(tmp_path)]
     # Step 5 ends with an evaluation, which must leave no trace.
     first, before = dist.run(fp8_run, 1, [*flags, "--exit-interval", "5"])[0]
     second, after = dist.run(fp8_run, 1, [*flags, "--resume"])[0]

@@ -172,18 +172,18 @@ def test_transformer_engine_quantises_by_the_definition(device):
 def test_state_goes_through_a_checkpoint(device):
     needs_transformer_engine(device)
     scales, slots = scaling(device, history_length=4)
-    assert scales.export_state(slots) == {}
-    for number, slot in enumerate(slots):
+    for number, slot in enumerate(slots[:3]):  # the draw's is not used
         slot.begin(torch.full((2, 2), 2.0**number, device=device))
     for size in (1.0, 7.0, 3.0):
-        for slot in slots:
+        for slot in slots[:3]:
             slot.amax.fill_(size)
         scales.finish_step()
     state = {name: value.cpu() for name, value in scales.export_state(slots).items()}
     for length in (4, 2, 9):  # also into another length of the history
         other, theirs = scaling(device, history_length=length)
         other.import_state(theirs, state)
-        assert other.on_host == scales.on_host and all(other.known)
+        assert other.on_host == scales.on_host
+        assert other.known == scales.known == [True, True, True, False]
         assert torch.equal(other.inverse, scales.inverse)
         shared = min(length, 4) - 1
         assert torch.equal(other.history[-shared:], scales.history[-shared:])

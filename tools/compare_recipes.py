@@ -3,6 +3,7 @@
     python tools/compare_recipes.py --scale cpu --output runs/recipes_cpu     # CPU, minutes
     python tools/compare_recipes.py --scale gpu --output runs/recipes_gpu     # one H200
     python tools/compare_recipes.py --scale gpu --output ... --jobs 2 --seeds 1 2    # two of them
+    python tools/compare_recipes.py --scale gpu --output ... --jobs 4 --share-gpus   # two runs each
     python tools/compare_recipes.py --scale gpu --output ... --ablations
     python tools/compare_recipes.py --scale gpu --output ... --sweep-lr 4e-4 8e-4 1.6e-3
 
@@ -28,7 +29,8 @@ run says (with config.yaml and metrics.jsonl it is all that the table and the pi
 tokenizer.model and data_text_document.* along as well, or have them made of the same text). An
 interrupted run goes on from its checkpoint. --time-limit begins nothing that would not end in time
 and says what is missing; with 0 the table is made of what is there. With --jobs each run has a GPU
-and a log beside its folder.
+and a log beside its folder; with --share-gpus there may be more of them than GPUs, which small
+models do not fill, and the table says nothing of the speed of such runs.
 
 Settings: configs/compare_recipes_SCALE.yaml; flags after `--` go to every run (`-- --lr 6e-4`).
 Several ranks: --launcher "deepspeed --num_gpus 8", with a hostfile for several nodes.
@@ -136,6 +138,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--ablations", action="store_true", help="their variants too")
     parser.add_argument("--fp8", action="store_true", help="its variants too")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--share-gpus", action="store_true", help="more --jobs than GPUs")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="for the whole command")
     parser.add_argument("--data-only", action="store_true", help="make the data and stop")
     parser.add_argument("--sweep-lr", type=float, nargs="+", default=[], metavar="LR",
@@ -159,7 +162,7 @@ def work_of(args: argparse.Namespace, flags: list[str], argv: list[str], began: 
             "--sweep-lr trains dense alone: not with --only, --ablations, --fp8 or -- --lr"
         )
     gpus = run_queue.visible_gpus()
-    run_queue.check_jobs(args.jobs, args.launcher, gpus)
+    run_queue.check_jobs(args.jobs, args.launcher, gpus, args.share_gpus)
     queue = RunQueue(
         partial(run_queue.start_process, launcher=args.launcher),
         args.jobs,
@@ -189,12 +192,14 @@ def train(work: Work, tasks: dict[Task, tuple[str, int]]) -> list[Task]:
         if run is not None:
             finished.check(run, task.folder, task.arguments, data)
             data = data or run.data
-            if run.seconds is not None and run.hardware == finished.hardware():
+            like = run.alone != work.queue.shares() and run.hardware == finished.hardware()
+            if run.seconds is not None and like:
                 work.queue.seconds.setdefault(task.kind, []).append(run.seconds)
 
     def ended(task: Task, seconds: float | None) -> None:
         variant, seed = tasks[task]
-        finished.record(task.folder, variant, seed, task.arguments, data, seconds)
+        alone = not work.queue.shares()
+        finished.record(task.folder, variant, seed, task.arguments, data, seconds, alone)
         if work.discard:
             shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
 

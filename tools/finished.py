@@ -42,6 +42,7 @@ class Finished:
         hardware: with versions.
         figures: see `figures_of`.
         curve: (step, validation loss, hours of training) of the evaluations.
+        alone: no other run shared its device; otherwise its times say nothing.
     """
 
     variant: str
@@ -53,6 +54,7 @@ class Finished:
     date: str
     figures: dict[str, Any]
     curve: list[tuple[int, float, float]]
+    alone: bool = True
 
 
 def settings_of(arguments: Sequence[str]) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def record(
     arguments: Sequence[str],
     data: str | None,
     seconds: float | None,
+    alone: bool = True,
 ) -> Finished:
     """Write the file of a run that has just ended."""
     run = plot_runs.read_run(folder, variant)
@@ -91,6 +94,7 @@ def record(
         str(datetime.date.today()),
         figures_of(run),
         [(r["step"], r["valid_loss"], r["hours"]) for r in run.rows if r.get("valid_loss")],
+        alone,
     )
     temporary = folder / f".{NAME}.tmp"
     temporary.write_text(json.dumps(dataclasses.asdict(done), indent=1) + "\n")

@@ -21,6 +21,8 @@ def row_of(run: Finished, dense: Finished | None, base: Finished | None) -> Row:
     """
     final = run.figures["valid_loss"]
     row = {"variant": run.variant, "seed": run.seed, **run.figures, "seconds": run.seconds}
+    if not run.alone:
+        row |= dict.fromkeys(("seconds", "tokens_per_second", "hours"))
     row["base"] = None if base is None else base.variant
     row["gap_to_base"] = None if base is None else final / base.figures["valid_loss"] - 1
     if dense is None:
@@ -30,7 +32,9 @@ def row_of(run: Finished, dense: Finished | None, base: Finished | None) -> Row:
         **row,
         "gap": final / last - 1,
         "dense_share": share_of([(step, loss) for step, loss, _ in dense.curve], final),
-        "hours_to": next((hours for _, loss, hours in run.curve if loss <= 1.02 * last), None),
+        "hours_to": next(
+            (hours for _, loss, hours in run.curve if run.alone and loss <= 1.02 * last), None
+        ),
     }
 
 
@@ -59,6 +63,11 @@ def percent(values: Sequence[float]) -> str:
 
 def _known(rows: Sequence[Row], key: str) -> list[float]:
     return [row[key] for row in rows if row[key] is not None]
+
+
+def _alone(rows: Sequence[Row], key: str) -> float | None:
+    """The mean of a figure of time, over the runs that had their device alone."""
+    return mean_of([row for row in rows if row["tokens_per_second"] is not None], key)
 
 
 def _flips(rows: Sequence[Row]) -> str:
@@ -105,9 +114,9 @@ def table(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
             f"{mean_of(group, 'valid_loss'):.4f} | "
             f"{percent(_known(group, 'gap'))} | "
             f"{share + ' %' if share != '-' else share} | {_flips(group)} | "
-            f"{mean_of(group, 'tokens_per_second'):,.0f} | "
-            f"{_shown(mean_of(group, 'hours'), '.1f', 60)} | "
-            f"{_shown(mean_of(group, 'hours_to'), '.1f', 60)} |"
+            f"{_shown(_alone(group, 'tokens_per_second'), ',.0f')} | "
+            f"{_shown(_alone(group, 'hours'), '.1f', 60)} | "
+            f"{_shown(_alone(group, 'hours_to'), '.1f', 60)} |"
         )
     return lines
 
@@ -134,7 +143,7 @@ def ablation_table(rows: Sequence[Row], bases: Mapping[str, str]) -> list[str]:
                 f"| {variant} | {len(group)} | {mean_of(group, 'training_loss'):.4f} | "
                 f"{mean_of(group, 'valid_loss'):.4f} | {base} | "
                 f"{percent(_known(group, 'gap_to_base'))} | {percent(_known(group, 'gap'))} | "
-                f"{_flips(group)} | {mean_of(group, 'tokens_per_second'):,.0f} |"
+                f"{_flips(group)} | {_shown(_alone(group, 'tokens_per_second'), ',.0f')} |"
             )
     return lines if len(lines) > start else []
 

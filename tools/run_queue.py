@@ -98,8 +98,8 @@ def visible_gpus() -> list[str]:
     return named[:count] if named[0] else [str(number) for number in range(count)]
 
 
-def check_jobs(jobs: int, launcher: str, gpus: Sequence[str]) -> None:
-    """Refuse more runs at a time than there are GPUs, or beside a launcher.
+def check_jobs(jobs: int, launcher: str, gpus: Sequence[str], share: bool = False) -> None:
+    """Refuse several runs beside a launcher, and more than there are GPUs unless they `share` them.
 
     Raises:
         ConfigError: naming both.
@@ -108,8 +108,11 @@ def check_jobs(jobs: int, launcher: str, gpus: Sequence[str]) -> None:
         raise ConfigError(f"--jobs {jobs}, expected at least 1")
     if jobs > 1 and launcher:
         raise ConfigError(f"--jobs {jobs} with --launcher {launcher!r}, which owns the GPUs")
-    if gpus and jobs > len(gpus):
-        raise ConfigError(f"--jobs {jobs}, expected at most {len(gpus)}, one a GPU")
+    if gpus and jobs > len(gpus) and not share:
+        raise ConfigError(
+            f"--jobs {jobs}, expected at most {len(gpus)}, one a GPU, or --share-gpus where the "
+            "tool has it"
+        )
 
 
 @dataclass
@@ -128,7 +131,8 @@ class RunQueue:
 
     Attributes:
         start: begins one.
-        jobs: runs at a time. With several each has one of `gpus` (if there are any) and a log.
+        jobs: runs at a time. With several each has one of `gpus` (if there are any), which they
+            share if they are more, and a log.
         gpus: names for CUDA_VISIBLE_DEVICES.
         deadline: time.monotonic() by which runs are to end; None: no limit.
         stops: end what is under way at the deadline; it saves, and is not a failure.
@@ -179,6 +183,10 @@ class RunQueue:
             raise failures[0]
         return left
 
+    def shares(self) -> bool:
+        """Whether runs share GPUs: their speeds are not those of a run alone."""
+        return len(self.gpus) > 0 and self.jobs > len(self.gpus)
+
     def time_is_over(self) -> bool:
         """Whether nothing at all can begin any more."""
         return self.deadline is not None and time.monotonic() >= self.deadline
@@ -195,8 +203,9 @@ class RunQueue:
         if self.jobs > 1:
             log, where = task.log, f" ({task.log})"
             if self.gpus:
-                extra["CUDA_VISIBLE_DEVICES"] = self.gpus[number]
-                where = f" on GPU {self.gpus[number]}{where}"
+                gpu = self.gpus[number % len(self.gpus)]
+                extra["CUDA_VISIBLE_DEVICES"] = gpu
+                where = f" on GPU {gpu}{where}"
         self.say(f"{task.name} ...{where}")
         whole = not list_steps(task.folder / "checkpoints")
         return _Slot(task, self.start(task.arguments, extra, log), time.monotonic(), whole)

@@ -152,6 +152,27 @@ def test_small_files_are_enough_for_the_table(compared, tmp_path):
     assert (tmp_path / "pictures" / "index.html").is_file()
 
 
+def test_times_of_runs_that_shared_a_gpu_are_left_out(compared, tmp_path, monkeypatch):
+    tool = _tool("compare_recipes")
+    monkeypatch.setattr(tool.plots, "available", lambda: False)
+    _travel(compared[0], tmp_path)
+    speeds = {}
+    for seed, alone in ((1, True), (2, False)):
+        path = tmp_path / f"fst-seed-{seed}" / "finished.json"
+        record = json.loads(path.read_text())
+        assert record["alone"]
+        speeds[seed] = record["figures"]["tokens_per_second"]
+        path.write_text(json.dumps(record | {"alone": alone}))
+    table = tool.compare(_work(tool, tmp_path, _never))
+    row = next(line for line in table.splitlines() if line.startswith("| fst | 2 |"))
+    assert f"| {speeds[1]:,.0f} |" in row
+    path = tmp_path / "fst-seed-1" / "finished.json"
+    path.write_text(path.read_text().replace('"alone": true', '"alone": false'))
+    table = tool.compare(_work(tool, tmp_path, _never))
+    row = next(line for line in table.splitlines() if line.startswith("| fst | 2 |"))
+    assert row.endswith(" | - | - | - |")
+
+
 def test_runs_of_another_comparison_are_refused(compared, tmp_path):
     tool = _tool("compare_recipes")
     folder, _ = compared

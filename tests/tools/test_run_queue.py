@@ -59,6 +59,17 @@ def test_as_many_at_a_time_as_there_are_jobs(tmp_path):
     assert len(queue.seconds["kind"]) == 3
 
 
+def test_more_jobs_than_gpus_share_them(tmp_path):
+    lines = []
+    queue = _queue(lines, jobs=3, gpus=["6", "7"])
+    tasks = [_task(tmp_path, "a", "c"), _task(tmp_path, "b", "c"), _task(tmp_path, "c")]
+    assert queue.run(tasks, lambda *_: None) == [] and queue.shares()
+    assert [task.log.read_text() for task in tasks] == ["gpu 6\n", "gpu 7\n", "gpu 6\n"]
+    assert (
+        not _queue(lines, jobs=2, gpus=["6", "7"]).shares() and not _queue(lines, jobs=2).shares()
+    )
+
+
 def test_one_at_a_time_keeps_the_terminal(tmp_path, capfd):
     lines = []
     assert _queue(lines).run([_task(tmp_path, "a"), _task(tmp_path, "b")], lambda *_: None) == []

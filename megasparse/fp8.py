@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from megasparse.kernels.float8 import quantise as definition
+from megasparse.kernels.norm_float8.reference import normalise
 from megasparse.kernels.packed24 import E4M3, E4M3_MAX
 
 try:  # not only ImportError: without a GPU, or with a broken cuDNN, it raises others
@@ -248,3 +249,36 @@ def _update(
     tex.fused_amax_and_scale_update_after_reduction(
         newest, [history], [scale], algorithm, tex.DType.kFloat8E4M3, margin
     )
+
+
+def norm_backward(
+    dy_TH: torch.Tensor,
+    x_TH: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of a norm's input, weight and bias, by Transformer Engine.
+
+    Args:
+        dy_TH: of its output.
+        x_TH, weight, bias: what it was given; no bias: None comes back for it.
+        mean: (T,) float32; None: RMSNorm.
+        rstd: (T,) float32.
+        eps: for the definition (CPU), which has torch compute all again.
+    """
+    if tex is None or not x_TH.is_cuda:
+        x, weight = x_TH.detach().requires_grad_(), weight.detach().requires_grad_()
+        bias = None if bias is None else bias.detach().requires_grad_()
+        with torch.enable_grad():
+            y = normalise(x, weight, bias, eps, mean is not None)
+        inputs = (x, weight) if bias is None else (x, weight, bias)
+        dx, dweight, *rest = torch.autograd.grad(y, inputs, dy_TH)
+        return dx, dweight, rest[0] if rest else None
+    if mean is None:
+        dx, dweight = tex.rmsnorm_bwd(dy_TH.contiguous(), x_TH, rstd, weight, 0, False)
+        return dx, dweight, None if bias is None else dy_TH.sum(0)
+    dx, dweight, dbias = tex.layernorm_bwd(dy_TH.contiguous(), x_TH, mean, rstd, weight, 0, False)
+    return dx, dweight, None if bias is None else dbias

@@ -26,6 +26,7 @@ any sizes that the function's own docstring allows.
 | grad_pack24(dz (T, N), seed, scales)           | dz in 8 bits, MVUE(dZ^T) packed in e4m3      |
 | swiglu_float8(fused (T, 2 F), scale)           | swiglu_fused in e4m3: (T', F), (F, T')       |
 | swiglu_grad_pack24(dy (T, F), fused, seed)     | grad_pack24 of swiglu_fused's gradient       |
+| norm_float8(x (T, H), weight, bias, scale)     | a norm in e4m3: (T', H), (H, T'); statistics |
 | weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T packed or dense; one pass    |
 | spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
 | encode_patterns(mask, transposable)            | uint8: the number of each pattern            |
@@ -46,6 +47,7 @@ from megasparse.kernels.masked_decay import count_flips as count_flips
 from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
 from megasparse.kernels.mvue24 import mvue24 as mvue24
 from megasparse.kernels.mvue_pack24 import mvue_pack24 as mvue_pack24
+from megasparse.kernels.norm_float8 import norm_float8 as norm_float8
 from megasparse.kernels.pack24 import pack24 as pack24
 from megasparse.kernels.pack24 import unpack24 as unpack24
 from megasparse.kernels.packed24 import Packed24 as Packed24
@@ -80,6 +82,7 @@ __all__ = [
     "matmul24",
     "mvue24",
     "mvue_pack24",
+    "norm_float8",
     "pack24",
     "prune24_mask",
     "s_ste_scale",

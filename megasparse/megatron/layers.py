@@ -26,6 +26,7 @@ from megasparse.megatron.boost import SplitOverRank, SumOfProjections
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.gemms import DenseGemms, Fp8StoredGemms, LinearGemms
 from megasparse.sparsity.linear import LinearComm, NoComm, linear
+from megasparse.sparsity.norm import Float8Input
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import (
     Boost,
@@ -198,9 +199,10 @@ class _ParallelLinear(torch.nn.Module):
         observed = state is not None and state.inputs is not None
         return state is not None and state.fp8 is not None and not observed and self._boost is None
 
-    def _multiply(self, x: torch.Tensor, comm: LinearComm) -> torch.Tensor:
+    def _multiply(self, x: torch.Tensor | Float8Input, comm: LinearComm) -> torch.Tensor:
         gemms, seed = self.current_gemms()
         if self.state is not None and self.state.inputs is not None and self.training:
+            assert isinstance(x, torch.Tensor)  # see in_fp8_alone
             self.state.inputs.observe(x)
         return linear(
             x,
@@ -261,7 +263,7 @@ class SparseColumnParallelLinear(_ParallelLinear):
                 else SumOverTensorParallel(group)
             )
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(S, B, K)` or, with sp, `(S/p, B, K)` -> `(S, B, N/p)` (N with gather_output), bias."""
         z = self._multiply(x, self.comm)
         if self.bias is not None and not self.skip_bias_add:

@@ -11,6 +11,7 @@ from megasparse.megatron.layers import SparseColumnParallelLinear, SparseRowPara
 from megasparse.megatron.modules import GatedActivation
 from megasparse.sparsity.feed_forward import gated_feed_forward
 from megasparse.sparsity.fp8_gemms import DenseFp8Gemms
+from megasparse.sparsity.norm import Float8Input
 
 
 class Fp8GatedMLP(MLP):
@@ -21,7 +22,10 @@ class Fp8GatedMLP(MLP):
     """
 
     def forward(
-        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **rest: Any
+        self,
+        hidden_states: torch.Tensor | Float8Input,
+        per_token_scale: torch.Tensor | None = None,
+        **rest: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(S, B, H)`, with sequence parallelism `(S/p, B, H)`, to the same; and fc2's bias."""
         first, second = self.linear_fc1, self.linear_fc2

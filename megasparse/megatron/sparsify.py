@@ -14,6 +14,7 @@ from megasparse.fp8 import Fp8Scales
 from megasparse.kernels.packed24 import ROW_MULTIPLE
 from megasparse.megatron.layers import _ParallelLinear
 from megasparse.megatron.mlp import fuse_gated_mlps
+from megasparse.megatron.norms import fuse_norms
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.fp8_gemms import ALIGNMENT as FP8_ALIGNMENT
 from megasparse.sparsity.fp8_gemms import Fp8Slots
@@ -87,6 +88,7 @@ def sparsify(
     if fp8 is not None:
         fp8.allocate()
         fuse_gated_mlps(model)
+        fuse_norms(model)
     return controller
 
 

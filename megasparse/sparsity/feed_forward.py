@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from megasparse.sparsity.fp8_gemms import DenseFp8Gemms
-from megasparse.sparsity.linear import LinearComm
+from megasparse.sparsity.linear import LinearComm, in_graph, output
+from megasparse.sparsity.norm import Float8Input
 
 
 class _GatedFeedForward(torch.autograd.Function):
@@ -33,15 +34,12 @@ class _GatedFeedForward(torch.autograd.Function):
         comm: LinearComm,
         seeds: tuple[int, int],
         recorded: bool,
+        operands: Float8Input | None,
     ) -> torch.Tensor:
         ctx.first, ctx.second, ctx.comm, ctx.seeds = first, second, comm, seeds
         x = comm.gather(x_local)
         x_TK = x.reshape(-1, x.shape[-1])
-        kept1 = None
-        if recorded and ctx.needs_input_grad[1]:
-            fused_TF, kept1 = first.output_keeping(x_TK)
-        else:
-            fused_TF = first.output(x_TK)
+        fused_TF, kept1 = output(first, x_TK, recorded and ctx.needs_input_grad[1], operands)
         z_TN, kept2 = second.output_gated(fused_TF, recorded and ctx.needs_input_grad[2])
         again = comm.gathers
         ctx.save_for_backward(x_local if again else None, None if again else kept1, fused_TF, kept2)
@@ -71,11 +69,11 @@ class _GatedFeedForward(torch.autograd.Function):
                 dw1 = first.grad_weight(gradient, kept1)
         if wait is not None:
             wait()
-        return dx, dw1, dw2, None, None, None, None, None
+        return dx, dw1, dw2, None, None, None, None, None, None
 
 
 def gated_feed_forward(
-    x: torch.Tensor,
+    x: torch.Tensor | Float8Input,
     weights: tuple[torch.Tensor, torch.Tensor],
     gemms: tuple[DenseFp8Gemms, DenseFp8Gemms],
     comm: LinearComm,
@@ -84,7 +82,7 @@ def gated_feed_forward(
     """`(silu(gate) * up) W2~^T` of `[gate | up] = x W1~^T`, with gradients.
 
     Args:
-        x: `(..., K)`, this rank's input.
+        x: `(..., K)`, this rank's input; in 8 bits only where comm does not gather it.
         weights: the master weights, `(2 F, K)` and `(N, F)`; get straight-through gradients.
         gemms: of the two layers, of the current optimizer step.
         comm: communication of x and its gradient.
@@ -94,4 +92,6 @@ def gated_feed_forward(
         `(..., N)`, this rank's part of a sum; the leading dimensions are those of the gathered x.
     """
     recorded = torch.is_grad_enabled()  # inside the function it is off
-    return _GatedFeedForward.apply(x, *weights, *gemms, comm, seeds, recorded)
+    x, operands = in_graph(x)
+    assert operands is None or not comm.gathers, "x has no values to gather"
+    return _GatedFeedForward.apply(x, *weights, *gemms, comm, seeds, recorded, operands)

@@ -95,6 +95,10 @@ class DenseFp8Gemms:
         assert kept is not None
         return z_TN, kept
 
+    def output_of(self, row: torch.Tensor, tokens: int) -> torch.Tensor:
+        """`output` of an x (T', K) that is quantised with its slot's scale; T' in whole tiles."""
+        return self._multiply_output(row, self._slots.x, self._slots.weight)[:tokens]
+
     def output_gated(
         self, fused_TF: torch.Tensor, keep: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

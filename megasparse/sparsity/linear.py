@@ -18,7 +18,9 @@ from typing import Any, Protocol
 
 import torch
 
+from megasparse.sparsity.fp8_gemms import DenseFp8Gemms
 from megasparse.sparsity.gemms import LinearGemms
+from megasparse.sparsity.norm import Float8Input
 from megasparse.sparsity.slorb import Boost
 
 
@@ -66,15 +68,13 @@ class _Linear(torch.autograd.Function):
         boost: Boost | None,
         seed: int,
         recorded: bool,
+        operands: Float8Input | None,
     ) -> torch.Tensor:
         ctx.gemms, ctx.comm, ctx.boost, ctx.seed = gemms, comm, boost, seed
         x = comm.gather(x_local)
         x_TK = x.reshape(-1, x.shape[-1])
-        kept, h_TR = None, None
-        if recorded and ctx.needs_input_grad[1]:
-            z_TN, kept = gemms.output_keeping(x_TK)
-        else:
-            z_TN = gemms.output(x_TK)
+        h_TR = None
+        z_TN, kept = output(gemms, x_TK, recorded and ctx.needs_input_grad[1], operands)
         if boost is not None and s_NR is not None:
             h_TR = boost.project(x_TK, p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
@@ -108,11 +108,28 @@ class _Linear(torch.autograd.Function):
                 dp = None if p_RK is None else ctx.boost.grad_projection(dh_TR, x_TK)
         if wait is not None:
             wait()
-        return dx, dw, ds, dp, None, None, None, None, None
+        return dx, dw, ds, dp, None, None, None, None, None, None
+
+
+def output(
+    gemms: LinearGemms, x_TK: torch.Tensor, keep: bool, operands: Float8Input | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`X W~^T`, and with `keep` what `grad_weight` wants of X; X may be quantised already."""
+    if operands is not None:
+        assert isinstance(gemms, DenseFp8Gemms)
+        return gemms.output_of(operands.rows, x_TK.shape[0]), operands.columns
+    if keep:
+        return gemms.output_keeping(x_TK)
+    return gemms.output(x_TK), None
+
+
+def in_graph(x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, Float8Input | None]:
+    """The tensor that autograd knows x by, and its operands where it is quantised already."""
+    return (x.stand_in, x) if isinstance(x, Float8Input) else (x, None)
 
 
 def linear(
-    x: torch.Tensor,
+    x: torch.Tensor | Float8Input,
     weight: torch.Tensor,
     gemms: LinearGemms,
     comm: LinearComm | None = None,
@@ -124,7 +141,8 @@ def linear(
     """`x W~^T` with gradients, through the three GEMMs; with a boost `+ (x P^T) S^T`.
 
     Args:
-        x: `(..., K)`, this rank's input.
+        x: `(..., K)`, this rank's input; in 8 bits only for FP8 GEMMs, without communication of
+            the input and without a boost.
         weight: the master weight `(N, K)`; gets the straight-through gradient `dZ^T X`.
         gemms: operands and GEMMs of the current optimizer step.
         comm: communication of the input and its gradient; none by default.
@@ -137,4 +155,8 @@ def linear(
     """
     recorded = torch.is_grad_enabled()  # inside the function it is off
     comm = comm or NoComm()
-    return _Linear.apply(x, weight, adapter, projection, gemms, comm, boost, seed, recorded)
+    x, operands = in_graph(x)
+    assert operands is None or not (comm.gathers or boost), "x has no values to gather or project"
+    return _Linear.apply(
+        x, weight, adapter, projection, gemms, comm, boost, seed, recorded, operands
+    )

@@ -77,3 +77,47 @@ def raise_amax(amax, magnitude):
     """
     bits = tl.max(magnitude.to(tl.int32, bitcast=True))
     tl.atomic_max(amax, bits, mask=bits > tl.load(amax), sem="relaxed")
+
+
+@triton.jit
+def largest_of_four(a, b, c, d):
+    """The largest magnitude of four, entry by entry; NaN is the largest."""
+    ab = tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+    cd = tl.maximum(tl.abs(c), tl.abs(d), propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(ab, cd, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def store_operands(
+    a,
+    b,
+    c,
+    d,
+    rows_ptr,
+    columns_ptr,
+    first_group,
+    first_channel,
+    width,
+    padded_tokens,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Store float32 as e4m3, row-major and (unless `columns_ptr` is None) transposed.
+
+    a, b, c, d: (GROUPS, CHANNELS), the four tokens of each group; they exist in both results.
+    rows_ptr: int8 (T', width); columns_ptr: int32 (width, T' / 4). width: int64.
+
+    What moves between threads for the transposed copy are words of four tokens.
+    """
+    group = first_group + tl.arange(0, GROUPS)[:, None]
+    channel = first_channel + tl.arange(0, CHANNELS)[None, :]
+    out = rows_ptr + group.to(tl.int64) * 4 * width + channel
+    tl.store(out, to_float8(a, False))
+    tl.store(out + width, to_float8(b, False))
+    tl.store(out + 2 * width, to_float8(c, False))
+    tl.store(out + 3 * width, to_float8(d, False))
+    if columns_ptr is not None:
+        word = e4m3_word(a, b, c, d).to(tl.int32, bitcast=True)
+        row = tl.cast(first_channel, tl.int64) + tl.arange(0, CHANNELS)[:, None]
+        column = first_group + tl.arange(0, GROUPS)[None, :]
+        tl.store(columns_ptr + row * (padded_tokens // 4) + column, tl.trans(word))

@@ -6,8 +6,8 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
+from megasparse.kernels.float8 import check_scaling, new_operands
 from megasparse.kernels.gated_float8 import reference, triton
-from megasparse.kernels.packed24 import COLUMN_MULTIPLE, E4M3
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTH_MULTIPLE = 64
@@ -52,22 +52,8 @@ def swiglu_float8(
             f"swiglu_float8: fused is {fused.dtype} of shape {tuple(fused.shape)}, expected 16 "
             f"bits, (T, 2 F), F a multiple of {WIDTH_MULTIPLE}"
         )
-    for argument, tensor, shape in (("scale", scale, ()), ("amax", amax, (1,))):
-        if tensor is None:
-            continue
-        found = (tensor.dtype, tuple(tensor.shape), tensor.device)
-        if found != (torch.float32, shape, fused.device):
-            raise KernelError(
-                f"swiglu_float8: {argument} is a {tensor.dtype} tensor of shape "
-                f"{tuple(tensor.shape)} on {tensor.device}, expected float32 {shape} on "
-                f"{fused.device}"
-            )
-    multiple, width = COLUMN_MULTIPLE[E4M3], fused.shape[1] // 2
-    padded = -(-fused.shape[0] // multiple) * multiple
-    rows = torch.empty((padded, width), dtype=E4M3, device=fused.device)
-    columns = None
-    if transposed:
-        columns = torch.empty((width, padded), dtype=E4M3, device=fused.device)
+    check_scaling("swiglu_float8", fused.device, scale, amax)
+    rows, columns = new_operands(fused.shape[0], fused.shape[1] // 2, transposed, fused.device)
     name = dispatch.resolve("swiglu_float8", fused, backend)
     implementation = triton if name == "triton" else reference
     implementation.swiglu_float8(fused, scale, rows, columns, amax)

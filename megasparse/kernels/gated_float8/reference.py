@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels.float8 import quantise
+from megasparse.kernels.float8 import fill_operands
 from megasparse.kernels.gated_activation.reference import forward
 
 
@@ -17,12 +17,4 @@ def swiglu_float8(
 ) -> None:
     """Fill `rows` and `columns`, raise `amax`."""
     gate, x = fused.chunk(2, dim=1)
-    activation = forward(x, gate, False)
-    if amax is not None:
-        amax.copy_(torch.maximum(amax, activation.float().abs().amax()))
-    tokens = fused.shape[0]
-    whole = rows.view(torch.uint8)  # torch neither fills nor copies every 8-bit format everywhere
-    whole[tokens:] = 0
-    whole[:tokens] = quantise(activation, scale, rows.dtype).view(torch.uint8)
-    if columns is not None:
-        columns.view(torch.uint8).copy_(whole.t())
+    fill_operands(forward(x, gate, False), scale, rows, columns, amax)

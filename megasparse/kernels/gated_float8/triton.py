@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8.triton import e4m3_word, raise_amax, to_float8
+from megasparse.kernels.float8.triton import largest_of_four, raise_amax, store_operands
 from megasparse.kernels.gated_activation.triton import gated
 from megasparse.kernels.groups.triton import rounded_pair, widen
 
@@ -30,11 +30,6 @@ class Launch:
 LAUNCH = Launch(groups=32, num_warps=4)
 # The interpreter costs time per program, not per element.
 INTERPRETED = Launch(groups=64, num_warps=4)
-
-
-@triton.jit
-def _max(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -76,19 +71,21 @@ def _swiglu_float8_kernel(
     y0, y1 = rounded_pair(y0, y1, KIND)
     y2, y3 = rounded_pair(y2, y3, KIND)
     if amax_ptr is not None:
-        raise_amax(amax_ptr, _max(_max(tl.abs(y0), tl.abs(y1)), _max(tl.abs(y2), tl.abs(y3))))
-    y0, y1, y2, y3 = y0 * scale, y1 * scale, y2 * scale, y3 * scale
-    # Tokens up to the padded number exist in both results.
-    out = rows_ptr + token * width + channel
-    tl.store(out, to_float8(y0, False))
-    tl.store(out + width, to_float8(y1, False))
-    tl.store(out + 2 * width, to_float8(y2, False))
-    tl.store(out + 3 * width, to_float8(y3, False))
-    if columns_ptr is not None:
-        word = e4m3_word(y0, y1, y2, y3).to(tl.int32, bitcast=True)
-        row = block.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
-        column = tile * GROUPS + tl.arange(0, GROUPS)[None, :]
-        tl.store(columns_ptr + row * (padded_tokens // 4) + column, tl.trans(word))
+        raise_amax(amax_ptr, largest_of_four(y0, y1, y2, y3))
+    store_operands(
+        y0 * scale,
+        y1 * scale,
+        y2 * scale,
+        y3 * scale,
+        rows_ptr,
+        columns_ptr,
+        tile * GROUPS,
+        block * 64,
+        width,
+        padded_tokens,
+        GROUPS,
+        64,
+    )
 
 
 def swiglu_float8(

@@ -1,0 +1,93 @@
+"""A norm that leaves as the operands of an 8-bit GEMM, in one pass over its input."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from megasparse.errors import KernelError
+from megasparse.kernels import dispatch
+from megasparse.kernels.float8 import check_scaling, new_operands
+from megasparse.kernels.norm_float8 import reference, triton
+
+DTYPES = (torch.bfloat16, torch.float16)
+WIDTH_MULTIPLE = 64
+
+
+class NormFloat8(NamedTuple):
+    """What `norm_float8` gives.
+
+    Attributes:
+        rows: (T', H) e4m3, T' is T up to a multiple of 128, with zeros.
+        columns: (H, T') e4m3, the transpose, or None.
+        mean: (T,) float32, of each token's channels; None for RMSNorm.
+        rstd: (T,) float32, 1 / sqrt(variance + eps); for RMSNorm of the mean square.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor | None
+    mean: torch.Tensor | None
+    rstd: torch.Tensor
+
+
+@torch.no_grad()
+def norm_float8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    centred: bool,
+    eps: float,
+    scale: torch.Tensor,
+    transposed: bool = True,
+    amax: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> NormFloat8:
+    """LayerNorm or RMSNorm of x, quantised to e4m3, row-major and transposed.
+
+        y = (x - mean) * rstd * weight + bias          float32, mean 0 for RMSNorm
+
+    rounded to the dtype of x, times `scale`, saturated: what a norm followed by a quantiser gives,
+    but the 16-bit y is never written. Statistics are float32 sums, whose order is each
+    implementation's own: now and then a last bit of y, and so a byte of the result, is another.
+
+    Args:
+        x: (T, H), bfloat16 or float16, read row-major (copied otherwise); any T, H a multiple of
+            64.
+        weight, bias: (H,), of the same dtype; no bias: 0.
+        centred: LayerNorm; else RMSNorm.
+        eps: added to the variance.
+        scale: 0-d float32 on the device of x, the multiplier; to nearest even, saturated
+            (infinities too); NaN stays NaN.
+        transposed: whether the transposed copy is wanted.
+        amax: float32 (1,) there, raised to the largest |y|; a NaN makes it NaN.
+        backend: None, "reference" or "triton".
+
+    Returns: operands and statistics, outside autograd.
+
+    Raises: KernelError on sizes, dtypes, or a backend that cannot run.
+    """
+    if x.dim() != 2 or x.dtype not in DTYPES or not x.shape[0] or x.shape[1] % WIDTH_MULTIPLE:
+        raise KernelError(
+            f"norm_float8: x is {x.dtype} of shape {tuple(x.shape)}, expected 16 bits, (T, H), "
+            f"H a multiple of {WIDTH_MULTIPLE}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        found = (tensor.dtype, tuple(tensor.shape), tensor.device)
+        if found != (x.dtype, (x.shape[1],), x.device):
+            raise KernelError(
+                f"norm_float8: {name} is a {tensor.dtype} tensor of shape {tuple(tensor.shape)} on "
+                f"{tensor.device}, expected {x.dtype} {(x.shape[1],)} on {x.device}"
+            )
+    check_scaling("norm_float8", x.device, scale, amax)
+    rows, columns = new_operands(x.shape[0], x.shape[1], transposed, x.device)
+    rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    mean = torch.empty_like(rstd) if centred else None
+    implementation = (
+        triton if dispatch.resolve("norm_float8", x, backend) == "triton" else reference
+    )
+    implementation.norm_float8(x, weight, bias, eps, scale, rows, columns, mean, rstd, amax)
+    return NormFloat8(rows, columns, mean, rstd)

@@ -1,0 +1,214 @@
+"""Triton kernel of `norm_float8`: x comes from memory once.
+
+A program takes all channels of 4 * GROUPS tokens and goes over them CHANNELS at a time: for the
+mean (LayerNorm), for the variance, and for the result. So few tokens a program that what all
+programs have in hand lies in the L2 cache (and much of it in L1: the last pass goes backwards and
+begins with what was read last), yet enough that a channel's tokens are 32 bytes of the transposed
+copy.
+
+As in `swiglu_float8`, a thread holds some channels of groups of four tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.float8.triton import largest_of_four, raise_amax, store_operands
+from megasparse.kernels.groups.triton import rounded_pair, widen
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Entries of x that a program has in hand at most (in groups of 4 tokens, `most_groups` of
+    them at most), groups times channels that it takes at a time at most, and its warps."""
+
+    entries: int
+    elements: int
+    num_warps: int
+    most_groups: int = 32
+
+
+# 256 KiB of x: 32 tokens of 4096 channels. 16 entries of each of four tokens a thread.
+LAUNCH = Launch(entries=1 << 17, elements=4096, num_warps=8)
+# The interpreter costs time per program, not per element.
+INTERPRETED = Launch(entries=1 << 22, elements=1 << 16, num_warps=4)
+
+
+@triton.jit
+def _load_four(ptrs, stride, token, num_tokens, POLICY: tl.constexpr):
+    """Four tokens at `ptrs`, the first's, in float32; 0 after the last token."""
+    a = tl.load(ptrs, mask=token < num_tokens, other=0.0, eviction_policy=POLICY)
+    ptrs += stride
+    b = tl.load(ptrs, mask=token + 1 < num_tokens, other=0.0, eviction_policy=POLICY)
+    ptrs += stride
+    c = tl.load(ptrs, mask=token + 2 < num_tokens, other=0.0, eviction_policy=POLICY)
+    ptrs += stride
+    d = tl.load(ptrs, mask=token + 3 < num_tokens, other=0.0, eviction_policy=POLICY)
+    return widen(a), widen(b), widen(c), widen(d)
+
+
+@triton.jit
+def _means(
+    ptrs, stride, token, num_tokens, width, m0, m1, m2, m3,
+    SQUARED: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Means over the channels of x, or of (x - m)^2, of the four tokens of each group."""
+    s0 = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    s1, s2, s3 = s0, s0, s0
+    for first in range(0, width, CHANNELS):
+        a, b, c, d = _load_four(ptrs + first, stride, token, num_tokens, "evict_last")
+        if SQUARED:
+            a, b, c, d = a - m0, b - m1, c - m2, d - m3
+            a, b, c, d = a * a, b * b, c * c, d * d
+        s0 += a
+        s1 += b
+        s2 += c
+        s3 += d
+    s0, s1 = tl.sum(s0, 1, keep_dims=True) / width, tl.sum(s1, 1, keep_dims=True) / width
+    s2, s3 = tl.sum(s2, 1, keep_dims=True) / width, tl.sum(s3, 1, keep_dims=True) / width
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def _store_four(ptr, token, num_tokens, a, b, c, d):
+    """A statistic of the four tokens of each group."""
+    tl.store(ptr + token, a, mask=token < num_tokens)
+    tl.store(ptr + token + 1, b, mask=token + 1 < num_tokens)
+    tl.store(ptr + token + 2, c, mask=token + 2 < num_tokens)
+    tl.store(ptr + token + 3, d, mask=token + 3 < num_tokens)
+
+
+@triton.jit
+def _affine(x, mean, rstd, weight, bias_ptr, channel, live):
+    """The norm's value in float32; 0 after the last token."""
+    y = (x - mean) * rstd * weight
+    if bias_ptr is not None:
+        y += widen(tl.load(bias_ptr + channel))
+    return tl.where(live, y, 0.0)
+
+
+@triton.jit
+def _norm_float8_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    rows_ptr,
+    columns_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_ptr,
+    amax_ptr,
+    num_tokens,
+    padded_tokens,
+    width,
+    stride,
+    eps,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    first_group = tl.program_id(0) * GROUPS
+    token = (first_group + tl.arange(0, GROUPS)[:, None]).to(tl.int64) * 4
+    lane = tl.arange(0, CHANNELS)[None, :]
+    stride = tl.cast(stride, tl.int64)
+    scale = tl.load(scale_ptr)
+    KIND: tl.constexpr = "bf16" if x_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
+    ptrs = x_ptr + token * stride + lane
+    m0 = tl.zeros((GROUPS, 1), tl.float32)
+    m1, m2, m3 = m0, m0, m0
+    if mean_ptr is not None:
+        m0, m1, m2, m3 = _means(
+            ptrs, stride, token, num_tokens, width, m0, m1, m2, m3, False, GROUPS, CHANNELS
+        )
+        _store_four(mean_ptr, token, num_tokens, m0, m1, m2, m3)
+    r0, r1, r2, r3 = _means(
+        ptrs, stride, token, num_tokens, width, m0, m1, m2, m3, True, GROUPS, CHANNELS
+    )
+    r0, r1 = 1.0 / tl.sqrt_rn(r0 + eps), 1.0 / tl.sqrt_rn(r1 + eps)
+    r2, r3 = 1.0 / tl.sqrt_rn(r2 + eps), 1.0 / tl.sqrt_rn(r3 + eps)
+    _store_four(rstd_ptr, token, num_tokens, r0, r1, r2, r3)
+    largest = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    for done in range(0, width, CHANNELS):
+        first = width - CHANNELS - done
+        channel = first + lane
+        weight = widen(tl.load(weight_ptr + channel))
+        a, b, c, d = _load_four(ptrs + first, stride, token, num_tokens, "evict_first")
+        a = _affine(a, m0, r0, weight, bias_ptr, channel, token < num_tokens)
+        b = _affine(b, m1, r1, weight, bias_ptr, channel, token + 1 < num_tokens)
+        c = _affine(c, m2, r2, weight, bias_ptr, channel, token + 2 < num_tokens)
+        d = _affine(d, m3, r3, weight, bias_ptr, channel, token + 3 < num_tokens)
+        a, b = rounded_pair(a, b, KIND)
+        c, d = rounded_pair(c, d, KIND)
+        if amax_ptr is not None:
+            found = largest_of_four(a, b, c, d)
+            largest = tl.maximum(largest, found, propagate_nan=tl.PropagateNan.ALL)
+        store_operands(
+            a * scale,
+            b * scale,
+            c * scale,
+            d * scale,
+            rows_ptr,
+            columns_ptr,
+            first_group,
+            first,
+            tl.cast(width, tl.int64),
+            padded_tokens,
+            GROUPS,
+            CHANNELS,
+        )
+    if amax_ptr is not None:
+        raise_amax(amax_ptr, largest)
+
+
+def norm_float8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    scale: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    amax: torch.Tensor | None,
+) -> None:
+    """See reference.py."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    padded, width = rows.shape
+    groups, channels, num_warps = _tile(padded, width, INTERPRETED if INTERPRETING else LAUNCH)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _norm_float8_kernel[(padded // (4 * groups),)](
+            x,
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            rows.view(torch.int8),
+            None if columns is None else columns.view(torch.int32),
+            mean,
+            rstd,
+            scale,
+            None if amax is None else amax.view(torch.int32),
+            x.shape[0],
+            padded,
+            width,
+            x.stride(0),
+            float(eps),
+            GROUPS=groups,
+            CHANNELS=channels,
+            num_warps=num_warps,
+        )
+
+
+def _tile(padded: int, width: int, launch: Launch) -> tuple[int, int, int]:
+    """Groups and channels at a time, powers of two that divide all there are; warps."""
+    groups = 1
+    while groups < launch.most_groups and 8 * groups * width <= launch.entries:
+        groups *= 2
+    channels = width & -width
+    while channels > 64 and groups * channels > launch.elements:
+        channels //= 2
+    return groups, channels, launch.num_warps

@@ -1,0 +1,117 @@
+"""Norms before linears in FP8: their output leaves them as operands of the linears' GEMMs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core.extensions import transformer_engine
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megasparse.fp8 import Fp8Slot
+from megasparse.megatron.layers import SparseColumnParallelLinear
+from megasparse.sparsity.norm import Float8Input, norm_to_float8
+
+# What a layer may do with a norm's output beside giving it to the block behind it.
+_OTHER_USES = (
+    "recompute_input_layernorm",
+    "recompute_pre_mlp_layernorm",
+    "recompute_mlp",
+    "offload_attn_norm",
+    "offload_mlp_norm",
+)
+
+
+class NormToFloat8(torch.nn.Module):
+    """A norm that quantises its output for the linear behind it, as that would.
+
+    It stands before the norm's own class in the method resolution order: parameters, their names,
+    and all else are the norm's. What it gives is no tensor, so it falls back to the norm where
+    anyone may look at it by a hook, and as long as the linear's input has no scale.
+    """
+
+    weight: torch.Tensor
+    eps: float
+
+    def begin(self, linear: SparseColumnParallelLinear, block: torch.nn.Module) -> None:
+        """Quantise for `linear`, which alone sees what `block` (attention or MLP) is given."""
+        self._readers = (linear, block)  # in a tuple, so that they become no submodules
+        self._centred = isinstance(self, _kinds()[1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | Float8Input:
+        """`(..., H)` to the same, or to the linear's input."""
+        slot = self._slot(x)
+        if slot is None:
+            return super().forward(x)
+        linear, _ = self._readers
+        return norm_to_float8(
+            x,
+            self.weight,
+            getattr(self, "bias", None),
+            centred=self._centred,
+            eps=self.eps,
+            slot=slot,
+            trained=linear.weight.requires_grad,
+        )
+
+    def _slot(self, x: torch.Tensor) -> Fp8Slot | None:
+        linear, _ = self._readers
+        assert linear.state is not None and linear.state.fp8 is not None
+        slot = linear.state.fp8.x
+        watched = any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for m in (self, *self._readers)
+        )
+        same = x.dtype == self.weight.dtype and x.dtype.itemsize == 2
+        return slot if slot.known and same and not watched else None
+
+
+def fuse_norms(model: torch.nn.Module) -> int:
+    """Make `NormToFloat8`s of the norms that can be; their number.
+
+    Their class changes and nothing else, as that of MLPs does (`mlp.py`).
+    """
+    fused = 0
+    for layer in model.modules():
+        if not isinstance(layer, TransformerLayer):
+            continue
+        if any(getattr(layer, use, False) for use in _OTHER_USES):
+            continue
+        for norm, block, linear in (
+            (layer.input_layernorm, layer.self_attention, "linear_qkv"),
+            (layer.pre_mlp_layernorm, layer.mlp, "linear_fc1"),
+        ):
+            reader = getattr(block, linear, None)
+            if isinstance(reader, SparseColumnParallelLinear) and _fits(norm, reader):
+                norm.__class__ = _to_float8(norm.__class__)
+                norm.begin(reader, block)
+                fused += 1
+    return fused
+
+
+def _fits(norm: Any, linear: SparseColumnParallelLinear) -> bool:
+    """Sequence parallelism gathers the norm's output before it is quantised."""
+    rms, layer = _kinds()
+    return (
+        isinstance(norm, (*rms, *layer))
+        and not isinstance(norm, NormToFloat8)
+        and not getattr(norm, "zero_centered_gamma", False)
+        and norm.weight is not None
+        and linear.in_fp8_alone
+        and not linear.comm.gathers
+    )
+
+
+def _kinds() -> tuple[tuple[type[torch.nn.Module], ...], tuple[type[torch.nn.Module], ...]]:
+    """Classes of RMSNorm and of LayerNorm."""
+    rms, layer = (torch.nn.RMSNorm,), (torch.nn.LayerNorm,)
+    if transformer_engine.HAVE_TE:
+        te = transformer_engine.te.pytorch
+        return (*rms, te.RMSNorm), (*layer, te.LayerNorm)
+    return rms, layer
+
+
+@functools.cache
+def _to_float8(kind: type) -> type:
+    return type(f"{kind.__name__}ToFloat8", (NormToFloat8, kind), {})

@@ -1,0 +1,209 @@
+"""Transformer layers whose norms leave in FP8 equal those whose norms do not, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import dist
+
+S, B, H, F = 32, 2, 256, 256
+MODEL = [
+    "--num-layers", "1", "--hidden-size", str(H), "--ffn-hidden-size", str(F),
+    "--num-attention-heads", "4", "--seq-length", str(S), "--position-embedding-type", "rope",
+    "--vocab-size", "128", "--mock-data", "--bf16", "--train-iters", "10",
+    "--sparsity-recipe", "fst", "--dense-tail-fraction", "0",
+]  # fmt: skip
+LLAMA = ["--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"]
+GPT = ["--normalization", "LayerNorm"]
+TWO = ["--tensor-model-parallel-size", "2"]
+LINEARS = ("*.mlp.*", "*.self_attention.linear_*")
+
+
+def _layer(world, flags, patterns=LINEARS, **options):
+    """A layer, made sparse in FP8 (not of a run: that would ask for a GPU)."""
+    from megasparse.config import load_config, resolve
+    from megasparse.fp8 import Fp8Scales
+    from megasparse.megatron.grid import make_grid
+    from megasparse.megatron.init import initialize_weights
+    from megasparse.megatron.layer import build_layer
+    from megasparse.megatron.sparsify import sparsify
+    from megasparse.sparsity.controller import Clock
+    from megasparse.train.precheck import recipe_of
+
+    device = torch.device("cpu")
+    config = resolve(load_config([*MODEL, *flags]), world)
+    grid = make_grid(world, device, seed=1)
+    model, layer = build_layer(config, device)
+    initialize_weights(model, 3, 0.05, 1, grid.tp_rank, grid.tp_size)
+    names = [name for name, _ in model.named_parameters()]
+    scales = Fp8Scales(device, reduce_max=grid.max_over_tp)
+    clock = Clock(seed=5, train_iters=10)
+    controller = sparsify(
+        model, recipe_of(config), patterns, clock, grid.sum_over_tp, fp8=scales, **options
+    )
+    assert options or names == [name for name, _ in model.named_parameters()]
+    return layer, controller, clock, scales
+
+
+def _norms(layer):
+    return layer.input_layernorm, layer.pre_mlp_layernorm
+
+
+def _fused(layer):
+    from megasparse.megatron.norms import NormToFloat8
+
+    return [isinstance(norm, NormToFloat8) for norm in _norms(layer)]
+
+
+def _unfuse(layer):
+    for norm in _norms(layer):
+        norm.__class__ = type(norm).__mro__[2]
+    assert [type(norm).__module__.split(".")[0] for norm in _norms(layer)] == ["torch", "torch"]
+
+
+def _input(step, rank, world, flags):
+    generator = torch.Generator().manual_seed(step)
+    x, dz = (torch.randn(S, B, H, generator=generator).bfloat16() for _ in range(2))
+    if "--sequence-parallel" in flags:
+        x, dz = (t.chunk(world)[rank].contiguous() for t in (x, dz))
+    return x.requires_grad_(), dz
+
+
+def _run(layer, x):
+    from megasparse.megatron.layer import rotary_frequencies
+
+    angles = rotary_frequencies(S, H // 4, x.device)
+    return layer(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)[0]
+
+
+def _steps(rank, world, flags, fused, how="plain"):
+    """Three steps: outputs, gradients and scales; how often a norm has left in FP8."""
+    from unittest import mock
+
+    from torch.utils.checkpoint import checkpoint
+
+    from megasparse.megatron import norms
+
+    layer, controller, clock, scales = _layer(world, flags)
+    if not fused:
+        _unfuse(layer)
+    found, calls = [], []
+    counting = mock.patch.object(
+        norms,
+        "norm_to_float8",
+        side_effect=norms.norm_to_float8,
+    )
+    run = (lambda x: _run(layer, x)) if how == "plain" else (
+        lambda x: checkpoint(lambda x: _run(layer, x), x, use_reentrant=True)
+    )  # fmt: skip
+    with counting as called:
+        for step in range(3):
+            x, dz = _input(step, rank, world, flags)
+            z = run(x)
+            z.backward(dz)
+            found += [z.detach(), x.grad, *(p.grad for p in layer.parameters())]
+            found.append(scales.history.clone())
+            layer.zero_grad()
+            controller.finish_step()
+            clock.step += 1
+            layer.eval()
+            with torch.no_grad():
+                found.append(_run(layer, x))
+            layer.train()
+            calls.append(called.call_count)
+    return calls, found
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "fuses"),
+    [
+        (1, LLAMA, True),
+        (1, GPT, True),
+        (2, [*LLAMA, *TWO], True),
+        (2, [*LLAMA, *TWO, "--sequence-parallel"], False),
+    ],
+    ids=["llama", "gpt", "llama-tp", "llama-tp-sp"],
+)
+def test_the_same_bits(world, flags, fuses):
+    ours = dist.run(_steps, world, flags, True)
+    theirs = dist.run(_steps, world, flags, not fuses)
+    for (calls, found), (none, expected) in zip(ours, theirs, strict=True):
+        # The evaluation after the first step is the first with scales.
+        assert calls == ([2, 6, 10] if fuses else [0, 0, 0]) and none == [0, 0, 0]
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b) and b.any()
+
+
+def test_a_recomputed_layer_is_the_same():
+    ((calls, found),) = dist.run(_steps, 1, LLAMA, True, "recomputed")
+    ((_, expected),) = dist.run(_steps, 1, LLAMA, False)
+    assert calls == [2, 8, 14]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def _kinds(rank, world):
+    """Which norms leave in FP8, by what is behind them."""
+    wanda = [*LLAMA, "--sparsity-recipe", "ast", "--mask-metric", "wanda"]
+    return {
+        "all": _fused(_layer(1, LLAMA)[0]),
+        "mlp": _fused(_layer(1, LLAMA, ("*.mlp.*",))[0]),
+        "fc2": _fused(_layer(1, LLAMA, ("*.mlp.linear_fc2",))[0]),
+        "fc1": _fused(_layer(1, LLAMA, ("*.mlp.linear_fc1",))[0]),
+        "slorb": _fused(_layer(1, LLAMA, slorb_k=64)[0]),
+        "wanda": _fused(_layer(1, wanda)[0]),
+    }
+
+
+def test_what_wants_more_than_the_gemms_keeps_its_norm():
+    (kinds,) = dist.run(_kinds, 1)
+    assert kinds == {
+        "all": [True, True],
+        "mlp": [False, True],
+        "fc2": [False, False],
+        "fc1": [False, True],
+        "slorb": [False, False],
+        "wanda": [False, False],
+    }
+
+
+def _hooks(rank, world):
+    """What hooks see, at each place that may look at a norm's output."""
+    layer, controller, clock, _ = _layer(1, LLAMA)
+    x, dz = _input(0, 0, 1, LLAMA)
+    _run(layer, x).backward(dz)
+    controller.finish_step()
+    clock.step += 1
+    expected, seen = _run(layer, x).detach(), []
+
+    def note(*arguments):
+        seen.append(arguments[1][0])
+
+    def note_output(module, inputs, output):
+        seen.append(output)
+
+    attention, mlp = layer.self_attention, layer.mlp
+    for register, hook in (
+        (layer.input_layernorm.register_forward_hook, note_output),
+        (layer.pre_mlp_layernorm.register_forward_hook, note_output),
+        (attention.register_forward_pre_hook, note),
+        (attention.linear_qkv.register_forward_pre_hook, note),
+        (mlp.register_forward_pre_hook, note),
+        (mlp.linear_fc1.register_forward_pre_hook, note),
+        (mlp.linear_fc2.register_forward_pre_hook, note),
+        (attention.linear_qkv.register_full_backward_hook, note),
+    ):
+        handle = register(hook)
+        z = _run(layer, x)
+        z.backward(dz)
+        handle.remove()
+        assert torch.equal(z, expected), register
+    return [(type(t).__name__, tuple(t.shape), t.dtype) for t in seen]
+
+
+def test_hooks_see_tensors():
+    (seen,) = dist.run(_hooks, 1)
+    whole = ("Tensor", (S, B, H), torch.bfloat16)
+    assert seen == [*[whole] * 6, ("Tensor", (S, B, F), torch.bfloat16), whole]

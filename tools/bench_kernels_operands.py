@@ -19,6 +19,10 @@ from megasparse.fp8 import Fp8Scales, refusal
 E5M2 = torch.float8_e5m2
 
 
+def transformer_engine_is_there() -> bool:
+    return torch.cuda.is_available() and refusal(torch.device("cuda")) is None
+
+
 def transformer_engine_cast_transpose(t: Inputs) -> Step:
     """TE's quantisation of t[0] to e4m3, row-major and transposed, with its amax."""
     scales = Fp8Scales(t[0].device)
@@ -71,7 +75,7 @@ def operand_cases() -> list[Case]:
             odd_shape=(192, 384),
         )
     )  # fmt: skip
-    found = torch.cuda.is_available() and refusal(torch.device("cuda")) is None
+    found = transformer_engine_is_there()
     others = {"Transformer Engine cast-transpose": transformer_engine_cast_transpose}
     for exact, row_dtype, size in ((True, E5M2, 3.625), (True, None, 2.625), (False, E5M2, 3.625)):
         row = "packed alone" if row_dtype is None else "e5m2 rows and packed"
@@ -88,7 +92,7 @@ def operand_cases() -> list[Case]:
                 wrong_share=0.0 if exact else 1e-3,
             )
         )
-    return [*cases, *gated_cases()]
+    return [*cases, *gated_cases(), *norm_cases()]
 
 
 def gated_cases() -> list[Case]:
@@ -126,6 +130,57 @@ def gated_cases() -> list[Case]:
             **shared,
         ),
     ]  # fmt: skip
+
+
+def norm_cases() -> list[Case]:
+    """The norms fused with the preparation of their output; (T, H)."""
+    found = transformer_engine_is_there()
+
+    def inputs(s: Source, bias: bool) -> Inputs:
+        row = Source((1, s.shape[1]), s.device, s.generator)
+        weight, shift = (row.normal().view(-1) for _ in range(2))
+        return (s.normal(), weight, shift if bias else None, s.number(100.0), *s.maxima(1))
+
+    def prepare(op: Callable[..., Any], t: Inputs, centred: bool) -> Step:
+        # The statistics' last bits follow from the order of additions: operands are compared.
+        return lambda: op(
+            t[0], t[1], t[2], centred=centred, eps=1e-5, scale=t[3], amax=t[4]
+        )[:2]  # fmt: skip
+
+    return [
+        Case(
+            f"norm_float8 bf16, {'LayerNorm' if centred else 'RMSNorm'}, both ways",
+            "norm_float8",
+            4,
+            partial(inputs, bias=centred),
+            partial(prepare, centred=centred),
+            others={
+                "Transformer Engine's norm, cast-transpose": partial(unfused_norm, centred=centred)
+            }
+            if found
+            else {},
+            shape=(16384, 4096),
+            odd_shape=(131, 192),
+            wrong_share=2e-3,
+        )
+        for centred in (False, True)
+    ]
+
+
+def unfused_norm(t: Inputs, centred: bool) -> Step:
+    """The same in two steps by Transformer Engine."""
+    import transformer_engine.pytorch as te
+
+    x, quantise = t[0], transformer_engine_cast_transpose(t)
+    kind = te.LayerNorm if centred else te.RMSNorm
+    norm = kind(hidden_size=x.shape[1], eps=1e-5, params_dtype=x.dtype, device=x.device)
+
+    @torch.no_grad()
+    def step() -> Any:
+        norm(x)
+        return quantise()  # of x, which is as large
+
+    return step
 
 
 def unfused_gradient(t: Inputs) -> Step:

@@ -26,8 +26,9 @@ from bench_kernels_operands import operand_cases  # noqa: E402
 
 from megasparse.kernels.gated_float8 import triton as gated_float8  # noqa: E402
 from megasparse.kernels.grad_pack24 import triton as grad_pack24  # noqa: E402
+from megasparse.kernels.norm_float8 import triton as norm_float8  # noqa: E402
 
-MODULES = {"gated_float8": gated_float8, "grad_pack24": grad_pack24}
+MODULES = {"gated_float8": gated_float8, "grad_pack24": grad_pack24, "norm_float8": norm_float8}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ GRADIENT = (
     (16, 4, 80), (16, 4, 96), (16, 4, 112), (16, 4, 128), (8, 2, 80), (8, 2, 96), (8, 4, 64),
     (32, 8, 96), (32, 8, 80), (16, 8, 64),
 )  # fmt: skip
+# 16, 32 and 64 tokens of 4096 channels.
+NORM = (
+    (1 << 17, 4096, 8), (1 << 17, 2048, 8), (1 << 17, 2048, 4), (1 << 17, 4096, 16),
+    (1 << 17, 8192, 16), (1 << 16, 2048, 8), (1 << 16, 4096, 8), (1 << 16, 2048, 4),
+    (1 << 16, 1024, 4), (1 << 18, 4096, 8), (1 << 18, 4096, 16), (1 << 18, 8192, 16),
+)  # fmt: skip
 SWEEPS = (
     Sweep("grad_pack24 exact bf16, e5m2 rows", "grad_pack24", "LAUNCH", GRADIENT),
     Sweep(
@@ -62,6 +69,7 @@ SWEEPS = (
         "swiglu_float8", "gated_float8", "LAUNCH",
         ((32, 4), (32, 8), (16, 2), (16, 4), (8, 2), (32, 2)),
     ),
+    Sweep("norm_float8 bf16, RMSNorm", "norm_float8", "LAUNCH", NORM),
 )  # fmt: skip
 
 

@@ -93,11 +93,12 @@ def fuse_norms(model: torch.nn.Module) -> int:
 def _fits(norm: Any, linear: SparseColumnParallelLinear) -> bool:
     """Sequence parallelism gathers the norm's output before it is quantised."""
     rms, layer = _kinds()
+    kinds: tuple[type[torch.nn.Module], ...] = (*rms, *layer)
     return (
-        isinstance(norm, (*rms, *layer))
+        isinstance(norm, kinds)
         and not isinstance(norm, NormToFloat8)
         and not getattr(norm, "zero_centered_gamma", False)
-        and norm.weight is not None
+        and isinstance(norm.weight, torch.Tensor)
         and linear.in_fp8_alone
         and not linear.comm.gathers
     )

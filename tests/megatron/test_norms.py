@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from megasparse.config import load_config, resolve
+from megasparse.fp8 import Fp8Scales
+from megasparse.megatron import norms
+from megasparse.megatron.grid import make_grid
+from megasparse.megatron.init import initialize_weights
+from megasparse.megatron.layer import build_layer, rotary_frequencies
+from megasparse.megatron.sparsify import sparsify
+from megasparse.sparsity.controller import Clock
+from megasparse.train.precheck import recipe_of
 from tests import dist
 
 S, B, H, F = 32, 2, 256, 256
@@ -22,15 +34,6 @@ LINEARS = ("*.mlp.*", "*.self_attention.linear_*")
 
 def _layer(world, flags, patterns=LINEARS, **options):
     """A layer, made sparse in FP8 (not of a run: that would ask for a GPU)."""
-    from megasparse.config import load_config, resolve
-    from megasparse.fp8 import Fp8Scales
-    from megasparse.megatron.grid import make_grid
-    from megasparse.megatron.init import initialize_weights
-    from megasparse.megatron.layer import build_layer
-    from megasparse.megatron.sparsify import sparsify
-    from megasparse.sparsity.controller import Clock
-    from megasparse.train.precheck import recipe_of
-
     device = torch.device("cpu")
     config = resolve(load_config([*MODEL, *flags]), world)
     grid = make_grid(world, device, seed=1)
@@ -51,9 +54,7 @@ def _norms(layer):
 
 
 def _fused(layer):
-    from megasparse.megatron.norms import NormToFloat8
-
-    return [isinstance(norm, NormToFloat8) for norm in _norms(layer)]
+    return [isinstance(norm, norms.NormToFloat8) for norm in _norms(layer)]
 
 
 def _unfuse(layer):
@@ -62,86 +63,66 @@ def _unfuse(layer):
     assert [type(norm).__module__.split(".")[0] for norm in _norms(layer)] == ["torch", "torch"]
 
 
-def _input(step, rank, world, flags):
+def _input(step):
     generator = torch.Generator().manual_seed(step)
     x, dz = (torch.randn(S, B, H, generator=generator).bfloat16() for _ in range(2))
-    if "--sequence-parallel" in flags:
-        x, dz = (t.chunk(world)[rank].contiguous() for t in (x, dz))
     return x.requires_grad_(), dz
 
 
 def _run(layer, x):
-    from megasparse.megatron.layer import rotary_frequencies
-
     angles = rotary_frequencies(S, H // 4, x.device)
     return layer(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)[0]
 
 
-def _steps(rank, world, flags, fused, how="plain"):
-    """Three steps: outputs, gradients and scales; how often a norm has left in FP8."""
-    from unittest import mock
-
-    from torch.utils.checkpoint import checkpoint
-
-    from megasparse.megatron import norms
-
+def _steps(rank, world, flags, fused, recomputed):
+    """Three steps: how often a norm has left in FP8 by the end of each; and by name all results."""
     layer, controller, clock, scales = _layer(world, flags)
     if not fused:
         _unfuse(layer)
-    found, calls = [], []
-    counting = mock.patch.object(
-        norms,
-        "norm_to_float8",
-        side_effect=norms.norm_to_float8,
-    )
-    run = (lambda x: _run(layer, x)) if how == "plain" else (
-        lambda x: checkpoint(lambda x: _run(layer, x), x, use_reentrant=True)
-    )  # fmt: skip
-    with counting as called:
+    calls, found = [], {}
+    with mock.patch.object(norms, "norm_to_float8", side_effect=norms.norm_to_float8) as called:
         for step in range(3):
-            x, dz = _input(step, rank, world, flags)
-            z = run(x)
+            x, dz = _input(step)
+            if recomputed:
+                z = checkpoint(lambda x: _run(layer, x), x, use_reentrant=True)
+            else:
+                z = _run(layer, x)
             z.backward(dz)
-            found += [z.detach(), x.grad, *(p.grad for p in layer.parameters())]
-            found.append(scales.history.clone())
+            results = {"z": z.detach(), "dx": x.grad, "history": scales.history.clone()}
+            results |= {name: p.grad for name, p in layer.named_parameters()}
             layer.zero_grad()
             controller.finish_step()
             clock.step += 1
-            layer.eval()
             with torch.no_grad():
-                found.append(_run(layer, x))
+                results["evaluated"] = _run(layer.eval(), x)
             layer.train()
             calls.append(called.call_count)
+            found |= {f"{name} {step}": value for name, value in results.items()}
     return calls, found
 
 
+def _both(rank, world, flags, recomputed=False):
+    """Counts of either way, and what differs between them."""
+    ours, found = _steps(rank, world, flags, True, recomputed)
+    theirs, expected = _steps(rank, world, flags, False, False)
+    assert found.keys() == expected.keys() and all(t.any() for t in expected.values())
+    differ = [name for name in found if not torch.equal(found[name], expected[name])]
+    return ours, theirs, differ
+
+
 @pytest.mark.parametrize(
-    ("world", "flags", "fuses"),
-    [
-        (1, LLAMA, True),
-        (1, GPT, True),
-        (2, [*LLAMA, *TWO], True),
-        (2, [*LLAMA, *TWO, "--sequence-parallel"], False),
-    ],
-    ids=["llama", "gpt", "llama-tp", "llama-tp-sp"],
+    ("world", "flags"), [(1, LLAMA), (1, GPT), (2, [*LLAMA, *TWO])], ids=["llama", "gpt", "tp"]
 )
-def test_the_same_bits(world, flags, fuses):
-    ours = dist.run(_steps, world, flags, True)
-    theirs = dist.run(_steps, world, flags, not fuses)
-    for (calls, found), (none, expected) in zip(ours, theirs, strict=True):
-        # The evaluation after the first step is the first with scales.
-        assert calls == ([2, 6, 10] if fuses else [0, 0, 0]) and none == [0, 0, 0]
-        assert len(found) == len(expected)
-        for a, b in zip(found, expected, strict=True):
-            assert torch.equal(a, b) and b.any()
+def test_the_same_bits(world, flags):
+    for ours, theirs, differ in dist.run(_both, world, flags):
+        # The evaluation after the first step is the first to have scales.
+        assert (ours, theirs, differ) == ([2, 6, 10], [0, 0, 0], [])
 
 
 def test_a_recomputed_layer_is_the_same():
-    ((calls, found),) = dist.run(_steps, 1, LLAMA, True, "recomputed")
-    ((_, expected),) = dist.run(_steps, 1, LLAMA, False)
-    assert calls == [2, 8, 14]
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+    (found,) = dist.run(_both, 1, LLAMA, True)
+    # The very first forward pass gives the scales: its repetition has them.
+    assert found == ([4, 10, 16], [0, 0, 0], [])
 
 
 def _kinds(rank, world):
@@ -169,10 +150,18 @@ def test_what_wants_more_than_the_gemms_keeps_its_norm():
     }
 
 
+def _with_sequence_parallelism(rank, world):
+    return _fused(_layer(world, [*LLAMA, *TWO, "--sequence-parallel"])[0])
+
+
+def test_what_is_gathered_after_the_norm_keeps_it():
+    assert dist.run(_with_sequence_parallelism, 2) == [[False, False]] * 2
+
+
 def _hooks(rank, world):
     """What hooks see, at each place that may look at a norm's output."""
     layer, controller, clock, _ = _layer(1, LLAMA)
-    x, dz = _input(0, 0, 1, LLAMA)
+    x, dz = _input(0)
     _run(layer, x).backward(dz)
     controller.finish_step()
     clock.step += 1

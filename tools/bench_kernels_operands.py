@@ -134,7 +134,7 @@ def gated_cases() -> list[Case]:
 
 def norm_cases() -> list[Case]:
     """The norms fused with the preparation of their output; (T, H)."""
-    found = transformer_engine_is_there()
+    found, name = transformer_engine_is_there(), "Transformer Engine's norm, cast-transpose"
 
     def inputs(s: Source, bias: bool) -> Inputs:
         row = Source((1, s.shape[1]), s.device, s.generator)
@@ -154,11 +154,7 @@ def norm_cases() -> list[Case]:
             4,
             partial(inputs, bias=centred),
             partial(prepare, centred=centred),
-            others={
-                "Transformer Engine's norm, cast-transpose": partial(unfused_norm, centred=centred)
-            }
-            if found
-            else {},
+            others={name: partial(unfused_norm, centred=centred)} if found else {},
             shape=(16384, 4096),
             odd_shape=(131, 192),
             wrong_share=2e-3,

@@ -33,8 +33,8 @@ class Launch:
     most_groups: int = 32
 
 
-# 256 KiB of x: 32 tokens of 4096 channels, two programs a multiprocessor. A thread has eight entries
-# of each of four tokens at a time.
+# 256 KiB of x (32 tokens of 4096 channels), and registers for two programs a multiprocessor.
+# A thread has eight entries of each of four tokens at a time.
 LAUNCH = Launch(entries=1 << 17, elements=4096, num_warps=16)
 # The interpreter costs time per program, not per element.
 INTERPRETED = Launch(entries=1 << 22, elements=1 << 16, num_warps=4)

@@ -32,11 +32,57 @@ def one_rank(device, monkeypatch):
     stop_process()
 
 
+def _needs_transformer_engine():
+    if not transformer_engine_is_there():
+        pytest.skip("Transformer Engine is not installed")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sparsity-recipe", "fst"],
+        ["--sparsity-recipe", "fst", "--fp8-format", "e4m3"],
+        ["--sparsity-recipe", "s_ste", "--fp8-format", "hybrid"],
+    ],
+)
+def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
+    """Two micro-batches, with refreshed masks and prepared weights in the first."""
+    _needs_transformer_engine()
+    from megasparse.fp8 import Fp8Scales
+    from megasparse.megatron.layer import build_layer, rotary_frequencies
+    from megasparse.megatron.sparsify import sparsify
+    from megasparse.sparsity.controller import Clock
+    from megasparse.train.precheck import recipe_of
+
+    everything = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
+    config = resolve(load_config([*FLAGS, *everything, *flags, "--dense-tail-fraction", "0"]), 1)
+    model, layer = build_layer(config, device)
+    scales = Fp8Scales(device) if config.fp8.fp8_format else None
+    clock = Clock(1, 10)
+    controller = sparsify(
+        model, recipe_of(config), config.sparsity.sparse_layers, clock, fp8=scales
+    )
+    angles = rotary_frequencies(256, 128, device)
+    x = torch.randn(256, 2, 512, device=device).bfloat16().requires_grad_()
+    for step in range(3):
+        torch.cuda.synchronize()
+        # Kernels are compiled, algorithms searched and first scales found in the first step.
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            for _ in range(2):
+                z = layer(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)[0]
+                z.backward(torch.ones_like(z))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        controller.finish_step()
+        clock.step += 1
+
+
 @pytest.mark.gpu
 def test_rotated_projection_is_the_rotated_parts(device, one_rank):
     """Queries, keys and values rotated out of the projection's output, and taken from it first."""
-    if not transformer_engine_is_there():
-        pytest.skip("Transformer Engine is not installed")
+    _needs_transformer_engine()
     from megasparse.megatron.layer import build_layer, rotary_frequencies
 
     config = resolve(load_config(FLAGS), 1)

@@ -257,7 +257,9 @@ class Fp8Config:
         "or its own, found in one more pass over it (tensorwise, current scaling)",
         choices=("delayed", "tensorwise"),
     )  # fmt: skip
-    fp8_margin: int = option(0, "scales are divided by 2 to the power of this", at_least=0)
+    fp8_margin: int = option(
+        0, "scales are divided by 2 to the power of this (delayed)", at_least=0
+    )
     fp8_amax_history_len: int = option(
         16, "optimizer steps whose largest magnitudes make a scale (delayed)", at_least=1
     )

@@ -8,7 +8,8 @@
 
 What two calls of `linear` with an activation between them compute, to the last bit; but neither the
 activation nor the gradient of [gate | up] is written in 16 bits: they leave the activation's
-kernels as operands of the GEMMs that follow.
+kernels as operands of the GEMMs that follow. (Scales of the moment follow from whole tensors: with
+them both are written, and quantised after that.)
 """
 
 from __future__ import annotations

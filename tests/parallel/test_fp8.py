@@ -103,6 +103,7 @@ def test_tensor_parallel_ranks_scale_and_train_as_one(runs, tmp_path, dataset, n
 def test_shards_are_scaled_by_the_moment_of_the_whole(runs, tmp_path, dataset, sequence):
     rows, whole = runs("current", [*FST, *CURRENT], current_run)
     flags = [*WIDE, *FST, *CURRENT, *TP2, "--data-path", dataset, "--run-dir", str(tmp_path)]
+    flags += ["--replica-check-interval", "4"]
     if sequence:
         flags.append("--sequence-parallel")
     (split, ours), (_, theirs) = dist.run(current_run, 2, flags)

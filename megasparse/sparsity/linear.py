@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megasparse.sparsity.gemms import LinearGemms
+from megasparse.sparsity.gemms import Kept, LinearGemms
 from megasparse.sparsity.slorb import Boost
 
 
@@ -70,7 +70,8 @@ class _Linear(torch.autograd.Function):
         ctx.gemms, ctx.comm, ctx.boost, ctx.seed = gemms, comm, boost, seed
         x = comm.gather(x_local)
         x_TK = x.reshape(-1, x.shape[-1])
-        kept, h_TR = None, None
+        kept: Kept = ()
+        h_TR = None
         if recorded and ctx.needs_input_grad[1]:
             z_TN, kept = gemms.output_keeping(x_TK)
         else:
@@ -79,15 +80,15 @@ class _Linear(torch.autograd.Function):
             h_TR = boost.project(x_TK, p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
         again = comm.gathers or p_RK is not None
-        ctx.save_for_backward(
-            x_local if again else None, None if comm.gathers else kept, s_NR, p_RK, h_TR
-        )
+        if comm.gathers:
+            kept = ()
+        ctx.save_for_backward(x_local if again else None, s_NR, p_RK, h_TR, *kept)
         return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (dz,) = grads
-        x_local, kept, s_NR, p_RK, h_TR = ctx.saved_tensors
+        x_local, s_NR, p_RK, h_TR, *kept = ctx.saved_tensors
         dz_TN = dz.reshape(-1, dz.shape[-1])
         dx, dw, ds, dp, wait, x_TK = None, None, None, None, None, None
         wanted = ctx.needs_input_grad
@@ -102,7 +103,7 @@ class _Linear(torch.autograd.Function):
                 dx_TK = ctx.boost.add_grad_input_(dx_TK, dh_TR, p_RK)
             dx, wait = ctx.comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
         if wanted[1]:
-            dw = ctx.gemms.grad_weight(gradient, ctx.gemms.kept(x_TK) if kept is None else kept)
+            dw = ctx.gemms.grad_weight(gradient, tuple(kept) or ctx.gemms.kept(x_TK))
             if dh_TR is not None:
                 ds = dz_TN.t() @ h_TR
                 dp = None if p_RK is None else ctx.boost.grad_projection(dh_TR, x_TK)

@@ -63,7 +63,7 @@ def gemms_of(name, w, slots, **more):
     else:
         mask = (transposable24_mask if recipe.transposable else prune24_mask)(w)
         effective = w.double() * mask
-    channels = (Section(0, 0, N),)
+    channels = (Section(0, 0, w.shape[0]),)
     # No search here: any algorithm of the library computes the same.
     chooser = GemmChooser(None) if w.is_cuda else None
     gemms = PackedFp8Gemms(w, mask, beta, recipe, channels, slots, chooser=chooser, **more)

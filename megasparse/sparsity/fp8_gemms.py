@@ -219,7 +219,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
             nan_flag=nan_flag,
         )
         if self._probe.asked:
-            self._tell("weight", w_NK, self._packed.values, self._weight)
+            self._tell("weight", w_NK, self._packed.values)
 
     def _multiply_output(self, row: torch.Tensor, x: Scaling) -> torch.Tensor:
         return self._sparse("output", self._packed, row, x)
@@ -234,7 +234,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
             row, packed = grad_pack24(_whole_tiles(dz_TN), seed=seed, **self._as_operands(dz, draw))
         assert row is not None
         if self._probe.asked:
-            self._tell("grad_output", dz_TN, row, dz)
+            self._tell("grad_output", dz_TN, row)
             self._probe.mvue(dz_TN, packed.values.float() * draw.inverse)
         return Fp8Gradient(row, packed, tokens, dz, draw)
 
@@ -327,10 +327,8 @@ class PackedFp8Gemms(DenseFp8Gemms):
             self._unpacked[name] = packed.stored()
         return self._unpacked[name]
 
-    def _tell(
-        self, operand: str, values: torch.Tensor, stored: torch.Tensor, scaling: Scaling
-    ) -> None:
-        self._probe.fp8(operand, values, stored.float(), scaling.scale, stored.dtype)
+    def _tell(self, operand: str, values: torch.Tensor, stored: torch.Tensor) -> None:
+        self._probe.fp8(operand, values, stored.float(), stored.dtype)
 
 
 def _keep(x_KT: torch.Tensor | None, x: Scaling) -> Kept:

@@ -207,7 +207,7 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
             scale = fp8_scale(tensor, dtype, self._reduce_max)
             rounded = (tensor.float() * scale).to(dtype).float()
             if operand is not None:
-                self._probe.fp8(operand, tensor, rounded, scale, dtype)
+                self._probe.fp8(operand, tensor, rounded, dtype)
             return (rounded / scale).to(tensor.dtype)
 
 

@@ -1,9 +1,9 @@
-"""8-bit floating point: Transformer Engine's quantiser and delayed scaling; the door to it.
+"""8-bit floating point: Transformer Engine's quantisers and delayed scaling; the door to it.
 
 A tensor is quantised with a scale that follows from the largest magnitudes of earlier steps
 ("delayed scaling"), so one pass over it is enough, and the scale is known on the host before the
 step begins: the sparse GEMM library takes factors from there. All slots of a model lie side by side
-and are updated together, once an optimizer step.
+and are updated together, once an optimizer step. (Scales of the moment: `fp8_current.py`.)
 
 Without Transformer Engine (CPU) the same is computed in plain torch, which is the definition.
 """
@@ -17,17 +17,19 @@ from typing import Any, Literal
 import torch
 
 from megasparse.kernels.float8 import quantise as definition
-from megasparse.kernels.norm_float8.reference import normalise
 from megasparse.kernels.packed24 import E4M3, E4M3_MAX
 
 try:  # not only ImportError: without a GPU, or with a broken cuDNN, it raises others
     import transformer_engine.pytorch  # noqa: F401  (loads the library)
     import transformer_engine_torch as tex
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+    from transformer_engine.pytorch.tensor.float8_tensor import (
+        Float8CurrentScalingQuantizer,
+        Float8Quantizer,
+    )
 
     _missing: str | None = None
 except Exception as error:
-    tex = Float8Quantizer = None
+    tex = Float8Quantizer = Float8CurrentScalingQuantizer = None
     _missing = " ".join(f"{type(error).__name__}: {error}".split())
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -74,14 +76,42 @@ class Fp8Slot:
         """Whether it has a scale, which its first use gives it."""
         return self.scales.known[self.index]
 
-    def begin(self, x: torch.Tensor, headroom: float = 1.0) -> None:
+    def begin(
+        self,
+        x: torch.Tensor,
+        headroom: float | torch.Tensor = 1.0,
+        dtype: torch.dtype = E4M3,
+    ) -> Fp8Slot:
         """At the very first use: a scale from the tensor itself. Waits for the device once.
 
         Args:
             headroom: how much larger than x what is to be quantised may be.
+            dtype: of the copy, which delayed scaling does not depend on.
+
+        Returns: itself, the scaling of x.
         """
         if not self.known:
             self.scales.set_from(self.index, x, headroom)
+        return self
+
+    def begin_draws(self, x: torch.Tensor, headroom: float, scaling: object) -> Fp8Slot:
+        """`begin` for MVUE draws from an x, whose own `scaling` is known."""
+        return self.begin(x, headroom)
+
+    def kept_with(self) -> tuple[torch.Tensor, ...]:
+        """What has to be kept beside an operand until its last GEMM: nothing, scales stay."""
+        return ()
+
+    def of_kept(self, kept: tuple[torch.Tensor, ...]) -> Fp8Slot:
+        """The scaling of an operand that was kept with `kept`."""
+        return self
+
+    def quantised(
+        self, x: torch.Tensor, *, rows: bool = True, columns: bool = False, record: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Fp8Slot]:
+        """`begin` and `quantise`, with the scaling that was used."""
+        self.begin(x)
+        return *self.quantise(x, rows=rows, columns=columns, record=record), self
 
     def quantise(
         self, x: torch.Tensor, *, rows: bool = True, columns: bool = False, record: bool = True
@@ -115,6 +145,45 @@ class Fp8Slot:
         )
 
 
+def amax_of(x: torch.Tensor) -> torch.Tensor:
+    """Float32 (1,): the largest magnitude of a tensor, without waiting for the device."""
+    if not x.is_cuda:
+        return x.detach().float().abs().amax().reshape(1)
+    amax = torch.zeros(1, dtype=torch.float32, device=x.device)
+    tex.compute_amax(x.detach().contiguous(), amax)
+    return amax
+
+
+def quantise_at(
+    x: torch.Tensor, scale: torch.Tensor, columns: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x (T, K) as e4m3 with a given scale (0-d, on its device); with `columns` (K, T) too."""
+    if not x.is_cuda:
+        whole = definition(x.detach(), scale, E4M3)
+        return whole, whole.t().contiguous() if columns else None
+    quantiser = Float8Quantizer(
+        scale.view(1),
+        torch.zeros(1, dtype=torch.float32, device=x.device),
+        tex.DType.kFloat8E4M3,
+        rowwise=True,
+        columnwise=columns,
+    )
+    result = tex.quantize(x.detach().contiguous(), quantiser)
+    return result._data.view(E4M3), result._transpose.view(E4M3) if columns else None
+
+
+def quantise_by_own_amax(
+    x: torch.Tensor, columns: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Transformer Engine's current scaling of a GPU's x (T, K): as `quantise_at`, and 1 / scale."""
+    quantiser = Float8CurrentScalingQuantizer(
+        tex.DType.kFloat8E4M3, x.device, rowwise=True, columnwise=columns
+    )
+    result = tex.quantize(x.detach().contiguous(), quantiser)
+    transposed = result._transpose.view(E4M3) if columns else None
+    return result._data.view(E4M3), transposed, result._scale_inv.view(())
+
+
 class Fp8Scales:
     """All slots of this rank's part of the model.
 
@@ -145,8 +214,9 @@ class Fp8Scales:
         self.on_host: list[float] = []
         self.known: list[bool] = []
 
-    def slot(self) -> Fp8Slot:
-        """A new slot; before `allocate`."""
+    def slot(self, sharded: bool = True) -> Fp8Slot:
+        """A new slot; before `allocate`. Whether its tensors are shards does not matter here: the
+        magnitudes of all slots are reduced together."""
         self._slots.append(Fp8Slot(self, len(self._slots)))
         return self._slots[-1]
 
@@ -164,7 +234,7 @@ class Fp8Scales:
             slot.amax = self.history[0, slot.index : slot.index + 1]
         self.on_host, self.known = [1.0] * count, [False] * count
 
-    def set_from(self, index: int, x: torch.Tensor, headroom: float) -> None:
+    def set_from(self, index: int, x: torch.Tensor, headroom: float | torch.Tensor) -> None:
         """The first scale of a slot, from the tensor that is about to be quantised."""
         amax = x.detach().abs().amax().float().reshape(1) * headroom
         value = float(self._reduce_max(amax))
@@ -255,30 +325,16 @@ def norm_backward(
     dy_TH: torch.Tensor,
     x_TH: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
     mean: torch.Tensor | None,
     rstd: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of a norm's input, weight and bias, by Transformer Engine.
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of a norm's input, weight and (LayerNorm's) bias, by Transformer Engine on a GPU.
 
     Args:
-        dy_TH: of its output.
-        x_TH, weight, bias: what it was given; no bias: None comes back for it.
-        mean: (T,) float32; None: RMSNorm.
-        rstd: (T,) float32.
-        eps: for the definition (CPU), which has torch compute all again.
+        dy_TH: of the norm's output.
+        mean, rstd: of each token, (T,) float32; no mean: RMSNorm.
     """
-    if tex is None or not x_TH.is_cuda:
-        x, weight = x_TH.detach().requires_grad_(), weight.detach().requires_grad_()
-        bias = None if bias is None else bias.detach().requires_grad_()
-        with torch.enable_grad():
-            y = normalise(x, weight, bias, eps, mean is not None)
-        inputs = (x, weight) if bias is None else (x, weight, bias)
-        dx, dweight, *rest = torch.autograd.grad(y, inputs, dy_TH)
-        return dx, dweight, rest[0] if rest else None
+    dy_TH = dy_TH.contiguous()
     if mean is None:
-        dx, dweight = tex.rmsnorm_bwd(dy_TH.contiguous(), x_TH, rstd, weight, 0, False)
-        return dx, dweight, None if bias is None else dy_TH.sum(0)
-    dx, dweight, dbias = tex.layernorm_bwd(dy_TH.contiguous(), x_TH, mean, rstd, weight, 0, False)
-    return dx, dweight, None if bias is None else dbias
+        return tuple(tex.rmsnorm_bwd(dy_TH, x_TH, rstd, weight, 0, False))
+    return tuple(tex.layernorm_bwd(dy_TH, x_TH, mean, rstd, weight, 0, False))

@@ -16,9 +16,10 @@ LEVELS = {
     "errors": 0, "log": 0, "progress": 0, "tensor_files": 0, "timer": 0,
     "config": 1, "kernels": 1,
     "fp8": 2,
-    "sparsity": 3, "compress": 3,
-    "megatron": 4, "optim": 4, "data": 4, "convert": 4,
-    "train": 5,
+    "fp8_current": 3,
+    "sparsity": 4, "compress": 4,
+    "megatron": 5, "optim": 5, "data": 5, "convert": 5,
+    "train": 6,
 }  # fmt: skip
 
 # Only these files (or folders) may import the dependency.

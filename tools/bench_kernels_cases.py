@@ -260,6 +260,14 @@ def pack_cases() -> list[Case]:
             **shared,
         ),
         Case("amax_scale bf16", "amax_scale", 2, lambda s: (s.normal(),), odd_shape=(515, 1031)),
+        Case(
+            "rescale_ bf16",
+            "rescale_",
+            4,
+            lambda s: (s.normal(), s.number(3.0), s.number(1 / 3)),
+            odd_shape=(515, 1031),
+            others={"torch, factor in 16 bits": lambda t: lambda: t[0].mul_(t[1])},
+        ),
         Case(  # the weight is read twice
             "pack24 bf16 to e4m3, scale by amax",
             "pack24",

@@ -33,6 +33,7 @@ from kernel_classes import Profile, profiled, table  # noqa: E402
 from megasparse.config import load_config, resolve  # noqa: E402
 from megasparse.errors import MegasparseError  # noqa: E402
 from megasparse.fp8 import Fp8Scales, refusal  # noqa: E402
+from megasparse.fp8_current import CurrentScales, Scales  # noqa: E402
 from megasparse.megatron.grid import make_grid  # noqa: E402
 from megasparse.megatron.layer import build_layer, rotary_frequencies  # noqa: E402
 from megasparse.megatron.sparsify import sparsify  # noqa: E402
@@ -57,6 +58,7 @@ OURS = {
     "dense": ["--sparsity-recipe", "dense"],
     "fst": FST,
     "fst fp8": [*FST, *FP8],
+    "fst fp8 current": [*FST, *FP8, "--fp8-recipe", "tensorwise"],
     "s_ste": S_STE,
     "s_ste fp8": [*S_STE, *FP8],
 }
@@ -115,7 +117,10 @@ def megasparse(flags: Sequence[str], part: str, interval: int, device: torch.dev
     every = ["--mask-update-interval", str(interval)] if "fst" in flags else []
     config = resolve(load_config([*MODEL, *flags, *every]), 1)
     model, layer = build_layer(config, device)
-    scales = Fp8Scales(device) if config.fp8.fp8_format else None
+    scales: Scales | None = None
+    if config.fp8.fp8_format:
+        current = config.fp8.fp8_recipe == "tensorwise"
+        scales = CurrentScales() if current else Fp8Scales(device)
     recipe, clock = recipe_of(config), Clock(1, config.train.train_iters)
     controller = sparsify(model, recipe, config.sparsity.sparse_layers, clock, fp8=scales)
     angles = rotary_frequencies(LENGTH, HIDDEN // HEADS, device)

@@ -3,7 +3,7 @@
     python tools/bench_train.py --output tools/results/train-h200-2026-01-01.md
     python tools/bench_train.py --variants dense fst -- --config configs/gpt2_124m.yaml
 
-The default is a LLaMA of about 1.2B parameters with 4 x 2048 tokens a micro-batch and 8
+The default is a LLaMA of about 1.2B parameters with 8 x 2048 tokens a micro-batch and 4
 micro-batches a step; flags after `--` are those of launch/pretrain.py and come last. Data are
 generated. Every variant trains in the same process, one after the other; times are medians of the
 host's clock around whole steps, each of which reads its loss. Kernel times are of a profile of two
@@ -44,7 +44,7 @@ MODEL = [
     "--num-layers", "16", "--hidden-size", "2048", "--ffn-hidden-size", "8192",
     "--num-attention-heads", "16", "--seq-length", "2048", "--position-embedding-type", "rope",
     "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--vocab-size", "32000",
-    "--untie-embeddings-and-output-weights", "--micro-batch-size", "4", "--global-batch-size", "32",
+    "--untie-embeddings-and-output-weights", "--micro-batch-size", "8", "--global-batch-size", "32",
     "--lr", "3e-4", "--bf16",
 ]  # fmt: skip
 ALL = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]

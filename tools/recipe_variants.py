@@ -6,12 +6,13 @@ FST = ["--sparsity-recipe", "fst", "--dense-tail-fraction", "0"]
 EVERY_STEP = ["--mask-update-interval", "1"]
 ALL_LINEARS = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
 PLAIN = ["--masked-decay", "none", "--mask-update-interval", "none"]
+SR_STE = ["--sparsity-recipe", "sr_ste", "--mask-update-interval", "none"]
 S_STE = ["--sparsity-recipe", "s_ste", *PLAIN]
 VARIANTS = {
     "dense": ["--sparsity-recipe", "dense", *PLAIN],
     "half": ["--sparsity-recipe", "dense", *PLAIN],  # and half of the FFN
     "ste": ["--sparsity-recipe", "ste", *PLAIN],
-    "sr_ste": ["--sparsity-recipe", "sr_ste", "--mask-update-interval", "none"],
+    "sr_ste": SR_STE,
     "fst": [*FST, *EVERY_STEP],
     "s_ste": S_STE,
 }
@@ -21,11 +22,13 @@ ABLATIONS = {
     "fst_mvue_approximate": [*FST, *EVERY_STEP, "--mvue", "approximate"],
     "fst_no_mvue": [*FST, *EVERY_STEP, "--mvue", "off"],
     "fst_no_decay": [*FST, *EVERY_STEP, "--masked-decay", "0"],
+    "fst_decay_2e-4": [*FST, *EVERY_STEP, "--masked-decay", "2e-4"],
     "fst_decay_6e-4": [*FST, *EVERY_STEP, "--masked-decay", "6e-4"],
-    "fst_decay_2e-3": [*FST, *EVERY_STEP, "--masked-decay", "2e-3"],
+    "fst_decay_6e-3": [*FST, *EVERY_STEP, "--masked-decay", "6e-3"],
     "fst_decay_before_clipping": [*FST, *EVERY_STEP, "--masked-decay-before-clipping"],
     "fst_tail": ["--sparsity-recipe", "fst", *EVERY_STEP],
     "fst_all_linears": [*FST, *EVERY_STEP, *ALL_LINEARS],
+    "sr_ste_decay_2e-4": [*SR_STE, "--masked-decay", "2e-4"],
     "s_ste_scale_recomputed": [*S_STE, "--s-ste-scale", "every_step"],
     "s_ste_all_linears": [*S_STE, *ALL_LINEARS],
 }
@@ -38,4 +41,7 @@ IN_FP8 = {
 ALL_VARIANTS = VARIANTS | ABLATIONS | IN_FP8
 
 # The variant that another changes.
-BASES = {name: "s_ste" if name.startswith("s_ste") else "fst" for name in (*ABLATIONS, *IN_FP8)}
+BASES = {
+    name: next(base for base in ("fst", "sr_ste", "s_ste") if name.startswith(f"{base}_"))
+    for name in (*ABLATIONS, *IN_FP8)
+}

@@ -252,12 +252,19 @@ class Fp8Config:
         "gradients in e5m2 where their GEMM is dense (hybrid); default: in the model's precision",
         choices=("e4m3", "hybrid"),
     )  # fmt: skip
-    fp8_margin: int = option(0, "scales are divided by 2 to the power of this", at_least=0)
+    fp8_recipe: str = option(
+        "delayed", "what a tensor is scaled by: the largest magnitudes of earlier steps (delayed), "
+        "or its own, found in one more pass over it (tensorwise, current scaling)",
+        choices=("delayed", "tensorwise"),
+    )  # fmt: skip
+    fp8_margin: int = option(
+        0, "scales are divided by 2 to the power of this (delayed)", at_least=0
+    )
     fp8_amax_history_len: int = option(
-        16, "optimizer steps whose largest magnitudes make a scale", at_least=1
+        16, "optimizer steps whose largest magnitudes make a scale (delayed)", at_least=1
     )
     fp8_amax_compute_algo: str = option(
-        "max", "the largest of them, or the newest", choices=("max", "most_recent")
+        "max", "the largest of them, or the newest (delayed)", choices=("max", "most_recent")
     )
 
 

@@ -280,6 +280,11 @@ def _check_fp8(config: RunConfig) -> None:
         raise ConfigError(f"fp8_format {wanted} in float32, expected --bf16")
     if config.sparsity.simulate_fp8:
         raise ConfigError(f"fp8_format {wanted} with simulate_fp8, expected one of the two")
+    if config.fp8.fp8_recipe == "tensorwise" and config.fp8.fp8_margin:
+        raise ConfigError(
+            f"fp8_margin {config.fp8.fp8_margin} with fp8_recipe tensorwise, expected 0: a scale "
+            "that follows from the tensor itself leaves no margin"
+        )
 
 
 def _check_divisible(config: RunConfig) -> None:

@@ -20,6 +20,8 @@ any sizes that the function's own docstring allows.
 | swiglu_fused(fused (..., 2 F))                 | (..., F): swiglu of [gate | x], autograd     |
 | swiglu_fused_backward(dy (..., F), fused)      | (..., 2 F): its gradient                     |
 | amax_scale(w (N, K))                           | 0-d float32: amax / 448, e4m3's scale        |
+| scales_of_amax(amax (1,), maximum=448)         | AmaxScales: current scaling's, of MVUE too   |
+| rescale_(z, a, b)                              | z, in place: *= a * b, device scalars        |
 | pack24(w (N, K), dtype=None, scale=None)       | Packed24: the hardware's 2:4 layout          |
 | unpack24(packed)                               | (N, K) dense                                 |
 | mvue_pack24(dz (T, N), seed)                   | Packed24 (N, T): MVUE(dZ^T) in 16 bits       |
@@ -36,6 +38,9 @@ any sizes that the function's own docstring allows.
 """
 
 from megasparse.kernels.amax_scale import amax_scale as amax_scale
+from megasparse.kernels.current_scaling import AmaxScales as AmaxScales
+from megasparse.kernels.current_scaling import rescale_ as rescale_
+from megasparse.kernels.current_scaling import scales_of_amax as scales_of_amax
 from megasparse.kernels.gated_activation import geglu as geglu
 from megasparse.kernels.gated_activation import swiglu as swiglu
 from megasparse.kernels.gated_activation import swiglu_fused as swiglu_fused
@@ -69,6 +74,7 @@ from megasparse.kernels.transposable24 import transposable24_mask as transposabl
 from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
 
 __all__ = [
+    "AmaxScales",
     "Packed24",
     "amax_scale",
     "count_flips",
@@ -85,8 +91,10 @@ __all__ = [
     "norm_float8",
     "pack24",
     "prune24_mask",
+    "rescale_",
     "s_ste_scale",
     "scale_from_sums",
+    "scales_of_amax",
     "soft_threshold24",
     "soft_threshold24_with_sums",
     "spmm24",

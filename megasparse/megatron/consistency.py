@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megasparse.errors import ReplicaError
+from megasparse.fp8 import Fp8Scales
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.controller import SparsityController
 
@@ -117,7 +118,9 @@ def _tensor_parallel(model: torch.nn.Module, controller: SparsityController, gri
 
 def _fp8(controller: SparsityController) -> Named:
     scales = controller.fp8
-    return [] if scales is None else [("FP8 scales", scales.scale), ("FP8 history", scales.history)]
+    if not isinstance(scales, Fp8Scales):
+        return []  # none, or scales of the moment: no state
+    return [("FP8 scales", scales.scale), ("FP8 history", scales.history)]
 
 
 def _tied(model: torch.nn.Module, grid: Grid) -> Named:

@@ -56,9 +56,8 @@ class NormToFloat8(torch.nn.Module):
         )
 
     def _slot(self, x: torch.Tensor) -> Fp8Slot | None:
-        linear, _ = self._readers
-        assert linear.state is not None and linear.state.fp8 is not None
-        slot = linear.state.fp8.x
+        slot = _delayed_slot(self._readers[0])
+        assert slot is not None
         watched = any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
             for m in (self, *self._readers)
@@ -100,8 +99,15 @@ def _fits(norm: Any, linear: SparseColumnParallelLinear) -> bool:
         and not getattr(norm, "zero_centered_gamma", False)
         and isinstance(norm.weight, torch.Tensor)
         and linear.in_fp8_alone
+        and _delayed_slot(linear) is not None
         and not linear.comm.gathers
     )
+
+
+def _delayed_slot(linear: SparseColumnParallelLinear) -> Fp8Slot | None:
+    """The scaling of its input; a scale of the moment would follow from the norm's whole output."""
+    slots = None if linear.state is None else linear.state.fp8
+    return slots.x if slots is not None and isinstance(slots.x, Fp8Slot) else None
 
 
 def _kinds() -> tuple[tuple[type[torch.nn.Module], ...], tuple[type[torch.nn.Module], ...]]:

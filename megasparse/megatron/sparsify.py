@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from megasparse.errors import ConfigError
-from megasparse.fp8 import Fp8Scales
+from megasparse.fp8_current import Scales
 from megasparse.kernels.packed24 import ROW_MULTIPLE
 from megasparse.megatron.layers import _ParallelLinear
 from megasparse.megatron.mlp import fuse_gated_mlps
@@ -37,7 +37,7 @@ def sparsify(
     timer: StepTimer | None = None,
     slorb_k: int | None = None,
     slorb_train_projection: bool = True,
-    fp8: Fp8Scales | None = None,
+    fp8: Scales | None = None,
     fp8_hybrid: bool = False,
 ) -> SparsityController:
     """Give every linear whose name matches a pattern the recipe's sparsity state.
@@ -81,7 +81,7 @@ def sparsify(
         state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce, reduce_max)
         if fp8 is not None:
             _check_fp8(name, module)
-            state.fp8, state.fp8_hybrid = Fp8Slots.of(fp8), fp8_hybrid
+            state.fp8, state.fp8_hybrid = Fp8Slots.of(fp8, module.shard.dim), fp8_hybrid
         module.make_sparse(state, controller, _draw_key(name))
         if slorb_k is not None:
             module.add_boost(slorb_k, slorb_train_projection)

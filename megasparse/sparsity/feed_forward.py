@@ -8,7 +8,8 @@
 
 What two calls of `linear` with an activation between them compute, to the last bit; but neither the
 activation nor the gradient of [gate | up] is written in 16 bits: they leave the activation's
-kernels as operands of the GEMMs that follow.
+kernels as operands of the GEMMs that follow. (Scales of the moment follow from whole tensors: with
+them both are written, and quantised after that.)
 """
 
 from __future__ import annotations
@@ -41,14 +42,17 @@ class _GatedFeedForward(torch.autograd.Function):
         x_TK = x.reshape(-1, x.shape[-1])
         fused_TF, kept1 = output(first, x_TK, recorded and ctx.needs_input_grad[1], operands)
         z_TN, kept2 = second.output_gated(fused_TF, recorded and ctx.needs_input_grad[2])
-        again = comm.gathers
-        ctx.save_for_backward(x_local if again else None, None if again else kept1, fused_TF, kept2)
+        if comm.gathers:
+            kept1 = ()
+        ctx.of_first = len(kept1)
+        ctx.save_for_backward(x_local if comm.gathers else None, fused_TF, *kept1, *kept2)
         return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (dz,) = grads
-        x_local, kept1, fused_TF, kept2 = ctx.saved_tensors
+        x_local, fused_TF, *kept = ctx.saved_tensors
+        kept1, kept2 = tuple(kept[: ctx.of_first]), tuple(kept[ctx.of_first :])
         first, second, comm, wanted = ctx.first, ctx.second, ctx.comm, ctx.needs_input_grad
         dx, dw1, dw2, dy_TF, wait = None, None, None, None, None
         gradient = second.gradient(dz.reshape(-1, dz.shape[-1]), ctx.seeds[1])

@@ -1,4 +1,4 @@
-"""FP8 GEMMs: e4m3 operands with delayed scaling, 2:4 where the recipe is.
+"""FP8 GEMMs: e4m3 operands with delayed or current scaling, 2:4 where the recipe is.
 
 | GEMM        | 2:4 operand, packed                  | dense operand                            |
 |-------------|--------------------------------------|------------------------------------------|
@@ -15,12 +15,13 @@ orientations, dZ the copy for grad_input and the packed draw for grad_weight. Re
 from __future__ import annotations
 
 from collections.abc import Set
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.functional import pad
 
-from megasparse.fp8 import Fp8Scales, Fp8Slot
+from megasparse.fp8 import Fp8Slot
+from megasparse.fp8_current import CurrentSlot, Scales, Scaling, Slot
 from megasparse.kernels import (
     grad_pack24,
     matmul24,
@@ -33,7 +34,9 @@ from megasparse.kernels import (
 )
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.packed24 import E4M3, Packed24
+from megasparse.sparsity.fp8_products import alpha_of, key_suffix, scaled_mm, undone
 from megasparse.sparsity.gemm_choice import GemmChooser, shared_chooser
+from megasparse.sparsity.gemms import Kept
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import Section
@@ -46,15 +49,32 @@ MVUE_HEADROOM = 4.0
 class Fp8Slots(NamedTuple):
     """The scaling of one layer's operands."""
 
-    x: Fp8Slot
-    weight: Fp8Slot
-    gradient: Fp8Slot
-    draw: Fp8Slot
+    x: Slot
+    weight: Slot
+    gradient: Slot
+    draw: Slot
 
     @classmethod
-    def of(cls, scales: Fp8Scales) -> Fp8Slots:
-        """Four new ones."""
-        return cls(*(scales.slot() for _ in range(4)))
+    def of(cls, scales: Scales, split: int | None = None) -> Fp8Slots:
+        """Four new ones.
+
+        Args:
+            split: the dimension of the weight (N, K) that tensor parallelism splits: 0 splits dZ
+                too, 1 splits x.
+        """
+        sharded = (split == 1, split is not None, split == 0, split == 0)
+        return cls(*(scales.slot(part) for part in sharded))
+
+    def export_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps: of current scaling nothing."""
+        if isinstance(self.x, CurrentSlot):
+            return {}
+        return self.x.scales.export_state(cast(tuple[Fp8Slot, ...], self))
+
+    def import_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `export_state` gave; current scaling takes nothing of another recipe."""
+        if not isinstance(self.x, CurrentSlot):
+            self.x.scales.import_state(cast(tuple[Fp8Slot, ...], self), state)
 
 
 class Fp8Gradient(NamedTuple):
@@ -64,11 +84,14 @@ class Fp8Gradient(NamedTuple):
         row: (T', N) 8 bit, T' a multiple of 128.
         along_tokens: dZ^T (N, T'), packed or dense.
         tokens: T.
+        row_scaling, along_scaling: of the two.
     """
 
     row: torch.Tensor
     along_tokens: Packed24 | torch.Tensor
     tokens: int
+    row_scaling: Scaling
+    along_scaling: Scaling
 
 
 class DenseFp8Gemms:
@@ -83,61 +106,58 @@ class DenseFp8Gemms:
 
     def __init__(self, w_NK: torch.Tensor, slots: Fp8Slots) -> None:
         self._slots = slots
-        slots.weight.begin(w_NK)
-        w_NK = w_NK.detach()
-        self._w_NK, self._w_KN = slots.weight.quantise(w_NK, columns=True)
+        row, column, scaling = slots.weight.quantised(w_NK.detach(), columns=True)
+        self._w_NK, self._w_KN = row, column
+        self._weight: Scaling = scaling
 
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         return self._output(x_TK, keep=False)[0]
 
-    def output_keeping(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        z_TN, kept = self._output(x_TK, keep=True)
-        assert kept is not None
-        return z_TN, kept
+    def output_keeping(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+        return self._output(x_TK, keep=True)
 
-    def output_of(self, row: torch.Tensor, tokens: int) -> torch.Tensor:
-        """`output` of an x (T', K) that is quantised with its slot's scale; T' in whole tiles."""
-        return self._multiply_output(row, self._slots.x, self._slots.weight)[:tokens]
+    def output_of(
+        self, row: torch.Tensor, x_KT: torch.Tensor | None, tokens: int
+    ) -> tuple[torch.Tensor, Kept]:
+        """`output` (with `x_KT` `output_keeping`) of an x in whole tiles of e4m3."""
+        x = self._slots.x
+        assert isinstance(x, Fp8Slot)
+        return self._multiply_output(row, x)[:tokens], _keep(x_KT, x)
 
-    def output_gated(
-        self, fused_TF: torch.Tensor, keep: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def output_gated(self, fused_TF: torch.Tensor, keep: bool) -> tuple[torch.Tensor, Kept]:
         """`output` (with `keep` `output_keeping`) of swiglu([gate | up]).
+
+        A scale of the moment follows from the whole activation, which is computed in 16 bits then.
 
         Args:
             fused_TF: (T, 2 K), 16 bits.
         """
-        x, weight = self._slots.x, self._slots.weight
-        if not x.known:
+        x = self._slots.x
+        if isinstance(x, CurrentSlot) or not x.known:
             return self._output(swiglu_fused(fused_TF), keep)
         row, x_KT = swiglu_float8(
             fused_TF, scale=x.scale, transposed=keep, amax=x.amax if keep else None
         )
-        return self._multiply_output(row, x, weight)[: fused_TF.shape[0]], x_KT
+        return self.output_of(row, x_KT, fused_TF.shape[0])
 
-    def kept(self, x_TK: torch.Tensor) -> torch.Tensor:
-        self._slots.x.begin(x_TK)
-        _, x_KT = self._slots.x.quantise(_whole_tiles(x_TK), rows=False, columns=True)
-        assert x_KT is not None
-        return x_KT
+    def kept(self, x_TK: torch.Tensor) -> Kept:
+        _, x_KT, x = self._slots.x.quantised(_whole_tiles(x_TK), rows=False, columns=True)
+        return _keep(x_KT, x)
 
-    def _output(self, x_TK: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x, weight = self._slots.x, self._slots.weight
-        x.begin(x_TK)
-        row, x_KT = x.quantise(_whole_tiles(x_TK), columns=keep, record=keep)
+    def _output(self, x_TK: torch.Tensor, keep: bool) -> tuple[torch.Tensor, Kept]:
+        tiles_TK = _whole_tiles(x_TK)
+        row, x_KT, x = self._slots.x.quantised(tiles_TK, columns=keep, record=keep)
         assert row is not None
-        return self._multiply_output(row, x, weight)[: x_TK.shape[0]], x_KT
+        return self._multiply_output(row, x)[: x_TK.shape[0]], _keep(x_KT, x)
 
-    def _multiply_output(self, row: torch.Tensor, x: Fp8Slot, weight: Fp8Slot) -> torch.Tensor:
+    def _multiply_output(self, row: torch.Tensor, x: Scaling) -> torch.Tensor:
         assert self._w_NK is not None
-        return scaled_mm(row, self._w_NK, x, weight)
+        return scaled_mm(row, self._w_NK, x, self._weight)
 
     def gradient(self, dz_TN: torch.Tensor, seed: int) -> Fp8Gradient:
-        slot = self._slots.gradient
-        slot.begin(dz_TN)
-        row, dz_NT = slot.quantise(_whole_tiles(dz_TN), columns=True)
+        row, dz_NT, dz = self._slots.gradient.quantised(_whole_tiles(dz_TN), columns=True)
         assert row is not None and dz_NT is not None
-        return Fp8Gradient(row, dz_NT, dz_TN.shape[0])
+        return Fp8Gradient(row, dz_NT, dz_TN.shape[0], dz, dz)
 
     def gradient_gated(self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: int) -> Fp8Gradient:
         """`gradient` of that of [gate | up], this layer's output, from that of its swiglu."""
@@ -145,12 +165,13 @@ class DenseFp8Gemms:
 
     def grad_input(self, gradient: Fp8Gradient) -> torch.Tensor:
         assert self._w_KN is not None
-        product = scaled_mm(gradient.row, self._w_KN, self._slots.gradient, self._slots.weight)
+        product = scaled_mm(gradient.row, self._w_KN, gradient.row_scaling, self._weight)
         return product[: gradient.tokens]
 
-    def grad_weight(self, gradient: Fp8Gradient, kept: torch.Tensor) -> torch.Tensor:
+    def grad_weight(self, gradient: Fp8Gradient, kept: Kept) -> torch.Tensor:
         assert isinstance(gradient.along_tokens, torch.Tensor)
-        return scaled_mm(gradient.along_tokens, kept, self._slots.gradient, self._slots.x)
+        x = self._slots.x.of_kept(kept[1:])
+        return scaled_mm(gradient.along_tokens, kept[0], gradient.along_scaling, x)
 
 
 class PackedFp8Gemms(DenseFp8Gemms):
@@ -191,132 +212,135 @@ class PackedFp8Gemms(DenseFp8Gemms):
         self._row_dtype = E5M2 if hybrid and not recipe.transposable else E4M3
         if chooser is None and w_NK.is_cuda:
             self._chooser = shared_chooser(w_NK.device)
-        slots.weight.begin(w_NK)
+        # Of all entries, kept or not: a bound, and nearly always the largest is kept.
+        headroom = 1.0 if threshold_scale is None else threshold_scale
+        self._weight = slots.weight.begin(w_NK, headroom)
         self._packed, self._other = weight_pack24(
             w_NK,
             mask,
             threshold_scale=threshold_scale,
             dtype=E4M3,
-            scale=slots.weight.scale,
+            scale=self._weight.scale,
             transposed="packed" if recipe.transposable else "dense",
-            amax=slots.weight.amax,
+            amax=self._weight.amax,
             error_flag=error_flag,
             nan_flag=nan_flag,
         )
         if self._probe.asked:
-            self._tell("weight", w_NK, self._packed.values, slots.weight)
+            self._tell("weight", w_NK, self._packed.values)
 
-    def _multiply_output(self, row: torch.Tensor, x: Fp8Slot, weight: Fp8Slot) -> torch.Tensor:
-        return self._sparse("output", self._packed, row, x, weight)
+    def _multiply_output(self, row: torch.Tensor, x: Scaling) -> torch.Tensor:
+        return self._sparse("output", self._packed, row, x)
 
     def gradient(self, dz_TN: torch.Tensor, seed: int) -> Fp8Gradient:
         slots, tokens = self._slots, dz_TN.shape[0]
         if self._recipe.mvue == "off":
             return super().gradient(dz_TN, seed)
-        slots.gradient.begin(dz_TN)
-        slots.draw.begin(dz_TN, MVUE_HEADROOM)
         with self._probe.timer.span("preparation"):
-            row, packed = grad_pack24(_whole_tiles(dz_TN), seed=seed, **self._as_operands())
+            dz = slots.gradient.begin(dz_TN, dtype=self._row_dtype)
+            draw = slots.draw.begin_draws(dz_TN, MVUE_HEADROOM, dz)
+            row, packed = grad_pack24(_whole_tiles(dz_TN), seed=seed, **self._as_operands(dz, draw))
         assert row is not None
         if self._probe.asked:
-            self._tell("grad_output", dz_TN, row, slots.gradient)
-            self._probe.mvue(dz_TN, packed.values.float() * slots.draw.factor)
-        return Fp8Gradient(row, packed, tokens)
+            self._tell("grad_output", dz_TN, row)
+            self._probe.mvue(dz_TN, packed.values.float() * draw.inverse)
+        return Fp8Gradient(row, packed, tokens, dz, draw)
 
     def gradient_gated(self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: int) -> Fp8Gradient:
-        slots = self._slots
-        at_once = self._recipe.mvue != "off" and slots.gradient.known and slots.draw.known
-        if not at_once or self._probe.asked:
+        dz, draw = self._slots.gradient, self._slots.draw
+        if (
+            isinstance(dz, CurrentSlot)
+            or isinstance(draw, CurrentSlot)
+            or not (self._recipe.mvue != "off" and dz.known and draw.known)
+            or self._probe.asked
+        ):
             return super().gradient_gated(dy_TF, fused_TF, seed)
         with self._probe.timer.span("preparation"):
-            row, packed = swiglu_grad_pack24(dy_TF, fused_TF, seed=seed, **self._as_operands())
+            how = self._as_operands(dz, draw)
+            row, packed = swiglu_grad_pack24(dy_TF, fused_TF, seed=seed, **how)
         assert row is not None
-        return Fp8Gradient(row, packed, dy_TF.shape[0])
+        return Fp8Gradient(row, packed, dy_TF.shape[0], dz, draw)
 
-    def _as_operands(self) -> dict[str, Any]:
+    def _as_operands(self, dz: Scaling, draw: Scaling) -> dict[str, Any]:
         """How dZ is quantised and drawn."""
-        slots = self._slots
         return {
-            "row_scale": slots.gradient.scale,
+            "row_scale": dz.scale,
             "row_dtype": self._row_dtype,
-            "packed_scale": slots.draw.scale,
+            "packed_scale": draw.scale,
             "channels": self._channels,
             "exact": self._recipe.mvue == "exact",
-            "row_amax": slots.gradient.amax,
-            "packed_amax": slots.draw.amax,
+            "row_amax": dz.amax,
+            "packed_amax": draw.amax,
             "error_flag": self._error_flag,
         }
 
     def grad_input(self, gradient: Fp8Gradient) -> torch.Tensor:
-        slots = self._slots
+        dz = gradient.row_scaling
         if isinstance(self._other, Packed24):
-            product = self._sparse(
-                "grad_input", self._other, gradient.row, slots.gradient, slots.weight
-            )
+            product = self._sparse("grad_input", self._other, gradient.row, dz)
         else:
             assert self._other is not None
-            product = scaled_mm(gradient.row, self._other, slots.gradient, slots.weight)
+            product = scaled_mm(gradient.row, self._other, dz, self._weight)
         return product[: gradient.tokens]
 
-    def grad_weight(self, gradient: Fp8Gradient, kept: torch.Tensor) -> torch.Tensor:
-        packed, slots = gradient.along_tokens, self._slots
+    def grad_weight(self, gradient: Fp8Gradient, kept: Kept) -> torch.Tensor:
+        packed, x_KT = gradient.along_tokens, kept[0]
         if not isinstance(packed, Packed24):
             return super().grad_weight(gradient, kept)
-        factor = slots.draw.factor * slots.x.factor
+        draw, x = gradient.along_scaling, self._slots.x.of_kept(kept[1:])
+
+        def product(algorithm: int) -> torch.Tensor:
+            how: dict[str, Any] = {"algorithm": algorithm, "alpha": alpha_of(draw, x)}
+            return undone(matmul24(packed, x_KT, transposed=True, **how), draw, x)
+
         self.halved = self.halved | {"grad_weight"}
         (n, t), algorithm = packed.shape, 0
         if self._chooser is not None:
             # Dense or not, MVUE's draws are part of the result: only the algorithm is chosen.
             algorithm = self._chooser.choose(
-                f"e4m3 grad_weight N {n}, K {kept.shape[0]}, T {t}",
-                2 * n * t * kept.shape[0],
-                lambda a: matmul24(packed, kept, transposed=True, algorithm=a, alpha=factor),
-                lambda: scaled_mm(packed.stored(), kept, slots.draw, slots.x),
+                f"e4m3 grad_weight N {n}, K {x_KT.shape[0]}, T {t}{key_suffix(x)}",
+                2 * n * t * x_KT.shape[0],
+                product,
+                lambda: scaled_mm(packed.stored(), x_KT, draw, x),
             ).algorithm
-        return matmul24(packed, kept, transposed=True, algorithm=algorithm, alpha=factor)
+        return product(algorithm)
 
     def _sparse(
-        self, name: str, packed: Packed24, a: torch.Tensor, a_slot: Fp8Slot, w_slot: Fp8Slot
+        self, name: str, packed: Packed24, a: torch.Tensor, scaling: Scaling
     ) -> torch.Tensor:
         """`a (T, K) @ W^T` of the packed W, bfloat16; by a dense GEMM where that is faster."""
-        factor, (n, k) = a_slot.factor * w_slot.factor, packed.shape
+        (n, k), weight = packed.shape, self._weight
+
+        def product(algorithm: int) -> torch.Tensor:
+            alpha = alpha_of(scaling, weight)
+            return undone(spmm24(packed, a, algorithm=algorithm, alpha=alpha), scaling, weight)
+
         if self._chooser is None:
             self.halved = self.halved | {name}
-            return spmm24(packed, a, alpha=factor)
+            return product(0)
         choice = self._chooser.choose(
-            f"e4m3 T {a.shape[0]}, N {n}, K {k}",
+            f"e4m3 T {a.shape[0]}, N {n}, K {k}{key_suffix(scaling)}",
             2 * n * k * a.shape[0],
-            lambda algorithm: spmm24(packed, a, algorithm=algorithm, alpha=factor),
-            lambda: scaled_mm(a, self._dense(name, packed), a_slot, w_slot),
+            product,
+            lambda: scaled_mm(a, self._dense(name, packed), scaling, weight),
         )
         if choice.dense_wins:
-            return scaled_mm(a, self._dense(name, packed), a_slot, w_slot)
+            return scaled_mm(a, self._dense(name, packed), scaling, weight)
         self._unpacked.pop(name, None)
         self.halved = self.halved | {name}
-        return spmm24(packed, a, algorithm=choice.algorithm, alpha=factor)
+        return product(choice.algorithm)
 
     def _dense(self, name: str, packed: Packed24) -> torch.Tensor:
         if name not in self._unpacked:
             self._unpacked[name] = packed.stored()
         return self._unpacked[name]
 
-    def _tell(
-        self, operand: str, values: torch.Tensor, stored: torch.Tensor, slot: Fp8Slot
-    ) -> None:
-        self._probe.fp8(operand, values, stored.float(), slot.scale, stored.dtype)
+    def _tell(self, operand: str, values: torch.Tensor, stored: torch.Tensor) -> None:
+        self._probe.fp8(operand, values, stored.float(), stored.dtype)
 
 
-def scaled_mm(
-    a_TK: torch.Tensor, b_NK: torch.Tensor, a_slot: Fp8Slot, b_slot: Fp8Slot
-) -> torch.Tensor:
-    """`a b^T` (T, N) bfloat16 of two 8-bit matrices with their scaling undone: a dense GEMM."""
-    if not a_TK.is_cuda:
-        factor = a_slot.factor * b_slot.factor
-        return (a_TK.float() @ b_NK.float().t() * factor).to(torch.bfloat16)
-    return torch._scaled_mm(
-        a_TK, b_NK.t(), a_slot.inverse, b_slot.inverse,
-        out_dtype=torch.bfloat16, use_fast_accum=True,
-    )  # fmt: skip
+def _keep(x_KT: torch.Tensor | None, x: Scaling) -> Kept:
+    return () if x_KT is None else (x_KT, *x.kept_with())
 
 
 def _whole_tiles(x_TK: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,9 @@ from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import Mvue
 from megasparse.sparsity.shard import Section
 
+# What an x becomes for grad_weight: tensors that autograd saves.
+Kept = tuple[torch.Tensor, ...]
+
 
 class LinearGemms(Protocol):
     """The GEMMs of one linear layer with the operands of one optimizer step.
@@ -39,11 +42,11 @@ class LinearGemms(Protocol):
         """`X W~^T`, `(T, N)` in the dtype of x."""
         ...
 
-    def output_keeping(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def output_keeping(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, Kept]:
         """The same, and what `grad_weight` wants of x."""
         ...
 
-    def kept(self, x_TK: torch.Tensor) -> torch.Tensor:
+    def kept(self, x_TK: torch.Tensor) -> Kept:
         """What `grad_weight` wants of x, without the product."""
         ...
 
@@ -59,7 +62,7 @@ class LinearGemms(Protocol):
         """`dZ W~`, `(T, K)` in the dtype of dz."""
         ...
 
-    def grad_weight(self, gradient: Any, kept: torch.Tensor) -> torch.Tensor:
+    def grad_weight(self, gradient: Any, kept: Kept) -> torch.Tensor:
         """`dZ^T X` or `MVUE(dZ^T) X`, `(N, K)`: straight through to the dense master weight."""
         ...
 
@@ -78,11 +81,11 @@ class PlainOperands(ABC):
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         """`X W~^T`, `(T, N)` in the dtype of x."""
 
-    def output_keeping(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.output(x_TK), x_TK
+    def output_keeping(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+        return self.output(x_TK), (x_TK,)
 
-    def kept(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return x_TK
+    def kept(self, x_TK: torch.Tensor) -> Kept:
+        return (x_TK,)
 
     def gradient(self, dz_TN: torch.Tensor, seed: int) -> Gradient:
         return Gradient(dz_TN, seed)
@@ -102,8 +105,8 @@ class DenseGemms(PlainOperands):
     def grad_input(self, gradient: Gradient) -> torch.Tensor:
         return gradient.dz_TN @ self._w_NK
 
-    def grad_weight(self, gradient: Gradient, kept: torch.Tensor) -> torch.Tensor:
-        return gradient.dz_TN.t() @ kept
+    def grad_weight(self, gradient: Gradient, kept: Kept) -> torch.Tensor:
+        return gradient.dz_TN.t() @ kept[0]
 
 
 class ReferenceSparseGemms(DenseGemms):
@@ -129,8 +132,8 @@ class ReferenceSparseGemms(DenseGemms):
         self._channels = channels
         self._probe = probe or Probe()
 
-    def grad_weight(self, gradient: Gradient, kept: torch.Tensor) -> torch.Tensor:
-        return self._drawn(gradient).t() @ kept
+    def grad_weight(self, gradient: Gradient, kept: Kept) -> torch.Tensor:
+        return self._drawn(gradient).t() @ kept[0]
 
     def _drawn(self, gradient: Gradient) -> torch.Tensor:
         if self._mvue == "off":
@@ -188,9 +191,9 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
     def grad_input(self, gradient: Gradient) -> torch.Tensor:
         return self._e5m2(gradient.dz_TN, "grad_output") @ self._e5m2(self._w_NK)
 
-    def grad_weight(self, gradient: Gradient, kept: torch.Tensor) -> torch.Tensor:
+    def grad_weight(self, gradient: Gradient, kept: Kept) -> torch.Tensor:
         drawn = self._e5m2(self._drawn(gradient), "grad_output_mvue")
-        return drawn.t() @ self._e5m2(kept)
+        return drawn.t() @ self._e5m2(kept[0])
 
     def _e4m3(self, tensor: torch.Tensor, operand: str | None = None) -> torch.Tensor:
         return self._round(tensor, torch.float8_e4m3fn, operand)
@@ -204,7 +207,7 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
             scale = fp8_scale(tensor, dtype, self._reduce_max)
             rounded = (tensor.float() * scale).to(dtype).float()
             if operand is not None:
-                self._probe.fp8(operand, tensor, rounded, scale, dtype)
+                self._probe.fp8(operand, tensor, rounded, dtype)
             return (rounded / scale).to(tensor.dtype)
 
 
@@ -237,7 +240,7 @@ class Fp8StoredGemms(PlainOperands):
     def grad_input(self, gradient: Gradient) -> torch.Tensor:
         raise RuntimeError("a frozen weight has no backward pass")
 
-    def grad_weight(self, gradient: Gradient, kept: torch.Tensor) -> torch.Tensor:
+    def grad_weight(self, gradient: Gradient, kept: Kept) -> torch.Tensor:
         raise RuntimeError("a frozen weight has no backward pass")
 
 

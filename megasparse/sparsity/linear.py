@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from megasparse.sparsity.fp8_gemms import DenseFp8Gemms
-from megasparse.sparsity.gemms import LinearGemms
+from megasparse.sparsity.gemms import Kept, LinearGemms
 from megasparse.sparsity.norm import Float8Input
 from megasparse.sparsity.slorb import Boost
 
@@ -79,15 +79,15 @@ class _Linear(torch.autograd.Function):
             h_TR = boost.project(x_TK, p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
         again = comm.gathers or p_RK is not None
-        ctx.save_for_backward(
-            x_local if again else None, None if comm.gathers else kept, s_NR, p_RK, h_TR
-        )
+        if comm.gathers:
+            kept = ()
+        ctx.save_for_backward(x_local if again else None, s_NR, p_RK, h_TR, *kept)
         return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (dz,) = grads
-        x_local, kept, s_NR, p_RK, h_TR = ctx.saved_tensors
+        x_local, s_NR, p_RK, h_TR, *kept = ctx.saved_tensors
         dz_TN = dz.reshape(-1, dz.shape[-1])
         dx, dw, ds, dp, wait, x_TK = None, None, None, None, None, None
         wanted = ctx.needs_input_grad
@@ -102,7 +102,7 @@ class _Linear(torch.autograd.Function):
                 dx_TK = ctx.boost.add_grad_input_(dx_TK, dh_TR, p_RK)
             dx, wait = ctx.comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
         if wanted[1]:
-            dw = ctx.gemms.grad_weight(gradient, ctx.gemms.kept(x_TK) if kept is None else kept)
+            dw = ctx.gemms.grad_weight(gradient, tuple(kept) or ctx.gemms.kept(x_TK))
             if dh_TR is not None:
                 ds = dz_TN.t() @ h_TR
                 dp = None if p_RK is None else ctx.boost.grad_projection(dh_TR, x_TK)
@@ -113,14 +113,14 @@ class _Linear(torch.autograd.Function):
 
 def output(
     gemms: LinearGemms, x_TK: torch.Tensor, keep: bool, operands: Float8Input | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, Kept]:
     """`X W~^T`, and with `keep` what `grad_weight` wants of X; X may be quantised already."""
     if operands is not None:
         assert isinstance(gemms, DenseFp8Gemms)
-        return gemms.output_of(operands.rows, x_TK.shape[0]), operands.columns
+        return gemms.output_of(operands.rows, operands.columns, x_TK.shape[0])
     if keep:
         return gemms.output_keeping(x_TK)
-    return gemms.output(x_TK), None
+    return gemms.output(x_TK), ()
 
 
 def in_graph(x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, Float8Input | None]:

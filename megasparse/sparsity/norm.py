@@ -16,6 +16,7 @@ import torch
 
 from megasparse.fp8 import Fp8Slot, norm_backward
 from megasparse.kernels import norm_float8
+from megasparse.kernels.norm_float8.reference import normalise
 
 
 class Float8Input(NamedTuple):
@@ -49,8 +50,9 @@ class _Norm(torch.autograd.Function):
             x_TH, weight, bias, centred=centred, eps=eps, scale=slot.scale, transposed=keep,
             amax=slot.amax if keep else None,
         )  # fmt: skip
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.eps, ctx.centred = eps, centred
+        # The definition computes all again, so that its gradients are torch's.
+        ctx.save_for_backward(x, weight, bias, *((mean, rstd) if x.is_cuda else (None, None)))
         ctx.mark_non_differentiable(rows, *(() if columns is None else (columns,)))
         ctx.set_materialize_grads(False)
         return x.new_empty(()).expand(x.shape), rows, columns
@@ -61,8 +63,29 @@ class _Norm(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         dy_TH, x_TH = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
-        dx, dweight, dbias = norm_backward(dy_TH, x_TH, weight, bias, mean, rstd, ctx.eps)
+        if x.is_cuda:
+            dx, dweight, *rest = norm_backward(dy_TH, x_TH, weight, mean, rstd)
+        else:
+            dx, dweight, *rest = _by_definition(dy_TH, x_TH, weight, bias, ctx.centred, ctx.eps)
+        dbias = rest[0] if bias is not None else None
         return dx.view(x.shape), dweight, dbias, None, None, None, None
+
+
+def _by_definition(
+    dy_TH: torch.Tensor,
+    x_TH: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    centred: bool,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of x, weight and (if there is one) bias, by torch."""
+    given = [None if t is None else t.detach().requires_grad_() for t in (x_TH, weight, bias)]
+    x, weight_leaf, bias_leaf = given
+    assert x is not None and weight_leaf is not None
+    with torch.enable_grad():
+        y = normalise(x, weight_leaf, bias_leaf, eps, centred)
+    return torch.autograd.grad(y, [t for t in given if t is not None], dy_TH)
 
 
 def norm_to_float8(
@@ -79,7 +102,8 @@ def norm_to_float8(
 
     Args:
         x: (..., H), 16 bits; H a multiple of 64.
-        weight, bias: of the norm, (H,) of the same dtype.
+        weight, bias: of the norm, (H,) of the same dtype; LayerNorm's bias may be missing, and
+            RMSNorm's does.
         centred: LayerNorm; else RMSNorm.
         eps: added to the variance.
         slot: of the linear's input; its scale is known.

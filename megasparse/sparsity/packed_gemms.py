@@ -19,7 +19,7 @@ from megasparse.kernels import matmul24, mvue_pack24, spmm24
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.sparsity.gemm_choice import GemmChooser, shared_chooser
-from megasparse.sparsity.gemms import Gradient, PlainOperands
+from megasparse.sparsity.gemms import Gradient, Kept, PlainOperands
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import Section
@@ -86,8 +86,8 @@ class PackedSparseGemms(PlainOperands):
             return gradient.dz_TN @ self._effective()
         return self._multiply("grad_input", self._packed_t, gradient.dz_TN, lambda w_NK: w_NK)
 
-    def grad_weight(self, gradient: Gradient, kept: torch.Tensor) -> torch.Tensor:
-        (dz_TN, seed), x_TK = gradient, kept
+    def grad_weight(self, gradient: Gradient, kept: Kept) -> torch.Tensor:
+        (dz_TN, seed), (x_TK,) = gradient, kept
         if self._recipe.mvue == "off":
             return dz_TN.t() @ x_TK
         with self._probe.timer.span("preparation"):

@@ -62,15 +62,15 @@ class Probe:
             self._add("gradient", _square(gradient))
             self._add("decay", _square(masked) * strength**2)
 
-    def fp8(self, operand: str, values: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor,
-            dtype: torch.dtype) -> None:  # fmt: skip
+    def fp8(
+        self, operand: str, values: torch.Tensor, rounded: torch.Tensor, dtype: torch.dtype
+    ) -> None:
         """A rounding to FP8.
 
         Args:
             operand: one of OPERANDS.
             values: before.
-            rounded: `values * scale` in the values of the format, any dtype.
-            scale: 0-d.
+            rounded: scaled, in the values of the format, any dtype.
             dtype: the format.
         """
         if not self.asked:
@@ -80,7 +80,7 @@ class Probe:
         lost = torch.count_nonzero(values) - torch.count_nonzero(rounded)
         self._add(f"fp8_{operand}_lost", lost)
         self._add(f"fp8_{operand}_all", torch.full_like(lost, values.numel()))
-        amax = (limit / scale).float()
+        amax = values.detach().abs().amax().float()
         known = self.maxima.get(operand)
         self.maxima[operand] = amax if known is None else torch.maximum(known, amax)
 

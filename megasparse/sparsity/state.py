@@ -239,7 +239,7 @@ class SparseWeight(torch.nn.Module):
         if self.inputs is not None:
             state.update(self.inputs.export_state())
         if self.fp8 is not None:
-            state.update(self.fp8.x.scales.export_state(self.fp8))
+            state.update(self.fp8.export_state())
         return state
 
     def snapshot(self) -> tuple[Any, ...]:
@@ -274,5 +274,5 @@ class SparseWeight(torch.nn.Module):
         if self.inputs is not None:
             self.inputs.import_state(state, device)
         if self.fp8 is not None:
-            self.fp8.x.scales.import_state(self.fp8, state)
+            self.fp8.import_state(state)
         self.invalidate()

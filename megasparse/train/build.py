@@ -9,6 +9,7 @@ import torch
 from megasparse import fp8
 from megasparse.config import RunConfig
 from megasparse.errors import ConfigError
+from megasparse.fp8_current import CurrentScales, Scales
 from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.log import warn_once
@@ -75,7 +76,7 @@ def build_engine(
     return PlainEngine(config, grid, model, make_sparse(model), faults, tick, teaching)
 
 
-def _fp8_scales(config: RunConfig, grid: Grid) -> fp8.Fp8Scales | None:
+def _fp8_scales(config: RunConfig, grid: Grid) -> Scales | None:
     """Scaling of the sparse layers' FP8 operands, or None when they are not in FP8.
 
     Raises:
@@ -90,6 +91,8 @@ def _fp8_scales(config: RunConfig, grid: Grid) -> fp8.Fp8Scales | None:
     if grid.device.type == "cuda" and (reason := packing_disagreement(grid.device, E4M3)):
         warn_once("FP8 is not used, the sparse layers stay in bfloat16: %s", reason)
         return None
+    if settings.fp8_recipe == "tensorwise":
+        return CurrentScales(grid.max_over_tp if grid.tp_size > 1 else None)
     return fp8.Fp8Scales(
         grid.device,
         settings.fp8_amax_history_len,

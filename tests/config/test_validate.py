@@ -56,6 +56,21 @@ def test_defaults_are_filled_in():
         (["--lr-warmup-iters", "200"], 1, "lr_warmup_iters 200 is more than"),
         (["--lr-warmup-iters", "2", "--lr-warmup-fraction", "0.1"], 1, "both set"),
         (["--min-lr", "1"], 1, "min_lr 1.0 is above lr"),
+        (
+            [
+                "--bf16",
+                "--sparsity-recipe",
+                "s_ste",
+                "--fp8-format",
+                "e4m3",
+                "--fp8-recipe",
+                "tensorwise",
+                "--fp8-margin",
+                "2",
+            ],
+            1,
+            "fp8_margin 2 with fp8_recipe tensorwise, expected 0",
+        ),
         (["--sequence-parallel"], 1, "needs tensor_model_parallel_size above 1"),
         (
             ["--sequence-parallel", "--tensor-model-parallel-size", "2", "--seq-length", "33"],

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megasparse.config import load_config, resolve
 from megasparse.fp8 import Fp8Scales
+from megasparse.fp8_current import CurrentScales
 from megasparse.megatron import norms
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.init import initialize_weights
@@ -32,7 +33,7 @@ TWO = ["--tensor-model-parallel-size", "2"]
 LINEARS = ("*.mlp.*", "*.self_attention.linear_*")
 
 
-def _layer(world, flags, patterns=LINEARS, **options):
+def _layer(world, flags, patterns=LINEARS, current=False, **options):
     """A layer, made sparse in FP8 (not of a run: that would ask for a GPU)."""
     device = torch.device("cpu")
     config = resolve(load_config([*MODEL, *flags]), world)
@@ -40,7 +41,10 @@ def _layer(world, flags, patterns=LINEARS, **options):
     model, layer = build_layer(config, device)
     initialize_weights(model, 3, 0.05, 1, grid.tp_rank, grid.tp_size)
     names = [name for name, _ in model.named_parameters()]
-    scales = Fp8Scales(device, reduce_max=grid.max_over_tp)
+    if current:
+        scales = CurrentScales(grid.max_over_tp)
+    else:
+        scales = Fp8Scales(device, reduce_max=grid.max_over_tp)
     clock = Clock(seed=5, train_iters=10)
     controller = sparsify(
         model, recipe_of(config), patterns, clock, grid.sum_over_tp, fp8=scales, **options
@@ -135,6 +139,7 @@ def _kinds(rank, world):
         "fc1": _fused(_layer(1, LLAMA, ("*.mlp.linear_fc1",))[0]),
         "slorb": _fused(_layer(1, LLAMA, slorb_k=64)[0]),
         "wanda": _fused(_layer(1, wanda)[0]),
+        "current scaling": _fused(_layer(1, LLAMA, current=True)[0]),
     }
 
 
@@ -147,6 +152,7 @@ def test_what_wants_more_than_the_gemms_keeps_its_norm():
         "fc1": [False, True],
         "slorb": [False, False],
         "wanda": [False, False],
+        "current scaling": [False, False],
     }
 
 

@@ -73,7 +73,7 @@ def test_column_shards_draw_the_numbers_of_the_whole():
 
     def grad_weight(sections, dz):
         gemms = ReferenceSparseGemms(w, "exact", sections)
-        return gemms.grad_weight(gemms.gradient(dz, 3), torch.eye(12))
+        return gemms.grad_weight(gemms.gradient(dz, 3), (torch.eye(12),))
 
     whole = grad_weight((Section(0, 0, 16),), flat)
     parts = [
@@ -124,4 +124,4 @@ def test_simulated_fp8_takes_the_papers_formats():
     torch.testing.assert_close(gemms.grad_input(gemms.gradient(dz2, 3)), round_to_fp8(dz2, e5) @ w5)
     kept = mvue24(dz2, seed=3, dim=0)  # amplified entries: the scale is taken after MVUE
     expected = round_to_fp8(kept, e5).t() @ round_to_fp8(x2, e5)
-    torch.testing.assert_close(gemms.grad_weight(gemms.gradient(dz2, 3), x2), expected)
+    torch.testing.assert_close(gemms.grad_weight(gemms.gradient(dz2, 3), (x2,)), expected)

@@ -1,0 +1,28 @@
+"""The definitions of current scaling's scales, and of undoing them in a product, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.kernels.packed24 import E4M3_MAX
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+# The largest |a| / p of an MVUE draw in units of its group's largest magnitude.
+MVUE_BOUND = 2.0
+
+
+def scales_of_amax(amax: torch.Tensor, maximum: float, out: torch.Tensor) -> None:
+    """Column 0 of `out` (4, 4): scale, its reciprocal, and both for draws."""
+    for row, factor, most in ((0, 1.0, maximum), (2, MVUE_BOUND, E4M3_MAX)):
+        largest = amax[0] * factor
+        usable = (largest > 0) & (largest <= FLOAT32_MAX)
+        # Not a Python number by a tensor: on CUDA that multiplies by a rounded reciprocal.
+        quotient = torch.full_like(largest, most) / largest.masked_fill(~usable, 1.0)
+        scale = torch.where(usable, quotient.clamp(max=FLOAT32_MAX), 1.0)
+        out[row, 0] = scale
+        out[row + 1, 0] = torch.ones_like(scale) / scale
+
+
+def rescale(z: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """z * a * b, rounded to float32 after each product."""
+    z.copy_(z.float() * a * b)

@@ -1,0 +1,76 @@
+"""Scales of the moment and the product that undoes them: Triton against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasparse.errors import KernelError
+from megasparse.kernels import mvue24, rescale_, scales_of_amax
+from tests.kernels.poison import poison_new_tensors
+
+BACKENDS = ["reference", "triton"]
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("maximum", [448.0, 57344.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scales_are_the_format_over_the_amax(device, backend, maximum, monkeypatch):
+    poison_new_tensors(monkeypatch)
+    for amax in (1.0, 3.0, 1e-5, 448.0, 7e19):
+        found = scales_of_amax(
+            torch.tensor([amax], device=device), maximum=maximum, backend=backend
+        )
+        exact = torch.tensor(amax)  # as float32 has it
+        scale, draw = torch.tensor(maximum) / exact, torch.tensor(448.0) / (2 * exact)
+        expected = [scale, 1 / scale, draw, 1 / draw]
+        assert [float(value) for value in found] == [float(value) for value in expected]
+        assert all(value.shape == () and value.data_ptr() % 16 == 0 for value in found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scales_of_unusable_magnitudes(device, backend):
+    for amax in (0.0, float("inf"), float("nan")):
+        found = scales_of_amax(torch.tensor([amax], device=device), backend=backend)
+        assert [float(value) for value in found] == [1.0] * 4
+    tiny = scales_of_amax(torch.tensor([1e-37], device=device), backend=backend)
+    assert float(tiny.scale) == FLOAT32_MAX and float(tiny.inverse) > 0
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_no_draw_is_above_twice_the_largest(device, exact):
+    """And groups of equals reach it: the bound is not too wide."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(256, 512, generator=generator).pow(3).to(device)
+    g[:64] = 1.0
+    drawn = mvue24(g, seed=3, exact=exact)
+    largest = g.view(256, -1, 4).abs().amax(-1, keepdim=True)
+    ratios = drawn.view(256, -1, 4).abs() / largest
+    assert float(ratios.max()) == pytest.approx(2.0, rel=1e-5)
+    assert not exact or float(ratios.max()) <= 2.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rescale_rounds_once(device, backend, dtype):
+    generator = torch.Generator().manual_seed(0)
+    z = (torch.randn(37, 131, generator=generator) * 8).to(device, dtype)
+    z[0, 0], z[3, 4], z[36, 130] = float("nan"), float("-inf"), 0.0
+    a, b = (torch.tensor(value, device=device) for value in (1.0 / 3, 0.737))
+    expected = (z.float() * a * b).to(dtype)
+    found = z.clone()
+    assert rescale_(found, a, b, backend=backend) is found
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert rescale_(found[:0], a, b, backend=backend).shape == (0, 131)
+
+
+def test_refusals(device):
+    z, one = torch.ones(4, 4, device=device), torch.ones((), device=device)
+    with pytest.raises(KernelError, match=r"expected float32 \(1,\)"):
+        scales_of_amax(one)
+    with pytest.raises(KernelError, match="expected contiguous floats"):
+        rescale_(torch.ones(2, 4, device=device).t(), one, one)
+    with pytest.raises(KernelError, match="b is torch.float64"):
+        rescale_(z, one, one.double())
+    with pytest.raises(KernelError, match="expected one of reference, triton"):
+        rescale_(z, one, one, backend="cusparselt")

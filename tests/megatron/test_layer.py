@@ -1,0 +1,105 @@
+"""One Transformer layer as GPUs run it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasparse.config import load_config, resolve
+from megasparse.megatron.spec import transformer_engine_is_there
+from tests import dist
+
+FLAGS = [
+    "--num-layers", "1", "--hidden-size", "512", "--ffn-hidden-size", "1024",
+    "--num-attention-heads", "4", "--group-query-attention", "--num-query-groups", "2",
+    "--seq-length", "256", "--position-embedding-type", "rope", "--normalization", "RMSNorm",
+    "--swiglu", "--disable-bias-linear", "--vocab-size", "512", "--mock-data", "--bf16",
+    "--train-iters", "10", "--micro-batch-size", "2", "--global-batch-size", "2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def one_rank(device, monkeypatch):
+    """Process groups of one rank on the GPU."""
+    from megasparse.megatron.grid import make_grid
+    from megasparse.train.process import start_process, stop_process
+
+    own = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (own | {"MASTER_PORT": str(dist.free_port())}).items():
+        monkeypatch.setenv(name, value)
+    make_grid(1, start_process(10.0), 1)
+    yield
+    stop_process()
+
+
+def _needs_transformer_engine():
+    if not transformer_engine_is_there():
+        pytest.skip("Transformer Engine is not installed")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sparsity-recipe", "fst"],
+        ["--sparsity-recipe", "fst", "--fp8-format", "e4m3"],
+        ["--sparsity-recipe", "s_ste", "--fp8-format", "hybrid"],
+    ],
+)
+def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
+    """Two micro-batches, with refreshed masks and prepared weights in the first."""
+    _needs_transformer_engine()
+    from megasparse.fp8 import Fp8Scales
+    from megasparse.megatron.layer import build_layer, rotary_frequencies
+    from megasparse.megatron.sparsify import sparsify
+    from megasparse.sparsity.controller import Clock
+    from megasparse.train.precheck import recipe_of
+
+    everything = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
+    config = resolve(load_config([*FLAGS, *everything, *flags, "--dense-tail-fraction", "0"]), 1)
+    model, layer = build_layer(config, device)
+    scales = Fp8Scales(device) if config.fp8.fp8_format else None
+    clock = Clock(1, 10)
+    controller = sparsify(
+        model, recipe_of(config), config.sparsity.sparse_layers, clock, fp8=scales
+    )
+    angles = rotary_frequencies(256, 128, device)
+    x = torch.randn(256, 2, 512, device=device).bfloat16().requires_grad_()
+    for step in range(3):
+        torch.cuda.synchronize()
+        # Kernels are compiled, algorithms searched and first scales found in the first step.
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            for _ in range(2):
+                z = layer(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)[0]
+                z.backward(torch.ones_like(z))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        controller.finish_step()
+        clock.step += 1
+
+
+@pytest.mark.gpu
+def test_rotated_projection_is_the_rotated_parts(device, one_rank):
+    """Queries, keys and values rotated out of the projection's output, and taken from it first."""
+    _needs_transformer_engine()
+    from megasparse.megatron.layer import build_layer, rotary_frequencies
+
+    config = resolve(load_config(FLAGS), 1)
+    _, layer = build_layer(config, device)
+    assert layer.config.fused_single_qkv_rope
+    angles = rotary_frequencies(256, 128, device)
+    generator = torch.Generator(device).manual_seed(3)
+    x = torch.randn(256, 2, 512, generator=generator, device=device).bfloat16().requires_grad_()
+    dz = torch.randn(256, 2, 512, generator=generator, device=device).bfloat16()
+    found = []
+    for fused in (True, False):
+        layer.config.fused_single_qkv_rope = fused
+        layer.zero_grad()
+        x.grad = None
+        z = layer(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)[0]
+        z.backward(dz)
+        found.append([z.detach(), x.grad, *(p.grad for p in layer.parameters())])
+    for ours, expected in zip(*found, strict=True):
+        error = (ours.double() - expected.double()).norm() / expected.double().norm()
+        assert error < 1e-2, error

@@ -22,7 +22,8 @@ from megasparse.kernels.float8.triton import e4m3_word, raise_amax, to_float8
 from megasparse.kernels.gated_activation.triton import gated, grad_gate
 from megasparse.kernels.groups.triton import raise_flag, rounded_pair, widen
 from megasparse.kernels.layout24.triton import crowded8, select8
-from megasparse.kernels.mvue24.triton import _seed_arguments, sample_scaled
+from megasparse.kernels.mvue24.triton import _seed_arguments, draw, sample_scaled
+from megasparse.kernels.mvue_words.triton import packed8, sample, signs_of, word8
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
 
@@ -109,14 +110,32 @@ def _store_rows(row_ptr, x, scale, group, channel, num_tokens, row_stride, E5M2:
 
 @triton.jit
 def _prune(x, scale, group, other, seed_ptr, key, high, EXACT: tl.constexpr):
-    """MVUE of a group in e4m3: what `select8` and `crowded8` say of it, and the largest magnitudes
+    """MVUE of a group in e4m3: a word and what `_pack` wants of it, and the largest magnitudes
     before and after."""
-    o0, o1, o2, o3, largest, most = sample_scaled(
-        x[0], x[1], x[2], x[3], group.to(tl.uint32), other, seed_ptr, key, high, scale, EXACT
-    )
-    word = e4m3_word(o0, o1, o2, o3)
-    kept, code = select8(word)
-    return kept, code, crowded8(word), largest, most
+    group = group.to(tl.uint32)
+    if EXACT:
+        word, _ = draw(x[0], group, other, seed_ptr, key, high)
+        sampled = sample(x[0], x[1], x[2], x[3], word)
+        word, nonzero = word8(sampled, signs_of(x[0], x[1], x[2], x[3]), scale)
+        return word, nonzero, sampled[4], sampled[5]
+    else:
+        o0, o1, o2, o3, largest, most = sample_scaled(
+            x[0], x[1], x[2], x[3], group, other, seed_ptr, key, high, scale, False
+        )
+        word = e4m3_word(o0, o1, o2, o3)
+        return word, crowded8(word), largest, most
+
+
+@triton.jit
+def _pack(word0, extra0, word1, extra1, flag_ptr, EXACT: tl.constexpr):
+    """Two pruned groups packed: the four bytes they keep (uint32), and their codes (uint8)."""
+    if EXACT:
+        return packed8(word0, extra0, word1, extra1)
+    else:
+        raise_flag(flag_ptr, ((extra0 | extra1) >> 31).to(tl.int32))
+        kept0, code0 = select8(word0)
+        kept1, code1 = select8(word1)
+        return (kept0 & 0xFFFF) | (kept1 << 16), (code0 | (code1 << 4)).to(tl.uint8)
 
 
 @triton.jit(do_not_specialize=["key", "high", "first_tile", "first_other", "second_other"])
@@ -181,7 +200,7 @@ def _grad_pack24_kernel(
         )
     if row_ptr is not None:
         _store_rows(row_ptr, x, scale, 2 * pair, channel, rows, row_stride, E5M2)
-    kept, code, bad, largest, most = _prune(
+    word, extra, largest, most = _prune(
         x, packed_scale, 2 * pair, other, seed_ptr, key, high, EXACT
     )
     pair1 = 2 * pair + 1
@@ -193,20 +212,20 @@ def _grad_pack24_kernel(
         )
     if row_ptr is not None:
         _store_rows(row_ptr, x1, scale, pair1, channel, rows, row_stride, E5M2)
-    kept1, code1, bad1, largest1, most1 = _prune(
+    word1, extra1, largest1, most1 = _prune(
         x1, packed_scale, pair1, other, seed_ptr, key, high, EXACT
     )
     if row_amax_ptr is not None:
         raise_amax(row_amax_ptr, _max(largest, largest1))
     if packed_amax_ptr is not None:
         raise_amax(packed_amax_ptr, _max(most, most1))
-    raise_flag(flag_ptr, ((bad | bad1) >> 31).to(tl.int32))
+    kept, code = _pack(word, extra, word1, extra1, flag_ptr, EXACT)
     # Row `channel` of the packed values has a word for each pair of groups.
     row = first_channel + block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
     column = tile * PAIRS + tl.arange(0, PAIRS)[None, :]
-    words = tl.trans((kept & 0xFFFF) | (kept1 << 16)).to(tl.int32, bitcast=True)
+    words = tl.trans(kept).to(tl.int32, bitcast=True)
     tl.store(words_ptr + row * (padded_tokens // 8) + column, words)
-    byte = tl.reshape((code | (code1 << 4)).to(tl.uint8), (PAIRS // 8, 2, 4, 4, 2, 8))
+    byte = tl.reshape(code, (PAIRS // 8, 2, 4, 4, 2, 8))
     # (G, g8, gq, a, h, b) -> (G, a, b, gq, g8, h)
     byte = tl.permute(byte, (0, 3, 5, 2, 1, 4))
     start = (first_channel // 64 + block_row).to(tl.int64) * 8 * padded_tokens

@@ -71,7 +71,8 @@ def e4m3_word(a, b, c, d):
 
 @triton.jit
 def raise_amax(amax, magnitude):
-    """Raise the float32 at `amax`, given as an int32 pointer, to the largest of `magnitude`.
+    """Raise the float32 at `amax`, given as an int32 pointer, to the largest of `magnitude` (or its
+    bits).
 
     Magnitudes are ordered like their bits, NaN above all. Most programs find it high enough.
     """

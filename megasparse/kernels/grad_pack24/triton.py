@@ -23,7 +23,7 @@ from megasparse.kernels.gated_activation.triton import gated, grad_gate
 from megasparse.kernels.groups.triton import raise_flag, rounded_pair, widen
 from megasparse.kernels.layout24.triton import crowded8, select8
 from megasparse.kernels.mvue24.triton import _seed_arguments, draw, sample_scaled
-from megasparse.kernels.mvue_words.triton import packed8, sample, signs_of, word8
+from megasparse.kernels.mvue_words.triton import packed8, sample, signs16, signs_of, word8
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
 
@@ -51,20 +51,21 @@ MOST_TILES = 65535
 
 
 @triton.jit
-def _max(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+def _bits(magnitude):
+    """As integers, which are ordered as the magnitudes, NaN above all."""
+    return magnitude.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _load(dz_ptr, group, channel, num_tokens, dz_stride):
-    """The four tokens of a group; zeros after the last token."""
+    """The four tokens of a group, zeros after the last token; then their signs."""
     token = group.to(tl.int64) * 4
     ptrs = dz_ptr + token * dz_stride + channel
     x0 = tl.load(ptrs, mask=token < num_tokens, other=0.0)
     x1 = tl.load(ptrs + dz_stride, mask=token + 1 < num_tokens, other=0.0)
     x2 = tl.load(ptrs + 2 * dz_stride, mask=token + 2 < num_tokens, other=0.0)
     x3 = tl.load(ptrs + 3 * dz_stride, mask=token + 3 < num_tokens, other=0.0)
-    return widen(x0), widen(x1), widen(x2), widen(x3)
+    return widen(x0), widen(x1), widen(x2), widen(x3), signs16(x0, x1, x2, x3)
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def _compute(dy_ptr, fused_ptr, group, column, width, half, num_tokens, dy_strid
     KIND: tl.constexpr = "bf16" if dy_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
     x0, x1 = rounded_pair(x0, x1, KIND)
     x2, x3 = rounded_pair(x2, x3, KIND)
-    return x0, x1, x2, x3
+    return x0, x1, x2, x3, signs_of(x0, x1, x2, x3)
 
 
 @triton.jit
@@ -116,14 +117,14 @@ def _prune(x, scale, group, other, seed_ptr, key, high, EXACT: tl.constexpr):
     if EXACT:
         word, _ = draw(x[0], group, other, seed_ptr, key, high)
         sampled = sample(x[0], x[1], x[2], x[3], word)
-        word, nonzero = word8(sampled, signs_of(x[0], x[1], x[2], x[3]), scale)
-        return word, nonzero, sampled[4], sampled[5]
+        word, nonzero = word8(sampled, x[4], scale)
+        return word, nonzero, _bits(sampled[4]), tl.maximum(_bits(sampled[0]), _bits(sampled[5]))
     else:
         o0, o1, o2, o3, largest, most = sample_scaled(
             x[0], x[1], x[2], x[3], group, other, seed_ptr, key, high, scale, False
         )
         word = e4m3_word(o0, o1, o2, o3)
-        return word, crowded8(word), largest, most
+        return word, crowded8(word), _bits(largest), _bits(most)
 
 
 @triton.jit
@@ -216,9 +217,9 @@ def _grad_pack24_kernel(
         x1, packed_scale, pair1, other, seed_ptr, key, high, EXACT
     )
     if row_amax_ptr is not None:
-        raise_amax(row_amax_ptr, _max(largest, largest1))
+        raise_amax(row_amax_ptr, tl.maximum(largest, largest1))
     if packed_amax_ptr is not None:
-        raise_amax(packed_amax_ptr, _max(most, most1))
+        raise_amax(packed_amax_ptr, tl.maximum(most, most1))
     kept, code = _pack(word, extra, word1, extra1, flag_ptr, EXACT)
     # Row `channel` of the packed values has a word for each pair of groups.
     row = first_channel + block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]

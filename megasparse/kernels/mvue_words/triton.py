@@ -39,9 +39,9 @@ _NIBBLES = tl.constexpr(_table(4))
 
 # Selectors are built above 2^23, where float32 counts in ones.
 _ONES = tl.constexpr(2.0**23)
-# By rank, 16 times more each: 8 for zero (the sign of byte 0, all over the byte), 4 or 0 for `step`
-# (marked once or twice); for the largest 5 for `most`, or 8. With nothing marked but the last two:
-_RANKS = tl.constexpr(2.0**23 + 8 + 16 * 8 + 256 * 4 + 4096 * 5)
+# By rank, 16 times more each: 8 for zero (the sign of byte 0, all over the byte), 4 or 0 for `step`,
+# marked once or twice; for the largest 5 for `most`, or 8. Both marks are on the middle at first.
+_RANKS = tl.constexpr(2.0**23 + 8 + 16 * 8 + 256 * 0 + 4096 * 8)
 # The ranks at the four places when both winners are second and the larger is of 2 and 3.
 _PLACES = tl.constexpr(2.0**23 + 0 + 16 * 2 + 256 * 1 + 4096 * 3)
 
@@ -104,31 +104,24 @@ def _not_below(a, b):
 
 
 @triton.jit
-def _not_zero(a):
-    """1.0 where a is not 0 (NaN is not), else 0.0."""
+def _zero(a):
+    """1.0 where a is 0, else 0.0."""
     if _INTERPRETING:
-        return tl.where(a == 0.0, 0.0, 1.0)
+        return tl.where(a == 0.0, 1.0, 0.0)
     else:
         return tl.inline_asm_elementwise(
-            "set.neu.f32.f32 $0, $1, 0f00000000;", "=f,f", [a], tl.float32, True, 1
+            "set.eq.f32.f32 $0, $1, 0f00000000;", "=f,f", [a], tl.float32, True, 1
         )
 
 
 @triton.jit
-def _drop_largest(ranks, rest, t, step, most):
-    """The selector by rank without the largest where rest > t; and the largest entry kept."""
+def _not_above(a, b):
+    """0.0 where a > b, else 1.0."""
     if _INTERPRETING:
-        dropped = rest > t
-        return tl.where(dropped, ranks + 11264.0, ranks), tl.where(dropped, step, most)
+        return tl.where(a > b, 0.0, 1.0)
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.gt.f32 p, $3, $4; selp.f32 $1, $5, $6, p; mov.f32 $0, $2; "
-            "@p add.f32 $0, $2, 0f46300000; }",
-            "=&f,=&f,f,f,f,f,f",
-            [ranks, rest, t, step, most],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
+            "set.leu.f32.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
         )
 
 
@@ -142,7 +135,7 @@ def sample(x0, x1, x2, x3, word):
     """`reference.exact_magnitudes` of a group and a random word.
 
     Returns: step, most; the selectors of their bytes by rank (float32) and of ranks by place
-    (uint32); the largest magnitudes before and after.
+    (uint32); the largest magnitude, and that one or 0 after: else `step` is the largest.
     """
     a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     smaller01, larger01 = _min(a0, a1), _max(a0, a1)
@@ -153,18 +146,39 @@ def sample(x0, x1, x2, x3, word):
     step = (r + _min(largest, r)) * 0.5
     t = _threshold(uniform24(word), step)
     most = _max(largest, step)
-    # first0: the smaller of 0 and 1 for that of 2 and 3; first1: that one for the middle; second1:
-    # it again, for the middle; second2: the middle for the largest.
-    ranks = tl.fma(_above(smaller01, t), 60.0, _RANKS)
-    ranks = tl.fma(_above(c1, t), 960.0, ranks)
+    # The first mark is not on the middle but on the smaller of 2 and 3, not on that but on the
+    # smaller of 0 and 1; the second not on the middle but on the smaller of 2 and 3, on the largest.
+    ranks = tl.fma(_above(c1, t), 960.0, _RANKS)
+    ranks = tl.fma(_above(smaller01, t), 60.0, ranks)
     ranks = tl.fma(_above(c1 - step, t), 960.0, ranks)
-    ranks, kept = _drop_largest(ranks, r - step, t, step, most)
+    last = _not_above(r - step, t)
+    ranks = tl.fma(last, -11264.0, ranks)
     # Each winner moves its pair, and the larger one swaps the two last ranks wherever they are.
     winner0, winner2 = _not_below(a0, a1), _not_below(a2, a3)
     places = tl.fma(winner2, -7680.0, tl.fma(winner0, -30.0, _PLACES))
     swap = tl.fma(winner2, 3840.0, tl.fma(winner0, -15.0, 16.0 - 4096.0))
     places = tl.fma(_not_below(larger01, larger23), swap, places)
-    return step, most, ranks, _bits(places), largest, kept
+    return step, most, ranks, _bits(places), largest, last * largest
+
+
+@triton.jit
+def signs16(x0, x1, x2, x3):
+    """The same from the 16-bit numbers themselves, two neighbours at a time."""
+    if _INTERPRETING:
+        s0, s1 = x0.to(tl.uint16, bitcast=True) >> 8, x1.to(tl.uint16, bitcast=True) >> 8
+        s2, s3 = x2.to(tl.uint16, bitcast=True) >> 8, x3.to(tl.uint16, bitcast=True) >> 8
+        low, high = s0.to(tl.uint32) | (s1.to(tl.uint32) << 8), s2.to(tl.uint32) | (s3.to(tl.uint32) << 8)
+        return low | (high << 16)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 low, high; prmt.b32 low, $2, $3, 0x7351; prmt.b32 high, $4, $5, 0x7351; "
+            "prmt.b32 $0, low, high, 0x5410; prmt.b32 $1, low, high, 0x7632; }",
+            "=r,=r,r,r,r,r",
+            [x0, x1, x2, x3],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=2,
+        )
 
 
 @triton.jit
@@ -243,8 +257,7 @@ def packed16(sampled, signs, KIND: tl.constexpr):
     """A group packed: the two numbers of a 16-bit KIND that are kept (uint32), and its code."""
     step, most, ranks, places, largest, _ = sampled
     # Zeros count as such: `step` is one when three of four are, `most` when all are.
-    ranks = tl.fma(_not_zero(step), -1024.0, tl.fma(_not_zero(largest), -3.0 * 4096, ranks))
-    ranks += 1024.0 + 3 * 4096
+    ranks = tl.fma(_zero(step), 1024.0, tl.fma(_zero(largest), 3.0 * 4096, ranks))
     numbers = pair16(step, most, KIND)
     nothing = numbers & 0
     # Places hold the selectors of a number's two bytes: of zero 0, of `step` 0x54, of `most` 0x76.

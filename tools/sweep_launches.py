@@ -26,8 +26,13 @@ from bench_kernels_operands import operand_cases  # noqa: E402
 
 from megasparse.kernels.gated_float8 import triton as gated_float8  # noqa: E402
 from megasparse.kernels.grad_pack24 import triton as grad_pack24  # noqa: E402
+from megasparse.kernels.swiglu_grad_pack24 import triton as swiglu_grad_pack24  # noqa: E402
 
-MODULES = {"gated_float8": gated_float8, "grad_pack24": grad_pack24}
+MODULES = {
+    "gated_float8": gated_float8,
+    "grad_pack24": grad_pack24,
+    "swiglu_grad_pack24": swiglu_grad_pack24,
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ GRADIENT = (
 SWEEPS = (
     Sweep("grad_pack24 exact bf16, e5m2 rows", "grad_pack24", "LAUNCH", GRADIENT),
     Sweep(
-        "swiglu_grad_pack24", "grad_pack24", "GATED",
+        "swiglu_grad_pack24", "swiglu_grad_pack24", "LAUNCH",
         ((16, 4, 80), (16, 4, 96), (16, 4, 128), (16, 4, 168), (8, 2, 96), (8, 2, 128), (8, 4, 72),
          (32, 8, 96), (32, 8, 128), (16, 8, 80)),
     ),

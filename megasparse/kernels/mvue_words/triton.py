@@ -163,13 +163,11 @@ def sample(x0, x1, x2, x3, word):
 
 @triton.jit
 def signs16(x0, x1, x2, x3):
-    """The same from the 16-bit numbers themselves, two neighbours at a time."""
+    """The top bytes of a group of 16-bit numbers, in a uint32: the signs, and bits below them."""
     if _INTERPRETING:
-        s0, s1 = x0.to(tl.uint16, bitcast=True) >> 8, x1.to(tl.uint16, bitcast=True) >> 8
-        s2, s3 = x2.to(tl.uint16, bitcast=True) >> 8, x3.to(tl.uint16, bitcast=True) >> 8
-        low, high = s0.to(tl.uint32) | (s1.to(tl.uint32) << 8), s2.to(tl.uint32) | (s3.to(tl.uint32) << 8)
-        return low | (high << 16)
-    else:
+        low = _top_byte(x0) | (_top_byte(x1) << 8)
+        return low | (_top_byte(x2) << 16) | (_top_byte(x3) << 24)
+    else:  # two neighbours at a time
         return tl.inline_asm_elementwise(
             "{ .reg .b32 low, high; prmt.b32 low, $2, $3, 0x7351; prmt.b32 high, $4, $5, 0x7351; "
             "prmt.b32 $0, low, high, 0x5410; prmt.b32 $1, low, high, 0x7632; }",
@@ -182,11 +180,14 @@ def signs16(x0, x1, x2, x3):
 
 
 @triton.jit
-def signs_of(x0, x1, x2, x3):
-    """The top bytes of a group's float32, in a uint32; the bits below the signs are anything."""
-    low = permute_bytes(_bits(x0), _bits(x1), tl.full((1, 1), 0x73, tl.uint32))
-    high = permute_bytes(_bits(x2), _bits(x3), tl.full((1, 1), 0x73, tl.uint32))
-    return permute_bytes(low, high, tl.full((1, 1), 0x5410, tl.uint32))
+def _top_byte(x):
+    return x.to(tl.uint16, bitcast=True).to(tl.uint32) >> 8
+
+
+@triton.jit
+def signs_of_pairs(low, high):
+    """The same from two numbers in each of two uint32."""
+    return permute_bytes(low, high, (low & 0) + 0x7531)
 
 
 @triton.jit

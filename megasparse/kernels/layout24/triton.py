@@ -150,11 +150,26 @@ def select8(word):
 
 
 @triton.jit
+def _nonzero16(low, high):
+    """Bits 15, 31, 14, 30 where entries 0, 1, 2, 3 are not zero without their signs."""
+    nonzero = ((low & 0x7FFF7FFF) + 0x7FFF7FFF) & 0x80008000
+    return nonzero | ((((high & 0x7FFF7FFF) + 0x7FFF7FFF) >> 1) & 0x40004000)
+
+
+@triton.jit
+def crowded16(word):
+    """uint32 whose top bit is set where more than two 16-bit numbers of a uint64 are non-zero."""
+    nonzero = _nonzero16(word.to(tl.uint32), (word >> 32).to(tl.uint32)) >> 14
+    # Counts of up to two in bits 0 and 16, together in bits 16 to 18.
+    count = ((nonzero & 0x10001) + ((nonzero >> 1) & 0x10001)) * 0x10001
+    return (((count >> 16) & 7) + 5) << 28  # three make eight
+
+
+@triton.jit
 def select16(word):
     """The kept two of the four 16-bit numbers of a uint64, as a uint32, and their code."""
     low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
-    nonzero = ((low & 0x7FFF7FFF) + 0x7FFF7FFF) & 0x80008000
-    nonzero = nonzero | ((((high & 0x7FFF7FFF) + 0x7FFF7FFF) >> 1) & 0x40004000)
+    nonzero = _nonzero16(low, high)
     # Entries 0, 1, 2, 3 at bits 15, 31, 14, 30: then at 29, 31, 28, 30.
     code = _look_up(_CODES16, (nonzero * 0x4001) >> 26)
     if _INTERPRETING:

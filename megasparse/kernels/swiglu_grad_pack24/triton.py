@@ -43,7 +43,7 @@ class Launch:
     registers: int
 
 
-LAUNCH = Launch(pairs=8, num_warps=4, registers=96)
+LAUNCH = Launch(pairs=8, num_warps=4, registers=128)
 # The interpreter costs time per program, not per element.
 INTERPRETED = Launch(pairs=64, num_warps=4, registers=96)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
-from megasparse.kernels.float8.triton import e4m3_word, raise_amax, to_float8
+from megasparse.kernels.float8.triton import e4m3_word, to_float8
 from megasparse.kernels.groups.triton import raise_flag
 from megasparse.kernels.layout24.triton import crowded8, select8
 from megasparse.kernels.mvue24.triton import draw, sample_scaled
@@ -46,8 +46,16 @@ def _store_token(ptrs, x, scale, token, num_tokens, E5M2: tl.constexpr, FULL: tl
 
 @triton.jit
 def store_rows(
-    row_ptr, x, scale, group, channel, num_tokens, row_stride, E5M2: tl.constexpr, FULL: tl.constexpr
-):  # fmt: skip
+    row_ptr,
+    x,
+    scale,
+    group,
+    channel,
+    num_tokens,
+    row_stride,
+    E5M2: tl.constexpr,
+    FULL: tl.constexpr,
+):
     """A group's tokens, quantised; those from `num_tokens` on do not exist, with FULL all do."""
     token = group.to(tl.int64) * 4
     ptrs = row_ptr + token * row_stride + channel

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8.triton import to_float8
-from megasparse.kernels.groups.triton import pair16
+from megasparse.kernels.groups.triton import pair16, permute_bytes
 from megasparse.kernels.mvue24.triton import _max, _min, _threshold
 from megasparse.kernels.philox.triton import uniform24
 
@@ -37,39 +37,13 @@ def _table(shift: int) -> int:
 _CODES = tl.constexpr(_table(2))
 _NIBBLES = tl.constexpr(_table(4))
 
-# Selectors are built above 2^23, where float32 counts in ones.
-_ONES = tl.constexpr(2.0**23)
-# By rank, 16 times more each: 8 for zero (the sign of byte 0, all over the byte), 4 or 0 for `step`,
-# marked once or twice; for the largest 5 for `most`, or 8. Both marks are on the middle at first.
+# Selectors are sums above 2^23, where float32 counts in ones.
+# By rank, 16 times more each: 8 for zero (the sign of byte 0, all over the byte), 4 or 0 for
+# `step`, marked once or twice; for the largest 5 for `most`, or 8. At first both marks are on the
+# middle.
 _RANKS = tl.constexpr(2.0**23 + 8 + 16 * 8 + 256 * 0 + 4096 * 8)
 # The ranks at the four places when both winners are second and the larger is of 2 and 3.
 _PLACES = tl.constexpr(2.0**23 + 0 + 16 * 2 + 256 * 1 + 4096 * 3)
-
-
-@triton.jit
-def permute_bytes(low, high, selector):
-    """PTX's `prmt`: of the eight bytes of `low` and `high` the four that the nibbles name.
-
-    A nibble above 7 names the sign of a byte, all over the byte.
-    """
-    if _INTERPRETING:
-        both = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
-        result = (both & 0).to(tl.uint32)
-        for i in tl.static_range(4):
-            nibble = (selector >> (4 * i)) & 15
-            byte = (both >> ((nibble & 7) * 8).to(tl.uint64)).to(tl.uint32) & 0xFF
-            byte = tl.where(nibble > 7, (byte >> 7) * 0xFF, byte)
-            result = result | (byte << (8 * i))
-        return result
-    else:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [low, high, selector],
-            dtype=tl.uint32,
-            is_pure=True,
-            pack=1,
-        )
 
 
 @triton.jit
@@ -146,8 +120,8 @@ def sample(x0, x1, x2, x3, word):
     step = (r + _min(largest, r)) * 0.5
     t = _threshold(uniform24(word), step)
     most = _max(largest, step)
-    # The first mark is not on the middle but on the smaller of 2 and 3, not on that but on the
-    # smaller of 0 and 1; the second not on the middle but on the smaller of 2 and 3, on the largest.
+    # The first mark moves from the middle to the smaller of 2 and 3, and from there to the smaller
+    # of 0 and 1; the second from the middle to the smaller of 2 and 3, or to the largest.
     ranks = tl.fma(_above(c1, t), 960.0, _RANKS)
     ranks = tl.fma(_above(smaller01, t), 60.0, ranks)
     ranks = tl.fma(_above(c1 - step, t), 960.0, ranks)

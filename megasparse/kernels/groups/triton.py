@@ -155,7 +155,8 @@ def permute_bytes(low, high, selector):
     """
     if _INTERPRETING:
         both = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
-        result = (both & 0).to(tl.uint32)
+        result = low & 0
+        selector = result + selector  # which may be a number
         for i in tl.static_range(4):
             nibble = (selector >> (4 * i)) & 15
             byte = (both >> ((nibble & 7) * 8).to(tl.uint64)).to(tl.uint32) & 0xFF

@@ -105,13 +105,22 @@ def _bits(x):
 
 
 @triton.jit
+def _magnitude(x):
+    """|x|, left to the operations that read it, which take it for nothing."""
+    if _INTERPRETING:
+        return tl.abs(x)
+    else:  # otherwise masked together with the widening of a 16-bit number: one operation more
+        return tl.inline_asm_elementwise("abs.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
 def sample(x0, x1, x2, x3, word):
     """`reference.exact_magnitudes` of a group and a random word.
 
     Returns: step, most; the selectors of their bytes by rank (float32) and of ranks by place
     (uint32); the largest magnitude, and that one or 0 after: else `step` is the largest.
     """
-    a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
+    a0, a1, a2, a3 = _magnitude(x0), _magnitude(x1), _magnitude(x2), _magnitude(x3)
     smaller01, larger01 = _min(a0, a1), _max(a0, a1)
     smaller23, larger23 = _min(a2, a3), _max(a2, a3)
     middle, largest = _min(larger01, larger23), _max(larger01, larger23)

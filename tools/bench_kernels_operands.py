@@ -92,6 +92,16 @@ def operand_cases() -> list[Case]:
                 wrong_share=0.0 if exact else 1e-3,
             )
         )
+    cases.append(
+        Case(
+            "mvue_pack24 exact bf16",
+            "mvue_pack24",
+            3.125,
+            lambda s: (s.normal(),),
+            lambda op, t: partial(op, t[0], seed=7),
+            odd_shape=(515, 192),
+        )
+    )
     return [*cases, *gated_cases(), *norm_cases()]
 
 

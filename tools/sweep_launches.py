@@ -26,9 +26,17 @@ from bench_kernels_operands import operand_cases  # noqa: E402
 
 from megasparse.kernels.gated_float8 import triton as gated_float8  # noqa: E402
 from megasparse.kernels.grad_pack24 import triton as grad_pack24  # noqa: E402
+from megasparse.kernels.mvue_pack24 import triton as mvue_pack24  # noqa: E402
 from megasparse.kernels.norm_float8 import triton as norm_float8  # noqa: E402
+from megasparse.kernels.swiglu_grad_pack24 import triton as swiglu_grad_pack24  # noqa: E402
 
-MODULES = {"gated_float8": gated_float8, "grad_pack24": grad_pack24, "norm_float8": norm_float8}
+MODULES = {
+    "gated_float8": gated_float8,
+    "grad_pack24": grad_pack24,
+    "mvue_pack24": mvue_pack24,
+    "norm_float8": norm_float8,
+    "swiglu_grad_pack24": swiglu_grad_pack24,
+}
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,14 @@ NORM = (
 SWEEPS = (
     Sweep("grad_pack24 exact bf16, e5m2 rows", "grad_pack24", "LAUNCH", GRADIENT),
     Sweep(
-        "swiglu_grad_pack24", "grad_pack24", "GATED",
-        ((16, 4, 80), (16, 4, 96), (16, 4, 128), (16, 4, 168), (8, 2, 96), (8, 2, 128), (8, 4, 72),
-         (32, 8, 96), (32, 8, 128), (16, 8, 80)),
+        "swiglu_grad_pack24", "swiglu_grad_pack24", "LAUNCH",
+        ((8, 4, 128), (8, 4, 112), (8, 4, 96), (8, 4, 80), (8, 4, 168), (16, 8, 128), (16, 8, 96),
+         (16, 8, 80), (16, 4, 168), (16, 4, 200), (16, 4, 255), (8, 2, 168), (8, 2, 255)),
+    ),
+    Sweep(
+        "mvue_pack24 exact", "mvue_pack24", "LAUNCH",
+        ((16, 4, 64), (16, 4, 56), (16, 4, 80), (32, 8, 64), (32, 8, 80), (32, 4, 96), (32, 4, 80),
+         (32, 4, 128), (16, 2, 96), (16, 2, 80), (8, 2, 64), (64, 8, 96)),
     ),
     Sweep(
         "swiglu_float8", "gated_float8", "LAUNCH",

@@ -1,7 +1,7 @@
 """What only a GPU's compiler sees of the packing kernels, run in the interpreter all the same.
 
-On a GPU kept entries, masks and columns of 4x4 blocks are picked by PTX's byte permutation, which
-the interpreter does not have. Here it is spelt out, and the kernels take the GPU's branch.
+On a GPU kept entries, masks and columns of 4x4 blocks are picked by PTX's byte permutation. Here
+the kernels take the GPU's branch, with the permutation as it is spelt out for the interpreter.
 """
 
 from __future__ import annotations
@@ -16,23 +16,11 @@ from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.layout24 import triton as layout
 
 
-def permuted_bytes(low, high, selector):
-    """PTX's `prmt`, default mode, without its sign replication."""
-    both = low.to(layout.tl.uint64) | (high.to(layout.tl.uint64) << 32)
-    out = low & 0
-    for position in range(4):
-        index = (selector >> 4 * position) & 7
-        shift = index * 8 if isinstance(index, int) else (index * 8).to(layout.tl.uint64)
-        out = out | (((both >> shift).to(layout.tl.uint32) & 0xFF) << 8 * position)
-    return out
-
-
 @pytest.fixture
 def gpu_branch(monkeypatch):
     if not INTERPRETING:
         pytest.skip("on a GPU the branch runs by itself")
     monkeypatch.setattr(layout, "_INTERPRETING", layout.tl.constexpr(False))
-    monkeypatch.setattr(layout, "_permute_bytes", permuted_bytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])

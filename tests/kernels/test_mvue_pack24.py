@@ -46,6 +46,33 @@ def test_sections_draw_the_numbers_of_their_place(device, backend):
     assert torch.equal(unpack24(packed), torch.cat(parts, 1).t())
 
 
+def special(device, dtype):
+    """All groups of nine special numbers, ties among them, each at some place: (412, 64)."""
+    tiny = 2.0**-133 if dtype == torch.bfloat16 else 2.0**-24
+    numbers = torch.tensor([0.0, -0.0, 1.0, -1.0, 1.5, tiny, -3 * tiny, torch.inf, torch.nan])
+    groups = torch.cartesian_prod(*[numbers] * 4)
+    groups = torch.cat([groups, torch.zeros(103 * 64 - len(groups), 4)]).view(103, 64, 4)
+    return groups.transpose(1, 2).reshape(412, 64).to(dtype).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", [3, 4])
+def test_special_numbers(device, dtype, seed):
+    """Bit for bit, signs of zeros included; of a NaN the sign is open. No group is crowded."""
+    dz, flags = special(device, dtype), []
+    results = []
+    for backend in ("reference", "triton"):
+        flags.append(torch.zeros(1, dtype=torch.int32, device=device))
+        results.append(mvue_pack24(dz, seed=seed, error_flag=flags[-1], backend=backend))
+    one, other = results
+    assert torch.equal(one.metadata, other.metadata)
+    bits, expected = other.values.view(torch.int16), one.values.view(torch.int16)
+    nan = one.values.isnan()
+    assert torch.equal(nan, other.values.isnan()) and nan.any()
+    assert torch.equal(bits[~nan], expected[~nan])
+    assert not any(flag.item() for flag in flags)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_real_gradients_on_a_gpu(device, dtype):

@@ -73,10 +73,17 @@ def e4m3_word(a, b, c, d):
 def raise_amax(amax, magnitude):
     """Raise the float32 at `amax`, given as an int32 pointer, to the largest of `magnitude`.
 
-    Magnitudes are ordered like their bits, NaN above all. Most programs find it high enough.
+    Magnitudes (float32, or int32 bits) are ordered like their bits, NaN above all. Most programs
+    find it high enough.
     """
+    raise_above(amax, magnitude, tl.load(amax))
+
+
+@triton.jit
+def raise_above(amax, magnitude, before):
+    """The same with what was found at `amax` earlier, when a load was cheap."""
     bits = tl.max(magnitude.to(tl.int32, bitcast=True))
-    tl.atomic_max(amax, bits, mask=bits > tl.load(amax), sem="relaxed")
+    tl.atomic_max(amax, bits, mask=bits > before, sem="relaxed")
 
 
 @triton.jit

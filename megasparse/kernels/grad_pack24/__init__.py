@@ -17,6 +17,7 @@ from megasparse.kernels.packed24 import (
     empty_packed,
 )
 from megasparse.kernels.random import SeedLike, check_seed
+from megasparse.kernels.swiglu_grad_pack24 import triton as swiglu_triton
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -128,7 +129,8 @@ def swiglu_grad_pack24(
     scales, maxima = (row_scale, packed_scale), (row_amax, packed_amax)
     _check_tensors(op, fused, row_dtype, scales, maxima, error_flag)
     row, packed, error_flag = _outputs(fused, row_dtype, None, error_flag)
-    implementation = triton if dispatch.resolve(op, fused, backend) == "triton" else reference
+    name = dispatch.resolve(op, fused, backend)
+    implementation = swiglu_triton if name == "triton" else reference
     implementation.swiglu_grad_pack24(
         dy, fused, seed, places, exact, scales, row, packed, maxima, error_flag
     )

@@ -148,6 +148,33 @@ def pair16(low, high, KIND: tl.constexpr):
 
 
 @triton.jit
+def permute_bytes(low, high, selector):
+    """PTX's `prmt`: of the eight bytes of `low` and `high` the four that the nibbles name.
+
+    A nibble above 7 names the sign of a byte, all over the byte.
+    """
+    if _INTERPRETING:
+        both = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
+        result = low & 0
+        selector = result + selector  # which may be a number
+        for i in tl.static_range(4):
+            nibble = (selector >> (4 * i)) & 15
+            byte = (both >> ((nibble & 7) * 8).to(tl.uint64)).to(tl.uint32) & 0xFF
+            byte = tl.where(nibble > 7, (byte >> 7) * 0xFF, byte)
+            result = result | (byte << (8 * i))
+        return result
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [low, high, selector],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def rounded_pair(low, high, KIND: tl.constexpr):
     """Two fp32 values, not NaN, rounded to nearest even as numbers of KIND."""
     if KIND == "fp32":

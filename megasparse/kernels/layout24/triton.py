@@ -16,7 +16,7 @@ import triton.language as tl
 
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8.triton import e4m3_word
-from megasparse.kernels.groups.triton import pair16, to_fp32
+from megasparse.kernels.groups.triton import pair16, permute_bytes, to_fp32
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
@@ -45,19 +45,6 @@ _CODES16 = tl.constexpr(_table((2, 0, 3, 1)))
 def _look_up(TABLE: tl.constexpr, shift):
     """The 4 bits of a 64-bit constant that lie `shift` (2-D, uint32) above its end."""
     return (tl.full((1, 1), TABLE, tl.uint64) >> shift.to(tl.uint64)).to(tl.uint32) & 15
-
-
-@triton.jit
-def _permute_bytes(low, high, selector):
-    """PTX's `prmt`: of the eight bytes of `low` and `high` the four that the nibbles name."""
-    return tl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, $3;",
-        "=r,r,r,r",
-        [low, high, selector],
-        dtype=tl.uint32,
-        is_pure=True,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -107,7 +94,7 @@ def masked_word(word, kept, OUT: tl.constexpr):
             high = ((kept >> 16) & 1) * 0xFFFF + ((kept >> 16) & 0x100) * 0xFFFF00
         else:
             kept = kept * 0xFF
-            low, high = _permute_bytes(kept, kept, 0x1100), _permute_bytes(kept, kept, 0x3322)
+            low, high = permute_bytes(kept, kept, 0x1100), permute_bytes(kept, kept, 0x3322)
         return word & (low.to(tl.uint64) | (high.to(tl.uint64) << 32))
 
 
@@ -145,16 +132,31 @@ def select8(word):
         first, second = (word >> ((code & 3) * 8)) & 0xFF, (word >> ((code >> 2) * 8)) & 0xFF
         kept = first | (second << 8)
     else:
-        kept = _permute_bytes(word, word, code + (code & 12) * 3)
+        kept = permute_bytes(word, word, code + (code & 12) * 3)
     return kept, code
+
+
+@triton.jit
+def _nonzero16(low, high):
+    """Bits 15, 31, 14, 30 where entries 0, 1, 2, 3 are not zero without their signs."""
+    nonzero = ((low & 0x7FFF7FFF) + 0x7FFF7FFF) & 0x80008000
+    return nonzero | ((((high & 0x7FFF7FFF) + 0x7FFF7FFF) >> 1) & 0x40004000)
+
+
+@triton.jit
+def crowded16(word):
+    """uint32 whose top bit is set where more than two 16-bit numbers of a uint64 are non-zero."""
+    nonzero = _nonzero16(word.to(tl.uint32), (word >> 32).to(tl.uint32)) >> 14
+    # Counts of up to two in bits 0 and 16, together in bits 16 to 18.
+    count = ((nonzero & 0x10001) + ((nonzero >> 1) & 0x10001)) * 0x10001
+    return (((count >> 16) & 7) + 5) << 28  # three make eight
 
 
 @triton.jit
 def select16(word):
     """The kept two of the four 16-bit numbers of a uint64, as a uint32, and their code."""
     low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
-    nonzero = ((low & 0x7FFF7FFF) + 0x7FFF7FFF) & 0x80008000
-    nonzero = nonzero | ((((high & 0x7FFF7FFF) + 0x7FFF7FFF) >> 1) & 0x40004000)
+    nonzero = _nonzero16(low, high)
     # Entries 0, 1, 2, 3 at bits 15, 31, 14, 30: then at 29, 31, 28, 30.
     code = _look_up(_CODES16, (nonzero * 0x4001) >> 26)
     if _INTERPRETING:
@@ -162,7 +164,7 @@ def select16(word):
         second = (word >> ((code >> 2) * 16).to(tl.uint64)).to(tl.uint32)
         kept = first | (second << 16)
     else:  # bytes 2 i0, 2 i0 + 1, 2 i1, 2 i1 + 1
-        kept = _permute_bytes(low, high, code * 0x22 + (code & 12) * (0x880 - 0x22) + 0x1010)
+        kept = permute_bytes(low, high, code * 0x22 + (code & 12) * (0x880 - 0x22) + 0x1010)
     return kept, code
 
 
@@ -191,13 +193,13 @@ def columns_of(r0, r1, r2, r3):
     """The four columns of a 4x4 block whose rows are words, as words."""
     if r0.dtype.primitive_bitwidth == 32 and not _INTERPRETING:
         # Bytes 0 and 1, then 2 and 3, of two rows in turn.
-        t0, t1 = _permute_bytes(r0, r1, 0x5140), _permute_bytes(r2, r3, 0x5140)
-        t2, t3 = _permute_bytes(r0, r1, 0x7362), _permute_bytes(r2, r3, 0x7362)
+        t0, t1 = permute_bytes(r0, r1, 0x5140), permute_bytes(r2, r3, 0x5140)
+        t2, t3 = permute_bytes(r0, r1, 0x7362), permute_bytes(r2, r3, 0x7362)
         return (
-            _permute_bytes(t0, t1, 0x5410),
-            _permute_bytes(t0, t1, 0x7632),
-            _permute_bytes(t2, t3, 0x5410),
-            _permute_bytes(t2, t3, 0x7632),
+            permute_bytes(t0, t1, 0x5410),
+            permute_bytes(t0, t1, 0x7632),
+            permute_bytes(t2, t3, 0x5410),
+            permute_bytes(t2, t3, 0x7632),
         )
     else:
         return (

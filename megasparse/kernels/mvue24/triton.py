@@ -151,15 +151,14 @@ def _signed(magnitude, x):
 @triton.jit
 def _sample(x0, x1, x2, x3, group, other, seed_ptr, key, high, EXACT: tl.constexpr):
     """The four entries of each group after pruning; `group` and `other` are uint32 counters."""
-    o0, o1, o2, o3, _, _ = sample_scaled(
-        x0, x1, x2, x3, group, other, seed_ptr, key, high, 1.0, EXACT
-    )
+    key, high = seed_of(seed_ptr, key, high)
+    o0, o1, o2, o3, _, _ = sample_scaled(x0, x1, x2, x3, group, other, key, high, 1.0, EXACT)
     return o0, o1, o2, o3
 
 
 @triton.jit
-def sample_scaled(x0, x1, x2, x3, group, other, seed_ptr, key, high, scale, EXACT: tl.constexpr):
-    """The same times `scale` (positive); then the largest magnitudes before and after, unscaled."""
+def seed_of(seed_ptr, key, high):
+    """The two words of a seed as uint32: of the one in memory, if there is a pointer."""
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         key = seed.to(tl.uint32)
@@ -167,10 +166,22 @@ def sample_scaled(x0, x1, x2, x3, group, other, seed_ptr, key, high, scale, EXAC
     else:
         key = key.to(tl.uint32)
         high = high.to(tl.uint32)
+    return key, high
+
+
+@triton.jit
+def draw(x, group, other, key, high):
+    """The two random words of each group, in the threads that hold `x`, one of its gradients."""
     # Zero, and LLVM knows it; Triton does not, and so draws the numbers in the threads that hold
     # the gradients. Otherwise it draws them elsewhere and moves them through shared memory.
-    nothing = (x0.to(tl.uint32, bitcast=True) & 1) >> 1
-    word0, word1 = philox2x32((group ^ high) ^ nothing, other, key)
+    nothing = (x.to(tl.uint32, bitcast=True) & 1) >> 1
+    return philox2x32((group ^ high) ^ nothing, other, key)
+
+
+@triton.jit
+def sample_scaled(x0, x1, x2, x3, group, other, key, high, scale, EXACT: tl.constexpr):
+    """The same times `scale` (positive); then the largest magnitudes before and after, unscaled."""
+    word0, word1 = draw(x0, group, other, key, high)
     a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     if EXACT:
         o0, o1, o2, o3, largest, kept = _exact(a0, a1, a2, a3, word0, scale)

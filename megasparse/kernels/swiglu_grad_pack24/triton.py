@@ -1,0 +1,240 @@
+"""Triton kernel of `swiglu_grad_pack24`: dy and [gate | x] are read once, coalesced along channels.
+
+A program takes 64 channels of both halves, as dZ of the fused projection has two for each of dy, by
+8 * PAIRS tokens. It computes both gradients, rounds them to 16 bits, two tokens in a register, and
+does with the gate's and then with x's what `grad_pack24` does with a gradient that it loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.float8 import E5M2
+from megasparse.kernels.float8.triton import raise_above
+from megasparse.kernels.gated_activation.triton import gated, grad_gate
+from megasparse.kernels.grad_tiles.triton import (
+    load_token,
+    prune,
+    store_packed,
+    store_rows,
+    tiles,
+)
+from megasparse.kernels.groups.triton import pair16, to_fp32, widen
+from megasparse.kernels.mvue24.triton import _seed_arguments, seed_of
+from megasparse.kernels.mvue_words.triton import signs_of_pairs
+from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.random import SeedLike
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Most pairs of groups (8 tokens) a program handles, 2 x 64 channels each, and its warps.
+
+    registers: the most that a thread may have.
+    """
+
+    pairs: int
+    num_warps: int
+    registers: int
+
+
+LAUNCH = Launch(pairs=8, num_warps=4, registers=128)
+# The interpreter costs time per program, not per element.
+INTERPRETED = Launch(pairs=64, num_warps=4, registers=96)
+
+
+@triton.jit
+def _gradients(dy_ptrs, fused_ptrs, width, token, num_tokens, FULL: tl.constexpr):
+    """The gradients of the gate and of x in float32; `fused_ptrs` point to gates."""
+    dy = widen(load_token(dy_ptrs, token, num_tokens, FULL))
+    gate = widen(load_token(fused_ptrs, token, num_tokens, FULL))
+    x = widen(load_token(fused_ptrs + width, token, num_tokens, FULL))
+    return grad_gate(dy, x, gate, False), gated(dy, gate, False)
+
+
+@triton.jit
+def _two_tokens(
+    dy_ptrs,
+    fused_ptrs,
+    dy_stride,
+    fused_stride,
+    width,
+    token,
+    num_tokens,
+    KIND: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Two tokens' gradients of the gate, rounded, in one uint32, and of x in another."""
+    gate0, x0 = _gradients(dy_ptrs, fused_ptrs, width, token, num_tokens, FULL)
+    gate1, x1 = _gradients(
+        dy_ptrs + dy_stride, fused_ptrs + fused_stride, width, token + 1, num_tokens, FULL
+    )
+    return pair16(gate0, gate1, KIND), pair16(x0, x1, KIND)
+
+
+@triton.jit
+def _group(
+    dy_ptr, fused_ptr, group, column, width, num_tokens, dy_stride, fused_stride, FULL: tl.constexpr
+):
+    """A group's gradients of the gate and of x, each as two uint32."""
+    KIND: tl.constexpr = "bf16" if dy_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
+    token = group.to(tl.int64) * 4
+    dy, fused = dy_ptr + token * dy_stride + column, fused_ptr + token * fused_stride + column
+    gate01, x01 = _two_tokens(
+        dy, fused, dy_stride, fused_stride, width, token, num_tokens, KIND, FULL
+    )
+    dy, fused = dy + 2 * dy_stride, fused + 2 * fused_stride
+    gate23, x23 = _two_tokens(
+        dy, fused, dy_stride, fused_stride, width, token + 2, num_tokens, KIND, FULL
+    )
+    return (gate01, gate23), (x01, x23)
+
+
+@triton.jit
+def _unpacked(pairs, KIND: tl.constexpr):
+    """A group as the functions of `grad_tiles` take it."""
+    low, high = pairs[0].to(tl.int32, bitcast=True), pairs[1].to(tl.int32, bitcast=True)
+    return (
+        to_fp32(low << 16, KIND),
+        to_fp32(low & -0x10000, KIND),
+        to_fp32(high << 16, KIND),
+        to_fp32(high & -0x10000, KIND),
+        signs_of_pairs(pairs[0], pairs[1]),
+    )
+
+
+@triton.jit(do_not_specialize=["key", "high", "first_tile", "gate_other", "x_other"])
+def _swiglu_grad_pack24_kernel(
+    dy_ptr,
+    fused_ptr,
+    row_ptr,
+    words_ptr,
+    metadata_ptr,
+    row_scale_ptr,
+    packed_scale_ptr,
+    inverse_ptr,
+    row_amax_ptr,
+    packed_amax_ptr,
+    flag_ptr,
+    seed_ptr,
+    key,
+    high,
+    num_tokens,
+    padded_tokens,
+    first_tile,
+    dy_stride,
+    fused_stride,
+    width,
+    gate_other,
+    x_other,
+    EXACT: tl.constexpr,
+    E5M2: tl.constexpr,
+    PAIRS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    block, tile = tl.program_id(0), first_tile + tl.program_id(1)
+    pair = tile * PAIRS + tl.arange(0, PAIRS)[:, None]
+    column = block * 64 + tl.arange(0, 64)[None, :]
+    KIND: tl.constexpr = "bf16" if dy_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
+    dy_stride, fused_stride = tl.cast(dy_stride, tl.int64), tl.cast(fused_stride, tl.int64)
+    width = tl.cast(width, tl.int64)
+    key, high = seed_of(seed_ptr, key, high)
+    row_amax, packed_amax = 0, 0
+    if row_amax_ptr is not None:
+        row_amax = tl.load(row_amax_ptr)
+    if packed_amax_ptr is not None:
+        packed_amax = tl.load(packed_amax_ptr)
+    packed_scale = tl.load(packed_scale_ptr)
+    if (block == 0) & (tile == 0):
+        tl.store(inverse_ptr, tl.div_rn(1.0, packed_scale))
+    scale = 1.0
+    if row_ptr is not None:
+        scale = tl.load(row_scale_ptr)
+    now0, x0 = _group(
+        dy_ptr, fused_ptr, 2 * pair, column, width, num_tokens, dy_stride, fused_stride, FULL
+    )
+    now1, x1 = _group(
+        dy_ptr, fused_ptr, 2 * pair + 1, column, width, num_tokens, dy_stride, fused_stride, FULL
+    )
+    largest, most = tl.zeros_like(now0[0]).to(tl.int32), tl.zeros_like(now0[0]).to(tl.int32)
+    place, first_row = gate_other.to(tl.uint32), block.to(tl.int64) * 64
+    # A loop indeed: it halves the program and the registers that the compiler wants.
+    for _ in range(2):
+        z0, z1 = _unpacked(now0, KIND), _unpacked(now1, KIND)
+        if row_ptr is not None:
+            # Tokens up to the padded number exist in the rows.
+            channel = first_row + tl.arange(0, 64)[None, :]
+            store_rows(row_ptr, z0, scale, 2 * pair, channel, 0, 2 * width, E5M2, True)
+            store_rows(row_ptr, z1, scale, 2 * pair + 1, channel, 0, 2 * width, E5M2, True)
+        other = column.to(tl.uint32) + place
+        pruned0 = prune(z0, packed_scale, 2 * pair, other, key, high, EXACT)
+        pruned1 = prune(z1, packed_scale, 2 * pair + 1, other, key, high, EXACT)
+        largest = tl.maximum(largest, tl.maximum(pruned0[2], pruned1[2]))
+        most = tl.maximum(most, tl.maximum(pruned0[3], pruned1[3]))
+        store_packed(
+            words_ptr, metadata_ptr, flag_ptr, pruned0, pruned1, first_row, tile, padded_tokens,
+            EXACT, PAIRS,
+        )  # fmt: skip
+        now0, now1, place, first_row = x0, x1, x_other.to(tl.uint32), first_row + width
+    if row_amax_ptr is not None:
+        raise_above(row_amax_ptr, largest, row_amax)
+    if packed_amax_ptr is not None:
+        raise_above(packed_amax_ptr, most, packed_amax)
+
+
+def swiglu_grad_pack24(
+    dy: torch.Tensor,
+    fused: torch.Tensor,
+    seed: SeedLike,
+    places: tuple[int, int],
+    exact: bool,
+    scales: tuple[torch.Tensor | None, torch.Tensor],
+    row: torch.Tensor | None,
+    packed: Packed24,
+    maxima: tuple[torch.Tensor | None, torch.Tensor | None],
+    flag: torch.Tensor,
+) -> None:
+    """See grad_pack24/reference.py."""
+    dy, fused = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, fused))
+    launch = INTERPRETED if INTERPRETING else LAUNCH
+    (tokens, width), padded, pairs = dy.shape, packed.shape[1], launch.pairs
+    while padded % (8 * pairs):
+        pairs //= 2
+    seed_ptr, key, high = _seed_arguments(seed)
+    row_amax, packed_amax = (None if amax is None else amax.view(torch.int32) for amax in maxima)
+    for grid, first_tile in tiles(width // 64, padded // (8 * pairs)):
+        with torch.cuda.device_of(dy):  # Triton launches on the current device
+            _swiglu_grad_pack24_kernel[grid](
+                dy,
+                fused,
+                None if row is None else row.view(torch.int8),
+                packed.values.view(torch.int32),
+                packed.metadata,
+                *scales,
+                packed.scale,
+                row_amax,
+                packed_amax,
+                flag,
+                seed_ptr,
+                key,
+                high,
+                tokens,
+                padded,
+                first_tile,
+                dy.stride(0),
+                fused.stride(0),
+                width,
+                *places,
+                EXACT=exact,
+                E5M2=row is not None and row.dtype == E5M2,
+                PAIRS=pairs,
+                FULL=tokens == padded,
+                num_warps=launch.num_warps,
+                maxnreg=launch.registers,
+                enable_fp_fusion=False,
+            )

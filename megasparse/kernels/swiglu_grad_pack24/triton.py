@@ -81,7 +81,7 @@ def _two_tokens(
 def _group(
     dy_ptr, fused_ptr, group, column, width, num_tokens, dy_stride, fused_stride, FULL: tl.constexpr
 ):
-    """A group's gradients of the gate and of x, each as two uint32."""
+    """A group's gradients of the gate, as two uint32, and of x, as two."""
     KIND: tl.constexpr = "bf16" if dy_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
     token = group.to(tl.int64) * 4
     dy, fused = dy_ptr + token * dy_stride + column, fused_ptr + token * fused_stride + column
@@ -92,19 +92,19 @@ def _group(
     gate23, x23 = _two_tokens(
         dy, fused, dy_stride, fused_stride, width, token + 2, num_tokens, KIND, FULL
     )
-    return (gate01, gate23), (x01, x23)
+    return gate01, gate23, x01, x23
 
 
 @triton.jit
-def _unpacked(pairs, KIND: tl.constexpr):
+def _unpacked(pair01, pair23, KIND: tl.constexpr):
     """A group as the functions of `grad_tiles` take it."""
-    low, high = pairs[0].to(tl.int32, bitcast=True), pairs[1].to(tl.int32, bitcast=True)
+    low, high = pair01.to(tl.int32, bitcast=True), pair23.to(tl.int32, bitcast=True)
     return (
         to_fp32(low << 16, KIND),
         to_fp32(low & -0x10000, KIND),
         to_fp32(high << 16, KIND),
         to_fp32(high & -0x10000, KIND),
-        signs_of_pairs(pairs[0], pairs[1]),
+        signs_of_pairs(pair01, pair23),
     )
 
 
@@ -155,17 +155,17 @@ def _swiglu_grad_pack24_kernel(
     scale = 1.0
     if row_ptr is not None:
         scale = tl.load(row_scale_ptr)
-    now0, x0 = _group(
+    a01, a23, x01, x23 = _group(
         dy_ptr, fused_ptr, 2 * pair, column, width, num_tokens, dy_stride, fused_stride, FULL
     )
-    now1, x1 = _group(
+    b01, b23, y01, y23 = _group(
         dy_ptr, fused_ptr, 2 * pair + 1, column, width, num_tokens, dy_stride, fused_stride, FULL
     )
-    largest, most = tl.zeros_like(now0[0]).to(tl.int32), tl.zeros_like(now0[0]).to(tl.int32)
+    largest, most = tl.zeros_like(a01).to(tl.int32), tl.zeros_like(a01).to(tl.int32)
     place, first_row = gate_other.to(tl.uint32), block.to(tl.int64) * 64
-    # A loop indeed: it halves the program and the registers that the compiler wants.
+    # A loop on purpose: unrolled, the program is twice as long and spills registers.
     for _ in range(2):
-        z0, z1 = _unpacked(now0, KIND), _unpacked(now1, KIND)
+        z0, z1 = _unpacked(a01, a23, KIND), _unpacked(b01, b23, KIND)
         if row_ptr is not None:
             # Tokens up to the padded number exist in the rows.
             channel = first_row + tl.arange(0, 64)[None, :]
@@ -180,7 +180,8 @@ def _swiglu_grad_pack24_kernel(
             words_ptr, metadata_ptr, flag_ptr, pruned0, pruned1, first_row, tile, padded_tokens,
             EXACT, PAIRS,
         )  # fmt: skip
-        now0, now1, place, first_row = x0, x1, x_other.to(tl.uint32), first_row + width
+        a01, a23, b01, b23 = x01, x23, y01, y23
+        place, first_row = x_other.to(tl.uint32), first_row + width
     if row_amax_ptr is not None:
         raise_above(row_amax_ptr, largest, row_amax)
     if packed_amax_ptr is not None:

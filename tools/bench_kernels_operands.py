@@ -102,7 +102,7 @@ def operand_cases() -> list[Case]:
             odd_shape=(515, 192),
         )
     )
-    return [*cases, *gated_cases(), *norm_cases()]
+    return [*cases, *gated_cases(), *norm_cases(), rotary_case()]
 
 
 def gated_cases() -> list[Case]:
@@ -140,6 +140,27 @@ def gated_cases() -> list[Case]:
             **shared,
         ),
     ]  # fmt: skip
+
+
+def rotary_case() -> Case:
+    """A projection of 8 groups of four queries, in four sequences where they divide the tokens."""
+
+    def inputs(s: Source) -> Inputs:
+        tokens, width = s.shape
+        batch, channels = 4 if tokens % 4 == 0 else 1, width // 48
+        fused = s.normal().view(-1, batch, width)
+        half = torch.arange(fused.shape[0], device=s.device)[:, None] / torch.logspace(
+            0, 4, channels // 2, device=s.device
+        )
+        return fused, torch.cat([half, half], 1)
+
+    def prepare(op: Callable[..., Any], t: Inputs) -> Step:
+        return partial(op, *t, kernels.Heads(8, 4, t[1].shape[1]))
+
+    return Case(
+        "rotary_qkv bf16", "rotary_qkv", 4, inputs, prepare,
+        shape=(16384, 6144), odd_shape=(515, 96), wrong_share=2e-3,
+    )  # fmt: skip
 
 
 def norm_cases() -> list[Case]:

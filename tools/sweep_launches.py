@@ -28,6 +28,7 @@ from megasparse.kernels.gated_float8 import triton as gated_float8  # noqa: E402
 from megasparse.kernels.grad_pack24 import triton as grad_pack24  # noqa: E402
 from megasparse.kernels.mvue_pack24 import triton as mvue_pack24  # noqa: E402
 from megasparse.kernels.norm_float8 import triton as norm_float8  # noqa: E402
+from megasparse.kernels.rotary_qkv import triton as rotary_qkv  # noqa: E402
 from megasparse.kernels.swiglu_grad_pack24 import triton as swiglu_grad_pack24  # noqa: E402
 
 MODULES = {
@@ -35,6 +36,7 @@ MODULES = {
     "grad_pack24": grad_pack24,
     "mvue_pack24": mvue_pack24,
     "norm_float8": norm_float8,
+    "rotary_qkv": rotary_qkv,
     "swiglu_grad_pack24": swiglu_grad_pack24,
 }
 
@@ -81,6 +83,9 @@ SWEEPS = (
     Sweep(
         "swiglu_float8", "gated_float8", "LAUNCH",
         ((32, 4), (32, 8), (16, 2), (16, 4), (8, 2), (32, 2)),
+    ),
+    Sweep(
+        "rotary_qkv", "rotary_qkv", "LAUNCH", ((32, 8), (32, 4), (16, 8), (16, 4), (32, 2), (8, 4))
     ),
     Sweep("norm_float8 bf16, RMSNorm", "norm_float8", "LAUNCH", NORM),
 )  # fmt: skip

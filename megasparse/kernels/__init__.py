@@ -19,6 +19,7 @@ any sizes that the function's own docstring allows.
 | swiglu(x, gate), geglu(x, gate)                | like x: act(gate) * x, with autograd         |
 | swiglu_fused(fused (..., 2 F))                 | (..., F): swiglu of [gate | x], autograd     |
 | swiglu_fused_backward(dy (..., F), fused)      | (..., 2 F): its gradient                     |
+| rotary_qkv(fused (S, B, width), angles, heads) | q, k, v of a projection, rotated; autograd    |
 | amax_scale(w (N, K))                           | 0-d float32: amax / 448, e4m3's scale        |
 | scales_of_amax(amax (1,), maximum=448)         | AmaxScales: current scaling's, of MVUE too   |
 | rescale_(z, a, b)                              | z, in place: *= a * b, device scalars        |
@@ -62,6 +63,8 @@ from megasparse.kernels.patterns import transposable_patterns as transposable_pa
 from megasparse.kernels.prune24 import is_24 as is_24
 from megasparse.kernels.prune24 import prune24_mask as prune24_mask
 from megasparse.kernels.random import derive_seed as derive_seed
+from megasparse.kernels.rotary_qkv import Heads as Heads
+from megasparse.kernels.rotary_qkv import rotary_qkv as rotary_qkv
 from megasparse.kernels.soft_threshold24 import s_ste_scale as s_ste_scale
 from megasparse.kernels.soft_threshold24 import scale_from_sums as scale_from_sums
 from megasparse.kernels.soft_threshold24 import soft_threshold24 as soft_threshold24
@@ -75,6 +78,7 @@ from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
 
 __all__ = [
     "AmaxScales",
+    "Heads",
     "Packed24",
     "amax_scale",
     "count_flips",
@@ -92,6 +96,7 @@ __all__ = [
     "pack24",
     "prune24_mask",
     "rescale_",
+    "rotary_qkv",
     "s_ste_scale",
     "scale_from_sums",
     "scales_of_amax",

@@ -20,8 +20,6 @@ class CachedDecoder:
 
     def __init__(self, model: GPTModel, max_length: int, batch_size: int = 1) -> None:
         self._model = model.eval()
-        # Rotates the projection's output whole, which the cache cannot give to one position.
-        model.config.fused_single_qkv_rope = False
         self._context = StaticInferenceContext(batch_size, max_length)
         self._max_length = max_length
 

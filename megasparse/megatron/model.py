@@ -27,8 +27,6 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
     """megatron-core's configuration of the layers."""
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
-    transformer_engine = spec_provider(config, device).transformer_engine
-    rotary = model.position_embedding_type == "rope" and model.rotary_percent == 1.0
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -57,9 +55,7 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         use_te_activation_func=model.swiglu,  # that is, the provider's
-        apply_rope_fusion=transformer_engine,
-        # Queries, keys and values leave the projection's output rotated, without a copy in between.
-        fused_single_qkv_rope=transformer_engine and rotary,
+        apply_rope_fusion=spec_provider(config, device).transformer_engine,
         gradient_accumulation_fusion=False,
         cross_entropy_loss_fusion=loss.fused(device, dtype),
         cross_entropy_fusion_impl="te",

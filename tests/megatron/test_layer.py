@@ -13,14 +13,14 @@ FLAGS = [
     "--num-layers", "1", "--hidden-size", "512", "--ffn-hidden-size", "1024",
     "--num-attention-heads", "4", "--group-query-attention", "--num-query-groups", "2",
     "--seq-length", "256", "--position-embedding-type", "rope", "--normalization", "RMSNorm",
-    "--swiglu", "--disable-bias-linear", "--vocab-size", "512", "--mock-data", "--bf16",
+    "--swiglu", "--disable-bias-linear", "--vocab-size", "512", "--mock-data",
     "--train-iters", "10", "--micro-batch-size", "2", "--global-batch-size", "2",
 ]  # fmt: skip
 
 
 @pytest.fixture
 def one_rank(device, monkeypatch):
-    """Process groups of one rank on the GPU."""
+    """Process groups of one rank."""
     from megasparse.megatron.grid import make_grid
     from megasparse.train.process import start_process, stop_process
 
@@ -56,7 +56,9 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
     from megasparse.train.precheck import recipe_of
 
     everything = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
-    config = resolve(load_config([*FLAGS, *everything, *flags, "--dense-tail-fraction", "0"]), 1)
+    config = resolve(
+        load_config([*FLAGS, "--bf16", *everything, *flags, "--dense-tail-fraction", "0"]), 1
+    )
     model, layer = build_layer(config, device)
     scales = Fp8Scales(device) if config.fp8.fp8_format else None
     clock = Clock(1, 10)
@@ -79,27 +81,30 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
         clock.step += 1
 
 
-@pytest.mark.gpu
-def test_rotated_projection_is_the_rotated_parts(device, one_rank):
+@pytest.mark.parametrize("groups", [2, 4])
+def test_rotated_projection_is_the_rotated_parts(device, one_rank, groups):
     """Queries, keys and values rotated out of the projection's output, and taken from it first."""
-    _needs_transformer_engine()
+    from megatron.core.transformer.attention import SelfAttention
+
+    from megasparse.megatron.attention import RotaryQkvAttention
     from megasparse.megatron.layer import build_layer, rotary_frequencies
 
-    config = resolve(load_config(FLAGS), 1)
+    precision = ["--bf16"] if device.type == "cuda" else ["--no-bf16"]
+    config = resolve(load_config([*FLAGS, *precision, "--num-query-groups", str(groups)]), 1)
     _, layer = build_layer(config, device)
-    assert layer.config.fused_single_qkv_rope
+    dtype = next(layer.parameters()).dtype
     angles = rotary_frequencies(256, 128, device)
     generator = torch.Generator(device).manual_seed(3)
-    x = torch.randn(256, 2, 512, generator=generator, device=device).bfloat16().requires_grad_()
-    dz = torch.randn(256, 2, 512, generator=generator, device=device).bfloat16()
+    x, dz = (torch.randn(256, 2, 512, generator=generator, device=device) for _ in range(2))
+    x = x.to(dtype).requires_grad_()
     found = []
-    for fused in (True, False):
-        layer.config.fused_single_qkv_rope = fused
+    for kind in (RotaryQkvAttention, SelfAttention):
+        layer.self_attention.__class__ = kind
         layer.zero_grad()
         x.grad = None
         z = layer(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)[0]
-        z.backward(dz)
+        z.backward(dz.to(dtype))
         found.append([z.detach(), x.grad, *(p.grad for p in layer.parameters())])
     for ours, expected in zip(*found, strict=True):
         error = (ours.double() - expected.double()).norm() / expected.double().norm()
-        assert error < 1e-2, error
+        assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6), error

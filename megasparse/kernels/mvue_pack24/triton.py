@@ -35,7 +35,7 @@ class Launch:
     registers: int
 
 
-LAUNCH = Launch(groups=16, num_warps=4, registers=64)
+LAUNCH = Launch(groups=16, num_warps=2, registers=96)
 APPROXIMATE = Launch(groups=16, num_warps=4, registers=96)
 # The interpreter costs time per program, not per element.
 INTERPRETED = Launch(groups=64, num_warps=4, registers=64)

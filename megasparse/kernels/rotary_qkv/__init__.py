@@ -1,0 +1,105 @@
+"""Queries, keys and values out of a fused projection, rotated by position, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from megasparse.errors import KernelError
+from megasparse.kernels import dispatch
+from megasparse.kernels.rotary_qkv import reference, triton
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Heads(NamedTuple):
+    """How a position's row of the projection is divided: groups of queries, a key and a value.
+
+    Attributes:
+        groups: of heads that share a key and a value.
+        queries: of a group.
+        channels: of a head, even.
+    """
+
+    groups: int
+    queries: int
+    channels: int
+
+    @property
+    def width(self) -> int:
+        """Of the projection."""
+        return self.groups * (self.queries + 2) * self.channels
+
+
+class _RotaryQkv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, fused: torch.Tensor, angles: torch.Tensor, heads: Heads, backend: dispatch.Backend
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(angles)
+        ctx.heads, ctx.backend = heads, backend
+        like: dict[str, Any] = {"dtype": fused.dtype, "device": fused.device}
+        shape = (*fused.shape[:2], heads.groups, heads.channels)
+        q = torch.empty(*shape[:2], heads.groups * heads.queries, heads.channels, **like)
+        k, v = torch.empty(shape, **like), torch.empty(shape, **like)
+        _implementation(backend).rotate(fused.contiguous(), (q, k, v), angles, heads, True)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (angles,) = ctx.saved_tensors
+        dq, dk, dv = (gradient.contiguous() for gradient in gradients)
+        shape = (*dq.shape[:2], ctx.heads.width)
+        dfused = torch.empty(shape, dtype=dq.dtype, device=dq.device)
+        _implementation(ctx.backend).rotate(dfused, (dq, dk, dv), angles, ctx.heads, False)
+        return dfused, None, None, None
+
+
+def _implementation(backend: dispatch.Backend) -> Any:
+    return triton if backend == "triton" else reference
+
+
+def rotary_qkv(
+    fused: torch.Tensor, angles: torch.Tensor, heads: Heads, *, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotary position embedding (Su et al., 2021) of a fused QKV projection, with autograd.
+
+    Channels i and i + D/2 of a query or key at position s are turned by angle[s, i]:
+
+        (a, b) -> (a cos - b sin, b cos + a sin)
+
+    Arithmetic is float32, rounded once. Values are copied. The gradient of `fused` is written whole
+    in one pass, so nothing is joined after.
+
+    Args:
+        fused: (S, B, groups * (queries + 2) * D), Megatron's order: the queries of a group, its
+            key, its value. float32, bfloat16 or float16.
+        angles: float32 (S', ..., D), S' >= S, in radians; their second half repeats the first.
+        heads: groups, queries of each, D.
+
+    Returns: q (S, B, groups * queries, D); k, v (S, B, groups, D); contiguous.
+
+    Raises: KernelError for shapes, dtypes or devices that do not fit, or a backend that cannot run.
+    """
+    if fused.dtype not in DTYPES or fused.dim() != 3 or fused.shape[2] != heads.width:
+        raise KernelError(
+            f"rotary_qkv: fused is {fused.dtype} {tuple(fused.shape)}, expected float32, bfloat16 "
+            f"or float16 (S, B, {heads.width}) for {heads}"
+        )
+    length, channels = fused.shape[0], heads.channels
+    plain = angles.numel() == angles.shape[0] * channels and angles.is_contiguous()
+    if (
+        (angles.dtype, angles.device, plain) != (torch.float32, fused.device, True)
+        or angles.shape[0] < length
+        or channels % 2
+    ):
+        raise KernelError(
+            f"rotary_qkv: angles are {angles.dtype} {tuple(angles.shape)} on {angles.device}, "
+            f"expected float32 of at least {length} positions by {channels} channels, an even "
+            f"number, on {fused.device}"
+        )
+    chosen = dispatch.resolve("rotary_qkv", fused, backend)
+    return _RotaryQkv.apply(fused, angles.view(-1, channels), heads, chosen)

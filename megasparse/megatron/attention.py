@@ -1,0 +1,72 @@
+"""Self-attention whose queries, keys and values leave the fused projection rotated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+
+from megasparse.kernels import Heads, rotary_qkv
+
+
+class RotaryQkvAttention(SelfAttention):
+    """megatron-core's SelfAttention with one pass in place of split, copies and two rotations.
+
+    Where something else is wanted of queries and keys (a cache, packed sequences, norms of their
+    own, rotation of a part of the channels) it is megatron-core's alone.
+    """
+
+    _angles: torch.Tensor | None = None
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        rotary_pos_emb: torch.Tensor | None = None,
+        **rest: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(S, B, H)` to the same, and the projection's bias.
+
+        Args:
+            rotary_pos_emb: angles, float32 (S, 1, 1, D).
+        """
+        if args or not self._rotates(rotary_pos_emb, rest):
+            return super().forward(
+                hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **rest
+            )
+        self._angles = rotary_pos_emb
+        try:
+            return super().forward(hidden_states, attention_mask, **rest)
+        finally:
+            self._angles = None
+
+    def get_query_key_value_tensors(self, *args: Any, **rest: Any) -> Any:
+        """q (S, B, heads, D), k and v (S, B, groups, D) of this rank."""
+        if self._angles is None:
+            return super().get_query_key_value_tensors(*args, **rest)
+        fused, _ = self.linear_qkv(*args[:1])
+        groups = self.num_query_groups_per_partition
+        heads = Heads(
+            groups,
+            self.num_attention_heads_per_partition // groups,
+            self.hidden_size_per_attention_head,
+        )
+        return rotary_qkv(fused, self._angles, heads)
+
+    def _rotates(self, angles: Any, rest: dict[str, Any]) -> bool:
+        plain = (type(None), IdentityOp)
+        return (
+            isinstance(angles, torch.Tensor)
+            and angles.shape[-1] == self.hidden_size_per_attention_head
+            and not self.config.rotary_interleaved
+            and not any(
+                rest.get(name) is not None
+                for name in ("inference_context", "inference_params", "packed_seq_params")
+            )
+            and rest.get("key_value_states") is None
+            and isinstance(self.q_layernorm, plain)
+            and isinstance(self.k_layernorm, plain)
+        )

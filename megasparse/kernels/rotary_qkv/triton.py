@@ -28,8 +28,8 @@ class Launch:
     num_warps: int
 
 
-# 16 elements a thread of a tile of 32 heads of 128 channels: two loads of 16 bytes.
-LAUNCH = Launch(rows=32, num_warps=8)
+# 16 elements a thread of each half of 32 heads of 128 channels: two loads of 16 bytes.
+LAUNCH = Launch(rows=32, num_warps=4)
 
 
 @triton.jit

@@ -26,9 +26,12 @@ from megasparse.train.footprint import layer_activations, layer_weights, stage_w
 
 TABLE = Path(__file__).parent / "results" / "gemm-h200.json"
 SIZE = 2  # bytes of bf16
+QKV, FC1, FC2 = (
+    f"{name}.weight" for name in ("self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+)
 
 # What follows describes this code as tools/bench_layer.py and bench_train.py found it (H200,
-# 2026-11-22): kernels' times at copy bandwidth, and launches.
+# 2026-11-23): kernels' times at copy bandwidth, and launches.
 
 # Times that a kept activation passes through memory besides the GEMMs.
 PASSES = 5.3
@@ -38,7 +41,7 @@ OPTIMIZER_BYTES = 190
 LOGITS_BYTES = 12  # an entry, in the fused cross entropy, both ways
 # A weight's W~ made again for a dense grad_input of a row-wise recipe in BF16.
 REMAKE_BYTES = {"row": 5, "soft_threshold": 43}
-LAYER_LAUNCHES = 66  # of a dense layer in a micro-batch, both ways
+LAYER_LAUNCHES = 52  # of a dense layer in a micro-batch, both ways
 SPARSE_LAUNCHES = 2  # more for each linear that is sparse
 WEIGHT_LAUNCHES = 8  # and for its weight, once a step
 MICRO_BATCH_LAUNCHES = 50  # embedding, output layer, loss
@@ -177,9 +180,11 @@ def layer_time(
         parts["GEMMs"] += output
         parts["GEMMs"] += table.seconds(tokens, k, n, "grad_input" in chosen, dtype)
         parts["GEMMs"] += table.seconds(k, n, tokens, "grad_weight" in chosen, dtype)
-        if name in sparse:
-            operands = _operands_fp8 if dtype == "fp8" else _operands_bf16
-            parts["operands"] += operands(recipe, (tokens, n, k), micro_batches, table)
+        if name in sparse and dtype == "fp8":
+            apart = _quantised_apart(config, name, sparse)
+            parts["operands"] += _operands_fp8(recipe, (tokens, n, k), micro_batches, table, apart)
+        elif name in sparse:
+            parts["operands"] += _operands_bf16(recipe, (tokens, n, k), micro_batches, table)
     assert model.kv_channels
     heads = model.num_attention_heads * model.kv_channels // tp
     attention = 2.0 * tokens * model.seq_length * heads / (table.data["attention_tflops"] * 1e12)
@@ -236,14 +241,33 @@ def _operands_bf16(
     return seconds + table.moving(once + mask) / micro_batches
 
 
+def _quantised_apart(config: RunConfig, name: str, sparse: set[str]) -> tuple[bool, bool]:
+    """Whether a linear's input, and the gradient of its output, are written in 16 bits first."""
+    delayed = config.fp8.fp8_recipe == "delayed"
+    gated = delayed and config.model.swiglu and {FC1, FC2} <= sparse
+    if name == FC2:
+        return not gated, True
+    norm = delayed and name in (QKV, FC1) and not config.parallel.sequence_parallel
+    return not norm, not (gated and name == FC1)
+
+
 def _operands_fp8(
-    recipe: SparsityRecipe, shape: tuple[int, int, int], micro_batches: int, table: GemmTable
+    recipe: SparsityRecipe,
+    shape: tuple[int, int, int],
+    micro_batches: int,
+    table: GemmTable,
+    apart: tuple[bool, bool],
 ) -> float:
-    """Seconds of an 8-bit sparse linear's operands, for one micro-batch."""
+    """Seconds of an 8-bit sparse linear's operands, for one micro-batch.
+
+    Args:
+        apart: see `_quantised_apart`; what is not leaves the kernel before in 8 bits, and takes no
+            more bytes than in 16.
+    """
     tokens, n, k = shape
-    seconds = table.moving(4 * tokens * k, "cast")  # X read, written twice
+    seconds = table.moving(4 * tokens * k, "cast") if apart[0] else 0.0  # X read, written twice
     if "grad_weight" in recipe.sparse_gemms:  # dZ read, written in 8 bits and packed
-        seconds += table.moving(tokens * n * (2 + 1 + 5 / 8), "grad_pack")
+        seconds += table.moving(tokens * n * (2 * apart[1] + 1 + 5 / 8), "grad_pack")
     else:
         seconds += table.moving(4 * tokens * n, "cast")
     written = 5 / 4 if recipe.transposable else 13 / 8

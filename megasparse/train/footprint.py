@@ -187,8 +187,8 @@ def activations(config: RunConfig, world: int, stage: int, gpu: bool = True) -> 
 def layer_activations(config: RunConfig, gpu: bool = True) -> int:
     """What autograd keeps of one layer for one micro-batch.
 
-    Inputs and results of the norms; q, k, v as they come and as they are rotated; the attention's
-    result and its log-sums; the FFN's input (both halves of SwiGLU's) and its activation. A linear
+    Inputs and results of the norms; q, k and v, rotated, and the angles; the attention's result and
+    its log-sums; the FFN's input (both halves of SwiGLU's) and its activation. A linear
     in FP8 keeps its input transposed in 8 bits, unless sequence parallelism gathers it again; the
     attention keeps its own result beside that.
     """
@@ -212,8 +212,8 @@ def layer_activations(config: RunConfig, gpu: bool = True) -> int:
         norms += kept
     dropped = model.hidden_size if model.hidden_dropout else 0
     # Views keep the whole of what they are cut from.
-    attention = heads + 2 * groups + heads + (heads + groups if rotary else 0)
-    angles = 4 * size * model.seq_length * model.kv_channels if rotary else 0
+    attention = heads + 2 * groups + heads
+    angles = FLOAT32 * model.seq_length * model.kv_channels if rotary else 0
     if parallel.recompute_granularity == "selective":
         attention -= heads
     ffn = size * (2 if model.swiglu else 1) * model.ffn_hidden_size // tp

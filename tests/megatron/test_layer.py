@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megasparse.config import load_config, resolve
-from megasparse.megatron.spec import transformer_engine_is_there
 from tests import dist
+from tests.transformer_engine import needs_transformer_engine
 
 FLAGS = [
     "--num-layers", "1", "--hidden-size", "512", "--ffn-hidden-size", "1024",
@@ -32,11 +32,6 @@ def one_rank(device, monkeypatch):
     stop_process()
 
 
-def _needs_transformer_engine():
-    if not transformer_engine_is_there():
-        pytest.skip("Transformer Engine is not installed")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "flags",
@@ -48,7 +43,8 @@ def _needs_transformer_engine():
 )
 def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
     """Two micro-batches, with refreshed masks and prepared weights in the first."""
-    _needs_transformer_engine()
+    if "--fp8-format" in flags:
+        needs_transformer_engine(device)
     from megasparse.fp8 import Fp8Scales
     from megasparse.megatron.layer import build_layer, rotary_frequencies
     from megasparse.megatron.sparsify import sparsify

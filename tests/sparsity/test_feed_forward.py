@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megasparse import fp8
 from megasparse.fp8 import Fp8Scales
 from megasparse.kernels import prune24_mask, s_ste_scale, swiglu_fused, transposable24_mask
 from megasparse.sparsity import fp8_gemms
@@ -16,6 +15,7 @@ from megasparse.sparsity.gemm_choice import GemmChooser
 from megasparse.sparsity.linear import NoComm, linear
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import Section
+from tests.transformer_engine import needs_transformer_engine
 
 K, F, N = 128, 128, 128
 # Where the shard's halves lie in the whole layer: that of the second of two ranks.
@@ -107,11 +107,6 @@ class Checkpointed(Block):
 
     def __call__(self, x, seeds=(5, 6)):
         return checkpoint(super().__call__, x, seeds, use_reentrant=True)
-
-
-def needs_transformer_engine(device):
-    if device.type == "cuda" and (reason := fp8.refusal(device)):
-        pytest.skip(reason)
 
 
 @pytest.mark.parametrize(

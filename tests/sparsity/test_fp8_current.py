@@ -23,9 +23,9 @@ from tests.sparsity.test_fp8_gemms import (
     N,
     error,
     gemms_of,
-    needs_transformer_engine,
     operands,
 )
+from tests.transformer_engine import needs_transformer_engine
 
 
 def slots_of(split=None, reduce_max=None):

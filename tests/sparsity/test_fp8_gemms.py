@@ -22,15 +22,12 @@ from megasparse.sparsity.linear import linear
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import Section
+from tests import transformer_engine
+from tests.transformer_engine import needs_transformer_engine
 
 N, K = 128, 256
 # Two e4m3 roundings, each of relative error 2^-4 / sqrt(12) / 1.5 or so, one of bfloat16.
 FP8_ERROR = 0.045
-
-
-def needs_transformer_engine(device):
-    if device.type == "cuda" and (reason := fp8.refusal(device)):
-        pytest.skip(reason)
 
 
 def scaling(device, **settings):
@@ -210,3 +207,22 @@ def test_the_probe_is_told(device, recipe, hybrid):
 
 def test_fp8_says_why_it_cannot_run():
     assert "expected a GPU" in fp8.refusal(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "outcome"),
+    [
+        (False, (9, 0), pytest.skip.Exception),
+        (True, (8, 0), pytest.skip.Exception),
+        (True, (9, 0), pytest.fail.Exception),
+    ],
+)
+def test_a_broken_transformer_engine_is_no_skip(monkeypatch, installed, capability, outcome):
+    monkeypatch.setattr(fp8, "refusal", lambda device: "Transformer Engine cannot be imported (x)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(
+        transformer_engine, "find_spec", lambda name: object() if installed else None
+    )
+    with pytest.raises(outcome):
+        needs_transformer_engine(torch.device("cuda"))
+    needs_transformer_engine(torch.device("cpu"))

@@ -7,7 +7,6 @@ import torch
 from torch.nn.functional import layer_norm, rms_norm
 from torch.utils.checkpoint import checkpoint
 
-from megasparse import fp8
 from megasparse.fp8 import Fp8Scales
 from megasparse.kernels import transposable24_mask
 from megasparse.sparsity import norm
@@ -17,6 +16,7 @@ from megasparse.sparsity.linear import NoComm, linear
 from megasparse.sparsity.norm import norm_to_float8
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import Section
+from tests.transformer_engine import needs_transformer_engine
 
 H, N, EPS = 128, 256, 1e-5
 
@@ -81,11 +81,6 @@ class Pair:
         self.scales.finish_step()
         self.prepare()
         return found
-
-
-def needs_transformer_engine(device):
-    if device.type == "cuda" and (reason := fp8.refusal(device)):
-        pytest.skip(reason)
 
 
 def same(found, expected, device):

@@ -7,16 +7,14 @@ and only what the groups keep, one 32-bit word for both, and their codes move be
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.float8.triton import raise_above
 from megasparse.kernels.grad_tiles.triton import (
+    Launch,
     load_token,
     prune,
     store_packed,
@@ -29,22 +27,8 @@ from megasparse.kernels.mvue_words.triton import signs16
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
 
-
-@dataclass(frozen=True)
-class Launch:
-    """Most pairs of groups (8 tokens) a program handles, 64 channels each, and its warps.
-
-    registers: the most that a thread may have; five programs fit on an SM.
-    """
-
-    pairs: int
-    num_warps: int
-    registers: int
-
-
+# Five programs fit on a multiprocessor.
 LAUNCH = Launch(pairs=16, num_warps=4, registers=96)
-# The interpreter costs time per program, not per element.
-INTERPRETED = Launch(pairs=64, num_warps=4, registers=96)
 
 
 @triton.jit
@@ -139,10 +123,8 @@ def grad_pack24(
     """See reference.py."""
     if dz.stride(1) != 1:
         dz = dz.contiguous()
-    launch = INTERPRETED if INTERPRETING else LAUNCH
-    padded, pairs = packed.shape[1], launch.pairs
-    while padded % (8 * pairs):
-        pairs //= 2
+    padded = packed.shape[1]
+    pairs, options = LAUNCH.fitted(padded)
     seed_ptr, key, high = _seed_arguments(seed)
     row_amax, packed_amax = (None if amax is None else amax.view(torch.int32) for amax in maxima)
     for start, place, length in channels:
@@ -172,7 +154,6 @@ def grad_pack24(
                     E5M2=row is not None and row.dtype == E5M2,
                     PAIRS=pairs,
                     FULL=dz.shape[0] == padded,
-                    num_warps=launch.num_warps,
-                    maxnreg=launch.registers,
                     enable_fp_fusion=False,
+                    **options,
                 )

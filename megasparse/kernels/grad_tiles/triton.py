@@ -7,10 +7,12 @@ in float32, and a uint32 of their signs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
+from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8.triton import e4m3_word, to_float8
 from megasparse.kernels.groups.triton import raise_flag
 from megasparse.kernels.layout24.triton import crowded8, select8
@@ -19,6 +21,26 @@ from megasparse.kernels.mvue_words.triton import packed8, sample, word8
 
 # Of a grid's second dimension.
 MOST_TILES = 65535
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Most pairs of groups (8 tokens) a program handles, 64 channels each, and its warps.
+
+    registers: the most that a thread may have.
+    """
+
+    pairs: int
+    num_warps: int
+    registers: int
+
+    def fitted(self, padded_tokens: int) -> tuple[int, dict[str, int]]:
+        """Pairs that divide the tokens (a multiple of 8), and Triton's options; in the
+        interpreter, which costs time per program and not per element, more of them."""
+        pairs = 64 if INTERPRETING else self.pairs
+        while padded_tokens % (8 * pairs):
+            pairs //= 2
+        return pairs, {"num_warps": self.num_warps, "maxnreg": self.registers}
 
 
 def tiles(blocks: int, count: int) -> Iterator[tuple[tuple[int, int], int]]:

@@ -7,17 +7,15 @@ does with the gate's and then with x's what `grad_pack24` does with a gradient t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.float8.triton import raise_above
 from megasparse.kernels.gated_activation.triton import gated, grad_gate
 from megasparse.kernels.grad_tiles.triton import (
+    Launch,
     load_token,
     prune,
     store_packed,
@@ -30,22 +28,7 @@ from megasparse.kernels.mvue_words.triton import signs_of_pairs
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
 
-
-@dataclass(frozen=True)
-class Launch:
-    """Most pairs of groups (8 tokens) a program handles, 2 x 64 channels each, and its warps.
-
-    registers: the most that a thread may have.
-    """
-
-    pairs: int
-    num_warps: int
-    registers: int
-
-
 LAUNCH = Launch(pairs=8, num_warps=4, registers=128)
-# The interpreter costs time per program, not per element.
-INTERPRETED = Launch(pairs=64, num_warps=4, registers=96)
 
 
 @triton.jit
@@ -202,10 +185,8 @@ def swiglu_grad_pack24(
 ) -> None:
     """See grad_pack24/reference.py."""
     dy, fused = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, fused))
-    launch = INTERPRETED if INTERPRETING else LAUNCH
-    (tokens, width), padded, pairs = dy.shape, packed.shape[1], launch.pairs
-    while padded % (8 * pairs):
-        pairs //= 2
+    (tokens, width), padded = dy.shape, packed.shape[1]
+    pairs, options = LAUNCH.fitted(padded)
     seed_ptr, key, high = _seed_arguments(seed)
     row_amax, packed_amax = (None if amax is None else amax.view(torch.int32) for amax in maxima)
     for grid, first_tile in tiles(width // 64, padded // (8 * pairs)):
@@ -235,7 +216,6 @@ def swiglu_grad_pack24(
                 E5M2=row is not None and row.dtype == E5M2,
                 PAIRS=pairs,
                 FULL=tokens == padded,
-                num_warps=launch.num_warps,
-                maxnreg=launch.registers,
                 enable_fp_fusion=False,
+                **options,
             )

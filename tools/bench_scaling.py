@@ -9,7 +9,10 @@ Two parts, each against one GPU in the same command, each with a dense and a spa
   scaling): tokens a second, and efficiency = tokens/s / (GPUs x tokens/s of one GPU).
 
 Ranks are started from here by torch.distributed.run: once for the matrix on every number of GPUs,
-once for every layout of the scaling. The exit code is 1 when a layout disagrees.
+once for every layout of the scaling, dense beside sparse in the same processes. What takes fewer
+GPUs than there are runs beside its like. With --output a command that was cut off goes on when it
+is given again (until the table is written, finished runs lie in the folder OUTPUT with .runs). The
+exit code is 1 when a layout disagrees.
 
     python tools/bench_scaling.py --output tools/results/scaling-h200x2.md
     python tools/bench_scaling.py --part scaling --recipe s_ste
@@ -20,18 +23,18 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
-import os
+import queue
 import shlex
+import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from measure_runs import Job, Result, launch
+from run_queue import visible_gpus
+
 TOLERANCE = 5e-3  # relative, of a BF16 loss
 TP2 = ["--tensor-model-parallel-size", "2"]
 TP4 = ["--tensor-model-parallel-size", "4"]
@@ -97,95 +100,9 @@ TINY = [
 ]  # fmt: skip
 
 
-def measure(flags: list[str], steps: int) -> dict[str, Any]:
-    """Train `steps` steps in this rank's process group: losses, seconds a step, samples."""
-    import gc
-
-    import torch
-
-    from megasparse.config import load_config, padded_vocab_size, resolve
-    from megasparse.megatron.grid import make_grid
-    from megasparse.megatron.model import parameter_count
-    from megasparse.train.build import build_engine
-    from megasparse.train.data import batches, build_data, samples_digest
-    from megasparse.train.precheck import recipe_of
-    from megasparse.train.process import start_process
-
-    world = int(os.environ["WORLD_SIZE"])
-    config = resolve(load_config(flags), world)
-    parallel, train = config.parallel, config.train
-    device = start_process(parallel.distributed_timeout_minutes)
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    grid = make_grid(tp, device, train.seed, pipeline_model_parallel_size=pp)
-    data = build_data(config, grid)
-    vocabulary = padded_vocab_size(data.vocab_size, config)
-    engine = build_engine(config, grid, recipe_of(config), vocabulary)
-    stream = batches(data.streams["train"], config, grid, 0)
-    losses, seconds = [], []
-    for _ in range(steps):
-        begin = time.monotonic()
-        losses.append(engine.train_step(stream).loss)  # reads the loss: the device is done
-        seconds.append(time.monotonic() - begin)
-    assert train.global_batch_size is not None
-    result = {
-        "losses": losses,
-        "seconds": seconds,
-        "tokens": train.global_batch_size * config.model.seq_length,
-        "samples": samples_digest(data.streams["train"], 0, steps * train.global_batch_size),
-        "parameters": parameter_count(config.model, vocabulary),
-        "memory": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
-        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-    }
-    del engine, stream
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    return result
-
-
-def worker(jobs_path: Path, results_path: Path) -> None:
-    """One rank: all jobs of its number of ranks, one after the other."""
-    from megasparse.train.process import stop_process
-
-    jobs = json.loads(jobs_path.read_text())
-    results = {}
-    for name, job in jobs.items():
-        results[name] = measure(job["flags"], job["steps"])
-        if os.environ["RANK"] == "0":
-            print(f"  {name}: loss {results[name]['losses'][-1]:.4f}", file=sys.stderr, flush=True)
-            results_path.write_text(json.dumps(results))
-    stop_process()
-
-
-def launch(jobs: dict[str, dict[str, Any]], ranks: int, device: str) -> dict[str, Any]:
-    """Run jobs on `ranks` ranks; results by name."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / "jobs.json", Path(folder) / "results.json"]
-        paths[0].write_text(json.dumps(jobs))
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            "OMP_NUM_THREADS": "1",
-        }
-        if device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node", str(ranks), str(Path(__file__).resolve()),
-            "--worker", *map(str, paths),
-        ]  # fmt: skip
-        print(f"{len(jobs)} runs on {ranks} ranks", file=sys.stderr, flush=True)
-        done = subprocess.run(command, env=environment, check=False)
-        if done.returncode:
-            raise SystemExit(f"the runs on {ranks} ranks ended with code {done.returncode}")
-        return json.loads(paths[1].read_text())
-
-
-def make_jobs(args: argparse.Namespace) -> dict[int, dict[str, dict[str, Any]]]:
+def make_jobs(args: argparse.Namespace) -> dict[int, dict[str, Job]]:
     """Jobs by number of ranks, named `part/recipe/layout`."""
-    jobs: dict[int, dict[str, dict[str, Any]]] = {}
+    jobs: dict[int, dict[str, Job]] = {}
     for part, layouts in (("matrix", MATRIX), ("scaling", SCALING)):
         if args.part not in (part, "all"):
             continue
@@ -303,39 +220,53 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="steps of scaling that are timed")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--output", type=Path, help="markdown file to write")
-    parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.argv = argv
     return args
 
 
+def run_all(args: argparse.Namespace, folder: Path | None) -> dict[str, Result]:
+    """Everything that was asked for, by the name of its job."""
+    gpus = visible_gpus()[: args.ranks] if args.device == "cuda" else []
+    results: dict[str, Result] = {}
+    for ranks, jobs in sorted(make_jobs(args).items()):
+        # Small runs share their processes; a large layout has its own.
+        groups: dict[str, dict[str, Job]] = {}
+        for name, job in jobs.items():
+            part, _, layout = name.split("/")
+            groups.setdefault(part if part == "matrix" else layout, {})[name] = job
+        places: queue.Queue[list[str]] = queue.Queue()
+        for first in range(0, len(gpus) or ranks, ranks):
+            places.put(gpus[first : first + ranks])
+
+        def run(group: dict[str, Job], ranks=ranks, places=places) -> dict[str, Result]:
+            place = places.get()
+            try:
+                return launch(group, ranks, args.device, folder, place)
+            finally:
+                places.put(place)
+
+        with ThreadPoolExecutor(places.qsize()) as pool:
+            for found in pool.map(run, groups.values()):
+                results |= found
+    return results
+
+
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    if args.worker:
-        worker(*args.worker)
-        return 0
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here; --device cpu --tiny shows that the tool runs")
     args.ranks = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
     args.ranks = max(n for n in (1, 2, 4) if n <= args.ranks)
-    results: dict[str, Any] = {}
-    for ranks, jobs in sorted(make_jobs(args).items()):
-        # Small runs share their processes; a large one has its own, so that the device memory of
-        # the run before it is free for certain.
-        small = {name: job for name, job in jobs.items() if name.startswith("matrix/")}
-        groups = [small, *({name: job} for name, job in jobs.items() if name not in small)]
-        for group in filter(None, groups):
-            results |= launch(group, ranks, args.device)
-            if args.output:  # what was measured is kept, should a later run fail
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.with_suffix(".json").write_text(json.dumps(results))
+    folder = args.output.with_suffix(".runs") if args.output else None
+    results = run_all(args, folder)
     text, good = report(results, args)
     print(text)
     if args.output:
         args.output.write_text(text)
-        args.output.with_suffix(".json").unlink()
+        shutil.rmtree(folder)
     return 0 if good else 1
 
 

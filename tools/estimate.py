@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import estimate_check  # noqa: E402
-from bench_scaling import launch  # noqa: E402
 from estimate_time import TABLE, GemmTable, StepTime, step_time  # noqa: E402
+from measure_runs import launch  # noqa: E402
 
 from megasparse.config import (  # noqa: E402
     RunConfig,

@@ -22,7 +22,7 @@ def tool() -> ModuleType:
 
     yield estimate
     sys.path.remove(str(ROOT / "tools"))
-    for name in ("estimate", "estimate_time", "estimate_check", "bench_scaling"):
+    for name in ("estimate", "estimate_time", "estimate_check", "measure_runs"):
         sys.modules.pop(name, None)
 
 

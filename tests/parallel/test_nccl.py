@@ -1,0 +1,55 @@
+"""FP8 and 2:4 over NCCL: a layout of two GPUs trains as one GPU does.
+
+The matrix of layouts in BF16 is `tools/bench_scaling.py`; gloo's tests beside this one are exact.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.transformer_engine import needs_transformer_engine
+
+ROOT = Path(__file__).parents[2]
+MODEL = [
+    "--num-layers", "4", "--hidden-size", "512", "--ffn-hidden-size", "1536",
+    "--num-attention-heads", "8", "--num-query-groups", "4", "--seq-length", "512",
+    "--vocab-size", "1000", "--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "3e-4",
+    "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu",
+    "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--bf16", "--mock-data",
+    "--eval-iters", "0", "--train-iters", "100", "--sparsity-recipe", "fst",
+    "--mask-update-interval", "4", "--fp8-format", "e4m3",
+]  # fmt: skip
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+LAYOUTS = {
+    "tp 2, sp": TP2,
+    "pp 2": ["--pipeline-model-parallel-size", "2"],
+    "dp 2, zero 2": ["--zero-stage", "2"],
+}
+STEPS = 10
+
+
+@pytest.mark.gpu
+def test_fp8_runs_on_two_gpus_as_on_one(monkeypatch: pytest.MonkeyPatch):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    needs_transformer_engine(torch.device("cuda"))
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import measure_runs
+
+    try:
+        flags = {name: [*MODEL, *more] for name, more in LAYOUTS.items()}
+        jobs = {name: {"flags": value, "steps": STEPS} for name, value in flags.items()}
+        one = measure_runs.launch({"one": {"flags": MODEL, "steps": STEPS}}, 1, "cuda")["one"]
+        two = measure_runs.launch(jobs, 2, "cuda")
+    finally:
+        sys.modules.pop("measure_runs")
+    assert list(two) == list(LAYOUTS)
+    for run in two.values():
+        assert run["samples"] == one["samples"]
+        # e4m3 has 3 bits: sums in another order move what is rounded, and masks with it.
+        assert run["losses"] == pytest.approx(one["losses"], rel=1e-2)
+        assert run["losses"][-1] < run["losses"][0]

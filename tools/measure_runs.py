@@ -1,0 +1,165 @@
+"""Short runs on one or several ranks, measured: losses, seconds a step, memory.
+
+For the tools that compare layouts or check estimates. `launch` starts the ranks by
+torch.distributed.run; each trains the given jobs one after the other, and the first writes a file a
+job. A job that has its file is not run again, so that a measurement which was cut off goes on.
+
+    results = launch({"tp 2": {"flags": [...], "steps": 20}}, ranks=2, device="cuda")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# What to run: {"flags": [...], "steps": n}.
+Job = dict[str, Any]
+# What `measure` returns.
+Result = dict[str, Any]
+
+
+def measure(flags: Sequence[str], steps: int) -> Result:
+    """Train `steps` steps in this rank's process group.
+
+    Returns:
+        losses and seconds of every step; tokens of a step; a digest of the samples; parameters of
+        the model; memory, the peak of this rank's device in GiB beyond what it held before;
+        hardware and torch.
+    """
+    import gc
+
+    import torch
+
+    from megasparse.config import load_config, padded_vocab_size, resolve
+    from megasparse.megatron.grid import make_grid
+    from megasparse.megatron.model import parameter_count
+    from megasparse.train.build import build_engine
+    from megasparse.train.data import batches, build_data, samples_digest
+    from megasparse.train.precheck import recipe_of
+    from megasparse.train.process import start_process
+
+    world = int(os.environ["WORLD_SIZE"])
+    config = resolve(load_config(flags), world)
+    parallel, train = config.parallel, config.train
+    device = start_process(parallel.distributed_timeout_minutes)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    grid = make_grid(tp, device, train.seed, pipeline_model_parallel_size=pp)
+    data = build_data(config, grid)
+    vocabulary = padded_vocab_size(data.vocab_size, config)
+    engine = build_engine(config, grid, recipe_of(config), vocabulary)
+    stream = batches(data.streams["train"], config, grid, 0)
+    losses, seconds = [], []
+    for _ in range(steps):
+        begin = time.monotonic()
+        losses.append(engine.train_step(stream).loss)  # reads the loss: the device is done
+        seconds.append(time.monotonic() - begin)
+    assert train.global_batch_size is not None
+    result = {
+        "losses": losses,
+        "seconds": seconds,
+        "tokens": train.global_batch_size * config.model.seq_length,
+        "samples": samples_digest(data.streams["train"], 0, steps * train.global_batch_size),
+        "parameters": parameter_count(config.model, vocabulary),
+        "memory": (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else 0.0,
+        "hardware": torch.cuda.get_device_name() if cuda else "CPU",
+        "torch": torch.__version__,
+    }
+    del engine, stream
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+    return result
+
+
+def launch(
+    jobs: Mapping[str, Job],
+    ranks: int,
+    device: str,
+    folder: Path | None = None,
+    gpus: Sequence[str] = (),
+) -> dict[str, Result]:
+    """Run jobs on `ranks` ranks, in order.
+
+    Args:
+        device: "cuda" or "cpu".
+        folder: keeps a file a finished job; default: none is kept.
+        gpus: names for CUDA_VISIBLE_DEVICES; default: all that are visible.
+
+    Raises:
+        SystemExit: the ranks failed.
+    """
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        place.mkdir(parents=True, exist_ok=True)
+        if missing := {name: job for name, job in jobs.items() if not _read(place, name, job)}:
+            _start(missing, ranks, device, place, gpus)
+        results = {name: _read(place, name, job) for name, job in jobs.items()}
+        return {name: result for name, result in results.items() if result is not None}
+
+
+def _start(
+    jobs: Mapping[str, Job], ranks: int, device: str, place: Path, gpus: Sequence[str]
+) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": "1",
+    }
+    if device == "cpu" or gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else ",".join(gpus)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(ranks), str(Path(__file__).resolve()),
+        str(place), json.dumps(jobs),
+    ]  # fmt: skip
+    print(f"{len(jobs)} runs on {ranks} ranks", file=sys.stderr, flush=True)
+    done = subprocess.run(command, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"the runs on {ranks} ranks ended with code {done.returncode}")
+
+
+def _file(place: Path, name: str) -> Path:
+    return place / f"{re.sub('[^a-z0-9_]+', '-', name.lower())}.json"
+
+
+def _read(place: Path, name: str, job: Job) -> Result | None:
+    """The result, if this very job has run to its end."""
+    path = _file(place, name)
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text())
+    return kept["result"] if kept["job"] == job else None
+
+
+def worker(place: Path, jobs: Mapping[str, Job]) -> None:
+    """One rank: all jobs, one after the other."""
+    from megasparse.train.process import stop_process
+
+    for name, job in jobs.items():
+        began = time.monotonic()
+        result = measure(job["flags"], job["steps"])
+        if os.environ["RANK"] == "0":
+            loss, seconds = result["losses"][-1], time.monotonic() - began
+            print(f"  {name}: loss {loss:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
+            temporary = _file(place, name).with_suffix(".tmp")
+            temporary.write_text(json.dumps({"job": job, "result": result}))
+            os.replace(temporary, _file(place, name))
+    stop_process()
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]), json.loads(sys.argv[2]))

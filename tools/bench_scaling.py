@@ -90,7 +90,7 @@ MODELS = {
     "scaling": [
         *LLAMA, "--num-layers", "16", "--hidden-size", "2048", "--ffn-hidden-size", "8192",
         "--num-attention-heads", "16", "--seq-length", "2048", "--vocab-size", "32000",
-        "--micro-batch-size", "4", "--global-batch-size", "32", "--lr", "3e-4",
+        "--micro-batch-size", "8", "--global-batch-size", "64", "--lr", "3e-4",
     ],
 }  # fmt: skip
 TINY = [
@@ -114,6 +114,7 @@ def make_jobs(args: argparse.Namespace) -> dict[int, dict[str, Job]]:
                 stage = [] if "--zero-stage" in flags else ["--zero-stage", "1"]
                 jobs.setdefault(ranks, {})[f"{part}/{recipe}/{name}"] = {
                     "steps": steps,
+                    "profile": part == "scaling",
                     "flags": [
                         *(TINY if args.tiny else MODELS[part]), "--bf16", "--mock-data",
                         "--eval-iters", "0", "--train-iters", str(1000), "--seed", str(args.seed),
@@ -172,6 +173,22 @@ def scaling_table(results: dict[str, Any], recipe: str, warmup: int) -> list[str
     return lines
 
 
+def time_table(results: dict[str, Any], recipe: str, warmup: int) -> list[str]:
+    """Where a step of the first rank goes."""
+    lines = ["| layout | GPUs | recipe | ms a step | computing | communication alone | neither |",
+             "|---|---|---|---:|---:|---:|---:|"]  # fmt: skip
+    for name, (ranks, _) in SCALING.items():
+        for method in ("dense", recipe):
+            run = results.get(f"scaling/{method}/{name}")
+            if run is None or "covered" not in run:
+                continue
+            step = statistics.median(run["seconds"][warmup:])
+            parts = (run["computing"], run["covered"] - run["computing"], step - run["covered"])
+            shares = " | ".join(f"{1e3 * part:.0f} ({part / step:.0%})" for part in parts)
+            lines.append(f"| {name} | {ranks} | {method} | {1e3 * step:.0f} | {shares} |")
+    return lines
+
+
 def report(results: dict[str, Any], args: argparse.Namespace) -> tuple[str, bool]:
     """The whole text in markdown, and whether everything agrees."""
     any_run = next(iter(results.values()))
@@ -203,6 +220,16 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> tuple[str, bool
             "",
             *scaling_table(results, args.recipe, args.warmup),
         ]
+        if "covered" in one:
+            lines += [
+                "",
+                "Milliseconds of a step on the first GPU, kernels' times from a profile of one "
+                "step after the timed ones: any kernel but communication; communication beside no "
+                "other kernel (waiting for other GPUs is in it); neither, which is the host's work "
+                "and a pipeline's bubbles:",
+                "",
+                *time_table(results, args.recipe, args.warmup),
+            ]
     return "\n".join(lines) + "\n", good
 
 

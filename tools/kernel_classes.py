@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -37,12 +37,17 @@ class Profile:
         device_seconds: kernels' times added up, by class.
         launches: kernels, by class.
         longest: (seconds, launches, name) of kernels, the longest together first.
+        computing: during which any kernel but communication ran.
+        covered: during which any kernel ran. Unlike sums of kernels' times these two count once
+            what runs side by side on several streams.
     """
 
     seconds: float = 0.0
     device_seconds: dict[str, float] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
     longest: list[tuple[float, int, str]] = field(default_factory=list)
+    computing: float = 0.0
+    covered: float = 0.0
 
     def scale(self, share: float) -> None:
         """Make kernels' times (not launches) those of a part of what was profiled."""
@@ -63,6 +68,15 @@ def kernel_class(name: str) -> str:
     return "other"
 
 
+def length_of_union(spans: Iterable[tuple[float, float]]) -> float:
+    """How much of the line (start, end) spans cover together, each place counted once."""
+    length, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
+
+
 def profiled(step: Callable[[], object], steps: int) -> Profile:
     """Kernel times of `steps` calls of `step`, a call's share of each."""
     torch.cuda.synchronize()
@@ -73,6 +87,7 @@ def profiled(step: Callable[[], object], steps: int) -> Profile:
     seconds: dict[str, float] = defaultdict(float)
     launches: dict[str, int] = defaultdict(int)
     names: dict[str, tuple[float, int]] = {}
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for event in trace.events():
         if event.device_type != torch.autograd.DeviceType.CUDA:
             continue
@@ -80,11 +95,18 @@ def profiled(step: Callable[[], object], steps: int) -> Profile:
         label = kernel_class(event.name)
         seconds[label] += duration
         launches[label] += 1
+        spans[label == "communication"].append((event.time_range.start, event.time_range.end))
         before = names.get(event.name, (0.0, 0))
         names[event.name] = (before[0] + duration, before[1] + 1)
     longest = sorted(((s, n // steps, name) for name, (s, n) in names.items()), reverse=True)
     by_class = dict(sorted(seconds.items(), key=lambda item: -item[1]))
-    return Profile(0.0, by_class, {k: v // steps for k, v in launches.items()}, longest)
+    return Profile(
+        device_seconds=by_class,
+        launches={k: v // steps for k, v in launches.items()},
+        longest=longest,
+        computing=length_of_union(spans[False]) / 1e6 / steps,
+        covered=length_of_union([*spans[False], *spans[True]]) / 1e6 / steps,
+    )
 
 
 def table(profiles: dict[str, Profile]) -> list[str]:

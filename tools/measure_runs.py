@@ -22,23 +22,25 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# What to run: {"flags": [...], "steps": n}.
+# What to run: {"flags": [...], "steps": n}, and "profile": True if one step more is to be profiled.
 Job = dict[str, Any]
 # What `measure` returns.
 Result = dict[str, Any]
 
 
-def measure(flags: Sequence[str], steps: int) -> Result:
+def measure(flags: Sequence[str], steps: int, profile: bool = False) -> Result:
     """Train `steps` steps in this rank's process group.
 
     Returns:
         losses and seconds of every step; tokens of a step; a digest of the samples; parameters of
         the model; memory, the peak of this rank's device in GiB beyond what it held before;
-        hardware and torch.
+        hardware and torch. With `profile`, on GPUs, seconds of a further step of this rank:
+        computing, covered (by any kernel), and kernels by class.
     """
     import gc
 
     import torch
+    from kernel_classes import profiled
 
     from megasparse.config import load_config, padded_vocab_size, resolve
     from megasparse.megatron.grid import make_grid
@@ -53,7 +55,9 @@ def measure(flags: Sequence[str], steps: int) -> Result:
     parallel, train = config.parallel, config.train
     device = start_process(parallel.distributed_timeout_minutes)
     cuda = device.type == "cuda"
+    gc.collect()  # of the run before
     if cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else 0
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -78,10 +82,13 @@ def measure(flags: Sequence[str], steps: int) -> Result:
         "hardware": torch.cuda.get_device_name() if cuda else "CPU",
         "torch": torch.__version__,
     }
-    del engine, stream
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
+    if profile and cuda:
+        found = profiled(lambda: engine.train_step(stream), 1)
+        result |= {
+            "computing": found.computing,
+            "covered": found.covered,
+            "kernels": found.device_seconds,
+        }
     return result
 
 
@@ -151,7 +158,7 @@ def worker(place: Path, jobs: Mapping[str, Job]) -> None:
 
     for name, job in jobs.items():
         began = time.monotonic()
-        result = measure(job["flags"], job["steps"])
+        result = measure(**job)
         if os.environ["RANK"] == "0":
             loss, seconds = result["losses"][-1], time.monotonic() - began
             print(f"  {name}: loss {loss:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)

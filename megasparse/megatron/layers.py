@@ -48,8 +48,8 @@ class SumOverTensorParallel:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def gather(self, x_local: torch.Tensor) -> torch.Tensor:
-        return x_local
+    def gather(self, x_local: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+        return x_local, lambda: None
 
     def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
         dx = dx.contiguous()
@@ -66,11 +66,14 @@ class GatherOverSequence:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def gather(self, x_local: torch.Tensor) -> torch.Tensor:
+    def gather(self, x_local: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
         shape = (x_local.shape[0] * self._group.size(), *x_local.shape[1:])
         whole = torch.empty(shape, dtype=x_local.dtype, device=x_local.device)
-        dist.all_gather_into_tensor(whole, x_local.contiguous(), group=self._group)
-        return whole
+        work = dist.all_gather_into_tensor(
+            whole, x_local.contiguous(), group=self._group, async_op=True
+        )
+        assert work is not None
+        return whole, work.wait
 
     def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
         shape = (dx.shape[0] // self._group.size(), *dx.shape[1:])

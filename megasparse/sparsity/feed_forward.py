@@ -2,9 +2,11 @@
 
     forward    x = gather(x_local);   [gate | up], kept1 = first.output_keeping(x)
                z, kept2 = second.output_gated([gate | up])        of silu(gate) * up
-    backward   g2 = second.gradient(dz);  dy = second.grad_input(g2);  dW2 = of (g2, kept2)
+    backward   start gather(x_local)
+               g2 = second.gradient(dz);  dy = second.grad_input(g2);  dW2 = of (g2, kept2)
                g1 = first.gradient_gated(dy, [gate | up])
-               dx = first.grad_input(g1); start reduce(dx);  dW1 = of (g1, kept1);  wait for dx
+               dx = first.grad_input(g1);  start reduce(dx)
+               wait for x;  dW1 = of (g1, kept1);  wait for dx
 
 What two calls of `linear` with an activation between them compute, to the last bit; but neither the
 activation nor the gradient of [gate | up] is written in 16 bits: they leave the activation's
@@ -38,7 +40,8 @@ class _GatedFeedForward(torch.autograd.Function):
         operands: Float8Input | None,
     ) -> torch.Tensor:
         ctx.first, ctx.second, ctx.comm, ctx.seeds = first, second, comm, seeds
-        x = comm.gather(x_local)
+        x, arrived = comm.gather(x_local)
+        arrived()
         x_TK = x.reshape(-1, x.shape[-1])
         fused_TF, kept1 = output(first, x_TK, recorded and ctx.needs_input_grad[1], operands)
         z_TN, kept2 = second.output_gated(fused_TF, recorded and ctx.needs_input_grad[2])
@@ -54,22 +57,25 @@ class _GatedFeedForward(torch.autograd.Function):
         x_local, fused_TF, *kept = ctx.saved_tensors
         kept1, kept2 = tuple(kept[: ctx.of_first]), tuple(kept[ctx.of_first :])
         first, second, comm, wanted = ctx.first, ctx.second, ctx.comm, ctx.needs_input_grad
-        dx, dw1, dw2, dy_TF, wait = None, None, None, None, None
+        dx, dw1, dw2, dy_TF, gathered, wait = None, None, None, None, None, None
+        if x_local is not None and wanted[1]:
+            gathered = comm.gather(x_local)
         gradient = second.gradient(dz.reshape(-1, dz.shape[-1]), ctx.seeds[1])
         if wanted[0] or wanted[1]:
             dy_TF = second.grad_input(gradient)
         if wanted[2]:
             dw2 = second.grad_weight(gradient, kept2)
         if dy_TF is not None:
-            if x_local is not None and wanted[1]:
-                x = comm.gather(x_local)
-                kept1 = first.kept(x.reshape(-1, x.shape[-1]))
             gradient = first.gradient_gated(dy_TF, fused_TF, ctx.seeds[0])
             del dy_TF
             if wanted[0]:
                 dx_TK = first.grad_input(gradient)
                 dx, wait = comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
             if wanted[1]:
+                if gathered is not None:
+                    x, arrived = gathered
+                    arrived()
+                    kept1 = first.kept(x.reshape(-1, x.shape[-1]))
                 dw1 = first.grad_weight(gradient, kept1)
         if wait is not None:
             wait()

@@ -1,14 +1,14 @@
 """The autograd function of a linear layer: three GEMMs, with communication around them.
 
     forward    x = gather(x_local);            z, kept = output_keeping(x)
-    backward   g = gradient(dz);  dx = grad_input(g); start reduce(dx);  dw = grad_weight(g, kept);
-               wait for dx
+    backward   start gather(x_local);  g = gradient(dz);  dx = grad_input(g);  start reduce(dx);
+               wait for x;  dw = grad_weight(g, kept);  wait for dx
 
 A low-rank branch (SLoRB) joins where the GEMMs are: `z += (x P^T) S^T` before, `dx += (dz S) P`
 after, so that it shares their communication.
 
-`dW` is computed while `dX` travels: that is why communication surrounds the GEMMs and is not a
-separate autograd node. Biases are the callers' business.
+X travels while `dX` is computed, and `dX` while `dW` is: that is why communication surrounds the
+GEMMs and is not a separate autograd node. Biases are the callers' business.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class LinearComm(Protocol):
 
     gathers: bool
 
-    def gather(self, x_local: torch.Tensor) -> torch.Tensor:
-        """The input that the GEMMs see, from what this rank holds."""
+    def gather(self, x_local: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+        """Start to gather the input that the GEMMs see; it is valid after calling `wait`."""
         ...
 
     def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
@@ -48,8 +48,8 @@ class NoComm:
 
     gathers = False
 
-    def gather(self, x_local: torch.Tensor) -> torch.Tensor:
-        return x_local
+    def gather(self, x_local: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+        return x_local, lambda: None
 
     def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
         return dx, lambda: None
@@ -71,7 +71,8 @@ class _Linear(torch.autograd.Function):
         operands: Float8Input | None,
     ) -> torch.Tensor:
         ctx.gemms, ctx.comm, ctx.boost, ctx.seed = gemms, comm, boost, seed
-        x = comm.gather(x_local)
+        x, arrived = comm.gather(x_local)
+        arrived()
         x_TK = x.reshape(-1, x.shape[-1])
         h_TR = None
         z_TN, kept = output(gemms, x_TK, recorded and ctx.needs_input_grad[1], operands)
@@ -89,10 +90,10 @@ class _Linear(torch.autograd.Function):
         (dz,) = grads
         x_local, s_NR, p_RK, h_TR, *kept = ctx.saved_tensors
         dz_TN = dz.reshape(-1, dz.shape[-1])
-        dx, dw, ds, dp, wait, x_TK = None, None, None, None, None, None
+        dx, dw, ds, dp, x_TK, arrived, wait = None, None, None, None, None, None, None
         wanted = ctx.needs_input_grad
         if x_local is not None and wanted[1]:
-            x = ctx.comm.gather(x_local)
+            x, arrived = ctx.comm.gather(x_local)
             x_TK = x.reshape(-1, x.shape[-1])
         dh_TR = None if h_TR is None else ctx.boost.grad_hidden(dz_TN, s_NR)
         gradient = ctx.gemms.gradient(dz_TN, ctx.seed)
@@ -102,6 +103,8 @@ class _Linear(torch.autograd.Function):
                 dx_TK = ctx.boost.add_grad_input_(dx_TK, dh_TR, p_RK)
             dx, wait = ctx.comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
         if wanted[1]:
+            if arrived is not None:
+                arrived()
             dw = ctx.gemms.grad_weight(gradient, tuple(kept) or ctx.gemms.kept(x_TK))
             if dh_TR is not None:
                 ds = dz_TN.t() @ h_TR

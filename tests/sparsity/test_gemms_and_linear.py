@@ -125,3 +125,39 @@ def test_simulated_fp8_takes_the_papers_formats():
     kept = mvue24(dz2, seed=3, dim=0)  # amplified entries: the scale is taken after MVUE
     expected = round_to_fp8(kept, e5).t() @ round_to_fp8(x2, e5)
     torch.testing.assert_close(gemms.grad_weight(gemms.gradient(dz2, 3), (x2,)), expected)
+
+
+def test_communication_travels_beside_the_gemms_and_is_awaited():
+    events = []
+
+    class Comm:
+        gathers = True
+
+        def gather(self, x_local):
+            return self._later("gather", torch.cat([x_local, x_local]))
+
+        def reduce(self, dx):
+            return self._later("reduce", dx[: len(dx) // 2] + dx[len(dx) // 2 :])
+
+        def _later(self, name, value):
+            events.append(name)
+            result = torch.full_like(value, float("nan"))
+            return result, lambda: (events.append(f"{name} ends"), result.copy_(value))
+
+    class Logged(DenseGemms):
+        def grad_input(self, gradient):
+            events.append("dX")
+            return super().grad_input(gradient)
+
+        def grad_weight(self, gradient, kept):
+            events.append("dW")
+            return super().grad_weight(gradient, kept)
+
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    z = linear(x, w, Logged(w), Comm())
+    assert events == ["gather", "gather ends"]
+    events.clear()
+    z.sum().backward()
+    assert events == ["gather", "dX", "reduce", "gather ends", "dW", "reduce ends"]
+    torch.testing.assert_close(x.grad, 2 * w.sum(0).expand(3, 8))
+    torch.testing.assert_close(w.grad, 2 * x.sum(0).expand(4, 8))

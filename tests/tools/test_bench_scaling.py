@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -54,3 +55,43 @@ def test_it_runs_on_cpu(bench: ModuleType, tmp_path: Path) -> None:
     assert bench.main([*flags, "--warmup", "1", "--steps", "1", "--output", str(output)]) == 0
     text = output.read_text()
     assert "| recompute full | 1 | fst |" in text and "| one | 1 |" in text
+
+
+def test_time_of_a_step_is_divided(bench: ModuleType) -> None:
+    args = bench.parse(["--ranks", "2", "--part", "scaling"])
+    results = _results(bench, args)
+    assert "communication alone" not in bench.report(results, args)[0]  # as on CPUs
+    for run in results.values():
+        run |= {"computing": 1.5, "covered": 2.25}
+    text, _ = bench.report(results, args)
+    assert "| tp 2, sp | 2 | fst | 3000 | 1500 (50%) | 750 (25%) | 750 (25%) |" in text
+
+
+def test_spans_that_overlap_count_once(bench: ModuleType) -> None:
+    from kernel_classes import length_of_union
+
+    spans = [(4.0, 6.0), (0.0, 2.0), (1.0, 3.0), (4.5, 5.0), (6.0, 7.0)]
+    assert length_of_union(spans) == 6.0
+    assert length_of_union([]) == 0.0
+
+
+def test_what_was_measured_is_not_run_again(bench: ModuleType, tmp_path, monkeypatch) -> None:
+    import measure_runs
+
+    started = []
+
+    def start(jobs, ranks, device, place, gpus):
+        started.append((list(jobs), gpus))
+        for name, job in jobs.items():
+            kept = json.dumps({"job": job, "result": {"loss": len(started)}})
+            measure_runs._file(place, name).write_text(kept)
+
+    monkeypatch.setattr(measure_runs, "_start", start)
+    jobs = {name: {"flags": [name], "steps": 2} for name in ("a/one", "a/two, sp")}
+    folder = tmp_path / "x.runs"
+    first = measure_runs.launch({"a/one": jobs["a/one"]}, 1, "cpu", folder)
+    assert first == {"a/one": {"loss": 1}}
+    assert measure_runs.launch(jobs, 1, "cpu", folder, ["3"]) == {**first, "a/two, sp": {"loss": 2}}
+    jobs["a/one"]["steps"] = 3  # another job
+    measure_runs.launch(jobs, 1, "cpu", folder)
+    assert started == [(["a/one"], ()), (["a/two, sp"], ["3"]), (["a/one"], ())]

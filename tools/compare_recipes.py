@@ -232,6 +232,7 @@ def compare(work: Work) -> str:
         *recipe_tables.ablation_table(
             rows, {name: BASES[name] for name in work.variants if name in BASES}
         ),
+        *recipe_tables.on_the_way(rows, work.variants),
         *recipe_tables.noise(rows),
         *recipe_tables.missing_line(missing),
     ]

@@ -17,7 +17,7 @@ def row_of(run: Finished, dense: Finished | None, base: Finished | None) -> Row:
 
     `dense_share` is the share of the dense run's steps after which it had the variant's final
     validation loss (linear between evaluations; 1: not before its end), `hours_to` the time until
-    the variant's loss was at most 1.02 times the dense run's last.
+    the variant's loss was at most 1.02 times the dense run's last, `gaps` by step of an evaluation.
     """
     final = run.figures["valid_loss"]
     row = {"variant": run.variant, "seed": run.seed, **run.figures, "seconds": run.seconds}
@@ -26,10 +26,12 @@ def row_of(run: Finished, dense: Finished | None, base: Finished | None) -> Row:
     row["base"] = None if base is None else base.variant
     row["gap_to_base"] = None if base is None else final / base.figures["valid_loss"] - 1
     if dense is None:
-        return {**row, "gap": None, "dense_share": None, "hours_to": None}
+        return {**row, "gap": None, "gaps": {}, "dense_share": None, "hours_to": None}
     last = dense.figures["valid_loss"]
+    losses = {step: loss for step, loss, _ in dense.curve}
     return {
         **row,
+        "gaps": {step: loss / losses[step] - 1 for step, loss, _ in run.curve if step in losses},
         "gap": final / last - 1,
         "dense_share": share_of([(step, loss) for step, loss, _ in dense.curve], final),
         "hours_to": next(
@@ -146,6 +148,29 @@ def ablation_table(rows: Sequence[Row], bases: Mapping[str, str]) -> list[str]:
                 f"{_flips(group)} | {_shown(_alone(group, 'tokens_per_second'), ',.0f')} |"
             )
     return lines if len(lines) > start else []
+
+
+def on_the_way(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
+    """Gaps to dense after each quarter of the run, a line a variant; empty if rarely evaluated."""
+    steps = sorted({step for row in rows for step in row["gaps"]})
+    if len(steps) < 4:
+        return []
+    chosen = [steps[len(steps) * part // 4 - 1] for part in (1, 2, 3, 4)]
+    lines = [
+        "",
+        "## On the way",
+        "",
+        "Validation loss to dense at the same step.",
+        "",
+        f"| variant | seeds | {' | '.join(f'step {step}' for step in chosen)} |",
+        "|---|---:|" + "---:|" * len(chosen),
+    ]
+    for variant in variants:
+        group = [row for row in rows if row["variant"] == variant and row["gaps"]]
+        if group and variant != "dense":
+            cells = [percent([row["gaps"][s] for row in group if s in row["gaps"]]) for s in chosen]
+            lines.append(f"| {variant} | {len(group)} | {' | '.join(cells)} |")
+    return lines
 
 
 def noise(rows: Sequence[Row]) -> list[str]:

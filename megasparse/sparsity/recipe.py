@@ -151,7 +151,6 @@ PRESETS: dict[str, SparsityRecipe] = {
             mvue="exact",
             regulariser="masked_decay",
             masked_decay=6e-5,
-            mask_update_interval=40,
             dense_tail_fraction=1 / 6,
         ),
         SparsityRecipe("s_ste", projection="soft_threshold", mvue="exact"),

@@ -277,6 +277,23 @@ def test_the_paragraph_on_noise():
     ]  # fmt: skip
 
 
+def test_gaps_on_the_way_are_of_the_same_step_and_the_mean_of_seeds():
+    on_the_way = _tool("recipe_tables").on_the_way
+    steps = range(10, 90, 10)
+    rows = [
+        {"variant": "fst", "seed": seed, "gaps": {s: (s + seed) / 1000 for s in steps}}
+        for seed in (0, 2)
+    ]
+    rows.append({"variant": "late", "seed": 0, "gaps": {}})
+    assert on_the_way(rows, ["dense", "fst", "late"])[-3:] == [
+        "| variant | seeds | step 20 | step 40 | step 60 | step 80 |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| fst | 2 | +2.10 % (+2.00 to +2.20) | +4.10 % (+4.00 to +4.20) | "
+        "+6.10 % (+6.00 to +6.20) | +8.10 % (+8.00 to +8.20) |",
+    ]
+    assert on_the_way([{"variant": "fst", "seed": 0, "gaps": {10: 0.0}}], ["fst"]) == []
+
+
 def test_an_unknown_variant_is_refused(tmp_path, capsys):
     tool = _tool("compare_recipes")
     assert tool.main(["--output", str(tmp_path / "x"), "--only", "fts"]) == 64

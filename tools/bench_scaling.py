@@ -109,7 +109,7 @@ def make_jobs(args: argparse.Namespace) -> dict[int, dict[str, Job]]:
         steps = args.matrix_steps if part == "matrix" else args.warmup + args.steps
         for recipe in ("dense", args.recipe):
             for name, (ranks, flags) in layouts.items():
-                if ranks > args.ranks:
+                if ranks > args.ranks or (args.layouts and name not in ["one", *args.layouts]):
                     continue
                 stage = [] if "--zero-stage" in flags else ["--zero-stage", "1"]
                 jobs.setdefault(ranks, {})[f"{part}/{recipe}/{name}"] = {
@@ -126,7 +126,7 @@ def make_jobs(args: argparse.Namespace) -> dict[int, dict[str, Job]]:
 
 def matrix_table(results: dict[str, Any], recipe: str) -> tuple[list[str], bool]:
     """Lines of the table, and whether every layout agrees with one GPU."""
-    lines = ["| layout | GPUs | recipe | last loss | largest difference | samples | |",
+    lines = ["| layout | ranks | recipe | last loss | largest difference | samples | |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     good = True
     for name, (ranks, _) in MATRIX.items():
@@ -193,7 +193,8 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> tuple[str, bool
     """The whole text in markdown, and whether everything agrees."""
     any_run = next(iter(results.values()))
     lines = [
-        f"# Layouts on {args.ranks} x {any_run['hardware']}",
+        f"# Layouts on {args.gpus} x {any_run['hardware']}"
+        f"{f', shared by {args.ranks} ranks' if args.ranks > args.gpus else ''}",
         "",
         f"{datetime.date.today()}, torch {any_run['torch']}, BF16, "
         f"`{shlex.join(['python', 'tools/bench_scaling.py', *args.argv])}`",
@@ -240,6 +241,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--part", choices=("matrix", "scaling", "all"), default="all")
     parser.add_argument("--recipe", default="fst", help="the sparse method (default fst)")
     parser.add_argument("--ranks", type=int, help="GPUs to use, 1, 2 or 4 (default: all here)")
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        choices=sorted(MATRIX | SCALING),
+        help="these and one GPU (default: all)",
+    )
+    parser.add_argument(
+        "--share-gpus",
+        action="store_true",
+        help="run the matrix on more --ranks than there are GPUs",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a model of toy size in both parts")
     parser.add_argument("--matrix-steps", type=int, default=20)
@@ -248,13 +262,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--output", type=Path, help="markdown file to write")
     args = parser.parse_args(argv)
-    args.argv = argv
+    args.argv, args.gpus = argv, args.ranks
     return args
 
 
 def run_all(args: argparse.Namespace, folder: Path | None) -> dict[str, Result]:
     """Everything that was asked for, by the name of its job."""
-    gpus = visible_gpus()[: args.ranks] if args.device == "cuda" else []
+    gpus = visible_gpus()[: args.gpus] if args.device == "cuda" else []
     results: dict[str, Result] = {}
     for ranks, jobs in sorted(make_jobs(args).items()):
         # Small runs share their processes; a large layout has its own.
@@ -263,7 +277,7 @@ def run_all(args: argparse.Namespace, folder: Path | None) -> dict[str, Result]:
             part, _, layout = name.split("/")
             groups.setdefault(part if part == "matrix" else layout, {})[name] = job
         places: queue.Queue[list[str]] = queue.Queue()
-        for first in range(0, len(gpus) or ranks, ranks):
+        for first in range(0, max(len(gpus), 1), ranks):
             places.put(gpus[first : first + ranks])
 
         def run(group: dict[str, Job], ranks=ranks, places=places) -> dict[str, Result]:
@@ -285,8 +299,13 @@ def main(argv: list[str]) -> int:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here; --device cpu --tiny shows that the tool runs")
-    args.ranks = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
-    args.ranks = max(n for n in (1, 2, 4) if n <= args.ranks)
+    here = torch.cuda.device_count() if args.device == "cuda" else 4
+    args.ranks = max(n for n in (1, 2, 4) if n <= (args.ranks or here))
+    if args.ranks > here and not (args.share_gpus and args.part == "matrix"):
+        raise SystemExit(
+            f"--ranks {args.ranks}, found {here} GPUs; --part matrix --share-gpus would share them"
+        )
+    args.gpus = min(args.ranks, here)
     folder = args.output.with_suffix(".runs") if args.output else None
     results = run_all(args, folder)
     text, good = report(results, args)

@@ -104,7 +104,8 @@ def launch(
     Args:
         device: "cuda" or "cpu".
         folder: keeps a file a finished job; default: none is kept.
-        gpus: names for CUDA_VISIBLE_DEVICES; default: all that are visible.
+        gpus: names for CUDA_VISIBLE_DEVICES; default: all that are visible. Ranks share them if
+            they are more (`_take_gpu`): good for results, not for times.
 
     Raises:
         SystemExit: the ranks failed.
@@ -128,12 +129,14 @@ def _start(
     }
     if device == "cpu" or gpus:
         environment["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else ",".join(gpus)
+    shared = gpus if 0 < len(gpus) < ranks else ()
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", str(ranks), str(Path(__file__).resolve()),
-        str(place), json.dumps(jobs),
+        str(place), json.dumps(jobs), *shared,
     ]  # fmt: skip
-    print(f"{len(jobs)} runs on {ranks} ranks", file=sys.stderr, flush=True)
+    where = f" on {len(shared)} GPUs" if shared else ""
+    print(f"{len(jobs)} runs on {ranks} ranks{where}", file=sys.stderr, flush=True)
     done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"the runs on {ranks} ranks ended with code {done.returncode}")
@@ -150,6 +153,22 @@ def _read(place: Path, name: str, job: Job) -> Result | None:
         return None
     kept = json.loads(path.read_text())
     return kept["result"] if kept["job"] == job else None
+
+
+def _take_gpu(gpus: Sequence[str]) -> None:
+    """Give this rank one of fewer GPUs than ranks.
+
+    NCCL refuses two ranks on a GPU of one host. So each says that it is a host of its own, and they
+    talk over sockets on loopback.
+    """
+    rank = int(os.environ["RANK"])
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)],
+        "LOCAL_RANK": "0",
+        "NCCL_HOSTID": f"rank-{rank}",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_IB_DISABLE": "1",
+    }
 
 
 def worker(place: Path, jobs: Mapping[str, Job]) -> None:
@@ -169,4 +188,6 @@ def worker(place: Path, jobs: Mapping[str, Job]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        _take_gpu(sys.argv[3:])
     worker(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -19,12 +19,14 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     sys.modules.pop("bench_scaling", None)
 
 
+RUN = {
+    "losses": [5.0, 4.5], "seconds": [9.0, 9.0, 9.0, 2.0, 4.0, 3.0], "tokens": 600,
+    "samples": "a", "parameters": 2e9, "memory": 1.0, "hardware": "X", "torch": "0",
+}  # fmt: skip
+
+
 def _results(bench: ModuleType, args) -> dict[str, dict]:
-    run = {
-        "losses": [5.0, 4.5], "seconds": [9.0, 9.0, 9.0, 2.0, 4.0, 3.0], "tokens": 600,
-        "samples": "a", "parameters": 2e9, "memory": 1.0, "hardware": "X", "torch": "0",
-    }  # fmt: skip
-    return {name: dict(run) for jobs in bench.make_jobs(args).values() for name in jobs}
+    return {name: dict(RUN) for jobs in bench.make_jobs(args).values() for name in jobs}
 
 
 def test_tables_of_made_up_results(bench: ModuleType) -> None:
@@ -95,3 +97,39 @@ def test_what_was_measured_is_not_run_again(bench: ModuleType, tmp_path, monkeyp
     jobs["a/one"]["steps"] = 3  # another job
     measure_runs.launch(jobs, 1, "cpu", folder)
     assert started == [(["a/one"], ()), (["a/two, sp"], ["3"]), (["a/one"], ())]
+
+
+def test_more_ranks_than_gpus_are_refused_but_for_the_matrix(bench, monkeypatch, tmp_path) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for flags in ([], ["--share-gpus"], ["--part", "matrix"]):
+        with pytest.raises(SystemExit, match="--ranks 4, found 2 GPUs"):
+            bench.main(["--ranks", "4", *flags])
+    launched = []
+
+    def launch(jobs, ranks, device, folder, gpus):
+        launched.append((ranks, gpus, len(jobs)))
+        folder.mkdir(exist_ok=True)
+        return {name: dict(RUN) for name in jobs}
+
+    monkeypatch.setattr(bench, "launch", launch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    flags = ["--part", "matrix", "--share-gpus", "--ranks", "4", "--layouts", "tp 4", "dp 2"]
+    assert bench.main([*flags, "--output", str(tmp_path / "x.md")]) == 0
+    assert launched == [(1, ["5"], 2), (2, ["5", "7"], 2), (4, ["5", "7"], 2)]
+    assert "# Layouts on 2 x X, shared by 4 ranks" in (tmp_path / "x.md").read_text()
+
+
+def test_a_rank_takes_its_gpu_and_says_that_it_is_a_host_of_its_own(bench, monkeypatch) -> None:
+    import measure_runs
+
+    taken = []
+    for rank in range(4):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        monkeypatch.setattr(measure_runs.os, "environ", environment)
+        measure_runs._take_gpu(["5", "7"])
+        taken.append([environment[name] for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK")])
+    assert taken == [["5", "0"], ["7", "0"], ["5", "0"], ["7", "0"]]
+    assert environment["NCCL_HOSTID"] == "rank-3"

@@ -36,6 +36,9 @@ def run() -> int:
 
 def train(prepared: Prepared) -> int:
     """The training itself; its imports take seconds, so a mistake is told before."""
+    from megasparse.megatron.eager import import_megatron
+
+    import_megatron()
     from megasparse.train.main import main
 
     return main(prepared, stop)

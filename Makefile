@@ -25,6 +25,7 @@ RANKS := 2
 else
 VENV_FLAGS := --system-site-packages
 INSTALL = $(BIN)/python -m pip install -e .[gpu,test,dev]
+export MEGASPARSE_REQUIRE_TRANSFORMER_ENGINE ?= 1
 RANKS := $(if $(filter 1,$(GPUS)),1,2)
 endif
 

@@ -35,11 +35,13 @@ class LinearComm(Protocol):
     gathers: bool
 
     def gather(self, x_local: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
-        """Start to gather the input that the GEMMs see; it is valid after calling `wait`."""
+        """Start to gather the input that the GEMMs see, `(S, ..., K)` of `(S/p, ..., K)`; it is
+        valid after calling `wait`."""
         ...
 
     def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
-        """Start to reduce the gradient of that input; the result is valid after calling `wait`."""
+        """Start to reduce the gradient of that input, to the shape that it had before `gather`; the
+        result is valid after calling `wait`."""
         ...
 
 

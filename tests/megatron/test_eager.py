@@ -1,4 +1,4 @@
-"""megatron-core is imported without torch's compiler where a run starts, and works."""
+"""megatron-core is imported without torch's compiler where a run starts, and nothing misses it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = """
+ROOT = Path(__file__).parents[2]
+WITHOUT = """
 import sys, torch
 from megasparse.megatron.eager import import_megatron
 before = torch.compile
@@ -20,14 +21,47 @@ x = torch.randn(3, 8)
 gate, up = x.chunk(2, -1)
 torch.testing.assert_close(swiglu(x), torch.nn.functional.silu(gate) * up)
 """
+# What would have been compiled fails when it is called; none of it may be.
+UNUSED = """
+import sys, torch
+compile_, decorated = torch.compile, []
+def unused(function):
+    decorated.append(function.__qualname__)
+    def call(*_, **__):
+        raise AssertionError(f"{function.__qualname__} is called")
+    return call
+torch.compile = unused
+import megatron.core
+torch.compile = compile_
+assert len(decorated) > 10
+from megasparse.config import load_config, resolve
+from megasparse.train.main import pretrain
+tiny = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --vocab-size 64 "
+    "--micro-batch-size 2 --global-batch-size 2 --lr 1e-3 --train-iters 2 --eval-iters 1 --bf16 "
+    "--mock-data --save none --save-interval none"
+)
+llama = (
+    "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
+    "--recompute-granularity full --sparsity-recipe s_ste"
+)
+gpt = "--hidden-dropout 0.1 --attention-dropout 0.1 --sparsity-recipe fst"
+for number, flags in enumerate((gpt, llama)):
+    folder = f"{sys.argv[1]}/{number}"
+    arguments = [*tiny.split(), *flags.split(), "--run-dir", folder]
+    assert pretrain(resolve(load_config(arguments), 1)) == 0
+"""
+
+
+def _run(script: str, *arguments: str) -> None:
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_run_starts_without_the_compiler():
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=Path(__file__).parents[2],
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    _run(WITHOUT)
+
+
+def test_no_run_calls_what_would_have_been_compiled(tmp_path):
+    _run(UNUSED, str(tmp_path))

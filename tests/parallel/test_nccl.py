@@ -32,10 +32,8 @@ LAYOUTS = {
 STEPS = 10
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(2)
 def test_fp8_runs_on_two_gpus_as_on_one(monkeypatch: pytest.MonkeyPatch):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     needs_transformer_engine(torch.device("cuda"))
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import measure_runs

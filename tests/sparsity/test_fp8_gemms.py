@@ -210,14 +210,18 @@ def test_fp8_says_why_it_cannot_run():
 
 
 @pytest.mark.parametrize(
-    ("installed", "capability", "outcome"),
+    ("installed", "required", "capability", "outcome"),
     [
-        (False, (9, 0), pytest.skip.Exception),
-        (True, (8, 0), pytest.skip.Exception),
-        (True, (9, 0), pytest.fail.Exception),
+        (False, "", (9, 0), pytest.skip.Exception),
+        (False, "1", (9, 0), pytest.fail.Exception),
+        (False, "1", (8, 0), pytest.skip.Exception),
+        (True, "", (9, 0), pytest.fail.Exception),
     ],
 )
-def test_a_broken_transformer_engine_is_no_skip(monkeypatch, installed, capability, outcome):
+def test_transformer_engine_is_skipped_only_where_it_may_be_missing(
+    monkeypatch, installed, required, capability, outcome
+):
+    monkeypatch.setenv("MEGASPARSE_REQUIRE_TRANSFORMER_ENGINE", required)
     monkeypatch.setattr(fp8, "refusal", lambda device: "Transformer Engine cannot be imported (x)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(

@@ -233,6 +233,7 @@ def compare(work: Work) -> str:
             rows, {name: BASES[name] for name in work.variants if name in BASES}
         ),
         *recipe_tables.on_the_way(rows, work.variants),
+        *recipe_tables.starts(rows),
         *recipe_tables.noise(rows),
         *recipe_tables.missing_line(missing),
     ]

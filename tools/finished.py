@@ -104,11 +104,14 @@ def record(
 
 def figures_of(run: plot_runs.RunData) -> dict[str, Any]:
     """What the table says of a run alone: the training loss is a mean over its last 5 %, the speed
-    the median after its first 10 %."""
+    the median after its first 10 %, the highest gradient norm that after its first 1 %, in which
+    it falls from that of the initial weights."""
     losses = [r["loss"] for r in run.rows if r["loss"] is not None]
     flips = [r["flip_rate"] for r in run.rows if r.get("flip_rate") is not None]
     valid = [r["valid_loss"] for r in run.rows if r.get("valid_loss")]
     speeds = [r["tokens_per_second"] for r in run.rows[len(run.rows) // 10 :]]
+    norms = [(r["grad_norm"], r["step"]) for r in run.rows[len(run.rows) // 100 :]
+             if r.get("grad_norm") is not None]  # fmt: skip
     return {
         "steps": run.rows[-1]["step"],
         "tokens": run.rows[-1]["tokens"],
@@ -116,6 +119,7 @@ def figures_of(run: plot_runs.RunData) -> dict[str, Any]:
         "valid_loss": valid[-1],
         "flip_rate_highest": max(flips, default=None),
         "flip_rate_last": flips[-1] if flips else None,
+        "grad_norm_highest": max(norms, default=None),
         "tokens_per_second": statistics.median(speeds),
         "hours": run.rows[-1]["hours"],
     }

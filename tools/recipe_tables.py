@@ -173,6 +173,43 @@ def on_the_way(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
     return lines
 
 
+def starts(rows: Sequence[Row]) -> list[str]:
+    """Each run's gap to dense at its first evaluation beside that at its end, and its highest
+    gradient norm: whether what happened in the first steps is what the table compares. Empty
+    with fewer than four runs beside dense."""
+    known = [(row, row["gaps"][min(row["gaps"])]) for row in rows if len(row["gaps"]) > 1]
+    pairs = [(early, row["gap"]) for row, early in known if row["variant"] != "dense"]
+    if len(pairs) < 4:
+        return []
+    lines = [
+        "",
+        "## What the start decides",
+        "",
+        "A gap that is there at the first evaluation and stays tells more of the first steps than "
+        "of the recipe. Gaps at the first evaluation and at the end correlate by "
+        f"{_correlation(pairs)} over {len(pairs)} runs.",
+        "",
+        "| run | highest gradient norm (step) | to dense, first evaluation | at the end |",
+        "|---|---:|---:|---:|",
+    ]
+    for row, early in sorted(known, key=lambda pair: pair[0]["gap"]):
+        norm = row.get("grad_norm_highest")
+        spike = "-" if norm is None else f"{norm[0]:.1f} ({norm[1]})"
+        lines.append(
+            f"| {row['variant']}, seed {row['seed']} | {spike} | {100 * early:+.2f} % | "
+            f"{100 * row['gap']:+.2f} % |"
+        )
+    return lines
+
+
+def _correlation(pairs: Sequence[tuple[float, float]]) -> str:
+    """Pearson's; where all of one side are equal there is none."""
+    try:
+        return f"{statistics.correlation(*zip(*pairs, strict=True)):.2f}"
+    except statistics.StatisticsError:
+        return "-"
+
+
 def noise(rows: Sequence[Row]) -> list[str]:
     """How far seeds lie apart, and which variants are not told apart by that: a paragraph."""
     lines = ["", "## Noise", ""]

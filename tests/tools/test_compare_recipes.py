@@ -294,6 +294,33 @@ def test_gaps_on_the_way_are_of_the_same_step_and_the_mean_of_seeds():
     assert on_the_way([{"variant": "fst", "seed": 0, "gaps": {10: 0.0}}], ["fst"]) == []
 
 
+def test_the_table_of_starts_correlates_first_and_last_gaps():
+    starts = _tool("recipe_tables").starts
+
+    def row(variant, first, last, norm=None):
+        gaps = {10: first, 20: 0.5, 30: last}
+        return {"variant": variant, "seed": 1, "gaps": gaps, "gap": last, "grad_norm_highest": norm}
+
+    rows = [
+        row("dense", 0.0, 0.0, [2.0, 7]),
+        row("fst", 0.02, 0.03, [31.25, 9]),
+        row("ste", 0.01, 0.01),
+        row("half", 0.01, 0.03),
+        row("s_ste", 0.02, 0.01),
+    ]
+    text = starts(rows)
+    assert "at the end correlate by 0.00 over 4 runs" in text[3]
+    assert text[6:9] == [
+        "|---|---:|---:|---:|",
+        "| dense, seed 1 | 2.0 (7) | +0.00 % | +0.00 % |",
+        "| ste, seed 1 | - | +1.00 % | +1.00 % |",
+    ]
+    assert "| fst, seed 1 | 31.2 (9) | +2.00 % | +3.00 % |" in text
+    assert "correlate by 1.00 over 4" in starts([*rows[:3], row("a", 0, 0), row("b", 1, 2)])[3]
+    assert "correlate by - over 4" in starts([row(name, 0.1, 0.2) for name in "abcd"])[3]
+    assert starts(rows[:4]) == []
+
+
 def test_an_unknown_variant_is_refused(tmp_path, capsys):
     tool = _tool("compare_recipes")
     assert tool.main(["--output", str(tmp_path / "x"), "--only", "fts"]) == 64

@@ -90,7 +90,7 @@ MODELS = {
     "scaling": [
         *LLAMA, "--num-layers", "16", "--hidden-size", "2048", "--ffn-hidden-size", "8192",
         "--num-attention-heads", "16", "--seq-length", "2048", "--vocab-size", "32000",
-        "--micro-batch-size", "8", "--global-batch-size", "64", "--lr", "3e-4",
+        "--micro-batch-size", "8", "--global-batch-size", "64", "--lr", "2e-5",
     ],
 }  # fmt: skip
 TINY = [

@@ -119,8 +119,9 @@ def report(content: dict[str, Any], rows: list[Compared], command: str) -> str:
         "",
         "Ratios are estimate to measurement. The estimator's constants (launches, bytes, rates "
         "within a step) were taken from some of these runs: kernels of `layer` and `l8`, the "
-        "host's time of a launch from `llama`. So this says how well one model describes all of "
-        "them, not how well it predicts others: on another machine measure first (`--measure`).",
+        "host's time of a launch from `llama`, that of a collective from `scaling` with half of "
+        "the tokens a micro-batch. So this says how well one model describes all of them, not how "
+        "well it predicts others: on another machine measure first (`--measure`).",
         "",
         *_table([row for row in rows if not row.older]),
         "",
@@ -129,7 +130,8 @@ def report(content: dict[str, Any], rows: list[Compared], command: str) -> str:
         "profiled. Not in the estimate: matrices of 768 may be slower than the nearest measured "
         "shape, biases, a GELU that is not fused, and two runs at a time on one host. Of `llama`, "
         "FST in the FFN launches more kernels than the dense run and took less time, which one "
-        "price for a launch cannot say.",
+        "price for a launch cannot say. With tensor parallelism ranks "
+        "wait for whichever host is behind, which is not in the estimate.",
         "",
         "## By code that has changed since",
         "",

@@ -44,6 +44,9 @@ REMAKE_BYTES = {"row": 5, "soft_threshold": 43}
 LAYER_LAUNCHES = 52  # of a dense layer in a micro-batch, both ways
 SPARSE_LAUNCHES = 2  # more for each linear that is sparse
 WEIGHT_LAUNCHES = 8  # and for its weight, once a step
+# A collective costs the host about twice as much as a kernel: what is left of tensor parallelism's
+# steps with 4 sequences a micro-batch (7.6 and 8.4 ms a layer, dense and FST), where the device waits for the host.
+COLLECTIVE_LAUNCHES = 2
 MICRO_BATCH_LAUNCHES = 50  # embedding, output layer, loss
 AFTER = ("gradient reduction", "optimizer")  # when the last micro-batch is through
 
@@ -204,10 +207,14 @@ def layer_time(
 
 
 def layer_launches(config: RunConfig, recipe: SparsityRecipe, micro_batches: int) -> float:
-    """Kernels that the host launches for one layer and micro-batch, both ways."""
+    """Launches of the host for one layer and micro-batch, both ways, in those of a kernel."""
     count = LAYER_LAUNCHES + len(_sparse(config, recipe)) * (
         SPARSE_LAUNCHES + WEIGHT_LAUNCHES / micro_batches
     )
+    if config.parallel.tensor_model_parallel_size > 1:
+        # Forward and backward of two pairs of linears: with sp X, z, dz, X again and dX of each,
+        # otherwise z and dX.
+        count += 2 * (5 if config.parallel.sequence_parallel else 2) * COLLECTIVE_LAUNCHES
     return count * 4 / 3 if config.parallel.recompute_granularity == "full" else count
 
 

@@ -44,8 +44,8 @@ REMAKE_BYTES = {"row": 5, "soft_threshold": 43}
 LAYER_LAUNCHES = 52  # of a dense layer in a micro-batch, both ways
 SPARSE_LAUNCHES = 2  # more for each linear that is sparse
 WEIGHT_LAUNCHES = 8  # and for its weight, once a step
-# A collective costs the host about twice as much as a kernel: what is left of tensor parallelism's
-# steps with 4 sequences a micro-batch (7.6 and 8.4 ms a layer, dense and FST), where the device waits for the host.
+# A collective costs the host about twice as much as a kernel: by steps of tensor parallelism with 4
+# sequences a micro-batch, where the device waits for the host (a layer 7.6 ms dense, 8.4 FST).
 COLLECTIVE_LAUNCHES = 2
 MICRO_BATCH_LAUNCHES = 50  # embedding, output layer, loss
 AFTER = ("gradient reduction", "optimizer")  # when the last micro-batch is through

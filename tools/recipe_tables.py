@@ -211,38 +211,45 @@ def _correlation(pairs: Sequence[tuple[float, float]]) -> str:
 
 
 def noise(rows: Sequence[Row]) -> list[str]:
-    """How far seeds lie apart, and which variants are not told apart by that: a paragraph."""
+    """How far seeds lie apart, and which variants are told apart in spite of it: a paragraph."""
     lines = ["", "## Noise", ""]
-    groups: dict[str, list[Row]] = {}
+    gaps: dict[str, dict[int, float]] = {}
     for row in rows:
-        groups.setdefault(row["variant"], []).append(row)
-    gaps = {
-        name: values
-        for name, group in groups.items()
-        if name != "dense" and len(values := _known(group, "gap")) > 1
+        if row["gap"] is not None:
+            gaps.setdefault(row["variant"], {})[row["seed"]] = row["gap"]
+    ranges = {
+        name: max(by_seed.values()) - min(by_seed.values())
+        for name, by_seed in gaps.items()
+        if name != "dense" and len(by_seed) > 1
     }
-    if not gaps:
+    if not ranges:
         return [*lines, "No variant has a gap to dense for two seeds: the noise is not known."]
-    ranges = {name: max(values) - min(values) for name, values in gaps.items()}
     widest = max(ranges, key=lambda name: ranges[name])
-    limit = ranges[widest]
-    dense = [row["valid_loss"] for row in groups["dense"]]
+    dense = [row["valid_loss"] for row in rows if row["variant"] == "dense"]
     lines += [
         "A gap is taken between two runs of one seed, which see the same samples in the same order "
         "and are evaluated on the same samples. Over seeds the range of a variant's gap to dense "
         f"(highest less lowest, {len(ranges)} variants with two seeds or more) is "
         f"{100 * statistics.fmean(ranges.values()):.2f} percentage points on average and at most "
-        f"{100 * limit:.2f} ({widest}); the validation losses of dense itself lie "
-        f"{100 * (max(dense) / min(dense) - 1):.2f} % apart. Means that differ by less than the "
-        "widest range are not told apart here:",
+        f"{100 * ranges[widest]:.2f} ({widest}); the validation losses of dense itself lie "
+        f"{100 * (max(dense) / min(dense) - 1):.2f} % apart. Two variants are told apart here if "
+        "their gaps differ by more, on average over the seeds that both have, than that difference "
+        "varies with the seed:",
         "",
     ]
-    means = {name: statistics.fmean(_known(group, "gap"))
-             for name, group in groups.items() if _known(group, "gap")}  # fmt: skip
-    for name in means:
-        near = [o for o in means if o != name and abs(means[o] - means[name]) < limit]
-        lines.append(f"- {name}: {', '.join(near) if near else 'stands alone'}")
-    return lines
+    lower = {name: [other for other in gaps if _lower(gaps[name], gaps[other])] for name in gaps}
+    told = [
+        f"- {name} is lower than {', '.join(others)}" for name, others in lower.items() if others
+    ]
+    return [*lines, *(told or ["- none"])]
+
+
+def _lower(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
+    """Whether the gaps (by seed) of one are reliably lower than the other's."""
+    differences = [other[seed] - gap for seed, gap in one.items() if seed in other]
+    if len(differences) < 2:
+        return False
+    return statistics.fmean(differences) > max(differences) - min(differences)
 
 
 def missing_line(missing: Sequence[str]) -> list[str]:

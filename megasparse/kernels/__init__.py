@@ -31,6 +31,7 @@ any sizes that the function's own docstring allows.
 | swiglu_grad_pack24(dy (T, F), fused, seed)     | grad_pack24 of swiglu_fused's gradient       |
 | norm_float8(x (T, H), weight, bias, scale)     | a norm in e4m3: (T', H), (H, T'); statistics |
 | weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T packed or dense; one pass    |
+| effective_weight(w (N, K), mask, beta)         | (N, K) float32: that W~ itself, unrounded    |
 | spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
 | encode_patterns(mask, transposable)            | uint8: the number of each pattern            |
 | decode_patterns(indices, shape, transposable)  | bool mask: the inverse                       |
@@ -74,6 +75,7 @@ from megasparse.kernels.soft_threshold24 import (
 from megasparse.kernels.spmm24 import matmul24 as matmul24
 from megasparse.kernels.spmm24 import spmm24 as spmm24
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask
+from megasparse.kernels.weight_pack24 import effective_weight as effective_weight
 from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
 
 __all__ = [
@@ -84,6 +86,7 @@ __all__ = [
     "count_flips",
     "decode_patterns",
     "derive_seed",
+    "effective_weight",
     "encode_patterns",
     "geglu",
     "grad_pack24",

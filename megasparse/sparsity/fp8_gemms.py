@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from megasparse.fp8 import Fp8Slot
 from megasparse.fp8_current import CurrentSlot, Scales, Scaling, Slot
 from megasparse.kernels import (
+    effective_weight,
     grad_pack24,
     matmul24,
     spmm24,
@@ -227,7 +228,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
             nan_flag=nan_flag,
         )
         if self._probe.asked:
-            self._tell("weight", w_NK, self._packed.values)
+            self._tell("weight", effective_weight(w_NK, mask, threshold_scale), self._packed.values)
 
     def _multiply_output(self, row: torch.Tensor, x: Scaling) -> torch.Tensor:
         return self._sparse("output", self._packed, row, x)

@@ -192,10 +192,18 @@ def test_the_probe_is_told(device, recipe, hybrid):
     """Magnitudes are the operands' own, whatever format and scale."""
     needs_transformer_engine(device)
     x, w, dz = operands(device)
-    _, slots = scaling(device)
+    scales, slots = scaling(device)
+    with torch.no_grad():
+        w[:, :8] *= 1e-7  # below what e4m3 has beside the largest
     probe = Probe()
     probe.ask()
-    gemms, *_ = gemms_of(recipe, w, slots, probe=probe, hybrid=hybrid)
+    gemms, effective, _ = gemms_of(recipe, w, slots, probe=probe, hybrid=hybrid)
+    # Not what was pruned.
+    rounded = gemms._packed.stored()
+    lost = effective.count_nonzero() - rounded.float().count_nonzero()
+    assert float(probe.sums["fp8_weight_lost"]) == float(lost) >= w.shape[0]
+    assert float(probe.sums["fp8_weight_all"]) == w.numel()
+    assert float(probe.maxima["weight"]) == pytest.approx(float(effective.abs().max()), rel=1e-6)
     linear(x, w, gemms, seed=5).backward(2 * dz)
     probe.ask()  # forgets that; the scale is still of the larger one
     linear(x, w, gemms, seed=5).backward(dz)

@@ -16,6 +16,7 @@ from megasparse.kernels.packed24 import (
     empty_packed,
 )
 from megasparse.kernels.weight_pack24 import reference, triton
+from megasparse.kernels.weight_pack24.reference import effective_weight as effective_weight
 
 Transposed = Literal["packed", "dense"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pty
@@ -25,9 +26,8 @@ def _until_hung_up(reading: int) -> Iterator[bytes]:
     while True:
         try:
             part = os.read(reading, 4096)
-        except OSError:
-            return
-        if not part:
+        except OSError as error:
+            assert error.errno == errno.EIO
             return
         yield part
 

@@ -1,6 +1,7 @@
-"""FP8 and 2:4 over NCCL: a layout of two GPUs trains as one GPU does.
+"""FP8 and 2:4 over NCCL: a layout of two ranks trains as one does.
 
-The matrix of layouts in BF16 is `tools/bench_scaling.py`; gloo's tests beside this one are exact.
+Each rank has a GPU, or they share the only one (`measure_runs`). The matrix of layouts in BF16 is
+`tools/bench_scaling.py`; gloo's tests beside this one are exact.
 """
 
 from __future__ import annotations
@@ -32,19 +33,22 @@ LAYOUTS = {
 STEPS = 10
 
 
-@pytest.mark.gpu(2)
-def test_fp8_runs_on_two_gpus_as_on_one(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.gpu
+def test_fp8_runs_on_two_ranks_as_on_one(monkeypatch: pytest.MonkeyPatch):
     needs_transformer_engine(torch.device("cuda"))
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import measure_runs
+    from run_queue import visible_gpus
 
+    gpus = visible_gpus()[:2]
+    alone = {"one": {"flags": MODEL, "steps": STEPS}}
+    jobs = {name: {"flags": [*MODEL, *more], "steps": STEPS} for name, more in LAYOUTS.items()}
     try:
-        flags = {name: [*MODEL, *more] for name, more in LAYOUTS.items()}
-        jobs = {name: {"flags": value, "steps": STEPS} for name, value in flags.items()}
-        one = measure_runs.launch({"one": {"flags": MODEL, "steps": STEPS}}, 1, "cuda")["one"]
-        two = measure_runs.launch(jobs, 2, "cuda")
+        one = measure_runs.launch(alone, 1, "cuda", gpus=gpus[:1])["one"]
+        two = measure_runs.launch(jobs, 2, "cuda", gpus=gpus)
     finally:
-        sys.modules.pop("measure_runs")
+        for name in ("measure_runs", "run_queue"):
+            sys.modules.pop(name, None)
     assert list(two) == list(LAYOUTS)
     for run in two.values():
         assert run["samples"] == one["samples"]

@@ -110,7 +110,7 @@ def make_jobs(args: argparse.Namespace) -> dict[int, dict[str, Job]]:
         if args.part not in (part, "all"):
             continue
         steps = args.matrix_steps if part == "matrix" else args.warmup + args.steps
-        for recipe in ("dense", args.recipe):
+        for recipe in (args.recipe, "dense"):  # first what is more in doubt
             for name, (ranks, flags) in layouts.items():
                 if ranks > args.ranks or (args.layouts and name not in ["one", *args.layouts]):
                     continue

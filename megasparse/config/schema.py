@@ -138,6 +138,9 @@ class TrainConfig:
     clip_grad: float = option(1.0, "global gradient norm to clip to; 0: off", at_least=0.0)
     seed: int = option(1234, "seed of weights, data order, dropout and MVUE", at_least=0)
     bf16: bool = option(False, "bfloat16 weights and activations with float32 masters")
+    deterministic_mode: bool = option(
+        False, "on GPUs: sums in a fixed order, so that a run repeats bit for bit; slower"
+    )
     transformer_impl: str | None = option(
         None, "attention, norms and rotary embedding: Transformer Engine's or torch's (local); "
         "default: Transformer Engine's in bf16 on a GPU, where it is installed",

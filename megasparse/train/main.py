@@ -18,7 +18,7 @@ from megasparse.train.data import build_data
 from megasparse.train.loop import Context, Trainer
 from megasparse.train.precheck import Prepared, check
 from megasparse.train.preflight import check_hosts, require_fit
-from megasparse.train.process import start_process, stop_process
+from megasparse.train.process import fix_order_of_sums, start_process, stop_process
 from megasparse.train.rendezvous import attempt
 from megasparse.train.stop import StopRequest
 from megasparse.train.watchdog import Watchdog
@@ -64,6 +64,8 @@ class _Run:
     def run(self) -> int:
         config = self._prepared.config
         parallel = config.parallel
+        if config.train.deterministic_mode:
+            fix_order_of_sums()
         device = start_process(parallel.distributed_timeout_minutes, self._begin_watch)
         assert self.watch is not None
         control = make_control()

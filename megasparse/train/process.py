@@ -39,6 +39,7 @@ __all__ = [
     "PipelineModule",
     "TiedLayerSpec",
     "deepspeed",
+    "fix_order_of_sums",
     "schedule",
     "start_process",
     "stop_process",
@@ -46,6 +47,24 @@ __all__ = [
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 python_logging.getLogger("DeepSpeed").setLevel(python_logging.ERROR)
+
+
+def fix_order_of_sums() -> None:
+    """Have torch, cuBLAS, NCCL and Transformer Engine's attention add in a fixed order on GPUs.
+
+    Without it the backward pass of attention does not, among others, and two runs from the same
+    seed part. An operation that has no such order raises. To be called before the process group is
+    joined; what the environment says already stays.
+    """
+    for name, value in {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NCCL_ALGO": "^NVLS",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
+    # Filling new memory would cost time, and nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def start_process(

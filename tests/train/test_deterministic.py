@@ -1,0 +1,35 @@
+"""--deterministic-mode: what it turns on, and that every operation of a run has an order."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from tests import dist
+from tests.runs import LLAMA, TINY, train
+
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+
+
+def _run(rank, world, flags):
+    os.environ["NCCL_ALGO"] = "Tree"  # the user's own choice stays
+    rows = train(rank, world, flags)
+    names = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NVTE_ALLOW_NONDETERMINISTIC_ALGO")
+    found = {name: os.environ.get(name) for name in names}
+    return rows, torch.are_deterministic_algorithms_enabled(), found
+
+
+def test_a_run_in_deterministic_mode(tmp_path, dataset):
+    flags = [*TINY, *LLAMA, *TP2, "--data-path", dataset, "--attention-dropout", "0.1"]
+    plain, on, _ = dist.run(_run, 2, [*flags, "--run-dir", str(tmp_path / "plain")])[0]
+    assert not on
+    flags += ["--run-dir", str(tmp_path / "run"), "--deterministic-mode"]
+    rows, on, environment = dist.run(_run, 2, flags)[0]
+    assert on and environment == {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NCCL_ALGO": "Tree",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    }
+    # A CPU's sums have a fixed order anyway.
+    assert [row["loss"] for row in rows] == [row["loss"] for row in plain]

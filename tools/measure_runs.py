@@ -48,11 +48,13 @@ def measure(flags: Sequence[str], steps: int, profile: bool = False) -> Result:
     from megasparse.train.build import build_engine
     from megasparse.train.data import batches, build_data, samples_digest
     from megasparse.train.precheck import recipe_of
-    from megasparse.train.process import start_process
+    from megasparse.train.process import fix_order_of_sums, start_process
 
     world = int(os.environ["WORLD_SIZE"])
     config = resolve(load_config(flags), world)
     parallel, train = config.parallel, config.train
+    if train.deterministic_mode:
+        fix_order_of_sums()
     device = start_process(parallel.distributed_timeout_minutes)
     cuda = device.type == "cuda"
     gc.collect()  # of the run before

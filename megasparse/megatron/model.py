@@ -49,6 +49,7 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.train.bf16,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,  # `initialize_weights` does it, whatever the layout
         bias_activation_fusion=False,

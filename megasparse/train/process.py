@@ -52,9 +52,10 @@ python_logging.getLogger("DeepSpeed").setLevel(python_logging.ERROR)
 def fix_order_of_sums() -> None:
     """Have torch, cuBLAS, NCCL and Transformer Engine's attention add in a fixed order on GPUs.
 
-    Without it the backward pass of attention does not, among others, and two runs from the same
-    seed part. An operation that has no such order raises. To be called before the process group is
-    joined; what the environment says already stays.
+    Without it the backward pass of attention, among others, need not, and two runs from one seed
+    part. An operation that has no such order raises. Models that are built after it have
+    megatron-core's `deterministic_mode`, which is the same for the embedding. To be called before
+    the process group is joined; what the environment says already stays.
     """
     for name, value in {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",

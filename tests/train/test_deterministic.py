@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 from tests import dist
@@ -31,5 +32,6 @@ def test_a_run_in_deterministic_mode(tmp_path, dataset):
         "NCCL_ALGO": "Tree",
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
     }
-    # A CPU's sums have a fixed order anyway.
-    assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
+    # The embedding's gradient is summed in another order than without.
+    for row, other in zip(rows, plain, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)

@@ -54,9 +54,8 @@ def test_a_layout_that_disagrees_fails(bench: ModuleType, key: str, value) -> No
 def test_it_runs_on_cpu(bench: ModuleType, tmp_path: Path) -> None:
     output = tmp_path / "scaling.md"
     flags = ["--device", "cpu", "--tiny", "--ranks", "1", "--part", "matrix", "--matrix-steps", "2"]
-    flags += ["--layouts", "recompute full", "--output", str(output)]
-    assert bench.main(flags) == 0
-    assert output.read_text().count(" ok |") == 4  # one, recompute full; dense, fst
+    assert bench.main([*flags, "--output", str(output)]) == 0
+    assert output.read_text().count(" ok |") == 6  # one, micro-batch 1, recompute full; dense, fst
     assert list(tmp_path.iterdir()) == [output]
 
 

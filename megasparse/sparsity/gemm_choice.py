@@ -50,12 +50,13 @@ class GemmChooser:
     """Choices by key, in memory and on disk.
 
     Args:
-        path: JSON file; None keeps choices in memory alone.
+        path: JSON file; None keeps choices in memory alone. Not used in deterministic mode.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._choices: dict[str, Choice] = _read(path)
+        self._timed = not torch.are_deterministic_algorithms_enabled()
+        self._path = path if self._timed else None
+        self._choices: dict[str, Choice] = _read(self._path)
 
     def choose(
         self,
@@ -98,6 +99,8 @@ class GemmChooser:
             if not float(error) < MAX_ERROR:
                 rejected += 1
                 continue
+            if not self._timed:
+                return Choice(algorithm, 0.0, 0.0, rejected)
             times[algorithm] = milliseconds(lambda a=algorithm: sparse(a), 2)  # type: ignore[misc]
         if not times:
             logger.warning("%s: no algorithm of cuSPARSELt gives the dense result", key)

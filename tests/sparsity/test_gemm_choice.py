@@ -67,3 +67,19 @@ def test_a_damaged_cache_is_as_good_as_none(tmp_path):
     for text in ("", "[]", '{"k": {"x": 1}}', "\x00"):
         path.write_text(text)
         assert GemmChooser(path)._choices == {}
+
+
+def test_no_clock_decides_in_deterministic_mode(clock, tmp_path):
+    clock[id(DENSE)] = 0.5
+    results = {2: (DENSE * 2, 0.1), 3: (DENSE.clone(), 2.0), 5: (DENSE.clone(), 1.0)}
+    path = tmp_path / "gemms.json"
+    sparse = _sparse(clock, results)
+    assert GemmChooser(path).choose("k", MIN_FLOPS, sparse, lambda: DENSE).dense_wins
+    kept = path.read_text()
+    torch.use_deterministic_algorithms(True)
+    try:
+        choice = GemmChooser(path).choose("k", MIN_FLOPS, sparse, lambda: DENSE)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert choice.algorithm == 3 and choice.rejected == 1 and not choice.dense_wins
+    assert path.read_text() == kept

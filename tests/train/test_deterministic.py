@@ -1,14 +1,35 @@
-"""--deterministic-mode: what it turns on, and that every operation of a run has an order."""
+"""--deterministic-mode: what it turns on, and that a run repeats and resumes bit for bit."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megasparse.errors import EXIT_PREEMPTED
+from megasparse.train.metrics import read_metrics
 from tests import dist
 from tests.runs import LLAMA, TINY, train
+from tests.transformer_engine import needs_transformer_engine
+
+ROOT = Path(__file__).parents[2]
+# Products large enough for the choice among cuSPARSELt's algorithms.
+GPT = [
+    "--num-layers", "4", "--hidden-size", "512", "--num-attention-heads", "8", "--seq-length",
+    "1024", "--vocab-size", "5000", "--micro-batch-size", "4", "--global-batch-size", "8", "--bf16",
+    "--mock-data", "--train-iters", "10", "--lr", "1e-3", "--eval-iters", "0", "--log-interval",
+    "1", "--mask-update-interval", "1", "--dense-tail-fraction", "0", "--deterministic-mode",
+]  # fmt: skip
+RUNS = {
+    "s_ste": ["--sparsity-recipe", "s_ste"],
+    "fst, fp8": ["--sparsity-recipe", "fst", "--fp8-format", "e4m3"],
+}
+MEASURED = ("tokens_per_second", "tflops", "memory_gib", "time_")  # the first of their names
 
 
 def _run(rank, world, flags):
@@ -34,3 +55,35 @@ def test_a_run_in_deterministic_mode(tmp_path, dataset):
     # The embedding's gradient is summed in another order than without.
     for row, other in zip(rows, plain, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def _pretrain(run_dir: Path, flags: list[str], expected: int) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *GPT, *flags]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [*command, "--run-dir", str(run_dir)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
+    )
+    assert done.returncode == expected, done.stdout[-1000:] + done.stderr[-3000:]
+
+
+def _results(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows without what the clock or the allocator decides."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
+def test_on_a_gpu_a_run_repeats_and_resumes_bit_for_bit(tmp_path, flags):
+    if "--fp8-format" in flags:
+        needs_transformer_engine(torch.device("cuda"))
+    _pretrain(tmp_path / "whole", flags, 0)
+    _pretrain(tmp_path / "parts", [*flags, "--exit-interval", "5"], EXIT_PREEMPTED)
+    _pretrain(tmp_path / "parts", [*flags, "--resume"], 0)
+    whole = _results(tmp_path / "whole")
+    assert _results(tmp_path / "parts") == whole
+    assert len(whole) == 10 and whole[-1]["loss"] < whole[0]["loss"]

@@ -1,0 +1,45 @@
+"""The benchmark of --deterministic-mode: it runs, and a run that does not repeat fails it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    import bench_deterministic
+
+    yield bench_deterministic
+    sys.modules.pop("bench_deterministic", None)
+
+
+def _run(losses: list[float], second: float) -> dict:
+    return {
+        "losses": losses, "seconds": [9.0] * 5 + [second] * 3, "tokens": 600, "parameters": 2e6,
+        "hardware": "X", "torch": "0",
+    }  # fmt: skip
+
+
+def test_table_of_made_up_results(bench: ModuleType) -> None:
+    args = bench.parse(["--only", "fst"])
+    same, other = _run([4.0, 3.0, 2.0], 3.0), _run([4.0, 3.0, 2.5], 3.0)
+    slow = _run([4.0, 3.0, 2.0], 4.0)
+    results = {"fst": (same, other), "fst, deterministic": (slow, slow)}
+    text, good = bench.report(results, args)
+    assert good
+    assert "| fst | from step 3, by 2.0e-01 | the same bits | 200 | 150 | 0.75 |" in text
+    text, good = bench.report(results | {"fst, deterministic": (same, other)}, args)
+    assert not good and text.count("from step 3") == 2
+
+
+@pytest.mark.slow
+def test_it_runs_on_cpu(bench: ModuleType, tmp_path: Path) -> None:
+    output = tmp_path / "deterministic.md"
+    flags = ["--device", "cpu", "--tiny", "--steps", "6", "--only", "fst"]
+    assert bench.main([*flags, "--output", str(output)]) == 0
+    assert "| fst | the same bits | the same bits |" in output.read_text()

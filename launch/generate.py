@@ -14,6 +14,10 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+from megasparse.megatron.eager import import_megatron
+
+import_megatron()  # before the imports that need it
+
 from megasparse.errors import ConfigError
 from megasparse.megatron.inference import CachedDecoder
 from megasparse.train.generate import Sampling, generate_text

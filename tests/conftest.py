@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -13,6 +14,25 @@ if not HAS_GPU:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+
+if not HAS_GPU:
+    from triton.runtime import interpreter
+
+    _patched: set[Any] = set()
+
+    def _call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Triton's interpreter does, but for replacing the functions of `triton.language`.
+
+        It does so at a kernel's start, and again at every call of a device function, never undoing
+        that; the first time is needed for the language that Triton's own library sees, the others
+        take most of the interpreter's time.
+        """
+        if self.fn not in _patched:
+            _patched.add(self.fn)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = _call_device_function
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megasparse.megatron.eager import import_megatron
+
+import_megatron()  # before the imports that need it
+
 import comparison
 import finished
 import prune_oneshot

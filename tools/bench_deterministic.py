@@ -64,7 +64,7 @@ def report(results: dict[str, tuple[Result, Result]], args: argparse.Namespace) 
         f"{any_run['parameters'] / 1e6:.0f}M parameters, {any_run['tokens']:,} tokens a step, "
         f"{args.steps} steps, `{command}`",
         "",
-        "| recipe | two runs | two runs, --deterministic-mode | tokens/s | with it | |",
+        "| recipe | two runs | two runs, --deterministic-mode | tokens/s | with it | ratio |",
         "|---|---|---|---:|---:|---:|",
     ]
     good = True

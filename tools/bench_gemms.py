@@ -23,12 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-import torch  # noqa: E402
+import torch
 
-from megasparse.kernels import pack24, prune24_mask  # noqa: E402
-from megasparse.kernels.packed24 import E4M3  # noqa: E402
-from megasparse.kernels.spmm24.binding import Plan, Problem  # noqa: E402
-from megasparse.sparsity.gemm_choice import milliseconds  # noqa: E402
+from megasparse.kernels import pack24, prune24_mask
+from megasparse.kernels.packed24 import E4M3
+from megasparse.kernels.spmm24.binding import Plan, Problem
+from megasparse.sparsity.gemm_choice import milliseconds
 
 TOKENS, HIDDEN, FFN, QKV = 16384, 4096, 14336, 6144
 # (N, K, M), and whether the result is row-major.

@@ -27,19 +27,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import torch  # noqa: E402
-from kernel_classes import Profile, profiled, table  # noqa: E402
+import torch
+from kernel_classes import Profile, profiled, table
 
-from megasparse.config import load_config, resolve  # noqa: E402
-from megasparse.errors import MegasparseError  # noqa: E402
-from megasparse.fp8 import Fp8Scales, refusal  # noqa: E402
-from megasparse.fp8_current import CurrentScales, Scales  # noqa: E402
-from megasparse.megatron.grid import make_grid  # noqa: E402
-from megasparse.megatron.layer import build_layer, rotary_frequencies  # noqa: E402
-from megasparse.megatron.sparsify import sparsify  # noqa: E402
-from megasparse.sparsity.controller import Clock  # noqa: E402
-from megasparse.train.precheck import recipe_of  # noqa: E402
-from megasparse.train.process import start_process, stop_process  # noqa: E402
+from megasparse.config import load_config, resolve
+from megasparse.errors import MegasparseError
+from megasparse.fp8 import Fp8Scales, refusal
+from megasparse.fp8_current import CurrentScales, Scales
+from megasparse.megatron.grid import make_grid
+from megasparse.megatron.layer import build_layer, rotary_frequencies
+from megasparse.megatron.sparsify import sparsify
+from megasparse.sparsity.controller import Clock
+from megasparse.train.precheck import recipe_of
+from megasparse.train.process import start_process, stop_process
 
 SEQUENCES, LENGTH, HIDDEN, FFN, HEADS, GROUPS = 4, 4096, 4096, 14336, 32, 8
 MICRO_BATCHES = 8

@@ -27,18 +27,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import te_baseline  # noqa: E402
-import torch  # noqa: E402
-from kernel_classes import Profile, profiled, table  # noqa: E402
+import te_baseline
+import torch
+from kernel_classes import Profile, profiled, table
 
-from megasparse.config import load_config, padded_vocab_size, resolve  # noqa: E402
-from megasparse.errors import MegasparseError  # noqa: E402
-from megasparse.megatron.grid import make_grid  # noqa: E402
-from megasparse.megatron.model import parameter_count  # noqa: E402
-from megasparse.train.build import build_engine  # noqa: E402
-from megasparse.train.data import batches, build_data  # noqa: E402
-from megasparse.train.precheck import recipe_of  # noqa: E402
-from megasparse.train.process import start_process, stop_process  # noqa: E402
+from megasparse.config import load_config, padded_vocab_size, resolve
+from megasparse.errors import MegasparseError
+from megasparse.megatron.grid import make_grid
+from megasparse.megatron.model import parameter_count
+from megasparse.train.build import build_engine
+from megasparse.train.data import batches, build_data
+from megasparse.train.precheck import recipe_of
+from megasparse.train.process import start_process, stop_process
 
 MODEL = [
     "--num-layers", "16", "--hidden-size", "2048", "--ffn-hidden-size", "8192",

@@ -28,21 +28,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import estimate_check  # noqa: E402
-from estimate_time import TABLE, GemmTable, StepTime, step_time  # noqa: E402
-from measure_runs import launch  # noqa: E402
+import estimate_check
+from estimate_time import TABLE, GemmTable, StepTime, step_time
+from measure_runs import launch
 
-from megasparse.config import (  # noqa: E402
+from megasparse.config import (
     RunConfig,
     load_config,
     padded_vocab_size,
     resolve,
 )
-from megasparse.errors import ConfigError, MegasparseError  # noqa: E402
-from megasparse.sparsity.recipe import SparsityRecipe  # noqa: E402
-from megasparse.train.footprint import Footprint, footprint, stage_weights  # noqa: E402
-from megasparse.train.precheck import recipe_of  # noqa: E402
-from megasparse.train.sources import check_data  # noqa: E402
+from megasparse.errors import ConfigError, MegasparseError
+from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.train.footprint import Footprint, footprint, stage_weights
+from megasparse.train.precheck import recipe_of
+from megasparse.train.sources import check_data
 
 GIB = 2**30
 USABLE = 0.94  # of a GPU's memory: the rest is the driver's, NCCL's, and fragments

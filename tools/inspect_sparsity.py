@@ -21,6 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megasparse.megatron.eager import import_megatron
+
+import_megatron()  # before the imports that need it
+
 import plots
 import torch
 

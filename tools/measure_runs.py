@@ -42,6 +42,9 @@ def measure(flags: Sequence[str], steps: int, profile: bool = False) -> Result:
     import torch
     from kernel_classes import profiled
 
+    from megasparse.megatron.eager import import_megatron
+
+    import_megatron()  # before the imports that need it
     from megasparse.config import load_config, padded_vocab_size, resolve
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.model import parameter_count

@@ -17,6 +17,10 @@ import math
 import sys
 from pathlib import Path
 
+from megasparse.megatron.eager import import_megatron
+
+import_megatron()  # before the imports that need it
+
 import torch
 
 from megasparse import log

@@ -19,6 +19,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from megasparse.megatron.eager import import_megatron
+
+import_megatron()  # before the imports that need it
+
 import torch
 from safetensors.torch import load_file, save_file
 

@@ -25,9 +25,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests import forked  # noqa: E402
-from tests.reliability import bad_inputs, malicious, runs, saves  # noqa: E402
-from tests.runs import make_dataset  # noqa: E402
+from tests import forked
+from tests.reliability import bad_inputs, malicious, runs, saves
+from tests.runs import make_dataset
 
 TABLE = ROOT / "tools" / "results" / "reliability.md"
 HEADER = """# Reliability: what was tried, and what came of it

@@ -19,17 +19,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import torch  # noqa: E402
-from bench_kernels import bind, milliseconds, tensors_of  # noqa: E402
-from bench_kernels_cases import Case, Source  # noqa: E402
-from bench_kernels_operands import operand_cases  # noqa: E402
+import torch
+from bench_kernels import bind, milliseconds, tensors_of
+from bench_kernels_cases import Case, Source
+from bench_kernels_operands import operand_cases
 
-from megasparse.kernels.gated_float8 import triton as gated_float8  # noqa: E402
-from megasparse.kernels.grad_pack24 import triton as grad_pack24  # noqa: E402
-from megasparse.kernels.mvue_pack24 import triton as mvue_pack24  # noqa: E402
-from megasparse.kernels.norm_float8 import triton as norm_float8  # noqa: E402
-from megasparse.kernels.rotary_qkv import triton as rotary_qkv  # noqa: E402
-from megasparse.kernels.swiglu_grad_pack24 import triton as swiglu_grad_pack24  # noqa: E402
+from megasparse.kernels.gated_float8 import triton as gated_float8
+from megasparse.kernels.grad_pack24 import triton as grad_pack24
+from megasparse.kernels.mvue_pack24 import triton as mvue_pack24
+from megasparse.kernels.norm_float8 import triton as norm_float8
+from megasparse.kernels.rotary_qkv import triton as rotary_qkv
+from megasparse.kernels.swiglu_grad_pack24 import triton as swiglu_grad_pack24
 
 MODULES = {
     "gated_float8": gated_float8,

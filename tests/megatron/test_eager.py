@@ -35,11 +35,16 @@ import megatron.core
 torch.compile = compile_
 assert len(decorated) > 10
 from megasparse.config import load_config, resolve
+from pathlib import Path
+from megasparse.megatron.inference import CachedDecoder
+from megasparse.train.control import make_control
+from megasparse.train.inference import load_model
 from megasparse.train.main import pretrain
+from megasparse.train.stored import StoredModel, open_checkpoint
 tiny = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --vocab-size 64 "
     "--micro-batch-size 2 --global-batch-size 2 --lr 1e-3 --train-iters 2 --eval-iters 1 --bf16 "
-    "--mock-data --save none --save-interval none"
+    "--mock-data --save-interval none"
 )
 llama = (
     "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
@@ -50,6 +55,12 @@ for number, flags in enumerate((gpt, llama)):
     folder = f"{sys.argv[1]}/{number}"
     arguments = [*tiny.split(), *flags.split(), "--run-dir", folder]
     assert pretrain(resolve(load_config(arguments), 1)) == 0
+    # What launch/generate.py and launch/evaluate.py do with it.
+    source = StoredModel(open_checkpoint(Path(folder), make_control()))
+    model, _ = load_model(source, torch.device("cpu"), 1, False)
+    decoder = CachedDecoder(model, 8)
+    for tokens in ([[1, 2, 3]], [[4]]):
+        assert torch.isfinite(decoder.feed(torch.tensor(tokens))).all()
 """
 
 

@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from tests import dist
+
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -37,8 +39,18 @@ def test_table_of_made_up_results(bench: ModuleType) -> None:
     assert not good and text.count("from step 3") == 2
 
 
-@pytest.mark.slow
-def test_it_runs_on_cpu(bench: ModuleType, tmp_path: Path) -> None:
+def _measure(rank: int, world: int, jobs: dict[str, dict]) -> dict[str, dict]:
+    from measure_runs import measure
+
+    return {name: measure(**job) for name, job in jobs.items()}
+
+
+def test_it_runs_on_cpu(bench: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    def launch(jobs, ranks, device):  # without torch's launcher, which takes seconds to start
+        assert device == "cpu"
+        return dist.run(_measure, ranks, jobs)[0]
+
+    monkeypatch.setattr(bench, "launch", launch)
     output = tmp_path / "deterministic.md"
     flags = ["--device", "cpu", "--tiny", "--steps", "6", "--only", "fst"]
     assert bench.main([*flags, "--output", str(output)]) == 0

@@ -96,7 +96,6 @@ class Engine(ABC):
         together = recipe.masked_decay_before_clipping
         self._measured = decay.with_decay if together else zero.gradient_alone
         self._norm_without_zero: float | None = None
-        self._reduce_replicated_gradients()
         self._engine = self._start_deepspeed()
         if config.parallel.zero_stage:
             zero.install_norm(self._engine.optimizer, grid, self._measured)
@@ -220,6 +219,7 @@ class Engine(ABC):
             for parameter in self.model.parameters()
             if parameter.grad is not None
         ]
+        zero.sum_replicated(gradients, self.grid)
         norm = float(zero.global_norm(gradients, self.grid, measured=self._measured))
         self._norm_without_zero = norm
         limit = self.config.train.clip_grad
@@ -237,15 +237,3 @@ class Engine(ABC):
         if getattr(self._engine.optimizer, "overflow", False):
             return math.nan  # ZeRO 3 left the step out, and keeps the norm of the one before
         return float(self._engine.get_global_grad_norm())
-
-    def _reduce_replicated_gradients(self) -> None:
-        """Under sequence parallelism, sum gradients of replicated parameters over TP.
-
-        Each rank sees a part of the sequence, so its gradient of a norm or a row-parallel bias is a
-        partial sum.
-        """
-        if not self.config.parallel.sequence_parallel:
-            return
-        for parameter in self.model.parameters():
-            if getattr(parameter, "sequence_parallel", False):
-                parameter.register_hook(lambda grad: self.grid.sum_over_tp(grad.clone()))

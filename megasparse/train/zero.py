@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: where it keeps the pieces of the parameters, and its gradient norm."""
+"""DeepSpeed's ZeRO: where it keeps the pieces of the parameters, and what precedes its update."""
 
 from __future__ import annotations
 
@@ -56,10 +56,30 @@ def global_norm(
     return grid.sum_over_model(total).sqrt()
 
 
-def install_norm(optimizer: Any, grid: Grid, measured: Measured = gradient_alone) -> None:
-    """Make ZeRO clip by `global_norm`.
+def sum_replicated(
+    gradients: Iterable[tuple[torch.nn.Parameter, torch.Tensor]], grid: Grid
+) -> None:
+    """Under sequence parallelism, sum gradients of replicated parameters over TP, in place.
 
-    DeepSpeed's own sums every parameter group over the model-parallel ranks, which hangs when
+    Each rank sees a part of the sequence, so its gradient of a norm or a row-parallel bias is a
+    partial sum. All in one collective, once an optimizer step.
+
+    Args:
+        gradients: final but for this; the same parameters, or pieces of them, on the ranks of a TP
+            group.
+    """
+    partial = [grad for param, grad in gradients if getattr(param, "sequence_parallel", False)]
+    if not partial:
+        return
+    whole = grid.sum_over_tp(torch.cat([gradient.reshape(-1) for gradient in partial]))
+    pieces = whole.split([gradient.numel() for gradient in partial])
+    torch._foreach_copy_(partial, [p.view_as(g) for p, g in zip(pieces, partial, strict=True)])
+
+
+def install_norm(optimizer: Any, grid: Grid, measured: Measured = gradient_alone) -> None:
+    """Make ZeRO finish its gradients by `sum_replicated`, and clip by `global_norm`.
+
+    DeepSpeed's own norm sums every parameter group over the model-parallel ranks, which hangs when
     pipeline stages have different groups (a middle stage may have no dense matrix).
     """
 
@@ -67,6 +87,7 @@ def install_norm(optimizer: Any, grid: Grid, measured: Measured = gradient_alone
         pieces: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         for number, parameters in enumerate(optimizer.fp16_groups):
             pieces += zip(parameters, optimizer.averaged_gradients[number], strict=True)
+        sum_replicated(pieces, grid)
         return [global_norm(pieces, grid, over_dp=True, measured=measured)]
 
     def norm(norm_type: int = 2) -> torch.Tensor:
@@ -76,6 +97,7 @@ def install_norm(optimizer: Any, grid: Grid, measured: Measured = gradient_alone
                 g for g in optimizer.averaged_gradients[number] if not hasattr(g, "_zero_padding")
             ]
             pieces += zip(optimizer.params_in_partition[number], gradients, strict=True)
+        sum_replicated(pieces, grid)
         return global_norm(pieces, grid, over_dp=True, measured=measured)
 
     if is_partitioned(optimizer):

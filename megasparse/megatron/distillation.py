@@ -10,7 +10,7 @@ No logits are gathered. With d the logits over T less their largest value, every
 
     Z_p = sum exp(d_p),   Z_q = sum exp(d_q),   A = sum exp(d_p) (d_p - d_q)
 
-over its own columns; one MAX and one SUM reduction later KL = T^2 (A / Z_p - log Z_p + log Z_q).
+over its own columns; one MAX and one SUM reduction later KL = T^2 (A / Z_p + log(Z_q / Z_p)).
 Columns that only pad the vocabulary take no part, and get no gradient.
 """
 
@@ -54,7 +54,8 @@ class _ForwardKL(torch.autograd.Function):
         q.div_(z_q.unsqueeze(-1)).sub_(p.div_(z_p.unsqueeze(-1)))
         gradient[..., :valid] = q.mul_(temperature)
         ctx.save_for_backward(gradient)
-        return temperature**2 * (cross / z_p - z_p.log() + z_q.log())
+        # One logarithm of a number near 1 instead of two large ones: KL is small beside them.
+        return temperature**2 * (cross / z_p + (z_q / z_p).log())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

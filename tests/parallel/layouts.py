@@ -17,6 +17,10 @@ def zero(stage: int) -> list[str]:
     return ["--zero-stage", str(stage)]
 
 
+# With tensor parallelism on four ranks a step has two micro-batches instead of four: each of its
+# many collectives takes milliseconds where four ranks share two cores.
+WIDE = ["--micro-batch-size", "4"]
+
 # name: (ranks, flags). The global batch is 8 of micro-batches of 2: one to four a rank and step.
 LAYOUTS = {
     "recompute full": (1, FULL),
@@ -33,12 +37,12 @@ LAYOUTS = {
     "dp 2, zero 1": (2, zero(1)),
     "dp 2, zero 2, full": (2, [*zero(2), *FULL, "--recompute-num-layers", "2"]),
     "dp 2, zero 3": (2, zero(3)),
-    "tp 4": (4, TP4),
-    "tp 4, sp, full": (4, [*TP4, *SP, *FULL]),
+    "tp 4": (4, [*TP4, *WIDE]),
+    "tp 4, sp, full": (4, [*TP4, *SP, *FULL, *WIDE]),
     "pp 4, zero 1": (4, [*PP4, *zero(1)]),
     "dp 4, zero 2": (4, zero(2)),
-    "tp 2, pp 2": (4, [*TP2, *PP2]),
-    "tp 2, sp, pp 2, zero 1, full": (4, [*TP2, *SP, *PP2, *zero(1), *FULL]),
+    "tp 2, pp 2": (4, [*TP2, *PP2, *WIDE]),
+    "tp 2, sp, pp 2, zero 1, full": (4, [*TP2, *SP, *PP2, *zero(1), *FULL, *WIDE]),
     "tp 2, dp 2, zero 2": (4, [*TP2, *zero(2)]),
     "tp 2, sp, dp 2": (4, [*TP2, *SP]),
     "tp 2, sp, dp 2, zero 3, full": (4, [*TP2, *SP, *zero(3), *FULL]),

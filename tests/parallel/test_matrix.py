@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from tests import dist
-from tests.parallel.layouts import LAYOUTS, RUNS
+from tests.parallel.layouts import LAYOUTS, RUNS, WIDE
 from tests.parallel.trace import traced
 
 TOLERANCE = 2e-6
 
-_single: dict[str, list[dict[str, Any]]] = {}
+_single: dict[tuple[str, bool], list[dict[str, Any]]] = {}
 
 
 def _run(folder, dataset: str, name: str, world: int, flags: list[str]) -> list[dict[str, Any]]:
@@ -21,10 +21,11 @@ def _run(folder, dataset: str, name: str, world: int, flags: list[str]) -> list[
     return dist.run(traced, world, arguments)[0]
 
 
-def single(folder, dataset: str, name: str) -> list[dict[str, Any]]:
-    if name not in _single:
-        _single[name] = _run(folder, dataset, name, 1, [])
-    return _single[name]
+def single(folder, dataset: str, name: str, wide: bool = False) -> list[dict[str, Any]]:
+    """The run of one process, with the layout's micro-batches: MVUE's groups lie within them."""
+    if (name, wide) not in _single:
+        _single[name, wide] = _run(folder, dataset, name, 1, WIDE if wide else [])
+    return _single[name, wide]
 
 
 # Ordered by the number of ranks, so that few pools are alive at once.
@@ -36,8 +37,8 @@ CASES = sorted(
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=[f"{n}: {lay}" for n, lay in CASES])
 def test_layout_gives_the_numbers_of_one_process(tmp_path, dataset, name, layout):
-    expected = single(tmp_path, dataset, name)
     world, flags = LAYOUTS[layout]
+    expected = single(tmp_path, dataset, name, WIDE[0] in flags)
     rows = _run(tmp_path / "layout", dataset, name, world, flags)
     assert len(rows) == len(expected) == 20
     for row, one in zip(rows, expected, strict=True):

@@ -4,6 +4,9 @@ The library's algorithms differ by tens of percent, its own search does not find
 some have returned wrong numbers. So each is measured once per shape on the GPU at hand, after its
 result has been compared with the dense GEMM's; the choice is kept on disk per GPU and library
 version. Where dense is faster, dense is used, and the log says so once per shape.
+
+With `--deterministic-mode` nothing is timed, as noise must not decide how a product is summed: the
+first algorithm that is right is taken.
 """
 
 from __future__ import annotations

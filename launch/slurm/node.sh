@@ -29,7 +29,8 @@ killer=
 for _ in "${ranks[@]}"; do
     wait -n
     ended=$?
-    if [ "$ended" -ne 0 ] && [ "$code" -eq 0 ]; then
+    # 127: a rank's own, or none was left, as of ranks that end together it may miss one.
+    if [ "$ended" -ne 0 ] && [ "$ended" -ne 127 ] && [ "$code" -eq 0 ]; then
         code=$ended
         # The watchdog ends the others in seconds; this is for those that never met.
         (
@@ -41,9 +42,14 @@ for _ in "${ranks[@]}"; do
         disown
     fi
 done
+for pid in "${ranks[@]}"; do # the shell keeps the exit code of each, missed or not
+    wait "$pid"
+    ended=$?
+    if [ "$code" -eq 0 ]; then code=$ended; fi
+done
 
 if [ "$code" -ne 0 ]; then
-    kill "$killer"
+    [ -z "$killer" ] || kill "$killer"
     echo "node $SLURM_NODEID ($HOSTNAME): the first rank to fail had exit code $code"
     # srun ends all other nodes when this one reports. Their ranks know within seconds too, and
     # shall end by themselves: with the reason in their logs, and with their own exit code. After

@@ -51,7 +51,7 @@ _default NCCL_IB_TIMEOUT 22
 #   MEGASPARSE_LISTEN_ADDR  address that rank 0 binds its store to, if not MASTER_ADDR's: in a
 #                           container or behind a NAT. 0.0.0.0 listens on every interface, which
 #                           lets everyone on the network talk to the run: only where that is safe.
-#   MEGASPARSE_FAULT        injects faults, for tests (megasparse/train/faults.py).
+#   MEGASPARSE_FAULT        injects faults, for tests (megasparse/distributed/faults.py).
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     for _name in "${_names[@]}"; do

@@ -17,19 +17,19 @@ from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from megasparse.megatron.eager import import_megatron
+from megasparse.megatron.import_without_compile import import_megatron
 
 import_megatron()  # before the imports that need it
 
 import numpy as np
 
+from megasparse.checkpoint.model import StoredModel
+from megasparse.checkpoint.proof import check_sparsity, format_tensors
 from megasparse.data.indexed import validate
 from megasparse.data.sidecar import bin_path, check_sidecar
 from megasparse.errors import ConfigError, DataError
-from megasparse.train.inference import LoadedModel, add_model_flags, guarded, leave, open_model
-from megasparse.train.perplexity import perplexity
-from megasparse.train.report import check_sparsity, format_tensors
-from megasparse.train.stored import StoredModel
+from megasparse.inference.loading import LoadedModel, add_model_flags, guarded, leave, open_model
+from megasparse.inference.perplexity import perplexity
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from megasparse.megatron.eager import import_megatron
+from megasparse.megatron.import_without_compile import import_megatron
 
 import_megatron()  # before the imports that need it
 
 from megasparse.errors import ConfigError
+from megasparse.inference.loading import add_model_flags, guarded, leave, open_model
+from megasparse.inference.sampling import Sampling, generate_text
 from megasparse.megatron.inference import CachedDecoder
-from megasparse.train.generate import Sampling, generate_text
-from megasparse.train.inference import add_model_flags, guarded, leave, open_model
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -8,16 +8,18 @@
 
 import os
 import sys
+from pathlib import Path
 
 # Before torch: a lost peer is one line of ours, not a stack of its store's.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from megasparse import log
+from megasparse.checkpoint.directory import list_steps
 from megasparse.config import build_parser
+from megasparse.distributed.signals import StopRequest
+from megasparse.distributed.supervise import is_supervised, supervise
 from megasparse.errors import MegasparseError
-from megasparse.train.precheck import Prepared, prepare
-from megasparse.train.stop import StopRequest
-from megasparse.train.supervise import is_supervised, supervise
+from megasparse.preflight.settings import Prepared, prepare
 
 
 def run() -> int:
@@ -30,13 +32,19 @@ def run() -> int:
         log.logger.error("%s: %s", type(error).__name__, " ".join(str(error).split()))
         return error.exit_code
     if prepared.config.checkpoint.max_restarts and not is_supervised():
-        return supervise(prepared.config.checkpoint, [sys.executable, *sys.argv], rank)
+        settings = prepared.config.checkpoint
+        return supervise(
+            settings,
+            [sys.executable, *sys.argv],
+            rank,
+            lambda: max(list_steps(Path(settings.save or "")), default=-1),
+        )
     return train(prepared)
 
 
 def train(prepared: Prepared) -> int:
     """The training itself; its imports take seconds, so a mistake is told before."""
-    from megasparse.megatron.eager import import_megatron
+    from megasparse.megatron.import_without_compile import import_megatron
 
     import_megatron()
     from megasparse.train.main import main

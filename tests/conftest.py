@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
+from tests.runs import make_dataset  # noqa: E402
+
 if not HAS_GPU:
     from triton.runtime import interpreter
 
@@ -51,3 +53,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernel tests run: the GPU when there is one, else the CPU (Triton interpreted)."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> str:
+    """A tiny dataset that whole runs share."""
+    return make_dataset(tmp_path_factory.mktemp("tiny") / "data")

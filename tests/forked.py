@@ -77,7 +77,7 @@ def serve(
         before: called after all imports.
     """
     # First of all, as the launcher script does; the log's existence tells that it is done.
-    from megasparse.train.stop import StopRequest
+    from megasparse.distributed.signals import StopRequest
 
     stop = StopRequest().install()
     descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -88,8 +88,8 @@ def serve(
 
     from megasparse import log
     from megasparse.errors import MegasparseError
+    from megasparse.preflight.settings import prepare
     from megasparse.train.main import main
-    from megasparse.train.precheck import prepare
 
     torch.set_num_threads(1)
     before()

@@ -47,8 +47,8 @@ def make_dataset(prefix: Path, documents: int = 60, seed: int = 0) -> str:
 def train(rank: int, world: int, flags: list[str]) -> list[dict[str, Any]]:
     """Run to the end on this rank (inside `tests.dist.run`); the rows of metrics.jsonl."""
     from megasparse.config import load_config, resolve
+    from megasparse.metrics.schema import read_metrics
     from megasparse.train.main import pretrain
-    from megasparse.train.metrics import read_metrics
 
     config = resolve(load_config(flags), world)
     pretrain(config)

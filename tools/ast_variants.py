@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megasparse.megatron.eager import import_megatron
+from megasparse.megatron.import_without_compile import import_megatron
 
 import_megatron()  # before the imports that need it
 
@@ -26,11 +26,11 @@ import prune_oneshot
 import quantize
 from run_queue import RunQueue, Start, Task, start_process
 
+from megasparse.checkpoint.directory import list_steps
 from megasparse.compress.oneshot import METHODS
 from megasparse.config import load_config
 from megasparse.errors import ConfigError, DataError
-from megasparse.train.catalog import list_steps
-from megasparse.train.offline import OfflineModel, StoredRun
+from megasparse.inference.offline import OfflineModel, StoredRun
 
 INT4 = "ast_slorb_int4"
 VARIANTS = ("dense", "dense_longer", *METHODS, "sr_ste", "ast", "ast_slorb", INT4)

@@ -28,7 +28,7 @@ import torch
 from megasparse.kernels import pack24, prune24_mask
 from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.spmm24.binding import Plan, Problem
-from megasparse.sparsity.gemm_choice import milliseconds
+from megasparse.sparsity.gemms.choice import milliseconds
 
 TOKENS, HIDDEN, FFN, QKV = 16384, 4096, 14336, 6144
 # (N, K, M), and whether the result is row-major.

@@ -14,7 +14,7 @@ import torch
 from bench_kernels_cases import BF16, E4M3, FP32, SHORT, Case, Inputs, Source, Step
 
 from megasparse import kernels
-from megasparse.fp8 import Fp8Scales, refusal
+from megasparse.fp8.delayed import Fp8Scales, refusal
 
 E5M2 = torch.float8_e5m2
 

@@ -32,14 +32,14 @@ from kernel_classes import Profile, profiled, table
 
 from megasparse.config import load_config, resolve
 from megasparse.errors import MegasparseError
-from megasparse.fp8 import Fp8Scales, refusal
-from megasparse.fp8_current import CurrentScales, Scales
+from megasparse.fp8.current import CurrentScales, Scales
+from megasparse.fp8.delayed import Fp8Scales, refusal
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.layer import build_layer, rotary_frequencies
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.controller import Clock
-from megasparse.train.precheck import recipe_of
-from megasparse.train.process import start_process, stop_process
+from megasparse.sparsity.recipe import recipe_of
+from megasparse.train.engine.deepspeed import start_process, stop_process
 
 SEQUENCES, LENGTH, HIDDEN, FFN, HEADS, GROUPS = 4, 4096, 4096, 14336, 32, 8
 MICRO_BATCHES = 8

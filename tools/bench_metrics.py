@@ -33,11 +33,11 @@ import torch
 
 from megasparse.config import load_config, padded_vocab_size, resolve
 from megasparse.errors import MegasparseError
+from megasparse.megatron.batches import batches, build_data
 from megasparse.megatron.grid import make_grid
+from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.build import build_engine
-from megasparse.train.data import batches, build_data
-from megasparse.train.precheck import recipe_of
-from megasparse.train.process import start_process, stop_process
+from megasparse.train.engine.deepspeed import start_process, stop_process
 from megasparse.train.recorder import Recorder
 from megasparse.train.state import LoopState
 

@@ -33,12 +33,12 @@ from kernel_classes import Profile, profiled, table
 
 from megasparse.config import load_config, padded_vocab_size, resolve
 from megasparse.errors import MegasparseError
+from megasparse.megatron.batches import batches, build_data
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.model import parameter_count
+from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.build import build_engine
-from megasparse.train.data import batches, build_data
-from megasparse.train.precheck import recipe_of
-from megasparse.train.process import start_process, stop_process
+from megasparse.train.engine.deepspeed import start_process, stop_process
 
 MODEL = [
     "--num-layers", "16", "--hidden-size", "2048", "--ffn-hidden-size", "8192",

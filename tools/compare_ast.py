@@ -55,9 +55,9 @@ import run_queue
 from ast_variants import INT4, ORDER, RETRAINED, SCALES, VARIANTS, Work
 from run_queue import RunQueue, Start, Task
 
+from megasparse.checkpoint.directory import list_steps
 from megasparse.config import load_config, resolve
 from megasparse.errors import CheckpointError, MegasparseError
-from megasparse.train.catalog import list_steps
 
 COMMANDS = "commands.json"
 

@@ -25,16 +25,16 @@ from pathlib import Path
 
 from conversion import DTYPES, add_common, guarded, vocabulary_multiple
 
+from megasparse.checkpoint.importer import write_imported
+from megasparse.checkpoint.model import StoredModel, open_checkpoint
 from megasparse.convert.export import ExportOptions, write_huggingface
 from megasparse.convert.folder import require_empty
 from megasparse.convert.huggingface import CONFIG, HuggingFaceModel
 from megasparse.convert.megatron_model import MegatronModel
 from megasparse.convert.source import Source
+from megasparse.distributed.control_plane import Control
 from megasparse.errors import ConfigError
-from megasparse.train.control import Control
-from megasparse.train.exported import carried_files, export_options
-from megasparse.train.imported import write_imported
-from megasparse.train.stored import StoredModel, open_checkpoint
+from megasparse.inference.tokenizer_files import carried_files, export_options
 
 HUGGINGFACE, MEGASPARSE, MEGATRON = "huggingface", "megasparse", "megatron"
 

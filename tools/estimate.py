@@ -38,11 +38,10 @@ from megasparse.config import (
     padded_vocab_size,
     resolve,
 )
+from megasparse.data.check import check_data
 from megasparse.errors import ConfigError, MegasparseError
-from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.train.footprint import Footprint, footprint, stage_weights
-from megasparse.train.precheck import recipe_of
-from megasparse.train.sources import check_data
+from megasparse.estimate.memory import Footprint, footprint, stage_weights
+from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
 
 GIB = 2**30
 USABLE = 0.94  # of a GPU's memory: the rest is the driver's, NCCL's, and fragments

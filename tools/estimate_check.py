@@ -18,8 +18,8 @@ from estimate_time import SIZE, GemmTable, layer_launches, layer_time
 
 from megasparse.config import RunConfig, load_config, resolve
 from megasparse.errors import ConfigError
-from megasparse.train.footprint import layer_weights
-from megasparse.train.precheck import recipe_of
+from megasparse.estimate.memory import layer_weights
+from megasparse.sparsity.recipe import recipe_of
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30

@@ -21,8 +21,8 @@ from megasparse.config import (
     gradient_accumulation_steps,
     pipeline_split,
 )
+from megasparse.estimate.memory import layer_activations, layer_weights, stage_weights
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.train.footprint import layer_activations, layer_weights, stage_weights
 
 TABLE = Path(__file__).parent / "results" / "gemm-h200.json"
 SIZE = 2  # bytes of bf16

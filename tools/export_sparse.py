@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from conversion import DTYPES, add_common, guarded
 
+from megasparse.checkpoint.model import ADAPTER, PROJECTION, StoredModel, open_checkpoint
 from megasparse.convert.export import SIDE_FILE, write_huggingface
 from megasparse.convert.folder import require_empty
 from megasparse.convert.packed import FORMATS
+from megasparse.distributed.control_plane import Control
 from megasparse.errors import ConfigError
+from megasparse.inference.tokenizer_files import export_options
 from megasparse.log import logger
-from megasparse.train.control import Control
-from megasparse.train.exported import export_options
-from megasparse.train.stored import ADAPTER, PROJECTION, StoredModel, open_checkpoint
 
 DENSE = "dense"
 LOW_RANK_FILE = "slorb.safetensors"

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megasparse.megatron.eager import import_megatron
+from megasparse.megatron.import_without_compile import import_megatron
 
 import_megatron()  # before the imports that need it
 
@@ -29,17 +29,16 @@ import plots
 import torch
 
 from megasparse import log
+from megasparse.checkpoint.model import effective_weight
+from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.config import from_dict
 from megasparse.errors import CheckpointError, MegasparseError, StorageError
 from megasparse.kernels import prune24_mask, transposable24_mask
 from megasparse.kernels.patterns import decode_patterns, encode_patterns
 from megasparse.progress import progress
 from megasparse.sparsity import schedule
-from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
 from megasparse.train.checkpoint import newest_valid
-from megasparse.train.precheck import recipe_of
-from megasparse.train.storage import CheckpointReader
-from megasparse.train.stored import effective_weight
 
 
 @dataclass(frozen=True)

@@ -42,16 +42,16 @@ def measure(flags: Sequence[str], steps: int, profile: bool = False) -> Result:
     import torch
     from kernel_classes import profiled
 
-    from megasparse.megatron.eager import import_megatron
+    from megasparse.megatron.import_without_compile import import_megatron
 
     import_megatron()  # before the imports that need it
     from megasparse.config import load_config, padded_vocab_size, resolve
+    from megasparse.megatron.batches import batches, build_data, samples_digest
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.model import parameter_count
+    from megasparse.sparsity.recipe import recipe_of
     from megasparse.train.build import build_engine
-    from megasparse.train.data import batches, build_data, samples_digest
-    from megasparse.train.precheck import recipe_of
-    from megasparse.train.process import fix_order_of_sums, start_process
+    from megasparse.train.engine.deepspeed import fix_order_of_sums, start_process
 
     world = int(os.environ["WORLD_SIZE"])
     config = resolve(load_config(flags), world)
@@ -178,7 +178,7 @@ def _take_gpu(gpus: Sequence[str]) -> None:
 
 def worker(place: Path, jobs: Mapping[str, Job]) -> None:
     """One rank: all jobs, one after the other."""
-    from megasparse.train.process import stop_process
+    from megasparse.train.engine.deepspeed import stop_process
 
     for name, job in jobs.items():
         began = time.monotonic()

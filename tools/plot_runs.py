@@ -22,7 +22,7 @@ from plots import Chart, Points
 
 from megasparse.config import RunConfig, load_config
 from megasparse.errors import ConfigError, DataError, MegasparseError, StorageError
-from megasparse.train.metrics import read_metrics
+from megasparse.metrics.schema import read_metrics
 
 Row = dict[str, Any]
 

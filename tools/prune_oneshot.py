@@ -17,17 +17,17 @@ import math
 import sys
 from pathlib import Path
 
-from megasparse.megatron.eager import import_megatron
+from megasparse.megatron.import_without_compile import import_megatron
 
 import_megatron()  # before the imports that need it
 
 import torch
 
 from megasparse import log
+from megasparse.checkpoint.directory import list_steps
 from megasparse.compress.oneshot import METHODS, prune
 from megasparse.errors import ConfigError, MegasparseError
-from megasparse.train.catalog import list_steps
-from megasparse.train.offline import OfflineModel, StoredRun, save_pruned
+from megasparse.inference.offline import OfflineModel, StoredRun, save_pruned
 
 BLOCK_LINEARS = ("*.self_attention.linear_*", "*.mlp.linear_*")
 

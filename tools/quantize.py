@@ -19,7 +19,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from megasparse.megatron.eager import import_megatron
+from megasparse.megatron.import_without_compile import import_megatron
 
 import_megatron()  # before the imports that need it
 
@@ -30,10 +30,10 @@ from megasparse import log
 from megasparse.compress.folding import ORDER, norm_before, rows_before
 from megasparse.compress.quantize import FORMATS, Quantized, awq_scales, quantize
 from megasparse.errors import ConfigError, MegasparseError
+from megasparse.inference.offline import LowRank, OfflineModel, StoredRun
 from megasparse.kernels import prune24_mask
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import initial_projection
-from megasparse.train.offline import LowRank, OfflineModel, StoredRun
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "quantization.json"
 PARTS = ("values", "scales", "places", "slorb_adapter", "slorb_projection")

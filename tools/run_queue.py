@@ -22,8 +22,8 @@ from typing import Protocol
 
 import torch
 
+from megasparse.checkpoint.directory import list_steps
 from megasparse.errors import ConfigError, MegasparseError
-from megasparse.train.catalog import list_steps
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch" / "pretrain.py"

@@ -32,9 +32,9 @@ from search_decay_choice import FEASIBLE, Run, choose, judge, table
 
 from megasparse.config import RunConfig, load_config, resolve, to_dict
 from megasparse.errors import ConfigError, MegasparseError, NumericsError
+from megasparse.metrics.schema import read_metrics
 from megasparse.progress import progress
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.train.metrics import read_metrics
 
 GRID = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 LAUNCH = Path(__file__).parents[1] / "launch" / "pretrain.py"

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests import forked
-from tests.reliability import bad_inputs, malicious, runs, saves
+from tests.checkpoint import saves
+from tests.reliability import bad_inputs, malicious, runs
 from tests.runs import make_dataset
 
 TABLE = ROOT / "tools" / "results" / "reliability.md"
@@ -160,7 +161,7 @@ def disk_full(count: int, seed: int, root: Path) -> dict[str, Any]:
     mount = root / "small"
     mount.mkdir()
     script = f"mount -t tmpfs -o size=8m tmpfs {mount} && exec {sys.executable} -m " \
-             f"tests.reliability.disk_full {data} {mount} {root}"  # fmt: skip
+             f"tests.checkpoint.disk_full {data} {mount} {root}"  # fmt: skip
     process = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True
     )

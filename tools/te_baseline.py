@@ -13,7 +13,7 @@ from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import finish_model, transformer_config
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.train.plain import PlainEngine
+from megasparse.train.engine.plain import PlainEngine
 
 
 class BaselineEngine(PlainEngine):

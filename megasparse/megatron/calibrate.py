@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megasparse.megatron.layers import _ParallelLinear
+from megasparse.megatron.parallel_linear import _ParallelLinear
 
 
 class LinearInputs:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megasparse.errors import ReplicaError
-from megasparse.fp8 import Fp8Scales
+from megasparse.fp8.delayed import Fp8Scales
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.controller import SparsityController
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from megatron.core.transformer.mlp import MLP
 
-from megasparse.megatron.layers import SparseColumnParallelLinear, SparseRowParallelLinear
-from megasparse.megatron.modules import GatedActivation
-from megasparse.sparsity.feed_forward import gated_feed_forward
-from megasparse.sparsity.fp8_gemms import DenseFp8Gemms
-from megasparse.sparsity.norm import Float8Input
+from megasparse.megatron.parallel_linear import SparseColumnParallelLinear, SparseRowParallelLinear
+from megasparse.megatron.torch_modules import GatedActivation
+from megasparse.sparsity.autograd.feed_forward import gated_feed_forward
+from megasparse.sparsity.autograd.norm import Float8Input
+from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms
 
 
 class Fp8GatedMLP(MLP):

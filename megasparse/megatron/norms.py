@@ -9,9 +9,9 @@ import torch
 from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megasparse.fp8 import Fp8Slot
-from megasparse.megatron.layers import SparseColumnParallelLinear
-from megasparse.sparsity.norm import Float8Input, norm_to_float8
+from megasparse.fp8.delayed import Fp8Slot
+from megasparse.megatron.parallel_linear import SparseColumnParallelLinear
+from megasparse.sparsity.autograd.norm import Float8Input, norm_to_float8
 
 # What a layer may do with a norm's output beside giving it to the block behind it.
 _OTHER_USES = (

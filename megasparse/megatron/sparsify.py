@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import torch
 
 from megasparse.errors import ConfigError
-from megasparse.fp8_current import Scales
+from megasparse.fp8.current import Scales
 from megasparse.kernels.packed24 import ROW_MULTIPLE
-from megasparse.megatron.layers import _ParallelLinear
 from megasparse.megatron.mlp import fuse_gated_mlps
 from megasparse.megatron.norms import fuse_norms
+from megasparse.megatron.parallel_linear import _ParallelLinear
 from megasparse.sparsity.controller import Clock, SparsityController
-from megasparse.sparsity.fp8_gemms import ALIGNMENT as FP8_ALIGNMENT
-from megasparse.sparsity.fp8_gemms import Fp8Slots
+from megasparse.sparsity.gemms.packed_fp8 import ALIGNMENT as FP8_ALIGNMENT
+from megasparse.sparsity.gemms.packed_fp8 import Fp8Slots
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.state import Reduce, SparseWeight
 from megasparse.timer import StepTimer

@@ -23,8 +23,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megasparse.megatron.attention import RotaryQkvAttention
-from megasparse.megatron.layers import SparseColumnParallelLinear, SparseRowParallelLinear
-from megasparse.megatron.modules import GatedActivation, SdpaAttention, TorchNorm
+from megasparse.megatron.parallel_linear import SparseColumnParallelLinear, SparseRowParallelLinear
+from megasparse.megatron.torch_modules import GatedActivation, SdpaAttention, TorchNorm
 
 
 @dataclass(frozen=True)

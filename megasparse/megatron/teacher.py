@@ -21,8 +21,8 @@ import torch
 
 from megasparse.config import RunConfig
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.layers import _ParallelLinear
 from megasparse.megatron.model import build_model
+from megasparse.megatron.parallel_linear import _ParallelLinear
 from megasparse.megatron.pipeline import finish_stage, part_specs, stage_bounds
 from megasparse.sparsity.controller import Clock
 

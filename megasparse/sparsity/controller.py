@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megasparse.fp8_current import Scales
+from megasparse.fp8.current import Scales
 from megasparse.kernels import derive_seed
 from megasparse.sparsity import schedule
 from megasparse.sparsity.probe import Probe

@@ -22,6 +22,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megasparse.config import RunConfig
 from megasparse.errors import ConfigError
 
 Projection = Literal["none", "row", "transposable", "soft_threshold"]
@@ -183,3 +184,21 @@ def make_recipe(name: str, **overrides: Any) -> SparsityRecipe:
     if not preset.is_sparse and given.get("simulate_fp8"):
         raise ConfigError(f"simulate_fp8: the recipe {name} has no sparse GEMM")
     return dataclasses.replace(preset, **given)
+
+
+def recipe_of(config: RunConfig) -> SparsityRecipe:
+    """The run's recipe: the preset with the flags that were given."""
+    sparsity = config.sparsity
+    return make_recipe(
+        sparsity.sparsity_recipe,
+        mask_update_interval=sparsity.mask_update_interval,
+        masked_decay=sparsity.masked_decay,
+        masked_decay_ramp_iters=sparsity.masked_decay_ramp_iters,
+        masked_decay_before_clipping=sparsity.masked_decay_before_clipping,
+        s_ste_scale=sparsity.s_ste_scale,
+        mask_metric=sparsity.mask_metric,
+        mvue=sparsity.mvue,
+        dense_warmup_fraction=sparsity.dense_warmup_fraction,
+        dense_tail_fraction=sparsity.dense_tail_fraction,
+        simulate_fp8=sparsity.simulate_fp8,
+    )

@@ -6,7 +6,7 @@ P starts as the indicator of the groups of k neighbouring inputs, S as the mean 
 what was pruned, so that the sum of the effective weight `W o M + S P` over every group is W's own.
 S is trained; P is too, or stays the indicator, and then it is no matrix but a sum over groups.
 
-Tensor parallel, around the three GEMMs and their communication (`sparsity/linear.py`):
+Tensor parallel, around the three GEMMs and their communication (`sparsity/autograd/linear.py`):
 
     column   S (N/p, R) with the output rows; P whole on every rank, its gradient summed
     row      S (N, R/p), P (R, K/p): x P^T is a partial sum of all R, reduced so that every rank

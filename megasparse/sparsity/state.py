@@ -23,18 +23,16 @@ from megasparse.kernels import (
 )
 from megasparse.kernels.patterns import decode_patterns, encode_patterns
 from megasparse.log import warn_once
-from megasparse.sparsity import packed_gemms, schedule
-from megasparse.sparsity.activations import InputSquares
-from megasparse.sparsity.fp8_gemms import DenseFp8Gemms, Fp8Slots, PackedFp8Gemms
-from megasparse.sparsity.gemms import (
-    DenseGemms,
-    LinearGemms,
-    ReferenceSparseGemms,
-    SimulatedFp8Gemms,
-)
+from megasparse.sparsity import schedule
+from megasparse.sparsity.gemms import packed as packed_gemms
+from megasparse.sparsity.gemms.dense import DenseGemms, ReferenceSparseGemms
+from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms, Fp8Slots, PackedFp8Gemms
+from megasparse.sparsity.gemms.protocol import LinearGemms
+from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
+from megasparse.sparsity.wanda import InputSquares
 
 # Sums a tensor over the ranks that share a weight, in place or not; identity for one rank.
 Reduce = Callable[[torch.Tensor], torch.Tensor]

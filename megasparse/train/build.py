@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from megasparse import fp8
 from megasparse.config import RunConfig
+from megasparse.distributed.faults import Faults
 from megasparse.errors import ConfigError
-from megasparse.fp8_current import CurrentScales, Scales
+from megasparse.fp8 import delayed
+from megasparse.fp8.current import CurrentScales, Scales
 from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.log import warn_once
@@ -19,12 +20,11 @@ from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.timer import StepTimer
-from megasparse.train.distill import Distillation
-from megasparse.train.engine import Engine
-from megasparse.train.faults import Faults
-from megasparse.train.pipeline import PipelineEngine
-from megasparse.train.plain import PlainEngine
-from megasparse.train.stage import Pipeline
+from megasparse.train.distillation import Distillation
+from megasparse.train.engine.base import Engine
+from megasparse.train.engine.pipeline import PipelineEngine
+from megasparse.train.engine.plain import PlainEngine
+from megasparse.train.engine.stage import Pipeline
 
 
 def build_engine(
@@ -85,7 +85,7 @@ def _fp8_scales(config: RunConfig, grid: Grid) -> Scales | None:
     settings = config.fp8
     if settings.fp8_format is None:
         return None
-    refusal = fp8.refusal(grid.device)
+    refusal = delayed.refusal(grid.device)
     if refusal is not None:
         raise ConfigError(f"fp8_format {settings.fp8_format}: {refusal}")
     if grid.device.type == "cuda" and (reason := packing_disagreement(grid.device, E4M3)):
@@ -93,7 +93,7 @@ def _fp8_scales(config: RunConfig, grid: Grid) -> Scales | None:
         return None
     if settings.fp8_recipe == "tensorwise":
         return CurrentScales(grid.max_over_tp if grid.tp_size > 1 else None)
-    return fp8.Fp8Scales(
+    return delayed.Fp8Scales(
         grid.device,
         settings.fp8_amax_history_len,
         settings.fp8_amax_compute_algo,  # type: ignore[arg-type]

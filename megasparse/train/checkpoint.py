@@ -23,7 +23,14 @@ from typing import Any
 import torch
 
 import megasparse
+from megasparse.checkpoint.compatibility import check_same_layout
+from megasparse.checkpoint.manifest import Piece
+from megasparse.checkpoint.model import check_shape, input_shard, mask_shard, sparsity_state
+from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.checkpoint.saver import choose
+from megasparse.checkpoint.writer import Tensors
 from megasparse.config import RunConfig, to_dict
+from megasparse.distributed.control_plane import Control
 from megasparse.errors import CheckpointError
 from megasparse.log import logger
 from megasparse.megatron.grid import rng_state, set_rng_state
@@ -31,15 +38,8 @@ from megasparse.megatron.init import parameter_shard
 from megasparse.optim.lr import learning_rate
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
-from megasparse.train import zero
-from megasparse.train.control import Control
-from megasparse.train.engine import Engine
-from megasparse.train.identity import check_same_layout
-from megasparse.train.initial import check_shape
-from megasparse.train.saver import choose
-from megasparse.train.storage import CheckpointReader, Piece
-from megasparse.train.stored import input_shard, mask_shard, sparsity_state
-from megasparse.train.writer import Tensors
+from megasparse.train.engine import zero
+from megasparse.train.engine.base import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -16,7 +16,7 @@ from megasparse.megatron.grid import Grid
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.probe import OPERANDS
 from megasparse.sparsity.stats import MAXIMA, STEP_SUMS, WEIGHT_SUMS, layer_figures, measure
-from megasparse.train.engine import Engine
+from megasparse.train.engine.base import Engine
 
 Figures = dict[str, dict[str, float]]
 MEANS = (

@@ -9,26 +9,27 @@ from typing import Any
 
 import torch
 
+from megasparse.checkpoint.run_directory import RunFolder
 from megasparse.config import RunConfig, padded_vocab_size
+from megasparse.distributed.control_plane import Control
+from megasparse.distributed.faults import Faults
+from megasparse.distributed.signals import StopRequest, describe
+from megasparse.distributed.watchdog import STARTING
 from megasparse.errors import EXIT_PREEMPTED
+from megasparse.inference.sampling import sample_text
 from megasparse.log import logger
+from megasparse.megatron.batches import RunData, batches, samples_digest
 from megasparse.megatron.consistency import check_replicas
 from megasparse.megatron.grid import Grid
+from megasparse.sparsity.recipe import recipe_of
 from megasparse.train import checkpoint
 from megasparse.train.build import build_engine
-from megasparse.train.control import Control
-from megasparse.train.data import RunData, batches, samples_digest
-from megasparse.train.engine import StepResult
-from megasparse.train.faults import Faults
-from megasparse.train.folder import RunFolder, finish
-from megasparse.train.generate import sample_text
-from megasparse.train.initial import Sources, start
-from megasparse.train.numerics import NonFiniteStep
-from megasparse.train.precheck import recipe_of
+from megasparse.train.engine.base import StepResult
+from megasparse.train.engine.step_guard import NonFiniteStep
+from megasparse.train.initial_weights import Sources, start
 from megasparse.train.recorder import Recorder, Row
+from megasparse.train.report import finish
 from megasparse.train.state import LoopState
-from megasparse.train.stop import StopRequest, describe
-from megasparse.train.watchdog import STARTING
 
 
 @dataclass

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from megasparse import log
 from megasparse.config import RunConfig, to_dict
+from megasparse.distributed import faults, watchdog
+from megasparse.distributed.control_plane import Control, as_user_error, make_control, one_line
+from megasparse.distributed.rendezvous import attempt
+from megasparse.distributed.signals import StopRequest
+from megasparse.distributed.watchdog import Watchdog
 from megasparse.errors import ConfigError, MegasparseError, PeerError
+from megasparse.megatron.batches import build_data
 from megasparse.megatron.grid import make_grid
-from megasparse.train import faults, watchdog
-from megasparse.train.control import Control, as_user_error, make_control, one_line
-from megasparse.train.data import build_data
+from megasparse.preflight.check import check_hosts, require_fit
+from megasparse.preflight.settings import Prepared, check
+from megasparse.train.engine.deepspeed import fix_order_of_sums, start_process, stop_process
 from megasparse.train.loop import Context, Trainer
-from megasparse.train.precheck import Prepared, check
-from megasparse.train.preflight import check_hosts, require_fit
-from megasparse.train.process import fix_order_of_sums, start_process, stop_process
-from megasparse.train.rendezvous import attempt
-from megasparse.train.stop import StopRequest
-from megasparse.train.watchdog import Watchdog
 
 
 def pretrain(config: RunConfig) -> int:

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from megasparse.config import RunConfig, dump_yaml, to_dict
+from megasparse.estimate import flops
 from megasparse.log import logger
+from megasparse.metrics.schema import ProgressLine
+from megasparse.metrics.writers import MetricsWriter
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.timer import PHASES, StepTimer
-from megasparse.train import figures, flops
-from megasparse.train.engine import Engine, StepResult
-from megasparse.train.metrics import ProgressLine
+from megasparse.train import figures
+from megasparse.train.engine.base import Engine, StepResult
 from megasparse.train.state import LoopState
-from megasparse.train.writers import MetricsWriter
 
 Row = dict[str, Any]
 

@@ -3,81 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megasparse.errors import CheckpointError
-from megasparse.kernels import is_24
-from megasparse.sparsity import schedule
+from megasparse.checkpoint.proof import (
+    TensorReport,
+    check_sparsity,
+    format_tensors,
+    require_sparsity,
+)
+from megasparse.checkpoint.saver import choose
+from megasparse.config import RunConfig
+from megasparse.distributed.control_plane import Control
+from megasparse.log import logger
+from megasparse.metrics.schema import read_metrics
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.train.storage import CheckpointReader
-from megasparse.train.stored import effective_weight
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """What one effective weight of a checkpoint is.
-
-    Attributes:
-        name, shape: of the whole weight `(N, K)`.
-        density: share of non-zeros.
-        rows_24: 2:4 along K (W~ in the output GEMM).
-        columns_24: 2:4 along N as well (W~^T in grad_input): transposable.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    density: float
-    rows_24: bool
-    columns_24: bool
-
-
-def check_sparsity(
-    reader: CheckpointReader, recipe: SparsityRecipe, train_iters: int
-) -> list[TensorReport]:
-    """Examine the effective weight of every layer with a sparsity state.
-
-    In a dense phase (FST's tail) the effective weight is the weight itself.
-    """
-    sparse = schedule.is_sparse_step(recipe, reader.meta["step"], train_iters)
-    names = sorted(
-        {key.split("/")[1] for key in reader.keys("sparsity/")},
-        key=[key.removeprefix("param/") for key in reader.keys("param/")].index,
-    )
-    reports = []
-    for name in names:
-        stored = f"param/{name}"
-        weight = effective_weight(reader, name, recipe) if sparse else reader.read(stored)
-        reports.append(
-            TensorReport(
-                name=name,
-                shape=tuple(weight.shape),
-                density=float((weight != 0).float().mean()),
-                rows_24=is_24(weight),
-                columns_24=is_24(weight, dim=0),
-            )
-        )
-    return reports
-
-
-def require_sparsity(
-    reports: list[TensorReport], recipe: SparsityRecipe, step: int, train_iters: int
-) -> None:
-    """Fail when a tensor is not what the recipe promises at this step.
-
-    Raises:
-        CheckpointError: names the tensors.
-    """
-    if not schedule.is_sparse_step(recipe, step, train_iters):
-        return
-    wrong = [
-        report.name
-        for report in reports
-        if not report.rows_24 or (recipe.transposable and not report.columns_24)
-    ]
-    if wrong:
-        raise CheckpointError(f"not 2:4 as {recipe.name} promises: {', '.join(wrong)}")
 
 
 def format_report(
@@ -120,16 +60,29 @@ def format_report(
     return "\n".join(lines)
 
 
-def format_tensors(tensors: list[TensorReport]) -> list[str]:
-    """A line for each tensor, under a heading."""
-    width = max(len(report.name) for report in tensors)
-    lines = [f"{'tensor':<{width}}  {'shape':>13}  density  2:4  transposable"]
-    for report in tensors:
-        shape = "x".join(str(size) for size in report.shape)
-        rows_24 = "yes" if report.rows_24 else "no"
-        columns = "yes" if report.rows_24 and report.columns_24 else "no"
-        lines.append(
-            f"{report.name:<{width}}  {shape:>13}  {report.density:7.4f}  {rows_24:>3}  "
-            f"{columns:>12}"
-        )
-    return lines
+def finish(config: RunConfig, recipe: SparsityRecipe, rank: int, sample: str | None) -> None:
+    """Check the saved checkpoint and print the table (rank 0).
+
+    Raises:
+        CheckpointError: it is not 2:4 as the recipe promises.
+    """
+    if rank != 0:
+        return
+    alone = Control(None)
+    # A run that was complete when it was loaded has saved nothing of its own.
+    reader = choose(Path(config.checkpoint.save or ""), alone) or choose(
+        Path(config.checkpoint.load or ""), alone
+    )
+    assert reader is not None
+    steps, run_dir = config.train.train_iters, Path(config.checkpoint.run_dir)
+    tensors = check_sparsity(reader, recipe, steps)
+    places = {
+        "checkpoint": reader.folder,
+        "metrics": run_dir / "metrics.jsonl",
+        "TensorBoard": Path(config.logging.tensorboard_dir or ""),
+        "configuration": run_dir / "config.yaml",
+    }
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    step = reader.meta["step"]
+    logger.info(format_report(step, rows, tensors, recipe, places, sample))
+    require_sparsity(tensors, recipe, step, steps)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.config import RunConfig
 from megasparse.errors import CheckpointError
-from megasparse.train.storage import CheckpointReader
 
 
 @dataclass

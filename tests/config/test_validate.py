@@ -90,7 +90,7 @@ def test_refusals(flags, world, message):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_committed_configs_resolve(path):
     from megasparse.megatron.model import parameter_count
-    from megasparse.train.precheck import recipe_of
+    from megasparse.sparsity.recipe import recipe_of
 
     config = load_config(["--config", str(path)])
     world = 8 if config.parallel.tensor_model_parallel_size <= 8 else 16

@@ -86,10 +86,10 @@ def megasparse_logits(
     rank: int, world: int, folder: str, tokens: list[list[int]] = TOKENS
 ) -> torch.Tensor:
     """Logits of a checkpoint or Hugging Face folder, tensor-parallel over all ranks."""
+    from megasparse.checkpoint.model import StoredModel, open_checkpoint
     from megasparse.convert.huggingface import HuggingFaceModel
-    from megasparse.train.control import make_control
-    from megasparse.train.inference import load_model
-    from megasparse.train.stored import StoredModel, open_checkpoint
+    from megasparse.distributed.control_plane import make_control
+    from megasparse.inference.loading import load_model
 
     path = Path(folder)
     if (path / "config.json").exists():

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megasparse.checkpoint.model import StoredModel, open_checkpoint
 from megasparse.convert.packed import unpack_bitmask, unpack_hopper, unpack_torch
 from megasparse.data.sidecar import bin_path
+from megasparse.distributed.control_plane import Control
 from megasparse.kernels import is_24
 from megasparse.sparsity.state import SparseWeight
 from megasparse.tensor_files import raw_bytes
-from megasparse.train.control import Control
-from megasparse.train.stored import StoredModel, open_checkpoint
 from tests import dist
 from tests.convert.models import load_logits, tensors
 from tests.runs import LLAMA, TINY, make_dataset, train

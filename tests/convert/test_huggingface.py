@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megasparse.checkpoint.importer import write_imported
 from megasparse.convert.huggingface import HuggingFaceModel
-from megasparse.train.imported import write_imported
 from tests import dist
 from tests.convert.models import KINDS, VOCAB, megasparse_logits, save_model, tensors
 
@@ -190,7 +190,7 @@ def test_another_model_is_refused_with_both_values(tmp_path, flags, message):
 
 def test_a_run_refuses_what_it_cannot_start_from(tmp_path, dataset):
     from megasparse.errors import CheckpointError, ConfigError
-    from megasparse.train.precheck import prepare
+    from megasparse.preflight.settings import prepare
 
     save_model(tmp_path / "hf", "llama")
     assert to_megasparse(tmp_path / "hf", tmp_path / "ours") == 0

@@ -53,7 +53,7 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.init import initialize_weights
     from megasparse.megatron.model import _mark_vocabulary_shards, gelu_tanh
-    from megasparse.megatron.modules import TorchNorm
+    from megasparse.megatron.torch_modules import TorchNorm
 
     grid = make_grid(world, torch.device("cpu"), 1)
     a = argparse.Namespace(**arguments)

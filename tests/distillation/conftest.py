@@ -1,4 +1,4 @@
-"""A tiny dataset and a dense model trained on it, shared by the tests of retraining."""
+"""A dense model that the tests of retraining share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ import pytest
 
 from tests import dist
 from tests.distillation.runs import DENSE
-from tests.runs import make_dataset, train
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> str:
-    return make_dataset(tmp_path_factory.mktemp("tiny") / "data")
+from tests.runs import train
 
 
 @pytest.fixture(scope="session")

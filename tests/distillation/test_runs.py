@@ -97,7 +97,7 @@ def test_the_student_in_bf16(tmp_path, dataset, dense, single):
 )
 def test_refusals(tmp_path, dataset, flags, message):
     from megasparse.errors import MegasparseError
-    from megasparse.train.precheck import prepare
+    from megasparse.preflight.settings import prepare
 
     with pytest.raises(MegasparseError, match=message):
         prepare([*DENSE, "--data-path", dataset, "--run-dir", str(tmp_path), *flags], 1)

@@ -16,8 +16,8 @@ import pytest
 from megasparse import errors
 from megasparse.config.loader import ALIASES, FIELDS
 from megasparse.data.tokenizer import load_tokenizer
-from megasparse.train.exported import tokenizer_file_of
-from megasparse.train.metrics import METRICS
+from megasparse.inference.tokenizer_files import tokenizer_file_of
+from megasparse.metrics.schema import METRICS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

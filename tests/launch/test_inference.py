@@ -17,8 +17,8 @@ import torch
 
 from megasparse.data.sidecar import bin_path
 from megasparse.errors import ConfigError, DataError
-from megasparse.train.generate import Sampling, choose_token
-from megasparse.train.perplexity import windows
+from megasparse.inference.perplexity import windows
+from megasparse.inference.sampling import Sampling, choose_token
 from tests import dist
 from tests.convert.models import load_logits
 from tests.runs import LLAMA, TINY, make_dataset, train

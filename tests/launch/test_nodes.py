@@ -57,7 +57,7 @@ def test_torchrun_and_a_preflight_that_finds_other_data_on_a_node(nodes, tmp_pat
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank",
             str(number), "--master_addr", nodes[0].address, "--master_port", "29401",
-            "-m", "megasparse.train.preflight", str(config),
+            "-m", "megasparse.preflight", str(config),
         ]  # fmt: skip
         mounts = [f"mount --bind {tmp_path}/other.bin {tmp_path}/data.bin"] if number else []
         started.append(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megasparse.config import dump_yaml, load_config
-from megasparse.train.metrics import read_metrics
+from megasparse.metrics.schema import read_metrics
 from tests import forked
 from tests.launch.nodes import ROOT, Slurm, make_nodes, make_slurm, require, wait_for
 from tests.reliability.runs import differences

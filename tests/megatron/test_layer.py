@@ -22,7 +22,7 @@ FLAGS = [
 def one_rank(device, monkeypatch):
     """Process groups of one rank."""
     from megasparse.megatron.grid import make_grid
-    from megasparse.train.process import start_process, stop_process
+    from megasparse.train.engine.deepspeed import start_process, stop_process
 
     own = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (own | {"MASTER_PORT": str(dist.free_port())}).items():
@@ -45,11 +45,11 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
     """Two micro-batches, with refreshed masks and prepared weights in the first."""
     if "--fp8-format" in flags:
         needs_transformer_engine(device)
-    from megasparse.fp8 import Fp8Scales
+    from megasparse.fp8.delayed import Fp8Scales
     from megasparse.megatron.layer import build_layer, rotary_frequencies
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.controller import Clock
-    from megasparse.train.precheck import recipe_of
+    from megasparse.sparsity.recipe import recipe_of
 
     everything = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
     config = resolve(

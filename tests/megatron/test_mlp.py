@@ -21,14 +21,14 @@ def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
     from megatron.core.transformer.mlp import MLP
 
     from megasparse.config import load_config, resolve
-    from megasparse.fp8 import Fp8Scales
+    from megasparse.fp8.delayed import Fp8Scales
     from megasparse.megatron import mlp
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.init import initialize_weights
     from megasparse.megatron.layer import build_layer
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.controller import Clock
-    from megasparse.train.precheck import recipe_of
+    from megasparse.sparsity.recipe import recipe_of
 
     device = torch.device("cpu")
     config = resolve(load_config([*MODEL, *flags]), world)

@@ -18,7 +18,7 @@ def _build(rank, world, flags):
     from megasparse.megatron.model import build_model, parameter_count
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.controller import Clock
-    from megasparse.train.precheck import recipe_of
+    from megasparse.sparsity.recipe import recipe_of
 
     config = resolve(load_config(flags), world)
     grid = make_grid(config.parallel.tensor_model_parallel_size, torch.device("cpu"), 1)
@@ -72,7 +72,7 @@ def _attention(rank, world):
     """SdpaAttention against softmax attention written out, float64."""
     from types import SimpleNamespace
 
-    from megasparse.megatron.modules import SdpaAttention
+    from megasparse.megatron.torch_modules import SdpaAttention
 
     config = SimpleNamespace(attention_dropout=0.0, sequence_parallel=False)
     attention = SdpaAttention(config, 1, None, "self")

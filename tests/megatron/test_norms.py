@@ -9,15 +9,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megasparse.config import load_config, resolve
-from megasparse.fp8 import Fp8Scales
-from megasparse.fp8_current import CurrentScales
+from megasparse.fp8.current import CurrentScales
+from megasparse.fp8.delayed import Fp8Scales
 from megasparse.megatron import norms
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.init import initialize_weights
 from megasparse.megatron.layer import build_layer, rotary_frequencies
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.controller import Clock
-from megasparse.train.precheck import recipe_of
+from megasparse.sparsity.recipe import recipe_of
 from tests import dist
 
 S, B, H, F = 32, 2, 256, 256

@@ -81,7 +81,7 @@ def _summed(rank, world):
     """Pieces of two replicated parameters and of one that is not, and how many collectives."""
     from types import SimpleNamespace
 
-    from megasparse.train.zero import sum_replicated
+    from megasparse.train.engine.zero import sum_replicated
 
     calls = []
 
@@ -125,11 +125,11 @@ def test_bf16_follows_one_process(tmp_path, dataset, layout):
 def _logits(rank, world, flags):
     """Logits of fixed tokens, before any training and after an evaluation of another shape."""
     from megasparse.config import load_config, padded_vocab_size, resolve
+    from megasparse.megatron.batches import batches, build_data
     from megasparse.megatron.grid import make_grid
+    from megasparse.sparsity.recipe import recipe_of
     from megasparse.train.build import build_engine
-    from megasparse.train.data import batches, build_data
-    from megasparse.train.precheck import recipe_of
-    from megasparse.train.process import start_process
+    from megasparse.train.engine.deepspeed import start_process
 
     config = resolve(load_config(flags), world)
     parallel = config.parallel
@@ -165,8 +165,9 @@ def test_logits_do_not_depend_on_the_layout(dataset, style):
 
 def _sampled(rank, world, flags):
     """A whole run with its report: the sample of the model and the report's rows, on rank 0."""
+    from megasparse.checkpoint import run_directory
     from megasparse.config import load_config, resolve
-    from megasparse.train import folder, main
+    from megasparse.train import main
 
     seen = []
 
@@ -174,7 +175,7 @@ def _sampled(rank, world, flags):
         seen.append((step, sample, [(t.name, t.density, t.rows_24) for t in tensors]))
         return ""
 
-    with mock.patch.object(folder.report, "format_report", keep):
+    with mock.patch.object(run_directory.report, "format_report", keep):
         main.pretrain(resolve(load_config(flags), world))
     return seen
 

@@ -32,7 +32,7 @@ TP2 = ["--tensor-model-parallel-size", "2"]
 
 def fp8_run(rank: int, world: int, flags: list[str]) -> tuple[list[dict[str, Any]], list[list]]:
     """Rows of a run whose device is said to have FP8, and the scales after every step."""
-    from megasparse.fp8 import Fp8Scales
+    from megasparse.fp8.delayed import Fp8Scales
 
     scales: list[list[float]] = []
     finish = Fp8Scales.finish_step
@@ -42,7 +42,7 @@ def fp8_run(rank: int, world: int, flags: list[str]) -> tuple[list[dict[str, Any
         scales.append(list(self.on_host))
 
     with (
-        mock.patch("megasparse.fp8.refusal", return_value=None),
+        mock.patch("megasparse.fp8.delayed.refusal", return_value=None),
         mock.patch.object(Fp8Scales, "finish_step", recording),
     ):
         return traced(rank, world, flags), scales
@@ -50,18 +50,18 @@ def fp8_run(rank: int, world: int, flags: list[str]) -> tuple[list[dict[str, Any
 
 def current_run(rank: int, world: int, flags: list[str]) -> tuple[list[dict[str, Any]], list]:
     """Rows of such a run with scales of the moment, and the magnitudes that they follow from."""
-    from megasparse import fp8_current
+    from megasparse.fp8 import current
 
     seen: list[float] = []
-    scales_of_amax = fp8_current.scales_of_amax
+    scales_of_amax = current.scales_of_amax
 
     def recording(amax, **options):
         seen.append(float(amax))
         return scales_of_amax(amax, **options)
 
     with (
-        mock.patch("megasparse.fp8.refusal", return_value=None),
-        mock.patch.object(fp8_current, "scales_of_amax", recording),
+        mock.patch("megasparse.fp8.delayed.refusal", return_value=None),
+        mock.patch.object(current, "scales_of_amax", recording),
     ):
         return traced(rank, world, flags), seen
 

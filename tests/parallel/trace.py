@@ -16,14 +16,15 @@ def traced(rank: int, world: int, flags: list[str]) -> list[dict[str, Any]]:
         preparations (the sets of all ranks), scales, valid_loss.
     """
     from megasparse.config import load_config, resolve
-    from megasparse.train import data, loop, main
+    from megasparse.megatron import batches
+    from megasparse.train import loop, main
 
     consumed: list[list[tuple[int, ...]]] = []
     rows: list[dict[str, Any]] = []
 
     def recording(stream, config, grid, first_sample):
         training = first_sample or stream is trainer_streams["train"]
-        for batch in data.batches(stream, config, grid, first_sample):
+        for batch in batches.batches(stream, config, grid, first_sample):
             if training:
                 consumed.append([tuple(i) for i in batch["sample_id"].tolist()])
             yield batch

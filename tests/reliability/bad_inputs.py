@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megasparse.data.tokenizer import train_sentencepiece
-from tests.reliability.saves import write_checkpoint
+from tests.checkpoint.saves import write_checkpoint
 from tests.runs import TINY, make_dataset
 
 CONFIG, DATA, CHECKPOINT, STORAGE = 64, 65, 66, 74

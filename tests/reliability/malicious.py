@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megasparse.train.storage import MANIFEST, encode_manifest
+from megasparse.checkpoint.manifest import MANIFEST, encode_manifest
 from tests import forked, forkserver
 from tests.runs import TINY, make_dataset
 

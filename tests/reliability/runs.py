@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from megasparse.checkpoint.saver import choose
+from megasparse.distributed.control_plane import Control
 from megasparse.errors import EXIT_PREEMPTED
-from megasparse.train.control import Control
-from megasparse.train.metrics import read_metrics
-from megasparse.train.saver import choose
+from megasparse.metrics.schema import read_metrics
 from tests import forked
 from tests.runs import TINY
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from megasparse.errors import MegasparseError
-from megasparse.train.precheck import prepare
+from megasparse.preflight.settings import prepare
 from tests.reliability.bad_inputs import Case, build, environment_of, good_flags
 
 ROOT = Path(__file__).parents[2]
 _SETUP = """
 import sys
-from megasparse.train.precheck import prepare
+from megasparse.preflight.settings import prepare
 assert "torch" not in sys.modules and "megatron" not in sys.modules
 """
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megasparse.train.catalog import list_steps
-from megasparse.train.metrics import read_metrics
+from megasparse.checkpoint.directory import list_steps
+from megasparse.metrics.schema import read_metrics
 from tests import forked
 from tests.reliability.runs import differences, flags
 

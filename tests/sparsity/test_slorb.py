@@ -7,8 +7,8 @@ import torch
 
 from megasparse.errors import ConfigError
 from megasparse.kernels import prune24_mask
-from megasparse.sparsity.gemms import DenseGemms
-from megasparse.sparsity.linear import linear
+from megasparse.sparsity.autograd.linear import linear
+from megasparse.sparsity.gemms.dense import DenseGemms
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import (
     Boost,

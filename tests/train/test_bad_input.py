@@ -19,10 +19,10 @@ def _main(rank, world, argv):
     import sys
 
     from megasparse import log
+    from megasparse.distributed.signals import StopRequest
     from megasparse.errors import MegasparseError
+    from megasparse.preflight.settings import prepare
     from megasparse.train.main import main
-    from megasparse.train.precheck import prepare
-    from megasparse.train.stop import StopRequest
 
     stream, sys.stderr = sys.stderr, io.StringIO()
     try:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megasparse.errors import EXIT_PREEMPTED
-from megasparse.train.metrics import read_metrics
+from megasparse.metrics.schema import read_metrics
 from tests import dist
 from tests.runs import LLAMA, TINY, train
 from tests.transformer_engine import needs_transformer_engine

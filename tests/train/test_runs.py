@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megasparse.checkpoint.model import effective_weight
+from megasparse.checkpoint.proof import check_sparsity, require_sparsity
 from megasparse.errors import CheckpointError
 from megasparse.sparsity.recipe import PRESETS, make_recipe
 from megasparse.train.checkpoint import newest_valid
-from megasparse.train.report import check_sparsity, require_sparsity
-from megasparse.train.stored import effective_weight
 from tests import dist
 from tests.runs import LLAMA, TINY, train
 

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: written by all ranks, published by one rename, verified when read."""

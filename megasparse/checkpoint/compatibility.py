@@ -1,0 +1,99 @@
+"""Whether a checkpoint is of this run: what may not change silently, and the flag that allows it.
+
+Layout, micro-batch, workers and intervals may change freely. Each of the rest has an override.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.config import RunConfig
+from megasparse.errors import ConfigError
+
+# Override flag -> (group, fields); None: all fields of the group that no other flag has.
+GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
+    ("override_batch", "train", ("global_batch_size",)),
+    ("override_seed", "train", ("seed",)),
+    ("override_precision", "train", ("bf16",)),
+    ("override_precision", "fp8", None),
+    ("override_schedule", "train", (
+        "train_iters", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters",
+        "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
+    )),
+    ("override_seq_length", "model", ("seq_length", "max_position_embeddings")),
+    ("override_model", "model", None),
+    ("override_recipe", "sparsity", None),
+    ("override_distillation", "distillation", (
+        "kd_loss_weight", "lm_loss_weight", "kd_temperature", "teacher_dtype",
+    )),
+    ("override_data", "data", (
+        "split", "mock_data", "reset_position_ids", "reset_attention_mask", "eod_mask_loss",
+    )),
+)  # fmt: skip
+
+
+def check_same_run(reader: CheckpointReader, config: RunConfig, digests: dict[str, str]) -> None:
+    """Refuse to continue a run with other sizes, data, schedule or recipe.
+
+    Args:
+        digests: of data (by split and prefix) and tokenizer.
+
+    Raises:
+        ConfigError: names field, saved and given value, and the flag that allows the change.
+    """
+    saved = reader.meta["config"]
+    if reader.imported:
+        return  # weights alone, put into a run of any kind: `foreign_weights` compares the model
+    taken = {name for _, _, names in GUARDED for name in names or ()}
+    for flag, group, names in GUARDED:
+        section = getattr(config, group)
+        for field in dataclasses.fields(section):
+            if field.name not in names if names is not None else field.name in taken:
+                continue
+            given = getattr(section, field.name)
+            # A field that the writer did not know had its default.
+            before = saved.get(group, {}).get(field.name, getattr(type(section)(), field.name))
+            if before != given:
+                _refuse(reader, config, flag, field.name, before, given)
+    before, given = (_in_order(d) for d in (reader.meta["digests"], digests))
+    if before != given:
+        _refuse(reader, config, "override_data", "data with digests", before, given)
+    before, given = (d.get("tokenizer") for d in (reader.meta["digests"], digests))
+    if before != given:
+        _refuse(reader, config, "override_tokenizer", "the tokenizer", before, given)
+
+
+def check_same_layout(reader: CheckpointReader, config: RunConfig, layout: dict[str, int]) -> bool:
+    """Whether the generators' states can be taken over: the ranks divide the model as before.
+
+    Raises:
+        ConfigError: they do not, and dropout depends on it.
+    """
+    if reader.meta["layout"] == layout:
+        return True
+    dropout = config.model.hidden_dropout or config.model.attention_dropout
+    if dropout and not config.checkpoint.override_rng:
+        _refuse(
+            reader, config, "override_rng", "dropout in the layout", reader.meta["layout"], layout
+        )
+    return False
+
+
+def _in_order(digests: dict[str, str]) -> list[str]:
+    """Digests without the paths: data that has moved is the same data."""
+    return [
+        f"{name.split('.')[0]}:{digest}" for name, digest in digests.items() if name != "tokenizer"
+    ]
+
+
+def _refuse(
+    reader: CheckpointReader, config: RunConfig, flag: str, name: str, before: Any, given: Any
+) -> None:
+    if getattr(config.checkpoint, flag):
+        return
+    raise ConfigError(
+        f"{reader.folder} was trained with {name} {before!r}, this run has {given!r}; "
+        f"--{flag.replace('_', '-')} continues with the change"
+    )

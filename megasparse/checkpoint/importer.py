@@ -1,0 +1,123 @@
+"""A model from elsewhere as a checkpoint of step 0: parameters, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megasparse
+from megasparse.checkpoint.directory import step_folder, write_pointer
+from megasparse.checkpoint.manifest import Piece
+from megasparse.checkpoint.writer import Tensors, publish, write_rank_file
+from megasparse.config import RunConfig, dump_yaml, to_dict
+from megasparse.convert.folder import check_free_space, new_folder
+from megasparse.convert.source import VOCABULARY, Source, pad_vocabulary
+from megasparse.progress import progress
+from megasparse.sparsity.shard import WeightShard
+from megasparse.tensor_files import Entry
+
+# Files of the model that it came from, beside the checkpoint.
+CARRIED_FOLDER = "huggingface"
+
+
+def write_imported(
+    source: Source,
+    output: Path,
+    max_shard_bytes: int,
+    vocabulary_multiple: int,
+    carried: list[Path],
+    bar: bool = False,
+) -> Path:
+    """Write a source as a checkpoint of step 0; memory for a few tensors.
+
+    Args:
+        output: a new or empty folder; gets the checkpoint, `config.yaml` with the model's settings
+            and a folder with the carried files.
+        max_shard_bytes: of a file of the checkpoint.
+        vocabulary_multiple: the vocabulary is padded to a multiple of this.
+        carried: config.json, tokenizer.
+        bar: show a progress bar.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: the source is damaged. StorageError: the output is not empty, or cannot be
+            written.
+    """
+    config = RunConfig(model=source.model)
+    config.model.make_vocab_size_divisible_by = vocabulary_multiple
+    rows = -(-(source.model.vocab_size or 0) // vocabulary_multiple) * vocabulary_multiple
+    entries = [_padded(entry, rows) for entry in source.entries()]
+    config.train.bf16 = all(entry.dtype == torch.bfloat16 for entry in entries)
+    binding = {"run_id": secrets.token_hex(8), "step": 0}
+    total = sum(entry.nbytes for entry in entries)
+    with new_folder(output) as folder:
+        check_free_space(folder, total + (1 << 20))
+        carried_to = folder / CARRIED_FOLDER
+        carried_to.mkdir()
+        for path in carried:
+            (carried_to / path.name).write_bytes(path.read_bytes())
+        temporary = folder / "step-00000000.tmp-0"
+        temporary.mkdir(mode=0o700)
+        files = []
+        with progress(desc="converting", total=total, unit="B", enabled=bar) as shown:
+
+            def read(entry: str) -> torch.Tensor:
+                name = entry.removeprefix("param/")
+                value = pad_vocabulary(name, source.read(name), rows)
+                shown.update(value.numel() * value.element_size())
+                return value
+
+            for rank, shard in enumerate(_divide(entries, max_shard_bytes)):
+                files.append(write_rank_file(temporary, rank, shard, binding, read=read))
+        meta = _describe(source, config, binding)
+        publish(temporary, step_folder(folder, 0), files, meta)
+        write_pointer(folder, 0)
+        (folder / "config.yaml").write_text(dump_yaml(config, groups=("model",)))
+    return step_folder(output, 0)
+
+
+def _padded(entry: Entry, rows: int) -> Entry:
+    if entry.name not in VOCABULARY:
+        return entry
+    return Entry(entry.name, entry.dtype, (rows, *entry.shape[1:]))
+
+
+def _divide(entries: list[Entry], limit: int) -> list[Tensors]:
+    """The pieces of each file, with empty tensors for their values."""
+    shards: list[Tensors] = []
+    size = math.inf
+    for entry in entries:
+        if size + entry.nbytes > limit:
+            shards.append({})
+            size = 0
+        key = f"param/{entry.name}"
+        piece = Piece(key, WeightShard(entry.shape))
+        shards[-1][key] = (piece, torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
+        size += entry.nbytes
+    return shards
+
+
+def _describe(source: Source, config: RunConfig, binding: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **binding,
+        "consumed_samples": 0,
+        "layout": {"world": 1, "tp": 1, "dp": 1, "pp": 1, "zero": 0},
+        "optimizer_steps": 0,
+        "digests": {},
+        "config": to_dict(config),
+        "state": {
+            "flip_history": [],
+            "refreshes": 0,
+            "skipped_steps": 0,
+            "pending_row": None,
+            "vocab_size": source.model.vocab_size,
+            "imported": source.origin,
+        },
+        "versions": {"megasparse": megasparse.__version__, "torch": torch.__version__},
+    }

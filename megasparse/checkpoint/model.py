@@ -1,0 +1,227 @@
+"""A checkpoint as a model: its parameters whole, as they are stored or as the GEMMs use them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasparse.checkpoint.directory import list_steps
+from megasparse.checkpoint.manifest import MANIFEST
+from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.checkpoint.saver import choose
+from megasparse.config import RunConfig, from_dict
+from megasparse.convert.layout import parameter_shapes
+from megasparse.convert.source import VOCABULARY, require_finite
+from megasparse.distributed.control_plane import Control
+from megasparse.errors import CheckpointError
+from megasparse.sparsity import schedule, slorb
+from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
+from megasparse.sparsity.shard import WeightShard
+from megasparse.sparsity.state import SparseWeight
+from megasparse.tensor_files import DTYPES, Entry
+
+# SLoRB's S and P beside a layer's `.weight`.
+ADAPTER, PROJECTION = ".slorb_adapter", ".slorb_projection"
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class StoredModel:
+    """A checkpoint of a run as a `Source` (convert/source.py).
+
+    Args:
+        reader: of the checkpoint.
+        effective: give a sparse layer's W~, with mask and scale applied, as its GEMMs use it at
+            this step; else the dense master weight.
+        dtype: weights are given in; None: as stored.
+        vocab_size: before padding; None: what the checkpoint says.
+        fold: with SLoRB give `W~ + S P`, which computes the layer and is no longer 2:4; else W~
+            alone (`low_rank` has the rest). Dense master weights never have it.
+
+    Attributes:
+        recipe, step: of the run.
+        boosted: names of the parameters that SLoRB adds to.
+        sparse: names of the parameters that are 2:4 at this step.
+
+    Raises:
+        CheckpointError: it holds a parameter that the model does not have, or lacks one.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        effective: bool = True,
+        dtype: torch.dtype | None = None,
+        vocab_size: int | None = None,
+        fold: bool = True,
+    ) -> None:
+        self.reader, self._effective, self._dtype = reader, effective, dtype
+        self.where = str(reader.folder)
+        self.config: RunConfig = from_dict(reader.meta["config"], self.where)
+        self.step: int = reader.meta["step"]
+        self.recipe: SparsityRecipe = recipe_of(self.config)
+        self.model = self.config.model
+        self.model.vocab_size = vocab_size or _vocab_size(reader, self.config)
+        self.origin: dict[str, Any] = {
+            "format": "megasparse",
+            "folder": str(reader.folder.absolute()),
+            "run_id": reader.meta["run_id"],
+            "step": self.step,
+            "recipe": self.recipe.name,
+        }
+        self._shapes = parameter_shapes(self.model)
+        self._fold = fold
+        self.boosted = frozenset(
+            key.removeprefix("param/").removesuffix(ADAPTER) + ".weight"
+            for key in reader.keys("param/")
+            if key.endswith(ADAPTER)
+        )
+        self._check()
+        names = [key.split("/")[1] for key in reader.keys("sparsity/") if key.endswith("/counters")]
+        iterations = self.config.train.train_iters
+        sparse_now = schedule.is_sparse_step(self.recipe, self.step, iterations)
+        self._pruned = frozenset(names if sparse_now else ())
+        self.sparse = self._pruned - self.boosted if fold else self._pruned
+
+    def entries(self) -> list[Entry]:
+        return [
+            Entry(name, self._dtype or self._stored_dtype(name), shape)
+            for name, shape in self._shapes.items()
+        ]
+
+    def read(self, name: str) -> torch.Tensor:
+        if self._effective and name in self._pruned:
+            value = effective_weight(self.reader, name, self.recipe)
+        else:
+            value = self.reader.read(f"param/{name}")
+        if self._effective and self._fold and name in self.boosted:
+            value = slorb.fold(value, *self.low_rank(name))
+        if name in VOCABULARY:
+            value = value[: self.model.vocab_size].contiguous()
+        if tuple(value.shape) != self._shapes[name]:
+            raise CheckpointError(
+                f"{self.where}: {name}: found shape {tuple(value.shape)}, expected "
+                f"{self._shapes[name]}"
+            )
+        require_finite(value, f"{self.where}: {name}")
+        return value.to(self._dtype or value.dtype)
+
+    def low_rank(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """SLoRB's S `(N, R)` and P `(R, K)` of a boosted weight; P None for sums over groups."""
+        base = f"param/{name.removesuffix('.weight')}"
+        projection = f"{base}{PROJECTION}"
+        return (
+            self.reader.read(f"{base}{ADAPTER}"),
+            self.reader.read(projection) if projection in self.reader else None,
+        )
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self.reader.dtype(f"param/{name}")]
+
+    def _check(self) -> None:
+        stored = {key.removeprefix("param/") for key in self.reader.keys("param/")}
+        boosts = {name.removesuffix(".weight") for name in self.boosted & self._shapes.keys()}
+        stored -= {base + part for base in boosts for part in (ADAPTER, PROJECTION)}
+        if missing := sorted(self._shapes.keys() - stored):
+            raise CheckpointError(f"{self.where}: holds no parameter {missing[0]}")
+        if unknown := sorted(stored - self._shapes.keys()):
+            raise CheckpointError(
+                f"{self.where}: holds {len(unknown)} parameters that its model does not have, the "
+                f"first is {unknown[0]}"
+            )
+
+
+def open_checkpoint(path: Path, control: Control) -> CheckpointReader:
+    """A verified checkpoint: one by its own folder, or the newest intact one of a run.
+
+    Args:
+        path: of a checkpoint (`step-...`), of a folder with checkpoints, or of a run.
+        control: of all ranks; a collective call.
+
+    Raises:
+        CheckpointError: none is there, or it is damaged.
+    """
+    if control.from_first(lambda: (path / MANIFEST).is_file()):
+        return CheckpointReader(path)
+    for root in (path, path / "checkpoints"):
+        if control.from_first(lambda root=root: bool(list_steps(root))):  # type: ignore[misc]
+            reader = choose(root, control)
+            assert reader is not None
+            return reader
+    raise CheckpointError(f"{path}: holds no checkpoint")
+
+
+def effective_weight(reader: CheckpointReader, name: str, recipe: SparsityRecipe) -> torch.Tensor:
+    """W~ `(N, K)` of a stored sparse weight, whole, on the CPU, as of the checkpoint's step."""
+    whole = reader.read(f"param/{name}")
+    state = SparseWeight(name, recipe, WeightShard(tuple(whole.shape)))
+    state.import_state(sparsity_state(reader, state), torch.device("cpu"))
+    return state.effective_at(whole, reader.meta["step"])
+
+
+def sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, torch.Tensor]:
+    """What `SparseWeight.import_state` takes, for the state's shard.
+
+    Returns:
+        `counters`, and as the recipe has them: `mask` (pattern indices, uint8), `scale`, `flips`,
+        `input_square`, cut for the rank.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    prefix = f"sparsity/{state.name}/"
+    loaded = {key.removeprefix(prefix): reader.read(key) for key in reader.keys(prefix)}
+    if "counters" not in loaded:
+        raise CheckpointError(f"{reader.folder}: holds no sparsity state of {state.name}")
+    if "mask" in loaded:
+        loaded["mask"] = mask_shard(state).take(loaded["mask"])
+    if "input_square" in loaded and state.shard.dim == 1:
+        loaded["input_square"] = input_shard(state).take(loaded["input_square"])
+    if "flips" in loaded:
+        # Counts of other ranks cannot be told apart in another layout: the first takes them all.
+        same = loaded["flips"].numel() == state.shard.world
+        total = loaded["flips"][state.shard.rank] if same else loaded["flips"].sum()
+        loaded["flips"] = total if same or state.shard.rank == 0 else torch.zeros_like(total)
+    return loaded
+
+
+def mask_shard(state: SparseWeight) -> WeightShard:
+    """Where the local pattern indices lie: the weight's shard in units of blocks or groups."""
+    rows, columns = state.shard.global_shape
+    height = 4 if state.recipe.transposable else 1
+    shard = state.shard
+    return WeightShard(
+        (rows // height, columns // 4), shard.dim, shard.rank, shard.world, shard.parts
+    )
+
+
+def input_shard(state: SparseWeight) -> WeightShard:
+    """Where the local input channels of a row-parallel layer lie in the whole."""
+    shard = state.shard
+    return WeightShard((shard.global_shape[1],), 0, shard.rank, shard.world, shard.parts)
+
+
+def _vocab_size(reader: CheckpointReader, config: RunConfig) -> int:
+    """Tokens before padding, as the run knew them."""
+    size = reader.meta["state"].get("vocab_size") or config.model.vocab_size
+    if not isinstance(size, int) or size < 1:
+        raise CheckpointError(
+            f"{reader.folder}: does not say how many tokens it has before padding (--vocab-size)"
+        )
+    return size
+
+
+def check_shape(value: torch.Tensor, shard: WeightShard, name: str, where: str) -> None:
+    """Refuse a tensor of another size than the model's parameter.
+
+    Raises:
+        CheckpointError: names both shapes.
+    """
+    if tuple(value.shape) == shard.global_shape:
+        return
+    hint = " (--make-vocab-size-divisible-by)" if name in VOCABULARY else ""
+    raise CheckpointError(
+        f"{where}: {name} has shape {tuple(value.shape)}, the model expects "
+        f"{shard.global_shape}{hint}"
+    )

@@ -1,0 +1,98 @@
+"""The folder of a run's checkpoints, from its lock at the start to the report at the end."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from megasparse.checkpoint.compatibility import check_same_run
+from megasparse.checkpoint.directory import clean, list_steps, make_private, set_aside
+from megasparse.checkpoint.lock import FolderLock
+from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.checkpoint.saver import Saver, choose
+from megasparse.checkpoint.writer import Hook
+from megasparse.config import RunConfig
+from megasparse.distributed.control_plane import Control
+from megasparse.errors import CheckpointError
+from megasparse.log import logger
+
+
+class RunFolder:
+    """The right to write checkpoints, held by rank 0; a collective call.
+
+    Raises:
+        StorageError: on all ranks: another run writes there, or nothing can be written.
+    """
+
+    def __init__(self, config: RunConfig, control: Control) -> None:
+        self._config, self._control = config, control
+        self._root = Path(config.checkpoint.save or "")
+        self._lock: FolderLock | None = None
+        self._loaded: CheckpointReader | None = None
+        control.from_first(self._take)
+
+    def refresh(self) -> None:
+        """A sign of life."""
+        if self._lock is not None:
+            self._lock.refresh()
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def find_checkpoint(self, digests: dict[str, str]) -> CheckpointReader | None:
+        """What the run starts from: nothing, or a verified checkpoint of the same run.
+
+        With `resume` the newest intact one in `save`; else, or if there is none, that of `load`,
+        unless only its weights are wanted (`finetune`, see `train/initial_weights.py`).
+
+        Args:
+            digests: of this run's data and tokenizer.
+
+        Raises:
+            CheckpointError: asked for, and none is intact.
+            ConfigError: of another run.
+        """
+        settings, control = self._config.checkpoint, self._control
+        reader = None
+        if settings.resume:
+            reader = choose(self._root, control)
+            control.from_first(lambda: self._set_damaged_aside(reader))
+        if reader is None and settings.load is not None and not settings.finetune:
+            reader = choose(Path(settings.load), control)
+            if reader is None:
+                raise CheckpointError(f"load: {settings.load} holds no checkpoint")
+        if reader is not None:
+            check_same_run(reader, self._config, digests)
+        self._loaded = reader
+        return reader
+
+    def make_saver(self, hook: Hook) -> Saver:
+        """The writer of this folder's checkpoints."""
+        settings, control = self._config.checkpoint, self._control
+        saver = Saver(
+            self._root,
+            control,
+            control.from_first(lambda: secrets.token_hex(8)),
+            keep_last=settings.keep_last,
+            async_save=settings.async_save,
+            max_failed_saves=settings.max_failed_saves,
+            hook=hook,
+        )
+        if self._loaded is not None and self._loaded.folder.parent == self._root:
+            saver.saved_step = self._loaded.meta["step"]
+        return saver
+
+    def _take(self) -> None:
+        """Rank 0: nobody else writes here, and nothing half-written is left."""
+        make_private(self._root)
+        self._lock = FolderLock(self._root)
+        clean(self._root)
+
+    def _set_damaged_aside(self, reader: CheckpointReader | None) -> None:
+        """Rank 0: newer checkpoints that failed verification must not be found again."""
+        for step in list_steps(self._root):
+            if reader is not None and step > reader.meta["step"]:
+                logger.warning("damaged, kept as %s", set_aside(self._root, step))

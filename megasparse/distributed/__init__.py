@@ -1,0 +1,1 @@
+"""Ranks and hosts: rendezvous, control plane, watchdog, signals, supervision; knows no model."""

@@ -1,0 +1,1 @@
+"""FP8 scaling of GEMM operands, delayed and current; the door to Transformer Engine."""

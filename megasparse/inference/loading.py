@@ -1,0 +1,183 @@
+"""A checkpoint loaded for inference: `launch/generate.py` and `launch/evaluate.py`.
+
+Sparse layers get W~, mask and scale applied, as a dense weight with zeros: what they compute is
+what the training's GEMMs compute, by dense GEMMs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megasparse import log
+from megasparse.checkpoint.model import StoredModel, check_shape, open_checkpoint
+from megasparse.config import RunConfig, padded_vocab_size
+from megasparse.convert.huggingface import HuggingFaceModel
+from megasparse.convert.source import Source, pad_vocabulary
+from megasparse.data.tokenizer import Tokenizer, load_tokenizer
+from megasparse.distributed.control_plane import Control, as_user_error, make_control, one_line
+from megasparse.distributed.rendezvous import join_group, own_device
+from megasparse.errors import ConfigError, DataError, MegasparseError
+from megasparse.inference.tokenizer_files import tokenizer_file_of, tokenizer_of
+from megasparse.megatron.grid import Grid, collective_timeout, make_grid
+from megasparse.megatron.init import parameter_shard
+from megasparse.megatron.model import build_model, hide_padding
+
+_TIMEOUT_MINUTES = 10.0
+# Megatron uses names of collectives that newer torch versions call differently.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to compute, on every rank.
+
+    Attributes:
+        source: where its weights came from.
+        tokenizer: None if none was found.
+    """
+
+    source: Source
+    model: torch.nn.Module
+    grid: Grid
+    control: Control
+    tokenizer: Tokenizer | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens without padding."""
+        assert self.source.model.vocab_size is not None
+        return self.source.model.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model has positions for."""
+        assert self.source.model.max_position_embeddings is not None
+        return self.source.model.max_position_embeddings
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self.tokenizer is None:
+            raise DataError(f"{self.source.where}: no tokenizer found (--tokenizer-model)")
+        return self.tokenizer
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which model, and how it is computed."""
+    group = parser.add_argument_group("model")
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument("--load", metavar="DIR", type=Path, help="a run, its checkpoints, or one")
+    which.add_argument("--load-hf", metavar="DIR", type=Path, help="a Hugging Face folder")
+    group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="INT")
+    group.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16 (default: if the weights are 16-bit)",
+    )  # fmt: skip
+    group.add_argument("--tokenizer-model", help="default: the run's, or that of the folder")
+    group.add_argument("--vocab-size", type=int, help="where the checkpoint does not say it")
+    group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def open_model(args: argparse.Namespace) -> LoadedModel:
+    """Join the group of ranks and load the model that the flags name.
+
+    Raises:
+        MegasparseError: one line, on every rank.
+    """
+    device = own_device()
+    join_group(device, collective_timeout(_TIMEOUT_MINUTES))
+    control = make_control()
+    source: Source
+    tokenizer = None
+    if args.load is not None:
+        source = StoredModel(open_checkpoint(args.load, control), vocab_size=args.vocab_size)
+    else:
+        source = HuggingFaceModel(args.load_hf)
+    if args.tokenizer_model is not None:
+        tokenizer = load_tokenizer(args.tokenizer_model)
+    elif isinstance(source, StoredModel):
+        tokenizer, _ = tokenizer_of(source)
+    elif isinstance(source, HuggingFaceModel):
+        tokenizer = _tokenizer_beside(source)
+    model, grid = load_model(source, device, args.tensor_model_parallel_size, args.bf16)
+    return LoadedModel(source, model, grid, control, tokenizer)
+
+
+def load_model(
+    source: Source, device: torch.device, tensor_parallel: int = 1, bf16: bool | None = None
+) -> tuple[torch.nn.Module, Grid]:
+    """The model of a source on this rank (torch.distributed must be up), in evaluation mode.
+
+    Args:
+        tensor_parallel: ranks that share each layer; the world's other ranks are copies.
+        bf16: compute in bfloat16, else in float32; None: bfloat16 if the weights are 16-bit.
+    """
+    config = RunConfig(model=source.model)
+    config.train.transformer_impl = "local"  # decoding masks with keys that were seen before
+    wide = any(entry.dtype == torch.float32 for entry in source.entries())
+    config.train.bf16 = not wide if bf16 is None else bf16
+    config.parallel.tensor_model_parallel_size = tensor_parallel
+    if tensor_parallel < 1 or dist.get_world_size() % tensor_parallel:
+        raise ConfigError(
+            f"world size {dist.get_world_size()} is not divisible by tensor_model_parallel_size "
+            f"{tensor_parallel}"
+        )
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if getattr(source.model, name) % tensor_parallel:
+            raise ConfigError(
+                f"{name} {getattr(source.model, name)} is not divisible by "
+                f"tensor_model_parallel_size {tensor_parallel}"
+            )
+    grid = make_grid(tensor_parallel, device, config.train.seed, _TIMEOUT_MINUTES)
+    assert source.model.vocab_size is not None
+    rows = padded_vocab_size(source.model.vocab_size, config)
+    model = build_model(config, grid, rows)
+    hide_padding(model, grid, source.model.vocab_size)
+    for name, parameter in model.named_parameters():
+        whole = pad_vocabulary(name, source.read(name), rows)
+        shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
+        check_shape(whole, shard, name, source.where)
+        with torch.no_grad():
+            parameter.copy_(shard.take(whole))
+    return model.eval(), grid
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Run a launcher's work on this rank; its exit code, after one line of what went wrong."""
+    log.setup(int(os.environ.get("RANK", "0")))
+    try:
+        work()
+    except MegasparseError as error:
+        log.logger.error("%s: %s", type(error).__name__, one_line(error))
+        return error.exit_code
+    except OSError as error:
+        log.logger.error("StorageError: %s", one_line(error))
+        return as_user_error(error).exit_code
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def leave(code: int) -> None:
+    """End the process; after an error without the goodbye that other ranks may not answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+
+
+def _tokenizer_beside(source: HuggingFaceModel) -> Tokenizer | None:
+    file = tokenizer_file_of(source.folder)
+    return load_tokenizer(file) if file is not None else None

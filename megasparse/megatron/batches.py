@@ -1,0 +1,147 @@
+"""From the configuration to batches: checked files, tokenizer, and the order of samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megasparse.config import RunConfig
+from megasparse.data.blend import parse_split
+from megasparse.data.check import CheckedData, check_data
+from megasparse.data.tokenizer import Tokenizer
+from megasparse.distributed.signals import ignore_signals
+from megasparse.errors import DataError
+from megasparse.megatron.datasets import (
+    SPLITS,
+    SampleOptions,
+    SampleStream,
+    Source,
+    build_mock_stream,
+    build_stream,
+)
+from megasparse.megatron.grid import Grid
+
+
+@dataclass
+class RunData:
+    """Everything that the loop reads.
+
+    Attributes:
+        tokenizer: None when the run has only token ids (`vocab_size` without a tokenizer).
+        vocab_size: tokens before padding.
+        streams: samples by split; a split may be missing.
+        digests: of data and tokenizer, to be kept with the run.
+    """
+
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    streams: dict[str, SampleStream]
+    digests: dict[str, str]
+
+
+def build_data(config: RunConfig, grid: Grid, checked: CheckedData | None = None) -> RunData:
+    """Checked data as sample streams, the same on every rank.
+
+    Args:
+        checked: by `check_data`; done here if not given.
+
+    Raises:
+        DataError: a damaged file, or a training split smaller than one global batch.
+    """
+    checked = checked or check_data(config)
+    tokenizer, vocab_size = checked.tokenizer, checked.vocab_size
+    sources = {
+        split: [Source(s.prefix, s.weight, s.digest) for s in group]
+        for split, group in checked.sources.items()
+    }
+    options = SampleOptions(
+        seq_length=config.model.seq_length,
+        seed=config.train.seed,
+        eod=tokenizer.eod if tokenizer else vocab_size - 1,
+        vocab_size=vocab_size,
+        reset_position_ids=config.data.reset_position_ids,
+        reset_attention_mask=config.data.reset_attention_mask,
+        eod_mask_loss=config.data.eod_mask_loss,
+    )
+    streams: dict[str, SampleStream] = {}
+    for number, split in enumerate(SPLITS):
+        if config.data.mock_data:
+            streams[split] = build_mock_stream(options, split)
+            continue
+        chosen = sources.get("all") or sources.get(split)
+        if chosen is None:
+            continue
+        shares = parse_split(config.data.split) if "all" in sources else _only(number)
+        stream = grid.first_rank_first(
+            lambda chosen=chosen, split=split, shares=shares: build_stream(  # type: ignore[misc]
+                chosen, split, shares, options, config.data.data_cache_path
+            )
+        )
+        if stream is not None:
+            streams[split] = stream
+    _check_sizes(config, streams)
+    return RunData(tokenizer, vocab_size, streams, checked.digests)
+
+
+def batches(
+    stream: SampleStream, config: RunConfig, grid: Grid, first_sample: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches of this rank for ever, from global sample `first_sample` on.
+
+    Micro-batch `m` of a step holds the samples
+    `step_start + (m * dp + dp_rank) * micro_batch_size + [0, micro_batch_size)`: a step's samples
+    do not depend on the data-parallel size.
+    """
+    loader = torch.utils.data.DataLoader(
+        stream,
+        batch_sampler=_MicroBatches(config.train.micro_batch_size, grid, first_sample),
+        num_workers=config.data.num_workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=grid.device.type == "cuda",
+        # Its own: an iterator draws a seed at its start, and dropout must not notice.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        yield {name: tensor.to(grid.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def samples_digest(stream: SampleStream, first_sample: int, count: int) -> str:
+    """A short digest of the ids of `count` samples: equal digests mean equal samples, in order."""
+    ids = [stream.locate(first_sample + i) for i in range(count)]
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
+
+
+class _MicroBatches:
+    """Global sample indices of one rank's micro-batches, endless."""
+
+    def __init__(self, size: int, grid: Grid, first_sample: int) -> None:
+        self._size, self._grid, self._first = size, grid, first_sample
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self._first + self._grid.dp_rank * self._size
+        while True:
+            yield list(range(start, start + self._size))
+            start += self._grid.dp_size * self._size
+
+
+def _check_sizes(config: RunConfig, streams: dict[str, SampleStream]) -> None:
+    batch = config.train.global_batch_size
+    assert batch is not None
+    found = streams["train"].epoch_length if "train" in streams else 0
+    if found < batch:
+        raise DataError(
+            f"the training data holds {found} samples of {config.model.seq_length} tokens, "
+            f"expected at least one global batch of {batch}"
+        )
+    if config.logging.eval_iters and "valid" not in streams:
+        raise DataError(
+            f"the validation data holds no sample of {config.model.seq_length} tokens; give more "
+            "of it by --split or --valid-data-path, or set --eval-iters 0"
+        )
+
+
+def _only(number: int) -> tuple[float, ...]:
+    return tuple(1.0 if i == number else 0.0 for i in range(len(SPLITS)))

@@ -1,0 +1,329 @@
+"""Tensor- and sequence-parallel linear layers around the three-GEMM seam.
+
+Drop-in replacements for megatron-core's `ColumnParallelLinear` and `RowParallelLinear` (same
+constructor, same `(output, bias)` result). They are dense until `make_sparse` gives them a state:
+which layers that happens to is decided outside, by name (`megatron/sparsify.py`).
+
+    column   W (N/p, K): x is whole or gathered over the sequence; dx is summed or scattered back
+    row      W (N, K/p): z is summed, or scattered over the sequence
+
+With sequence parallelism (sp) the input of a column layer and the output of a row layer are split
+over the sequence, dimension 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
+
+from megasparse.kernels import prune24_mask
+from megasparse.megatron.slorb_comm import SplitOverRank, SumOfProjections
+from megasparse.sparsity.autograd.linear import LinearComm, NoComm, linear
+from megasparse.sparsity.autograd.norm import Float8Input
+from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.gemms.dense import DenseGemms
+from megasparse.sparsity.gemms.frozen_fp8 import Fp8StoredGemms
+from megasparse.sparsity.gemms.protocol import LinearGemms
+from megasparse.sparsity.shard import WeightShard
+from megasparse.sparsity.slorb import (
+    Boost,
+    BoostComm,
+    LocalBoost,
+    adapter_shard,
+    initial_adapter,
+    initial_projection,
+    projection_shard,
+)
+from megasparse.sparsity.state import SparseWeight
+
+
+class SumOverTensorParallel:
+    """Column-parallel without sp: every rank has the whole input; its gradients are summed."""
+
+    gathers = False
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def gather(self, x_local: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+        return x_local, lambda: None
+
+    def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+        dx = dx.contiguous()
+        work = dist.all_reduce(dx, group=self._group, async_op=True)
+        assert work is not None
+        return dx, work.wait
+
+
+class GatherOverSequence:
+    """Column-parallel with sp: inputs are gathered, their gradients summed and scattered."""
+
+    gathers = True
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def gather(self, x_local: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+        shape = (x_local.shape[0] * self._group.size(), *x_local.shape[1:])
+        whole = torch.empty(shape, dtype=x_local.dtype, device=x_local.device)
+        work = dist.all_gather_into_tensor(
+            whole, x_local.contiguous(), group=self._group, async_op=True
+        )
+        assert work is not None
+        return whole, work.wait
+
+    def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+        shape = (dx.shape[0] // self._group.size(), *dx.shape[1:])
+        part = torch.empty(shape, dtype=dx.dtype, device=dx.device)
+        work = dist.reduce_scatter_tensor(part, dx.contiguous(), group=self._group, async_op=True)
+        assert work is not None
+        return part, work.wait
+
+
+class _ParallelLinear(torch.nn.Module):
+    """Parameters and GEMMs that both kinds share.
+
+    Attributes:
+        weight: local master weight `(N_local, K_local)`; initialised by `megatron/init.py`.
+        bias: `(N_local,)` or None.
+        shard: where the local weight lies in the whole.
+        state: sparsity state, or None for a dense layer.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        shard: WeightShard,
+        bias: bool,
+        bias_is_sharded: bool,
+        skip_bias_add: bool,
+        tp_group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.shard = shard
+        self.skip_bias_add = skip_bias_add
+        self.tp_group = tp_group
+        self.sequence_parallel = config.sequence_parallel and tp_group.size() > 1
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        options = {"dtype": config.params_dtype, "device": device}
+        self.weight = torch.nn.Parameter(torch.empty(shard.local_shape, **options))
+        _mark_sharded(self.weight, shard)
+        self.bias: torch.nn.Parameter | None = None
+        if bias:
+            length = shard.local_shape[0]
+            self.bias = torch.nn.Parameter(torch.zeros(length, **options))
+            if bias_is_sharded:
+                whole = (shard.global_shape[0],)
+                _mark_sharded(
+                    self.bias, WeightShard(whole, 0, shard.rank, shard.world, shard.parts)
+                )
+            else:
+                self.bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+        self.state: SparseWeight | None = None
+        self._clock: Clock | None = None
+        self._controller: SparsityController | None = None
+        self._number = 0
+        self._frozen: Fp8StoredGemms | None = None
+        self._boost: Boost | None = None
+        self.slorb_adapter: torch.nn.Parameter | None = None
+        self.slorb_projection: torch.nn.Parameter | None = None
+
+    def add_boost(self, group_size: int, trained_projection: bool) -> None:
+        """Give a sparse layer SLoRB's low-rank branch; `initial_boost` says with what.
+
+        Raises:
+            ConfigError: `group_size` does not divide the shard's inputs.
+        """
+        comm: BoostComm = LocalBoost()
+        if self.tp_group.size() > 1 and trained_projection:
+            kind = SplitOverRank if self.shard.dim == 1 else SumOfProjections
+            comm = kind(self.tp_group)
+        self._boost = Boost(group_size, comm)
+        shards = [adapter_shard(self.shard, group_size)]
+        if trained_projection:
+            shards.append(projection_shard(self.shard, group_size))
+        made = []
+        for shard in shards:
+            made.append(torch.nn.Parameter(self.weight.detach().new_zeros(shard.local_shape)))
+            if shard.dim is not None:
+                _mark_sharded(made[-1], shard)
+        self.slorb_adapter = made[0]
+        self.slorb_projection = made[1] if trained_projection else None
+        self._group_size = group_size
+
+    def initial_boost(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """The branch's parameters with the values that keep every group's sum of the weight."""
+        if self.slorb_adapter is None:
+            return []
+        weight = self.weight.detach()
+        adapter = initial_adapter(weight, prune24_mask(weight), self._group_size)
+        values = [(self.slorb_adapter, adapter)]
+        if self.slorb_projection is not None:
+            shard = projection_shard(self.shard, self._group_size)
+            values.append((self.slorb_projection, initial_projection(shard, self._group_size)))
+        return values
+
+    def make_sparse(self, state: SparseWeight, controller: SparsityController, number: int) -> None:
+        """Give the layer a sparsity state; from then on the recipe's GEMMs compute it.
+
+        Args:
+            state: of this layer's weight.
+            controller: knows the step and the phase.
+            number: names the layer's random draws; a function of its name in the whole model.
+        """
+        self.state, self._controller, self._number = state, controller, number
+        controller.register(state, self.weight)
+
+    def freeze_in_fp8(self) -> int:
+        """Keep the weight in FP8 alone, for a layer that is never trained; its bytes then."""
+        self._frozen = Fp8StoredGemms(self.weight)
+        self.weight = torch.nn.Parameter(self.weight.detach().new_empty(0), requires_grad=False)
+        return self._frozen.bytes_here
+
+    def current_gemms(self) -> tuple[LinearGemms, int]:
+        """The GEMMs of the current step, and the seed of this layer's draws."""
+        if self._frozen is not None:
+            return self._frozen, 0
+        if self.state is None or self._controller is None:
+            return DenseGemms(self.weight), 0
+        controller = self._controller
+        clock = controller.clock
+        gemms = self.state.gemms(self.weight, clock.step, controller.sparse_now, controller.monitor)
+        return gemms, clock.mvue_seed(self._number)
+
+    @property
+    def in_fp8_alone(self) -> bool:
+        """The layer is its FP8 GEMMs and nothing that wants its input in full."""
+        state = self.state
+        observed = state is not None and state.inputs is not None
+        return state is not None and state.fp8 is not None and not observed and self._boost is None
+
+    def _multiply(self, x: torch.Tensor | Float8Input, comm: LinearComm) -> torch.Tensor:
+        gemms, seed = self.current_gemms()
+        if self.state is not None and self.state.inputs is not None and self.training:
+            assert isinstance(x, torch.Tensor)  # see in_fp8_alone
+            self.state.inputs.observe(x)
+        return linear(
+            x,
+            self.weight,
+            gemms,
+            comm,
+            seed,
+            self._boost,
+            self.slorb_adapter,
+            self.slorb_projection,
+        )
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Not used: checkpoints are `megasparse/train/checkpoint.py`'s."""
+        raise RuntimeError("megasparse layers are saved by megasparse.train.checkpoint")
+
+    def extra_repr(self) -> str:
+        """One line for `print(model)`, an audit of what is sparse."""
+        n, k = self.shard.global_shape
+        how = f"{self.state.recipe.name} 2:4" if self.state is not None else "dense"
+        if self.slorb_adapter is not None:
+            how += f" + rank {k // self._group_size}"
+        return f"in={k}, out={n}, tp={self.shard.world}, {how}"
+
+
+class SparseColumnParallelLinear(_ParallelLinear):
+    """`z = x W^T + b` with W split over output features.
+
+    Args: those of megatron-core's ColumnParallelLinear. `stride` is the number of logical matrices
+    fused along the output (2 for gate and up); each rank holds a slice of every one.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: Any,
+        init_method: Callable[..., Any] | None = None,
+        bias: bool = True,
+        gather_output: bool = False,
+        stride: int = 1,
+        skip_bias_add: bool = False,
+        is_expert: bool = False,
+        tp_comm_buffer_name: str | None = None,
+        tp_group: dist.ProcessGroup | None = None,
+        **_: Any,
+    ) -> None:
+        group = get_tensor_model_parallel_group_if_none(tp_group, is_expert=is_expert)
+        shard = WeightShard((output_size, input_size), 0, group.rank(), group.size(), stride)
+        super().__init__(config, shard, bias, True, skip_bias_add, group)
+        self.gather_output = gather_output
+        self.comm: LinearComm = NoComm()
+        if group.size() > 1:
+            self.comm = (
+                GatherOverSequence(group)
+                if self.sequence_parallel
+                else SumOverTensorParallel(group)
+            )
+
+    def forward(self, x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(S, B, K)` or, with sp, `(S/p, B, K)` -> `(S, B, N/p)` (N with gather_output), bias."""
+        z = self._multiply(x, self.comm)
+        if self.bias is not None and not self.skip_bias_add:
+            z = z + self.bias
+        if self.gather_output:
+            z = mappings.gather_from_tensor_model_parallel_region(z, group=self.tp_group)
+        return z, self.bias if self.skip_bias_add else None
+
+
+class SparseRowParallelLinear(_ParallelLinear):
+    """`z = x W^T + b` with W split over input features; partial results are summed.
+
+    Args: those of megatron-core's RowParallelLinear; the input must be parallel already.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: Any,
+        init_method: Callable[..., Any] | None = None,
+        bias: bool = True,
+        input_is_parallel: bool = True,
+        skip_bias_add: bool = False,
+        stride: int = 1,
+        is_expert: bool = False,
+        tp_comm_buffer_name: str | None = None,
+        tp_group: dist.ProcessGroup | None = None,
+        **_: Any,
+    ) -> None:
+        group = get_tensor_model_parallel_group_if_none(tp_group, is_expert=is_expert)
+        shard = WeightShard((output_size, input_size), 1, group.rank(), group.size(), stride)
+        super().__init__(config, shard, bias, False, skip_bias_add, group)
+        self.input_is_parallel = input_is_parallel
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(S, B, K/p)` -> `(S, B, N)` or, with sp, `(S/p, B, N)`, and the bias if skipped."""
+        if not self.input_is_parallel:
+            x = mappings.scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
+        return self.finish(self._multiply(x, NoComm()))
+
+    def finish(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's result from this rank's part `(S, B, N)` of the sum `x W^T`."""
+        if self.sequence_parallel:
+            z = mappings.reduce_scatter_to_sequence_parallel_region(z, group=self.tp_group)
+        else:
+            z = mappings.reduce_from_tensor_model_parallel_region(z, group=self.tp_group)
+        if self.bias is not None and not self.skip_bias_add:
+            z = z + self.bias
+        return z, self.bias if self.skip_bias_add else None
+
+
+def _mark_sharded(parameter: torch.nn.Parameter, shard: WeightShard) -> None:
+    """Megatron's marks, which DeepSpeed reads too (gradient norms count sharded entries once)."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.partition_dim = shard.dim  # type: ignore[attr-defined]
+    parameter.partition_stride = shard.parts  # type: ignore[attr-defined]

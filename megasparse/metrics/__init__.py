@@ -1,0 +1,1 @@
+"""The metrics of a run: one table of names, and the files and trackers they go to."""

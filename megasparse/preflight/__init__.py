@@ -1,0 +1,1 @@
+"""Checks before the first step: settings, data, hosts, links."""

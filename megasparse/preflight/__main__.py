@@ -1,0 +1,63 @@
+"""Are the hosts of a run fit for it? Asked before anything is built, and by itself:
+
+    python -m megasparse.preflight CONFIG [FLAGS]
+
+under the launcher that starts the run (`deepspeed --hostfile hosts --module
+megasparse.preflight CONFIG`, `srun`, `torchrun -m ...`), or alone for this host. A run does
+the fast part at its start (`--preflight off|fast|full`). Exit code 77 when something would end or
+spoil the run; each failure names the host and what to do.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from collections.abc import Sequence
+
+from megasparse import log
+from megasparse.config import load_config, resolve
+from megasparse.data.check import check_data
+from megasparse.distributed.control_plane import make_control
+from megasparse.distributed.rendezvous import join_group, leave_group, own_device
+from megasparse.errors import MegasparseError
+from megasparse.log import logger
+from megasparse.preflight.check import check_hosts, require_fit
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; its exit code."""
+    arguments = [a for a in argv if not a.startswith(("--local_rank", "--local-rank"))]
+    log.setup(int(os.environ.get("RANK", "0")))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        logger.info("%s", __doc__)
+        return 0 if arguments else 64
+    try:
+        loaded = load_config(["--config", *arguments])
+        parallel = loaded.parallel
+        alone = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        world = int(os.environ.get("WORLD_SIZE", alone))
+        config = resolve(loaded, world)
+        data, error = None, None
+        try:
+            data = check_data(config)
+        except MegasparseError as problem:
+            error = problem
+        timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+        join_group(own_device(), timeout)
+        control = make_control()
+        if control.world < world:
+            logger.info("preflight: this host alone; start it like the run to check all")
+        findings = check_hosts(config, data, control, full=True, error=error)
+        control.agree([0])
+        require_fit(findings)
+        leave_group()
+    except MegasparseError as problem:
+        logger.error("%s: %s", type(problem).__name__, problem)
+        return problem.exit_code
+    logger.info("preflight: %d ranks are fit for the run", control.world)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

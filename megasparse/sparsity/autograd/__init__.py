@@ -1,0 +1,1 @@
+"""Autograd functions around the three GEMMs: linear, gated feed-forward, norm."""

@@ -1,0 +1,107 @@
+"""The autograd function of a gated feed-forward block in FP8: two linears and SwiGLU between them.
+
+    forward    x = gather(x_local);   [gate | up], kept1 = first.output_keeping(x)
+               z, kept2 = second.output_gated([gate | up])        of silu(gate) * up
+    backward   start gather(x_local)
+               g2 = second.gradient(dz);  dy = second.grad_input(g2);  dW2 = of (g2, kept2)
+               g1 = first.gradient_gated(dy, [gate | up])
+               dx = first.grad_input(g1);  start reduce(dx)
+               wait for x;  dW1 = of (g1, kept1);  wait for dx
+
+What two calls of `linear` with an activation between them compute, to the last bit; but neither the
+activation nor the gradient of [gate | up] is written in 16 bits: they leave the activation's
+kernels as operands of the GEMMs that follow. (Scales of the moment follow from whole tensors: with
+them both are written, and quantised after that.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megasparse.sparsity.autograd.linear import LinearComm, in_graph, output
+from megasparse.sparsity.autograd.norm import Float8Input
+from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms
+
+
+class _GatedFeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_local: torch.Tensor,
+        weight1: torch.Tensor,
+        weight2: torch.Tensor,
+        first: DenseFp8Gemms,
+        second: DenseFp8Gemms,
+        comm: LinearComm,
+        seeds: tuple[int, int],
+        recorded: bool,
+        operands: Float8Input | None,
+    ) -> torch.Tensor:
+        ctx.first, ctx.second, ctx.comm, ctx.seeds = first, second, comm, seeds
+        x, arrived = comm.gather(x_local)
+        arrived()
+        x_TK = x.reshape(-1, x.shape[-1])
+        fused_TF, kept1 = output(first, x_TK, recorded and ctx.needs_input_grad[1], operands)
+        z_TN, kept2 = second.output_gated(fused_TF, recorded and ctx.needs_input_grad[2])
+        if comm.gathers:
+            kept1 = ()
+        ctx.of_first = len(kept1)
+        ctx.save_for_backward(x_local if comm.gathers else None, fused_TF, *kept1, *kept2)
+        return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (dz,) = grads
+        x_local, fused_TF, *kept = ctx.saved_tensors
+        kept1, kept2 = tuple(kept[: ctx.of_first]), tuple(kept[ctx.of_first :])
+        first, second, comm, wanted = ctx.first, ctx.second, ctx.comm, ctx.needs_input_grad
+        dx, dw1, dw2, dy_TF, gathered, wait = None, None, None, None, None, None
+        if x_local is not None and wanted[1]:
+            gathered = comm.gather(x_local)
+        gradient = second.gradient(dz.reshape(-1, dz.shape[-1]), ctx.seeds[1])
+        if wanted[0] or wanted[1]:
+            dy_TF = second.grad_input(gradient)
+        if wanted[2]:
+            dw2 = second.grad_weight(gradient, kept2)
+        if dy_TF is not None:
+            gradient = first.gradient_gated(dy_TF, fused_TF, ctx.seeds[0])
+            del dy_TF
+            if wanted[0]:
+                dx_TK = first.grad_input(gradient)
+                dx, wait = comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
+            if wanted[1]:
+                if gathered is not None:
+                    x, arrived = gathered
+                    arrived()
+                    kept1 = first.kept(x.reshape(-1, x.shape[-1]))
+                dw1 = first.grad_weight(gradient, kept1)
+        if wait is not None:
+            wait()
+        return dx, dw1, dw2, None, None, None, None, None, None
+
+
+def gated_feed_forward(
+    x: torch.Tensor | Float8Input,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    gemms: tuple[DenseFp8Gemms, DenseFp8Gemms],
+    comm: LinearComm,
+    seeds: tuple[int, int] = (0, 0),
+) -> torch.Tensor:
+    """`(silu(gate) * up) W2~^T` of `[gate | up] = x W1~^T`, with gradients.
+
+    Args:
+        x: `(..., K)`, this rank's input; in 8 bits only where comm does not gather it.
+        weights: the master weights, `(2 F, K)` and `(N, F)`; get straight-through gradients.
+        gemms: of the two layers, of the current optimizer step.
+        comm: communication of x and its gradient.
+        seeds: of the MVUE draws of the two layers in this micro-batch.
+
+    Returns:
+        `(..., N)`, this rank's part of a sum; the leading dimensions are those of the gathered x.
+    """
+    recorded = torch.is_grad_enabled()  # inside the function it is off
+    x, operands = in_graph(x)
+    assert operands is None or not comm.gathers, "x has no values to gather"
+    return _GatedFeedForward.apply(x, *weights, *gemms, comm, seeds, recorded, operands)

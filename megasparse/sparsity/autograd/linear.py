@@ -1,0 +1,167 @@
+"""The autograd function of a linear layer: three GEMMs, with communication around them.
+
+    forward    x = gather(x_local);            z, kept = output_keeping(x)
+    backward   start gather(x_local);  g = gradient(dz);  dx = grad_input(g);  start reduce(dx);
+               wait for x;  dw = grad_weight(g, kept);  wait for dx
+
+A low-rank branch (SLoRB) joins where the GEMMs are: `z += (x P^T) S^T` before, `dx += (dz S) P`
+after, so that it shares their communication.
+
+X travels while `dX` is computed, and `dX` while `dW` is: that is why communication surrounds the
+GEMMs and is not a separate autograd node. Biases are the callers' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from megasparse.sparsity.autograd.norm import Float8Input
+from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms
+from megasparse.sparsity.gemms.protocol import Kept, LinearGemms
+from megasparse.sparsity.slorb import Boost
+
+
+class LinearComm(Protocol):
+    """What happens to the input before, and to its gradient after, the GEMMs of this rank.
+
+    Attributes:
+        gathers: the GEMMs see more than this rank holds; it is gathered again in the backward pass
+            rather than kept, which is what sequence parallelism saves memory for.
+    """
+
+    gathers: bool
+
+    def gather(self, x_local: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+        """Start to gather the input that the GEMMs see, `(S, ..., K)` of `(S/p, ..., K)`; it is
+        valid after calling `wait`."""
+        ...
+
+    def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+        """Start to reduce the gradient of that input, to the shape that it had before `gather`; the
+        result is valid after calling `wait`."""
+        ...
+
+
+class NoComm:
+    """A linear layer whose rank holds its whole input."""
+
+    gathers = False
+
+    def gather(self, x_local: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+        return x_local, lambda: None
+
+    def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
+        return dx, lambda: None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_local: torch.Tensor,
+        weight: torch.Tensor,
+        s_NR: torch.Tensor | None,
+        p_RK: torch.Tensor | None,
+        gemms: LinearGemms,
+        comm: LinearComm,
+        boost: Boost | None,
+        seed: int,
+        recorded: bool,
+        operands: Float8Input | None,
+    ) -> torch.Tensor:
+        ctx.gemms, ctx.comm, ctx.boost, ctx.seed = gemms, comm, boost, seed
+        x, arrived = comm.gather(x_local)
+        arrived()
+        x_TK = x.reshape(-1, x.shape[-1])
+        h_TR = None
+        z_TN, kept = output(gemms, x_TK, recorded and ctx.needs_input_grad[1], operands)
+        if boost is not None and s_NR is not None:
+            h_TR = boost.project(x_TK, p_RK)
+            z_TN = z_TN.addmm_(h_TR, s_NR.t())
+        again = comm.gathers or p_RK is not None
+        if comm.gathers:
+            kept = ()
+        ctx.save_for_backward(x_local if again else None, s_NR, p_RK, h_TR, *kept)
+        return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (dz,) = grads
+        x_local, s_NR, p_RK, h_TR, *kept = ctx.saved_tensors
+        dz_TN = dz.reshape(-1, dz.shape[-1])
+        dx, dw, ds, dp, x_TK, arrived, wait = None, None, None, None, None, None, None
+        wanted = ctx.needs_input_grad
+        if x_local is not None and wanted[1]:
+            x, arrived = ctx.comm.gather(x_local)
+            x_TK = x.reshape(-1, x.shape[-1])
+        dh_TR = None if h_TR is None else ctx.boost.grad_hidden(dz_TN, s_NR)
+        gradient = ctx.gemms.gradient(dz_TN, ctx.seed)
+        if wanted[0]:
+            dx_TK = ctx.gemms.grad_input(gradient)
+            if dh_TR is not None:
+                dx_TK = ctx.boost.add_grad_input_(dx_TK, dh_TR, p_RK)
+            dx, wait = ctx.comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
+        if wanted[1]:
+            if arrived is not None:
+                arrived()
+            dw = ctx.gemms.grad_weight(gradient, tuple(kept) or ctx.gemms.kept(x_TK))
+            if dh_TR is not None:
+                ds = dz_TN.t() @ h_TR
+                dp = None if p_RK is None else ctx.boost.grad_projection(dh_TR, x_TK)
+        if wait is not None:
+            wait()
+        return dx, dw, ds, dp, None, None, None, None, None, None
+
+
+def output(
+    gemms: LinearGemms, x_TK: torch.Tensor, keep: bool, operands: Float8Input | None
+) -> tuple[torch.Tensor, Kept]:
+    """`X W~^T`, and with `keep` what `grad_weight` wants of X; X may be quantised already."""
+    if operands is not None:
+        assert isinstance(gemms, DenseFp8Gemms)
+        return gemms.output_of(operands.rows, operands.columns, x_TK.shape[0])
+    if keep:
+        return gemms.output_keeping(x_TK)
+    return gemms.output(x_TK), ()
+
+
+def in_graph(x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, Float8Input | None]:
+    """The tensor that autograd knows x by, and its operands where it is quantised already."""
+    return (x.stand_in, x) if isinstance(x, Float8Input) else (x, None)
+
+
+def linear(
+    x: torch.Tensor | Float8Input,
+    weight: torch.Tensor,
+    gemms: LinearGemms,
+    comm: LinearComm | None = None,
+    seed: int = 0,
+    boost: Boost | None = None,
+    adapter: torch.Tensor | None = None,
+    projection: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x W~^T` with gradients, through the three GEMMs; with a boost `+ (x P^T) S^T`.
+
+    Args:
+        x: `(..., K)`, this rank's input; in 8 bits only for FP8 GEMMs, without communication of
+            the input and without a boost.
+        weight: the master weight `(N, K)`; gets the straight-through gradient `dZ^T X`.
+        gemms: operands and GEMMs of the current optimizer step.
+        comm: communication of the input and its gradient; none by default.
+        seed: of the MVUE draws of this layer and micro-batch.
+        boost: of the low-rank branch; none by default.
+        adapter, projection: its S `(N, R)` and P `(R, K)`; P None for sums over groups.
+
+    Returns:
+        `(..., N)`; the leading dimensions are those of the gathered input.
+    """
+    recorded = torch.is_grad_enabled()  # inside the function it is off
+    comm = comm or NoComm()
+    x, operands = in_graph(x)
+    assert operands is None or not (comm.gathers or boost), "x has no values to gather or project"
+    return _Linear.apply(
+        x, weight, adapter, projection, gemms, comm, boost, seed, recorded, operands
+    )

@@ -1,0 +1,113 @@
+"""A norm whose result is wanted in 8 bits alone: it leaves its kernel as operands of FP8 GEMMs.
+
+    forward    rows, columns, mean, rstd = norm_float8(x)
+    backward   dx, dweight, dbias = of the gradient of y, the norm's output, by the library's kernel
+
+y itself is never written. In autograd's graph a tensor without values stands for it, so that the
+linear which follows is what it always was: it gives the gradient of its input, and the norm takes
+that of its output. Neither knows of the other's backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from megasparse.fp8.delayed import Fp8Slot, norm_backward
+from megasparse.kernels import norm_float8
+from megasparse.kernels.norm_float8.reference import normalise
+
+
+class Float8Input(NamedTuple):
+    """The input of a linear in FP8, quantised with the scale of the linear's slot.
+
+    Attributes:
+        stand_in: (..., H), shape, dtype and place in the graph of the input; it has no values.
+        rows: (T', H) e4m3, T' a multiple of 128.
+        columns: (H, T') e4m3, what grad_weight wants; None where it is not computed.
+    """
+
+    stand_in: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor | None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        centred: bool,
+        eps: float,
+        slot: Fp8Slot,
+        keep: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        x_TH = x.reshape(-1, x.shape[-1])
+        rows, columns, mean, rstd = norm_float8(
+            x_TH, weight, bias, centred=centred, eps=eps, scale=slot.scale, transposed=keep,
+            amax=slot.amax if keep else None,
+        )  # fmt: skip
+        ctx.eps, ctx.centred = eps, centred
+        # The definition computes all again, so that its gradients are torch's.
+        ctx.save_for_backward(x, weight, bias, *((mean, rstd) if x.is_cuda else (None, None)))
+        ctx.mark_non_differentiable(rows, *(() if columns is None else (columns,)))
+        ctx.set_materialize_grads(False)
+        return x.new_empty(()).expand(x.shape), rows, columns
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        (dy, *_), (x, weight, bias, mean, rstd) = grads, ctx.saved_tensors
+        if dy is None:
+            return (None,) * 7
+        dy_TH, x_TH = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
+        if x.is_cuda:
+            dx, dweight, *rest = norm_backward(dy_TH, x_TH, weight, mean, rstd)
+        else:
+            dx, dweight, *rest = _by_definition(dy_TH, x_TH, weight, bias, ctx.centred, ctx.eps)
+        dbias = rest[0] if bias is not None else None
+        return dx.view(x.shape), dweight, dbias, None, None, None, None
+
+
+def _by_definition(
+    dy_TH: torch.Tensor,
+    x_TH: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    centred: bool,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of x, weight and (if there is one) bias, by torch."""
+    given = [None if t is None else t.detach().requires_grad_() for t in (x_TH, weight, bias)]
+    x, weight_leaf, bias_leaf = given
+    assert x is not None and weight_leaf is not None
+    with torch.enable_grad():
+        y = normalise(x, weight_leaf, bias_leaf, eps, centred)
+    return torch.autograd.grad(y, [t for t in given if t is not None], dy_TH)
+
+
+def norm_to_float8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    centred: bool,
+    eps: float,
+    slot: Fp8Slot,
+    trained: bool,
+) -> Float8Input:
+    """LayerNorm or RMSNorm of x as the input of a linear in FP8, with gradients.
+
+    Args:
+        x: (..., H), 16 bits; H a multiple of 64.
+        weight, bias: of the norm, (H,) of the same dtype; LayerNorm's bias may be missing, and
+            RMSNorm's does.
+        centred: LayerNorm; else RMSNorm.
+        eps: added to the variance.
+        slot: of the linear's input; its scale is known.
+        trained: the linear's weight gets a gradient, if gradients are recorded now.
+    """
+    keep = trained and torch.is_grad_enabled()  # inside the function it is off
+    return Float8Input(*_Norm.apply(x, weight, bias, centred, eps, slot, keep))

@@ -1,0 +1,1 @@
+"""Implementations of the three GEMMs of a linear layer."""

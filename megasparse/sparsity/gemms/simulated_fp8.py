@@ -1,0 +1,94 @@
+"""FP8 simulated in higher precision, as in S-STE's paper; for comparisons, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
+from megasparse.sparsity.gemms.protocol import Gradient, Kept
+from megasparse.sparsity.probe import Probe
+from megasparse.sparsity.recipe import Mvue
+from megasparse.sparsity.shard import Section
+
+
+class SimulatedFp8Gemms(ReferenceSparseGemms):
+    """S-STE's FP8 (section 2.6), simulated: operands rounded to FP8, GEMMs in higher precision.
+
+    | GEMM        | operands                             |
+    |-------------|--------------------------------------|
+    | output      | X e4m3, W~ e4m3                      |
+    | grad_input  | dZ e5m2, W~ e5m2                     |
+    | grad_weight | MVUE(dZ^T) e5m2, X e5m2              |
+
+    Scales are per tensor and of the moment: 448 (e4m3) or 57344 (e5m2) over the largest magnitude,
+    which for dZ is taken after MVUE has amplified the entries it keeps.
+
+    Args:
+        reduce_max: largest value over the ranks that share the layer, so that a shard is rounded as
+            the whole is.
+    """
+
+    def __init__(
+        self,
+        effective_NK: torch.Tensor,
+        mvue: Mvue,
+        channels: tuple[Section, ...],
+        reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        probe: Probe | None = None,
+    ) -> None:
+        super().__init__(effective_NK, mvue, channels, probe)
+        self._reduce_max = reduce_max
+
+    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return self._e4m3(x_TK, "x") @ self._e4m3(self._w_NK, "weight").t()
+
+    def grad_input(self, gradient: Gradient) -> torch.Tensor:
+        return self._e5m2(gradient.dz_TN, "grad_output") @ self._e5m2(self._w_NK)
+
+    def grad_weight(self, gradient: Gradient, kept: Kept) -> torch.Tensor:
+        drawn = self._e5m2(self._drawn(gradient), "grad_output_mvue")
+        return drawn.t() @ self._e5m2(kept[0])
+
+    def _e4m3(self, tensor: torch.Tensor, operand: str | None = None) -> torch.Tensor:
+        return self._round(tensor, torch.float8_e4m3fn, operand)
+
+    def _e5m2(self, tensor: torch.Tensor, operand: str | None = None) -> torch.Tensor:
+        return self._round(tensor, torch.float8_e5m2, operand)
+
+    def _round(self, tensor: torch.Tensor, dtype: torch.dtype, operand: str | None) -> torch.Tensor:
+        """Rounded; an operand with a name is told to the probe."""
+        with self._probe.timer.span("preparation"):
+            scale = fp8_scale(tensor, dtype, self._reduce_max)
+            rounded = (tensor.float() * scale).to(dtype).float()
+            if operand is not None:
+                self._probe.fp8(operand, tensor, rounded, dtype)
+            return (rounded / scale).to(tensor.dtype)
+
+
+def round_to_fp8(
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """`tensor` with its values rounded to FP8 under one scale; shape and dtype stay.
+
+    `s = max(dtype) / amax`, `q = cast(x * s)`, result `q / s`. A zero tensor comes back unchanged;
+    zeros stay zeros, so 2:4 stays 2:4; infinities and NaN become NaN.
+    """
+    scale = fp8_scale(tensor, dtype, reduce_max)
+    rounded = (tensor.float() * scale).to(dtype).float()
+    return (rounded / scale).to(tensor.dtype)
+
+
+def fp8_scale(
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """float32 0-d: `max(dtype) / amax`, 1 for a tensor of zeros."""
+    amax = tensor.detach().abs().amax().float()
+    if reduce_max is not None:
+        amax = reduce_max(amax)
+    return torch.where(amax > 0, torch.finfo(dtype).max / amax, torch.ones_like(amax))

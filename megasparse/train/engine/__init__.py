@@ -1,0 +1,1 @@
+"""One optimizer step on DeepSpeed's engines, with and without a pipeline."""

@@ -1,0 +1,154 @@
+"""A NaN or an infinity in a step: nothing changes, and the culprit is named.
+
+In a good step this costs one small reduction. Once loss or gradient norm are not finite, the step
+is computed again, micro-batch by micro-batch, without an update: what is found again is named by
+rank, tensor, micro-batch and samples; what is not was transient (bad hardware, not bad numbers).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megasparse.distributed.faults import Faults
+from megasparse.errors import NumericsError
+from megasparse.megatron.grid import Grid, rng_state, set_rng_state
+from megasparse.sparsity.controller import SparsityController
+
+
+class NonFiniteStep(NumericsError):
+    """A step with a NaN or an infinity; everything is as before it.
+
+    Attributes:
+        lr: learning rate that it had.
+    """
+
+    def __init__(self, message: str, lr: float = 0.0) -> None:
+        super().__init__(message)
+        self.lr = lr
+
+
+@dataclass
+class _Kept:
+    """A micro-batch of the current step, and its number over all data-parallel ranks."""
+
+    batch: dict[str, torch.Tensor]
+    number: int
+
+
+class StepGuard:
+    """Watches one step after the other.
+
+    Args:
+        grid: this rank's place.
+        model: its parameters get the gradients.
+        loss: the module that gives the loss of a micro-batch.
+        controller: its states are put back with the step.
+        faults: poison to be injected.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        model: torch.nn.Module,
+        loss: torch.nn.Module,
+        controller: SparsityController,
+        faults: Faults,
+    ) -> None:
+        self._grid, self._model, self._loss = grid, model, loss
+        self._controller, self._faults = controller, faults
+        self._kept: list[_Kept] = []
+        self._rng: dict[str, torch.Tensor] = {}
+        self._sparsity: list[Any] = []
+        self.loss_is_finite = True
+        for part in faults.poisoned_gradients():
+            for name, parameter in model.named_parameters():
+                if part in name:
+                    parameter.register_hook(lambda g, point=f"grad/{part}": self._scaled(g, point))
+
+    def begin(self) -> None:
+        """Remember what a step changes before its update."""
+        self._kept.clear()
+        self.loss_is_finite = True
+        self._faults.step = self._controller.clock.step
+        self._rng = rng_state(self._grid)
+        # Tensors are replaced by a refresh, never written into: references are enough.
+        self._sparsity = [state.snapshot() for state, _ in self._controller.weights]
+
+    def keep(self, batch: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
+        """Remember a micro-batch."""
+        self._kept.append(_Kept(batch, number))
+        return batch
+
+    def poisoned(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, with an injected fault if there is one."""
+        return self._scaled(loss, "loss")
+
+    def check_loss(self, total: torch.Tensor) -> None:
+        """Let all ranks know, before the update, whether any rank's loss is not finite."""
+        bad = (~torch.isfinite(total)).float()
+        if self._grid.world > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        self.loss_is_finite = not bool(bad.item())
+
+    def end(self, lr: float, norm: float) -> None:
+        """Accept the step, or put everything back and say why; the same on all ranks.
+
+        Raises:
+            NonFiniteStep: names rank, tensor, micro-batch and samples.
+        """
+        if self.loss_is_finite and math.isfinite(norm):
+            return
+        step = self._controller.clock.step + 1
+        what = f"gradient norm {norm}" if self.loss_is_finite else "a loss that is not finite"
+        findings = self._again()
+        self._put_back()
+        if self._grid.world > 1:
+            everyone: list[Any] = [None] * self._grid.world
+            dist.all_gather_object(everyone, findings)
+            findings = [finding for one in everyone for finding in one]
+        # A loss that is not finite is the cause of such gradients, also on other pipeline stages.
+        findings.sort(key=lambda finding: not finding.startswith("the loss"))
+        cause = findings[0] if findings else "computed again it was finite: a transient fault"
+        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        raise NonFiniteStep(f"step {step}: {what}; {cause}{more}; no update was made", lr)
+
+    def _again(self) -> list[str]:
+        """Compute the micro-batches once more; what is wrong on this rank."""
+        self._put_back()
+        findings: list[str] = []
+        named = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
+        for local, kept in enumerate(self._kept):
+            self._controller.clock.micro_batch = kept.number
+            loss = self.poisoned(self._loss(kept.batch))
+            gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+            where = f"rank {self._grid.rank}, micro-batch {local}, {samples_of(kept.batch)}"
+            if not bool(torch.isfinite(loss)):
+                findings.append(f"the loss is {float(loss.detach())} on {where}")
+            bad = [
+                f"the gradient of {name} is not finite on {where}"
+                for (name, _), g in zip(named, gradients, strict=True)
+                if g is not None and not bool(torch.isfinite(g.float().square().sum()))
+            ]
+            findings += bad
+        return findings
+
+    def _put_back(self) -> None:
+        set_rng_state(self._grid, self._rng)
+        for (state, _), saved in zip(self._controller.weights, self._sparsity, strict=True):
+            state.restore(saved)
+
+    def _scaled(self, value: torch.Tensor, point: str) -> torch.Tensor:
+        factor = self._faults.poison(point)
+        return value if factor is None else value * factor
+
+
+def samples_of(batch: dict[str, torch.Tensor]) -> str:
+    """The samples of a micro-batch as source:sample."""
+    if "sample_id" not in batch:
+        return "samples unknown"
+    return "samples " + ", ".join(f"{s}:{i}" for s, i in batch["sample_id"].tolist())

@@ -1,0 +1,195 @@
+"""Weights that a run starts from, and those that its teacher has.
+
+They come from a Hugging Face folder (`--load-hf`), from an imported checkpoint (`--load`), or from
+the weights alone of another run (`--load` with `--finetune`). The run starts at step 0 with a fresh
+optimizer; its model must be the same, all other settings are its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasparse.checkpoint.model import StoredModel, check_shape
+from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.checkpoint.saver import choose
+from megasparse.config import RunConfig
+from megasparse.convert.huggingface import HuggingFaceModel
+from megasparse.convert.source import Source, check_model, pad_vocabulary
+from megasparse.distributed.control_plane import Control
+from megasparse.errors import CheckpointError, ConfigError
+from megasparse.log import logger
+from megasparse.megatron.grid import Grid
+from megasparse.megatron.init import parameter_shard
+from megasparse.megatron.sparsify import boost_names, initial_boosts
+from megasparse.optim.fragments import Fragment
+from megasparse.train.engine.base import Engine
+
+Whole = Callable[..., contextlib.AbstractContextManager[Any]]
+
+
+class Sources:
+    """Where a run's first weights and its teacher's are.
+
+    Args:
+        config: resolved.
+        control: of all ranks; all calls are collective.
+        digests: of this run's data and tokenizer.
+        vocab_size: of the run, before padding.
+        reader: of the checkpoint that the run found, if any; `--load` is not read twice.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        control: Control,
+        digests: dict[str, str],
+        vocab_size: int,
+        reader: CheckpointReader | None,
+    ) -> None:
+        self._config, self._control, self._digests = config, control, digests
+        self._vocab_size = vocab_size
+        self._reader = reader
+        self.fresh = reader is None or reader.imported
+
+    def initial(self) -> Source | None:
+        """The weights that the run started from, or starts from; None: it begins at random.
+
+        Raises:
+            CheckpointError: none is intact. ConfigError: of another model, or another tokenizer.
+        """
+        settings = self._config.checkpoint
+        imported = self._reader is not None and self._reader.imported
+        source: Source
+        if self._reader is not None and imported:
+            source = StoredModel(self._reader)
+        elif settings.load_hf is not None:
+            source = HuggingFaceModel(Path(settings.load_hf))
+        elif settings.load is not None:
+            reader = self._open(settings.load, "load")
+            if not reader.imported and not settings.finetune:
+                return None
+            source = self._stored(reader, "load", effective=False)
+        else:
+            return None
+        check_model(source, self._config.model, self._vocab_size)
+        return source
+
+    def teacher(self) -> Source:
+        """What the teacher knows: `--teacher-load`, or what the run itself started from.
+
+        Raises:
+            CheckpointError: none is intact. ConfigError: of another model or tokenizer, or there
+                is nothing that the run started from.
+        """
+        wanted = self._config.distillation
+        if wanted.teacher_load is None:
+            source = self.initial()
+            if source is None:
+                raise ConfigError(no_teacher(wanted.kd_loss_weight))
+            return source
+        reader = self._open(wanted.teacher_load, "teacher_load")
+        source = self._stored(reader, "teacher_load", effective=True)
+        check_model(source, self._config.model, self._vocab_size)
+        return source
+
+    def _open(self, folder: str, flag: str) -> CheckpointReader:
+        reader = choose(Path(folder), self._control)
+        if reader is None:
+            raise CheckpointError(f"{flag}: {folder} holds no checkpoint")
+        return reader
+
+    def _stored(self, reader: CheckpointReader, flag: str, effective: bool) -> StoredModel:
+        """A checkpoint whose tokens are this run's."""
+        before, now = (d.get("tokenizer") for d in (reader.meta["digests"], self._digests))
+        differs = not reader.imported and before != now
+        if differs and not self._config.checkpoint.override_tokenizer:
+            raise ConfigError(
+                f"{flag}: {reader.folder} was trained with another tokenizer (--override-tokenizer)"
+            )
+        return StoredModel(reader, effective=effective)
+
+
+def no_teacher(weight: float) -> str:
+    """The message for a run that is to learn from nothing."""
+    return (
+        f"kd_loss_weight {weight} needs a teacher: --teacher-load DIR, or initial weights "
+        "(--load-hf DIR, or --load DIR --finetune)"
+    )
+
+
+def start(engine: Engine, sources: Sources, rows: int) -> None:
+    """Give a fresh model its initial weights, and any teacher its own.
+
+    Args:
+        rows: of the padded vocabulary.
+    """
+    grid = engine.grid
+    source = sources.initial() if sources.fresh else None
+    if source is not None:
+        leave = boost_names(engine.model)
+        put_weights(engine.model, source, rows, grid, engine.fragments, leave, engine.whole)
+        logger.info("starting from the weights of %s", source.where)
+    if sources.fresh:
+        for parameter, value in initial_boosts(engine.model):
+            set_parameter(parameter, value, engine.fragments)
+        for state, _ in engine.controller.weights:
+            state.invalidate()
+    if engine.distillation is not None:
+        teacher = sources.teacher()
+        put_weights(engine.distillation.teacher.view, teacher, rows, grid)
+        engine.distillation.teacher.freeze()
+        engine.distillation.describe(teacher.where)
+
+
+def put_weights(
+    model: torch.nn.Module,
+    source: Source,
+    rows: int,
+    grid: Grid,
+    fragments: list[Fragment] | None = None,
+    leave: frozenset[str] = frozenset(),
+    whole: Whole = lambda *_, **__: contextlib.nullcontext(),
+) -> None:
+    """Put weights into this rank's part of a model, and into its optimizer's float32 masters.
+
+    Args:
+        model: parameters have the whole model's names.
+        rows: of the padded vocabulary.
+        fragments: where they lie in the optimizer's tensors, if there is one.
+        leave: names that the source does not have.
+        whole: makes a context in which parameters can be written (`Engine.whole`).
+
+    Raises:
+        CheckpointError: another shape than the model's.
+    """
+    for name, parameter in model.named_parameters():
+        if name in leave:
+            continue
+        value = pad_vocabulary(name, source.read(name), rows)
+        shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
+        check_shape(value, shard, name, source.where)
+        with whole([parameter], write=True):
+            set_parameter(parameter, shard.take(value), fragments or [])
+
+
+@torch.no_grad()
+def set_parameter(
+    parameter: torch.nn.Parameter, local: torch.Tensor, fragments: list[Fragment]
+) -> None:
+    """Overwrite a parameter's local part, and the float32 master of it that this rank holds.
+
+    Args:
+        parameter: of the model, of any float dtype.
+        local: this rank's shard, in the parameter's shape; rounded to its dtype.
+        fragments: where the optimizer's tensors hold pieces of parameters (ZeRO, masters).
+    """
+    parameter.copy_(local)
+    for fragment in fragments:
+        if fragment.parameter is parameter and fragment.tensor is not parameter:
+            part = fragment.of_parameter(local.to(fragment.tensor))
+            fragment.of(fragment.tensor.data).copy_(part)

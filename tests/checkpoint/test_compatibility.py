@@ -1,0 +1,161 @@
+"""What may not change silently on a resume is refused, and allowed by its own flag alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megasparse.checkpoint.model import effective_weight
+from megasparse.kernels import is_24
+from megasparse.metrics.schema import read_metrics
+from megasparse.sparsity.recipe import make_recipe
+from megasparse.train.checkpoint import newest_valid
+from tests import forked
+from tests.reliability.runs import DROPOUT, differences, flags, resume_at
+from tests.runs import TINY, make_dataset
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory, dataset) -> Path:
+    """A run that was cut off at step 6."""
+    root = tmp_path_factory.mktemp("cut")
+    run = flags(dataset, root / "run", "--exit-interval", "6")
+    assert forked.run(run, 1, root / "log") == [75]
+    return root / "run" / "checkpoints"
+
+
+def _continue(tmp_path: Path, run: list[str], world: int = 1) -> tuple[int, str]:
+    (tmp_path / "log.0").unlink(missing_ok=True)
+    codes = forked.run(run, world, tmp_path / "log")
+    return codes[0], (tmp_path / "log.0").read_text()
+
+
+CHANGES = [
+    ("override-batch", ["--global-batch-size", "8"], "global_batch_size 4, this run has 8"),
+    ("override-seed", ["--seed", "5"], "seed 1234, this run has 5"),
+    ("override-schedule", ["--lr", "2e-3"], "lr 0.001, this run has 0.002"),
+    ("override-schedule", ["--train-iters", "30"], "train_iters 20, this run has 30"),
+    ("override-schedule", ["--weight-decay", "0.2"], "weight_decay 0.1, this run has 0.2"),
+    ("override-model", ["--norm-epsilon", "1e-6"], "norm_epsilon 1e-05, this run has 1e-06"),
+    ("override-recipe", ["--masked-decay", "1e-2"], "masked_decay 0.001, this run has 0.01"),
+    ("override-recipe", ["--sparsity-recipe", "sr_ste"], "'fst', this run has 'sr_ste'"),
+    ("override-recipe", ["--sparsity-recipe", "dense", "--masked-decay", "none"], "'dense'"),
+    ("override-data", ["--split", "80,20,0"], "split '90,10,0', this run has '80,20,0'"),
+    ("override-precision", ["--bf16"], "bf16 False, this run has True"),
+]
+
+
+@pytest.mark.parametrize(("flag", "change", "words"), CHANGES)
+def test_each_change_is_refused_and_has_its_flag(tmp_path, dataset, cut, flag, change, words):
+    run = flags(dataset, tmp_path / "run", "--load", str(cut), *change)
+    code, text = _continue(tmp_path, run)
+    assert code == 64 and words in text and f"--{flag} continues with the change" in text
+    others = {name for name, _, _ in CHANGES} - {flag}
+    code, _ = _continue(tmp_path, [*run, *(f"--{name}" for name in sorted(others))])
+    assert code == 64  # no other flag allows it
+    code, text = _continue(tmp_path, [*run, f"--{flag}", "--override-rng"])
+    assert code == 0, text
+
+
+def test_sequence_length_and_data_have_flags_of_their_own(tmp_path, dataset, cut):
+    plain = [*TINY, *DROPOUT, "--run-dir", str(tmp_path / "run"), "--load", str(cut)]
+    longer = [*plain, "--data-path", dataset, "--seq-length", "16"]
+    code, text = _continue(tmp_path, longer)
+    assert code == 64 and "seq_length 32, this run has 16; --override-seq-length" in text
+    other = make_dataset(tmp_path / "other", seed=1)
+    code, text = _continue(tmp_path, [*plain, "--data-path", other])
+    assert code == 64 and "--override-data" in text
+    code, text = _continue(tmp_path, [*plain, "--data-path", other, "--override-data"])
+    assert code == 0, text
+    same = make_dataset(tmp_path / "moved")  # the same data in another place is the same data
+    run = [*TINY, *DROPOUT, "--run-dir", str(tmp_path / "moved-run"), "--load", str(cut)]
+    code, text = _continue(tmp_path, [*run, "--data-path", same])
+    assert code == 0, text
+
+
+def test_samples_go_on_where_they_were_after_a_change_of_the_batch(tmp_path, dataset, cut):
+    run = flags(dataset, tmp_path / "run", "--load", str(cut), "--global-batch-size", "8",
+                "--override-batch")  # fmt: skip
+    assert _continue(tmp_path, run)[0] == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["consumed_samples"] for row in rows[:2]] == [32, 40]  # 24 were consumed
+
+
+@pytest.mark.parametrize("recipe", ["fst", "ste", "s_ste"])
+def test_dense_to_sparse_gives_two_of_four_everywhere(tmp_path, dataset, recipe):
+    dense = ["--sparsity-recipe", "dense", "--masked-decay", "none"]
+    first = flags(dataset, tmp_path / "dense", *dense, "--exit-interval", "3")
+    assert forked.run(first, 1, tmp_path / "first") == [75]
+    decay = [] if recipe == "fst" else ["--masked-decay", "none"]
+    run = flags(dataset, tmp_path / "run", "--load", str(tmp_path / "dense" / "checkpoints"),
+                "--sparsity-recipe", recipe, *decay, "--override-recipe")  # fmt: skip
+    code, text = _continue(tmp_path, run)
+    assert code == 0, text
+    reader = newest_valid(tmp_path / "run" / "checkpoints")
+    names = {key.split("/")[1] for key in reader.keys("sparsity/")}
+    assert len(names) == 4
+    for name in names:
+        weight = effective_weight(reader, name, make_recipe(recipe, dense_tail_fraction=0.0))
+        assert is_24(weight)
+        if recipe != "s_ste":
+            assert bool(((weight != 0).view(-1, 4).sum(1) == 2).all())
+
+
+def test_dropout_in_another_layout_needs_a_word(tmp_path, dataset, cut):
+    run = flags(dataset, tmp_path / "run", "--load", str(cut))
+    code, text = _continue(tmp_path, run, world=2)
+    assert code == 64 and "--override-rng continues with the change" in text
+    assert _continue(tmp_path, [*run, "--override-rng"], world=2)[0] == 0
+
+
+LAYOUTS = {
+    "tp2": ["--tensor-model-parallel-size", "2"],
+    "tp2-sp": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "dp2": [],
+    "dp2-zero1": ["--zero-stage", "1"],
+}
+
+
+@pytest.mark.parametrize("before", ["one", "tp2", "dp2-zero1"])
+def test_another_layout_goes_on_with_equal_samples_and_losses(tmp_path, dataset, before):
+    plain = [*TINY, "--data-path", dataset]
+    assert forked.run([*plain, "--run-dir", str(tmp_path / "ref")], 1, tmp_path / "ref.log") == [0]
+    reference = read_metrics(tmp_path / "ref" / "metrics.jsonl")
+    world = 1 if before == "one" else 2
+    cut = [*plain, "--run-dir", str(tmp_path / "cut"), "--exit-interval", "10"]
+    codes = forked.run([*cut, *LAYOUTS.get(before, [])], world, tmp_path / "cut.log")
+    assert codes == [75] * world
+    for name, layout in {"one": [], **LAYOUTS}.items():
+        if name == before:
+            continue
+        world = 1 if name == "one" else 2
+        run = [*plain, "--run-dir", str(tmp_path / name), "--load",
+               str(tmp_path / "cut" / "checkpoints"), *layout]  # fmt: skip
+        assert forked.run(run, world, tmp_path / name) == [0] * world
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        assert len(rows) == 10
+        for row, other in zip(rows, reference[10:], strict=True):
+            assert row["samples"] == other["samples"]
+            assert row["loss"] == pytest.approx(other["loss"], rel=2e-6), (name, row["step"])
+
+
+@pytest.mark.parametrize("step", [1, 4, 9, 19])
+def test_a_resume_is_exact_at_any_step(tmp_path, dataset, step):
+    assert forked.run(flags(dataset, tmp_path / "reference"), 2, tmp_path / "log") == [0, 0]
+    assert resume_at(dataset, tmp_path, step, 2) == []
+
+
+def test_save_load_save_gives_the_same_bytes(tmp_path, dataset):
+    run = flags(dataset, tmp_path / "run", "--exit-interval", "5")
+    assert forked.run(run, 1, tmp_path / "log") == [75]
+    again = [*flags(dataset, tmp_path / "again"), "--load", str(tmp_path / "run" / "checkpoints")]
+    environment = {"MEGASPARSE_FAULT": "term@0:*:build"}
+    assert forked.run(again, 1, tmp_path / "again.log", environment) == [75]
+    first, second = (newest_valid(tmp_path / d / "checkpoints") for d in ("run", "again"))
+    assert first.meta["step"] == second.meta["step"] == 5
+    assert differences(tmp_path / "run", tmp_path / "run") == []
+    pieces = [
+        {p["entry"]: p["sha256"] for p in reader.meta["pieces"]} for reader in (first, second)
+    ]
+    assert pieces[0] == pieces[1]

@@ -1,0 +1,111 @@
+"""Restarts: from the last checkpoint, in step on all ranks, and an end to those without use."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from megasparse.checkpoint.directory import list_steps
+from megasparse.config import CheckpointConfig
+from megasparse.distributed import supervise as supervise_module
+from megasparse.distributed.supervise import supervise
+
+# A training in miniature: MODE says how each attempt of each rank ends.
+_CHILD = """
+import json, os, pathlib, sys, time
+root = pathlib.Path(sys.argv[1])
+rank, attempt = sys.argv[2], int(os.environ["MEGASPARSE_ATTEMPT"])
+plan = json.loads(sys.argv[3])[rank]
+what = plan[min(attempt, len(plan) - 1)]
+with open(root / "starts", "a") as stream:
+    stream.write(f"{rank}:{attempt}:{'--resume' in sys.argv}\\n")
+if what.startswith("save"):
+    (root / "checkpoints" / f"step-{attempt + 1:08d}").mkdir(parents=True)
+    what = what[5:]
+if what == "wait":
+    time.sleep(600)
+if what == "kill":
+    os.kill(os.getpid(), 9)
+if what == "stop":
+    os.kill(os.getpid(), 19)
+sys.exit(int(what))
+"""
+
+
+def _run(root: Path, plan: dict[str, list[str]], **limits: int) -> dict[int, int]:
+    """Supervisors of all ranks in processes of their own; their exit codes by rank."""
+    root.mkdir(exist_ok=True)
+    settings = CheckpointConfig(run_dir=str(root), save=str(root / "checkpoints"), **limits)
+    children = {}
+    for rank in range(len(plan)):
+        child = os.fork()
+        if child == 0:
+            command = [sys.executable, "-c", textwrap.dedent(_CHILD), str(root), str(rank),
+                       json.dumps(plan)]  # fmt: skip
+            saved = root / "checkpoints"
+            newest = lambda: max(list_steps(saved), default=-1)  # noqa: E731
+            os._exit(supervise(settings, command, rank, newest))
+        children[child] = rank
+    codes = {}
+    while children:
+        child, status = os.wait()
+        if child in children:
+            codes[children.pop(child)] = os.waitstatus_to_exitcode(status)
+    return codes
+
+
+def _starts(root: Path) -> set[str]:
+    return set((root / "starts").read_text().split())
+
+
+def test_a_killed_rank_starts_again_with_the_others(tmp_path):
+    root = tmp_path / "run"
+    codes = _run(root, {"0": ["71", "0"], "1": ["kill", "0"]}, max_restarts=3)
+    assert codes == {0: 0, 1: 0}
+    # (Rank 1's first child may be ended before it has written its line.)
+    assert {"0:0:True", "0:1:True", "1:1:True"} <= _starts(root)
+
+
+def test_a_rank_that_waits_for_a_dead_one_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise_module, "MEETING_SECONDS", 0.5)
+    codes = _run(tmp_path / "run", {"0": ["wait", "0"], "1": ["kill", "0"]}, max_restarts=1)
+    assert codes == {0: 0, 1: 0}
+
+
+def test_a_stopped_child_is_killed_when_its_attempt_is_over(tmp_path):
+    codes = _run(tmp_path / "run", {"0": ["71", "0"], "1": ["stop", "0"]}, max_restarts=1)
+    assert codes == {0: 0, 1: 0}
+
+
+@pytest.mark.parametrize("code", [0, 64, 65, 66, 75])
+def test_some_ends_are_final(tmp_path, code):
+    root = tmp_path / "run"
+    assert _run(root, {"0": [str(code)], "1": [str(code)]}, max_restarts=9) == {0: code, 1: code}
+    assert len(_starts(root)) == 2
+
+
+def test_restarts_without_progress_end_with_their_own_code(tmp_path):
+    root = tmp_path / "run"
+    limits = {"max_restarts": 50, "max_restarts_without_progress": 3}
+    assert _run(root, {"0": ["71"], "1": ["kill"]}, **limits) == {0: 76, 1: 76}
+    assert {line for line in _starts(root) if line[0] == "0"} == {f"0:{n}:True" for n in range(3)}
+
+
+def test_progress_resets_the_count_and_the_total_is_limited(tmp_path):
+    root = tmp_path / "run"
+    limits = {"max_restarts": 4, "max_restarts_without_progress": 2}
+    assert _run(root, {"0": ["save 71"]}, **limits) == {0: 71}
+    assert len(_starts(root)) == 5
+
+
+def test_what_an_earlier_job_left_is_not_taken_for_an_order(tmp_path):
+    root = tmp_path / "run"
+    assert _run(root, {"0": ["71", "0"], "1": ["kill", "0"]}, max_restarts=3) == {0: 0, 1: 0}
+    (root / "starts").unlink()
+    assert _run(root, {"0": ["71", "0"], "1": ["kill", "0"]}, max_restarts=3) == {0: 0, 1: 0}
+    assert {"0:0:True", "0:1:True", "1:1:True"} <= _starts(root)

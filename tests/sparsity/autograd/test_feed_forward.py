@@ -1,0 +1,163 @@
+"""The gated feed-forward function against two linears with an activation between: the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from megasparse.fp8.delayed import Fp8Scales
+from megasparse.kernels import prune24_mask, s_ste_scale, swiglu_fused, transposable24_mask
+from megasparse.sparsity.autograd.feed_forward import gated_feed_forward
+from megasparse.sparsity.autograd.linear import NoComm, linear
+from megasparse.sparsity.gemms import packed_fp8
+from megasparse.sparsity.gemms.choice import GemmChooser
+from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms, Fp8Slots, PackedFp8Gemms
+from megasparse.sparsity.recipe import make_recipe
+from megasparse.sparsity.shard import Section
+from tests.transformer_engine import needs_transformer_engine
+
+K, F, N = 128, 128, 128
+# Where the shard's halves lie in the whole layer: that of the second of two ranks.
+PARTS = (Section(0, F, F), Section(F, 3 * F, F))
+SECTIONS = (PARTS, (Section(0, 0, N),))
+
+
+class Waiting:
+    """Communication of a rank that holds half of the tokens; the other half is their negative.
+
+    What travels is there after the wait, and not a number before it.
+    """
+
+    gathers = True
+
+    def gather(self, x_local):
+        return self._later(torch.cat([x_local, -x_local]))
+
+    def reduce(self, dx):
+        return self._later(dx[: dx.shape[0] // 2] - dx[dx.shape[0] // 2 :])
+
+    def _later(self, value):
+        result = torch.full_like(value, float("nan"))
+        return result, lambda: result.copy_(value)
+
+
+class Block:
+    """Weights, their scaling, and the block's output by either way."""
+
+    def __init__(self, recipe, device, fused, comm=None, hybrid=False):
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((2 * F, K), (N, F))
+        self.weights = [
+            (torch.randn(s, generator=generator) / 8).to(device).bfloat16().requires_grad_()
+            for s in shapes
+        ]
+        self.scales = Fp8Scales(device, history_length=2)
+        self.slots = [Fp8Slots.of(self.scales) for _ in shapes]
+        self.scales.allocate()
+        self.recipe, self.fused, self.comm = recipe, fused, comm or NoComm()
+        self.hybrid, self.device = hybrid, device
+        self.prepare()
+
+    def prepare(self):
+        self.gemms = [self._gemms(i) for i in range(2)]
+
+    def _gemms(self, number):
+        w, slots = self.weights[number].detach(), self.slots[number]
+        if self.recipe is None:
+            return DenseFp8Gemms(w, slots)
+        recipe, mask, beta = make_recipe(self.recipe), None, None
+        if recipe.projection == "soft_threshold":
+            beta = s_ste_scale(w)
+        else:
+            mask = (transposable24_mask if recipe.transposable else prune24_mask)(w)
+        chooser = GemmChooser(None) if w.is_cuda else None
+        return PackedFp8Gemms(
+            w, mask, beta, recipe, SECTIONS[number], slots, self.hybrid, chooser=chooser
+        )
+
+    def __call__(self, x, seeds=(5, 6)):
+        if self.fused:
+            return gated_feed_forward(x, self.weights, self.gemms, self.comm, seeds)
+        hidden = swiglu_fused(linear(x, self.weights[0], self.gemms[0], self.comm, seeds[0]))
+        return linear(hidden, self.weights[1], self.gemms[1], seed=seeds[1])
+
+    def step(self, number, tokens=(50, 3)):
+        """One step: its output, the three gradients, and the magnitudes that it has recorded."""
+        generator = torch.Generator().manual_seed(number)
+        whole = (tokens[0] * (2 if self.comm.gathers else 1), tokens[1])
+        x = torch.randn(*tokens, K, generator=generator).to(self.device).bfloat16()
+        dz = torch.randn(*whole, N, generator=generator).to(self.device).bfloat16() * 1e-3
+        x.requires_grad_()
+        z = self(x)
+        z.backward(dz)
+        found = [z.detach(), x.grad, *(w.grad for w in self.weights), self.scales.history.clone()]
+        for w in self.weights:
+            w.grad = None
+        self.scales.finish_step()
+        self.prepare()
+        return found
+
+
+class Checkpointed(Block):
+    """Its forward pass runs again in the backward pass."""
+
+    def __call__(self, x, seeds=(5, 6)):
+        return checkpoint(super().__call__, x, seeds, use_reentrant=True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "hybrid", "gathers"),
+    [("fst", False, False), ("s_ste", True, True), ("ste", False, True), (None, False, False)],
+)
+def test_the_same_bits_in_every_step(device, monkeypatch, recipe, hybrid, gathers):
+    needs_transformer_engine(device)
+    comm = Waiting() if gathers else NoComm()
+    ours, theirs = (Block(recipe, device, fused, comm, hybrid) for fused in (True, False))
+    calls = []
+    for name in ("swiglu_float8", "swiglu_grad_pack24"):
+        kernel = getattr(packed_fp8, name)
+        monkeypatch.setattr(
+            packed_fp8, name, lambda *a, n=name, k=kernel, **o: (calls.append(n), k(*a, **o))[1]
+        )
+    for number in range(3):
+        results = [block.step(number) for block in (ours, theirs)]
+        for found, expected in zip(*results, strict=True):
+            assert expected.isfinite().all() and expected.any()
+            assert torch.equal(found, expected)
+        assert calls == [] or number  # the very first scales follow from the tensors
+    packs = recipe is not None and make_recipe(recipe).mvue != "off"
+    assert calls == 2 * (["swiglu_float8", "swiglu_grad_pack24"] if packs else ["swiglu_float8"])
+
+
+def test_what_is_not_trained_is_not_computed_and_leaves_no_trace(device):
+    needs_transformer_engine(device)
+    block = Block("fst", device, True)
+    block.step(0)
+    before = block.scales.history.clone()
+    x = torch.randn(150, K, device=device).bfloat16()
+    with torch.no_grad():
+        z = block(x)
+    assert not z.requires_grad and torch.equal(block.scales.history, before)
+    for frozen in ((0,), (1,), (0, 1)):
+        for number, w in enumerate(block.weights):
+            w.requires_grad_(number not in frozen)
+            w.grad = None
+        for wanted in (False, True):
+            x = x.detach().requires_grad_(wanted)
+            z = block(x)
+            if frozen == (0, 1) and not wanted:
+                assert not z.requires_grad
+                continue
+            z.sum().backward()
+            assert (x.grad is not None) == wanted
+            assert [w.grad is None for w in block.weights] == [n in frozen for n in range(2)]
+
+
+def test_a_recomputation_repeats_the_draws(device):
+    """Under activation checkpointing gradients and recorded magnitudes are what they were."""
+    needs_transformer_engine(device)
+    plain, again = Block("fst", device, True), Checkpointed("fst", device, True)
+    for number in range(2):
+        for found, expected in zip(again.step(number), plain.step(number), strict=True):
+            assert torch.equal(found, expected)

@@ -1,0 +1,186 @@
+"""A norm that leaves in FP8 and the linear behind it, against the two of them one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm, rms_norm
+from torch.utils.checkpoint import checkpoint
+
+from megasparse.fp8.delayed import Fp8Scales
+from megasparse.kernels import transposable24_mask
+from megasparse.sparsity.autograd import norm
+from megasparse.sparsity.autograd.linear import NoComm, linear
+from megasparse.sparsity.autograd.norm import norm_to_float8
+from megasparse.sparsity.gemms.choice import GemmChooser
+from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms, Fp8Slots, PackedFp8Gemms
+from megasparse.sparsity.recipe import make_recipe
+from megasparse.sparsity.shard import Section
+from tests.transformer_engine import needs_transformer_engine
+
+H, N, EPS = 128, 256, 1e-5
+
+
+class Pair:
+    """A norm and a linear, and their output by either way."""
+
+    def __init__(self, device, fused, centred=False, packed=True):
+        generator = torch.Generator().manual_seed(0)
+        randn = lambda *s: torch.randn(*s, generator=generator)  # noqa: E731
+        values = [1 + randn(H) / 8, randn(H) / 8, randn(N, H) / 8]
+        self.device, self.fused, self.centred, self.packed = device, fused, centred, packed
+        self.norm_weight, self.norm_bias, self.weight = (
+            v.to(device).bfloat16().requires_grad_() for v in values
+        )
+        if not centred:
+            self.norm_bias = None
+        self.scales = Fp8Scales(device, history_length=2)
+        self.slots = Fp8Slots.of(self.scales)
+        self.scales.allocate()
+        self.prepare()
+
+    @property
+    def parameters(self):
+        return [p for p in (self.norm_weight, self.norm_bias, self.weight) if p is not None]
+
+    def prepare(self):
+        w = self.weight.detach()
+        if not self.packed:
+            self.gemms = DenseFp8Gemms(w, self.slots)
+            return
+        recipe, chooser = make_recipe("fst"), GemmChooser(None) if w.is_cuda else None
+        self.gemms = PackedFp8Gemms(
+            w, transposable24_mask(w), None, recipe, (Section(0, 0, N),), self.slots,
+            chooser=chooser,
+        )  # fmt: skip
+
+    def __call__(self, x):
+        if self.fused and self.slots.x.known:
+            y = norm_to_float8(
+                x, self.norm_weight, self.norm_bias, centred=self.centred, eps=EPS,
+                slot=self.slots.x, trained=self.weight.requires_grad,
+            )  # fmt: skip
+        elif self.centred:
+            y = layer_norm(x, (H,), self.norm_weight, self.norm_bias, EPS)
+        else:
+            y = rms_norm(x, (H,), self.norm_weight, EPS)
+        return linear(y, self.weight, self.gemms, seed=3)
+
+    def step(self, number, call=None):
+        """One step: its output, all gradients, and the magnitudes that it has recorded."""
+        generator = torch.Generator().manual_seed(number)
+        x = (3 * torch.randn(50, 3, H, generator=generator)).to(self.device).bfloat16()
+        dz = (torch.randn(50, 3, N, generator=generator) * 1e-3).to(self.device).bfloat16()
+        x.requires_grad_()
+        z = (call or self)(x)
+        z.backward(dz)
+        found = [z.detach(), x.grad, *(p.grad for p in self.parameters)]
+        found.append(self.scales.history.clone())
+        for p in self.parameters:
+            p.grad = None
+        self.scales.finish_step()
+        self.prepare()
+        return found
+
+
+def same(found, expected, device):
+    """On the CPU bit for bit; GPU kernels add in another order, and bytes in 8 bits follow."""
+    assert expected.isfinite().all() and expected.any()
+    if device.type == "cpu":
+        assert torch.equal(found, expected)
+    else:
+        error = (found.float() - expected.float()).norm() / expected.float().norm()
+        assert float(error) < 0.02
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_same_results_in_every_step(device, monkeypatch, centred, packed):
+    needs_transformer_engine(device)
+    kernel, calls = norm.norm_float8, []
+    monkeypatch.setattr(norm, "norm_float8", lambda *a, **o: (calls.append(1), kernel(*a, **o))[1])
+    ours, theirs = (Pair(device, fused, centred, packed) for fused in (True, False))
+    for number in range(3):
+        for found, expected in zip(ours.step(number), theirs.step(number), strict=True):
+            same(found, expected, device)
+        assert len(calls) == number  # the very first scale follows from the tensor
+
+
+def test_the_first_gradient_is_that_of_float64(device):
+    """The stand-in carries the gradient: with a weight that FP8 holds exactly, to FP8's error."""
+    needs_transformer_engine(device)
+    pair = Pair(device, True, True, packed=False)
+    pair.step(0)
+    x = torch.randn(128, H, generator=torch.Generator().manual_seed(1)).to(device).bfloat16()
+    dz = torch.randn(128, N, generator=torch.Generator().manual_seed(2)) * 1e-3
+    dz = dz.to(device).bfloat16()
+    x.requires_grad_()
+    pair(x).backward(dz)
+    leaves = [t.detach().double().requires_grad_() for t in (x, *pair.parameters)]
+    y = layer_norm(leaves[0], (H,), leaves[1], leaves[2], EPS)
+    (y @ leaves[3].t()).backward(dz.double())
+    for found, expected in zip((x, *pair.parameters), leaves, strict=True):
+        error = (found.grad.double() - expected.grad).norm() / expected.grad.norm()
+        assert float(error) < 0.06
+
+
+def test_no_gradient_leaves_no_trace(device):
+    needs_transformer_engine(device)
+    pair = Pair(device, True)
+    pair.step(0)
+    before, x = pair.scales.history.clone(), torch.randn(7, H, device=device).bfloat16()
+    expected = pair(x).detach()
+    pair.scales.history.copy_(before)
+    with torch.no_grad():
+        z = pair(x)
+    assert not z.requires_grad and torch.equal(pair.scales.history, before)
+    assert torch.equal(z, expected)
+
+
+@pytest.mark.parametrize("frozen", ["linear", "norm", "both"])
+def test_what_is_not_trained_gets_no_gradient(device, frozen):
+    needs_transformer_engine(device)
+    pair = Pair(device, True)
+    pair.step(0)
+    pair.weight.requires_grad_(frozen == "norm")
+    pair.norm_weight.requires_grad_(frozen == "linear")
+    before = pair.scales.history.clone()
+    for wanted in (False, True):
+        x = torch.randn(7, H, device=device).bfloat16().requires_grad_(wanted)
+        z = pair(x)
+        if frozen == "both" and not wanted:
+            assert not z.requires_grad
+            continue
+        z.sum().backward()
+        assert (x.grad is not None) == wanted
+        for p in (pair.weight, pair.norm_weight):
+            assert (p.grad is not None) == p.requires_grad
+            p.grad = None
+    recorded = pair.scales.history[0, pair.slots.x.index] > before[0, pair.slots.x.index]
+    assert bool(recorded) == (frozen == "norm")
+
+
+def test_a_recomputation_repeats_the_step(device):
+    needs_transformer_engine(device)
+    plain, again = Pair(device, True), Pair(device, True)
+    for pair in (plain, again):
+        pair.step(0)  # gives the scales
+    for number in (1, 2):
+        recomputed = again.step(number, lambda x: checkpoint(again, x, use_reentrant=True))
+        for found, expected in zip(recomputed, plain.step(number), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_there_is_nothing_to_gather(device):
+    class Gathering(NoComm):
+        gathers = True
+
+    needs_transformer_engine(device)
+    pair = Pair(device, True)
+    pair.step(0)
+    x = torch.zeros(7, H, device=device).bfloat16()
+    y = norm_to_float8(
+        x, pair.norm_weight, None, centred=False, eps=EPS, slot=pair.slots.x, trained=True
+    )
+    with pytest.raises(AssertionError, match="no values to gather"):
+        linear(y, pair.weight, pair.gemms, Gathering())

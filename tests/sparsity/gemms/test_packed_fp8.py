@@ -1,0 +1,242 @@
+"""FP8 GEMMs against float64 on the same operands, and their scaling against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasparse.fp8 import delayed
+from megasparse.fp8.delayed import Fp8Scales, update_by_definition
+from megasparse.kernels import (
+    mvue24,
+    prune24_mask,
+    s_ste_scale,
+    soft_threshold24,
+    transposable24_mask,
+)
+from megasparse.kernels.float8 import quantise
+from megasparse.kernels.packed24 import E4M3
+from megasparse.sparsity.autograd.linear import linear
+from megasparse.sparsity.gemms.choice import GemmChooser
+from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms, Fp8Slots, PackedFp8Gemms
+from megasparse.sparsity.probe import Probe
+from megasparse.sparsity.recipe import make_recipe
+from megasparse.sparsity.shard import Section
+from tests import transformer_engine
+from tests.transformer_engine import needs_transformer_engine
+
+N, K = 128, 256
+# Two e4m3 roundings, each of relative error 2^-4 / sqrt(12) / 1.5 or so, one of bfloat16.
+FP8_ERROR = 0.045
+
+
+def scaling(device, **settings):
+    scales = Fp8Scales(device, **settings)
+    slots = Fp8Slots.of(scales)
+    scales.allocate()
+    return scales, slots
+
+
+def operands(device, tokens=150):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, K, generator=generator).to(device).bfloat16()
+    w = torch.randn(N, K, generator=generator).to(device).bfloat16()
+    dz = (torch.randn(tokens, N, generator=generator) * 1e-5).to(device).bfloat16()
+    return x.requires_grad_(), w.requires_grad_(), dz
+
+
+def error(found, expected):
+    expected = expected.double()
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def gemms_of(name, w, slots, **more):
+    recipe = make_recipe(name)
+    w = w.detach()
+    mask = beta = None
+    if recipe.projection == "soft_threshold":
+        beta = s_ste_scale(w)
+        effective = soft_threshold24(w).double() * beta.double()
+    else:
+        mask = (transposable24_mask if recipe.transposable else prune24_mask)(w)
+        effective = w.double() * mask
+    channels = (Section(0, 0, w.shape[0]),)
+    # No search here: any algorithm of the library computes the same.
+    chooser = GemmChooser(None) if w.is_cuda else None
+    gemms = PackedFp8Gemms(w, mask, beta, recipe, channels, slots, chooser=chooser, **more)
+    return gemms, effective, recipe
+
+
+@pytest.mark.parametrize("tokens", [7, 128, 150])
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("name", ["fst", "s_ste", "ste"])
+def test_three_gemms_of_a_layer(device, name, hybrid, tokens):
+    needs_transformer_engine(device)
+    x, w, dz = operands(device, tokens)
+    _, slots = scaling(device)
+    gemms, effective, recipe = gemms_of(name, w, slots, hybrid=hybrid)
+    z = linear(x, w, gemms, seed=5)
+    z.backward(dz)
+    assert z.dtype == x.grad.dtype == w.grad.dtype == torch.bfloat16
+    assert error(z.detach(), x.detach().double() @ effective.t()) < FP8_ERROR
+    # Two bits of mantissa instead of three in e5m2, where the weight is dense.
+    loose = 1.7 if hybrid and not recipe.transposable else 1.0
+    assert error(x.grad, dz.double() @ effective) < loose * FP8_ERROR
+    drawn = dz.double() if recipe.mvue == "off" else mvue24(dz.float(), seed=5, dim=0).double()
+    assert error(w.grad, drawn.t() @ x.detach().double()) < FP8_ERROR
+    sparse = set(recipe.sparse_gemms)
+    assert gemms.halved == sparse or x.is_cuda  # there a dense one may be faster
+
+
+def test_dense_gemms_of_a_dense_phase(device):
+    needs_transformer_engine(device)
+    x, w, dz = operands(device)
+    _, slots = scaling(device)
+    linear(x, w, DenseFp8Gemms(w, slots)).backward(dz)
+    assert error(x.grad, dz.double() @ w.detach().double()) < FP8_ERROR
+    assert error(w.grad, dz.double().t() @ x.detach().double()) < FP8_ERROR
+
+
+def test_what_is_not_trained_leaves_no_trace_in_the_scaling(device):
+    needs_transformer_engine(device)
+    x, w, dz = operands(device)
+    scales, slots = scaling(device)
+    gemms, *_ = gemms_of("fst", w, slots)
+    z = linear(x, w, gemms, seed=5)
+    z.backward(dz)
+    before = scales.history.clone()
+    with torch.no_grad():
+        linear(100 * x, w, gemms)
+    assert torch.equal(scales.history, before)
+    assert float(before[0, slots.x.index]) == float(x.detach().abs().max())
+    assert float(before[0, slots.gradient.index]) == float(dz.abs().max())
+    assert float(before[0, slots.draw.index]) == pytest.approx(
+        float(mvue24(dz.float(), seed=5, dim=0).abs().max()), rel=1e-6
+    )
+
+
+def test_scales_follow_the_largest_magnitude_of_the_history(device):
+    needs_transformer_engine(device)
+    scales, slots = scaling(device, history_length=3)
+    x = torch.ones(4, 4, device=device)
+    slots.x.begin(x)
+    assert scales.on_host[slots.x.index] == 448.0 and float(slots.x.scale) == 448.0
+    seen = []
+    for size in (2.0, 8.0, 4.0, 1.0, 1.0, 0.0, float("nan"), 1.0):
+        slots.x.amax.fill_(size)
+        scales.finish_step()
+        seen.append(448.0 / scales.on_host[slots.x.index])
+        assert float(slots.x.inverse) == pytest.approx(seen[-1] / 448.0)
+    # The newest and the two before it; a step of zeros or with a NaN says nothing.
+    assert seen == [2.0, 8.0, 8.0, 8.0, 4.0, 4.0, 4.0, 1.0]
+    assert not scales.history[0].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 2, 16])
+@pytest.mark.parametrize("algorithm", ["max", "most_recent"])
+def test_transformer_engine_updates_by_the_definition(device, algorithm, length):
+    needs_transformer_engine(device)
+    generator = torch.Generator(device).manual_seed(1)
+    history = torch.zeros(length, 7, device=device)
+    scale = torch.ones(7, device=device)
+    ours = history.clone(), scale.clone()
+    for _ in range(20):
+        newest = torch.rand(7, generator=generator, device=device).pow(9)
+        newest[3] = 0.0
+        delayed._update(newest.clone(), history, scale, algorithm, 1)
+        update_by_definition(newest, *ours, algorithm, 1)
+        torch.testing.assert_close(scale, ours[1], rtol=1e-6, atol=0)
+        torch.testing.assert_close(history, ours[0], rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_transformer_engine_quantises_by_the_definition(device):
+    needs_transformer_engine(device)
+    x, *_ = operands(device, 256)
+    _, slots = scaling(device)
+    slots.x.begin(x.detach() / 2)  # the largest saturate
+    rows, columns = slots.x.quantise(x.detach(), columns=True)
+    expected = quantise(x.detach(), slots.x.scale, E4M3)
+    assert torch.equal(rows.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(columns.view(torch.uint8), expected.view(torch.uint8).t())
+    only_columns = slots.x.quantise(x.detach(), rows=False, columns=True)
+    assert only_columns[0] is None and torch.equal(
+        only_columns[1].view(torch.uint8), columns.view(torch.uint8)
+    )
+
+
+def test_state_goes_through_a_checkpoint(device):
+    needs_transformer_engine(device)
+    scales, slots = scaling(device, history_length=4)
+    for number, slot in enumerate(slots[:3]):  # the draw's is not used
+        slot.begin(torch.full((2, 2), 2.0**number, device=device))
+    for size in (1.0, 7.0, 3.0):
+        for slot in slots[:3]:
+            slot.amax.fill_(size)
+        scales.finish_step()
+    state = {name: value.cpu() for name, value in scales.export_state(slots).items()}
+    for length in (4, 2, 9):  # also into another length of the history
+        other, theirs = scaling(device, history_length=length)
+        other.import_state(theirs, state)
+        assert other.on_host == scales.on_host
+        assert other.known == scales.known == [True, True, True, False]
+        assert torch.equal(other.inverse, scales.inverse)
+        shared = min(length, 4) - 1
+        assert torch.equal(other.history[-shared:], scales.history[-shared:])
+    other.import_state(theirs, {})  # a checkpoint of a run without FP8
+
+
+@pytest.mark.parametrize(("recipe", "hybrid"), [("fst", False), ("s_ste", True)])
+def test_the_probe_is_told(device, recipe, hybrid):
+    """Magnitudes are the operands' own, whatever format and scale."""
+    needs_transformer_engine(device)
+    x, w, dz = operands(device)
+    scales, slots = scaling(device)
+    with torch.no_grad():
+        w[:, :8] *= 1e-7  # below what e4m3 has beside the largest
+    probe = Probe()
+    probe.ask()
+    gemms, effective, _ = gemms_of(recipe, w, slots, probe=probe, hybrid=hybrid)
+    # Not what was pruned.
+    rounded = gemms._packed.stored()
+    lost = effective.count_nonzero() - rounded.float().count_nonzero()
+    assert float(probe.sums["fp8_weight_lost"]) == float(lost) >= w.shape[0]
+    assert float(probe.sums["fp8_weight_all"]) == w.numel()
+    assert float(probe.maxima["weight"]) == pytest.approx(float(effective.abs().max()), rel=1e-6)
+    linear(x, w, gemms, seed=5).backward(2 * dz)
+    probe.ask()  # forgets that; the scale is still of the larger one
+    linear(x, w, gemms, seed=5).backward(dz)
+    assert float(probe.maxima["grad_output"]) == float(dz.abs().max())
+    drawn = mvue24(dz.float(), seed=5, dim=0)
+    found = float(probe.sums["mvue_after"] / probe.sums["mvue_before"])
+    assert found == pytest.approx(float(drawn.square().sum() / dz.float().square().sum()), rel=0.02)
+
+
+def test_fp8_says_why_it_cannot_run():
+    assert "expected a GPU" in delayed.refusal(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("installed", "required", "capability", "outcome"),
+    [
+        (False, "", (9, 0), pytest.skip.Exception),
+        (False, "1", (9, 0), pytest.fail.Exception),
+        (False, "1", (8, 0), pytest.skip.Exception),
+        (True, "", (9, 0), pytest.fail.Exception),
+    ],
+)
+def test_transformer_engine_is_skipped_only_where_it_may_be_missing(
+    monkeypatch, installed, required, capability, outcome
+):
+    monkeypatch.setenv("MEGASPARSE_REQUIRE_TRANSFORMER_ENGINE", required)
+    monkeypatch.setattr(
+        delayed, "refusal", lambda device: "Transformer Engine cannot be imported (x)"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(
+        transformer_engine, "find_spec", lambda name: object() if installed else None
+    )
+    with pytest.raises(outcome):
+        needs_transformer_engine(torch.device("cuda"))
+    needs_transformer_engine(torch.device("cpu"))

@@ -1,0 +1,112 @@
+"""Masked decay before or after clipping: what AdamW gets, under every ZeRO stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasparse.errors import ConfigError
+from megasparse.sparsity.recipe import make_recipe
+from tests import dist
+from tests.runs import TINY, train
+
+BEFORE = "--masked-decay-before-clipping"
+# A decay as strong as the gradient, so that it counts in the norm.
+STRONG = [*TINY, "--train-iters", "4", "--masked-decay", "0.5", "--lr", "1e-2"]
+CLIPPED = [*STRONG, "--clip-grad", "0.3"]
+
+
+def _rows(tmp_path, dataset, name, flags, world=1):
+    arguments = [*flags, "--data-path", dataset, "--run-dir", str(tmp_path / name)]
+    return dist.run(train, world, arguments)[0]
+
+
+def _losses(rows):
+    return [row["loss"] for row in rows]
+
+
+def _one_step(rank, world, flags):
+    """Gradients as the optimizer gets them and as AdamW does, masked weights, masks, the norm."""
+    from megasparse.config import load_config, resolve
+    from megasparse.megatron.batches import batches, build_data
+    from megasparse.megatron.grid import make_grid
+    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.train.build import build_engine
+    from megasparse.train.engine.deepspeed import start_process
+
+    config = resolve(load_config(flags), world)
+    device = start_process(1.0)
+    grid = make_grid(1, device, config.train.seed)
+    data = build_data(config, grid)
+    engine = build_engine(config, grid, recipe_of(config), config.model.vocab_size)
+    stream = batches(data.streams["train"], config, grid, 0)
+    for _ in range(2):
+        engine.train_step(stream)
+    found, own = {}, engine.optimizer._before_step
+
+    def before_step(optimizer):
+        masks = {id(weight): state.mask for state, weight in engine.controller.weights}
+        parameters = [(p, p.grad.clone(), p.detach().clone()) for p in engine.model.parameters()]
+        result = own(optimizer)
+        found["all"] = [
+            (gradient, p.grad.clone(), weight, masks.get(id(p)))
+            for p, gradient, weight in parameters
+        ]
+        return result
+
+    engine.optimizer._before_step = before_step
+    result = engine.train_step(stream)
+    return found["all"], result.grad_norm, config.sparsity.masked_decay, config.train.clip_grad
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["after", "before"])
+def test_what_adamw_gets(dataset, together):
+    flags = [*CLIPPED, "--data-path", dataset, *([BEFORE] if together else [])]
+    (found, norm, strength, limit), *_ = dist.run(_one_step, 1, flags)
+    assert sum(mask is not None for *_, mask in found) == 4
+    decays = [
+        torch.zeros_like(weight) if mask is None else strength * ~mask * weight
+        for _, _, weight, mask in found
+    ]
+    counted = [g + together * decay for (g, *_), decay in zip(found, decays, strict=True)]
+    expected = torch.cat([one.flatten() for one in counted]).double().norm()
+    assert norm == pytest.approx(float(expected), rel=1e-5) and norm > limit
+    factor = limit / norm
+    for (gradient, final, _, _), decay in zip(found, decays, strict=True):
+        wanted = factor * (gradient + decay) if together else factor * gradient + decay
+        torch.testing.assert_close(final, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_without_clipping_they_are_one(tmp_path, dataset):
+    for limit in ("0", "1e6"):
+        flags = [*STRONG, "--clip-grad", limit]
+        after = _rows(tmp_path, dataset, f"after-{limit}", flags)
+        before = _rows(tmp_path, dataset, f"before-{limit}", [*flags, BEFORE])
+        assert _losses(after) == _losses(before)
+        assert all(b["grad_norm"] > a["grad_norm"] for a, b in zip(after, before, strict=True))
+
+
+def test_every_zero_stage_clips_alike(tmp_path, dataset):
+    one = _rows(tmp_path, dataset, "one", [*CLIPPED, BEFORE])
+    assert _losses(one) != _losses(_rows(tmp_path, dataset, "after", CLIPPED))
+    assert all(row["grad_norm"] > 0.3 for row in one)
+    for stage in "0123":
+        flags = [*CLIPPED, BEFORE, "--zero-stage", stage]
+        two = _rows(tmp_path, dataset, f"zero-{stage}", flags, 2)
+        assert _losses(two) == pytest.approx(_losses(one), rel=1e-5), stage
+        for a, b in zip(one, two, strict=True):
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4), stage
+            if "decay_ratio" in a:
+                assert b["decay_ratio"] == pytest.approx(a["decay_ratio"], rel=1e-3), stage
+    # In bfloat16 the gradient is rounded, the decay is not; ZeRO's first stage, on one rank.
+    rounded = _rows(tmp_path, dataset, "bf16", [*CLIPPED, BEFORE, "--bf16"])
+    assert _losses(rounded) == pytest.approx(_losses(one), rel=1e-2)
+    assert _losses(rounded) != _losses(one)
+
+
+def test_recipes_without_such_a_decay_refuse_the_flag():
+    for name in ("dense", "ste", "s_ste", "ast"):
+        with pytest.raises(ConfigError, match=f"masked_decay_before_clipping: the recipe {name}"):
+            make_recipe(name, masked_decay_before_clipping=True)
+    assert make_recipe("sr_ste", masked_decay_before_clipping=True).masked_decay == 2e-4
+    assert not make_recipe("fst").masked_decay_before_clipping

@@ -1,0 +1,268 @@
+"""What is recorded: the same figures in every layout, whole files, and what each figure means."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import types
+
+import pytest
+import torch
+
+from megasparse import timer as timer_module
+from megasparse.config import LoggingConfig
+from megasparse.errors import ConfigError
+from megasparse.kernels import mvue24, transposable24_mask
+from megasparse.metrics import schema as metrics_module
+from megasparse.metrics.schema import LOG_METRICS, METRICS, STEP_METRICS, read_metrics
+from megasparse.metrics.writers import MetricsWriter
+from megasparse.optim.fragments import Fragment
+from megasparse.optim.masked_decay import MaskedDecay
+from megasparse.preflight.settings import prepare
+from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.recipe import make_recipe
+from megasparse.sparsity.shard import WeightShard
+from megasparse.sparsity.state import SparseWeight
+from megasparse.sparsity.stats import layer_figures, measure
+from megasparse.timer import PHASES, StepTimer
+from megasparse.train.figures import means
+from tests import dist
+from tests.runs import LLAMA, TINY, train
+
+RUN = [
+    *LLAMA, "--train-iters", "5", "--log-interval", "3", "--log-layers", "--log-csv",
+    "--mask-update-interval", "2", "--simulate-fp8", "--eval-iters", "1", "--save-interval", "none",
+]  # fmt: skip
+LAYOUTS = {
+    "one": ([], 1),
+    "tp2-sp": (["--tensor-model-parallel-size", "2", "--sequence-parallel"], 2),
+    "dp2-zero1": (["--zero-stage", "1"], 2),
+    "pp2": (["--pipeline-model-parallel-size", "2"], 2),
+}
+MASKED = "--masked-decay", "0.05"
+
+
+@pytest.fixture(scope="module")
+def runs(dataset, tmp_path_factory):
+    root, results = tmp_path_factory.mktemp("metrics"), {}
+    for name, (flags, world) in LAYOUTS.items():
+        arguments = [*TINY, *RUN, *MASKED, "--data-path", dataset, "--run-dir", str(root / name)]
+        more = [*flags, "--peak-tflops", "1.0"] if name == "one" else flags
+        rows = dist.run(train, world, [*arguments, *more])[0]
+        results[name] = (rows, read_metrics(root / name / "layers.jsonl"), root / name)
+    return results
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_layers_have_the_same_figures_in_every_layout(runs, name):
+    _, expected, _ = runs["one"]
+    _, found, _ = runs[name]
+    assert [(r["step"], r["layer"]) for r in found] == [(r["step"], r["layer"]) for r in expected]
+    assert len({row["layer"] for row in found}) == 4
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for figure in a.keys() - {"step", "layer"}:
+            # A value at the edge of FP8's rounding may fall to the other side.
+            close = {"rel": 0.05, "abs": 2e-4} if "fp8" in figure else {"rel": 1e-3}
+            # A rank's gradients are those of its own micro-batches' mean: half as many here.
+            own = 2 if name == "dp2-zero1" and "amax_grad" in figure else 1
+            assert a[figure] == pytest.approx(own * b[figure], **close), (b["layer"], figure)
+    figures = {key for row in found if row["step"] == 5 for key in row}
+    assert figures >= {
+        "density", "flip_rate", "retained_l1", "decay_ratio", "mvue_amplification",
+        "fp8_amax_x", "fp8_saturated_weight", "fp8_lost_grad_output", "fp8_amax_grad_output_mvue",
+    }  # fmt: skip
+
+
+def test_rows_have_what_is_documented_at_log_steps(runs):
+    rows, _, folder = runs["one"]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    log_only = {metric.key for metric in LOG_METRICS}
+    for row in rows:
+        if row["step"] not in (1, 3, 5):
+            assert not log_only & row.keys()
+    third = rows[2]
+    assert log_only - {"scale"} <= third.keys()
+    assert third.keys() <= {metric.key for metric in METRICS}
+    assert {metric.key for metric in STEP_METRICS} == rows[4].keys() & {
+        metric.key for metric in STEP_METRICS
+    }
+    assert third["mfu"] == pytest.approx(third["tflops"])  # the peak is 1 TFLOP/s
+    assert third["tflops_true"] == pytest.approx(third["tflops"])  # nothing is saved on a CPU
+    times = {phase: third[f"time_{phase}"] for phase in PHASES}
+    for phase in ("data", "forward", "backward", "optimizer", "preparation"):
+        assert times[phase] > 0, phase
+    assert third["mvue_amplification"] > 1 and 0.5 < third["retained_l1"] < 1
+    with open(folder / "metrics.csv") as stream:
+        table = list(csv.DictReader(stream))
+    assert [float(row["loss"]) for row in table] == [row["loss"] for row in rows]
+    assert [row["mfu"] != "" for row in table] == [True, False, True, False, True]
+
+
+def test_communication_has_its_time_and_the_peak_is_not_guessed(runs):
+    for name in ("tp2-sp", "dp2-zero1", "pp2"):
+        rows, _, _ = runs[name]
+        assert rows[2]["time_communication"] > 0, name
+        assert "mfu" not in rows[2]
+
+
+def _sparse(recipe, weight):
+    controller = SparsityController(recipe, Clock(seed=1, train_iters=100))
+    state = SparseWeight("w", recipe, WeightShard(tuple(weight.shape)))
+    controller.register(state, weight)
+    controller.ask(True)
+    return controller, state
+
+
+def _figures(controller):
+    found = measure(controller.weights, controller.sparse_now, torch.device("cpu"))
+    totals = (found.weight_sums, found.step_sums, found.maxima)
+    return layer_figures(found, *(total.tolist() for total in totals))["w"]
+
+
+def test_figures_are_what_they_say():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(16, 32))
+    controller, state = _sparse(make_recipe("fst", masked_decay=0.25), weight)
+    gemms = state.gemms(weight, 0, True, True)
+    dz, x = torch.randn(24, 16), torch.randn(24, 32)
+    gemms.grad_weight(gemms.gradient(dz, 7), (x,))
+    gemms.grad_weight(gemms.gradient(2 * dz, 8), (x,))
+    weight.grad = torch.randn(16, 32)
+    decay = MaskedDecay(controller)
+    decay.attach([Fragment("w", weight, weight, 0, 0, weight.numel())])
+    decay.measure(torch.optim.SGD([weight]))
+    found = _figures(controller)
+
+    mask = transposable24_mask(weight.detach())
+    kept, lost = weight.detach() * mask, weight.detach() * ~mask
+    drawn = [mvue24(dz, seed=7, dim=0), mvue24(2 * dz, seed=8, dim=0)]
+    assert found == {
+        "density": 0.5,
+        "retained_l1": pytest.approx(float(kept.abs().sum() / weight.abs().sum()), rel=1e-6),
+        "decay_ratio": pytest.approx(float(0.25 * lost.norm() / weight.grad.norm()), rel=1e-6),
+        "mvue_amplification": pytest.approx(
+            float(sum(d.square().sum() for d in drawn) / (5 * dz.square().sum())), rel=1e-6
+        ),
+    }
+
+
+def test_fp8_figures_of_a_known_tensor():
+    weight = torch.nn.Parameter(torch.eye(8))
+    controller, state = _sparse(make_recipe("ste", simulate_fp8=True), weight)
+    x = torch.zeros(4, 8)
+    x[0] = torch.tensor([2.0, -2.0, 1.0, 1e-9, 0.0, 0.0, 0.0, 0.0])
+    state.gemms(weight, 0, True, True).output(x)
+    found = _figures(controller)
+    assert found["fp8_amax_x"] == 2.0
+    assert found["fp8_saturated_x"] == 2 / 32  # both entries of magnitude 2
+    assert found["fp8_lost_x"] == 1 / 32  # 1e-9 becomes 0
+    row = means({"a": found, "b": {"density": 1.0, "fp8_amax_x": 3.0}})
+    assert row["fp8_amax"] == 3.0 and row["density"] == (1.0 + found["density"]) / 2
+
+
+def test_probes_that_are_not_asked_measure_nothing():
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    controller, state = _sparse(make_recipe("fst", simulate_fp8=True), weight)
+    controller.ask(False)
+    gemms = state.gemms(weight, 0, True, True)
+    gradient = gemms.gradient(torch.randn(8, 8), 1)
+    gemms.grad_weight(gradient, (gemms.output(torch.randn(8, 8)),))
+    assert not state.probe.sums and not state.probe.maxima and not controller.asked
+
+
+def test_every_moment_belongs_to_the_innermost_span(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(timer_module.time, "perf_counter", lambda: float(next(clock)))
+    timer = StepTimer()
+    with timer.span("forward"):
+        pass  # not measuring: takes no time from the clock
+    timer.start()  # 0
+    stream = timer.waiting_for([1, 2])
+    assert next(stream) == 1  # data: 1 to 2
+    with timer.span("forward"), timer.span("preparation"):  # forward 3, 4; preparation 4, 5
+        pass  # back in forward 5, in other 6
+    timer.stop()  # 7
+    marks = timer.take()
+    expected = {"other": 3.0, "data": 1.0, "forward": 2.0, "preparation": 1.0}
+    assert timer.seconds(marks) == {**dict.fromkeys(PHASES, 0.0), **expected}
+    assert timer.take() == [] and timer.seconds([]) == {}
+
+
+def _collectives(rank, world):
+    import torch.distributed as group
+
+    before = {name: vars(group.ProcessGroup).get(name) for name in ("allreduce", "send")}
+    timer = StepTimer()
+    timer.start()
+    value = torch.ones(4)
+    group.all_reduce(value)
+    work = group.all_reduce(value, async_op=True)
+    work.wait()
+    timer.stop()
+    after = {name: vars(group.ProcessGroup).get(name) for name in ("allreduce", "send")}
+    measured = timer.seconds(timer.take())
+    group.all_reduce(value)
+    return value.tolist(), before == after, measured["communication"] > 0
+
+
+def test_collectives_are_timed_and_left_as_they_were():
+    assert dist.run(_collectives, 2) == [([8.0] * 4, True, True)] * 2
+
+
+def test_a_run_that_continues_drops_later_rows(tmp_path):
+    logging = LoggingConfig(log_csv=True, log_layers=True, tensorboard_dir=str(tmp_path / "tb"))
+    writer = MetricsWriter(tmp_path, logging)
+    for step in (1, 2, 3):
+        writer.write({"step": step, "loss": 0.5}, {"w": {"density": 0.5}})
+    writer.close()
+    writer = MetricsWriter(tmp_path, logging, resume_step=2)
+    writer.write({"step": 3, "loss": 0.25}, {})
+    writer.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in read_metrics(tmp_path / "layers.jsonl")] == [1, 2]
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 4 and lines[3].split(",")[:2] == ["3", "0.25"]
+
+
+def test_weights_and_biases_gets_the_same_scalars(tmp_path, monkeypatch):
+    calls: list = []
+
+    class Run:
+        def log(self, scalars, step):
+            calls.append((step, scalars))
+
+        def finish(self):
+            calls.append("finished")
+
+    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or Run())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    logging = LoggingConfig(wandb_project="p", tensorboard_dir=str(tmp_path / "tb"))
+    for resume_step in (0, 1):
+        writer = MetricsWriter(tmp_path, logging, resume_step, {"train": {"lr": 1.0}})
+        writer.write({"step": 1 + resume_step, "loss": 0.5}, {"w": {"density": 0.5}})
+        writer.close()
+    first, row, end, second = calls[:4]
+    assert first["project"] == "p" and first["name"] == tmp_path.name
+    assert first["config"] == {"train": {"lr": 1.0}} and second["id"] == first["id"]
+    assert row == (1, {"loss/training": 0.5, "layers_density/w": 0.5}) and end == "finished"
+
+
+def test_weights_and_biases_is_asked_for_but_missing(tmp_path, dataset, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    flags = [*TINY, "--data-path", dataset, "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        prepare([*flags, "--wandb-project", "p"], 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_json_on_one_line_each(runs):
+    _, _, folder = runs["pp2"]
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        assert isinstance(json.loads(line), dict)
+
+
+def test_time_left_is_readable():
+    texts = [metrics_module._clock(s) for s in (0, 65, 3600, 86399, 90061)]
+    assert texts == ["0:00", "1:05", "1:00:00", "23:59:59", "1 d 01:01:01"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -47,8 +48,7 @@ def _run(root: Path, plan: dict[str, list[str]], **limits: int) -> dict[int, int
         if child == 0:
             command = [sys.executable, "-c", textwrap.dedent(_CHILD), str(root), str(rank),
                        json.dumps(plan)]  # fmt: skip
-            saved = root / "checkpoints"
-            newest = lambda: max(list_steps(saved), default=-1)  # noqa: E731
+            newest = functools.partial(_newest, root / "checkpoints")
             os._exit(supervise(settings, command, rank, newest))
         children[child] = rank
     codes = {}
@@ -57,6 +57,10 @@ def _run(root: Path, plan: dict[str, list[str]], **limits: int) -> dict[int, int
         if child in children:
             codes[children.pop(child)] = os.waitstatus_to_exitcode(status)
     return codes
+
+
+def _newest(saved: Path) -> int:
+    return max(list_steps(saved), default=-1)
 
 
 def _starts(root: Path) -> set[str]:

@@ -27,8 +27,8 @@ LEVELS = {
 DOORS = {
     "megatron": ["megasparse/megatron"],
     "deepspeed": ["megasparse/train/engine/deepspeed.py"],
-    "transformer_engine": ["megasparse/fp8/delayed.py"],
-    "transformer_engine_torch": ["megasparse/fp8/delayed.py"],
+    "transformer_engine": ["megasparse/fp8/transformer_engine.py"],
+    "transformer_engine_torch": ["megasparse/fp8/transformer_engine.py"],
     "triton": ["megasparse/kernels/*/triton.py"],
     "sentencepiece": ["megasparse/data/tokenizer.py", "megasparse/data/spm_json.py"],
     "tokenizers": ["megasparse/data/tokenizer.py", "megasparse/data/spm_json.py"],

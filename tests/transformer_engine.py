@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from megasparse.fp8 import delayed
+from megasparse.fp8 import transformer_engine as door
 
 
 def needs_transformer_engine(device: torch.device) -> None:
@@ -20,7 +20,7 @@ def needs_transformer_engine(device: torch.device) -> None:
     with which its absence is a failure. Installed and broken always is: a skip would hide that
     nothing of FP8 is tested. On the CPU the same tests run by the definition.
     """
-    if device.type != "cuda" or (reason := delayed.refusal(device)) is None:
+    if device.type != "cuda" or (reason := door.refusal(device)) is None:
         return
     if torch.cuda.get_device_capability(device)[0] < 9:
         pytest.skip(reason)

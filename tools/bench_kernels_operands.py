@@ -14,7 +14,7 @@ import torch
 from bench_kernels_cases import BF16, E4M3, FP32, SHORT, Case, Inputs, Source, Step
 
 from megasparse import kernels
-from megasparse.fp8.delayed import Fp8Scales, refusal
+from megasparse.fp8.delayed import DelayedScaling, refusal
 
 E5M2 = torch.float8_e5m2
 
@@ -25,7 +25,7 @@ def transformer_engine_is_there() -> bool:
 
 def transformer_engine_cast_transpose(t: Inputs) -> Step:
     """TE's quantisation of t[0] to e4m3, row-major and transposed, with its amax."""
-    scales = Fp8Scales(t[0].device)
+    scales = DelayedScaling(t[0].device)
     slot = scales.slot()
     scales.allocate()
     slot.begin(t[0])

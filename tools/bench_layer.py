@@ -32,8 +32,8 @@ from kernel_classes import Profile, profiled, table
 
 from megasparse.config import load_config, resolve
 from megasparse.errors import MegasparseError
-from megasparse.fp8.current import CurrentScales, Scales
-from megasparse.fp8.delayed import Fp8Scales, refusal
+from megasparse.fp8.current import CurrentScaling, Scales
+from megasparse.fp8.delayed import DelayedScaling, refusal
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.layer import build_layer, rotary_frequencies
 from megasparse.megatron.sparsify import sparsify
@@ -120,7 +120,7 @@ def megasparse(flags: Sequence[str], part: str, interval: int, device: torch.dev
     scales: Scales | None = None
     if config.fp8.fp8_format:
         current = config.fp8.fp8_recipe == "tensorwise"
-        scales = CurrentScales() if current else Fp8Scales(device)
+        scales = CurrentScaling() if current else DelayedScaling(device)
     recipe, clock = recipe_of(config), Clock(1, config.train.train_iters)
     controller = sparsify(model, recipe, config.sparsity.sparse_layers, clock, fp8=scales)
     angles = rotary_frequencies(LENGTH, HIDDEN // HEADS, device)

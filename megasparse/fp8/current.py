@@ -1,137 +1,131 @@
-"""Scales of the moment (Megatron's "tensorwise", Transformer Engine's current scaling).
+"""Current scaling (Megatron's "tensorwise"): a tensor's scale follows from its own magnitude.
 
-A tensor's scale follows from its own largest magnitude, `scale = 448 / amax`, found in a pass
-before the one that quantises. It is known on the device alone, so that no step waits: products are
-made without it and multiplied by `inverse` of both operands afterwards. There is no history, and
+`scale = 448 / amax`, rounded down to a power of two, is found in a pass before the one that
+quantizes. It is known on the device alone, so that no step waits for it. There is no history, and
 nothing that a checkpoint would have to keep.
 
-What is quantised on its own is quantised by Transformer Engine's Float8CurrentScalingQuantizer. A
-shard of a tensor-parallel tensor takes the whole's magnitude, the largest over the ranks, so that
+A shard of a tensor-parallel tensor takes the whole's magnitude, the largest over the ranks, so that
 every degree computes the same; Transformer Engine reduces only what sequence parallelism gathers
-after quantising, and scales each shard of a weight, of a row-parallel layer's input and of a
+after quantizing, and scales each shard of a weight, of a row-parallel layer's input and of a
 column-parallel layer's gradient by itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 
 import torch
 
-from megasparse.fp8 import delayed
-from megasparse.kernels import AmaxScales, scales_of_amax
+from megasparse.fp8 import transformer_engine
+from megasparse.fp8.scale import Reduce, Scale, assumed_inverse, quantize_by_definition
+from megasparse.kernels import scales_of_amax
 from megasparse.kernels.float8 import MAXIMUM
 from megasparse.kernels.packed24 import E4M3
 
 
-@dataclass(frozen=True)
-class CurrentScaling:
-    """How one tensor was scaled.
-
-    Attributes:
-        inverse: float32 0-d on the device, 1 / scale.
-        scales: with those of MVUE draws; None where Transformer Engine has computed the scale.
-        factor: 1 / scale on the host: unknown there.
-        amax: where a kernel would raise the largest magnitude for later steps: nowhere.
-    """
-
-    inverse: torch.Tensor
-    scales: AmaxScales | None = None
-    factor: None = None
-    amax: None = None
-
-    @property
-    def scale(self) -> torch.Tensor:
-        """Float32 0-d on the device, the multiplier."""
-        return self.inverse.reciprocal() if self.scales is None else self.scales.scale
-
-    def kept_with(self) -> tuple[torch.Tensor, ...]:
-        """What has to be kept beside the operand until its last GEMM."""
-        return (self.inverse,)
-
-
-class CurrentSlot:
-    """One operand of one layer.
+class CurrentQuantizer:
+    """Quantizer of one operand of one layer.
 
     Args:
-        scales: whose it is.
+        scaling: that it is of.
         reduce_max: largest over the ranks that hold shards of its tensors; None: they are whole.
+
+    Attributes:
+        assumed: the inverse scale that products take from the host.
     """
 
-    def __init__(self, scales: CurrentScales, reduce_max: delayed.Reduce | None) -> None:
-        self.scales, self._reduce_max = scales, reduce_max
+    scale_comes_first = False
 
-    def begin(
+    def __init__(self, scaling: CurrentScaling, reduce_max: Reduce | None) -> None:
+        self.scaling, self._reduce_max = scaling, reduce_max
+        self.assumed = 1.0
+        self._latest: torch.Tensor | None = None  # inverse scale of the latest tensor
+
+    def known_scale(self) -> Scale | None:
+        """See `Quantizer`: a scale follows from the whole tensor."""
+        return None
+
+    def scale_for(
         self,
         x: torch.Tensor,
         headroom: float | torch.Tensor = 1.0,
         dtype: torch.dtype = E4M3,
-    ) -> CurrentScaling:
-        """The scaling of x; with shards a collective call.
-
-        Args:
-            headroom: how much larger than x what is to be quantised may be.
-            dtype: of the copy.
-        """
+    ) -> Scale:
+        """See `Quantizer`; with shards a collective call."""
         amax = self._amax(x)
         if isinstance(headroom, torch.Tensor) or headroom != 1.0:
             amax = amax * headroom
-        scales = scales_of_amax(amax, maximum=MAXIMUM[dtype])
-        return CurrentScaling(scales.inverse, scales)
+        scales = scales_of_amax(amax, maximum=MAXIMUM[dtype], power_of_two=True)
+        draw = (scales.draw_scale, scales.draw_scale_inv)
+        return self._remembered(scales.scale, scales.scale_inv, draw)
 
-    def begin_draws(self, x: torch.Tensor, headroom: float, scaling: object) -> CurrentScaling:
-        """The scaling of MVUE draws from an x that `scaling` is of: by a bound of what is kept."""
-        assert isinstance(scaling, CurrentScaling) and scaling.scales is not None
-        scales = scaling.scales
-        mine = AmaxScales(scales.draw_scale, scales.draw_inverse, *scales[2:])
-        return CurrentScaling(scales.draw_inverse, mine)
+    def scale_for_draws(self, x: torch.Tensor, headroom: float, scale: Scale) -> Scale:
+        """See `Quantizer`: by a bound of what a draw keeps."""
+        assert scale.draw is not None
+        return self._remembered(*scale.draw)
 
-    def of_kept(self, kept: tuple[torch.Tensor, ...]) -> CurrentScaling:
-        """The scaling of an operand that was kept with `kept`."""
-        return CurrentScaling(kept[0])
+    def saved_with(self, scale: Scale) -> tuple[torch.Tensor, ...]:
+        """See `Quantizer`: the scales of this tensor."""
+        return (scale.scale, scale.scale_inv)
 
-    def quantised(
+    def scale_of_saved(self, saved: tuple[torch.Tensor, ...]) -> Scale:
+        """See `Quantizer`."""
+        return Scale(saved[0], saved[1], self.assumed)
+
+    def quantized(
         self, x: torch.Tensor, *, rows: bool = True, columns: bool = False, record: bool = True
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, CurrentScaling]:
-        """x (T, K) as e4m3: row-major (T, K), and transposed (K, T), and its scaling.
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Scale]:
+        """See `Quantizer`; nothing is recorded."""
+        scale = self.scale_for(x)
+        if not x.is_cuda:
+            return *quantize_by_definition(x, scale.scale, rows, columns), scale
+        quantizer = transformer_engine.make_quantizer(scale.scale, _unused(x.device), columns)
+        row, transposed = transformer_engine.quantize(x, quantizer)
+        return row if rows else None, transposed, scale
 
-        Args:
-            rows, columns: which of the two are wanted; the others are None.
-            record: of delayed scaling; nothing is recorded here.
-        """
-        if x.is_cuda and self._reduce_max is None:
-            row, column, inverse = delayed.quantise_by_own_amax(x, columns)
-            scaling = CurrentScaling(inverse)
-        else:
-            scaling = self.begin(x)
-            row, column = delayed.quantise_at(x, scaling.scale, columns)
-        return row if rows else None, column, scaling
+    def assume(self) -> None:
+        """Let products assume the scale of the latest tensor; waits for the device."""
+        if self._latest is not None:
+            self.assumed = assumed_inverse(float(self._latest))
+
+    def _remembered(
+        self,
+        scale: torch.Tensor,
+        scale_inv: torch.Tensor,
+        draw: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Scale:
+        self._latest = scale_inv
+        return Scale(scale, scale_inv, self.assumed, draw=draw)
 
     def _amax(self, x: torch.Tensor) -> torch.Tensor:
-        amax = delayed.amax_of(x)
+        amax = amax_of(x)
         if self._reduce_max is None:
             return amax
         # What the largest of a NaN and a number is depends on the library.
         return self._reduce_max(torch.nan_to_num(amax, nan=float("inf")))
 
 
-class CurrentScales:
-    """The slots of this rank's part of the model; the counterpart of Fp8Scales.
+class CurrentScaling:
+    """The quantizers of this rank's part of the model; the counterpart of DelayedScaling.
 
     Args:
         reduce_max: largest over the tensor-parallel group, in place.
     """
 
-    def __init__(self, reduce_max: delayed.Reduce | None = None) -> None:
-        self._reduce_max = reduce_max
+    host_follows = False
 
-    def slot(self, sharded: bool = True) -> CurrentSlot:
-        """A new slot.
+    def __init__(self, reduce_max: Reduce | None = None) -> None:
+        self._reduce_max = reduce_max
+        self._quantizers: list[CurrentQuantizer] = []
+
+    def quantizer(self, sharded: bool = True) -> CurrentQuantizer:
+        """A new one.
 
         Args:
             sharded: over the tensor-parallel group, along any dimension.
         """
-        return CurrentSlot(self, self._reduce_max if sharded else None)
+        self._quantizers.append(CurrentQuantizer(self, self._reduce_max if sharded else None))
+        return self._quantizers[-1]
 
     def allocate(self) -> None:
         """Nothing lasts."""
@@ -139,7 +133,35 @@ class CurrentScales:
     def finish_step(self) -> None:
         """Nothing is carried over."""
 
+    def assume(self) -> None:
+        """Let products assume the scales of the latest tensors; waits for the device."""
+        for one in self._quantizers:
+            one.assume()
 
-Scales = delayed.Fp8Scales | CurrentScales
-Slot = delayed.Fp8Slot | CurrentSlot
-Scaling = delayed.Fp8Slot | CurrentScaling
+    def share_assumed(self) -> float:
+        """Share of the quantizers whose latest scale is the assumed one; waits for the device."""
+        pairs = [(q.assumed, q._latest) for q in self._quantizers if q._latest is not None]
+        same = sum(assumed_inverse(float(latest)) == assumed for assumed, latest in pairs)
+        return same / len(pairs) if pairs else 1.0
+
+    def export_state(self, quantizers: object) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps: nothing."""
+        return {}
+
+    def import_state(self, quantizers: object, state: dict[str, torch.Tensor]) -> None:
+        """Nothing is taken over, of delayed scaling neither."""
+
+
+@functools.cache
+def _unused(device: torch.device) -> torch.Tensor:
+    """What Transformer Engine raises while it quantizes by a scale that is known already."""
+    return torch.zeros(1, dtype=torch.float32, device=device)
+
+
+def amax_of(x: torch.Tensor) -> torch.Tensor:
+    """float32 (1,): the largest magnitude of a tensor, without waiting for the device."""
+    if not x.is_cuda:
+        return x.detach().float().abs().amax().reshape(1)
+    amax = torch.zeros(1, dtype=torch.float32, device=x.device)
+    transformer_engine.raise_amax(x, amax)
+    return amax

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megasparse.errors import ReplicaError
-from megasparse.fp8.delayed import Fp8Scales
+from megasparse.fp8.delayed import DelayedScaling
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.controller import SparsityController
 
@@ -118,8 +118,8 @@ def _tensor_parallel(model: torch.nn.Module, controller: SparsityController, gri
 
 def _fp8(controller: SparsityController) -> Named:
     scales = controller.fp8
-    if not isinstance(scales, Fp8Scales):
-        return []  # none, or scales of the moment: no state
+    if not isinstance(scales, DelayedScaling):
+        return []  # none, or current scaling: no state
     return [("FP8 scales", scales.scale), ("FP8 history", scales.history)]
 
 

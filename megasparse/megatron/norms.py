@@ -9,7 +9,7 @@ import torch
 from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megasparse.fp8.delayed import Fp8Slot
+from megasparse.fp8.scale import Scale
 from megasparse.megatron.parallel_linear import SparseColumnParallelLinear
 from megasparse.sparsity.autograd.norm import Float8Input, norm_to_float8
 
@@ -24,7 +24,7 @@ _OTHER_USES = (
 
 
 class NormToFloat8(torch.nn.Module):
-    """A norm that quantises its output for the linear behind it, as that would.
+    """A norm that quantizes its output for the linear behind it, as that would.
 
     It stands before the norm's own class in the method resolution order: parameters, their names,
     and all else are the norm's. What it gives is no tensor, so it falls back to the norm where
@@ -35,14 +35,14 @@ class NormToFloat8(torch.nn.Module):
     eps: float
 
     def begin(self, linear: SparseColumnParallelLinear, block: torch.nn.Module) -> None:
-        """Quantise for `linear`, which alone sees what `block` (attention or MLP) is given."""
+        """Quantize for `linear`, which alone sees what `block` (attention or MLP) is given."""
         self._readers = (linear, block)  # in a tuple, so that they become no submodules
         self._centred = isinstance(self, _kinds()[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | Float8Input:
         """`(..., H)` to the same, or to the linear's input."""
-        slot = self._slot(x)
-        if slot is None:
+        scale = self._scale(x)
+        if scale is None:
             return super().forward(x)
         linear, _ = self._readers
         return norm_to_float8(
@@ -51,19 +51,20 @@ class NormToFloat8(torch.nn.Module):
             getattr(self, "bias", None),
             centred=self._centred,
             eps=self.eps,
-            slot=slot,
+            scale=scale,
             trained=linear.weight.requires_grad,
         )
 
-    def _slot(self, x: torch.Tensor) -> Fp8Slot | None:
-        slot = _delayed_slot(self._readers[0])
-        assert slot is not None
+    def _scale(self, x: torch.Tensor) -> Scale | None:
         watched = any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
             for m in (self, *self._readers)
         )
         same = x.dtype == self.weight.dtype and x.dtype.itemsize == 2
-        return slot if slot.known and same and not watched else None
+        if watched or not same:
+            return None
+        gemms, _ = self._readers[0].current_gemms()
+        return gemms.input_scale()
 
 
 def fuse_norms(model: torch.nn.Module) -> int:
@@ -90,7 +91,7 @@ def fuse_norms(model: torch.nn.Module) -> int:
 
 
 def _fits(norm: Any, linear: SparseColumnParallelLinear) -> bool:
-    """Sequence parallelism gathers the norm's output before it is quantised."""
+    """Sequence parallelism gathers the norm's output before it is quantized."""
     rms, layer = _kinds()
     kinds: tuple[type[torch.nn.Module], ...] = (*rms, *layer)
     return (
@@ -99,15 +100,15 @@ def _fits(norm: Any, linear: SparseColumnParallelLinear) -> bool:
         and not getattr(norm, "zero_centered_gamma", False)
         and isinstance(norm.weight, torch.Tensor)
         and linear.in_fp8_alone
-        and _delayed_slot(linear) is not None
+        and _scale_comes_first(linear)
         and not linear.comm.gathers
     )
 
 
-def _delayed_slot(linear: SparseColumnParallelLinear) -> Fp8Slot | None:
-    """The scaling of its input; a scale of the moment would follow from the norm's whole output."""
-    slots = None if linear.state is None else linear.state.fp8
-    return slots.x if slots is not None and isinstance(slots.x, Fp8Slot) else None
+def _scale_comes_first(linear: SparseColumnParallelLinear) -> bool:
+    """Current scales follow from the norm's whole output."""
+    assert linear.state is not None and linear.state.quantizers is not None
+    return linear.state.quantizers.x.scale_comes_first
 
 
 def _kinds() -> tuple[tuple[type[torch.nn.Module], ...], tuple[type[torch.nn.Module], ...]]:

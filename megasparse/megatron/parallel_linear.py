@@ -202,7 +202,12 @@ class _ParallelLinear(torch.nn.Module):
         """The layer is its FP8 GEMMs and nothing that wants its input in full."""
         state = self.state
         observed = state is not None and state.inputs is not None
-        return state is not None and state.fp8 is not None and not observed and self._boost is None
+        return (
+            state is not None
+            and state.quantizers is not None
+            and not observed
+            and self._boost is None
+        )
 
     def _multiply(self, x: torch.Tensor | Float8Input, comm: LinearComm) -> torch.Tensor:
         gemms, seed = self.current_gemms()

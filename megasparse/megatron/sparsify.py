@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import torch
 
 from megasparse.errors import ConfigError
-from megasparse.fp8.current import Scales
+from megasparse.fp8 import Scaling
 from megasparse.kernels.packed24 import ROW_MULTIPLE
 from megasparse.megatron.mlp import fuse_gated_mlps
 from megasparse.megatron.norms import fuse_norms
 from megasparse.megatron.parallel_linear import _ParallelLinear
 from megasparse.sparsity.controller import Clock, SparsityController
-from megasparse.sparsity.gemms.packed_fp8 import ALIGNMENT as FP8_ALIGNMENT
-from megasparse.sparsity.gemms.packed_fp8 import Fp8Slots
+from megasparse.sparsity.gemms.dense_fp8 import ALIGNMENT as FP8_ALIGNMENT
+from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.state import Reduce, SparseWeight
 from megasparse.timer import StepTimer
@@ -37,7 +37,7 @@ def sparsify(
     timer: StepTimer | None = None,
     slorb_k: int | None = None,
     slorb_train_projection: bool = True,
-    fp8: Scales | None = None,
+    fp8: Scaling | None = None,
     fp8_hybrid: bool = False,
 ) -> SparsityController:
     """Give every linear whose name matches a pattern the recipe's sparsity state.
@@ -81,7 +81,8 @@ def sparsify(
         state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce, reduce_max)
         if fp8 is not None:
             _check_fp8(name, module)
-            state.fp8, state.fp8_hybrid = Fp8Slots.of(fp8, module.shard.dim), fp8_hybrid
+            quantizers = OperandQuantizers.of(fp8, module.shard.dim)
+            state.quantizers, state.fp8_hybrid = quantizers, fp8_hybrid
         module.make_sparse(state, controller, _draw_key(name))
         if slorb_k is not None:
             module.add_boost(slorb_k, slorb_train_projection)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megasparse.fp8.current import Scales
+from megasparse.fp8 import Scaling
 from megasparse.kernels import derive_seed
 from megasparse.sparsity import schedule
 from megasparse.sparsity.probe import Probe
@@ -66,7 +66,7 @@ class SparsityController:
     monitor: bool = True
     weights: list[tuple[SparseWeight, torch.nn.Parameter]] = field(default_factory=list)
     timer: StepTimer = field(default_factory=StepTimer)
-    fp8: Scales | None = None
+    fp8: Scaling | None = None
 
     def finish_step(self) -> None:
         """After the update of a step, on all ranks: FP8 scales of the next one."""
@@ -101,7 +101,7 @@ class SparsityController:
         """
         runs = {"output": 1.0 + recomputed}
         return sum(
-            weight.numel() * sum(runs.get(gemm, 1.0) for gemm in state.halved)
+            weight.numel() * sum(runs.get(gemm, 1.0) for gemm in state.ran_sparse)
             for state, weight in self.weights
         )
 

@@ -1,41 +1,32 @@
 """The sparsity state of one weight, and its life over an optimizer step.
 
-Master weight updated -> at the first use in a step: refresh the mask if it is due (counting flips),
-project, once -> the operands serve every micro-batch, recomputation and evaluation until the next
-optimizer step. Everything that a resume needs is in `export_state`.
+Master weight updated -> before its first use in a step: refresh the mask if it is due (counting
+flips), project, once -> the operands serve every micro-batch, recomputation and evaluation until
+the next optimizer step. Everything that a resume needs is in `export_state`.
+
+The way goes down only: the state projects (`Projected`), `operands.choose` has made the GEMMs for
+the phase, and they make their operands of it. Mask, scale and operands stay where they are in
+memory, so that a captured pass finds those of every later step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
 from typing import Any
 
 import torch
 
 from megasparse.errors import CheckpointError
-from megasparse.kernels import (
-    count_flips,
-    prune24_mask,
-    s_ste_scale,
-    soft_threshold24,
-    transposable24_mask,
-    weight_pack24,
-)
+from megasparse.fp8.scale import Reduce
+from megasparse.kernels import count_flips, prune24_mask, s_ste_scale, transposable24_mask
 from megasparse.kernels.patterns import decode_patterns, encode_patterns
-from megasparse.log import warn_once
-from megasparse.sparsity import schedule
-from megasparse.sparsity.gemms import packed as packed_gemms
-from megasparse.sparsity.gemms.dense import DenseGemms, ReferenceSparseGemms
-from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms, Fp8Slots, PackedFp8Gemms
+from megasparse.sparsity import operands, schedule
+from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.gemms.protocol import LinearGemms
-from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
 from megasparse.sparsity.probe import Probe
+from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.wanda import InputSquares
-
-# Sums a tensor over the ranks that share a weight, in place or not; identity for one rank.
-Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 class SparseWeight(torch.nn.Module):
@@ -75,16 +66,19 @@ class SparseWeight(torch.nn.Module):
         self.probe = Probe()  # the controller gives one with the run's timer
         # Wanda's figures of the input channels, kept beside the mask.
         self.inputs = InputSquares() if recipe.mask_metric == "wanda" else None
-        self.fp8: Fp8Slots | None = None  # where GEMMs are in FP8
+        self.quantizers: OperandQuantizers | None = None  # where GEMMs are in FP8
         self.fp8_hybrid = False
         self._reduce = reduce
         self._reduce_max = reduce_max
-        self._operands: tuple[tuple[int, bool], LinearGemms] | None = None
+        self._gemms: dict[bool, LinearGemms] = {}  # by phase: dense, sparse
+        self._ready: tuple[int, bool] | None = None  # step and phase that the operands are of
         self._nan_flag: torch.Tensor | None = None
         self._error_flag: torch.Tensor | None = None
+        self._mask_before: torch.Tensor | None = None  # patterns, of a refresh in this step
+        self.moves = 0  # times that mask, scale or operands may have got other addresses
 
     def gemms(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
-        """The GEMMs of `step`, built at its first use.
+        """The GEMMs of `step`, with operands made at its first use.
 
         Args:
             weight: the local master weight `(N, K)`.
@@ -92,111 +86,86 @@ class SparseWeight(torch.nn.Module):
             sparse: whether `step` is in the sparse phase.
             monitor: keep masks and flips up to date in dense phases too.
         """
-        if self._operands is None or self._operands[0] != (step, sparse):
+        if self._ready != (step, sparse):
             with self.probe.timer.span("preparation"):
-                gemms = self._prepare(weight.detach(), step, sparse, monitor)
-            self._operands = ((step, sparse), gemms)
-        return self._operands[1]
+                self.begin_step(weight, step, sparse, monitor)
+                self.refill(weight, sparse)
+        return self._gemms[sparse]
 
-    @property
-    def halved(self) -> Set[str]:
-        """The GEMMs of the latest step that have run on sparse tensor cores."""
-        return frozenset() if self._operands is None else self._operands[1].halved
-
-    def invalidate(self) -> None:
-        """Forget the operands: the master weight was changed from outside (a loaded checkpoint)."""
-        self._operands = None
-
-    def _prepare(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
+    def begin_step(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> None:
+        """Refresh the mask if it is due, and see to it that `refill` has what it needs."""
+        weight = weight.detach()
         if (sparse or monitor) and schedule.refresh_due(self.recipe, step, self.last_refresh):
             self._refresh(weight, step)
         again = step == self.prepared_step
         self.preparations_of_step = self.preparations_of_step + 1 if again else 1
         self.prepared_step = step
         self.preparations += 1
-        if not sparse:
-            return DenseGemms(weight) if self.fp8 is None else DenseFp8Gemms(weight, self.fp8)
-        self._forget_old_scale()
-        return self._sparse_gemms(weight) if self.fp8 is None else self._fp8_gemms(weight, self.fp8)
-
-    def _sparse_gemms(self, weight: torch.Tensor) -> LinearGemms:
-        """The best implementation that can compute this weight's sparse phase."""
-        recipe, channels = self.recipe, self.shard.sections(0)
-        reason = packed_gemms.refusal(weight, recipe, channels)
-        if reason is None:
-            if self._error_flag is None:
-                self._error_flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
-            soft = recipe.projection == "soft_threshold"
-            packed, packed_t = weight_pack24(
+        if sparse not in self._gemms:
+            self._make_flags(weight)
+            self._gemms[sparse] = operands.choose(
                 weight,
-                None if soft else self.mask,
-                threshold_scale=self._beta(weight) if soft else None,
-                transposed="packed" if recipe.transposable else None,
-                error_flag=self._error_flag,
-                nan_flag=self._flag(weight),
+                self.recipe,
+                self.shard,
+                sparse,
+                self.quantizers,
+                self.fp8_hybrid,
+                self._reduce_max,
+                self.probe,
             )
-            assert not isinstance(packed_t, torch.Tensor)
-            return packed_gemms.PackedSparseGemms(
-                packed,
-                packed_t,
-                lambda: self.effective(weight),
-                recipe,
-                channels,
-                self._error_flag,
-                probe=self.probe,
-            )
-        if weight.is_cuda:
-            warn_once("2:4 layers are computed by dense GEMMs, without their speed: %s", reason)
-        effective = self.effective(weight)
-        if recipe.simulate_fp8:
-            return SimulatedFp8Gemms(effective, recipe.mvue, channels, self._reduce_max, self.probe)
-        return ReferenceSparseGemms(effective, recipe.mvue, channels, self.probe)
+        self._ready = (step, sparse)
 
-    def _fp8_gemms(self, weight: torch.Tensor, slots: Fp8Slots) -> LinearGemms:
-        soft = self.recipe.projection == "soft_threshold"
-        if self._error_flag is None and weight.is_cuda:
-            self._error_flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
-        return PackedFp8Gemms(
-            weight,
-            None if soft else self.mask,
-            self._beta(weight) if soft else None,
-            self.recipe,
-            self.shard.sections(0),
-            slots,
-            self.fp8_hybrid,
-            self._error_flag,
-            self._flag(weight),
-            self.probe,
-        )
+    def refill(self, weight: torch.Tensor, sparse: bool) -> None:
+        """Make the operands of the step that has begun; the part that can be captured."""
+        weight = weight.detach()
+        self._gemms[sparse].refill(weight, self.project(weight) if sparse else None)
 
-    def _beta(self, weight: torch.Tensor) -> torch.Tensor:
+    @property
+    def ready_for(self) -> tuple[int, bool] | None:
+        """Step and phase that the operands are of; None: of none."""
+        return self._ready
+
+    @property
+    def ran_sparse(self) -> frozenset[str]:
+        """The GEMMs that have run on sparse tensor cores in the phase of the latest step."""
+        if self._ready is None:
+            return frozenset()
+        return frozenset(self._gemms[self._ready[1]].ran_sparse)
+
+    def invalidate(self) -> None:
+        """Forget the operands: the master weight was changed from outside (a loaded checkpoint)."""
+        self._ready = None
+
+    def project(self, weight: torch.Tensor) -> Projected:
+        """The projection of a sparse phase's step; computes beta where it is due, with all ranks
+        of the shard."""
+        if self.recipe.projection != "soft_threshold":
+            assert self.mask is not None, f"{self.name}: projected before the first refresh"
+            return Projected(self.mask, None, self._nan_flag, self._error_flag)
         if self.scale is None:
             self.scale = s_ste_scale(weight, reduce=self._reduce)
-        return self.scale
+        elif self.recipe.s_ste_scale == "every_step":
+            self.scale.copy_(s_ste_scale(weight, reduce=self._reduce))
+        return self._projected()
+
+    def _projected(self) -> Projected:
+        """The projection that is there already."""
+        soft = self.recipe.projection == "soft_threshold"
+        mask, beta = (None, self.scale) if soft else (self.mask, None)
+        return Projected(mask, beta, self._nan_flag, self._error_flag)
 
     def effective(self, weight: torch.Tensor) -> torch.Tensor:
-        """W~ `(N, K)` of a sparse phase: `W o M`, or `beta * S(W)` (S-STE eq. of section 2.2)."""
-        if self.recipe.projection == "soft_threshold":
-            beta = self._beta(weight)
-            projected = soft_threshold24(weight, nan_flag=self._flag(weight))
-            return (projected.float() * beta).to(weight.dtype)
-        assert self.mask is not None, f"{self.name}: effective() before the first refresh"
-        return torch.where(
-            self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device)
-        )
+        """W~ `(N, K)` of a sparse phase, as the operands of the latest step have it."""
+        self._make_flags(weight)
+        known = self._projected()
+        return effective(weight, self.project(weight) if known[:2] == (None, None) else known)
 
     def effective_at(self, weight: torch.Tensor, step: int) -> torch.Tensor:
         """W~ as the GEMMs of `step` see it: the mask is refreshed before, if it is due then."""
+        self._make_flags(weight)
         if schedule.refresh_due(self.recipe, step, self.last_refresh):
             self._refresh(weight, step)
-        self._forget_old_scale()
-        return self.effective(weight)
-
-    def _forget_old_scale(self) -> None:
-        """The next `effective` computes beta, and those after it keep it: once a step, since all
-        ranks of a shard take part."""
-        if self.recipe.s_ste_scale == "every_step":
-            self.scale = None
+        return effective(weight, self.project(weight))
 
     def flags(self, device: torch.device) -> torch.Tensor:
         """float64 (2,), not 0 where since the start a NaN was found in the weight, and where an
@@ -205,23 +174,36 @@ class SparseWeight(torch.nn.Module):
         found = (self._nan_flag, self._error_flag)
         return torch.cat([none if flag is None else flag.double() for flag in found])
 
-    def _flag(self, weight: torch.Tensor) -> torch.Tensor | None:
-        if not weight.is_cuda:
-            return None  # the kernels raise at once
-        if self._nan_flag is None:
-            self._nan_flag = torch.zeros(1, dtype=torch.int32, device=weight.device)
-        return self._nan_flag
+    def _make_flags(self, weight: torch.Tensor) -> None:
+        """On a GPU kernels raise flags; on a CPU they raise at once."""
+        if weight.is_cuda and self._nan_flag is None:
+            self._nan_flag, self._error_flag = (
+                torch.zeros(1, dtype=torch.int32, device=weight.device) for _ in range(2)
+            )
 
     def _refresh(self, weight: torch.Tensor, step: int) -> None:
         search = transposable24_mask if self.recipe.transposable else prune24_mask
+        self._make_flags(weight)
         # Until inputs were seen their norms are unknown: the first mask is magnitude's.
         scores = weight if self.inputs is None else self.inputs.scale(weight)
-        mask = search(scores, nan_flag=self._flag(weight))
-        if self.mask is not None:
+        mask = search(scores, nan_flag=self._nan_flag)
+        if self.mask is None:
+            self.mask = mask
+        else:
             self.flips = count_flips(mask, self.mask)
-        self.mask = mask
+            self._mask_before = self._encoded_mask()
+            self.mask.copy_(mask)
         self.last_refresh = step
         self.refreshes += 1
+
+    def _encoded_mask(self) -> torch.Tensor:
+        """The mask as pattern indices, uint8: a byte for 16 entries, or 4."""
+        assert self.mask is not None
+        return encode_patterns(self.mask, transposable=self.recipe.transposable)
+
+    def _decoded_mask(self, patterns: torch.Tensor) -> torch.Tensor:
+        shape = (self.shard.local_shape[0], self.shard.local_shape[1])
+        return decode_patterns(patterns, shape, transposable=self.recipe.transposable)
 
     def export_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps: pattern indices (uint8), scale, counters."""
@@ -229,26 +211,41 @@ class SparseWeight(torch.nn.Module):
             "counters": torch.tensor([self.last_refresh, self.refreshes], dtype=torch.int64),
         }
         if self.mask is not None:
-            state["mask"] = encode_patterns(self.mask, transposable=self.recipe.transposable)
+            state["mask"] = self._encoded_mask()
         if self.scale is not None:
-            state["scale"] = self.scale
+            state["scale"] = self.scale.clone()
         if self.flips is not None:
             state["flips"] = self.flips
         if self.inputs is not None:
             state.update(self.inputs.export_state())
-        if self.fp8 is not None:
-            state.update(self.fp8.export_state())
+        if self.quantizers is not None:
+            state.update(self.quantizers.export_state())
         return state
 
     def snapshot(self) -> tuple[Any, ...]:
-        """What a step may change, by reference, for `restore`."""
+        """What a step may change, for `restore`; of one step at a time."""
         counts = (self.last_refresh, self.refreshes, self.prepared_step, self.preparations_of_step)
-        return (self.mask, self.scale, self.flips, counts)
+        scale = self.scale
+        if scale is not None and self.recipe.s_ste_scale == "every_step":
+            scale = scale.clone()
+        self._mask_before = None
+        return (self.mask is not None, scale, self.flips, counts)
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         """Put back what `snapshot` gave."""
-        self.mask, self.scale, self.flips, counts = snapshot
+        had_mask, scale, self.flips, counts = snapshot
         self.last_refresh, self.refreshes, self.prepared_step, self.preparations_of_step = counts
+        if not had_mask and self.mask is not None:
+            self.mask = None
+            self.moves += 1
+        elif self._mask_before is not None:
+            assert self.mask is not None
+            self.mask.copy_(self._decoded_mask(self._mask_before))
+        self._mask_before = None
+        if scale is None or self.scale is None:
+            self.scale = scale
+        elif self.scale is not scale:
+            self.scale.copy_(scale)
         if self.inputs is not None:
             self.inputs.drop()
         self.invalidate()
@@ -261,16 +258,13 @@ class SparseWeight(torch.nn.Module):
                 f"{self.name}: counters of shape {tuple(counters.shape)}, expected (2,)"
             )
         self.last_refresh, self.refreshes = (int(value) for value in counters)
-        self.mask = None
-        if "mask" in state:
-            shape = (self.shard.local_shape[0], self.shard.local_shape[1])
-            self.mask = decode_patterns(
-                state["mask"].to(device), shape, transposable=self.recipe.transposable
-            )
+        self.mask = self._decoded_mask(state["mask"].to(device)) if "mask" in state else None
         self.scale = state["scale"].to(device) if "scale" in state else None
         self.flips = state["flips"].to(device) if "flips" in state else None
         if self.inputs is not None:
             self.inputs.import_state(state, device)
-        if self.fp8 is not None:
-            self.fp8.import_state(state)
+        if self.quantizers is not None:
+            self.quantizers.import_state(state)
+        self._gemms.clear()
+        self.moves += 1
         self.invalidate()

@@ -9,8 +9,9 @@ import torch
 from megasparse.config import RunConfig
 from megasparse.distributed.faults import Faults
 from megasparse.errors import ConfigError
-from megasparse.fp8 import delayed
-from megasparse.fp8.current import CurrentScales, Scales
+from megasparse.fp8 import Scaling, transformer_engine
+from megasparse.fp8.current import CurrentScaling
+from megasparse.fp8.delayed import DelayedScaling
 from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.log import warn_once
@@ -76,7 +77,7 @@ def build_engine(
     return PlainEngine(config, grid, model, make_sparse(model), faults, tick, teaching)
 
 
-def _fp8_scales(config: RunConfig, grid: Grid) -> Scales | None:
+def _fp8_scales(config: RunConfig, grid: Grid) -> Scaling | None:
     """Scaling of the sparse layers' FP8 operands, or None when they are not in FP8.
 
     Raises:
@@ -85,15 +86,15 @@ def _fp8_scales(config: RunConfig, grid: Grid) -> Scales | None:
     settings = config.fp8
     if settings.fp8_format is None:
         return None
-    refusal = delayed.refusal(grid.device)
+    refusal = transformer_engine.refusal(grid.device)
     if refusal is not None:
         raise ConfigError(f"fp8_format {settings.fp8_format}: {refusal}")
     if grid.device.type == "cuda" and (reason := packing_disagreement(grid.device, E4M3)):
         warn_once("FP8 is not used, the sparse layers stay in bfloat16: %s", reason)
         return None
     if settings.fp8_recipe == "tensorwise":
-        return CurrentScales(grid.max_over_tp if grid.tp_size > 1 else None)
-    return delayed.Fp8Scales(
+        return CurrentScaling(grid.max_over_tp if grid.tp_size > 1 else None)
+    return DelayedScaling(
         grid.device,
         settings.fp8_amax_history_len,
         settings.fp8_amax_compute_algo,  # type: ignore[arg-type]

@@ -95,7 +95,7 @@ def _saved(rank: int, world: int, flags: list[str]) -> list[int]:
 
     from megasparse.config import load_config, resolve
     from megasparse.estimate.memory import layer_activations
-    from megasparse.fp8.delayed import Fp8Scales
+    from megasparse.fp8.delayed import DelayedScaling
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.model import build_model
     from megasparse.megatron.sparsify import sparsify
@@ -109,7 +109,7 @@ def _saved(rank: int, world: int, flags: list[str]) -> list[int]:
     tp = parallel.tensor_model_parallel_size
     gpt = build_model(config, make_grid(tp, device, 1), 128)
     if config.fp8.fp8_format:
-        scales, recipe = Fp8Scales(device), recipe_of(config)
+        scales, recipe = DelayedScaling(device), recipe_of(config)
         sparsify(gpt, recipe, config.sparsity.sparse_layers, Clock(1, 10), fp8=scales)
     own = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
     kept: dict[int, torch.Tensor] = {}

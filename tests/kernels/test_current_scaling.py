@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def test_scales_of_unusable_magnitudes(device, backend):
         found = scales_of_amax(torch.tensor([amax], device=device), backend=backend)
         assert [float(value) for value in found] == [1.0] * 4
     tiny = scales_of_amax(torch.tensor([1e-37], device=device), backend=backend)
-    assert float(tiny.scale) == FLOAT32_MAX and float(tiny.inverse) > 0
+    assert float(tiny.scale) == FLOAT32_MAX and float(tiny.scale_inv) > 0
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -57,11 +59,52 @@ def test_rescale_rounds_once(device, backend, dtype):
     z = (torch.randn(37, 131, generator=generator) * 8).to(device, dtype)
     z[0, 0], z[3, 4], z[36, 130] = float("nan"), float("-inf"), 0.0
     a, b = (torch.tensor(value, device=device) for value in (1.0 / 3, 0.737))
-    expected = (z.float() * a * b).to(dtype)
+    expected = (z.float() * (a * b)).to(dtype)
     found = z.clone()
     assert rescale_(found, a, b, backend=backend) is found
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert rescale_(found[:0], a, b, backend=backend).shape == (0, 131)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rescale_makes_up_for_another_factor(device, backend, dtype):
+    """A product with the wrong power of two, corrected, has the bits of the right one."""
+    generator = torch.Generator().manual_seed(0)
+    product = torch.randn(40, 3000, generator=generator).to(device)
+    a, b = (torch.tensor(2.0**power, device=device) for power in (-7, 3))
+    right = (product * a * b).to(dtype)
+    for applied in (2.0**-4, 2.0**-9, 1.0, 2.0**20):
+        found = (product * applied).to(dtype)
+        assert torch.equal(rescale_(found, a, b, applied=applied, backend=backend), right)
+
+
+def test_rescale_leaves_what_has_its_factor(device):
+    z = torch.full((64, 64), float("nan"), device=device)  # a pass would write it
+    a, b = torch.tensor(0.25, device=device), torch.tensor(2.0, device=device)
+    before = z.clone()
+    assert torch.equal(rescale_(z, a, b, applied=0.5).view(torch.int32), before.view(torch.int32))
+    with pytest.raises(KernelError, match="applied is 3, expected a power of two"):
+        rescale_(z, a, b, applied=3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_powers_of_two_round_down(device, backend):
+    for amax in (1.0, 3.0, 1e-5, 448.0, 7e19, 1e-37, 224.0, 223.0):
+        given = torch.tensor([amax], device=device)
+        exact = scales_of_amax(given, backend=backend)
+        found = scales_of_amax(given, power_of_two=True, backend=backend)
+        for scale, scale_inv, bound in (
+            (found.scale, found.scale_inv, exact.scale),
+            (found.draw_scale, found.draw_scale_inv, exact.draw_scale),
+        ):
+            largest = min(2.0 ** math.floor(math.log2(float(bound))), 2.0**126)
+            assert float(scale) == largest and float(scale_inv) == 1 / largest
+    for amax in (0.0, float("inf"), float("nan")):
+        given = torch.tensor([amax], device=device)
+        assert [float(v) for v in scales_of_amax(given, power_of_two=True, backend=backend)] == [
+            1.0
+        ] * 4
 
 
 def test_refusals(device):

@@ -45,7 +45,7 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
     """Two micro-batches, with refreshed masks and prepared weights in the first."""
     if "--fp8-format" in flags:
         needs_transformer_engine(device)
-    from megasparse.fp8.delayed import Fp8Scales
+    from megasparse.fp8.delayed import DelayedScaling
     from megasparse.megatron.layer import build_layer, rotary_frequencies
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.controller import Clock
@@ -56,7 +56,7 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
         load_config([*FLAGS, "--bf16", *everything, *flags, "--dense-tail-fraction", "0"]), 1
     )
     model, layer = build_layer(config, device)
-    scales = Fp8Scales(device) if config.fp8.fp8_format else None
+    scales = DelayedScaling(device) if config.fp8.fp8_format else None
     clock = Clock(1, 10)
     controller = sparsify(
         model, recipe_of(config), config.sparsity.sparse_layers, clock, fp8=scales

@@ -21,7 +21,7 @@ def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
     from megatron.core.transformer.mlp import MLP
 
     from megasparse.config import load_config, resolve
-    from megasparse.fp8.delayed import Fp8Scales
+    from megasparse.fp8.delayed import DelayedScaling
     from megasparse.megatron import mlp
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.init import initialize_weights
@@ -35,7 +35,7 @@ def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
     grid = make_grid(world, device, seed=1)
     model, layer = build_layer(config, device)
     initialize_weights(model, 3, 0.05, 1, grid.tp_rank, grid.tp_size)
-    scales = Fp8Scales(device, reduce_max=grid.max_over_tp)
+    scales = DelayedScaling(device, reduce_max=grid.max_over_tp)
     clock = Clock(seed=5, train_iters=10)
     controller = sparsify(
         model, recipe_of(config), patterns, clock, grid.sum_over_tp, fp8=scales, **options

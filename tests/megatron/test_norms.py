@@ -9,8 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megasparse.config import load_config, resolve
-from megasparse.fp8.current import CurrentScales
-from megasparse.fp8.delayed import Fp8Scales
+from megasparse.fp8.current import CurrentScaling
+from megasparse.fp8.delayed import DelayedScaling
 from megasparse.megatron import norms
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.init import initialize_weights
@@ -42,9 +42,9 @@ def _layer(world, flags, patterns=LINEARS, current=False, **options):
     initialize_weights(model, 3, 0.05, 1, grid.tp_rank, grid.tp_size)
     names = [name for name, _ in model.named_parameters()]
     if current:
-        scales = CurrentScales(grid.max_over_tp)
+        scales = CurrentScaling(grid.max_over_tp)
     else:
-        scales = Fp8Scales(device, reduce_max=grid.max_over_tp)
+        scales = DelayedScaling(device, reduce_max=grid.max_over_tp)
     clock = Clock(seed=5, train_iters=10)
     controller = sparsify(
         model, recipe_of(config), patterns, clock, grid.sum_over_tp, fp8=scales, **options

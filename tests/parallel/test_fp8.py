@@ -32,18 +32,18 @@ TP2 = ["--tensor-model-parallel-size", "2"]
 
 def fp8_run(rank: int, world: int, flags: list[str]) -> tuple[list[dict[str, Any]], list[list]]:
     """Rows of a run whose device is said to have FP8, and the scales after every step."""
-    from megasparse.fp8.delayed import Fp8Scales
+    from megasparse.fp8.delayed import DelayedScaling
 
     scales: list[list[float]] = []
-    finish = Fp8Scales.finish_step
+    finish = DelayedScaling.finish_step
 
     def recording(self):
         finish(self)
-        scales.append(list(self.on_host))
+        scales.append(list(self.assumed))
 
     with (
-        mock.patch("megasparse.fp8.delayed.refusal", return_value=None),
-        mock.patch.object(Fp8Scales, "finish_step", recording),
+        mock.patch("megasparse.fp8.transformer_engine.refusal", return_value=None),
+        mock.patch.object(DelayedScaling, "finish_step", recording),
     ):
         return traced(rank, world, flags), scales
 
@@ -60,7 +60,7 @@ def current_run(rank: int, world: int, flags: list[str]) -> tuple[list[dict[str,
         return scales_of_amax(amax, **options)
 
     with (
-        mock.patch("megasparse.fp8.delayed.refusal", return_value=None),
+        mock.patch("megasparse.fp8.transformer_engine.refusal", return_value=None),
         mock.patch.object(current, "scales_of_amax", recording),
     ):
         return traced(rank, world, flags), seen

@@ -1,17 +1,18 @@
 """The autograd function of a gated feed-forward block in FP8: two linears and SwiGLU between them.
 
-    forward    x = gather(x_local);   [gate | up], kept1 = first.output_keeping(x)
-               z, kept2 = second.output_gated([gate | up])        of silu(gate) * up
+    forward    x = gather(x_local);   [gate | up], saved1 = first.output_and_saved(x)
+               z, saved2 = second.output_of_gated([gate | up])     of silu(gate) * up
     backward   start gather(x_local)
-               g2 = second.gradient(dz);  dy = second.grad_input(g2);  dW2 = of (g2, kept2)
-               g1 = first.gradient_gated(dy, [gate | up])
+               g2 = second.prepare_grad_output(dz);  dy = second.grad_input(g2)
+               dW2 = of (g2, saved2)
+               g1 = first.prepare_gated_grad_output(dy, [gate | up])
                dx = first.grad_input(g1);  start reduce(dx)
-               wait for x;  dW1 = of (g1, kept1);  wait for dx
+               wait for x;  dW1 = of (g1, saved1);  wait for dx
 
 What two calls of `linear` with an activation between them compute, to the last bit; but neither the
 activation nor the gradient of [gate | up] is written in 16 bits: they leave the activation's
-kernels as operands of the GEMMs that follow. (Scales of the moment follow from whole tensors: with
-them both are written, and quantised after that.)
+kernels as operands of the GEMMs that follow. (Current scales follow from whole tensors: with them
+both are written, and quantized after that.)
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 
 import torch
 
+from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.autograd.linear import LinearComm, in_graph, output
 from megasparse.sparsity.autograd.norm import Float8Input
-from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms
+from megasparse.sparsity.gemms.protocol import LinearGemms
 
 
 class _GatedFeedForward(torch.autograd.Function):
@@ -32,51 +34,51 @@ class _GatedFeedForward(torch.autograd.Function):
         x_local: torch.Tensor,
         weight1: torch.Tensor,
         weight2: torch.Tensor,
-        first: DenseFp8Gemms,
-        second: DenseFp8Gemms,
+        first: LinearGemms,
+        second: LinearGemms,
         comm: LinearComm,
-        seeds: tuple[int, int],
+        seeds: tuple[SeedLike, SeedLike],
         recorded: bool,
-        operands: Float8Input | None,
+        quantized: Float8Input | None,
     ) -> torch.Tensor:
         ctx.first, ctx.second, ctx.comm, ctx.seeds = first, second, comm, seeds
         x, arrived = comm.gather(x_local)
         arrived()
         x_TK = x.reshape(-1, x.shape[-1])
-        fused_TF, kept1 = output(first, x_TK, recorded and ctx.needs_input_grad[1], operands)
-        z_TN, kept2 = second.output_gated(fused_TF, recorded and ctx.needs_input_grad[2])
+        fused_TF, saved1 = output(first, x_TK, recorded and ctx.needs_input_grad[1], quantized)
+        z_TN, saved2 = second.output_of_gated(fused_TF, recorded and ctx.needs_input_grad[2])
         if comm.gathers:
-            kept1 = ()
-        ctx.of_first = len(kept1)
-        ctx.save_for_backward(x_local if comm.gathers else None, fused_TF, *kept1, *kept2)
+            saved1 = ()
+        ctx.of_first = len(saved1)
+        ctx.save_for_backward(x_local if comm.gathers else None, fused_TF, *saved1, *saved2)
         return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (dz,) = grads
-        x_local, fused_TF, *kept = ctx.saved_tensors
-        kept1, kept2 = tuple(kept[: ctx.of_first]), tuple(kept[ctx.of_first :])
+        x_local, fused_TF, *saved = ctx.saved_tensors
+        saved1, saved2 = tuple(saved[: ctx.of_first]), tuple(saved[ctx.of_first :])
         first, second, comm, wanted = ctx.first, ctx.second, ctx.comm, ctx.needs_input_grad
         dx, dw1, dw2, dy_TF, gathered, wait = None, None, None, None, None, None
         if x_local is not None and wanted[1]:
             gathered = comm.gather(x_local)
-        gradient = second.gradient(dz.reshape(-1, dz.shape[-1]), ctx.seeds[1])
+        operands = second.prepare_grad_output(dz.reshape(-1, dz.shape[-1]), ctx.seeds[1])
         if wanted[0] or wanted[1]:
-            dy_TF = second.grad_input(gradient)
+            dy_TF = second.grad_input(operands)
         if wanted[2]:
-            dw2 = second.grad_weight(gradient, kept2)
+            dw2 = second.grad_weight(operands, saved2)
         if dy_TF is not None:
-            gradient = first.gradient_gated(dy_TF, fused_TF, ctx.seeds[0])
+            operands = first.prepare_gated_grad_output(dy_TF, fused_TF, ctx.seeds[0])
             del dy_TF
             if wanted[0]:
-                dx_TK = first.grad_input(gradient)
+                dx_TK = first.grad_input(operands)
                 dx, wait = comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
             if wanted[1]:
                 if gathered is not None:
                     x, arrived = gathered
                     arrived()
-                    kept1 = first.kept(x.reshape(-1, x.shape[-1]))
-                dw1 = first.grad_weight(gradient, kept1)
+                    saved1 = first.save_input(x.reshape(-1, x.shape[-1]))
+                dw1 = first.grad_weight(operands, saved1)
         if wait is not None:
             wait()
         return dx, dw1, dw2, None, None, None, None, None, None
@@ -85,9 +87,9 @@ class _GatedFeedForward(torch.autograd.Function):
 def gated_feed_forward(
     x: torch.Tensor | Float8Input,
     weights: tuple[torch.Tensor, torch.Tensor],
-    gemms: tuple[DenseFp8Gemms, DenseFp8Gemms],
+    gemms: tuple[LinearGemms, LinearGemms],
     comm: LinearComm,
-    seeds: tuple[int, int] = (0, 0),
+    seeds: tuple[SeedLike, SeedLike] = (0, 0),
 ) -> torch.Tensor:
     """`(silu(gate) * up) W2~^T` of `[gate | up] = x W1~^T`, with gradients.
 
@@ -102,6 +104,6 @@ def gated_feed_forward(
         `(..., N)`, this rank's part of a sum; the leading dimensions are those of the gathered x.
     """
     recorded = torch.is_grad_enabled()  # inside the function it is off
-    x, operands = in_graph(x)
-    assert operands is None or not comm.gathers, "x has no values to gather"
-    return _GatedFeedForward.apply(x, *weights, *gemms, comm, seeds, recorded, operands)
+    x, quantized = in_graph(x)
+    assert quantized is None or not comm.gathers, "x has no values to gather"
+    return _GatedFeedForward.apply(x, *weights, *gemms, comm, seeds, recorded, quantized)

@@ -1,8 +1,8 @@
 """The autograd function of a linear layer: three GEMMs, with communication around them.
 
-    forward    x = gather(x_local);            z, kept = output_keeping(x)
-    backward   start gather(x_local);  g = gradient(dz);  dx = grad_input(g);  start reduce(dx);
-               wait for x;  dw = grad_weight(g, kept);  wait for dx
+    forward    x = gather(x_local);            z, saved = output_and_saved(x)
+    backward   start gather(x_local);  g = prepare_grad_output(dz);  dx = grad_input(g);
+               start reduce(dx);  wait for x;  dw = grad_weight(g, saved);  wait for dx
 
 A low-rank branch (SLoRB) joins where the GEMMs are: `z += (x P^T) S^T` before, `dx += (dz S) P`
 after, so that it shares their communication.
@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import torch
 
+from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.autograd.norm import Float8Input
-from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms
-from megasparse.sparsity.gemms.protocol import Kept, LinearGemms
+from megasparse.sparsity.gemms.protocol import LinearGemms, SavedInput
 from megasparse.sparsity.slorb import Boost
 
 
@@ -68,29 +68,29 @@ class _Linear(torch.autograd.Function):
         gemms: LinearGemms,
         comm: LinearComm,
         boost: Boost | None,
-        seed: int,
+        seed: SeedLike,
         recorded: bool,
-        operands: Float8Input | None,
+        quantized: Float8Input | None,
     ) -> torch.Tensor:
         ctx.gemms, ctx.comm, ctx.boost, ctx.seed = gemms, comm, boost, seed
         x, arrived = comm.gather(x_local)
         arrived()
         x_TK = x.reshape(-1, x.shape[-1])
         h_TR = None
-        z_TN, kept = output(gemms, x_TK, recorded and ctx.needs_input_grad[1], operands)
+        z_TN, saved = output(gemms, x_TK, recorded and ctx.needs_input_grad[1], quantized)
         if boost is not None and s_NR is not None:
             h_TR = boost.project(x_TK, p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
         again = comm.gathers or p_RK is not None
         if comm.gathers:
-            kept = ()
-        ctx.save_for_backward(x_local if again else None, s_NR, p_RK, h_TR, *kept)
+            saved = ()
+        ctx.save_for_backward(x_local if again else None, s_NR, p_RK, h_TR, *saved)
         return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (dz,) = grads
-        x_local, s_NR, p_RK, h_TR, *kept = ctx.saved_tensors
+        x_local, s_NR, p_RK, h_TR, *saved = ctx.saved_tensors
         dz_TN = dz.reshape(-1, dz.shape[-1])
         dx, dw, ds, dp, x_TK, arrived, wait = None, None, None, None, None, None, None
         wanted = ctx.needs_input_grad
@@ -98,16 +98,16 @@ class _Linear(torch.autograd.Function):
             x, arrived = ctx.comm.gather(x_local)
             x_TK = x.reshape(-1, x.shape[-1])
         dh_TR = None if h_TR is None else ctx.boost.grad_hidden(dz_TN, s_NR)
-        gradient = ctx.gemms.gradient(dz_TN, ctx.seed)
+        operands = ctx.gemms.prepare_grad_output(dz_TN, ctx.seed)
         if wanted[0]:
-            dx_TK = ctx.gemms.grad_input(gradient)
+            dx_TK = ctx.gemms.grad_input(operands)
             if dh_TR is not None:
                 dx_TK = ctx.boost.add_grad_input_(dx_TK, dh_TR, p_RK)
             dx, wait = ctx.comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
         if wanted[1]:
             if arrived is not None:
                 arrived()
-            dw = ctx.gemms.grad_weight(gradient, tuple(kept) or ctx.gemms.kept(x_TK))
+            dw = ctx.gemms.grad_weight(operands, tuple(saved) or ctx.gemms.save_input(x_TK))
             if dh_TR is not None:
                 ds = dz_TN.t() @ h_TR
                 dp = None if p_RK is None else ctx.boost.grad_projection(dh_TR, x_TK)
@@ -117,20 +117,19 @@ class _Linear(torch.autograd.Function):
 
 
 def output(
-    gemms: LinearGemms, x_TK: torch.Tensor, keep: bool, operands: Float8Input | None
-) -> tuple[torch.Tensor, Kept]:
-    """`X W~^T`, and with `keep` what `grad_weight` wants of X; X may be quantised already."""
-    if operands is not None:
-        assert isinstance(gemms, DenseFp8Gemms)
-        return gemms.output_of(operands.rows, operands.columns, x_TK.shape[0])
-    if keep:
-        return gemms.output_keeping(x_TK)
+    gemms: LinearGemms, x_TK: torch.Tensor, save: bool, quantized: Float8Input | None
+) -> tuple[torch.Tensor, SavedInput]:
+    """`X W~^T`, and with `save` what `grad_weight` needs of X; X may be quantized already."""
+    if quantized is not None:
+        return gemms.output_of_quantized(quantized.rows, quantized.columns, x_TK.shape[0])
+    if save:
+        return gemms.output_and_saved(x_TK)
     return gemms.output(x_TK), ()
 
 
 def in_graph(x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, Float8Input | None]:
-    """The tensor that autograd knows x by, and its operands where it is quantised already."""
-    return (x.stand_in, x) if isinstance(x, Float8Input) else (x, None)
+    """The tensor that autograd knows x by, and its operands where it is quantized already."""
+    return (x.placeholder, x) if isinstance(x, Float8Input) else (x, None)
 
 
 def linear(
@@ -138,7 +137,7 @@ def linear(
     weight: torch.Tensor,
     gemms: LinearGemms,
     comm: LinearComm | None = None,
-    seed: int = 0,
+    seed: SeedLike = 0,
     boost: Boost | None = None,
     adapter: torch.Tensor | None = None,
     projection: torch.Tensor | None = None,
@@ -160,8 +159,8 @@ def linear(
     """
     recorded = torch.is_grad_enabled()  # inside the function it is off
     comm = comm or NoComm()
-    x, operands = in_graph(x)
-    assert operands is None or not (comm.gathers or boost), "x has no values to gather or project"
+    x, quantized = in_graph(x)
+    assert quantized is None or not (comm.gathers or boost), "x has no values to gather or project"
     return _Linear.apply(
-        x, weight, adapter, projection, gemms, comm, boost, seed, recorded, operands
+        x, weight, adapter, projection, gemms, comm, boost, seed, recorded, quantized
     )

@@ -14,21 +14,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megasparse.fp8.delayed import Fp8Slot, norm_backward
+from megasparse.fp8.scale import Scale
+from megasparse.fp8.transformer_engine import norm_backward
 from megasparse.kernels import norm_float8
 from megasparse.kernels.norm_float8.reference import normalise
 
 
 class Float8Input(NamedTuple):
-    """The input of a linear in FP8, quantised with the scale of the linear's slot.
+    """The input of a linear in FP8, quantized with the scale of the linear's input.
 
     Attributes:
-        stand_in: (..., H), shape, dtype and place in the graph of the input; it has no values.
+        placeholder: (..., H), shape, dtype and place in the graph of the input; it has no values.
         rows: (T', H) e4m3, T' a multiple of 128.
         columns: (H, T') e4m3, what grad_weight wants; None where it is not computed.
     """
 
-    stand_in: torch.Tensor
+    placeholder: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor | None
 
@@ -42,13 +43,13 @@ class _Norm(torch.autograd.Function):
         bias: torch.Tensor | None,
         centred: bool,
         eps: float,
-        slot: Fp8Slot,
+        scale: Scale,
         keep: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         x_TH = x.reshape(-1, x.shape[-1])
         rows, columns, mean, rstd = norm_float8(
-            x_TH, weight, bias, centred=centred, eps=eps, scale=slot.scale, transposed=keep,
-            amax=slot.amax if keep else None,
+            x_TH, weight, bias, centred=centred, eps=eps, scale=scale.scale, transposed=keep,
+            amax=scale.amax if keep else None,
         )  # fmt: skip
         ctx.eps, ctx.centred = eps, centred
         # The definition computes all again, so that its gradients are torch's.
@@ -95,7 +96,7 @@ def norm_to_float8(
     *,
     centred: bool,
     eps: float,
-    slot: Fp8Slot,
+    scale: Scale,
     trained: bool,
 ) -> Float8Input:
     """LayerNorm or RMSNorm of x as the input of a linear in FP8, with gradients.
@@ -106,8 +107,8 @@ def norm_to_float8(
             RMSNorm's does.
         centred: LayerNorm; else RMSNorm.
         eps: added to the variance.
-        slot: of the linear's input; its scale is known.
+        scale: of the linear's input (`LinearGemms.input_scale`).
         trained: the linear's weight gets a gradient, if gradients are recorded now.
     """
     keep = trained and torch.is_grad_enabled()  # inside the function it is off
-    return Float8Input(*_Norm.apply(x, weight, bias, centred, eps, slot, keep))
+    return Float8Input(*_Norm.apply(x, weight, bias, centred, eps, scale, keep))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from megasparse.errors import KernelError
 from megasparse.log import log_once, logger, speaks
 from megasparse.progress import progress
 
@@ -45,8 +46,10 @@ class Choice:
     def dense_wins(self) -> bool:
         return self.dense_ms < self.sparse_ms
 
-
-UNTUNED = Choice(algorithm=0, sparse_ms=0.0, dense_ms=0.0)
+    @classmethod
+    def untuned(cls) -> Choice:
+        """The library's first algorithm, unmeasured."""
+        return cls(algorithm=0, sparse_ms=0.0, dense_ms=0.0)
 
 
 class GemmChooser:
@@ -78,9 +81,12 @@ class GemmChooser:
         """
         if key in self._choices:
             return self._choices[key]
-        choice = UNTUNED if flops < MIN_FLOPS else self._measure(key, sparse, dense)
+        small = flops < MIN_FLOPS
+        if not small and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise KernelError(f"{key}: no GEMM was chosen before the step was captured")
+        choice = Choice.untuned() if small else self._measure(key, sparse, dense)
         self._choices[key] = choice
-        if choice is not UNTUNED:
+        if not small:
             self._write()
         return choice
 

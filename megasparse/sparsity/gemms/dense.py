@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
-
 import torch
 
 from megasparse.kernels import mvue24
-from megasparse.sparsity.gemms.protocol import Gradient, Kept, PlainOperands
+from megasparse.kernels.random import SeedLike
+from megasparse.sparsity.gemms.protocol import (
+    GradOutput,
+    PlainOperands,
+    SavedInput,
+    kept_in_place,
+)
 from megasparse.sparsity.probe import Probe
+from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import Mvue
 from megasparse.sparsity.shard import Section
 
 
 class DenseGemms(PlainOperands):
-    """All three GEMMs dense."""
+    """All three GEMMs dense.
 
-    halved: Set[str] = frozenset()
+    Args:
+        w_NK: the weight, if it is never refilled.
+    """
 
-    def __init__(self, w_NK: torch.Tensor) -> None:
+    _w_NK: torch.Tensor
+
+    def __init__(self, w_NK: torch.Tensor | None = None) -> None:
+        self.ran_sparse: set[str] = set()
+        if w_NK is not None:
+            self.refill(w_NK, None)
+
+    def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
         self._w_NK = w_NK.detach()
 
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         return x_TK @ self._w_NK.t()
 
-    def grad_input(self, gradient: Gradient) -> torch.Tensor:
-        return gradient.dz_TN @ self._w_NK
+    def grad_input(self, operands: GradOutput) -> torch.Tensor:
+        return operands.dz_TN @ self._w_NK
 
-    def grad_weight(self, gradient: Gradient, kept: Kept) -> torch.Tensor:
-        return gradient.dz_TN.t() @ kept[0]
+    def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:
+        return operands.dz_TN.t() @ saved[0]
 
 
 class ReferenceSparseGemms(DenseGemms):
     """2:4 GEMMs computed densely on pruned operands: what the hardware computes, on any device.
 
     Args:
-        effective_NK: W~, 2:4 along K (and along N for a transposable mask).
         mvue: how dZ^T is pruned along tokens.
         channels: where the local output channels lie in the whole layer, so that every
             tensor-parallel degree draws the same random numbers.
@@ -43,26 +56,28 @@ class ReferenceSparseGemms(DenseGemms):
     """
 
     def __init__(
-        self,
-        effective_NK: torch.Tensor,
-        mvue: Mvue,
-        channels: tuple[Section, ...],
-        probe: Probe | None = None,
+        self, mvue: Mvue, channels: tuple[Section, ...], probe: Probe | None = None
     ) -> None:
-        super().__init__(effective_NK)
+        super().__init__()
         self._mvue = mvue
         self._channels = channels
         self._probe = probe or Probe()
+        self._effective_NK: torch.Tensor | None = None
 
-    def grad_weight(self, gradient: Gradient, kept: Kept) -> torch.Tensor:
-        return self._drawn(gradient).t() @ kept[0]
+    def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
+        assert projected is not None
+        pruned = effective(w_NK.detach(), projected)
+        self._w_NK = self._effective_NK = kept_in_place(self._effective_NK, pruned)
 
-    def _drawn(self, gradient: Gradient) -> torch.Tensor:
+    def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:
+        return self._drawn(operands).t() @ saved[0]
+
+    def _drawn(self, operands: GradOutput) -> torch.Tensor:
         if self._mvue == "off":
-            return gradient.dz_TN
-        return self._prune_along_tokens(*gradient)
+            return operands.dz_TN
+        return self._prune_along_tokens(*operands)
 
-    def _prune_along_tokens(self, dz_TN: torch.Tensor, seed: int) -> torch.Tensor:
+    def _prune_along_tokens(self, dz_TN: torch.Tensor, seed: SeedLike) -> torch.Tensor:
         with self._probe.timer.span("preparation"):
             parts = [
                 mvue24(

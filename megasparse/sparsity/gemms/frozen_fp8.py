@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
-
 import torch
 
-from megasparse.sparsity.gemms.protocol import Gradient, Kept, PlainOperands
+from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedInput
+from megasparse.sparsity.projection import Projected
 
 
 class Fp8StoredGemms(PlainOperands):
@@ -19,24 +18,26 @@ class Fp8StoredGemms(PlainOperands):
         w_NK: the weight, which is not kept.
     """
 
-    halved: Set[str] = frozenset()
-
     def __init__(self, w_NK: torch.Tensor) -> None:
+        self.ran_sparse: set[str] = set()
         w = w_NK.detach().float()
         largest = torch.finfo(torch.float8_e4m3fn).max
-        self._scale_N = (w.abs().amax(1) / largest).clamp(min=torch.finfo(w.dtype).tiny)
-        self._codes_NK = (w / self._scale_N[:, None]).to(torch.float8_e4m3fn)
+        self._scale_inv_N = (w.abs().amax(1) / largest).clamp(min=torch.finfo(w.dtype).tiny)
+        self._codes_NK = (w / self._scale_inv_N[:, None]).to(torch.float8_e4m3fn)
 
     @property
     def bytes_here(self) -> int:
         """Memory of codes and scales."""
-        return self._codes_NK.numel() + 4 * self._scale_N.numel()
+        return self._codes_NK.numel() + 4 * self._scale_inv_N.numel()
+
+    def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
+        raise RuntimeError("a frozen weight does not change")
 
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return (x_TK @ self._codes_NK.to(x_TK.dtype).t()) * self._scale_N.to(x_TK.dtype)
+        return (x_TK @ self._codes_NK.to(x_TK.dtype).t()) * self._scale_inv_N.to(x_TK.dtype)
 
-    def grad_input(self, gradient: Gradient) -> torch.Tensor:
+    def grad_input(self, operands: GradOutput) -> torch.Tensor:
         raise RuntimeError("a frozen weight has no backward pass")
 
-    def grad_weight(self, gradient: Gradient, kept: Kept) -> torch.Tensor:
+    def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:
         raise RuntimeError("a frozen weight has no backward pass")

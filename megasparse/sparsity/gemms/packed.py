@@ -11,16 +11,18 @@ pruned weight. The weight gradient stays with MVUE, whose draws are part of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from megasparse.kernels import matmul24, mvue_pack24, spmm24
+from megasparse.kernels import matmul24, mvue_pack24, spmm24, weight_pack24
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.spmm24.agreement import packing_disagreement
-from megasparse.sparsity.gemms.choice import GemmChooser, shared_chooser
-from megasparse.sparsity.gemms.protocol import Gradient, Kept, PlainOperands
+from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
+from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedInput, in_place
 from megasparse.sparsity.probe import Probe
+from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import Section
 
@@ -47,47 +49,55 @@ def refusal(
 
 
 class PackedSparseGemms(PlainOperands):
-    """The GEMMs of one step with W~ packed.
+    """The GEMMs of a sparse phase with W~ packed.
 
     Args:
-        packed: W~ `(N, K)`, 16-bit, 2:4 along K.
-        packed_t: W~^T `(K, N)`, 2:4 along N; None if it is not.
-        effective: gives W~ when a dense GEMM needs it, so that no dense copy is kept.
-        recipe: how dZ^T is pruned along tokens.
+        recipe: transposable or not, and how dZ^T is pruned along tokens.
         channels: where the local output channels lie in the whole layer.
-        error_flag: int32 (1,), set on the device if an operand is not 2:4.
-        chooser: which GEMM computes which shape; default: the GPU's own, kept on disk.
         probe: is told what MVUE draws.
+        chooser: which GEMM computes which shape; default: the GPU's own, kept on disk.
     """
+
+    _packed: Packed24
+    _packed_t: Packed24 | None
 
     def __init__(
         self,
-        packed: Packed24,
-        packed_t: Packed24 | None,
-        effective: Callable[[], torch.Tensor],
         recipe: SparsityRecipe,
         channels: tuple[Section, ...],
-        error_flag: torch.Tensor,
-        chooser: GemmChooser | None = None,
         probe: Probe | None = None,
+        chooser: GemmChooser | None = None,
     ) -> None:
-        self.halved: Set[str] = frozenset()
-        self._probe = probe or Probe()
-        self._effective, self._recipe, self._error_flag = effective, recipe, error_flag
+        self.ran_sparse: set[str] = set()
+        self._probe, self._recipe, self._chooser = probe or Probe(), recipe, chooser
         self._channels = tuple((s.local_start, s.global_start, s.length) for s in channels)
-        self._packed, self._packed_t = packed, packed_t
-        self._chooser = chooser or shared_chooser(packed.values.device)
+        self._choices: dict[tuple[str, int], Choice] = {}
+        self._operands: tuple[Packed24, Packed24 | None] | None = None
+
+    def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
+        assert projected is not None
+        self._w_NK, self._projected = w_NK, projected
+        packed, packed_t = weight_pack24(
+            w_NK,
+            projected.mask,
+            threshold_scale=projected.beta,
+            transposed="packed" if self._recipe.transposable else None,
+            error_flag=projected.error_flag,
+            nan_flag=projected.nan_flag,
+        )
+        assert not isinstance(packed_t, torch.Tensor)
+        self._packed, self._packed_t = self._operands = in_place(self._operands, (packed, packed_t))
 
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         return self._multiply("output", self._packed, x_TK, lambda w_NK: w_NK.t())
 
-    def grad_input(self, gradient: Gradient) -> torch.Tensor:
+    def grad_input(self, operands: GradOutput) -> torch.Tensor:
         if self._packed_t is None:
-            return gradient.dz_TN @ self._effective()
-        return self._multiply("grad_input", self._packed_t, gradient.dz_TN, lambda w_NK: w_NK)
+            return operands.dz_TN @ self._effective()
+        return self._multiply("grad_input", self._packed_t, operands.dz_TN, lambda w_NK: w_NK)
 
-    def grad_weight(self, gradient: Gradient, kept: Kept) -> torch.Tensor:
-        (dz_TN, seed), (x_TK,) = gradient, kept
+    def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:
+        (dz_TN, seed), (x_TK,) = operands, saved
         if self._recipe.mvue == "off":
             return dz_TN.t() @ x_TK
         with self._probe.timer.span("preparation"):
@@ -96,20 +106,22 @@ class PackedSparseGemms(PlainOperands):
                 seed=seed,
                 channels=self._channels,
                 exact=self._recipe.mvue == "exact",
-                error_flag=self._error_flag,
+                error_flag=self._projected.error_flag,
             )
         self._probe.mvue(dz_TN, packed.values)
-        self.halved |= {"grad_weight"}
         missing = packed.shape[1] - x_TK.shape[0]  # tokens of zeros add nothing
         if missing:
             x_TK = torch.nn.functional.pad(x_TK, (0, 0, 0, missing))
         (n, t), k = packed.shape, x_TK.shape[1]
-        choice = self._chooser.choose(
-            f"grad_weight N {n}, K {k}, T {t}, {x_TK.dtype}",
+        choice = self._choice(
+            "grad_weight",
+            t,
+            lambda: f"grad_weight N {n}, K {k}, T {t}, {x_TK.dtype}",
             2 * n * k * t,
             lambda algorithm: matmul24(packed, x_TK, algorithm=algorithm),
             lambda: packed.dense() @ x_TK,
         )
+        self.ran_sparse.add("grad_weight")
         return matmul24(packed, x_TK, algorithm=choice.algorithm)
 
     def _multiply(
@@ -121,13 +133,27 @@ class PackedSparseGemms(PlainOperands):
     ) -> torch.Tensor:
         """`a (T, K) @ W^T` of the packed W, or by the dense GEMM where that is faster."""
         (n, k), tokens = packed.shape, a.shape[0]
-        choice = self._chooser.choose(
-            f"T {tokens}, N {n}, K {k}, {a.dtype}",
+        choice = self._choice(
+            name,
+            tokens,
+            lambda: f"T {tokens}, N {n}, K {k}, {a.dtype}",
             2 * n * k * tokens,
             lambda algorithm: spmm24(packed, a, algorithm=algorithm),
             lambda: a @ dense_operand(self._effective()),
         )
         if choice.dense_wins:
             return a @ dense_operand(self._effective())
-        self.halved |= {name}
+        self.ran_sparse.add(name)
         return spmm24(packed, a, algorithm=choice.algorithm)
+
+    def _effective(self) -> torch.Tensor:
+        """W~ where a dense GEMM needs it; computed anew, so that no dense copy is kept."""
+        return effective(self._w_NK, self._projected)
+
+    def _choice(self, name: str, tokens: int, key: Any, flops: int, *products: Any) -> Choice:
+        """Kept here too, as making the chooser's key takes the host's time."""
+        known = self._choices.get((name, tokens))
+        if known is None:
+            chooser = self._chooser or shared_chooser(self._w_NK.device)
+            known = self._choices[name, tokens] = chooser.choose(key(), flops, *products)
+        return known

@@ -8,79 +8,167 @@ rank. Communication is around these (`sparsity/autograd/linear.py`), never insid
     grad_weight  dw_NK = dz_TN^T @ x_TK     contraction over T
 
 Two of them share x and two share dz. What an implementation makes of either for its GEMMs (an FP8
-copy, a packed draw) it makes once: `output_keeping` gives what grad_weight wants of x beside z, and
-`gradient` what both GEMMs of the backward pass want of dz.
+copy, a packed draw) it makes once: `output_and_saved` gives what grad_weight needs of x beside z,
+and `prepare_grad_output` what both GEMMs of the backward pass need of dz.
+
+An object lives as long as its phase of the run. `refill` gives it the weight of an optimizer step;
+its buffers stay where they are, so that captured passes find them again.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Set
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from megasparse.fp8.scale import Scale
+from megasparse.kernels import swiglu_fused, swiglu_fused_backward
+from megasparse.kernels.random import SeedLike
+from megasparse.sparsity.projection import Projected
+
 # What an x becomes for grad_weight: tensors that autograd saves.
-Kept = tuple[torch.Tensor, ...]
+SavedInput = tuple[torch.Tensor, ...]
 
 
 class LinearGemms(Protocol):
-    """The GEMMs of one linear layer with the operands of one optimizer step.
+    """The GEMMs of one linear layer.
 
     Attributes:
-        halved: names of the GEMMs that have run on sparse tensor cores, with half of the products.
+        ran_sparse: names of the GEMMs that have run on sparse tensor cores, with half of the
+            products.
     """
 
-    halved: Set[str]
+    ran_sparse: set[str]
+
+    def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
+        """Make the operands of the weight for an optimizer step.
+
+        Args:
+            w_NK: the master weight.
+            projected: how it is pruned; None in a dense phase.
+        """
+        ...
+
+    def input_scale(self) -> Scale | None:
+        """The scale with which a kernel that computes x may quantize it to e4m3, for
+        `output_of_quantized`; None: x is wanted in full."""
+        ...
 
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         """`X W~^T`, `(T, N)` in the dtype of x."""
         ...
 
-    def output_keeping(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, Kept]:
-        """The same, and what `grad_weight` wants of x."""
+    def output_and_saved(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, SavedInput]:
+        """The same, and what `grad_weight` needs of x."""
         ...
 
-    def kept(self, x_TK: torch.Tensor) -> Kept:
-        """What `grad_weight` wants of x, without the product."""
-        ...
-
-    def gradient(self, dz_TN: torch.Tensor, seed: int) -> Any:
-        """What `grad_input` and `grad_weight` want of dZ.
+    def output_of_quantized(
+        self, row: torch.Tensor, x_KT: torch.Tensor | None, tokens: int
+    ) -> tuple[torch.Tensor, SavedInput]:
+        """`output` (with `x_KT` `output_and_saved`) of an x quantized by `input_scale`.
 
         Args:
-            seed: of the layer's draws in this micro-batch.
+            row: (T', K) e4m3, whole tiles of tokens.
+            x_KT: (K, T') e4m3, or None.
+            tokens: T.
         """
         ...
 
-    def grad_input(self, gradient: Any) -> torch.Tensor:
+    def output_of_gated(
+        self, fused_TF: torch.Tensor, save: bool
+    ) -> tuple[torch.Tensor, SavedInput]:
+        """`output` (with `save` `output_and_saved`) of swiglu([gate | up]).
+
+        Args:
+            fused_TF: (T, 2 K), 16 bits.
+        """
+        ...
+
+    def save_input(self, x_TK: torch.Tensor) -> SavedInput:
+        """What `grad_weight` needs of x, without the product."""
+        ...
+
+    def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> Any:
+        """What `grad_input` and `grad_weight` need of dZ.
+
+        Args:
+            seed: of the layer's draws in this micro-batch; an int, or int64 on the device.
+        """
+        ...
+
+    def prepare_gated_grad_output(
+        self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: SeedLike
+    ) -> Any:
+        """`prepare_grad_output` of the gradient of [gate | up], this layer's output, from that of
+        its swiglu, `dy_TF`."""
+        ...
+
+    def grad_input(self, operands: Any) -> torch.Tensor:
         """`dZ W~`, `(T, K)` in the dtype of dz."""
         ...
 
-    def grad_weight(self, gradient: Any, kept: Kept) -> torch.Tensor:
+    def grad_weight(self, operands: Any, saved: SavedInput) -> torch.Tensor:
         """`dZ^T X` or `MVUE(dZ^T) X`, `(N, K)`: straight through to the dense master weight."""
         ...
 
 
-class Gradient(NamedTuple):
+class GradOutput(NamedTuple):
     """dZ as it came, with the seed of what is drawn from it."""
 
     dz_TN: torch.Tensor
-    seed: int
+    seed: SeedLike
 
 
 class PlainOperands(ABC):
-    """For GEMMs that take x and dz as they are."""
+    """For GEMMs that take x and dz as they are, in full."""
+
+    def input_scale(self) -> Scale | None:
+        return None
 
     @abstractmethod
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         """`X W~^T`, `(T, N)` in the dtype of x."""
 
-    def output_keeping(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, Kept]:
+    def output_and_saved(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, SavedInput]:
         return self.output(x_TK), (x_TK,)
 
-    def kept(self, x_TK: torch.Tensor) -> Kept:
+    def output_of_quantized(
+        self, row: torch.Tensor, x_KT: torch.Tensor | None, tokens: int
+    ) -> tuple[torch.Tensor, SavedInput]:
+        raise TypeError(f"{type(self).__name__} takes inputs in full: input_scale() is None")
+
+    def output_of_gated(
+        self, fused_TF: torch.Tensor, save: bool
+    ) -> tuple[torch.Tensor, SavedInput]:
+        y_TK = swiglu_fused(fused_TF)
+        return self.output_and_saved(y_TK) if save else (self.output(y_TK), ())
+
+    def save_input(self, x_TK: torch.Tensor) -> SavedInput:
         return (x_TK,)
 
-    def gradient(self, dz_TN: torch.Tensor, seed: int) -> Gradient:
-        return Gradient(dz_TN, seed)
+    def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> GradOutput:
+        return GradOutput(dz_TN, seed)
+
+    def prepare_gated_grad_output(
+        self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: SeedLike
+    ) -> GradOutput:
+        return self.prepare_grad_output(swiglu_fused_backward(dy_TF, fused_TF), seed)
+
+
+def kept_in_place(buffer: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    """`value` in the buffer of the steps before, whose address stays; the first is the buffer."""
+    return value if buffer is None else buffer.copy_(value)
+
+
+def in_place(buffers: Any, fresh: Any) -> Any:
+    """TEMPORARY until weight_pack24 takes out=."""
+    if buffers is None:
+        return fresh
+    for old, new in zip(buffers, fresh):
+        if isinstance(new, torch.Tensor):
+            old.copy_(new)
+        elif new is not None:
+            old.buffer.copy_(new.buffer)
+            old.scale.copy_(new.scale)
+    return buffers

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
-from megasparse.sparsity.gemms.protocol import Gradient, Kept
+from megasparse.sparsity.gemms.protocol import GradOutput, SavedInput
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import Mvue
 from megasparse.sparsity.shard import Section
@@ -32,24 +32,23 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
 
     def __init__(
         self,
-        effective_NK: torch.Tensor,
         mvue: Mvue,
         channels: tuple[Section, ...],
         reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
         probe: Probe | None = None,
     ) -> None:
-        super().__init__(effective_NK, mvue, channels, probe)
+        super().__init__(mvue, channels, probe)
         self._reduce_max = reduce_max
 
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         return self._e4m3(x_TK, "x") @ self._e4m3(self._w_NK, "weight").t()
 
-    def grad_input(self, gradient: Gradient) -> torch.Tensor:
-        return self._e5m2(gradient.dz_TN, "grad_output") @ self._e5m2(self._w_NK)
+    def grad_input(self, operands: GradOutput) -> torch.Tensor:
+        return self._e5m2(operands.dz_TN, "grad_output") @ self._e5m2(self._w_NK)
 
-    def grad_weight(self, gradient: Gradient, kept: Kept) -> torch.Tensor:
-        drawn = self._e5m2(self._drawn(gradient), "grad_output_mvue")
-        return drawn.t() @ self._e5m2(kept[0])
+    def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:
+        drawn = self._e5m2(self._drawn(operands), "grad_output_mvue")
+        return drawn.t() @ self._e5m2(saved[0])
 
     def _e4m3(self, tensor: torch.Tensor, operand: str | None = None) -> torch.Tensor:
         return self._round(tensor, torch.float8_e4m3fn, operand)

@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megasparse.fp8.delayed import Fp8Scales
+from megasparse.fp8.delayed import DelayedScaling
 from megasparse.kernels import prune24_mask, s_ste_scale, swiglu_fused, transposable24_mask
 from megasparse.sparsity.autograd.feed_forward import gated_feed_forward
 from megasparse.sparsity.autograd.linear import NoComm, linear
-from megasparse.sparsity.gemms import packed_fp8
+from megasparse.sparsity.gemms import dense_fp8, packed_fp8
 from megasparse.sparsity.gemms.choice import GemmChooser
-from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms, Fp8Slots, PackedFp8Gemms
+from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
+from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
+from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import Section
+from tests.sparsity.gemms import made
 from tests.transformer_engine import needs_transformer_engine
 
 K, F, N = 128, 128, 128
@@ -52,8 +55,8 @@ class Block:
             (torch.randn(s, generator=generator) / 8).to(device).bfloat16().requires_grad_()
             for s in shapes
         ]
-        self.scales = Fp8Scales(device, history_length=2)
-        self.slots = [Fp8Slots.of(self.scales) for _ in shapes]
+        self.scales = DelayedScaling(device, history_length=2)
+        self.slots = [OperandQuantizers.of(self.scales) for _ in shapes]
         self.scales.allocate()
         self.recipe, self.fused, self.comm = recipe, fused, comm or NoComm()
         self.hybrid, self.device = hybrid, device
@@ -65,16 +68,16 @@ class Block:
     def _gemms(self, number):
         w, slots = self.weights[number].detach(), self.slots[number]
         if self.recipe is None:
-            return DenseFp8Gemms(w, slots)
+            return made.dense_fp8(w, slots)
         recipe, mask, beta = make_recipe(self.recipe), None, None
         if recipe.projection == "soft_threshold":
             beta = s_ste_scale(w)
         else:
             mask = (transposable24_mask if recipe.transposable else prune24_mask)(w)
         chooser = GemmChooser(None) if w.is_cuda else None
-        return PackedFp8Gemms(
-            w, mask, beta, recipe, SECTIONS[number], slots, self.hybrid, chooser=chooser
-        )
+        gemms = PackedFp8Gemms(recipe, SECTIONS[number], slots, self.hybrid, chooser=chooser)
+        gemms.refill(w, Projected(mask, beta))
+        return gemms
 
     def __call__(self, x, seeds=(5, 6)):
         if self.fused:
@@ -115,10 +118,10 @@ def test_the_same_bits_in_every_step(device, monkeypatch, recipe, hybrid, gather
     comm = Waiting() if gathers else NoComm()
     ours, theirs = (Block(recipe, device, fused, comm, hybrid) for fused in (True, False))
     calls = []
-    for name in ("swiglu_float8", "swiglu_grad_pack24"):
-        kernel = getattr(packed_fp8, name)
+    for module, name in ((dense_fp8, "swiglu_float8"), (packed_fp8, "swiglu_grad_pack24")):
+        kernel = getattr(module, name)
         monkeypatch.setattr(
-            packed_fp8, name, lambda *a, n=name, k=kernel, **o: (calls.append(n), k(*a, **o))[1]
+            module, name, lambda *a, n=name, k=kernel, **o: (calls.append(n), k(*a, **o))[1]
         )
     for number in range(3):
         results = [block.step(number) for block in (ours, theirs)]

@@ -7,9 +7,10 @@ import torch
 
 from megasparse.kernels import is_24, mvue24, prune24_mask
 from megasparse.sparsity.autograd.linear import linear
-from megasparse.sparsity.gemms.dense import DenseGemms, ReferenceSparseGemms
-from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms, round_to_fp8
+from megasparse.sparsity.gemms.dense import DenseGemms
+from megasparse.sparsity.gemms.simulated_fp8 import round_to_fp8
 from megasparse.sparsity.shard import Section
+from tests.sparsity.gemms.made import reference_sparse, simulated_fp8
 
 
 def _operands(t=12, k=8, n=16):
@@ -35,7 +36,7 @@ def test_dense_equals_torch_linear():
 def test_sparse_uses_the_pruned_weight_forward_and_backward_and_passes_gradients_through():
     x, w, dz = _operands()
     pruned = torch.where(prune24_mask(w.detach()), w.detach(), torch.zeros(()))
-    gemms = ReferenceSparseGemms(pruned, "off", (Section(0, 0, 16),))
+    gemms = reference_sparse(pruned, "off", (Section(0, 0, 16),))
     z = linear(x, w, gemms)
     z.backward(dz)
     torch.testing.assert_close(z, x.detach() @ pruned.t())
@@ -47,7 +48,7 @@ def test_sparse_uses_the_pruned_weight_forward_and_backward_and_passes_gradients
 def test_weight_gradient_uses_mvue_of_the_output_gradient_along_tokens():
     x, w, dz = _operands()
     channels = (Section(0, 0, 8), Section(8, 40, 8))  # as a shard of fused gate and up would be
-    gemms = ReferenceSparseGemms(w.detach(), "exact", channels)
+    gemms = reference_sparse(w.detach(), "exact", channels)
     linear(x, w, gemms, seed=5).backward(dz)
     flat = dz.reshape(12, 16)
     pruned = torch.cat(
@@ -68,8 +69,8 @@ def test_column_shards_draw_the_numbers_of_the_whole():
     flat = dz.reshape(12, 16)
 
     def grad_weight(sections, dz):
-        gemms = ReferenceSparseGemms(w, "exact", sections)
-        return gemms.grad_weight(gemms.gradient(dz, 3), (torch.eye(12),))
+        gemms = reference_sparse(w, "exact", sections)
+        return gemms.grad_weight(gemms.prepare_grad_output(dz, 3), (torch.eye(12),))
 
     whole = grad_weight((Section(0, 0, 16),), flat)
     parts = [
@@ -111,16 +112,20 @@ def test_fp8_rounding_is_to_the_nearest_under_one_scale(dtype, most, step):
 def test_simulated_fp8_takes_the_papers_formats():
     x, w, dz = (a.detach() for a in _operands())
     pruned = torch.where(prune24_mask(w), w, torch.zeros(()))
-    gemms = SimulatedFp8Gemms(pruned, "exact", (Section(0, 0, 16),))
+    gemms = simulated_fp8(pruned, "exact", (Section(0, 0, 16),))
     x2, dz2 = x.reshape(12, 8), dz.reshape(12, 16)
     e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
     w4, w5 = round_to_fp8(pruned, e4), round_to_fp8(pruned, e5)
     assert is_24(w4) and is_24(w5)
     torch.testing.assert_close(gemms.output(x2), round_to_fp8(x2, e4) @ w4.t())
-    torch.testing.assert_close(gemms.grad_input(gemms.gradient(dz2, 3)), round_to_fp8(dz2, e5) @ w5)
+    torch.testing.assert_close(
+        gemms.grad_input(gemms.prepare_grad_output(dz2, 3)), round_to_fp8(dz2, e5) @ w5
+    )
     kept = mvue24(dz2, seed=3, dim=0)  # amplified entries: the scale is taken after MVUE
     expected = round_to_fp8(kept, e5).t() @ round_to_fp8(x2, e5)
-    torch.testing.assert_close(gemms.grad_weight(gemms.gradient(dz2, 3), (x2,)), expected)
+    torch.testing.assert_close(
+        gemms.grad_weight(gemms.prepare_grad_output(dz2, 3), (x2,)), expected
+    )
 
 
 def test_communication_travels_beside_the_gemms_and_is_awaited():

@@ -7,15 +7,18 @@ import torch
 from torch.nn.functional import layer_norm, rms_norm
 from torch.utils.checkpoint import checkpoint
 
-from megasparse.fp8.delayed import Fp8Scales
+from megasparse.fp8.delayed import DelayedScaling
 from megasparse.kernels import transposable24_mask
 from megasparse.sparsity.autograd import norm
 from megasparse.sparsity.autograd.linear import NoComm, linear
 from megasparse.sparsity.autograd.norm import norm_to_float8
 from megasparse.sparsity.gemms.choice import GemmChooser
-from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms, Fp8Slots, PackedFp8Gemms
+from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
+from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
+from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import Section
+from tests.sparsity.gemms.made import dense_fp8
 from tests.transformer_engine import needs_transformer_engine
 
 H, N, EPS = 128, 256, 1e-5
@@ -34,8 +37,8 @@ class Pair:
         )
         if not centred:
             self.norm_bias = None
-        self.scales = Fp8Scales(device, history_length=2)
-        self.slots = Fp8Slots.of(self.scales)
+        self.scales = DelayedScaling(device, history_length=2)
+        self.slots = OperandQuantizers.of(self.scales)
         self.scales.allocate()
         self.prepare()
 
@@ -46,20 +49,25 @@ class Pair:
     def prepare(self):
         w = self.weight.detach()
         if not self.packed:
-            self.gemms = DenseFp8Gemms(w, self.slots)
+            self.gemms = dense_fp8(w, self.slots)
             return
         recipe, chooser = make_recipe("fst"), GemmChooser(None) if w.is_cuda else None
-        self.gemms = PackedFp8Gemms(
-            w, transposable24_mask(w), None, recipe, (Section(0, 0, N),), self.slots,
-            chooser=chooser,
-        )  # fmt: skip
+        channels = (Section(0, 0, N),)
+        self.gemms = PackedFp8Gemms(recipe, channels, self.slots, chooser=chooser)
+        self.gemms.refill(w, Projected(transposable24_mask(w)))
 
     def __call__(self, x):
-        if self.fused and self.slots.x.known:
+        scale = self.slots.x.known_scale()
+        if self.fused and scale is not None:
             y = norm_to_float8(
-                x, self.norm_weight, self.norm_bias, centred=self.centred, eps=EPS,
-                slot=self.slots.x, trained=self.weight.requires_grad,
-            )  # fmt: skip
+                x,
+                self.norm_weight,
+                self.norm_bias,
+                centred=self.centred,
+                eps=EPS,
+                scale=scale,
+                trained=self.weight.requires_grad,
+            )
         elif self.centred:
             y = layer_norm(x, (H,), self.norm_weight, self.norm_bias, EPS)
         else:
@@ -107,7 +115,7 @@ def test_the_same_results_in_every_step(device, monkeypatch, centred, packed):
 
 
 def test_the_first_gradient_is_that_of_float64(device):
-    """The stand-in carries the gradient: with a weight that FP8 holds exactly, to FP8's error."""
+    """The placeholder carries the gradient, to FP8's error."""
     needs_transformer_engine(device)
     pair = Pair(device, True, True, packed=False)
     pair.step(0)
@@ -179,8 +187,7 @@ def test_there_is_nothing_to_gather(device):
     pair = Pair(device, True)
     pair.step(0)
     x = torch.zeros(7, H, device=device).bfloat16()
-    y = norm_to_float8(
-        x, pair.norm_weight, None, centred=False, eps=EPS, slot=pair.slots.x, trained=True
-    )
+    scale = pair.slots.x.known_scale()
+    y = norm_to_float8(x, pair.norm_weight, None, centred=False, eps=EPS, scale=scale, trained=True)
     with pytest.raises(AssertionError, match="no values to gather"):
         linear(y, pair.weight, pair.gemms, Gathering())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megasparse.kernels import pack24, prune24_mask, transposable24_mask
+from megasparse.kernels import prune24_mask, transposable24_mask
 from megasparse.sparsity.gemms.choice import GemmChooser
-from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
 from megasparse.sparsity.gemms.packed import PackedSparseGemms, refusal
+from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import Section, WeightShard
 from megasparse.sparsity.state import SparseWeight
+from tests.sparsity.gemms.made import reference_sparse
 
 
 def test_refusals_name_the_reason():
@@ -45,11 +46,9 @@ def test_equal_to_the_reference(device, transposable, mvue, tokens):
     channels = (Section(0, 0, 128), Section(128, 512, 128))
     flag = torch.zeros(1, dtype=torch.int32, device=device)
     recipe = make_recipe("fst" if transposable else "ste", mvue=mvue)
-    operands = pack24(effective), pack24(effective.t().contiguous()) if transposable else None
-    packed = PackedSparseGemms(
-        *operands, lambda: effective, recipe, channels, flag, GemmChooser(None)
-    )
-    reference = ReferenceSparseGemms(effective.double(), mvue, channels)
+    packed = PackedSparseGemms(recipe, channels, chooser=GemmChooser(None))
+    packed.refill(w, Projected(mask, error_flag=flag))
+    reference = reference_sparse(effective.double(), mvue, channels)
     x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16)
     dz = torch.randn(tokens, n, device=device, dtype=torch.bfloat16)
 
@@ -59,12 +58,15 @@ def test_equal_to_the_reference(device, transposable, mvue, tokens):
 
     close(packed.output(x), reference.output(x.double()))
     close(
-        packed.grad_input(packed.gradient(dz, 7)),
-        reference.grad_input(reference.gradient(dz.double(), 7)),
+        packed.grad_input(packed.prepare_grad_output(dz, 7)),
+        reference.grad_input(reference.prepare_grad_output(dz.double(), 7)),
     )
     # The draws depend on bfloat16 gradients, so the reference prunes those before it widens them.
     pruned = reference._prune_along_tokens(dz, 7) if mvue != "off" else dz
-    close(packed.grad_weight(packed.gradient(dz, 7), (x,)), pruned.double().t() @ x.double())
+    close(
+        packed.grad_weight(packed.prepare_grad_output(dz, 7), (x,)),
+        pruned.double().t() @ x.double(),
+    )
     assert int(flag) == 0
 
 
@@ -106,9 +108,8 @@ def test_large_shapes_are_tuned_once_and_remembered(device, tmp_path):
     channels = (Section(0, 0, 1024),)
     for _ in range(2):
         chooser = GemmChooser(path)
-        gemms = PackedSparseGemms(
-            pack24(w), None, lambda: w, make_recipe("fst"), channels, flag, chooser
-        )
+        gemms = PackedSparseGemms(make_recipe("ste"), channels, chooser=chooser)
+        gemms.refill(w, Projected(w != 0, error_flag=flag))
         z = gemms.output(x)
         assert float((z.double() - x.double() @ w.double().t()).norm() / z.double().norm()) < 4e-3
         (key,) = GemmChooser(path)._choices

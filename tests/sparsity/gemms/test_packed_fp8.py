@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megasparse.fp8 import delayed
-from megasparse.fp8.delayed import Fp8Scales, update_by_definition
+from megasparse.fp8 import transformer_engine as door
+from megasparse.fp8.delayed import DelayedScaling, update_by_definition
 from megasparse.kernels import (
     mvue24,
     prune24_mask,
@@ -18,8 +18,10 @@ from megasparse.kernels.float8 import quantise
 from megasparse.kernels.packed24 import E4M3
 from megasparse.sparsity.autograd.linear import linear
 from megasparse.sparsity.gemms.choice import GemmChooser
-from megasparse.sparsity.gemms.packed_fp8 import DenseFp8Gemms, Fp8Slots, PackedFp8Gemms
+from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
+from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
 from megasparse.sparsity.probe import Probe
+from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import Section
 from tests import transformer_engine
@@ -31,8 +33,8 @@ FP8_ERROR = 0.045
 
 
 def scaling(device, **settings):
-    scales = Fp8Scales(device, **settings)
-    slots = Fp8Slots.of(scales)
+    scales = DelayedScaling(device, **settings)
+    slots = OperandQuantizers.of(scales)
     scales.allocate()
     return scales, slots
 
@@ -63,8 +65,15 @@ def gemms_of(name, w, slots, **more):
     channels = (Section(0, 0, w.shape[0]),)
     # No search here: any algorithm of the library computes the same.
     chooser = GemmChooser(None) if w.is_cuda else None
-    gemms = PackedFp8Gemms(w, mask, beta, recipe, channels, slots, chooser=chooser, **more)
+    gemms = PackedFp8Gemms(recipe, channels, slots, chooser=chooser, **more)
+    gemms.refill(w, Projected(mask, beta))
     return gemms, effective, recipe
+
+
+def dense_gemms(w, slots):
+    gemms = DenseFp8Gemms(slots)
+    gemms.refill(w.detach(), None)
+    return gemms
 
 
 @pytest.mark.parametrize("tokens", [7, 128, 150])
@@ -85,14 +94,14 @@ def test_three_gemms_of_a_layer(device, name, hybrid, tokens):
     drawn = dz.double() if recipe.mvue == "off" else mvue24(dz.float(), seed=5, dim=0).double()
     assert error(w.grad, drawn.t() @ x.detach().double()) < FP8_ERROR
     sparse = set(recipe.sparse_gemms)
-    assert gemms.halved == sparse or x.is_cuda  # there a dense one may be faster
+    assert gemms.ran_sparse == sparse or x.is_cuda  # there a dense one may be faster
 
 
 def test_dense_gemms_of_a_dense_phase(device):
     needs_transformer_engine(device)
     x, w, dz = operands(device)
     _, slots = scaling(device)
-    linear(x, w, DenseFp8Gemms(w, slots)).backward(dz)
+    linear(x, w, dense_gemms(w, slots)).backward(dz)
     assert error(x.grad, dz.double() @ w.detach().double()) < FP8_ERROR
     assert error(w.grad, dz.double().t() @ x.detach().double()) < FP8_ERROR
 
@@ -119,14 +128,16 @@ def test_scales_follow_the_largest_magnitude_of_the_history(device):
     needs_transformer_engine(device)
     scales, slots = scaling(device, history_length=3)
     x = torch.ones(4, 4, device=device)
-    slots.x.begin(x)
-    assert scales.on_host[slots.x.index] == 448.0 and float(slots.x.scale) == 448.0
+    slots.x.scale_for(x)
+    assert scales.assumed[slots.x.index] == 1 / 256 and float(slots.x.scale) == 256.0
     seen = []
     for size in (2.0, 8.0, 4.0, 1.0, 1.0, 0.0, float("nan"), 1.0):
         slots.x.amax.fill_(size)
         scales.finish_step()
-        seen.append(448.0 / scales.on_host[slots.x.index])
-        assert float(slots.x.inverse) == pytest.approx(seen[-1] / 448.0)
+        # 448 / amax, rounded down to a power of two.
+        seen.append(256.0 * scales.assumed[slots.x.index])
+        assert float(slots.x.scale_inv) == scales.assumed[slots.x.index]
+        assert float(slots.x.scale) == 1 / scales.assumed[slots.x.index]
     # The newest and the two before it; a step of zeros or with a NaN says nothing.
     assert seen == [2.0, 8.0, 8.0, 8.0, 4.0, 4.0, 4.0, 1.0]
     assert not scales.history[0].any()
@@ -144,7 +155,7 @@ def test_transformer_engine_updates_by_the_definition(device, algorithm, length)
     for _ in range(20):
         newest = torch.rand(7, generator=generator, device=device).pow(9)
         newest[3] = 0.0
-        delayed._update(newest.clone(), history, scale, algorithm, 1)
+        door.update_delayed(newest.clone(), history, scale, algorithm, 1)
         update_by_definition(newest, *ours, algorithm, 1)
         torch.testing.assert_close(scale, ours[1], rtol=1e-6, atol=0)
         torch.testing.assert_close(history, ours[0], rtol=0, atol=0)
@@ -155,12 +166,12 @@ def test_transformer_engine_quantises_by_the_definition(device):
     needs_transformer_engine(device)
     x, *_ = operands(device, 256)
     _, slots = scaling(device)
-    slots.x.begin(x.detach() / 2)  # the largest saturate
-    rows, columns = slots.x.quantise(x.detach(), columns=True)
+    slots.x.scale_for(x.detach() / 2)  # the largest saturate
+    rows, columns, _ = slots.x.quantized(x.detach(), columns=True)
     expected = quantise(x.detach(), slots.x.scale, E4M3)
     assert torch.equal(rows.view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(columns.view(torch.uint8), expected.view(torch.uint8).t())
-    only_columns = slots.x.quantise(x.detach(), rows=False, columns=True)
+    only_columns = slots.x.quantized(x.detach(), rows=False, columns=True)
     assert only_columns[0] is None and torch.equal(
         only_columns[1].view(torch.uint8), columns.view(torch.uint8)
     )
@@ -170,7 +181,7 @@ def test_state_goes_through_a_checkpoint(device):
     needs_transformer_engine(device)
     scales, slots = scaling(device, history_length=4)
     for number, slot in enumerate(slots[:3]):  # the draw's is not used
-        slot.begin(torch.full((2, 2), 2.0**number, device=device))
+        slot.scale_for(torch.full((2, 2), 2.0**number, device=device))
     for size in (1.0, 7.0, 3.0):
         for slot in slots[:3]:
             slot.amax.fill_(size)
@@ -179,9 +190,9 @@ def test_state_goes_through_a_checkpoint(device):
     for length in (4, 2, 9):  # also into another length of the history
         other, theirs = scaling(device, history_length=length)
         other.import_state(theirs, state)
-        assert other.on_host == scales.on_host
-        assert other.known == scales.known == [True, True, True, False]
-        assert torch.equal(other.inverse, scales.inverse)
+        assert other.assumed == scales.assumed
+        assert other.initialized == scales.initialized == [True, True, True, False]
+        assert torch.equal(other.scale_inv, scales.scale_inv)
         shared = min(length, 4) - 1
         assert torch.equal(other.history[-shared:], scales.history[-shared:])
     other.import_state(theirs, {})  # a checkpoint of a run without FP8
@@ -214,7 +225,7 @@ def test_the_probe_is_told(device, recipe, hybrid):
 
 
 def test_fp8_says_why_it_cannot_run():
-    assert "expected a GPU" in delayed.refusal(torch.device("cpu"))
+    assert "expected a GPU" in door.refusal(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -230,9 +241,7 @@ def test_transformer_engine_is_skipped_only_where_it_may_be_missing(
     monkeypatch, installed, required, capability, outcome
 ):
     monkeypatch.setenv("MEGASPARSE_REQUIRE_TRANSFORMER_ENGINE", required)
-    monkeypatch.setattr(
-        delayed, "refusal", lambda device: "Transformer Engine cannot be imported (x)"
-    )
+    monkeypatch.setattr(door, "refusal", lambda device: "Transformer Engine cannot be imported (x)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(
         transformer_engine, "find_spec", lambda name: object() if installed else None

@@ -1,0 +1,169 @@
+"""All three GEMMs dense in e4m3: layers of a dense phase, and what packed FP8 GEMMs share.
+
+Each tensor is read once: x gives its row-major and its transposed copy, and so do the weight and
+dZ. Results are bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from megasparse.fp8.scale import Quantizer, Scale
+from megasparse.kernels import swiglu_float8, swiglu_fused, swiglu_fused_backward
+from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.random import SeedLike
+from megasparse.sparsity.gemms.fp8_products import scaled_mm
+from megasparse.sparsity.gemms.protocol import SavedInput, kept_in_place
+from megasparse.sparsity.projection import Projected
+
+ALIGNMENT = 128  # rows and columns of a packed 8-bit operand, and tokens
+
+
+class OperandQuantizers(NamedTuple):
+    """The quantizers of one layer's operands."""
+
+    x: Quantizer
+    weight: Quantizer
+    gradient: Quantizer
+    draw: Quantizer
+
+    @classmethod
+    def of(cls, scaling: Any, split: int | None = None) -> OperandQuantizers:
+        """Four new ones of a DelayedScaling or CurrentScaling.
+
+        Args:
+            split: the dimension of the weight (N, K) that tensor parallelism splits: 0 splits dZ
+                too, 1 splits x.
+        """
+        sharded = (split == 1, split is not None, split == 0, split == 0)
+        return cls(*(scaling.quantizer(part) for part in sharded))
+
+    def export_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of them."""
+        return self.x.scaling.export_state(tuple(self))
+
+    def import_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `export_state` gave."""
+        self.x.scaling.import_state(tuple(self), state)
+
+
+class Fp8GradOutput(NamedTuple):
+    """dZ as both GEMMs of the backward pass read it.
+
+    Attributes:
+        row: (T', N) 8 bit, T' a multiple of 128.
+        along_tokens: dZ^T (N, T'), packed or dense.
+        tokens: T.
+        row_scale, along_scale: of the two.
+    """
+
+    row: torch.Tensor
+    along_tokens: Packed24 | torch.Tensor
+    tokens: int
+    row_scale: Scale
+    along_scale: Scale
+
+
+class DenseFp8Gemms:
+    """The GEMMs of a dense phase.
+
+    Args:
+        quantizers: of the layer.
+    """
+
+    _weight: Scale
+    _w_NK: torch.Tensor | None = None
+    _w_KN: torch.Tensor | None = None
+
+    def __init__(self, quantizers: OperandQuantizers) -> None:
+        self.ran_sparse: set[str] = set()
+        self._quantizers = quantizers
+
+    def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
+        row, column, scale = self._quantizers.weight.quantized(w_NK.detach(), columns=True)
+        assert row is not None and column is not None
+        self._w_NK = kept_in_place(self._w_NK, row)
+        self._w_KN = kept_in_place(self._w_KN, column)
+        self._weight = self._scale_in_place(scale)
+
+    def _scale_in_place(self, scale: Scale) -> Scale:
+        """The weight's scale at an address that stays: current scaling makes new tensors."""
+        before = getattr(self, "_weight", None)
+        if before is None or before.scale is scale.scale:
+            return scale
+        return scale._replace(
+            scale=before.scale.copy_(scale.scale), scale_inv=before.scale_inv.copy_(scale.scale_inv)
+        )
+
+    def input_scale(self) -> Scale | None:
+        return self._quantizers.x.known_scale()
+
+    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return self._output(x_TK, save=False)[0]
+
+    def output_and_saved(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, SavedInput]:
+        return self._output(x_TK, save=True)
+
+    def output_of_quantized(
+        self, row: torch.Tensor, x_KT: torch.Tensor | None, tokens: int
+    ) -> tuple[torch.Tensor, SavedInput]:
+        x = self._quantizers.x.known_scale()
+        assert x is not None
+        return self._multiply_output(row, x)[:tokens], self._saved(x_KT, x)
+
+    def output_of_gated(
+        self, fused_TF: torch.Tensor, save: bool
+    ) -> tuple[torch.Tensor, SavedInput]:
+        x = self._quantizers.x.known_scale()
+        if x is None:  # it follows from the whole activation
+            return self._output(swiglu_fused(fused_TF), save)
+        row, x_KT = swiglu_float8(
+            fused_TF, scale=x.scale, transposed=save, amax=x.amax if save else None
+        )
+        return self.output_of_quantized(row, x_KT, fused_TF.shape[0])
+
+    def save_input(self, x_TK: torch.Tensor) -> SavedInput:
+        _, x_KT, x = self._quantizers.x.quantized(whole_tiles(x_TK), rows=False, columns=True)
+        return self._saved(x_KT, x)
+
+    def _output(self, x_TK: torch.Tensor, save: bool) -> tuple[torch.Tensor, SavedInput]:
+        tiles_TK = whole_tiles(x_TK)
+        row, x_KT, x = self._quantizers.x.quantized(tiles_TK, columns=save, record=save)
+        assert row is not None
+        return self._multiply_output(row, x)[: x_TK.shape[0]], self._saved(x_KT, x)
+
+    def _saved(self, x_KT: torch.Tensor | None, x: Scale) -> SavedInput:
+        return () if x_KT is None else (x_KT, *self._quantizers.x.saved_with(x))
+
+    def _multiply_output(self, row: torch.Tensor, x: Scale) -> torch.Tensor:
+        assert self._w_NK is not None
+        return scaled_mm(row, self._w_NK, x, self._weight)
+
+    def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> Fp8GradOutput:
+        row, dz_NT, dz = self._quantizers.gradient.quantized(whole_tiles(dz_TN), columns=True)
+        assert row is not None and dz_NT is not None
+        return Fp8GradOutput(row, dz_NT, dz_TN.shape[0], dz, dz)
+
+    def prepare_gated_grad_output(
+        self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: SeedLike
+    ) -> Fp8GradOutput:
+        return self.prepare_grad_output(swiglu_fused_backward(dy_TF, fused_TF), seed)
+
+    def grad_input(self, operands: Fp8GradOutput) -> torch.Tensor:
+        assert self._w_KN is not None
+        product = scaled_mm(operands.row, self._w_KN, operands.row_scale, self._weight)
+        return product[: operands.tokens]
+
+    def grad_weight(self, operands: Fp8GradOutput, saved: SavedInput) -> torch.Tensor:
+        assert isinstance(operands.along_tokens, torch.Tensor)
+        x = self._quantizers.x.scale_of_saved(saved[1:])
+        return scaled_mm(operands.along_tokens, saved[0], operands.along_scale, x)
+
+
+def whole_tiles(x_TK: torch.Tensor) -> torch.Tensor:
+    """Tokens of zeros up to a multiple of 128: they add nothing."""
+    missing = -x_TK.shape[0] % ALIGNMENT
+    return pad(x_TK, (0, 0, 0, missing)) if missing else x_TK

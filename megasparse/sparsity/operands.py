@@ -1,0 +1,59 @@
+"""Which implementation computes the GEMMs of a weight in a phase: the one place that chooses."""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.log import warn_once
+from megasparse.sparsity.gemms import packed
+from megasparse.sparsity.gemms.dense import DenseGemms, ReferenceSparseGemms
+from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
+from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
+from megasparse.sparsity.gemms.protocol import LinearGemms
+from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
+from megasparse.sparsity.probe import Probe
+from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.sparsity.shard import Section, WeightShard
+
+
+def choose(
+    weight: torch.Tensor,
+    recipe: SparsityRecipe,
+    shard: WeightShard,
+    sparse: bool,
+    quantizers: OperandQuantizers | None,
+    hybrid: bool,
+    reduce_max: object,
+    probe: Probe,
+) -> LinearGemms:
+    """The best implementation that can compute a weight's GEMMs, without operands yet.
+
+    Args:
+        weight: the local master weight `(N, K)`.
+        recipe: what is done to it.
+        shard: where it lies in the whole.
+        sparse: whether it is for the sparse phase.
+        quantizers: where GEMMs are in FP8.
+        hybrid: output gradients in e5m2 where their GEMM is dense.
+        reduce_max: largest over the tensor-parallel group, for simulated FP8.
+        probe: of the weight.
+    """
+    if not sparse:
+        return DenseGemms() if quantizers is None else DenseFp8Gemms(quantizers)
+    channels = shard.sections(0)
+    if quantizers is not None:
+        return PackedFp8Gemms(recipe, channels, quantizers, hybrid, probe)
+    reason = packed.refusal(weight, recipe, channels)
+    if reason is None:
+        return packed.PackedSparseGemms(recipe, channels, probe)
+    if weight.is_cuda:
+        warn_once("2:4 layers are computed by dense GEMMs, without their speed: %s", reason)
+    return _by_dense_gemms(recipe, channels, reduce_max, probe)
+
+
+def _by_dense_gemms(
+    recipe: SparsityRecipe, channels: tuple[Section, ...], reduce_max: object, probe: Probe
+) -> LinearGemms:
+    if recipe.simulate_fp8:
+        return SimulatedFp8Gemms(recipe.mvue, channels, reduce_max, probe)  # type: ignore[arg-type]
+    return ReferenceSparseGemms(recipe.mvue, channels, probe)

@@ -1,0 +1,35 @@
+"""What a step's projection of a weight came to: the one value that operands are made from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from megasparse.kernels import soft_threshold24
+
+
+class Projected(NamedTuple):
+    """How the effective weight W~ follows from the master weight W in one step.
+
+    Attributes:
+        mask: bool (N, K), what is kept: W~ = W o M.
+        beta: 0-d float32, where there is no mask: W~ = beta * S(W), S-STE's soft threshold.
+        nan_flag: int32 (1,), raised on the device when W holds a NaN; None: the kernels raise.
+        error_flag: int32 (1,), raised on the device when an operand to be packed is not 2:4.
+    """
+
+    mask: torch.Tensor | None
+    beta: torch.Tensor | None = None
+    nan_flag: torch.Tensor | None = None
+    error_flag: torch.Tensor | None = None
+
+
+def effective(w_NK: torch.Tensor, projected: Projected) -> torch.Tensor:
+    """W~ (N, K) in the dtype of W: `W o M`, or `beta * S(W)` (S-STE, section 2.2)."""
+    if projected.mask is None:
+        assert projected.beta is not None
+        threshold = soft_threshold24(w_NK, nan_flag=projected.nan_flag)
+        return (threshold.float() * projected.beta).to(w_NK.dtype)
+    zero = torch.zeros((), dtype=w_NK.dtype, device=w_NK.device)
+    return torch.where(projected.mask, w_NK, zero)

@@ -22,8 +22,9 @@ from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.timer import StepTimer
 from megasparse.train.distillation import Distillation
 from megasparse.train.engine.base import Engine
-from megasparse.train.engine.pipeline import PipelineEngine
-from megasparse.train.engine.plain import PlainEngine
+from megasparse.train.engine.layout import Layout
+from megasparse.train.engine.pipeline import PipelineLayout
+from megasparse.train.engine.plain import PlainLayout
 from megasparse.train.engine.stage import Pipeline
 
 
@@ -67,13 +68,18 @@ def build_engine(
     teaching = None
     if config.distillation.kd_loss_weight:
         teaching = Distillation(config, grid, padded_vocab_size, vocab_size)
+    layout: Layout
     if grid.pp_size > 1:
         pipeline = Pipeline(config, grid, padded_vocab_size, clock, teaching)
         hide_padding(pipeline, grid, vocab_size)
-        return PipelineEngine(config, grid, pipeline, make_sparse(pipeline.view), faults, tick)
-    model = build_model(config, grid, padded_vocab_size)
-    hide_padding(model, grid, vocab_size)
-    return PlainEngine(config, grid, model, make_sparse(model), faults, tick, teaching)
+        controller = make_sparse(pipeline.view)
+        layout = PipelineLayout(config, grid, pipeline, controller, faults, tick)
+    else:
+        model = build_model(config, grid, padded_vocab_size)
+        hide_padding(model, grid, vocab_size)
+        controller = make_sparse(model)
+        layout = PlainLayout(config, grid, model, controller, faults, tick, teaching)
+    return Engine(config, grid, layout, controller)
 
 
 def _fp8_scales(config: RunConfig, grid: Grid) -> Scales | None:

@@ -37,7 +37,7 @@ def all_figures(
         Figures by layer of the whole model in order, the sums of `more`, and the largest.
     """
     controller, grid = engine.controller, engine.grid
-    measured = measure(controller.weights, controller.sparse_now, grid.device, engine.whole)
+    measured = measure(controller.weights, controller.sparse_now, grid.device, engine.layout.whole)
     count = len(measured.names)
     if grid.dp_size > 1:
         dist.all_reduce(measured.step_sums, group=grid.dp_group)

@@ -132,18 +132,18 @@ def start(engine: Engine, sources: Sources, rows: int) -> None:
     source = sources.initial() if sources.fresh else None
     if source is not None:
         leave = boost_names(engine.model)
-        put_weights(engine.model, source, rows, grid, engine.fragments, leave, engine.whole)
+        put_weights(engine.model, source, rows, grid, engine.fragments, leave, engine.layout.whole)
         logger.info("starting from the weights of %s", source.where)
     if sources.fresh:
         for parameter, value in initial_boosts(engine.model):
             set_parameter(parameter, value, engine.fragments)
         for state, _ in engine.controller.weights:
             state.invalidate()
-    if engine.distillation is not None:
+    if engine.layout.distillation is not None:
         teacher = sources.teacher()
-        put_weights(engine.distillation.teacher.view, teacher, rows, grid)
-        engine.distillation.teacher.freeze()
-        engine.distillation.describe(teacher.where)
+        put_weights(engine.layout.distillation.teacher.view, teacher, rows, grid)
+        engine.layout.distillation.teacher.freeze()
+        engine.layout.distillation.describe(teacher.where)
 
 
 def put_weights(
@@ -162,7 +162,7 @@ def put_weights(
         rows: of the padded vocabulary.
         fragments: where they lie in the optimizer's tensors, if there is one.
         leave: names that the source does not have.
-        whole: makes a context in which parameters can be written (`Engine.whole`).
+        whole: makes a context in which parameters can be written (`Layout.whole`).
 
     Raises:
         CheckpointError: another shape than the model's.

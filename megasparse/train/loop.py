@@ -171,7 +171,7 @@ class Trainer:
         begin = time.monotonic()
         result = self._train_step(stream)
         seconds = time.monotonic() - begin
-        if (teaching := self.engine.distillation) is not None:
+        if (teaching := self.engine.layout.distillation) is not None:
             parts = teaching.take_parts()  # of a step that was left out they say nothing
             known |= dict.fromkeys(parts) if result.loss is None else parts
         row = self.recorder.end(result, seconds, first_sample, known)
@@ -211,9 +211,9 @@ class Trainer:
         None when the run is to stop: an evaluation may be long, the time to save is short.
         """
         stream = batches(self.data.streams["valid"], self.config, self.grid, 0)
-        iterations = self.config.logging.eval_iters * self.engine.accumulation_steps
+        iterations = self.config.logging.eval_iters * self.engine.layout.accumulation_steps
         stop = self.context.stop
-        return self.engine.evaluate(
+        return self.engine.layout.evaluate(
             stream,
             iterations,
             lambda: any(self.context.control.agree([max(stop.reason(None), 0)])),
@@ -258,7 +258,7 @@ class Trainer:
         if not logging.sample_tokens or tokenizer is None:
             return None
         return sample_text(
-            self.engine.logits,
+            self.engine.layout.logits,
             tokenizer,
             logging.sample_prompt,
             logging.sample_tokens,

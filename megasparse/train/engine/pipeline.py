@@ -1,4 +1,4 @@
-"""The engine with a pipeline: DeepSpeed's PipelineModule and its 1F1B schedule.
+"""The layout with a pipeline: DeepSpeed's PipelineModule and its 1F1B schedule.
 
 The parts come from `megatron/pipeline.py`; here they become DeepSpeed's layer specs.
 """
@@ -6,7 +6,7 @@ The parts come from `megatron/pipeline.py`; here they become DeepSpeed's layer s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from megasparse.megatron.grid import Grid
 from megasparse.megatron.pipeline import gather_logits
 from megasparse.progress import progress
 from megasparse.sparsity.controller import SparsityController
-from megasparse.train.engine.base import Batch, Engine
 from megasparse.train.engine.deepspeed import deepspeed, schedule
+from megasparse.train.engine.layout import Layout
 from megasparse.train.engine.stage import Pipeline, quiet
-from megasparse.train.engine.step_guard import StepGuard, samples_of
+from megasparse.train.engine.step_guard import Batch, MicroBatch, samples_of
 
 # Of DeepSpeed's instructions; what sends, receives and reduces is communication by itself.
 PHASES = {
@@ -34,10 +34,16 @@ PHASES = {
 }
 
 
-class PipelineEngine(Engine):
+class PipelineLayout(Layout):
     """Micro-batches through the stages, one forward one backward.
 
-    Args: see `Engine`; `pipeline` instead of the model.
+    Args:
+        config: resolved.
+        grid: this rank's place.
+        pipeline: this rank's stage, sparsified; not the model, which is the stage's view.
+        controller: the stage's sparsity.
+        faults: to be injected; none by default.
+        tick: called with what begins now, before every forward and backward pass.
     """
 
     def __init__(
@@ -49,20 +55,21 @@ class PipelineEngine(Engine):
         faults: Faults | None = None,
         tick: Callable[[str], None] = lambda _: None,
     ) -> None:
+        super().__init__(
+            config, grid, pipeline.view, controller, faults, tick, pipeline.distillation
+        )
         self._pipeline = pipeline
-        self.distillation = pipeline.distillation
         self._forwards = self._backwards = 0
         # Of a bad step that is computed again: what is found, and its micro-batches.
         self._findings: list[str] | None = None
         self._again: list[Batch] = []
-        super().__init__(config, grid, pipeline.view, controller, faults, tick)
         pipeline.on_forward, pipeline.on_loss = self._count_forward, self._on_loss
 
-    def _start_deepspeed(self) -> Any:
+    def start(self, optimizer: torch.optim.Optimizer) -> Any:
         with quiet():
             engine, *_ = deepspeed.initialize(
                 model=self._pipeline,
-                optimizer=self.optimizer,
+                optimizer=optimizer,
                 config=deepspeed_config(self.config, self.grid.world),
                 dist_init_required=False,
             )
@@ -77,6 +84,7 @@ class PipelineEngine(Engine):
             kind: self._instruction(hooks.get(kind), PHASES.get(kind, "other"), run)
             for kind, run in engine._INSTRUCTION_MAP.items()
         }
+        self._engine = engine
         return engine
 
     def _instruction(
@@ -87,13 +95,10 @@ class PipelineEngine(Engine):
         def instruction(engine: Any, **options: Any) -> Any:
             if hook is not None:
                 hook()
-            with self.timer.span(phase):
+            with self.controller.timer.span(phase):
                 return run(engine, **options)
 
         return instruction
-
-    def _make_guard(self) -> StepGuard:
-        return _PipelineGuard(self, self._engine.module, self._faults)
 
     def _count_forward(self) -> None:
         """Forwards of a stage are in order of the micro-batches, whatever is between them."""
@@ -133,7 +138,7 @@ class PipelineEngine(Engine):
             self._findings.append(f"the loss is {float(loss.detach())} on {where}")
         return loss
 
-    def _compute_and_update(self, batches: Iterator[Batch]) -> float:
+    def compute_and_update(self, batches: Iterator[Batch]) -> float:
         def kept() -> Iterator[Batch]:
             for number, batch in enumerate(batches):
                 yield self.guard.keep(batch, number * self.grid.dp_size + self.grid.dp_rank)
@@ -146,19 +151,14 @@ class PipelineEngine(Engine):
         self._release()
         return loss
 
-    def compute_again(self, batches: list[Batch]) -> list[str]:
-        """The step once more, by all ranks and without an update; what is wrong on this rank.
-
-        Args:
-            batches: of the step; none on stages between the first and the last.
-        """
-        self._findings, self._again = [], batches
+    def compute_again(self, kept: Sequence[MicroBatch]) -> list[str]:
+        self._findings, self._again = [], [one.batch for one in kept]
         handles = [
             parameter.register_hook(functools.partial(self._on_gradient_again, name))
             for name, parameter in self.model.named_parameters()
         ]
         try:
-            self._train_batch(iter(batches))
+            self._train_batch(iter(self._again))
             return list(dict.fromkeys(self._findings))
         finally:
             self._findings, self._again = None, []
@@ -231,18 +231,6 @@ class PipelineEngine(Engine):
                 value = torch.empty(shape, dtype=dtype, device=grid.device)
             dist.broadcast(value, src=source, group=grid.pp_group)
         return value
-
-
-class _PipelineGuard(StepGuard):
-    """Computes a bad step again through the whole pipeline, instead of batch by batch."""
-
-    def __init__(self, engine: PipelineEngine, loss: torch.nn.Module, faults: Faults) -> None:
-        super().__init__(engine.grid, engine.model, loss, engine.controller, faults)
-        self._compute_again = engine.compute_again
-
-    def _again(self) -> list[str]:
-        self._put_back()
-        return self._compute_again([kept.batch for kept in self._kept])
 
 
 def _pairs(batches: Iterator[Batch]) -> Iterator[tuple[Any, Any]]:

@@ -8,6 +8,7 @@ rank, tensor, micro-batch and samples; what is not was transient (bad hardware, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from megasparse.distributed.faults import Faults
 from megasparse.errors import NumericsError
 from megasparse.megatron.grid import Grid, rng_state, set_rng_state
 from megasparse.sparsity.controller import SparsityController
+
+Batch = dict[str, torch.Tensor]
 
 
 class NonFiniteStep(NumericsError):
@@ -33,10 +36,10 @@ class NonFiniteStep(NumericsError):
 
 
 @dataclass
-class _Kept:
+class MicroBatch:
     """A micro-batch of the current step, and its number over all data-parallel ranks."""
 
-    batch: dict[str, torch.Tensor]
+    batch: Batch
     number: int
 
 
@@ -45,8 +48,7 @@ class StepGuard:
 
     Args:
         grid: this rank's place.
-        model: its parameters get the gradients.
-        loss: the module that gives the loss of a micro-batch.
+        model: its parameters get the gradients that `faults` may poison.
         controller: its states are put back with the step.
         faults: poison to be injected.
     """
@@ -55,13 +57,11 @@ class StepGuard:
         self,
         grid: Grid,
         model: torch.nn.Module,
-        loss: torch.nn.Module,
         controller: SparsityController,
         faults: Faults,
     ) -> None:
-        self._grid, self._model, self._loss = grid, model, loss
-        self._controller, self._faults = controller, faults
-        self._kept: list[_Kept] = []
+        self._grid, self._controller, self._faults = grid, controller, faults
+        self._kept: list[MicroBatch] = []
         self._rng: dict[str, torch.Tensor] = {}
         self._sparsity: list[Any] = []
         self.loss_is_finite = True
@@ -79,9 +79,9 @@ class StepGuard:
         # Tensors are replaced by a refresh, never written into: references are enough.
         self._sparsity = [state.snapshot() for state, _ in self._controller.weights]
 
-    def keep(self, batch: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
+    def keep(self, batch: Batch, number: int) -> Batch:
         """Remember a micro-batch."""
-        self._kept.append(_Kept(batch, number))
+        self._kept.append(MicroBatch(batch, number))
         return batch
 
     def poisoned(self, loss: torch.Tensor) -> torch.Tensor:
@@ -95,8 +95,16 @@ class StepGuard:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         self.loss_is_finite = not bool(bad.item())
 
-    def end(self, lr: float, norm: float) -> None:
+    def end(
+        self, lr: float, norm: float, compute_again: Callable[[list[MicroBatch]], list[str]]
+    ) -> None:
         """Accept the step, or put everything back and say why; the same on all ranks.
+
+        Args:
+            lr: learning rate of the step.
+            norm: of its gradient.
+            compute_again: computes the step once more, from the state before it; gives what is
+                wrong on this rank.
 
         Raises:
             NonFiniteStep: names rank, tensor, micro-batch and samples.
@@ -105,7 +113,8 @@ class StepGuard:
             return
         step = self._controller.clock.step + 1
         what = f"gradient norm {norm}" if self.loss_is_finite else "a loss that is not finite"
-        findings = self._again()
+        self._put_back()
+        findings = compute_again(self._kept)
         self._put_back()
         if self._grid.world > 1:
             everyone: list[Any] = [None] * self._grid.world
@@ -117,26 +126,6 @@ class StepGuard:
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         raise NonFiniteStep(f"step {step}: {what}; {cause}{more}; no update was made", lr)
 
-    def _again(self) -> list[str]:
-        """Compute the micro-batches once more; what is wrong on this rank."""
-        self._put_back()
-        findings: list[str] = []
-        named = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
-        for local, kept in enumerate(self._kept):
-            self._controller.clock.micro_batch = kept.number
-            loss = self.poisoned(self._loss(kept.batch))
-            gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-            where = f"rank {self._grid.rank}, micro-batch {local}, {samples_of(kept.batch)}"
-            if not bool(torch.isfinite(loss)):
-                findings.append(f"the loss is {float(loss.detach())} on {where}")
-            bad = [
-                f"the gradient of {name} is not finite on {where}"
-                for (name, _), g in zip(named, gradients, strict=True)
-                if g is not None and not bool(torch.isfinite(g.float().square().sum()))
-            ]
-            findings += bad
-        return findings
-
     def _put_back(self) -> None:
         set_rng_state(self._grid, self._rng)
         for (state, _), saved in zip(self._controller.weights, self._sparsity, strict=True):
@@ -147,7 +136,7 @@ class StepGuard:
         return value if factor is None else value * factor
 
 
-def samples_of(batch: dict[str, torch.Tensor]) -> str:
+def samples_of(batch: Batch) -> str:
     """The samples of a micro-batch as source:sample."""
     if "sample_id" not in batch:
         return "samples unknown"

@@ -35,6 +35,19 @@ ANSWER_TIME = datetime.timedelta(seconds=30)
 LINGER_SECONDS = 3.0  # rank 0 keeps the store for the others to read why it failed
 STARTING = 20.0  # allowance of phases that compile, build or write
 
+# What begins at a point of the run: its words in messages, and the time that it may take, as a
+# multiple of the hang timeout (0: any).
+PHASES = {
+    "first_step": ("the first step", STARTING),
+    "micro_batch": ("step {next}, micro-batch {micro_batch}", 1.0),
+    "backward": ("step {next}, backward of micro-batch {micro_batch}", 1.0),
+    "evaluate": ("evaluation, micro-batch {micro_batch}", 1.0),
+    "evaluated": ("after an evaluation", STARTING),
+    "save": ("save of step {step}", STARTING),
+    "saved": ("after a save", STARTING),
+    "report": ("final report", 0.0),
+}
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -94,15 +107,19 @@ class Watchdog:
             self._threads.append(threading.Thread(target=target, name=name, daemon=True))
             self._threads[-1].start()
 
-    def tick(self, phase: str, allowance: float = 1.0) -> None:
-        """The training thread has come this far; the next tick is due in the hang timeout.
+    def passed(self, point: str, step: int, micro_batch: int = 0) -> None:
+        """The training thread has come to a point; a listener of `Events`.
 
-        Args:
-            phase: what begins now, for the message.
-            allowance: times the limit; 0: no limit.
+        Points with an entry in `PHASES`, and those of a save, begin a new phase.
         """
+        phase, allowance = PHASES.get(point, (None, 0.0))
+        if point.startswith("save:"):
+            phase, allowance = point, STARTING
+        if phase is None:
+            return
         self._ticks += 1
-        self._phase, self._allowance = phase, allowance
+        self._phase = phase.format(step=step, next=step + 1, micro_batch=micro_batch)
+        self._allowance = allowance
         self._ticked = time.monotonic()
 
     def fail(self, message: str, exit_code: int) -> None:

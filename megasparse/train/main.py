@@ -12,6 +12,7 @@ from megasparse import log
 from megasparse.config import RunConfig, to_dict
 from megasparse.distributed import faults, watchdog
 from megasparse.distributed.control_plane import Control, as_user_error, make_control, one_line
+from megasparse.distributed.events import Events
 from megasparse.distributed.rendezvous import attempt
 from megasparse.distributed.signals import StopRequest
 from megasparse.distributed.watchdog import Watchdog
@@ -21,7 +22,7 @@ from megasparse.megatron.grid import make_grid
 from megasparse.preflight.check import check_hosts, require_fit
 from megasparse.preflight.settings import Prepared, check
 from megasparse.train.engine.deepspeed import fix_order_of_sums, start_process, stop_process
-from megasparse.train.loop import Context, Trainer
+from megasparse.train.loop import RunServices, Trainer
 
 
 def pretrain(config: RunConfig) -> int:
@@ -80,12 +81,12 @@ class _Run:
             parallel.distributed_timeout_minutes,
             parallel.pipeline_model_parallel_size,
         )
-        context = Context(
-            control, self._stop, faults.from_environment(int(os.environ["RANK"])), self.watch.tick
-        )
-        context.faults.at("build")
+        injected = faults.from_environment(int(os.environ["RANK"]))
+        events = Events(self.watch.passed, injected.passed)
+        services = RunServices(control, self._stop, events, injected)
+        events("build")
         with_data = build_data(config, grid, self._prepared.data)
-        code = Trainer(config, grid, with_data, context).run()
+        code = Trainer(config, grid, with_data, services).run()
         self.watch.stop()
         control.agree([0])  # nobody leaves before all have arrived: rank 0 keeps the store
         return code

@@ -165,9 +165,8 @@ def test_logits_do_not_depend_on_the_layout(dataset, style):
 
 def _sampled(rank, world, flags):
     """A whole run with its report: the sample of the model and the report's rows, on rank 0."""
-    from megasparse.checkpoint import run_directory
     from megasparse.config import load_config, resolve
-    from megasparse.train import main
+    from megasparse.train import main, report
 
     seen = []
 
@@ -175,7 +174,7 @@ def _sampled(rank, world, flags):
         seen.append((step, sample, [(t.name, t.density, t.rows_24) for t in tensors]))
         return ""
 
-    with mock.patch.object(run_directory.report, "format_report", keep):
+    with mock.patch.object(report, "format_report", keep):
         main.pretrain(resolve(load_config(flags), world))
     return seen
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from megasparse.config import RunConfig, gradient_accumulation_steps
-from megasparse.distributed.faults import Faults
+from megasparse.distributed.events import NO_LISTENERS, Events
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.controller import SparsityController
 from megasparse.train.distillation import Distillation
-from megasparse.train.engine.step_guard import Batch, MicroBatch, StepGuard
+from megasparse.train.engine.step_guard import Batch, MicroBatch, Poison, StepGuard
 
 
 class Layout(ABC):
@@ -29,8 +29,8 @@ class Layout(ABC):
         grid: this rank's place.
         model: this rank's part, sparsified; parameters have the whole model's names.
         controller: the model's sparsity.
-        faults: to be injected; none by default.
-        tick: called with what begins now, once a micro-batch.
+        events: called at every point of a step.
+        poison: of the guard; none by default.
         distillation: the teacher and its part of the loss, if there is one.
 
     Attributes:
@@ -44,15 +44,15 @@ class Layout(ABC):
         grid: Grid,
         model: torch.nn.Module,
         controller: SparsityController,
-        faults: Faults | None = None,
-        tick: Callable[[str], None] = lambda _: None,
+        events: Events = NO_LISTENERS,
+        poison: Poison | None = None,
         distillation: Distillation | None = None,
     ) -> None:
         self.config, self.grid, self.model, self.controller = config, grid, model, controller
         self.distillation = distillation
         self.accumulation_steps = gradient_accumulation_steps(config, grid.world)
-        self._faults, self._tick = faults or Faults([], grid.rank), tick
-        self.guard = StepGuard(grid, model, controller, self._faults)
+        self.guard = StepGuard(grid, model, controller, poison)
+        self._events = events
         self._engine: Any = None
 
     @abstractmethod
@@ -98,6 +98,10 @@ class Layout(ABC):
             write: what the first data-parallel rank writes into them stays.
         """
         return contextlib.nullcontext()
+
+    def _passed(self, point: str, micro_batch: int = 0) -> None:
+        """This rank has come to a point of the current step or evaluation."""
+        self._events(point, self.controller.clock.step, micro_batch)
 
     def _set_micro_batch(self, number: int) -> None:
         """Set the layers' clock to this rank's `number`-th micro-batch of the global batch."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megasparse.config import RunConfig
 from megasparse.config.deepspeed import deepspeed_config
-from megasparse.distributed.faults import Faults
+from megasparse.distributed.events import NO_LISTENERS, Events
 from megasparse.log import speaks
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.pipeline import gather_logits
@@ -23,7 +23,7 @@ from megasparse.sparsity.controller import SparsityController
 from megasparse.train.engine.deepspeed import deepspeed, schedule
 from megasparse.train.engine.layout import Layout
 from megasparse.train.engine.stage import Pipeline, quiet
-from megasparse.train.engine.step_guard import Batch, MicroBatch, samples_of
+from megasparse.train.engine.step_guard import Batch, MicroBatch, Poison, samples_of
 
 # Of DeepSpeed's instructions; what sends, receives and reduces is communication by itself.
 PHASES = {
@@ -42,8 +42,8 @@ class PipelineLayout(Layout):
         grid: this rank's place.
         pipeline: this rank's stage, sparsified; not the model, which is the stage's view.
         controller: the stage's sparsity.
-        faults: to be injected; none by default.
-        tick: called with what begins now, before every forward and backward pass.
+        events: called at every point of a step.
+        poison: of the guard; none by default.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class PipelineLayout(Layout):
         grid: Grid,
         pipeline: Pipeline,
         controller: SparsityController,
-        faults: Faults | None = None,
-        tick: Callable[[str], None] = lambda _: None,
+        events: Events = NO_LISTENERS,
+        poison: Poison | None = None,
     ) -> None:
         super().__init__(
-            config, grid, pipeline.view, controller, faults, tick, pipeline.distillation
+            config, grid, pipeline.view, controller, events, poison, pipeline.distillation
         )
         self._pipeline = pipeline
         self._forwards = self._backwards = 0
@@ -107,19 +107,18 @@ class PipelineLayout(Layout):
 
     def _before_load(self) -> None:
         if self._pipeline.training:
-            self._faults.at("data")
+            self._passed("data")
 
     def _before_forward(self) -> None:
-        training = self._pipeline.training
-        phase = f"step {self.controller.clock.step + 1}" if training else "evaluation"
-        self._tick(f"{phase}, micro-batch {self._forwards}")
-        self._faults.at("forward" if training else "evaluate")
+        if self._pipeline.training:
+            self._passed("micro_batch", self._forwards)
+            self._passed("forward", self._forwards)
+        else:
+            self._passed("evaluate", self._forwards)
 
     def _before_backward(self) -> None:
-        step = self.controller.clock.step + 1
-        self._tick(f"step {step}, backward of micro-batch {self._backwards}")
+        self._passed("backward", self._backwards)
         self._backwards += 1
-        self._faults.at("backward")
 
     def _before_optimizer(self) -> None:
         """Once a step on every rank, when all gradients are there."""
@@ -129,7 +128,7 @@ class PipelineLayout(Layout):
         )
         if self._findings is not None:
             self.guard.loss_is_finite = False  # a step computed again updates nothing
-        self._faults.at("optimizer")
+        self._passed("optimizer")
 
     def _on_loss(self, loss: torch.Tensor) -> torch.Tensor:
         loss = self.guard.poisoned(loss)
@@ -188,7 +187,6 @@ class PipelineLayout(Layout):
         interrupted: Callable[[], bool] = lambda: False,
     ) -> float | None:
         # As many at a time as in a step: DeepSpeed's schedule cannot be left in the middle.
-        self._faults.step = self.controller.clock.step
         pairs, total, done = _pairs(batches), 0.0, 0
         self._forwards = 0
         self._forget_shapes()

@@ -77,20 +77,20 @@ class PlainLayout(Layout):
         self._engine.train()
         total = torch.zeros((), device=self.grid.device)
         for number in range(self.accumulation_steps):
-            self._tick(f"step {self.controller.clock.step + 1}, micro-batch {number}")
+            self._passed("micro_batch", number)
             self._set_micro_batch(number)
-            self._faults.at("data")
+            self._passed("data", number)
             batch = self.guard.keep(next(batches), self.controller.clock.micro_batch)
-            self._faults.at("forward")
+            self._passed("forward", number)
             with self.controller.timer.span("forward"):
                 loss = self.guard.poisoned(self._engine(batch))
             total += loss.detach()
-            self._faults.at("backward")
+            self._passed("backward", number)
             with self.controller.timer.span("backward"):
                 self._engine.backward(loss)
             if number == self.accumulation_steps - 1:
                 self.guard.check_loss(total)
-                self._faults.at("optimizer")
+                self._passed("optimizer", number)
             with self.controller.timer.span("optimizer"):
                 self._engine.step()
         return float(self.grid.mean_over_dp(total / self.accumulation_steps))
@@ -121,13 +121,11 @@ class PlainLayout(Layout):
         interrupted: Callable[[], bool] = lambda: False,
     ) -> float | None:
         self._engine.eval()
-        self._faults.step = self.controller.clock.step
         total = torch.zeros((), device=self.grid.device)
         for number in progress(
             range(iterations), desc="evaluation", unit="batch", enabled=speaks()
         ):
-            self._tick(f"evaluation, micro-batch {number}")
-            self._faults.at("evaluate")
+            self._passed("evaluate", number)
             if interrupted():
                 return None
             total += self._engine(next(batches))

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megasparse.distributed.faults import Faults
 from megasparse.errors import NumericsError
 from megasparse.megatron.grid import Grid, rng_state, set_rng_state
 from megasparse.sparsity.controller import SparsityController
@@ -43,14 +42,24 @@ class MicroBatch:
     number: int
 
 
+class Poison(Protocol):
+    """Values to be made NaN or infinite, so that tests can see what becomes of a bad step."""
+
+    def poison(self, point: str, step: int) -> float | None:
+        """What the value at a point (`loss`, `grad/PART`) is to be multiplied by, if anything."""
+
+    def poisoned_gradients(self) -> list[str]:
+        """Parts of the names of parameters whose gradient is to be poisoned at some step."""
+
+
 class StepGuard:
-    """Watches one step after the other.
+    """Checks one step after the other.
 
     Args:
         grid: this rank's place.
-        model: its parameters get the gradients that `faults` may poison.
+        model: its parameters get the gradients that `poison` names.
         controller: its states are put back with the step.
-        faults: poison to be injected.
+        poison: None: no value is poisoned.
     """
 
     def __init__(
@@ -58,14 +67,14 @@ class StepGuard:
         grid: Grid,
         model: torch.nn.Module,
         controller: SparsityController,
-        faults: Faults,
+        poison: Poison | None = None,
     ) -> None:
-        self._grid, self._controller, self._faults = grid, controller, faults
+        self._grid, self._controller, self._poison = grid, controller, poison
         self._kept: list[MicroBatch] = []
         self._rng: dict[str, torch.Tensor] = {}
         self._sparsity: list[Any] = []
         self.loss_is_finite = True
-        for part in faults.poisoned_gradients():
+        for part in poison.poisoned_gradients() if poison is not None else ():
             for name, parameter in model.named_parameters():
                 if part in name:
                     parameter.register_hook(lambda g, point=f"grad/{part}": self._scaled(g, point))
@@ -74,7 +83,6 @@ class StepGuard:
         """Remember what a step changes before its update."""
         self._kept.clear()
         self.loss_is_finite = True
-        self._faults.step = self._controller.clock.step
         self._rng = rng_state(self._grid)
         # Tensors are replaced by a refresh, never written into: references are enough.
         self._sparsity = [state.snapshot() for state, _ in self._controller.weights]
@@ -85,7 +93,7 @@ class StepGuard:
         return batch
 
     def poisoned(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss, with an injected fault if there is one."""
+        """The loss, times NaN or infinity if it is to be poisoned."""
         return self._scaled(loss, "loss")
 
     def check_loss(self, total: torch.Tensor) -> None:
@@ -132,7 +140,9 @@ class StepGuard:
             state.restore(saved)
 
     def _scaled(self, value: torch.Tensor, point: str) -> torch.Tensor:
-        factor = self._faults.poison(point)
+        if self._poison is None:
+            return value
+        factor = self._poison.poison(point, self._controller.clock.step)
         return value if factor is None else value * factor
 
 

@@ -94,6 +94,7 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
     """Digests of everything before and after a step with a NaN."""
     from megasparse.config import load_config, resolve
     from megasparse.distributed.control_plane import make_control
+    from megasparse.distributed.events import Events
     from megasparse.distributed.faults import Faults, parse
     from megasparse.distributed.signals import StopRequest
     from megasparse.megatron.batches import batches, build_data
@@ -101,7 +102,7 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
     from megasparse.train import checkpoint
     from megasparse.train.engine.deepspeed import start_process
     from megasparse.train.engine.step_guard import NonFiniteStep
-    from megasparse.train.loop import Context, Trainer
+    from megasparse.train.loop import RunServices, Trainer
 
     config = resolve(load_config(run), world)
     device = start_process(1.0)
@@ -110,8 +111,8 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
     grid = make_grid(tp, device, config.train.seed, pipeline_model_parallel_size=pp)
     # At step 4 masks are refreshed as well: they must come back too.
     faults = Faults(parse(f"nan@*:4:{point}"), rank)
-    context = Context(make_control(), StopRequest(), faults, lambda *_: None)
-    trainer = Trainer(config, grid, build_data(config, grid), context)
+    services = RunServices(make_control(), StopRequest(), Events(faults.passed), faults)
+    trainer = Trainer(config, grid, build_data(config, grid), services)
     stream = batches(trainer.data.streams["train"], config, grid, 0)
 
     def digests() -> dict[str, str]:

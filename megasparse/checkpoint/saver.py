@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megasparse.atomic_files import check_free_space
 from megasparse.checkpoint import directory
 from megasparse.checkpoint.manifest import encode_manifest
 from megasparse.checkpoint.reader import CheckpointReader
@@ -23,7 +24,6 @@ from megasparse.checkpoint.writer import (
     Hook,
     Tensors,
     byte_size,
-    check_free_space,
     ignore,
     publish,
     write_rank_file,
@@ -139,11 +139,12 @@ class Saver:
         name = f"{directory.step_folder(self._root, step).name}.tmp-{self._run_id}"
         temporary = self._root / name
         needed = sum(self._control.gather(byte_size(tensors)))
+        needed += needed // 50 + (1 << 16)  # headers, manifest, blocks
 
         def prepare() -> None:
             directory.make_private(self._root)
             shutil.rmtree(temporary, ignore_errors=True)
-            check_free_space(self._root, needed)
+            check_free_space(self._root, needed, StorageError, "a checkpoint")
             temporary.mkdir(mode=0o700)
 
         self._control.from_first(prepare)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megasparse.data.atomic import read_error
+from megasparse.data.file_errors import read_error
 from megasparse.data.sidecar import bin_path, idx_path
 from megasparse.errors import DataError
 from megasparse.log import speaks

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megasparse.atomic_files import write_json
 from megasparse.config import CheckpointConfig
 from megasparse.distributed.signals import SIGNALS
 from megasparse.errors import (
@@ -187,9 +188,7 @@ class _Supervisor:
         return "exit" in order or order.get("attempt", 0) > attempt
 
     def _announce(self, order: dict[str, Any]) -> None:
-        temporary = self._board.with_name(f"{self._board.name}.tmp")
-        temporary.write_text(json.dumps({**order, "nonce": secrets.token_hex(8)}))
-        os.replace(temporary, self._board)
+        write_json(self._board, {**order, "nonce": secrets.token_hex(8)})
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megasparse.atomic_files import write_text
 from megasparse.config import RunConfig, dump_yaml, to_dict
 from megasparse.estimate import flops
 from megasparse.log import logger
@@ -75,7 +76,7 @@ class Recorder:
         if self._grid.rank != 0:
             return
         run_dir = Path(self._config.checkpoint.run_dir)
-        (run_dir / "config.yaml").write_text(dump_yaml(self._config))
+        write_text(run_dir / "config.yaml", dump_yaml(self._config))
         step = self._controller.clock.step
         self._writer = MetricsWriter(run_dir, self._config.logging, step, to_dict(self._config))
 

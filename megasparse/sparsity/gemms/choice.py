@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from megasparse.atomic_files import write_json
 from megasparse.log import log_once, logger, speaks
 from megasparse.progress import progress
 
@@ -128,11 +129,8 @@ class GemmChooser:
         if self._path is None:
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
             values = {key: dataclasses.asdict(choice) for key, choice in self._choices.items()}
-            temporary.write_text(json.dumps(values, indent=1))
-            temporary.replace(self._path)
+            write_json(self._path, values, indent=1)
         except OSError as error:
             log_once("GEMM choices are not kept: %s", error)
 

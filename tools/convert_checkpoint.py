@@ -32,7 +32,7 @@ from megasparse.convert.export import ExportOptions, write_huggingface
 from megasparse.convert.huggingface import CONFIG, HuggingFaceModel
 from megasparse.convert.megatron_model import MegatronModel
 from megasparse.convert.source import Source
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import ConfigError, StorageError
 from megasparse.inference.tokenizer_files import carried_files, export_options
 
@@ -80,7 +80,7 @@ def open_source(args: argparse.Namespace) -> Source:
         return HuggingFaceModel(args.input, dtype)
     if args.source == MEGATRON:
         return MegatronModel(args.input, dtype, args.vocab_size)
-    reader = open_checkpoint(args.input, Control(None))
+    reader = open_checkpoint(args.input, ControlPlane(None))
     stored = StoredModel(reader, False, dtype, args.vocab_size)
     if stored.sparse and not args.master_weights:
         raise ConfigError(

@@ -29,7 +29,7 @@ from megasparse.atomic_files import require_empty
 from megasparse.checkpoint.model import ADAPTER, PROJECTION, StoredModel, open_checkpoint
 from megasparse.convert.export import SIDE_FILE, write_huggingface
 from megasparse.convert.packed import FORMATS
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import ConfigError, StorageError
 from megasparse.inference.tokenizer_files import export_options
 from megasparse.log import logger
@@ -60,7 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def export(args: argparse.Namespace) -> None:
     require_empty(args.output, StorageError)
-    reader = open_checkpoint(args.input, Control(None))
+    reader = open_checkpoint(args.input, ControlPlane(None))
     fold = args.slorb == "fold"
     stored = StoredModel(reader, True, DTYPES.get(args.dtype), args.vocab_size, fold)
     if not stored.sparse and not (fold and stored.boosted):

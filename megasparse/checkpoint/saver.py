@@ -28,7 +28,7 @@ from megasparse.checkpoint.writer import (
     publish,
     write_rank_file,
 )
-from megasparse.distributed.control_plane import Control, one_line
+from megasparse.distributed.control_plane import ControlPlane, one_line
 from megasparse.errors import CheckpointError, StorageError
 from megasparse.log import logger
 
@@ -61,7 +61,7 @@ class Saver:
     def __init__(
         self,
         root: Path,
-        control: Control,
+        control: ControlPlane,
         run_id: str,
         keep_last: int = 2,
         async_save: bool = False,
@@ -147,7 +147,7 @@ class Saver:
             check_free_space(self._root, needed, StorageError, "a checkpoint")
             temporary.mkdir(mode=0o700)
 
-        self._control.from_first(prepare)
+        self._control.on_rank_zero(prepare)
         meta = {**meta, "run_id": self._run_id, "step": step}
         if self._async:
             tensors = {
@@ -191,7 +191,7 @@ class Saver:
             directory.prune(self._root, job.step, self._keep_last)
             logger.info("saved %s", final)
 
-        self._control.from_first(commit)
+        self._control.on_rank_zero(commit)
 
     def _failed(self, error: CheckpointError, final: bool) -> None:
         self._failures += 1
@@ -213,7 +213,7 @@ def manifest_digest(reader: CheckpointReader) -> str:
     return encode_manifest(meta)[-70:].decode()
 
 
-def choose(root: Path, control: Control) -> CheckpointReader | None:
+def choose(root: Path, control: ControlPlane) -> CheckpointReader | None:
     """The newest checkpoint whose every byte is as written, the same on all ranks.
 
     The files are shared out among the ranks for verification; what one finds damaged, none takes.
@@ -221,7 +221,7 @@ def choose(root: Path, control: Control) -> CheckpointReader | None:
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
     """
-    steps = control.from_first(lambda: directory.list_steps(root))
+    steps = control.on_rank_zero(lambda: directory.list_steps(root))
     for step in steps:
         reader: CheckpointReader | None = None
         answer = {}
@@ -245,7 +245,7 @@ def choose(root: Path, control: Control) -> CheckpointReader | None:
     return None
 
 
-def _look_at_pointer(root: Path, step: int, control: Control) -> None:
+def _look_at_pointer(root: Path, step: int, control: ControlPlane) -> None:
     if control.rank == 0 and directory.read_pointer(root) != step:
         logger.warning(
             "%s does not name step %d, the newest intact checkpoint; it is only a hint",

@@ -23,7 +23,12 @@ from megasparse.config import RunConfig, padded_vocab_size
 from megasparse.convert.huggingface import HuggingFaceModel
 from megasparse.convert.source import Source, pad_vocabulary
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
-from megasparse.distributed.control_plane import Control, as_user_error, make_control, one_line
+from megasparse.distributed.control_plane import (
+    ControlPlane,
+    as_user_error,
+    make_control_plane,
+    one_line,
+)
 from megasparse.distributed.rendezvous import join_group, own_device
 from megasparse.errors import ConfigError, DataError, MegasparseError
 from megasparse.inference.tokenizer_files import tokenizer_file_of, tokenizer_of
@@ -48,7 +53,7 @@ class LoadedModel:
     source: Source
     model: torch.nn.Module
     grid: Grid
-    control: Control
+    control: ControlPlane
     tokenizer: Tokenizer | None
 
     @property
@@ -98,7 +103,7 @@ def open_model(args: argparse.Namespace) -> LoadedModel:
     """
     device = own_device()
     join_group(device, collective_timeout(_TIMEOUT_MINUTES))
-    control = make_control()
+    control = make_control_plane()
     source: Source
     tokenizer = None
     if args.load is not None:

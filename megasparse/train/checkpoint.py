@@ -30,7 +30,7 @@ from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
 from megasparse.checkpoint.writer import Tensors
 from megasparse.config import RunConfig, to_dict
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
 from megasparse.log import logger
 from megasparse.megatron.grid import rng_state, set_rng_state
@@ -89,7 +89,7 @@ def newest_valid(root: Path) -> CheckpointReader | None:
     Raises:
         CheckpointError: there are some, and none is intact.
     """
-    return choose(root, Control(None))
+    return choose(root, ControlPlane(None))
 
 
 def load(engine: Engine, reader: CheckpointReader) -> None:

@@ -20,7 +20,7 @@ from megasparse.checkpoint.saver import choose
 from megasparse.config import RunConfig
 from megasparse.convert.huggingface import HuggingFaceModel
 from megasparse.convert.source import Source, check_model, pad_vocabulary
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.log import logger
 from megasparse.megatron.grid import Grid
@@ -46,7 +46,7 @@ class Sources:
     def __init__(
         self,
         config: RunConfig,
-        control: Control,
+        control: ControlPlane,
         digests: dict[str, str],
         vocab_size: int,
         reader: CheckpointReader | None,

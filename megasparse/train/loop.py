@@ -10,7 +10,7 @@ import torch
 
 from megasparse.checkpoint.run_directory import RunFolder
 from megasparse.config import RunConfig, padded_vocab_size
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.distributed.events import Events
 from megasparse.distributed.signals import StopRequest, describe
 from megasparse.errors import EXIT_PREEMPTED
@@ -41,7 +41,7 @@ class RunServices:
         poison: values to be made NaN or infinite; none but in tests.
     """
 
-    control: Control
+    control: ControlPlane
     stop: StopRequest
     events: Events
     poison: Poison | None = None
@@ -135,7 +135,7 @@ class Trainer:
         duration = self.config.train.exit_duration_in_mins
         reason = self.services.stop.reason(duration)
         # The time limit is sent as the largest value: a signal and it are both a reason.
-        timed_out, number, writing = self.services.control.agree(
+        timed_out, number, writing = self.services.control.max_over_ranks(
             [int(reason < 0), max(reason, 0), int(self.saver.writing)]
         )
         if self.saver.pending and not writing:
@@ -216,7 +216,7 @@ class Trainer:
         return self.engine.layout.evaluate(
             stream,
             iterations,
-            lambda: any(self.services.control.agree([max(stop.reason(None), 0)])),
+            lambda: any(self.services.control.max_over_ranks([max(stop.reason(None), 0)])),
         )
 
     def _save_due(self) -> bool:

@@ -11,7 +11,12 @@ from pathlib import Path
 from megasparse import log
 from megasparse.config import RunConfig, to_dict
 from megasparse.distributed import faults, watchdog
-from megasparse.distributed.control_plane import Control, as_user_error, make_control, one_line
+from megasparse.distributed.control_plane import (
+    ControlPlane,
+    as_user_error,
+    make_control_plane,
+    one_line,
+)
 from megasparse.distributed.events import Events
 from megasparse.distributed.rendezvous import attempt
 from megasparse.distributed.signals import StopRequest
@@ -69,7 +74,7 @@ class _Run:
             fix_order_of_sums()
         device = start_process(parallel.distributed_timeout_minutes, self._begin_watch)
         assert self.watch is not None
-        control = make_control()
+        control = make_control_plane()
         _check_same_config(config, control)
         if parallel.preflight != "off":
             full = parallel.preflight == "full"
@@ -88,7 +93,7 @@ class _Run:
         with_data = build_data(config, grid, self._prepared.data)
         code = Trainer(config, grid, with_data, services).run()
         self.watch.stop()
-        control.agree([0])  # nobody leaves before all have arrived: rank 0 keeps the store
+        control.barrier()  # nobody leaves before all have arrived: rank 0 keeps the store
         return code
 
     def _begin_watch(self, address: tuple[str, int] | None) -> None:
@@ -105,7 +110,7 @@ class _Run:
         return exit_code
 
 
-def _check_same_config(config: RunConfig, control: Control) -> None:
+def _check_same_config(config: RunConfig, control: ControlPlane) -> None:
     """Ranks started with different flags would train different models, or wait for ever."""
     trees = to_dict(config)
     text = json.dumps(trees, sort_keys=True).encode()

@@ -15,7 +15,7 @@ from megasparse.checkpoint.lock import FolderLock
 from megasparse.checkpoint.manifest import MANIFEST, encode_manifest
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import Saver, choose
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError, StorageError
 from tests import dist
 from tests.checkpoint.saves import (
@@ -28,7 +28,7 @@ from tests.checkpoint.saves import (
     write_checkpoint,
 )
 
-ALONE = Control(None)
+ALONE = ControlPlane(None)
 
 
 def test_nothing_published_is_lost_at_random_kills(tmp_path):
@@ -265,12 +265,12 @@ def _damaged_for_one_rank(rank: int, world: int, root: str) -> tuple[int, str]:
     """All ranks choose the same checkpoint although one alone sees the damage."""
     from pathlib import Path
 
-    from megasparse.distributed.control_plane import make_control
+    from megasparse.distributed.control_plane import make_control_plane
 
-    control = make_control()
+    control = make_control_plane()
     reader = choose(Path(root), control)
     try:
-        control.from_first(lambda: FolderLock(Path("/nonexistent")))
+        control.on_rank_zero(lambda: FolderLock(Path("/nonexistent")))
     except StorageError as error:
         return reader.meta["step"], str(error)
     return reader.meta["step"], "no error"

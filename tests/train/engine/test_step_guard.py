@@ -93,7 +93,7 @@ def test_two_in_a_row_are_one_too_many(tmp_path, dataset):
 def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) -> list[Any]:
     """Digests of everything before and after a step with a NaN."""
     from megasparse.config import load_config, resolve
-    from megasparse.distributed.control_plane import make_control
+    from megasparse.distributed.control_plane import make_control_plane
     from megasparse.distributed.events import Events
     from megasparse.distributed.faults import Faults, parse
     from megasparse.distributed.signals import StopRequest
@@ -111,7 +111,7 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
     grid = make_grid(tp, device, config.train.seed, pipeline_model_parallel_size=pp)
     # At step 4 masks are refreshed as well: they must come back too.
     faults = Faults(parse(f"nan@*:4:{point}"), rank)
-    services = RunServices(make_control(), StopRequest(), Events(faults.passed), faults)
+    services = RunServices(make_control_plane(), StopRequest(), Events(faults.passed), faults)
     trainer = Trainer(config, grid, build_data(config, grid), services)
     stream = batches(trainer.data.streams["train"], config, grid, 0)
 

@@ -99,7 +99,7 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
         whole = reader.read(f"param/{name}")
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
         check_shape(whole, shard, name, str(reader.folder))
-        with torch.no_grad(), engine.layout.whole([parameter], write=True):
+        with torch.no_grad(), engine.layout.gathered_parameters([parameter], write=True):
             parameter.copy_(shard.take(whole))
     _load_optimizer(engine, reader)
     for state, weight in controller.weights:

@@ -24,7 +24,7 @@ from megasparse.train import checkpoint
 from megasparse.train.build import build_engine
 from megasparse.train.engine.base import StepResult
 from megasparse.train.engine.step_guard import NonFiniteStep, Poison
-from megasparse.train.initial_weights import Sources, start
+from megasparse.train.initial_weights import WeightSources, put_initial_weights
 from megasparse.train.recorder import Recorder, Row
 from megasparse.train.report import finish
 from megasparse.train.state import LoopState
@@ -63,7 +63,7 @@ class Trainer:
         self.folder = RunFolder(config, services.control)
         reader = self.folder.find_checkpoint(data.digests)
         vocabulary = padded_vocab_size(data.vocab_size, config)
-        sources = Sources(config, services.control, data.digests, data.vocab_size, reader)
+        sources = WeightSources(config, services.control, data.digests, data.vocab_size, reader)
         self.engine = build_engine(
             config, grid, self.recipe, vocabulary, services.events, services.poison, data.vocab_size
         )
@@ -73,7 +73,7 @@ class Trainer:
             checkpoint.load(self.engine, reader)
             self.state = LoopState.of(reader, config)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
-        start(self.engine, sources, vocabulary)
+        put_initial_weights(self.engine, sources, vocabulary)
         self.saver = self.folder.make_saver(self._passed)
         self._describe(self.engine.model)
         self.recorder = Recorder(config, self.engine, self.recipe, vocabulary, self.state)
@@ -172,7 +172,7 @@ class Trainer:
         result = self._train_step(stream)
         seconds = time.monotonic() - begin
         if (teaching := self.engine.layout.distillation) is not None:
-            parts = teaching.take_parts()  # of a step that was left out they say nothing
+            parts = teaching.take_parts()  # of a skipped step they say nothing
             known |= dict.fromkeys(parts) if result.loss is None else parts
         row = self.recorder.end(result, seconds, first_sample, known)
         interval = self.config.parallel.replica_check_interval
@@ -189,7 +189,7 @@ class Trainer:
         return row
 
     def _train_step(self, stream: Any) -> StepResult:
-        """One step; one with a NaN or infinity is left out, as often as is allowed."""
+        """One step; one with a NaN or infinity is skipped, as often as is allowed."""
         try:
             result = self.engine.train_step(stream)
         except NonFiniteStep as error:
@@ -198,7 +198,7 @@ class Trainer:
             if self.state.skipped_steps > allowed:
                 raise
             logger.warning(
-                "%s; left out (%d in a row, %d allowed)", error, self.state.skipped_steps, allowed
+                "%s; skipped (%d in a row, %d allowed)", error, self.state.skipped_steps, allowed
             )
             self.controller.clock.step += 1
             return StepResult(None, None, error.lr)

@@ -38,7 +38,7 @@ def format_report(
     """
     lines = ["", f"Run finished: recipe {recipe.name}, {step} steps", ""]
     facts = []
-    rows = [row for row in rows if row["loss"] is not None]  # without the steps left out
+    rows = [row for row in rows if row["loss"] is not None]  # without skipped steps
     if rows:
         change = f"{rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}"
         facts.append(("training loss, first and last", change))

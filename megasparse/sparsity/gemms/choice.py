@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from megasparse.atomic_files import write_json
-from megasparse.log import log_once, logger, speaks
+from megasparse.log import is_logging_rank, log_once, logger
 from megasparse.progress import progress
 
 MAX_ALGORITHMS = 64
@@ -93,7 +93,7 @@ class GemmChooser:
         rejected = 0
         algorithms = range(MAX_ALGORITHMS)
         for algorithm in progress(
-            algorithms, desc=f"tuning {key}", unit="algorithm", enabled=speaks()
+            algorithms, desc=f"tuning {key}", unit="algorithm", enabled=is_logging_rank()
         ):
             try:
                 result = sparse(algorithm)

@@ -28,9 +28,9 @@ from megasparse.train.engine.step_guard import Batch
 
 @dataclass
 class StepResult:
-    """One optimizer step, over all ranks: mean loss, gradient norm before clipping, rate used.
+    """One optimizer step, over all ranks: mean loss, gradient norm before clipping, learning rate.
 
-    Loss and norm are None for a step that was left out.
+    Loss and norm are None for a skipped step.
     """
 
     loss: float | None
@@ -99,18 +99,18 @@ class Engine:
                 generators are as before the step, and so is the clock.
         """
         clock = self.controller.clock
-        rate = learning_rate(self.config.train, clock.step)
+        lr = learning_rate(self.config.train, clock.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         guard = self.layout.guard
         guard.begin()
         loss = self.layout.compute_and_update(batches)
         norm = self._grad_norm()
-        guard.end(rate, norm, self.layout.compute_again)
+        guard.end(lr, norm, self.layout.compute_again)
         self._finish_inputs()
         self.controller.finish_step()
         clock.step += 1
-        return StepResult(loss, norm, rate)
+        return StepResult(loss, norm, lr)
 
     def _finish_inputs(self) -> None:
         """Let all replicas know the inputs of the step (Wanda's masks)."""
@@ -169,5 +169,5 @@ class Engine:
             assert self._norm_without_zero is not None
             return self._norm_without_zero
         if getattr(self._engine.optimizer, "overflow", False):
-            return math.nan  # ZeRO 3 left the step out, and keeps the norm of the one before
+            return math.nan  # ZeRO 3 skipped the step, and keeps the norm of the one before
         return float(self._engine.get_global_grad_norm())

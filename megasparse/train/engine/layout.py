@@ -89,13 +89,13 @@ class Layout(ABC):
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`(B, S, V)` on every rank, of `(B, S)` int64 tokens that are the same on all."""
 
-    def whole(
+    def gathered_parameters(
         self, parameters: Sequence[torch.nn.Parameter], write: bool = False
     ) -> contextlib.AbstractContextManager[Any]:
-        """Within it parameters are whole on this rank: ZeRO 3 gathers them, on all ranks together.
+        """A context in which parameters are whole on this rank; a collective call under ZeRO 3.
 
         Args:
-            write: what the first data-parallel rank writes into them stays.
+            write: keep what the first data-parallel rank writes into them.
         """
         return contextlib.nullcontext()
 

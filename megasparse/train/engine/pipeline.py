@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megasparse.config import RunConfig
 from megasparse.config.deepspeed import deepspeed_config
 from megasparse.distributed.events import NO_LISTENERS, Events
-from megasparse.log import speaks
+from megasparse.log import is_logging_rank
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.pipeline import gather_logits
 from megasparse.progress import progress
@@ -190,7 +190,9 @@ class PipelineLayout(Layout):
         pairs, total, done = _pairs(batches), 0.0, 0
         self._forwards = 0
         self._forget_shapes()
-        with progress(desc="evaluation", total=iterations, unit="batch", enabled=speaks()) as bar:
+        with progress(
+            desc="evaluation", total=iterations, unit="batch", enabled=is_logging_rank()
+        ) as bar:
             while done < iterations:
                 if interrupted():
                     return None

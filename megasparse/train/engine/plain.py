@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megasparse.config.deepspeed import deepspeed_config
-from megasparse.log import speaks
+from megasparse.log import is_logging_rank
 from megasparse.megatron.grid import ModelParallelUnit
 from megasparse.progress import progress
 from megasparse.train.distillation import Distillation
@@ -68,7 +68,7 @@ class PlainLayout(Layout):
         )
         return self._engine
 
-    def whole(
+    def gathered_parameters(
         self, parameters: Sequence[torch.nn.Parameter], write: bool = False
     ) -> contextlib.AbstractContextManager[Any]:
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
@@ -123,7 +123,7 @@ class PlainLayout(Layout):
         self._engine.eval()
         total = torch.zeros((), device=self.grid.device)
         for number in progress(
-            range(iterations), desc="evaluation", unit="batch", enabled=speaks()
+            range(iterations), desc="evaluation", unit="batch", enabled=is_logging_rank()
         ):
             self._passed("evaluate", number)
             if interrupted():

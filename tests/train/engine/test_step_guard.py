@@ -61,7 +61,7 @@ def test_a_pipeline_names_stage_micro_batch_and_samples(tmp_path, dataset, fault
             assert "the gradient of decoder.layers.0.mlp.linear_fc2.weight is not finite" in text
 
 
-def test_a_pipeline_tells_a_transient_fault_and_leaves_the_step_out(tmp_path, dataset):
+def test_a_pipeline_tells_a_transient_fault_and_skips_the_step(tmp_path, dataset):
     fault = "nan-once@1:6:loss"
     codes, texts = _run(tmp_path, dataset, fault, *PP2, "--max-skipped-steps", "1")
     assert codes == [0, 0] and "computed again it was finite: a transient fault" in texts[0]
@@ -74,13 +74,13 @@ def test_a_transient_fault_is_told_from_a_lasting_one(tmp_path, dataset):
     assert codes == [70] and "computed again it was finite: a transient fault" in texts[0]
 
 
-def test_steps_are_left_out_as_often_as_allowed(tmp_path, dataset):
+def test_steps_are_skipped_as_often_as_allowed(tmp_path, dataset):
     fault = "nan@0:6:loss,inf@0:9:loss"
     codes, texts = _run(tmp_path, dataset, fault, "--max-skipped-steps", "1")
     assert codes == [0, 0]
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows if row["loss"] is None] == [7, 10]
-    assert len(rows) == 20 and "left out (1 in a row, 1 allowed)" in texts[0]
+    assert len(rows) == 20 and "skipped (1 in a row, 1 allowed)" in texts[0]
     assert list_steps(tmp_path / "run" / "checkpoints") == [20]
 
 

@@ -64,8 +64,9 @@ class FolderLock:
                 f"{folder}: another run writes here: {_describe(owner)}, last seen {age:.0f} s ago"
             )
         if owner:
-            logger.warning("%s: taking over the lock of a run that is gone: %s", folder,
-                           _describe(owner))  # fmt: skip
+            logger.warning(
+                "%s: taking over the lock of a run that is gone: %s", folder, _describe(owner)
+            )
         record = {
             "host": here,
             "pid": os.getpid(),

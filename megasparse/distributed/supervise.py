@@ -124,8 +124,11 @@ class _Supervisor:
             attempt += 1
             logger.warning(
                 "exit code %d; restart %d of %d from step %s",
-                code, attempt, self._settings.max_restarts, newest if newest >= 0 else "0 (none)",
-            )  # fmt: skip
+                code,
+                attempt,
+                self._settings.max_restarts,
+                newest if newest >= 0 else "0 (none)",
+            )
             self._announce({"attempt": attempt})
 
     def _over(self, code: int, attempt: int, idle: int) -> int | None:

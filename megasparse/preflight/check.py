@@ -81,9 +81,13 @@ def _wanted(config: RunConfig, data: CheckedData | None, control: ControlPlane) 
     world = max(control.world, stages * config.parallel.tensor_model_parallel_size)
     stage = control.rank * stages // world
     need = footprint(
-        config, recipe_of(config), _vocabulary(config, data), world, stage,
+        config,
+        recipe_of(config),
+        _vocabulary(config, data),
+        world,
+        stage,
         gpu=torch.cuda.is_available(),
-    )  # fmt: skip
+    )
     return {"state": need.state_bytes, "peak": need.peak_bytes}
 
 
@@ -112,7 +116,14 @@ def _describe(ranks: Sequence[dict[str, Any]], full: bool) -> None:
         logger.info(
             "preflight: %s: %d ranks, %s, %s on %s, %.1f GiB memory, %.1f GiB disk, clock %+.3f s; "
             "a rank's state %.2f GiB, peak about %.2f GiB",
-            facts["host"], here, gpu, facts["address"], facts["interface"],
-            facts["memory"] / GIB, facts["disk"]["free"] / GIB, facts["clock"],
-            facts["wanted"]["state"] / GIB, facts["wanted"]["peak"] / GIB,
-        )  # fmt: skip
+            facts["host"],
+            here,
+            gpu,
+            facts["address"],
+            facts["interface"],
+            facts["memory"] / GIB,
+            facts["disk"]["free"] / GIB,
+            facts["clock"],
+            facts["wanted"]["state"] / GIB,
+            facts["wanted"]["peak"] / GIB,
+        )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megasparse import log
 from megasparse.config import RunConfig, to_dict
-from megasparse.distributed import faults, watchdog
+from megasparse.distributed import faults
 from megasparse.distributed.control_plane import (
     ControlPlane,
     as_user_error,
@@ -20,6 +20,7 @@ from megasparse.distributed.control_plane import (
 from megasparse.distributed.events import Events
 from megasparse.distributed.rendezvous import attempt
 from megasparse.distributed.signals import StopRequest
+from megasparse.distributed.verdicts import is_communication_error
 from megasparse.distributed.watchdog import Watchdog
 from megasparse.errors import ConfigError, MegasparseError, PeerError
 from megasparse.megatron.batches import build_data
@@ -48,7 +49,7 @@ def main(prepared: Prepared, stop: StopRequest) -> int:
         return run.failed(f"StorageError: {one_line(error)}", as_user_error(error).exit_code)
     except Exception as error:
         text = traceback.format_exc()
-        if watchdog.is_communication_error(error):
+        if is_communication_error(error):
             verdict = run.watch.explain() if run.watch is not None else None
             if verdict is not None:
                 log.logger.error("PeerError: %s", verdict.message)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megasparse.checkpoint import directory, writer
+from megasparse.checkpoint import directory
 from megasparse.checkpoint.lock import FolderLock
 from megasparse.checkpoint.manifest import MANIFEST, encode_manifest
 from megasparse.checkpoint.reader import CheckpointReader
@@ -175,10 +176,13 @@ def test_failed_saves_are_counted_and_the_limit_ends_the_run(tmp_path):
     assert directory.list_steps(tmp_path) == [3, 1]
 
 
-def test_no_room_is_said_before_anything_is_written(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no room .* \d+ bytes free, \d+ needed") as error:
-        writer.check_free_space(tmp_path, 1 << 60)
-    assert error.value.exit_code == 74
+def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=4000)
+    monkeypatch.setattr("megasparse.atomic_files.shutil.disk_usage", lambda _: usage)
+    message = r"no room for a checkpoint: 4000 bytes free, \d+ needed"
+    with pytest.raises(CheckpointError, match=message) as error:
+        Saver(tmp_path, ALONE, "ab").save(1, tensors_of(1), META)
+    assert error.value.exit_code == 74 and not list(tmp_path.iterdir())
 
 
 def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path):

@@ -32,7 +32,7 @@ class RunFolder:
         control.on_rank_zero(self._take)
 
     def refresh(self) -> None:
-        """A sign of life."""
+        """Renew the lock's time, see `FolderLock.refresh`."""
         if self._lock is not None:
             self._lock.refresh()
 

@@ -51,7 +51,7 @@ class Saver:
     Args:
         root: the folder; exists.
         control: of all ranks.
-        run_id: hex, of this process's run; tells its leftovers and files from others'.
+        run_id: hex, of this start of the run; part of the names of its temporary folders.
         keep_last: newest checkpoints to keep; 0: all.
         async_save: write in the background.
         max_failed_saves: saves in a row that may fail before the run ends.
@@ -165,7 +165,7 @@ class Saver:
             )
             _read_back(job.temporary, record)
             job.answer = {"record": record}
-        except Exception as error:  # any: it is told to all ranks, and must not end a thread alone
+        except Exception as error:  # any: `_publish` raises it on all ranks
             job.answer = {"error": one_line(error)}
 
     def _publish(self, job: _Job) -> None:
@@ -208,7 +208,7 @@ def _read_back(folder: Path, record: dict[str, Any]) -> None:
 
 
 def manifest_digest(reader: CheckpointReader) -> str:
-    """What two ranks compare to know that they read the same checkpoint."""
+    """The end of the encoded manifest, with its digest; equal for readers of one checkpoint."""
     meta = {key: value for key, value in reader.meta.items() if key != "format"}
     return encode_manifest(meta)[-70:].decode()
 

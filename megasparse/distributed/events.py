@@ -1,4 +1,4 @@
-"""The points that a rank passes, as one channel: whoever emits them knows no listener.
+"""The points that a rank passes, as one channel between the code that passes them and listeners.
 
 Listeners are the watchdog (what begins now, and how long it may take) and, in tests, the fault
 injector. The points, in the order of a run:

@@ -13,7 +13,7 @@ from megasparse.errors import PeerError
 
 GRACE_SECONDS = 1.0  # between the first rank that is late and the one that it waits for
 
-# Functions of torch.distributed whose name tells what a rank waits for.
+# Collectives of torch.distributed that a rank may wait in.
 _NAMES = {
     "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast",
     "barrier", "all_to_all_single", "send", "recv", "reduce",
@@ -81,7 +81,7 @@ def place_of(frame: FrameType | None) -> tuple[str, str | None]:
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether an exception says that a peer is gone, rather than that this rank is at fault."""
+    """Whether an exception comes from a lost connection, not from a fault of this rank."""
     text = str(error)
     signs = ("peer", "gloo", "NCCL", "Broken pipe", "Timed out", "Connection re", "timeout")
     return isinstance(error, dist.DistError) or (

@@ -71,7 +71,7 @@ def describe(engine: Engine, digests: dict[str, str], state: dict[str, Any]) -> 
         "digests": digests,
         "config": to_dict(engine.config),
         "state": {
-            # Functions of the step; written down so that a reader need not know them.
+            # Functions of the step; written down so that a reader need not compute them.
             "lr": learning_rate(train, clock.step),
             "loss_scale": 1.0,
             "seed": train.seed,
@@ -104,7 +104,7 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
     _load_optimizer(engine, reader)
     for state, weight in controller.weights:
         if not _has_state(reader, state, engine.config):
-            continue  # another recipe was asked for: masks begin with the next step
+            continue  # the run has another recipe: masks begin with the next step
         state.import_state(sparsity_state(reader, state), weight.device)
     controller.clock.step = reader.meta["step"]
     if check_same_layout(reader, engine.config, layout(engine)):

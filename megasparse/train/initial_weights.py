@@ -27,6 +27,7 @@ from megasparse.megatron.grid import Grid
 from megasparse.megatron.init import parameter_shard
 from megasparse.megatron.sparsify import boost_names, initial_boosts
 from megasparse.optim.fragments import Fragment
+from megasparse.preflight.settings import no_teacher
 from megasparse.train.engine.base import Engine
 
 Gather = Callable[..., contextlib.AbstractContextManager[Any]]
@@ -112,14 +113,6 @@ class WeightSources:
                 f"{flag}: {reader.folder} was trained with another tokenizer (--override-tokenizer)"
             )
         return StoredModel(reader, effective=effective)
-
-
-def no_teacher(weight: float) -> str:
-    """The message for distillation without a teacher."""
-    return (
-        f"kd_loss_weight {weight} needs a teacher: --teacher-load DIR, or initial weights "
-        "(--load-hf DIR, or --load DIR --finetune)"
-    )
 
 
 def put_initial_weights(engine: Engine, sources: WeightSources, rows: int) -> None:

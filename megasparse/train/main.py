@@ -104,7 +104,7 @@ class _Run:
         self.watch = Watchdog(address, attempt(), rank, world, config.parallel.hang_timeout, folder)
 
     def failed(self, message: str, exit_code: int) -> int:
-        """Say why this rank ends, here and to the others."""
+        """Log why this rank ends, and record it for the other ranks; returns the exit code."""
         log.logger.error("%s", message)
         if self.watch is not None:
             self.watch.fail(message, exit_code)

@@ -96,7 +96,7 @@ class Recorder:
             result: of the engine.
             seconds: that it took, until its loss was known.
             first_sample: of the step.
-            known: what the loop knows of the step.
+            known: columns that the loop fills in.
         """
         self._timer.stop()
         self._controller.ask(False)

@@ -113,7 +113,7 @@ class Engine:
         return StepResult(loss, norm, lr)
 
     def _finish_inputs(self) -> None:
-        """Let all replicas know the inputs of the step (Wanda's masks)."""
+        """Add up the input norms of the step over all replicas (for Wanda's masks)."""
         split = self.config.parallel.sequence_parallel
         # A row-parallel layer has channels of its own, and all tokens.
         layers = [

@@ -205,7 +205,7 @@ class PipelineLayout(Layout):
 
     def _forget_shapes(self) -> None:
         """Evaluations have no teacher: what travels between stages is not what it is in training,
-        and DeepSpeed tells its shape to the next stage once."""
+        and DeepSpeed sends its shape to the next stage once."""
         if self.distillation is not None:
             self._engine.reset_activation_shape()
 

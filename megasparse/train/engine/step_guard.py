@@ -97,7 +97,7 @@ class StepGuard:
         return self._scaled(loss, "loss")
 
     def check_loss(self, total: torch.Tensor) -> None:
-        """Let all ranks know, before the update, whether any rank's loss is not finite."""
+        """Before the update: whether the loss is finite on all ranks; a collective call."""
         bad = (~torch.isfinite(total)).float()
         if self._grid.world > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)

@@ -9,7 +9,6 @@ beyond the tensor-parallel size share the windows.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import_megatron()  # before the imports that need it
 
 import numpy as np
 
+from megasparse.atomic_files import write_json
 from megasparse.checkpoint.model import StoredModel
 from megasparse.checkpoint.proof import check_sparsity, format_tensors
 from megasparse.data.indexed import validate
@@ -101,7 +101,7 @@ def evaluate(args: argparse.Namespace) -> None:
         lines += format_tensors(tensors) if tensors else [f"{source.where}: no sparse layer"]
     print("\n".join(lines), flush=True)
     if args.output is not None:
-        args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, figures, indent=1)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ def setup(rank: int) -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def speaks() -> bool:
-    """Whether this rank tells people how things go on: rank 0, once `setup` was called."""
+def is_logging_rank() -> bool:
+    """Whether this rank shows progress and info messages: rank 0, once `setup` was called."""
     return logger.isEnabledFor(logging.INFO)
 
 
@@ -44,7 +44,7 @@ def log_once(message: str, *values: object) -> None:
 
 def warn_once(message: str, *values: object) -> None:
     """A warning, likewise; from the first rank alone, for it is the same on all."""
-    if speaks():
+    if is_logging_rank():
         _once(logging.WARNING, message % values)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import prune_oneshot
 import quantize
 from run_queue import RunQueue, Start, Task, start_process
 
+from megasparse.atomic_files import write_json
 from megasparse.checkpoint.directory import list_steps
 from megasparse.compress.oneshot import METHODS
 from megasparse.config import load_config
@@ -175,10 +175,7 @@ def make(work: Work, variant: str) -> Row:
             for name in work.runs_of(variant)
         },
     }
-    path = work.row_path(variant)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(row, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(work.row_path(variant), row, indent=1)
     return row
 
 

@@ -55,6 +55,7 @@ import run_queue
 from ast_variants import INT4, ORDER, RETRAINED, SCALES, VARIANTS, Work
 from run_queue import RunQueue, Start, Task
 
+from megasparse.atomic_files import write_json, write_text
 from megasparse.checkpoint.directory import list_steps
 from megasparse.config import load_config, resolve
 from megasparse.errors import CheckpointError, MegasparseError
@@ -281,8 +282,7 @@ def remember(session: Session) -> None:
     """This command, for the table."""
     known = commands(session.work.output)
     if session.command not in known:
-        path = session.work.output / COMMANDS
-        path.write_text(json.dumps([*known, session.command], indent=1) + "\n")
+        write_json(session.work.output / COMMANDS, [*known, session.command], indent=1)
 
 
 def commands(output: Path) -> list[str]:
@@ -293,13 +293,8 @@ def commands(output: Path) -> list[str]:
 def finished_files(output: Path, rows: list[ast_variants.Row], lines: list[str]) -> None:
     """results.json and results.md."""
     kept = [{key: value for key, value in row.items() if key != "runs"} for row in rows]
-    for name, text in (
-        ("results.json", json.dumps(kept, indent=1)),
-        ("results.md", "\n".join(lines)),
-    ):
-        temporary = output / f".{name}.tmp"
-        temporary.write_text(text + "\n")
-        temporary.replace(output / name)
+    write_json(output / "results.json", kept, indent=1)
+    write_text(output / "results.md", "\n".join(lines) + "\n")
 
 
 def draw(output: Path, rows: list[ast_variants.Row]) -> None:

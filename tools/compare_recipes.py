@@ -39,8 +39,6 @@ Several ranks: --launcher "deepspeed --num_gpus 8", with a hostfile for several 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
 import shutil
 import sys
@@ -59,6 +57,7 @@ import run_queue
 from recipe_variants import ABLATIONS, ALL_VARIANTS, BASES, IN_FP8, VARIANTS
 from run_queue import RunQueue, Task
 
+from megasparse.atomic_files import write_json, write_text
 from megasparse.config import load_config
 from megasparse.errors import ConfigError, MegasparseError
 
@@ -275,10 +274,8 @@ def sweep(work: Work, rates: Sequence[float]) -> str:
 
 def write(output: Path, name: str, rows: list[dict], lines: list[str]) -> None:
     """NAME.json and NAME.md."""
-    for suffix, text in ((".json", json.dumps(rows, indent=1)), (".md", "\n".join(lines))):
-        temporary = output / f".{name}{suffix}.tmp"
-        temporary.write_text(text + "\n")
-        os.replace(temporary, output / f"{name}{suffix}")
+    write_json(output / f"{name}.json", rows, indent=1)
+    write_text(output / f"{name}.md", "\n".join(lines) + "\n")
 
 
 def draw(work: Work, tasks: Sequence[Task]) -> None:

@@ -25,15 +25,15 @@ from pathlib import Path
 
 from conversion import DTYPES, add_common, guarded, vocabulary_multiple
 
+from megasparse.atomic_files import require_empty
 from megasparse.checkpoint.importer import write_imported
 from megasparse.checkpoint.model import StoredModel, open_checkpoint
 from megasparse.convert.export import ExportOptions, write_huggingface
-from megasparse.convert.folder import require_empty
 from megasparse.convert.huggingface import CONFIG, HuggingFaceModel
 from megasparse.convert.megatron_model import MegatronModel
 from megasparse.convert.source import Source
-from megasparse.distributed.control_plane import Control
-from megasparse.errors import ConfigError
+from megasparse.distributed.control_plane import ControlPlane
+from megasparse.errors import ConfigError, StorageError
 from megasparse.inference.tokenizer_files import carried_files, export_options
 
 HUGGINGFACE, MEGASPARSE, MEGATRON = "huggingface", "megasparse", "megatron"
@@ -80,7 +80,7 @@ def open_source(args: argparse.Namespace) -> Source:
         return HuggingFaceModel(args.input, dtype)
     if args.source == MEGATRON:
         return MegatronModel(args.input, dtype, args.vocab_size)
-    reader = open_checkpoint(args.input, Control(None))
+    reader = open_checkpoint(args.input, ControlPlane(None))
     stored = StoredModel(reader, False, dtype, args.vocab_size)
     if stored.sparse and not args.master_weights:
         raise ConfigError(
@@ -91,7 +91,7 @@ def open_source(args: argparse.Namespace) -> Source:
 
 
 def convert(args: argparse.Namespace) -> None:
-    require_empty(args.output)
+    require_empty(args.output, StorageError)
     source = open_source(args)
     if args.to == MEGASPARSE:
         carried = []

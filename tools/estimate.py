@@ -32,6 +32,7 @@ import estimate_check
 from estimate_time import TABLE, GemmTable, StepTime, step_time
 from measure_runs import launch
 
+from megasparse.atomic_files import write_text
 from megasparse.config import (
     RunConfig,
     load_config,
@@ -218,10 +219,8 @@ def check(table: GemmTable, args: argparse.Namespace, argv: Sequence[str]) -> No
     if args.output is None:
         print(text, end="")
         return
-    temporary = args.output.with_suffix(".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(args.output)
+        write_text(args.output, text)
     except OSError as error:
         raise ConfigError(f"--output {args.output}: {error}") from None
 

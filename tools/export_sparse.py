@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from conversion import DTYPES, add_common, guarded
 
+from megasparse.atomic_files import require_empty
 from megasparse.checkpoint.model import ADAPTER, PROJECTION, StoredModel, open_checkpoint
 from megasparse.convert.export import SIDE_FILE, write_huggingface
-from megasparse.convert.folder import require_empty
 from megasparse.convert.packed import FORMATS
-from megasparse.distributed.control_plane import Control
-from megasparse.errors import ConfigError
+from megasparse.distributed.control_plane import ControlPlane
+from megasparse.errors import ConfigError, StorageError
 from megasparse.inference.tokenizer_files import export_options
 from megasparse.log import logger
 
@@ -59,8 +59,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def export(args: argparse.Namespace) -> None:
-    require_empty(args.output)
-    reader = open_checkpoint(args.input, Control(None))
+    require_empty(args.output, StorageError)
+    reader = open_checkpoint(args.input, ControlPlane(None))
     fold = args.slorb == "fold"
     stored = StoredModel(reader, True, DTYPES.get(args.dtype), args.vocab_size, fold)
     if not stored.sparse and not (fold and stored.boosted):

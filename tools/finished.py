@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import plot_runs
 import torch
 
 import megasparse
+from megasparse.atomic_files import write_json
 from megasparse.config import RunConfig, load_config, to_dict
 from megasparse.errors import ConfigError, DataError
 
@@ -96,9 +96,7 @@ def record(
         [(r["step"], r["valid_loss"], r["hours"]) for r in run.rows if r.get("valid_loss")],
         alone,
     )
-    temporary = folder / f".{NAME}.tmp"
-    temporary.write_text(json.dumps(dataclasses.asdict(done), indent=1) + "\n")
-    os.replace(temporary, folder / NAME)
+    write_json(folder / NAME, dataclasses.asdict(done), indent=1)
     return done
 
 

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megasparse.atomic_files import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -87,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if known != page:
                 print(f"{options.output} is not up to date: run {Path(__file__).name}")
             return int(known != page)
-        temporary = options.output.with_suffix(".tmp")
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(options.output)
+        write_text(options.output, page)
     except (OSError, ValueError) as error:
         print(f"make_benchmarks_page.py: error: {error}", file=sys.stderr)
         return 1

@@ -21,6 +21,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from megasparse.atomic_files import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 # What to run: {"flags": [...], "steps": n}, and "profile": True if one step more is to be profiled.
 Job = dict[str, Any]
@@ -186,9 +188,7 @@ def worker(place: Path, jobs: Mapping[str, Job]) -> None:
         if os.environ["RANK"] == "0":
             loss, seconds = result["losses"][-1], time.monotonic() - began
             print(f"  {name}: loss {loss:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
-            temporary = _file(place, name).with_suffix(".tmp")
-            temporary.write_text(json.dumps({"job": job, "result": result}))
-            os.replace(temporary, _file(place, name))
+            write_json(_file(place, name), {"job": job, "result": result})
     stop_process()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import plots
 from plots import Chart, Points
 
+from megasparse.atomic_files import write_text
 from megasparse.config import RunConfig, load_config
 from megasparse.errors import ConfigError, DataError, MegasparseError, StorageError
 from megasparse.metrics.schema import read_metrics
@@ -207,9 +208,7 @@ def write(options: argparse.Namespace) -> None:
         for chart in charts:
             plots.save_chart(chart, output / f"{chart.name}.png")
         plots.save_charts(charts, output / "all.png")
-        temporary = output / "index.html.tmp"
-        temporary.write_text(page(rows, charts), encoding="utf-8")
-        temporary.replace(output / "index.html")
+        write_text(output / "index.html", page(rows, charts))
     except OSError as error:
         raise StorageError(f"{output}: cannot be written: {error}") from None
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

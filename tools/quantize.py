@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -27,9 +25,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasparse import log
+from megasparse.atomic_files import new_folder, write_json
 from megasparse.compress.folding import ORDER, norm_before, rows_before
 from megasparse.compress.quantize import FORMATS, Quantized, awq_scales, quantize
-from megasparse.errors import ConfigError, MegasparseError
+from megasparse.errors import ConfigError, MegasparseError, StorageError
 from megasparse.inference.offline import LowRank, OfflineModel, StoredRun
 from megasparse.kernels import prune24_mask
 from megasparse.sparsity.shard import WeightShard
@@ -185,16 +184,10 @@ def sizes(stored: StoredRun, tensors: dict, rest: dict) -> dict[str, int]:
 
 
 def write(output: Path, tensors: dict[str, torch.Tensor], report: dict) -> None:
-    """Both files into a temporary folder, then one rename."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        save_file(tensors, temporary / WEIGHTS)
-        (temporary / DESCRIPTION).write_text(json.dumps(report, indent=1) + "\n")
-        os.rename(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Both files, in a folder that appears whole or not at all."""
+    with new_folder(output, StorageError) as folder:
+        save_file(tensors, folder / WEIGHTS)
+        write_json(folder / DESCRIPTION, report, indent=1)
 
 
 def read_quantized(folder: Path) -> dict[str, torch.Tensor]:

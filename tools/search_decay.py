@@ -30,6 +30,7 @@ from typing import Any
 import plots
 from search_decay_choice import FEASIBLE, Run, choose, judge, table
 
+from megasparse.atomic_files import write_json
 from megasparse.config import RunConfig, load_config, resolve, to_dict
 from megasparse.errors import ConfigError, MegasparseError, NumericsError
 from megasparse.metrics.schema import read_metrics
@@ -135,7 +136,7 @@ def execute(search: Search, config: RunConfig, decay: float | None, bar: Any) ->
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    record.write_text(json.dumps(settings))
+    write_json(record, settings)
     _launch(search, arguments, folder, bar)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of no use to anyone
     run = read_run(search, decay)
@@ -217,7 +218,7 @@ def search_decay(options: argparse.Namespace, flags: Sequence[str]) -> int:
         "flags": list(flags),
     }
     path = search.output / "results.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(path, results, indent=1)
     print(f"results: {path}")
     if plots.available():
         figure = search.output / "decay_search.png"

@@ -13,22 +13,23 @@ from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import finish_model, transformer_config
 from megasparse.sparsity.controller import Clock, SparsityController
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.train.engine.plain import PlainEngine
+from megasparse.train.engine.base import Engine
+from megasparse.train.engine.plain import PlainLayout
 
 
-class BaselineEngine(PlainEngine):
+class BaselineLayout(PlainLayout):
     """Trains a model of Transformer Engine's layers.
 
     Megatron-core clears the layers' mark of a step's first micro-batch and leaves it to the loop to
     set it again; without it FP8 layers keep their first weights for ever.
     """
 
-    def train_step(self, batches):  # type: ignore[no-untyped-def]
+    def compute_and_update(self, batches):  # type: ignore[no-untyped-def]
         self.model.set_is_first_microbatch()
-        return super().train_step(batches)
+        return super().compute_and_update(batches)
 
 
-def build_baseline(config: RunConfig, grid: Grid, vocabulary: int, fp8: bool) -> BaselineEngine:
+def build_baseline(config: RunConfig, grid: Grid, vocabulary: int, fp8: bool) -> Engine:
     """The dense model of a configuration from megatron-core's Transformer Engine spec, on one GPU.
 
     Args:
@@ -61,4 +62,4 @@ def build_baseline(config: RunConfig, grid: Grid, vocabulary: int, fp8: bool) ->
     clock = Clock(config.train.seed, config.train.train_iters)
     controller = SparsityController(make_recipe("dense"), clock)
     torch.cuda.empty_cache()
-    return BaselineEngine(config, grid, gpt, controller)
+    return Engine(config, grid, BaselineLayout(config, grid, gpt, controller), controller)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megasparse.data.atomic import replacing
+from megasparse.atomic_files import replacing
 from megasparse.data.jsonl import read_texts
 from megasparse.data.tokenizer import load_tokenizer, train_sentencepiece
 from megasparse.errors import DataError, MegasparseError
@@ -85,7 +85,7 @@ def train(args: argparse.Namespace) -> str:
     model = train_sentencepiece(
         (chunk for text in texts for chunk in chunks(text)), args.vocab_size, args.model_type
     )
-    with replacing(args.output) as stream:
+    with replacing(args.output, DataError) as stream:
         stream.write(model)
     tokenizer = load_tokenizer(args.output)
     sample = texts[:: max(1, len(texts) // CHECKED_DOCUMENTS)]

@@ -45,7 +45,7 @@ def check_same_run(reader: CheckpointReader, config: RunConfig, digests: dict[st
     """
     saved = reader.meta["config"]
     if reader.imported:
-        return  # weights alone, put into a run of any kind: `foreign_weights` compares the model
+        return  # weights alone, for a run of any kind: `convert.source.check_model` compares sizes
     taken = {name for _, _, names in GUARDED for name in names or ()}
     for flag, group, names in GUARDED:
         section = getattr(config, group)
@@ -53,7 +53,7 @@ def check_same_run(reader: CheckpointReader, config: RunConfig, digests: dict[st
             if field.name not in names if names is not None else field.name in taken:
                 continue
             given = getattr(section, field.name)
-            # A field that the writer did not know had its default.
+            # A field that the writer did not have yet had its default.
             before = saved.get(group, {}).get(field.name, getattr(type(section)(), field.name))
             if before != given:
                 _refuse(reader, config, flag, field.name, before, given)

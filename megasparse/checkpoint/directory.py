@@ -15,6 +15,7 @@ import re
 import shutil
 from pathlib import Path
 
+from megasparse.atomic_files import rename, sync_folder, temporaries_of, write_json
 from megasparse.errors import StorageError
 from megasparse.log import logger
 
@@ -52,13 +53,7 @@ def read_pointer(root: Path) -> int | None:
 
 def write_pointer(root: Path, step: int) -> None:
     """Name the newest checkpoint, by replacing the file."""
-    temporary = root / f".{POINTER}.tmp"
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump({"step": step, "folder": step_folder(root, step).name}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, root / POINTER)
-    sync_folder(root)
+    write_json(root / POINTER, {"step": step, "folder": step_folder(root, step).name})
 
 
 def clean(root: Path) -> None:
@@ -73,7 +68,7 @@ def clean(root: Path) -> None:
         else:
             logger.info("%s: removed, left by an interrupted save", entry)
             shutil.rmtree(entry, ignore_errors=True)
-    for entry in (root / f".{POINTER}.tmp", *root.glob(".probe-*")):
+    for entry in (*temporaries_of(root / POINTER), *root.glob(".probe-*")):
         entry.unlink(missing_ok=True)
     sync_folder(root)
 
@@ -83,8 +78,7 @@ def set_aside(root: Path, step: int) -> Path:
     folder, number = step_folder(root, step), 0
     while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
         number += 1
-    os.rename(folder, aside)
-    sync_folder(root)
+    rename(folder, aside)
     return aside
 
 
@@ -99,15 +93,6 @@ def prune(root: Path, newest: int, keep_last: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_private(folder: str | os.PathLike) -> Path:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 import megasparse
+from megasparse.atomic_files import check_free_space, new_folder, replacing, write_text
 from megasparse.checkpoint.directory import step_folder, write_pointer
 from megasparse.checkpoint.manifest import Piece
 from megasparse.checkpoint.writer import Tensors, publish, write_rank_file
 from megasparse.config import RunConfig, dump_yaml, to_dict
-from megasparse.convert.folder import check_free_space, new_folder
 from megasparse.convert.source import VOCABULARY, Source, pad_vocabulary
+from megasparse.errors import StorageError
 from megasparse.progress import progress
 from megasparse.sparsity.shard import WeightShard
 from megasparse.tensor_files import Entry
@@ -56,12 +57,13 @@ def write_imported(
     config.train.bf16 = all(entry.dtype == torch.bfloat16 for entry in entries)
     binding = {"run_id": secrets.token_hex(8), "step": 0}
     total = sum(entry.nbytes for entry in entries)
-    with new_folder(output) as folder:
-        check_free_space(folder, total + (1 << 20))
+    with new_folder(output, StorageError) as folder:
+        check_free_space(folder, total + (1 << 20), StorageError)
         carried_to = folder / CARRIED_FOLDER
         carried_to.mkdir()
         for path in carried:
-            (carried_to / path.name).write_bytes(path.read_bytes())
+            with replacing(carried_to / path.name) as stream:
+                stream.write(path.read_bytes())
         temporary = folder / "step-00000000.tmp-0"
         temporary.mkdir(mode=0o700)
         files = []
@@ -78,7 +80,7 @@ def write_imported(
         meta = _describe(source, config, binding)
         publish(temporary, step_folder(folder, 0), files, meta)
         write_pointer(folder, 0)
-        (folder / "config.yaml").write_text(dump_yaml(config, groups=("model",)))
+        write_text(folder / "config.yaml", dump_yaml(config, groups=("model",)))
     return step_folder(output, 0)
 
 

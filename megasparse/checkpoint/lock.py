@@ -2,7 +2,7 @@
 
 A POSIX record lock on `.lock`, which the system releases when its process ends, however it ends,
 and which network file systems carry to other hosts. The file says who holds it. Where a file
-system keeps locks to each host, the owner's name and the age of its last sign of life decide.
+system keeps locks to each host, the owner's name and the time of its last `refresh` decide.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class FolderLock:
                 f"{folder}: another run writes here: {_describe(owner)}, last seen {age:.0f} s ago"
             )
         if owner:
-            logger.warning("%s: taking over the lock of a run that is gone: %s", folder,
-                           _describe(owner))  # fmt: skip
+            logger.warning(
+                "%s: taking over the lock of a run that is gone: %s", folder, _describe(owner)
+            )
         record = {
             "host": here,
             "pid": os.getpid(),
@@ -76,7 +77,7 @@ class FolderLock:
         self._write(json.dumps(record).encode())
 
     def refresh(self) -> None:
-        """A sign of life, for hosts that do not see the lock itself."""
+        """Renew the time of the file, for hosts that do not see the lock itself."""
         os.utime(self._descriptor)
 
     def release(self) -> None:

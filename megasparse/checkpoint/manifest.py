@@ -14,13 +14,8 @@ from megasparse.errors import CheckpointError, ConfigError
 from megasparse.sparsity.shard import WeightShard
 
 FORMAT = 2
-
-
 MANIFEST = "manifest.json"
-
-
 MAX_MANIFEST_BYTES = 1 << 30
-
 
 # What a manifest says, no more and no less.
 _MANIFEST: dict[str, type] = {
@@ -28,17 +23,9 @@ _MANIFEST: dict[str, type] = {
     "optimizer_steps": int, "digests": dict, "config": dict, "state": dict, "versions": dict,
     "files": dict, "pieces": list,
 }  # fmt: skip
-
-
 _FILE_NAME = re.compile(r"rank-\d{5,}\.safetensors")
-
-
 FILE_FIELDS: dict[str, type] = {"size": int, "header_sha256": str}
-
-
 _PIECE: dict[str, type] = {"file": str, "entry": str, "key": str, "shard": dict, "sha256": str}
-
-
 _SHARD: dict[str, type] = {"global_shape": list, "rank": int, "world": int, "parts": int}
 
 
@@ -122,10 +109,10 @@ def _check_fields(record: Any, expected: dict[str, type], where: str) -> None:
 
 
 def shard_of(record: dict[str, Any], key: str) -> WeightShard:
-    """The shard that a piece of the tensor `key` says it is.
+    """The shard that a piece of the tensor `key` is.
 
     Raises:
-        CheckpointError: no such shard can be.
+        CheckpointError: the record describes no shard.
     """
     shape = record["global_shape"]
     dim, world = record.get("dim"), record["world"]

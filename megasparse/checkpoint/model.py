@@ -14,7 +14,7 @@ from megasparse.checkpoint.saver import choose
 from megasparse.config import RunConfig, from_dict
 from megasparse.convert.layout import parameter_shapes
 from megasparse.convert.source import VOCABULARY, require_finite
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
 from megasparse.sparsity import schedule, slorb
 from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
@@ -132,7 +132,7 @@ class StoredModel:
             )
 
 
-def open_checkpoint(path: Path, control: Control) -> CheckpointReader:
+def open_checkpoint(path: Path, control: ControlPlane) -> CheckpointReader:
     """A verified checkpoint: one by its own folder, or the newest intact one of a run.
 
     Args:
@@ -142,10 +142,10 @@ def open_checkpoint(path: Path, control: Control) -> CheckpointReader:
     Raises:
         CheckpointError: none is there, or it is damaged.
     """
-    if control.from_first(lambda: (path / MANIFEST).is_file()):
+    if control.on_rank_zero(lambda: (path / MANIFEST).is_file()):
         return CheckpointReader(path)
     for root in (path, path / "checkpoints"):
-        if control.from_first(lambda root=root: bool(list_steps(root))):  # type: ignore[misc]
+        if control.on_rank_zero(lambda root=root: bool(list_steps(root))):  # type: ignore[misc]
             reader = choose(root, control)
             assert reader is not None
             return reader

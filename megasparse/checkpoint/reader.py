@@ -19,7 +19,7 @@ import torch
 
 from megasparse.checkpoint.manifest import FILE_FIELDS, MANIFEST, read_manifest, shard_of
 from megasparse.errors import CheckpointError
-from megasparse.log import speaks
+from megasparse.log import is_logging_rank
 from megasparse.progress import progress
 from megasparse.sparsity.shard import WeightShard
 from megasparse.tensor_files import SafetensorError, raw_bytes, safe_open
@@ -82,7 +82,7 @@ class CheckpointReader:
         """
         total = sum(self.meta["files"][name]["size"] for name in files)
         desc = f"verifying {self.folder.name}"
-        with progress(desc=desc, total=total, unit="B", enabled=speaks()) as bar:
+        with progress(desc=desc, total=total, unit="B", enabled=is_logging_rank()) as bar:
             for name in files:
                 path = self.folder / name
                 try:

@@ -12,7 +12,7 @@ from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import Saver, choose
 from megasparse.checkpoint.writer import Hook
 from megasparse.config import RunConfig
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
 from megasparse.log import logger
 
@@ -24,15 +24,15 @@ class RunFolder:
         StorageError: on all ranks: another run writes there, or nothing can be written.
     """
 
-    def __init__(self, config: RunConfig, control: Control) -> None:
+    def __init__(self, config: RunConfig, control: ControlPlane) -> None:
         self._config, self._control = config, control
         self._root = Path(config.checkpoint.save or "")
         self._lock: FolderLock | None = None
         self._loaded: CheckpointReader | None = None
-        control.from_first(self._take)
+        control.on_rank_zero(self._take)
 
     def refresh(self) -> None:
-        """A sign of life."""
+        """Renew the lock's time, see `FolderLock.refresh`."""
         if self._lock is not None:
             self._lock.refresh()
 
@@ -59,7 +59,7 @@ class RunFolder:
         reader = None
         if settings.resume:
             reader = choose(self._root, control)
-            control.from_first(lambda: self._set_damaged_aside(reader))
+            control.on_rank_zero(lambda: self._set_damaged_aside(reader))
         if reader is None and settings.load is not None and not settings.finetune:
             reader = choose(Path(settings.load), control)
             if reader is None:
@@ -75,7 +75,7 @@ class RunFolder:
         saver = Saver(
             self._root,
             control,
-            control.from_first(lambda: secrets.token_hex(8)),
+            control.on_rank_zero(lambda: secrets.token_hex(8)),
             keep_last=settings.keep_last,
             async_save=settings.async_save,
             max_failed_saves=settings.max_failed_saves,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megasparse.atomic_files import check_free_space
 from megasparse.checkpoint import directory
 from megasparse.checkpoint.manifest import encode_manifest
 from megasparse.checkpoint.reader import CheckpointReader
@@ -23,12 +24,11 @@ from megasparse.checkpoint.writer import (
     Hook,
     Tensors,
     byte_size,
-    check_free_space,
     ignore,
     publish,
     write_rank_file,
 )
-from megasparse.distributed.control_plane import Control, one_line
+from megasparse.distributed.control_plane import ControlPlane, one_line
 from megasparse.errors import CheckpointError, StorageError
 from megasparse.log import logger
 
@@ -51,7 +51,7 @@ class Saver:
     Args:
         root: the folder; exists.
         control: of all ranks.
-        run_id: hex, of this process's run; tells its leftovers and files from others'.
+        run_id: hex, of this start of the run; part of the names of its temporary folders.
         keep_last: newest checkpoints to keep; 0: all.
         async_save: write in the background.
         max_failed_saves: saves in a row that may fail before the run ends.
@@ -61,7 +61,7 @@ class Saver:
     def __init__(
         self,
         root: Path,
-        control: Control,
+        control: ControlPlane,
         run_id: str,
         keep_last: int = 2,
         async_save: bool = False,
@@ -139,14 +139,15 @@ class Saver:
         name = f"{directory.step_folder(self._root, step).name}.tmp-{self._run_id}"
         temporary = self._root / name
         needed = sum(self._control.gather(byte_size(tensors)))
+        needed += needed // 50 + (1 << 16)  # headers, manifest, blocks
 
         def prepare() -> None:
             directory.make_private(self._root)
             shutil.rmtree(temporary, ignore_errors=True)
-            check_free_space(self._root, needed)
+            check_free_space(self._root, needed, StorageError, "a checkpoint")
             temporary.mkdir(mode=0o700)
 
-        self._control.from_first(prepare)
+        self._control.on_rank_zero(prepare)
         meta = {**meta, "run_id": self._run_id, "step": step}
         if self._async:
             tensors = {
@@ -164,7 +165,7 @@ class Saver:
             )
             _read_back(job.temporary, record)
             job.answer = {"record": record}
-        except Exception as error:  # any: it is told to all ranks, and must not end a thread alone
+        except Exception as error:  # any: `_publish` raises it on all ranks
             job.answer = {"error": one_line(error)}
 
     def _publish(self, job: _Job) -> None:
@@ -190,7 +191,7 @@ class Saver:
             directory.prune(self._root, job.step, self._keep_last)
             logger.info("saved %s", final)
 
-        self._control.from_first(commit)
+        self._control.on_rank_zero(commit)
 
     def _failed(self, error: CheckpointError, final: bool) -> None:
         self._failures += 1
@@ -207,12 +208,12 @@ def _read_back(folder: Path, record: dict[str, Any]) -> None:
 
 
 def manifest_digest(reader: CheckpointReader) -> str:
-    """What two ranks compare to know that they read the same checkpoint."""
+    """The end of the encoded manifest, with its digest; equal for readers of one checkpoint."""
     meta = {key: value for key, value in reader.meta.items() if key != "format"}
     return encode_manifest(meta)[-70:].decode()
 
 
-def choose(root: Path, control: Control) -> CheckpointReader | None:
+def choose(root: Path, control: ControlPlane) -> CheckpointReader | None:
     """The newest checkpoint whose every byte is as written, the same on all ranks.
 
     The files are shared out among the ranks for verification; what one finds damaged, none takes.
@@ -220,7 +221,7 @@ def choose(root: Path, control: Control) -> CheckpointReader | None:
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
     """
-    steps = control.from_first(lambda: directory.list_steps(root))
+    steps = control.on_rank_zero(lambda: directory.list_steps(root))
     for step in steps:
         reader: CheckpointReader | None = None
         answer = {}
@@ -244,7 +245,7 @@ def choose(root: Path, control: Control) -> CheckpointReader | None:
     return None
 
 
-def _look_at_pointer(root: Path, step: int, control: Control) -> None:
+def _look_at_pointer(root: Path, step: int, control: ControlPlane) -> None:
     if control.rank == 0 and directory.read_pointer(root) != step:
         logger.warning(
             "%s does not name step %d, the newest intact checkpoint; it is only a hint",

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from megasparse.checkpoint.directory import sync_folder
+from megasparse.atomic_files import rename, sync, sync_folder, synced
 from megasparse.checkpoint.manifest import MANIFEST, Piece, encode_manifest
-from megasparse.errors import StorageError
 from megasparse.tensor_files import Entry, write_tensors
 
 Tensors = dict[str, tuple[Piece, torch.Tensor]]
@@ -67,7 +66,7 @@ def write_rank_file(
         )
         stream.flush()
         hook("save:sync")
-        os.fsync(stream.fileno())
+        sync(stream)
         size = stream.tell()
         # What is read back shall come from the disk.
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -95,29 +94,14 @@ def publish(
         "pieces": [piece for f in files for piece in f["pieces"]],
     }
     hook("save:manifest")
-    with open(temporary / MANIFEST, "wb") as stream:
+    with synced(temporary / MANIFEST) as stream:
         stream.write(encode_manifest(manifest))
-        stream.flush()
-        os.fsync(stream.fileno())
     sync_folder(temporary)
     hook("save:rename")
     replaced: Path | None = None
     if final.exists():
         replaced = final.with_name(f"{final.name}.old-{secrets.token_hex(4)}")
         os.rename(final, replaced)
-    os.rename(temporary, final)
-    sync_folder(final.parent)
+    rename(temporary, final)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def check_free_space(root: Path, needed: int) -> None:
-    """Refuse to begin a save for which the disk has no room.
-
-    Raises:
-        StorageError: tells need and room in bytes.
-    """
-    needed += needed // 50 + (1 << 16)  # headers, manifest, blocks
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise StorageError(f"{root}: no room for a checkpoint: {free} bytes free, {needed} needed")

@@ -153,7 +153,7 @@ class TrainConfig:
         None, "save and stop at the first step after this many minutes", above=0.0
     )
     max_skipped_steps: int = option(
-        0, "steps in a row that may be left out for a NaN or infinity before the run ends",
+        0, "steps in a row that may be skipped for a NaN or infinity before the run ends",
         at_least=0,
     )  # fmt: skip
 

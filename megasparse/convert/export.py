@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
+from megasparse.atomic_files import new_folder, replacing, write_json
 from megasparse.convert.architecture import architecture_of, huggingface_config, model_config
-from megasparse.convert.folder import new_folder
 from megasparse.convert.huggingface import CONFIG, read_json
 from megasparse.convert.layout import GPT2, Rule, rules
 from megasparse.convert.packed import FORMATS, pack_checked
-from megasparse.convert.shards import Group, copy_file, write_json, write_model
+from megasparse.convert.shards import Group, write_model
 from megasparse.convert.source import VOCABULARY, Source, check_model
-from megasparse.errors import CheckpointError, ConfigError
+from megasparse.errors import CheckpointError, ConfigError, StorageError
 from megasparse.kernels import is_24
 from megasparse.tensor_files import Entry, write_tensors
 
@@ -80,7 +80,7 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
         make = functools.partial(_make, source, rule, options, tensors)
         stored = _stored_entries(rule, entries[rule.name].dtype, options)
         groups.append(Group(tuple(stored), make))
-    with new_folder(output) as folder:
+    with new_folder(output, StorageError) as folder:
         written = write_model(folder, groups, options.max_shard_bytes, options.bar)
         for record in tensors.values():
             names = record.pop("stored")
@@ -90,19 +90,20 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
                 record.update(written[names[0]])
         if options.packing == "bitmask":
             config["quantization_config"] = _compressed_tensors(tensors)
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, config, indent=2)
         for name, path in options.carried.items():
-            copy_file(path, folder / name)
+            with replacing(folder / name) as stream:
+                stream.write(path.read_bytes())
         for name, content in options.extra_files.items():
-            write_json(folder / name, content)
+            write_json(folder / name, content, indent=2)
         for name, extra in options.extra_tensors.items():
             entries_of = [Entry.of(key, value) for key, value in extra.items()]
-            with open(folder / name, "wb") as stream:
+            with replacing(folder / name) as stream:
                 write_tensors(stream, entries_of, extra.__getitem__, {})
         if options.sparse:
             packing = options.packing or "dense"
             side = {"format": _FORMAT, "packing": packing, "source": source.origin}
-            write_json(folder / SIDE_FILE, {**side, "tensors": tensors})
+            write_json(folder / SIDE_FILE, {**side, "tensors": tensors}, indent=2)
     return tensors
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megasparse.convert.folder import check_free_space
+from megasparse.atomic_files import check_free_space, replacing, write_json
 from megasparse.convert.huggingface import INDEX, SINGLE
+from megasparse.errors import StorageError
 from megasparse.progress import progress
 from megasparse.tensor_files import Entry, write_tensors
 
@@ -50,7 +48,7 @@ def write_model(
     """
     shards = _divide(groups, max_shard_bytes)
     total = sum(group.nbytes for group in groups)
-    check_free_space(folder, total + (1 << 20))
+    check_free_space(folder, total + (1 << 20), StorageError)
     written: dict[str, dict[str, str]] = {}
     with progress(desc="writing", total=total, unit="B", enabled=bar) as shown:
         for number, shard in enumerate(shards):
@@ -61,25 +59,9 @@ def write_model(
                 written[tensor] = {"file": name, "sha256": digest}
     if len(shards) > 1:
         weight_map = {tensor: written[tensor]["file"] for tensor in sorted(written)}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / INDEX, index, indent=2)
     return written
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, on the disk when this returns."""
-    with open(path, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """A small file, on the disk when this returns."""
-    with open(target, "wb") as stream:
-        stream.write(source.read_bytes())
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _divide(groups: Sequence[Group], limit: int) -> list[list[Group]]:
@@ -109,10 +91,8 @@ def _write_shard(
         shown(value.numel() * value.element_size())
         return value
 
-    with open(path, "wb") as stream:
+    with replacing(path) as stream:
         entries = [entry for group in shard for entry in group.entries]
         # transformers refuses a file that does not say so.
         _, digests = write_tensors(stream, entries, read, {"format": "pt"})
-        stream.flush()
-        os.fsync(stream.fileno())
     return digests

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megasparse.data.atomic import replacing
+from megasparse.atomic_files import replacing
 from megasparse.errors import DataError
 
 DEFAULT_MAX_BYTES = 4_000_000
@@ -80,7 +80,7 @@ def write_corpus(
         raise DataError(f"max_bytes: found {max_bytes}, expected a positive number of bytes")
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     num_documents = num_bytes = 0
-    with replacing(output) as stream:
+    with replacing(output, DataError) as stream:
         for text in documents(root, max_bytes):
             stream.write(json.dumps({"text": text}, ensure_ascii=False).encode("utf-8") + b"\n")
             num_documents += 1

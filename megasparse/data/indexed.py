@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megasparse.data.atomic import read_error
+from megasparse.data.file_errors import read_error
 from megasparse.data.sidecar import bin_path, idx_path
 from megasparse.errors import DataError
-from megasparse.log import speaks
+from megasparse.log import is_logging_rank
 from megasparse.progress import progress
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -246,7 +246,7 @@ def _check_tokens(index: Index, vocab_size: int) -> None:
     tokens = np.memmap(path, dtype=index.dtype, mode="r", shape=(index.num_tokens,))
     starts = range(0, index.num_tokens, _CHUNK)
     desc = f"checking {path.name}"
-    for start in progress(starts, desc=desc, unit="chunk", enabled=speaks()):
+    for start in progress(starts, desc=desc, unit="chunk", enabled=is_logging_rank()):
         chunk = tokens[start : start + _CHUNK]
         low, high = int(chunk.min()), int(chunk.max())
         if low < 0 or high >= vocab_size:

@@ -20,14 +20,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megasparse.data.atomic import (
-    discard,
-    make_parent,
-    sync,
-    sync_directory,
-    temporary_path,
-    write_error,
-)
+from megasparse.atomic_files import discard, rename, sync, temporary_path
+from megasparse.data.file_errors import write_error
 from megasparse.data.indexed import HEADER, MAGIC, VERSION, dtype_code
 from megasparse.data.sidecar import Sidecar, bin_path, idx_path, sidecar_path
 from megasparse.data.tokenizer import Tokenizer
@@ -54,7 +48,8 @@ class _HashedFile:
         self.size = 0
         self._digest = hashlib.sha256()
         try:
-            make_parent(path)
+            if not path.parent.exists():  # a file in its place: opening says so
+                path.parent.mkdir(parents=True, exist_ok=True)
             self._stream: BinaryIO = open(self.temporary, "wb")  # noqa: SIM115 (closed below)
         except OSError as error:
             raise write_error(path, error) from error
@@ -77,7 +72,7 @@ class _HashedFile:
         return self._digest.hexdigest()
 
     def publish(self) -> None:
-        os.replace(self.temporary, self.path)
+        rename(self.temporary, self.path)
 
     def discard(self) -> None:
         with suppress(OSError):  # a full disk fails again while flushing; the file goes anyway
@@ -228,6 +223,5 @@ class IndexedDatasetWriter:
                 if file is not idx:
                     file.publish()
             idx.publish()
-            sync_directory(idx.path.parent)
         except OSError as error:
             raise write_error(idx.path, error) from error

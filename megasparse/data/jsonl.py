@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megasparse.data.atomic import read_error
+from megasparse.data.file_errors import read_error
 from megasparse.errors import DataError
 
 MAX_LINE_BYTES = 1 << 30

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megasparse.data.atomic import read_error
+from megasparse.data.file_errors import read_error
 from megasparse.data.indexed import optimal_dtype
 from megasparse.data.indexed_writer import IndexedDatasetWriter, Provenance
 from megasparse.data.jsonl import parse_line, read_lines

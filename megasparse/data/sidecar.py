@@ -14,7 +14,7 @@ import logging
 import os
 from pathlib import Path
 
-from megasparse.data.atomic import read_error
+from megasparse.data.file_errors import read_error
 from megasparse.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
-from megasparse.data.atomic import read_error
+from megasparse.data.file_errors import read_error
 from megasparse.errors import DataError
 
 SENTENCEPIECE = "SentencePieceTokenizer"

@@ -1,1 +1,1 @@
-"""Ranks and hosts: rendezvous, control plane, watchdog, signals, supervision; knows no model."""
+"""Ranks and hosts: rendezvous, control plane, watchdog, signals, supervision; without a model."""

@@ -1,6 +1,7 @@
-"""How the ranks agree: small values in JSON over a gloo group of its own.
+"""The control plane: small values in JSON between all ranks, over a gloo group of its own.
 
-A check that one rank alone makes must end in a word to all others, or they wait for ever.
+Where one rank checks something alone, its result or its error must reach all others, or they would
+wait for ever in the next collective.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _ERRORS = {
 }
 
 
-class Control:
-    """The ranks of a run as one that decides.
+class ControlPlane:
+    """Decisions that all ranks of a run make together; all methods are collective calls.
 
     Args:
         group: gloo, over all ranks (torch.distributed must be up); None for one rank alone.
@@ -34,13 +35,17 @@ class Control:
         self.rank = 0 if group is None else group.rank()
         self.world = 1 if group is None else group.size()
 
-    def agree(self, values: list[int]) -> list[int]:
+    def max_over_ranks(self, values: list[int]) -> list[int]:
         """The largest of every value over all ranks."""
         if self._group is None:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return tensor.tolist()
+
+    def barrier(self) -> None:
+        """Returns once all ranks have called it."""
+        self.max_over_ranks([0])
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, by rank, on every rank."""
@@ -58,7 +63,7 @@ class Control:
             json.loads(bytes(part[: int(n)].numpy())) for part, n in zip(parts, sizes, strict=True)
         ]
 
-    def together(self, work: Callable[[], Any]) -> list[Any]:
+    def on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
         """`work()` on every rank and its JSON values by rank; an error anywhere is raised on all.
 
         Raises:
@@ -80,15 +85,15 @@ class Control:
                 ) from failure
         return [other["value"] for other in answers]
 
-    def from_first(self, work: Callable[[], Any]) -> Any:
+    def on_rank_zero(self, work: Callable[[], Any]) -> Any:
         """`work()` on rank 0 alone; its JSON value, or its error, on every rank."""
-        return self.together(lambda: work() if self.rank == 0 else None)[0]
+        return self.on_all_ranks(lambda: work() if self.rank == 0 else None)[0]
 
 
-def make_control() -> Control:
-    """The control of all ranks of the process group; a collective call."""
+def make_control_plane() -> ControlPlane:
+    """The control plane of all ranks of the process group; a collective call."""
     world = dist.get_world_size()
-    return Control(dist.new_group(backend="gloo") if world > 1 else None)
+    return ControlPlane(dist.new_group(backend="gloo") if world > 1 else None)
 
 
 def one_line(error: BaseException) -> str:

@@ -53,19 +53,18 @@ class Faults:
 
     def __init__(self, faults: list[Fault], rank: int) -> None:
         self._faults = [f for f in faults if f.rank in (None, rank)]
-        self.step = 0
 
-    def at(self, point: str) -> None:
-        """Let happen what is to happen at this point of the current step."""
+    def passed(self, point: str, step: int, micro_batch: int = 0) -> None:
+        """Let happen what is to happen at this point of a step; a listener of `Events`."""
         for fault in self._faults:
-            if fault.point == point and fault.step in (None, self.step) and not fault.fired:
+            if fault.point == point and fault.step in (None, step) and not fault.fired:
                 fault.fired = True
                 _strike(fault)
 
-    def poison(self, point: str) -> float | None:
+    def poison(self, point: str, step: int) -> float | None:
         """NaN or infinity by which the value at this point is to be multiplied, if any."""
         for fault in self._faults:
-            if fault.point != point or fault.step not in (None, self.step):
+            if fault.point != point or fault.step not in (None, step):
                 continue
             if fault.kind in ("nan", "inf") or (fault.kind == "nan-once" and not fault.fired):
                 fault.fired = True

@@ -1,7 +1,7 @@
 """Which of this host's network interfaces leads to another host, found without sending anything.
 
 gloo binds to the address that the host's own name resolves to, which on many systems is loopback:
-between nodes it must be told the interface.
+between nodes the interface must be set.
 """
 
 from __future__ import annotations

@@ -114,8 +114,10 @@ def _choose_interface(host: str, world: int) -> None:
             logger.warning(
                 "MASTER_ADDR %s is loopback on %s, but %d nodes were started: other hosts cannot "
                 "reach it; give the launcher an address that they can (--master_addr)",
-                host, socket.gethostname(), nodes,
-            )  # fmt: skip
+                host,
+                socket.gethostname(),
+                nodes,
+            )
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         return
@@ -149,8 +151,9 @@ def _store(
         ) from None
     port = listener.getsockname()[1]
     if world > 1:
-        logger.info("%d ranks meet at %s; the store listens on %s", world, host,
-                    listener.getsockname()[:2])  # fmt: skip
+        logger.info(
+            "%d ranks meet at %s; the store listens on %s", world, host, listener.getsockname()[:2]
+        )
     return dist.TCPStore(
         host,
         port,

@@ -1,8 +1,9 @@
-"""Stopping at a step boundary: signals and limits, noted here, decided by all ranks together.
+"""Stopping at a step boundary: signals and time limits of this rank.
 
-A handler only takes a note; it may arrive at any moment, also while files are written or the model
-is built. The loop asks after every step, the ranks agree, save once and leave with exit code 75.
-Light to import, so that handlers stand before anything heavy is loaded.
+A handler only stores the signal's number, since it may run at any moment, also while files are
+written or the model is built. The loop reads it after every step; the ranks decide together, save
+once and leave with exit code 75. This module is light to import, so that the handlers are in place
+before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """What this rank knows of reasons to stop.
+    """The reasons to stop that this rank has seen.
 
     Args:
         started: time.monotonic() at the start of the process.
@@ -26,7 +27,7 @@ class StopRequest:
         self._signal: int | None = None
 
     def install(self) -> StopRequest:
-        """Take a note of the signals from now on (main thread)."""
+        """Handle the signals from now on (main thread)."""
         for number in SIGNALS:
             signal.signal(number, self._note)
         return self

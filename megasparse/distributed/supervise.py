@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megasparse.atomic_files import write_json
 from megasparse.config import CheckpointConfig
 from megasparse.distributed.signals import SIGNALS
 from megasparse.errors import (
@@ -123,8 +124,11 @@ class _Supervisor:
             attempt += 1
             logger.warning(
                 "exit code %d; restart %d of %d from step %s",
-                code, attempt, self._settings.max_restarts, newest if newest >= 0 else "0 (none)",
-            )  # fmt: skip
+                code,
+                attempt,
+                self._settings.max_restarts,
+                newest if newest >= 0 else "0 (none)",
+            )
             self._announce({"attempt": attempt})
 
     def _over(self, code: int, attempt: int, idle: int) -> int | None:
@@ -187,9 +191,7 @@ class _Supervisor:
         return "exit" in order or order.get("attempt", 0) > attempt
 
     def _announce(self, order: dict[str, Any]) -> None:
-        temporary = self._board.with_name(f"{self._board.name}.tmp")
-        temporary.write_text(json.dumps({**order, "nonce": secrets.token_hex(8)}))
-        os.replace(temporary, self._board)
+        write_json(self._board, {**order, "nonce": secrets.token_hex(8)})
 
     def _read(self) -> dict[str, Any]:
         try:

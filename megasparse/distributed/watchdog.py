@@ -1,10 +1,11 @@
 """Finding ranks that died, stopped, hang or failed; and ending the others within seconds.
 
-Every rank has a thread that tells the store four times a second that it lives and how far it has
-come. Rank 0's looks at all of them and writes a verdict; the others look for that, and at rank 0.
-A second thread only watches the clock, so a store that does not answer is noticed as well. On a
-verdict a rank dumps its stacks, says one line, and exits. Only the stock functions of the store
-are used, through a connection of its own, since the training thread may be blocked in another.
+Every rank has a thread that writes a beat into the store four times a second: that the process
+lives, and how far its training thread has come. The thread of rank 0 reads all beats and writes a
+verdict; those of the other ranks read the verdict and rank 0's beat. A second thread only watches
+the clock, so a store that does not answer is noticed as well. On a verdict a rank dumps its stacks,
+logs one line, and exits. Only the stock functions of the store are used, through a connection of
+its own, since the training thread may be blocked in another.
 """
 
 from __future__ import annotations
@@ -16,37 +17,39 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
+from megasparse.distributed.verdicts import Verdict, hang, longest, place_of
 from megasparse.errors import PeerError
 from megasparse.log import logger
 
 BEAT_SECONDS = 0.25
-SILENT_SECONDS = 10.0  # no sign of life: stopped or gone
+SILENT_SECONDS = 10.0  # without a beat: stopped or gone
 SUSPECT_SECONDS = 1.2  # the same, once a rank has seen its connections break
-GRACE_SECONDS = 1.0  # between the first rank that is late and the one that it waits for
 CONNECT_TIME = datetime.timedelta(seconds=10)
 ANSWER_TIME = datetime.timedelta(seconds=30)
 LINGER_SECONDS = 3.0  # rank 0 keeps the store for the others to read why it failed
 STARTING = 20.0  # allowance of phases that compile, build or write
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why the run ends: the first failing rank's words and exit code."""
-
-    rank: int
-    message: str
-    exit_code: int
+# What begins at a point of the run: its words in messages, and the time that it may take, as a
+# multiple of the hang timeout (0: any).
+PHASES = {
+    "first_step": ("the first step", STARTING),
+    "micro_batch": ("step {next}, micro-batch {micro_batch}", 1.0),
+    "backward": ("step {next}, backward of micro-batch {micro_batch}", 1.0),
+    "evaluate": ("evaluation, micro-batch {micro_batch}", 1.0),
+    "evaluated": ("after an evaluation", STARTING),
+    "save": ("save of step {step}", STARTING),
+    "saved": ("after a save", STARTING),
+    "report": ("final report", 0.0),
+}
 
 
 class Watchdog:
-    """This rank's signs of life, and its eyes for the others.
+    """Reports this rank's progress to the other ranks, and watches theirs.
 
     Args:
         address: host and port of the store; None: one rank alone, or ranks that someone else
@@ -89,24 +92,28 @@ class Watchdog:
                 self._store.set(key, "")
         self._store.add("suspects", 0)
         self._store.set(f"beat/{rank}", json.dumps(self._beat()))
-        for target in (self._talk, self._judge):
+        for target in (self._exchange, self._await_verdict):
             name = f"watchdog{target.__name__}"
             self._threads.append(threading.Thread(target=target, name=name, daemon=True))
             self._threads[-1].start()
 
-    def tick(self, phase: str, allowance: float = 1.0) -> None:
-        """The training thread has come this far; the next tick is due in the hang timeout.
+    def passed(self, point: str, step: int, micro_batch: int = 0) -> None:
+        """The training thread has come to a point; a listener of `Events`.
 
-        Args:
-            phase: what begins now, for the message.
-            allowance: times the limit; 0: no limit.
+        Points with an entry in `PHASES`, and those of a save, begin a new phase.
         """
+        phase, allowance = PHASES.get(point, (None, 0.0))
+        if point.startswith("save:"):
+            phase, allowance = point, STARTING
+        if phase is None:
+            return
         self._ticks += 1
-        self._phase, self._allowance = phase, allowance
+        self._phase = phase.format(step=step, next=step + 1, micro_batch=micro_batch)
+        self._allowance = allowance
         self._ticked = time.monotonic()
 
     def fail(self, message: str, exit_code: int) -> None:
-        """Tell all ranks that this one fails; the first to do so is the one they name."""
+        """Record for all ranks that this one fails; the verdict names the first that did."""
         self._closing = True
         if self._store is None:
             return
@@ -154,25 +161,13 @@ class Watchdog:
         late = overdue > self._limit * self._allowance
         beat = {"time": now, "ticks": self._ticks, "phase": self._phase, "late": late}
         if late:
-            beat["where"], beat["collective"] = self._where()
+            beat["where"], beat["collective"] = place_of(sys._current_frames().get(self._main or 0))
             beat["seconds"] = round(overdue, 1)
             beat["late_for"] = overdue - self._limit * self._allowance
         return beat
 
-    def _where(self) -> tuple[str, str | None]:
-        """Where the training thread is: innermost frame, and the collective it is in, if any."""
-        frame: FrameType | None = sys._current_frames().get(self._main or 0)
-        if frame is None:
-            return "unknown", None
-        here, collective = _place(frame), None
-        while frame is not None:
-            if "torch/distributed/" in frame.f_code.co_filename and frame.f_code.co_name in _NAMES:
-                collective = frame.f_code.co_name
-            frame = frame.f_back
-        return here, collective
-
-    def _talk(self) -> None:
-        """Thread: beat, look, until there is a verdict."""
+    def _exchange(self) -> None:
+        """Thread: write this rank's beat and read the others', until there is a verdict."""
         assert self._store is not None
         told = False
         while self._verdict is None and not self._stopped:
@@ -195,7 +190,7 @@ class Watchdog:
             except (RuntimeError, dist.DistError):
                 return
 
-    def _judge(self) -> None:
+    def _await_verdict(self) -> None:
         """Thread: end this rank on a verdict; notice a store that does not answer."""
         while not self._decided.wait(0.1):
             if self._stopped:
@@ -237,10 +232,10 @@ class Watchdog:
         content, beat = self._store.multi_get(["verdict", "beat/0"])
         if content:
             return Verdict(**json.loads(content))
-        return _longest([self._silence(0, json.loads(beat), self._silent)])
+        return longest([self._silence(0, json.loads(beat), self._silent)])
 
     def _look_at_all(self) -> Verdict | None:
-        """Rank 0: who failed, who is silent, who hangs; written down for all."""
+        """Rank 0: the verdict on a rank that failed, is silent or hangs, written into the store."""
         assert self._store is not None
         keys = [f"beat/{rank}" for rank in range(self._world)]
         if not self._store.check(keys):
@@ -254,7 +249,7 @@ class Watchdog:
             message = f"rank {told['rank']} failed: {told['message']}"
             verdict = Verdict(told["rank"], message, told["code"])
         silent = [self._silence(rank, beats[rank], limit) for rank in range(1, self._world)]
-        verdict = verdict or _longest(silent) or _hang(beats)
+        verdict = verdict or longest(silent) or hang(beats)
         if verdict is not None:
             self._store.set("verdict", json.dumps(verdict.__dict__))
         return verdict
@@ -274,52 +269,3 @@ class Watchdog:
             f"rank {rank} was lost in {beat['phase']}: no sign of life for {now - since:.1f} s"
         )
         return now - since, Verdict(rank, message, PeerError.exit_code)
-
-
-# Functions of torch.distributed whose name tells what a rank waits for.
-_NAMES = {
-    "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast",
-    "barrier", "all_to_all_single", "send", "recv", "reduce",
-    "gather", "scatter", "monitored_barrier",
-}  # fmt: skip
-
-
-def _longest(silent: list[tuple[float, Verdict] | None]) -> Verdict | None:
-    """The verdict on the rank that has been silent longest."""
-    found = [entry for entry in silent if entry is not None]
-    return max(found, key=lambda entry: entry[0])[1] if found else None
-
-
-def _hang(beats: list[dict[str, Any]]) -> Verdict | None:
-    """Who holds up the others: of those who wait for nobody the one that came least far."""
-    late = [rank for rank, beat in enumerate(beats) if beat["late"]]
-    if not late:
-        return None
-    busy = [rank for rank in late if beats[rank]["collective"] is None]
-    late_for = max(beats[rank]["late_for"] for rank in late)
-    if not busy and len(late) < len(beats) and late_for < GRACE_SECONDS:
-        return None  # they wait for one that is about to be late itself
-    busy = busy or late
-    culprit = min(busy, key=lambda rank: beats[rank]["ticks"])
-    beat = beats[culprit]
-    others = {b["collective"] for b in beats if b["late"] and b["collective"]}
-    waiting = f"; others wait in {', '.join(sorted(others))}" if others and len(beats) > 1 else ""
-    message = (
-        f"rank {culprit} hangs in {beat['phase']} for {beat['seconds']:.0f} s at {beat['where']}"
-        f"{waiting}"
-    )
-    return Verdict(culprit, message, PeerError.exit_code)
-
-
-def _place(frame: FrameType) -> str:
-    name = Path(frame.f_code.co_filename).name
-    return f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
-
-
-def is_communication_error(error: BaseException) -> bool:
-    """Whether an exception says that a peer is gone, rather than that this rank is at fault."""
-    text = str(error)
-    signs = ("peer", "gloo", "NCCL", "Broken pipe", "Timed out", "Connection re", "timeout")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in signs)
-    )

@@ -23,7 +23,12 @@ from megasparse.config import RunConfig, padded_vocab_size
 from megasparse.convert.huggingface import HuggingFaceModel
 from megasparse.convert.source import Source, pad_vocabulary
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
-from megasparse.distributed.control_plane import Control, as_user_error, make_control, one_line
+from megasparse.distributed.control_plane import (
+    ControlPlane,
+    as_user_error,
+    make_control_plane,
+    one_line,
+)
 from megasparse.distributed.rendezvous import join_group, own_device
 from megasparse.errors import ConfigError, DataError, MegasparseError
 from megasparse.inference.tokenizer_files import tokenizer_file_of, tokenizer_of
@@ -48,7 +53,7 @@ class LoadedModel:
     source: Source
     model: torch.nn.Module
     grid: Grid
-    control: Control
+    control: ControlPlane
     tokenizer: Tokenizer | None
 
     @property
@@ -82,9 +87,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--load-hf", metavar="DIR", type=Path, help="a Hugging Face folder")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="INT")
     group.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction,
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
         help="compute in bfloat16 (default: if the weights are 16-bit)",
-    )  # fmt: skip
+    )
     group.add_argument("--tokenizer-model", help="default: the run's, or that of the folder")
     group.add_argument("--vocab-size", type=int, help="where the checkpoint does not say it")
     group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -98,7 +104,7 @@ def open_model(args: argparse.Namespace) -> LoadedModel:
     """
     device = own_device()
     join_group(device, collective_timeout(_TIMEOUT_MINUTES))
-    control = make_control()
+    control = make_control_plane()
     source: Source
     tokenizer = None
     if args.load is not None:

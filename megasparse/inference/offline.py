@@ -21,7 +21,7 @@ from megasparse.checkpoint.model import ADAPTER, PROJECTION, StoredModel
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import Saver, choose
 from megasparse.config import ParallelConfig, RunConfig, SparsityConfig, from_dict, to_dict
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.distributed.rendezvous import join_group, own_device
 from megasparse.errors import CheckpointError, DataError
 from megasparse.kernels.patterns import encode_patterns
@@ -57,7 +57,7 @@ class StoredRun:
     """
 
     def __init__(self, folder: Path) -> None:
-        reader = choose(folder, Control(None))
+        reader = choose(folder, ControlPlane(None))
         if reader is None:
             raise CheckpointError(f"{folder}: holds no checkpoint")
         self.reader: CheckpointReader = reader
@@ -220,7 +220,7 @@ def save_pruned(
         "state": {**run.reader.meta["state"], "origin": origin},
     }
     step = run.reader.meta["step"]
-    Saver(folder, Control(None), secrets.token_hex(8)).save(step, tensors, meta, final=True)
+    Saver(folder, ControlPlane(None), secrets.token_hex(8)).save(step, tensors, meta, final=True)
     return folder
 
 

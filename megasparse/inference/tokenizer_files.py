@@ -69,8 +69,10 @@ def _add_tokenizer(
         if converted is None:
             logger.warning(
                 "%s: has no equal tokenizer.json, the output has %s alone; engines may put a "
-                "space before each text", file, TOKENIZER_MODEL,
-            )  # fmt: skip
+                "space before each text",
+                file,
+                TOKENIZER_MODEL,
+            )
             return
         options.extra_files[TOKENIZER_JSON] = converted
         config[_MADE_FROM] = TOKENIZER_MODEL

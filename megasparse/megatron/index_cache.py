@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
+from megasparse.atomic_files import replacing, write_json
+
 logger = logging.getLogger("megasparse")
 # It warns that nothing is cached; that is done here.
 logging.getLogger("megatron.core.datasets.gpt_dataset").setLevel(logging.ERROR)
@@ -50,19 +52,13 @@ class VerifiedGPTDataset(GPTDataset):
 
 def _store(folder: Path, stem: str, indices: Indices) -> None:
     """Write the arrays, then the list of their digests, which makes them valid."""
-    folder.mkdir(parents=True, exist_ok=True)
     digests = {}
     for name, array in zip(_NAMES, indices, strict=True):
         path = folder / f"{stem}-{name}.npy"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as stream:
+        with replacing(path) as stream:
             np.save(stream, array, allow_pickle=False)
-        digests[path.name] = _digest(temporary)
-        os.replace(temporary, path)
-    listing = folder / f"{stem}.json"
-    temporary = listing.with_name(f".{listing.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(digests))
-    os.replace(temporary, listing)
+        digests[path.name] = _digest(path)
+    write_json(folder / f"{stem}.json", digests)
 
 
 def _load(folder: Path, stem: str) -> Indices | None:

@@ -110,7 +110,7 @@ class ProgressLine:
         left = (time.monotonic() - self._begin) / max(done, 1) * (self._train_iters - row["step"])
         parts = [
             f"step {row['step']:>{len(str(self._train_iters))}}/{self._train_iters}",
-            f"loss {row['loss']:.4f}" if row["loss"] is not None else "left out",
+            f"loss {row['loss']:.4f}" if row["loss"] is not None else "skipped",
             f"lr {row['lr']:.2e}",
             f"grad norm {row['grad_norm'] or 0.0:.3f}",
             f"{row['tokens_per_second']:,.0f} tokens/s",

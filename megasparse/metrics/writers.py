@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megasparse.atomic_files import write_text
 from megasparse.config import LoggingConfig
 from megasparse.metrics.schema import METRICS, read_metrics
 
@@ -97,13 +98,13 @@ def _start_wandb(
     run_dir: Path, logging: LoggingConfig, resumed: bool, settings: dict[str, Any] | None
 ) -> Any:
     """A run of Weights & Biases; one that is continued there when this one is."""
-    import wandb  # optional: `precheck` refuses the flag without it
+    import wandb  # optional: `preflight.settings` refuses the flag without it
 
     folder = Path(logging.wandb_save_dir or run_dir / "wandb")
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / "run_id"
     if not (resumed and known.exists()):
-        known.write_text(secrets.token_hex(8))
+        write_text(known, secrets.token_hex(8))
     return wandb.init(
         id=known.read_text(),
         project=logging.wandb_project,
@@ -121,9 +122,7 @@ def _rows_until(path: Path, step: int) -> list[Row]:
 
 def _reopen(path: Path, lines: Any) -> TextIO:
     """The file with these lines alone, open for more; replaced by one rename."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(lines))
     return open(path, "a", buffering=1, encoding="utf-8")
 
 

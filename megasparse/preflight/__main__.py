@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from megasparse import log
 from megasparse.config import load_config, resolve
 from megasparse.data.check import check_data
-from megasparse.distributed.control_plane import make_control
+from megasparse.distributed.control_plane import make_control_plane
 from megasparse.distributed.rendezvous import join_group, leave_group, own_device
 from megasparse.errors import MegasparseError
 from megasparse.log import logger
@@ -45,11 +45,11 @@ def main(argv: Sequence[str]) -> int:
             error = problem
         timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
         join_group(own_device(), timeout)
-        control = make_control()
+        control = make_control_plane()
         if control.world < world:
             logger.info("preflight: this host alone; start it like the run to check all")
         findings = check_hosts(config, data, control, full=True, error=error)
-        control.agree([0])
+        control.barrier()
         require_fit(findings)
         leave_group()
     except MegasparseError as problem:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 
 BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 REPEATS = 5
@@ -57,7 +57,7 @@ def plan(hosts: Sequence[str]) -> list[Link]:
 
 
 def measure_links(
-    control: Control, hosts: Sequence[str], device: torch.device
+    control: ControlPlane, hosts: Sequence[str], device: torch.device
 ) -> list[dict[str, Any]]:
     """Bandwidth of every link, on every rank; a collective call.
 
@@ -71,7 +71,7 @@ def measure_links(
         for link, group in groups:
             if control.rank in link.ranks:
                 mine[link.name] = _bandwidth(group, len(link.ranks), device)
-        control.agree([0])
+        control.barrier()
         for link, group in groups:
             if control.rank in link.ranks:
                 dist.destroy_process_group(group)
@@ -105,7 +105,7 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def clock_offsets(control: Control, rounds: int = 5) -> list[float]:
+def clock_offsets(control: ControlPlane, rounds: int = 5) -> list[float]:
     """Seconds by which each rank's clock is ahead of rank 0's.
 
     Ranks read their clocks right after an agreement that ends on all within a millisecond or so;
@@ -113,7 +113,7 @@ def clock_offsets(control: Control, rounds: int = 5) -> list[float]:
     """
     best = [float("inf")] * control.world
     for _ in range(rounds):
-        control.agree([0])
+        control.barrier()
         times = control.gather(time.time())
         offsets = [moment - times[0] for moment in times]
         best = [min(pair, key=abs) for pair in zip(best, offsets, strict=True)]

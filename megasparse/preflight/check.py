@@ -10,7 +10,7 @@ import torch
 from megasparse import log
 from megasparse.config import RunConfig, padded_vocab_size
 from megasparse.data.check import CheckedData
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import MegasparseError, PreflightError
 from megasparse.estimate.memory import footprint, stage_weights
 from megasparse.log import logger
@@ -26,7 +26,7 @@ CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
 def check_hosts(
     config: RunConfig,
     data: CheckedData | None,
-    control: Control,
+    control: ControlPlane,
     full: bool,
     error: MegasparseError | None = None,
 ) -> list[Finding]:
@@ -75,15 +75,19 @@ def require_fit(findings: Sequence[Finding]) -> None:
         raise PreflightError(f"{failures[0]}{more}")
 
 
-def _wanted(config: RunConfig, data: CheckedData | None, control: Control) -> dict[str, int]:
+def _wanted(config: RunConfig, data: CheckedData | None, control: ControlPlane) -> dict[str, int]:
     """Bytes of this rank, by the estimate."""
     stages = config.parallel.pipeline_model_parallel_size
     world = max(control.world, stages * config.parallel.tensor_model_parallel_size)
     stage = control.rank * stages // world
     need = footprint(
-        config, recipe_of(config), _vocabulary(config, data), world, stage,
+        config,
+        recipe_of(config),
+        _vocabulary(config, data),
+        world,
+        stage,
         gpu=torch.cuda.is_available(),
-    )  # fmt: skip
+    )
     return {"state": need.state_bytes, "peak": need.peak_bytes}
 
 
@@ -112,7 +116,14 @@ def _describe(ranks: Sequence[dict[str, Any]], full: bool) -> None:
         logger.info(
             "preflight: %s: %d ranks, %s, %s on %s, %.1f GiB memory, %.1f GiB disk, clock %+.3f s; "
             "a rank's state %.2f GiB, peak about %.2f GiB",
-            facts["host"], here, gpu, facts["address"], facts["interface"],
-            facts["memory"] / GIB, facts["disk"]["free"] / GIB, facts["clock"],
-            facts["wanted"]["state"] / GIB, facts["wanted"]["peak"] / GIB,
-        )  # fmt: skip
+            facts["host"],
+            here,
+            gpu,
+            facts["address"],
+            facts["interface"],
+            facts["memory"] / GIB,
+            facts["disk"]["free"] / GIB,
+            facts["clock"],
+            facts["wanted"]["state"] / GIB,
+            facts["wanted"]["peak"] / GIB,
+        )

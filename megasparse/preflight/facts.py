@@ -164,9 +164,11 @@ def _wrong_product(device: int) -> list[str]:
 def _smi_problems(device: int) -> list[str]:
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     command = [
-        "nvidia-smi", f"--id=GPU-{uuid.removeprefix('GPU-')}", f"--query-gpu={','.join(_SMI)}",
+        "nvidia-smi",
+        f"--id=GPU-{uuid.removeprefix('GPU-')}",
+        f"--query-gpu={','.join(_SMI)}",
         "--format=csv,noheader,nounits",
-    ]  # fmt: skip
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -44,22 +44,28 @@ def judge(ranks: Sequence[Facts], checkpoint_bytes: int) -> list[Finding]:
         return findings
     for name in sorted({name for f in well for name in f["versions"]}):
         findings += _alike(
-            well, name, lambda f, n=name: f["versions"].get(n, "none"),  # type: ignore[misc]
+            well,
+            name,
+            lambda f, n=name: f["versions"].get(n, "none"),  # type: ignore[misc]
             "install the same version on all nodes (pip install -c tools/constraints-*.txt)",
-        )  # fmt: skip
+        )
     findings += _alike(
-        well, "megasparse's source", lambda f: f["source"],
+        well,
+        "megasparse's source",
+        lambda f: f["source"],
         "check out the same commit there, without changes (git status)",
-    )  # fmt: skip
+    )
     findings += _alike(
         well, "the GPU", _gpu_name, "leave the node out (--exclude), or use equal nodes alone"
     )
     names = sorted({name for f in well for name in f["data"]})
     for name in names:
         findings += _alike(
-            well, f"the data's digest of {name}", lambda f, n=name: f["data"].get(n, "missing"),  # type: ignore[misc]
+            well,
+            f"the data's digest of {name}",
+            lambda f, n=name: f["data"].get(n, "missing"),  # type: ignore[misc]
             "copy the data there again, or mount the same file system",
-        )  # fmt: skip
+        )
     for f in well:
         findings += [*_gpu_health(f), *_clock(f)]
         findings += [*_memory(f, well), *_disk(f, checkpoint_bytes)]
@@ -111,11 +117,12 @@ def _gpu_name(f: Facts) -> str:
 def _gpu_health(f: Facts) -> list[Finding]:
     return [
         Finding(
-            True, f["host"],
+            True,
+            f["host"],
             f"GPU {f['local_rank']}: {problem}; drain the node and reset or replace the GPU",
         )
         for problem in (f["gpu"] or {}).get("problems", [])
-    ]  # fmt: skip
+    ]
 
 
 def _clock(f: Facts) -> list[Finding]:

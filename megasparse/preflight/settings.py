@@ -86,17 +86,22 @@ def check(config: RunConfig) -> Prepared:
     return Prepared(config, data)
 
 
+def no_teacher(weight: float) -> str:
+    """The message for distillation without a teacher."""
+    return (
+        f"kd_loss_weight {weight} needs a teacher: --teacher-load DIR, or initial weights "
+        "(--load-hf DIR, or --load DIR --finetune)"
+    )
+
+
 def _check_teacher(config: RunConfig) -> None:
-    """A teacher is there if one is asked for."""
+    """Distillation has a teacher, as far as the settings show it."""
     wanted, settings = config.distillation, config.checkpoint
     if not wanted.kd_loss_weight:
         return
     if wanted.teacher_load is None:
         if settings.load_hf is None and settings.load is None:
-            raise ConfigError(
-                f"kd_loss_weight {wanted.kd_loss_weight} needs a teacher: --teacher-load DIR, or "
-                "initial weights (--load-hf DIR, or --load DIR --finetune)"
-            )
+            raise ConfigError(no_teacher(wanted.kd_loss_weight))
         return
     if not list_steps(Path(wanted.teacher_load)):
         raise CheckpointError(f"teacher_load: {wanted.teacher_load} holds no checkpoint")

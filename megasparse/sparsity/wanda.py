@@ -3,7 +3,7 @@
 Wanda (Sun et al., ICLR 2024) keeps the largest |w_ij| ||x_j||; of a row of W only the ratios of the
 norms matter, so the root mean square over all tokens seen so far serves. What the micro-batches of
 a step add waits until the step is done: it is summed over ranks then, so that all replicas have the
-same figures after every step, and dropped with a step that is left out.
+same figures after every step, and dropped with a skipped step.
 """
 
 from __future__ import annotations

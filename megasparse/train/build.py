@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from megasparse.config import RunConfig
-from megasparse.distributed.faults import Faults
+from megasparse.distributed.events import NO_LISTENERS, Events
 from megasparse.errors import ConfigError
 from megasparse.fp8 import Scaling, transformer_engine
 from megasparse.fp8.current import CurrentScaling
@@ -23,9 +21,11 @@ from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.timer import StepTimer
 from megasparse.train.distillation import Distillation
 from megasparse.train.engine.base import Engine
-from megasparse.train.engine.pipeline import PipelineEngine
-from megasparse.train.engine.plain import PlainEngine
+from megasparse.train.engine.layout import Layout
+from megasparse.train.engine.pipeline import PipelineLayout
+from megasparse.train.engine.plain import PlainLayout
 from megasparse.train.engine.stage import Pipeline
+from megasparse.train.engine.step_guard import Poison
 
 
 def build_engine(
@@ -33,15 +33,15 @@ def build_engine(
     grid: Grid,
     recipe: SparsityRecipe,
     padded_vocab_size: int,
-    faults: Faults | None = None,
-    tick: Callable[[str], None] = lambda _: None,
+    events: Events = NO_LISTENERS,
+    poison: Poison | None = None,
     vocab_size: int | None = None,
 ) -> Engine:
     """This rank's part of the model, sparse by the recipe, in the engine of its layout.
 
     Args:
-        faults: to be injected; none by default.
-        tick: told about every micro-batch.
+        events: called at every point of a step.
+        poison: values to be made NaN or infinite; none by default.
         vocab_size: before padding; None: nothing is padding.
     """
     clock = Clock(config.train.seed, config.train.train_iters)
@@ -68,13 +68,18 @@ def build_engine(
     teaching = None
     if config.distillation.kd_loss_weight:
         teaching = Distillation(config, grid, padded_vocab_size, vocab_size)
+    layout: Layout
     if grid.pp_size > 1:
         pipeline = Pipeline(config, grid, padded_vocab_size, clock, teaching)
         hide_padding(pipeline, grid, vocab_size)
-        return PipelineEngine(config, grid, pipeline, make_sparse(pipeline.view), faults, tick)
-    model = build_model(config, grid, padded_vocab_size)
-    hide_padding(model, grid, vocab_size)
-    return PlainEngine(config, grid, model, make_sparse(model), faults, tick, teaching)
+        controller = make_sparse(pipeline.view)
+        layout = PipelineLayout(config, grid, pipeline, controller, events, poison)
+    else:
+        model = build_model(config, grid, padded_vocab_size)
+        hide_padding(model, grid, vocab_size)
+        controller = make_sparse(model)
+        layout = PlainLayout(config, grid, model, controller, events, poison, teaching)
+    return Engine(config, grid, layout, controller)
 
 
 def _fp8_scales(config: RunConfig, grid: Grid) -> Scaling | None:

@@ -30,7 +30,7 @@ from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
 from megasparse.checkpoint.writer import Tensors
 from megasparse.config import RunConfig, to_dict
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
 from megasparse.log import logger
 from megasparse.megatron.grid import rng_state, set_rng_state
@@ -71,7 +71,7 @@ def describe(engine: Engine, digests: dict[str, str], state: dict[str, Any]) -> 
         "digests": digests,
         "config": to_dict(engine.config),
         "state": {
-            # Functions of the step; written down so that a reader need not know them.
+            # Functions of the step; written down so that a reader need not compute them.
             "lr": learning_rate(train, clock.step),
             "loss_scale": 1.0,
             "seed": train.seed,
@@ -89,7 +89,7 @@ def newest_valid(root: Path) -> CheckpointReader | None:
     Raises:
         CheckpointError: there are some, and none is intact.
     """
-    return choose(root, Control(None))
+    return choose(root, ControlPlane(None))
 
 
 def load(engine: Engine, reader: CheckpointReader) -> None:
@@ -99,12 +99,12 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
         whole = reader.read(f"param/{name}")
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
         check_shape(whole, shard, name, str(reader.folder))
-        with torch.no_grad(), engine.whole([parameter], write=True):
+        with torch.no_grad(), engine.layout.gathered_parameters([parameter], write=True):
             parameter.copy_(shard.take(whole))
     _load_optimizer(engine, reader)
     for state, weight in controller.weights:
         if not _has_state(reader, state, engine.config):
-            continue  # another recipe was asked for: masks begin with the next step
+            continue  # the run has another recipe: masks begin with the next step
         state.import_state(sparsity_state(reader, state), weight.device)
     controller.clock.step = reader.meta["step"]
     if check_same_layout(reader, engine.config, layout(engine)):

@@ -46,7 +46,11 @@ class Distillation:
         self._sums = torch.zeros(3, device=grid.device)
 
     def describe(self, where: str) -> None:
-        """Say what the teacher takes, and where it is from."""
+        """Log how much memory the teacher takes, and where it is from.
+
+        Args:
+            where: the folder of its weights.
+        """
         logger.info(
             "teacher from %s: %.1f MiB of %s weights on this rank, and %.1f MiB of logits a "
             "micro-batch where the loss is",

@@ -20,19 +20,20 @@ from megasparse.checkpoint.saver import choose
 from megasparse.config import RunConfig
 from megasparse.convert.huggingface import HuggingFaceModel
 from megasparse.convert.source import Source, check_model, pad_vocabulary
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.log import logger
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.init import parameter_shard
 from megasparse.megatron.sparsify import boost_names, initial_boosts
 from megasparse.optim.fragments import Fragment
+from megasparse.preflight.settings import no_teacher
 from megasparse.train.engine.base import Engine
 
-Whole = Callable[..., contextlib.AbstractContextManager[Any]]
+Gather = Callable[..., contextlib.AbstractContextManager[Any]]
 
 
-class Sources:
+class WeightSources:
     """Where a run's first weights and its teacher's are.
 
     Args:
@@ -46,7 +47,7 @@ class Sources:
     def __init__(
         self,
         config: RunConfig,
-        control: Control,
+        control: ControlPlane,
         digests: dict[str, str],
         vocab_size: int,
         reader: CheckpointReader | None,
@@ -80,7 +81,7 @@ class Sources:
         return source
 
     def teacher(self) -> Source:
-        """What the teacher knows: `--teacher-load`, or what the run itself started from.
+        """The teacher's weights: of `--teacher-load`, or those that the run itself started from.
 
         Raises:
             CheckpointError: none is intact. ConfigError: of another model or tokenizer, or there
@@ -114,15 +115,7 @@ class Sources:
         return StoredModel(reader, effective=effective)
 
 
-def no_teacher(weight: float) -> str:
-    """The message for a run that is to learn from nothing."""
-    return (
-        f"kd_loss_weight {weight} needs a teacher: --teacher-load DIR, or initial weights "
-        "(--load-hf DIR, or --load DIR --finetune)"
-    )
-
-
-def start(engine: Engine, sources: Sources, rows: int) -> None:
+def put_initial_weights(engine: Engine, sources: WeightSources, rows: int) -> None:
     """Give a fresh model its initial weights, and any teacher its own.
 
     Args:
@@ -131,19 +124,26 @@ def start(engine: Engine, sources: Sources, rows: int) -> None:
     grid = engine.grid
     source = sources.initial() if sources.fresh else None
     if source is not None:
-        leave = boost_names(engine.model)
-        put_weights(engine.model, source, rows, grid, engine.fragments, leave, engine.whole)
+        put_weights(
+            engine.model,
+            source,
+            rows,
+            grid,
+            engine.fragments,
+            skip=boost_names(engine.model),
+            gathered=engine.layout.gathered_parameters,
+        )
         logger.info("starting from the weights of %s", source.where)
     if sources.fresh:
         for parameter, value in initial_boosts(engine.model):
             set_parameter(parameter, value, engine.fragments)
         for state, _ in engine.controller.weights:
             state.invalidate()
-    if engine.distillation is not None:
+    if engine.layout.distillation is not None:
         teacher = sources.teacher()
-        put_weights(engine.distillation.teacher.view, teacher, rows, grid)
-        engine.distillation.teacher.freeze()
-        engine.distillation.describe(teacher.where)
+        put_weights(engine.layout.distillation.teacher.view, teacher, rows, grid)
+        engine.layout.distillation.teacher.freeze()
+        engine.layout.distillation.describe(teacher.where)
 
 
 def put_weights(
@@ -152,8 +152,8 @@ def put_weights(
     rows: int,
     grid: Grid,
     fragments: list[Fragment] | None = None,
-    leave: frozenset[str] = frozenset(),
-    whole: Whole = lambda *_, **__: contextlib.nullcontext(),
+    skip: frozenset[str] = frozenset(),
+    gathered: Gather = lambda *_, **__: contextlib.nullcontext(),
 ) -> None:
     """Put weights into this rank's part of a model, and into its optimizer's float32 masters.
 
@@ -161,19 +161,19 @@ def put_weights(
         model: parameters have the whole model's names.
         rows: of the padded vocabulary.
         fragments: where they lie in the optimizer's tensors, if there is one.
-        leave: names that the source does not have.
-        whole: makes a context in which parameters can be written (`Engine.whole`).
+        skip: names that the source does not have.
+        gathered: `Layout.gathered_parameters` of a model that is trained.
 
     Raises:
         CheckpointError: another shape than the model's.
     """
     for name, parameter in model.named_parameters():
-        if name in leave:
+        if name in skip:
             continue
         value = pad_vocabulary(name, source.read(name), rows)
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
         check_shape(value, shard, name, source.where)
-        with whole([parameter], write=True):
+        with gathered([parameter], write=True):
             set_parameter(parameter, shard.take(value), fragments or [])
 
 

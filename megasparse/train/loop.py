@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,9 @@ import torch
 
 from megasparse.checkpoint.run_directory import RunFolder
 from megasparse.config import RunConfig, padded_vocab_size
-from megasparse.distributed.control_plane import Control
-from megasparse.distributed.faults import Faults
+from megasparse.distributed.control_plane import ControlPlane
+from megasparse.distributed.events import Events
 from megasparse.distributed.signals import StopRequest, describe
-from megasparse.distributed.watchdog import STARTING
 from megasparse.errors import EXIT_PREEMPTED
 from megasparse.inference.sampling import sample_text
 from megasparse.log import logger
@@ -25,25 +23,28 @@ from megasparse.sparsity.recipe import recipe_of
 from megasparse.train import checkpoint
 from megasparse.train.build import build_engine
 from megasparse.train.engine.base import StepResult
-from megasparse.train.engine.step_guard import NonFiniteStep
-from megasparse.train.initial_weights import Sources, start
+from megasparse.train.engine.step_guard import NonFiniteStep, Poison
+from megasparse.train.initial_weights import WeightSources, put_initial_weights
 from megasparse.train.recorder import Recorder, Row
 from megasparse.train.report import finish
 from megasparse.train.state import LoopState
 
 
 @dataclass
-class Context:
-    """What a run has around it: the other ranks, reasons to stop, faults, and a watchdog.
+class RunServices:
+    """What a run has around it.
 
     Attributes:
-        tick: told what begins, and the multiple of the hang timeout that it may take.
+        control: the other ranks.
+        stop: reasons to stop.
+        events: called at every point of the run.
+        poison: values to be made NaN or infinite; none but in tests.
     """
 
-    control: Control
+    control: ControlPlane
     stop: StopRequest
-    faults: Faults
-    tick: Callable[..., None]
+    events: Events
+    poison: Poison | None = None
 
 
 class Trainer:
@@ -53,18 +54,18 @@ class Trainer:
         config: resolved.
         grid: this rank's place.
         data: checked and indexed.
-        context: of the run.
+        services: of the run.
     """
 
-    def __init__(self, config: RunConfig, grid: Grid, data: RunData, context: Context) -> None:
-        self.config, self.grid, self.data, self.context = config, grid, data, context
+    def __init__(self, config: RunConfig, grid: Grid, data: RunData, services: RunServices) -> None:
+        self.config, self.grid, self.data, self.services = config, grid, data, services
         self.recipe = recipe_of(config)
-        self.folder = RunFolder(config, context.control)
+        self.folder = RunFolder(config, services.control)
         reader = self.folder.find_checkpoint(data.digests)
         vocabulary = padded_vocab_size(data.vocab_size, config)
-        sources = Sources(config, context.control, data.digests, data.vocab_size, reader)
+        sources = WeightSources(config, services.control, data.digests, data.vocab_size, reader)
         self.engine = build_engine(
-            config, grid, self.recipe, vocabulary, context.faults, context.tick, data.vocab_size
+            config, grid, self.recipe, vocabulary, services.events, services.poison, data.vocab_size
         )
         self.controller = self.engine.controller
         self.state = LoopState()
@@ -72,7 +73,7 @@ class Trainer:
             checkpoint.load(self.engine, reader)
             self.state = LoopState.of(reader, config)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
-        start(self.engine, sources, vocabulary)
+        put_initial_weights(self.engine, sources, vocabulary)
         self.saver = self.folder.make_saver(self._passed)
         self._describe(self.engine.model)
         self.recorder = Recorder(config, self.engine, self.recipe, vocabulary, self.state)
@@ -92,7 +93,7 @@ class Trainer:
             self.recorder.close()
             done = self.controller.clock.step == self.config.train.train_iters
             if done and self.state.pending_row is None:
-                self.context.tick("final report", 0.0)
+                self._passed("report")
                 finish(self.config, self.recipe, self.grid.rank, self._sample())
                 return 0
             logger.info("stopped at step %d (%s)", self.controller.clock.step, reason)
@@ -110,7 +111,7 @@ class Trainer:
         )
         if self.state.pending_row is not None and not self._complete():
             return "an evaluation was interrupted"
-        self.context.tick("the first step", STARTING)
+        self._passed("first_step")
         if self.grid.device.type == "cuda":
             logger.info("the first step compiles kernels and tunes GEMMs, which can take minutes")
         while clock.step < train.train_iters:
@@ -119,8 +120,7 @@ class Trainer:
             row = self._step(stream)
             if self.state.pending_row is None:
                 self.recorder.write(row)
-            self.context.faults.step = clock.step
-            self.context.faults.at("step_end")
+            self._passed("step_end")
             if self._save_due():
                 self.recorder.flush()
                 self._save()
@@ -133,9 +133,9 @@ class Trainer:
     def _reason_to_stop(self) -> int:
         """Agreed by all ranks between two steps; a background save that ended is published."""
         duration = self.config.train.exit_duration_in_mins
-        reason = self.context.stop.reason(duration)
+        reason = self.services.stop.reason(duration)
         # The time limit is sent as the largest value: a signal and it are both a reason.
-        timed_out, number, writing = self.context.control.agree(
+        timed_out, number, writing = self.services.control.max_over_ranks(
             [int(reason < 0), max(reason, 0), int(self.saver.writing)]
         )
         if self.saver.pending and not writing:
@@ -171,8 +171,8 @@ class Trainer:
         begin = time.monotonic()
         result = self._train_step(stream)
         seconds = time.monotonic() - begin
-        if (teaching := self.engine.distillation) is not None:
-            parts = teaching.take_parts()  # of a step that was left out they say nothing
+        if (teaching := self.engine.layout.distillation) is not None:
+            parts = teaching.take_parts()  # of a skipped step they say nothing
             known |= dict.fromkeys(parts) if result.loss is None else parts
         row = self.recorder.end(result, seconds, first_sample, known)
         interval = self.config.parallel.replica_check_interval
@@ -185,11 +185,11 @@ class Trainer:
             row["valid_loss"] = self._validate()
             if row["valid_loss"] is None:
                 self.state.pending_row = row
-            self.context.tick("after an evaluation", STARTING)
+            self._passed("evaluated")
         return row
 
     def _train_step(self, stream: Any) -> StepResult:
-        """One step; one with a NaN or infinity is left out, as often as is allowed."""
+        """One step; one with a NaN or infinity is skipped, as often as is allowed."""
         try:
             result = self.engine.train_step(stream)
         except NonFiniteStep as error:
@@ -198,7 +198,7 @@ class Trainer:
             if self.state.skipped_steps > allowed:
                 raise
             logger.warning(
-                "%s; left out (%d in a row, %d allowed)", error, self.state.skipped_steps, allowed
+                "%s; skipped (%d in a row, %d allowed)", error, self.state.skipped_steps, allowed
             )
             self.controller.clock.step += 1
             return StepResult(None, None, error.lr)
@@ -211,12 +211,12 @@ class Trainer:
         None when the run is to stop: an evaluation may be long, the time to save is short.
         """
         stream = batches(self.data.streams["valid"], self.config, self.grid, 0)
-        iterations = self.config.logging.eval_iters * self.engine.accumulation_steps
-        stop = self.context.stop
-        return self.engine.evaluate(
+        iterations = self.config.logging.eval_iters * self.engine.layout.accumulation_steps
+        stop = self.services.stop
+        return self.engine.layout.evaluate(
             stream,
             iterations,
-            lambda: any(self.context.control.agree([max(stop.reason(None), 0)])),
+            lambda: any(self.services.control.max_over_ranks([max(stop.reason(None), 0)])),
         )
 
     def _save_due(self) -> bool:
@@ -225,18 +225,16 @@ class Trainer:
 
     def _save(self, final: bool = False) -> None:
         clock = self.controller.clock
-        self.context.tick(f"save of step {clock.step}", STARTING)
-        self.context.faults.step = clock.step
+        self._passed("save")
         meta = checkpoint.describe(self.engine, self.data.digests, self.state.to_json())
         meta["consumed_samples"] += self.state.sample_offset
         meta["state"]["vocab_size"] = self.data.vocab_size
         self.saver.save(clock.step, checkpoint.collect(self.engine), meta, final)
-        self.context.tick("after a save", STARTING)
+        self._passed("saved")
 
     def _passed(self, point: str) -> None:
-        """A save has come to a point."""
-        self.context.faults.at(point)
-        self.context.tick(point, STARTING)
+        """The run, or the save that is being written, has come to a point."""
+        self.services.events(point, self.controller.clock.step)
 
     def _describe(self, model: torch.nn.Module) -> None:
         local = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -258,7 +256,7 @@ class Trainer:
         if not logging.sample_tokens or tokenizer is None:
             return None
         return sample_text(
-            self.engine.logits,
+            self.engine.layout.logits,
             tokenizer,
             logging.sample_prompt,
             logging.sample_tokens,

@@ -10,10 +10,17 @@ from pathlib import Path
 
 from megasparse import log
 from megasparse.config import RunConfig, to_dict
-from megasparse.distributed import faults, watchdog
-from megasparse.distributed.control_plane import Control, as_user_error, make_control, one_line
+from megasparse.distributed import faults
+from megasparse.distributed.control_plane import (
+    ControlPlane,
+    as_user_error,
+    make_control_plane,
+    one_line,
+)
+from megasparse.distributed.events import Events
 from megasparse.distributed.rendezvous import attempt
 from megasparse.distributed.signals import StopRequest
+from megasparse.distributed.verdicts import is_communication_error
 from megasparse.distributed.watchdog import Watchdog
 from megasparse.errors import ConfigError, MegasparseError, PeerError
 from megasparse.megatron.batches import build_data
@@ -21,7 +28,7 @@ from megasparse.megatron.grid import make_grid
 from megasparse.preflight.check import check_hosts, require_fit
 from megasparse.preflight.settings import Prepared, check
 from megasparse.train.engine.deepspeed import fix_order_of_sums, start_process, stop_process
-from megasparse.train.loop import Context, Trainer
+from megasparse.train.loop import RunServices, Trainer
 
 
 def pretrain(config: RunConfig) -> int:
@@ -42,7 +49,7 @@ def main(prepared: Prepared, stop: StopRequest) -> int:
         return run.failed(f"StorageError: {one_line(error)}", as_user_error(error).exit_code)
     except Exception as error:
         text = traceback.format_exc()
-        if watchdog.is_communication_error(error):
+        if is_communication_error(error):
             verdict = run.watch.explain() if run.watch is not None else None
             if verdict is not None:
                 log.logger.error("PeerError: %s", verdict.message)
@@ -68,7 +75,7 @@ class _Run:
             fix_order_of_sums()
         device = start_process(parallel.distributed_timeout_minutes, self._begin_watch)
         assert self.watch is not None
-        control = make_control()
+        control = make_control_plane()
         _check_same_config(config, control)
         if parallel.preflight != "off":
             full = parallel.preflight == "full"
@@ -80,14 +87,14 @@ class _Run:
             parallel.distributed_timeout_minutes,
             parallel.pipeline_model_parallel_size,
         )
-        context = Context(
-            control, self._stop, faults.from_environment(int(os.environ["RANK"])), self.watch.tick
-        )
-        context.faults.at("build")
+        injected = faults.from_environment(int(os.environ["RANK"]))
+        events = Events(self.watch.passed, injected.passed)
+        services = RunServices(control, self._stop, events, injected)
+        events("build")
         with_data = build_data(config, grid, self._prepared.data)
-        code = Trainer(config, grid, with_data, context).run()
+        code = Trainer(config, grid, with_data, services).run()
         self.watch.stop()
-        control.agree([0])  # nobody leaves before all have arrived: rank 0 keeps the store
+        control.barrier()  # nobody leaves before all have arrived: rank 0 keeps the store
         return code
 
     def _begin_watch(self, address: tuple[str, int] | None) -> None:
@@ -97,14 +104,14 @@ class _Run:
         self.watch = Watchdog(address, attempt(), rank, world, config.parallel.hang_timeout, folder)
 
     def failed(self, message: str, exit_code: int) -> int:
-        """Say why this rank ends, here and to the others."""
+        """Log why this rank ends, and record it for the other ranks; returns the exit code."""
         log.logger.error("%s", message)
         if self.watch is not None:
             self.watch.fail(message, exit_code)
         return exit_code
 
 
-def _check_same_config(config: RunConfig, control: Control) -> None:
+def _check_same_config(config: RunConfig, control: ControlPlane) -> None:
     """Ranks started with different flags would train different models, or wait for ever."""
     trees = to_dict(config)
     text = json.dumps(trees, sort_keys=True).encode()

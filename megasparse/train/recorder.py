@@ -1,6 +1,6 @@
-"""What is recorded of each step: which figures are due, how they become a row, where it goes.
+"""What is recorded of each step: which metrics are due, how they become a row, where it goes.
 
-Figures of the layers and of the time are taken at log steps alone: the step before a log step is
+Metrics of the layers and of the time are taken at log steps alone: the step before a log step is
 timed, the log step itself is measured. In between a row has what costs nothing, and the flip rates
 when masks were refreshed.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megasparse.atomic_files import write_text
 from megasparse.config import RunConfig, dump_yaml, to_dict
 from megasparse.estimate import flops
 from megasparse.log import logger
@@ -20,15 +21,16 @@ from megasparse.metrics.schema import ProgressLine
 from megasparse.metrics.writers import MetricsWriter
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.timer import PHASES, StepTimer
-from megasparse.train import figures
+from megasparse.train import layer_metrics
 from megasparse.train.engine.base import Engine, StepResult
+from megasparse.train.layer_metrics import LayerMetrics
 from megasparse.train.state import LoopState
 
 Row = dict[str, Any]
 
 
 class Recorder:
-    """The figures of one run, step by step; `begin`, the step, `end`, on all ranks.
+    """The metrics of one run, step by step; `begin`, the step, `end`, on all ranks.
 
     Args:
         config: resolved.
@@ -38,7 +40,7 @@ class Recorder:
         state: gets the history of flip rates.
 
     Attributes:
-        only_log: the log steps, instead of those of the configuration (benchmarks).
+        only_log: steps to log, in place of every `log_interval`-th; None outside of benchmarks.
     """
 
     def __init__(
@@ -56,8 +58,8 @@ class Recorder:
         layers = config.model.num_layers
         self._again = flops.layers_recomputed(config.model, config.parallel) / layers
         self._peak = self._peak_tflops()
-        self._figures: figures.Figures = {}
-        self._figures_at = -1  # refreshes at which they were taken
+        self._metrics: LayerMetrics = {}
+        self._metrics_at = -1  # refreshes at which they were taken
         self.only_log: tuple[int, ...] | None = None
         self._split: list[Any] = []
         self._seconds = 0.0  # of the steps since the log step before
@@ -75,7 +77,7 @@ class Recorder:
         if self._grid.rank != 0:
             return
         run_dir = Path(self._config.checkpoint.run_dir)
-        (run_dir / "config.yaml").write_text(dump_yaml(self._config))
+        write_text(run_dir / "config.yaml", dump_yaml(self._config))
         step = self._controller.clock.step
         self._writer = MetricsWriter(run_dir, self._config.logging, step, to_dict(self._config))
 
@@ -94,7 +96,7 @@ class Recorder:
             result: of the engine.
             seconds: that it took, until its loss was known.
             first_sample: of the step.
-            known: what the loop knows of the step.
+            known: columns that the loop fills in.
         """
         self._timer.stop()
         self._controller.ask(False)
@@ -110,7 +112,7 @@ class Recorder:
         }
         self._seconds += seconds
         self._steps += 1
-        row |= self._layer_figures(step)
+        row |= self._layer_metrics(step)
         return row
 
     def write(self, row: Row) -> None:
@@ -142,33 +144,33 @@ class Recorder:
         last = self._config.train.train_iters
         return step % self._config.logging.log_interval == 0 or step in (1, last)
 
-    def _layer_figures(self, step: int) -> Row:
+    def _layer_metrics(self, step: int) -> Row:
         """What is due of layers, time and throughput; `layers` holds what is new of each layer."""
         refreshes = self._refreshes()
-        new: figures.Figures = {}
+        new: LayerMetrics = {}
         row: Row = {}
-        if self._is_logged(step) or self._figures_at < 0:
+        if self._is_logged(step) or self._metrics_at < 0:
             new, row = self._measured(step)
-            self._figures = new
-        elif refreshes != self._figures_at:
-            new = figures.flip_rates(self._controller, self._grid)
+            self._metrics = new
+        elif refreshes != self._metrics_at:
+            new = layer_metrics.flip_rates(self._controller, self._grid)
             for name, one in new.items():
-                self._figures.setdefault(name, {}).update(one)
-        if new or refreshes != self._figures_at:
-            self._figures_at = refreshes
-            self._state.note_flips(step, refreshes, self._figures)
-        whole = figures.means(self._figures)
+                self._metrics.setdefault(name, {}).update(one)
+        if new or refreshes != self._metrics_at:
+            self._metrics_at = refreshes
+            self._state.note_flips(step, refreshes, self._metrics)
+        whole = layer_metrics.means(self._metrics)
         kept = whole if self._is_logged(step) else ("flip_rate", "density")
         return {**row, **{key: whole[key] for key in kept if key in whole}, "layers": new}
 
-    def _measured(self, step: int) -> tuple[figures.Figures, Row]:
-        """Figures of the layers, and what a row has at log steps alone; a collective call."""
+    def _measured(self, step: int) -> tuple[LayerMetrics, Row]:
+        """Metrics of the layers, and what a row has at log steps alone; a collective call."""
         seconds = self._timer.seconds(self._split)
         saved = self._controller.halved_flops_per_token(self._again)
-        layers, sums, memory = figures.all_figures(
+        layers, sums, memory = layer_metrics.measure_all(
             self._engine,
             [*(seconds.get(phase, 0.0) for phase in PHASES), saved],
-            figures.peak_memory_gib(self._grid.device),
+            layer_metrics.peak_memory_gib(self._grid.device),
         )
         if not self._is_logged(step):
             return layers, {}

@@ -14,7 +14,7 @@ from megasparse.checkpoint.proof import (
 )
 from megasparse.checkpoint.saver import choose
 from megasparse.config import RunConfig
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.log import logger
 from megasparse.metrics.schema import read_metrics
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -38,7 +38,7 @@ def format_report(
     """
     lines = ["", f"Run finished: recipe {recipe.name}, {step} steps", ""]
     facts = []
-    rows = [row for row in rows if row["loss"] is not None]  # without the steps left out
+    rows = [row for row in rows if row["loss"] is not None]  # without skipped steps
     if rows:
         change = f"{rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}"
         facts.append(("training loss, first and last", change))
@@ -68,7 +68,7 @@ def finish(config: RunConfig, recipe: SparsityRecipe, rank: int, sample: str | N
     """
     if rank != 0:
         return
-    alone = Control(None)
+    alone = ControlPlane(None)
     # A run that was complete when it was loaded has saved nothing of its own.
     reader = choose(Path(config.checkpoint.save or ""), alone) or choose(
         Path(config.checkpoint.load or ""), alone

@@ -17,9 +17,9 @@ class LoopState:
     Attributes:
         flip_history: (step, mean flip rate over the sparse layers) at every mask refresh.
         refreshes: masks computed by then.
-        skipped_steps: steps left out in a row, for a NaN or an infinity.
+        skipped_steps: steps skipped in a row, for a NaN or an infinity.
         sample_offset: samples consumed beyond steps x batch; not 0 after a change of the batch.
-        pending_row: figures of the last step, whose evaluation was interrupted.
+        pending_row: metrics of the last step, whose evaluation was interrupted.
     """
 
     flip_history: list[list[float]] = field(default_factory=list)
@@ -28,7 +28,7 @@ class LoopState:
     sample_offset: int = 0
     pending_row: dict[str, Any] | None = None
 
-    def note_flips(self, step: int, refreshes: int, figures: dict[str, dict[str, float]]) -> None:
+    def note_flips(self, step: int, refreshes: int, metrics: dict[str, dict[str, float]]) -> None:
         """Add a refresh to the history, once its flips are known.
 
         Args:
@@ -37,7 +37,7 @@ class LoopState:
         if refreshes == self.refreshes:
             return
         self.refreshes = refreshes
-        rates = [one["flip_rate"] for one in figures.values() if "flip_rate" in one]
+        rates = [one["flip_rate"] for one in metrics.values() if "flip_rate" in one]
         if rates:
             self.flip_history.append([step, sum(rates) / len(rates)])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megasparse.checkpoint import directory
 from megasparse.checkpoint.saver import choose
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from tests import forked
 from tests.reliability.runs import differences, flags
 
@@ -26,7 +26,7 @@ def main(data: str, small: Path, logs: Path) -> None:
     assert codes == [74], (codes, text)
     assert "no room for a checkpoint" in text and "Traceback" not in text, text
     steps = directory.list_steps(root)
-    assert steps and choose(root, Control(None)).meta["step"] == steps[0] < 20
+    assert steps and choose(root, ControlPlane(None)).meta["step"] == steps[0] < 20
     assert not list(root.glob("*.tmp-*")), "half-written files are left"
     told = len(steps)
 

@@ -19,7 +19,7 @@ from megasparse.checkpoint.manifest import MANIFEST, Piece
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import Saver, choose
 from megasparse.checkpoint.writer import Tensors, ignore, publish, write_rank_file
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
 from megasparse.sparsity.shard import WeightShard
 
@@ -69,9 +69,9 @@ def write_checkpoint(root: Path, step: int, ranks: int = 2, run_id: str = "ab") 
 def save_until_killed(root: Path, pipe: int, hook: Callable[[str], None], async_save: bool) -> None:
     """In a child: tidy up, continue after the newest checkpoint, tell every published step."""
     directory.clean(root)
-    reader = choose(root, Control(None))
+    reader = choose(root, ControlPlane(None))
     step = reader.meta["step"] + 1 if reader else 1
-    saver = Saver(root, Control(None), os.urandom(8).hex(), 2, async_save, hook=hook)
+    saver = Saver(root, ControlPlane(None), os.urandom(8).hex(), 2, async_save, hook=hook)
     os.write(pipe, bytes(8))  # ready
     while True:
         # Every third step is saved twice: the second replaces a good checkpoint of its name.
@@ -122,7 +122,7 @@ def kill_one_save(
     last = int.from_bytes(told[-8:], "little") if told else 0
     # As the next run does: first put back what an interrupted replacement set aside.
     directory.clean(root)
-    reader = choose(root, Control(None))
+    reader = choose(root, ControlPlane(None))
     if reader is not None:
         check_content(reader)
     for step in directory.list_steps(root):  # what is published is whole, never merely newest
@@ -140,7 +140,9 @@ def save_kills(root: Path, count: int, seed: int = 0) -> dict[str, int]:
     lost = newest = 0
     root.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        found, told = kill_one_save(root, generator.uniform(0.0, 0.04), async_save=number % 2 == 1)
+        # Until one was published they live longer: a busy machine saves slowly.
+        delay = generator.uniform(0.0, 0.04 if newest else 0.4)
+        found, told = kill_one_save(root, delay, async_save=number % 2 == 1)
         lost += found < max(told, newest)
         newest = found
     return {"kills": count, "lost": lost, "steps_published": newest}
@@ -199,10 +201,12 @@ def corruption(root: Path, count: int, seed: int = 0) -> dict[str, int]:
             result["undetected"] += 1
         except CheckpointError:
             pass
-        reader = choose(root, Control(None))
+        reader = choose(root, ControlPlane(None))
         result["wrong_fallback"] += reader is None or reader.folder != older
         repair()
-    assert choose(root, Control(None)).folder == newest  # all repaired: the damage was the cause
+    assert (
+        choose(root, ControlPlane(None)).folder == newest
+    )  # all repaired: the damage was the cause
     shutil.rmtree(root.with_name(f"{root.name}-other"))
     assert (newest / MANIFEST).exists()
     return result

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megasparse.checkpoint import directory, writer
+from megasparse.checkpoint import directory
 from megasparse.checkpoint.lock import FolderLock
 from megasparse.checkpoint.manifest import MANIFEST, encode_manifest
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import Saver, choose
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError, StorageError
 from tests import dist
 from tests.checkpoint.saves import (
@@ -28,7 +29,7 @@ from tests.checkpoint.saves import (
     write_checkpoint,
 )
 
-ALONE = Control(None)
+ALONE = ControlPlane(None)
 
 
 def test_nothing_published_is_lost_at_random_kills(tmp_path):
@@ -175,10 +176,13 @@ def test_failed_saves_are_counted_and_the_limit_ends_the_run(tmp_path):
     assert directory.list_steps(tmp_path) == [3, 1]
 
 
-def test_no_room_is_said_before_anything_is_written(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no room .* \d+ bytes free, \d+ needed") as error:
-        writer.check_free_space(tmp_path, 1 << 60)
-    assert error.value.exit_code == 74
+def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=4000)
+    monkeypatch.setattr("megasparse.atomic_files.shutil.disk_usage", lambda _: usage)
+    message = r"no room for a checkpoint: 4000 bytes free, \d+ needed"
+    with pytest.raises(CheckpointError, match=message) as error:
+        Saver(tmp_path, ALONE, "ab").save(1, tensors_of(1), META)
+    assert error.value.exit_code == 74 and not list(tmp_path.iterdir())
 
 
 def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path):
@@ -265,12 +269,12 @@ def _damaged_for_one_rank(rank: int, world: int, root: str) -> tuple[int, str]:
     """All ranks choose the same checkpoint although one alone sees the damage."""
     from pathlib import Path
 
-    from megasparse.distributed.control_plane import make_control
+    from megasparse.distributed.control_plane import make_control_plane
 
-    control = make_control()
+    control = make_control_plane()
     reader = choose(Path(root), control)
     try:
-        control.from_first(lambda: FolderLock(Path("/nonexistent")))
+        control.on_rank_zero(lambda: FolderLock(Path("/nonexistent")))
     except StorageError as error:
         return reader.meta["step"], str(error)
     return reader.meta["step"], "no error"

@@ -88,14 +88,14 @@ def megasparse_logits(
     """Logits of a checkpoint or Hugging Face folder, tensor-parallel over all ranks."""
     from megasparse.checkpoint.model import StoredModel, open_checkpoint
     from megasparse.convert.huggingface import HuggingFaceModel
-    from megasparse.distributed.control_plane import make_control
+    from megasparse.distributed.control_plane import make_control_plane
     from megasparse.inference.loading import load_model
 
     path = Path(folder)
     if (path / "config.json").exists():
         source = HuggingFaceModel(path)
     else:
-        source = StoredModel(open_checkpoint(path, make_control()))
+        source = StoredModel(open_checkpoint(path, make_control_plane()))
     model, _ = load_model(source, torch.device("cpu"), world, bf16=False)
     inputs = torch.tensor(tokens)
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megasparse.checkpoint.model import StoredModel, open_checkpoint
 from megasparse.convert.packed import unpack_bitmask, unpack_hopper, unpack_torch
 from megasparse.data.sidecar import bin_path
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.kernels import is_24
 from megasparse.sparsity.state import SparseWeight
 from megasparse.tensor_files import raw_bytes
@@ -132,7 +132,7 @@ def test_slorb_is_folded_in_or_written_beside(runs, tmp_path):
 
 
 def test_scale_of_s_ste_is_folded_in(runs):
-    model = StoredModel(open_checkpoint(runs / "s_ste", Control(None)))
+    model = StoredModel(open_checkpoint(runs / "s_ste", ControlPlane(None)))
     name = "decoder.layers.0.mlp.linear_fc1.weight"
     scale = model.reader.read(f"sparsity/{name}/scale")
     from megasparse.kernels import soft_threshold24

@@ -25,19 +25,38 @@ def _run(folder, dataset, dense, flags, world=1):
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory, dataset, dense):
-    folder = tmp_path_factory.mktemp("single")
-    return _run(folder, dataset, dense, [*TEACHER, *EVALUATED])
+def single_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("single")
+
+
+@pytest.fixture(scope="module")
+def single(single_folder, dataset, dense):
+    return _run(single_folder, dataset, dense, [*TEACHER, *EVALUATED])
 
 
 def test_the_student_learns_from_its_teacher(single):
     for row in single:
         parts = 0.67 * row["kd_loss"] + 0.33 * row["lm_loss"]
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
-    # Pruned at once it is far from its teacher, and comes back; evaluations are cross entropies.
+    # Pruned at once it is far from its teacher, and comes back.
     assert single[0]["kd_loss"] > 0.01
     assert single[3]["kd_loss"] < 0.7 * single[0]["kd_loss"]  # before its masks change
-    assert single[-1]["valid_loss"] == pytest.approx(single[-1]["lm_loss"], abs=0.5)
+
+
+def _stored_loss(rank, world, folder, micro_batches):
+    """Cross entropy of a run's saved weights, as a dense model without a teacher."""
+    from megasparse.inference.offline import OfflineModel, StoredRun
+
+    stored = StoredRun(folder)
+    model = OfflineModel(stored)
+    model.put(stored.folded())
+    return model.loss(micro_batches)
+
+
+def test_an_evaluation_is_the_cross_entropy_of_the_student_alone(single_folder, single):
+    # An evaluation of one iteration is the 4 micro-batches of a global batch.
+    (loss,) = dist.run(_stored_loss, 1, single_folder / "checkpoints", 4)
+    assert single[-1]["valid_loss"] == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -46,8 +46,14 @@ def _run(root: Path, plan: dict[str, list[str]], **limits: int) -> dict[int, int
     for rank in range(len(plan)):
         child = os.fork()
         if child == 0:
-            command = [sys.executable, "-c", textwrap.dedent(_CHILD), str(root), str(rank),
-                       json.dumps(plan)]  # fmt: skip
+            command = [
+                sys.executable,
+                "-c",
+                textwrap.dedent(_CHILD),
+                str(root),
+                str(rank),
+                json.dumps(plan),
+            ]
             newest = functools.partial(_newest, root / "checkpoints")
             os._exit(supervise(settings, command, rank, newest))
         children[child] = rank

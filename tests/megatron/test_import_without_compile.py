@@ -37,7 +37,7 @@ assert len(decorated) > 10
 from megasparse.config import load_config, resolve
 from pathlib import Path
 from megasparse.megatron.inference import CachedDecoder
-from megasparse.distributed.control_plane import make_control
+from megasparse.distributed.control_plane import make_control_plane
 from megasparse.inference.loading import load_model
 from megasparse.train.main import pretrain
 from megasparse.checkpoint.model import StoredModel, open_checkpoint
@@ -56,7 +56,7 @@ for number, flags in enumerate((gpt, llama)):
     arguments = [*tiny.split(), *flags.split(), "--run-dir", folder]
     assert pretrain(resolve(load_config(arguments), 1)) == 0
     # What launch/generate.py and launch/evaluate.py do with it.
-    source = StoredModel(open_checkpoint(Path(folder), make_control()))
+    source = StoredModel(open_checkpoint(Path(folder), make_control_plane()))
     model, _ = load_model(source, torch.device("cpu"), 1, False)
     decoder = CachedDecoder(model, 8)
     for tokens in ([[1, 2, 3]], [[4]]):

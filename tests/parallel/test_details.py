@@ -140,12 +140,12 @@ def _logits(rank, world, flags):
     engine = build_engine(config, grid, recipe_of(config), padded_vocab_size(130, config))
     tokens = torch.arange(24).view(2, 12) * 5 % 130
     positions = torch.arange(12).expand(2, 12)
-    first = engine.logits(tokens, positions)
-    engine.evaluate(batches(data.streams["valid"], config, grid, 0), 3)
-    again = engine.logits(tokens, positions)
+    first = engine.layout.logits(tokens, positions)
+    engine.layout.evaluate(batches(data.streams["valid"], config, grid, 0), 3)
+    again = engine.layout.logits(tokens, positions)
     assert torch.equal(first, again)
     engine.train_step(batches(data.streams["train"], config, grid, 0))
-    trained = engine.logits(tokens, positions)
+    trained = engine.layout.logits(tokens, positions)
     assert not torch.equal(first, trained)
     if parallel.zero_stage == 3:  # between uses no rank has a whole matrix
         matrices = [p for p in engine.model.parameters() if len(p.ds_shape) == 2]
@@ -165,9 +165,8 @@ def test_logits_do_not_depend_on_the_layout(dataset, style):
 
 def _sampled(rank, world, flags):
     """A whole run with its report: the sample of the model and the report's rows, on rank 0."""
-    from megasparse.checkpoint import run_directory
     from megasparse.config import load_config, resolve
-    from megasparse.train import main
+    from megasparse.train import main, report
 
     seen = []
 
@@ -175,7 +174,7 @@ def _sampled(rank, world, flags):
         seen.append((step, sample, [(t.name, t.density, t.rows_24) for t in tensors]))
         return ""
 
-    with mock.patch.object(run_directory.report, "format_report", keep):
+    with mock.patch.object(report, "format_report", keep):
         main.pretrain(resolve(load_config(flags), world))
     return seen
 

@@ -96,10 +96,10 @@ def test_slow_links_are_told_and_fail_only_by_a_limit():
 def _real(rank: int, world: int) -> list[Any]:
     import torch
 
-    from megasparse.distributed.control_plane import make_control
+    from megasparse.distributed.control_plane import make_control_plane
     from megasparse.preflight.bandwidth import clock_offsets, measure_links
 
-    control = make_control()
+    control = make_control_plane()
     hosts_of_ranks = ["a", "a", "b"][:world]
     links = measure_links(control, hosts_of_ranks, torch.device("cpu"))
     return [clock_offsets(control), links]

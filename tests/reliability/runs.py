@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megasparse.checkpoint.saver import choose
-from megasparse.distributed.control_plane import Control
+from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import EXIT_PREEMPTED
 from megasparse.metrics.schema import read_metrics
 from tests import forked
@@ -41,7 +41,7 @@ def differences(run_dir: Path, reference: Path) -> list[str]:
         found.append(f"{len(rows)} records, expected {len(expected)}")
     for row, other in zip(rows, expected, strict=False):
         found += [f"step {other['step']}: {k}" for k in EXACT if row.get(k) != other.get(k)]
-    readers = [choose(d / "checkpoints", Control(None)) for d in (run_dir, reference)]
+    readers = [choose(d / "checkpoints", ControlPlane(None)) for d in (run_dir, reference)]
     if None in readers or readers[0].keys() != readers[1].keys():
         return [*found, "other tensors"]
     found += [

@@ -26,7 +26,7 @@ from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 from megasparse.sparsity.stats import layer_figures, measure
 from megasparse.timer import PHASES, StepTimer
-from megasparse.train.figures import means
+from megasparse.train.layer_metrics import means
 from tests import dist
 from tests.runs import LLAMA, TINY, train
 

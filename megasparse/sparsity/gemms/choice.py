@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
+from megasparse.atomic_files import write_json
 from megasparse.errors import KernelError
-from megasparse.log import log_once, logger, speaks
+from megasparse.log import is_logging_rank, log_once, logger
 from megasparse.progress import progress
 
 MAX_ALGORITHMS = 64
@@ -98,7 +99,7 @@ class GemmChooser:
         rejected = 0
         algorithms = range(MAX_ALGORITHMS)
         for algorithm in progress(
-            algorithms, desc=f"tuning {key}", unit="algorithm", enabled=speaks()
+            algorithms, desc=f"tuning {key}", unit="algorithm", enabled=is_logging_rank()
         ):
             try:
                 result = sparse(algorithm)
@@ -134,11 +135,8 @@ class GemmChooser:
         if self._path is None:
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
             values = {key: dataclasses.asdict(choice) for key, choice in self._choices.items()}
-            temporary.write_text(json.dumps(values, indent=1))
-            temporary.replace(self._path)
+            write_json(self._path, values, indent=1)
         except OSError as error:
             log_once("GEMM choices are not kept: %s", error)
 

@@ -1,42 +1,36 @@
-"""One optimizer step, whatever the layout: what the plain and the pipeline engine share.
+"""One optimizer step, whatever the layout.
 
-An engine has the model (with the whole model's parameter names), the optimizer, and where the
-parameters lie in it. Masked decay enters between clipping and AdamW, or is clipped with the
+An engine has a layout (this rank's part of the model, see `layout.py`), the optimizer, and where
+the parameters lie in it. Masked decay enters between clipping and AdamW, or is clipped with the
 gradient: the norm is then that of their sum, and the decay is added times the factor that the
 gradient was clipped by, in float32 although ZeRO's gradients may be bfloat16.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from megasparse.config import RunConfig, gradient_accumulation_steps
-from megasparse.distributed.faults import Faults
+from megasparse.config import RunConfig
 from megasparse.megatron.grid import Grid
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
 from megasparse.optim.lr import learning_rate
 from megasparse.optim.masked_decay import MaskedDecay
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.wanda import finish_step
-from megasparse.train.distillation import Distillation
 from megasparse.train.engine import zero
-from megasparse.train.engine.step_guard import StepGuard
-
-Batch = dict[str, torch.Tensor]
+from megasparse.train.engine.layout import Layout
+from megasparse.train.engine.step_guard import Batch
 
 
 @dataclass
 class StepResult:
-    """One optimizer step, over all ranks: mean loss, gradient norm before clipping, rate used.
+    """One optimizer step, over all ranks: mean loss, gradient norm before clipping, learning rate.
 
-    Loss and norm are None for a step that was left out.
+    Loss and norm are None for a skipped step.
     """
 
     loss: float | None
@@ -44,36 +38,26 @@ class StepResult:
     lr: float
 
 
-class Engine(ABC):
+class Engine:
     """DeepSpeed's engine around a model, with masked decay between clipping and AdamW.
 
     Args:
         config: resolved.
         grid: this rank's place.
-        model: this rank's part, sparsified; parameters have the whole model's names.
+        layout: this rank's part of the model, not started yet.
         controller: the model's sparsity.
-        faults: to be injected; none by default.
-        tick: told about every micro-batch.
 
     Attributes:
+        model: the layout's, with the whole model's parameter names.
         fragments: where the parameters lie in the optimizer's tensors.
-        guard: watches the steps.
-        timer: the controller's; phases of a step are told to it.
-        distillation: the teacher and its part of the loss, if there is one.
+        timer: the controller's, of the phases of a step.
     """
 
-    distillation: Distillation | None = None
-
     def __init__(
-        self,
-        config: RunConfig,
-        grid: Grid,
-        model: torch.nn.Module,
-        controller: SparsityController,
-        faults: Faults | None = None,
-        tick: Callable[[str], None] = lambda _: None,
+        self, config: RunConfig, grid: Grid, layout: Layout, controller: SparsityController
     ) -> None:
-        self.config, self.grid, self.model, self.controller = config, grid, model, controller
+        self.config, self.grid, self.layout, self.controller = config, grid, layout, controller
+        self.model = model = layout.model
         self.timer = controller.timer
         train = config.train
         recipe = controller.recipe
@@ -96,7 +80,7 @@ class Engine(ABC):
         together = recipe.masked_decay_before_clipping
         self._measured = decay.with_decay if together else zero.gradient_alone
         self._norm_without_zero: float | None = None
-        self._engine = self._start_deepspeed()
+        self._engine = layout.start(self.optimizer)
         if config.parallel.zero_stage:
             zero.install_norm(self._engine.optimizer, grid, self._measured)
         # Where the parameters lie in the optimizer's tensors, now that ZeRO has made its own.
@@ -106,53 +90,6 @@ class Engine(ABC):
             else zero.fragments(model.named_parameters(), self.optimizer)
         )
         decay.attach(self.fragments)
-        self._faults, self._tick = faults or Faults([], grid.rank), tick
-        self.guard = self._make_guard()
-
-    @abstractmethod
-    def _start_deepspeed(self) -> Any:
-        """The DeepSpeed engine around `self.model` and `self.optimizer`."""
-
-    @abstractmethod
-    def _compute_and_update(self, batches: Iterator[Batch]) -> float:
-        """All micro-batches of a step and the update; the mean loss over all ranks."""
-
-    @abstractmethod
-    def evaluate(
-        self,
-        batches: Iterator[Batch],
-        iterations: int,
-        interrupted: Callable[[], bool] = lambda: False,
-    ) -> float | None:
-        """Mean loss over `iterations` micro-batches of every data-parallel rank.
-
-        Args:
-            interrupted: asked again and again, the same answer on all ranks; ends the evaluation
-                without a result.
-        """
-
-    @abstractmethod
-    def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """`(B, S, V)` on every rank, of `(B, S)` int64 tokens that are the same on all."""
-
-    def whole(
-        self, parameters: Sequence[torch.nn.Parameter], write: bool = False
-    ) -> contextlib.AbstractContextManager[Any]:
-        """Within it parameters are whole on this rank: ZeRO 3 gathers them, on all ranks together.
-
-        Args:
-            write: what the first data-parallel rank writes into them stays.
-        """
-        return contextlib.nullcontext()
-
-    def _make_guard(self) -> StepGuard:
-        """Before the first step, once DeepSpeed's engine is there."""
-        return StepGuard(self.grid, self.model, self._engine.module, self.controller, self._faults)
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches of a rank in an optimizer step."""
-        return gradient_accumulation_steps(self.config, self.grid.world)
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
         """Forward, backward and update over one global batch; advances the clock.
@@ -162,20 +99,21 @@ class Engine(ABC):
                 generators are as before the step, and so is the clock.
         """
         clock = self.controller.clock
-        rate = learning_rate(self.config.train, clock.step)
+        lr = learning_rate(self.config.train, clock.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.guard.begin()
-        loss = self._compute_and_update(batches)
+            group["lr"] = lr
+        guard = self.layout.guard
+        guard.begin()
+        loss = self.layout.compute_and_update(batches)
         norm = self._grad_norm()
-        self.guard.end(rate, norm)
+        guard.end(lr, norm, self.layout.compute_again)
         self._finish_inputs()
         self.controller.finish_step()
         clock.step += 1
-        return StepResult(loss, norm, rate)
+        return StepResult(loss, norm, lr)
 
     def _finish_inputs(self) -> None:
-        """Let all replicas know the inputs of the step (Wanda's masks)."""
+        """Add up the input norms of the step over all replicas (for Wanda's masks)."""
         split = self.config.parallel.sequence_parallel
         # A row-parallel layer has channels of its own, and all tokens.
         layers = [
@@ -185,13 +123,9 @@ class Engine(ABC):
         ]
         finish_step(layers, self.grid.sum_over_dp, self.grid.sum_over_tp)
 
-    def _set_micro_batch(self, number: int) -> None:
-        """Tell the layers which micro-batch of the global batch this rank's `number`-th is."""
-        self.controller.clock.micro_batch = number * self.grid.dp_size + self.grid.dp_rank
-
     def _before_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Runs inside the optimizer, on final gradients: clip without ZeRO, then masked decay."""
-        if not self.guard.loss_is_finite:
+        if not self.layout.guard.loss_is_finite:
             return False
         if not self.config.parallel.zero_stage and not self._clip():
             return False
@@ -235,5 +169,5 @@ class Engine(ABC):
             assert self._norm_without_zero is not None
             return self._norm_without_zero
         if getattr(self._engine.optimizer, "overflow", False):
-            return math.nan  # ZeRO 3 left the step out, and keeps the norm of the one before
+            return math.nan  # ZeRO 3 skipped the step, and keeps the norm of the one before
         return float(self._engine.get_global_grad_norm())

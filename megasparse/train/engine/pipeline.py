@@ -1,4 +1,4 @@
-"""The engine with a pipeline: DeepSpeed's PipelineModule and its 1F1B schedule.
+"""The layout with a pipeline: DeepSpeed's PipelineModule and its 1F1B schedule.
 
 The parts come from `megatron/pipeline.py`; here they become DeepSpeed's layer specs.
 """
@@ -6,7 +6,7 @@ The parts come from `megatron/pipeline.py`; here they become DeepSpeed's layer s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,16 @@ import torch.distributed as dist
 
 from megasparse.config import RunConfig
 from megasparse.config.deepspeed import deepspeed_config
-from megasparse.distributed.faults import Faults
-from megasparse.log import speaks
+from megasparse.distributed.events import NO_LISTENERS, Events
+from megasparse.log import is_logging_rank
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.pipeline import gather_logits
 from megasparse.progress import progress
 from megasparse.sparsity.controller import SparsityController
-from megasparse.train.engine.base import Batch, Engine
 from megasparse.train.engine.deepspeed import deepspeed, schedule
+from megasparse.train.engine.layout import Layout
 from megasparse.train.engine.stage import Pipeline, quiet
-from megasparse.train.engine.step_guard import StepGuard, samples_of
+from megasparse.train.engine.step_guard import Batch, MicroBatch, Poison, samples_of
 
 # Of DeepSpeed's instructions; what sends, receives and reduces is communication by itself.
 PHASES = {
@@ -34,10 +34,16 @@ PHASES = {
 }
 
 
-class PipelineEngine(Engine):
+class PipelineLayout(Layout):
     """Micro-batches through the stages, one forward one backward.
 
-    Args: see `Engine`; `pipeline` instead of the model.
+    Args:
+        config: resolved.
+        grid: this rank's place.
+        pipeline: this rank's stage, sparsified; not the model, which is the stage's view.
+        controller: the stage's sparsity.
+        events: called at every point of a step.
+        poison: of the guard; none by default.
     """
 
     def __init__(
@@ -46,23 +52,24 @@ class PipelineEngine(Engine):
         grid: Grid,
         pipeline: Pipeline,
         controller: SparsityController,
-        faults: Faults | None = None,
-        tick: Callable[[str], None] = lambda _: None,
+        events: Events = NO_LISTENERS,
+        poison: Poison | None = None,
     ) -> None:
+        super().__init__(
+            config, grid, pipeline.view, controller, events, poison, pipeline.distillation
+        )
         self._pipeline = pipeline
-        self.distillation = pipeline.distillation
         self._forwards = self._backwards = 0
         # Of a bad step that is computed again: what is found, and its micro-batches.
         self._findings: list[str] | None = None
         self._again: list[Batch] = []
-        super().__init__(config, grid, pipeline.view, controller, faults, tick)
         pipeline.on_forward, pipeline.on_loss = self._count_forward, self._on_loss
 
-    def _start_deepspeed(self) -> Any:
+    def start(self, optimizer: torch.optim.Optimizer) -> Any:
         with quiet():
             engine, *_ = deepspeed.initialize(
                 model=self._pipeline,
-                optimizer=self.optimizer,
+                optimizer=optimizer,
                 config=deepspeed_config(self.config, self.grid.world),
                 dist_init_required=False,
             )
@@ -77,6 +84,7 @@ class PipelineEngine(Engine):
             kind: self._instruction(hooks.get(kind), PHASES.get(kind, "other"), run)
             for kind, run in engine._INSTRUCTION_MAP.items()
         }
+        self._engine = engine
         return engine
 
     def _instruction(
@@ -87,13 +95,10 @@ class PipelineEngine(Engine):
         def instruction(engine: Any, **options: Any) -> Any:
             if hook is not None:
                 hook()
-            with self.timer.span(phase):
+            with self.controller.timer.span(phase):
                 return run(engine, **options)
 
         return instruction
-
-    def _make_guard(self) -> StepGuard:
-        return _PipelineGuard(self, self._engine.module, self._faults)
 
     def _count_forward(self) -> None:
         """Forwards of a stage are in order of the micro-batches, whatever is between them."""
@@ -102,19 +107,18 @@ class PipelineEngine(Engine):
 
     def _before_load(self) -> None:
         if self._pipeline.training:
-            self._faults.at("data")
+            self._passed("data")
 
     def _before_forward(self) -> None:
-        training = self._pipeline.training
-        phase = f"step {self.controller.clock.step + 1}" if training else "evaluation"
-        self._tick(f"{phase}, micro-batch {self._forwards}")
-        self._faults.at("forward" if training else "evaluate")
+        if self._pipeline.training:
+            self._passed("micro_batch", self._forwards)
+            self._passed("forward", self._forwards)
+        else:
+            self._passed("evaluate", self._forwards)
 
     def _before_backward(self) -> None:
-        step = self.controller.clock.step + 1
-        self._tick(f"step {step}, backward of micro-batch {self._backwards}")
+        self._passed("backward", self._backwards)
         self._backwards += 1
-        self._faults.at("backward")
 
     def _before_optimizer(self) -> None:
         """Once a step on every rank, when all gradients are there."""
@@ -124,7 +128,7 @@ class PipelineEngine(Engine):
         )
         if self._findings is not None:
             self.guard.loss_is_finite = False  # a step computed again updates nothing
-        self._faults.at("optimizer")
+        self._passed("optimizer")
 
     def _on_loss(self, loss: torch.Tensor) -> torch.Tensor:
         loss = self.guard.poisoned(loss)
@@ -133,7 +137,7 @@ class PipelineEngine(Engine):
             self._findings.append(f"the loss is {float(loss.detach())} on {where}")
         return loss
 
-    def _compute_and_update(self, batches: Iterator[Batch]) -> float:
+    def compute_and_update(self, batches: Iterator[Batch]) -> float:
         def kept() -> Iterator[Batch]:
             for number, batch in enumerate(batches):
                 yield self.guard.keep(batch, number * self.grid.dp_size + self.grid.dp_rank)
@@ -146,19 +150,14 @@ class PipelineEngine(Engine):
         self._release()
         return loss
 
-    def compute_again(self, batches: list[Batch]) -> list[str]:
-        """The step once more, by all ranks and without an update; what is wrong on this rank.
-
-        Args:
-            batches: of the step; none on stages between the first and the last.
-        """
-        self._findings, self._again = [], batches
+    def compute_again(self, kept: Sequence[MicroBatch]) -> list[str]:
+        self._findings, self._again = [], [one.batch for one in kept]
         handles = [
             parameter.register_hook(functools.partial(self._on_gradient_again, name))
             for name, parameter in self.model.named_parameters()
         ]
         try:
-            self._train_batch(iter(batches))
+            self._train_batch(iter(self._again))
             return list(dict.fromkeys(self._findings))
         finally:
             self._findings, self._again = None, []
@@ -188,11 +187,12 @@ class PipelineEngine(Engine):
         interrupted: Callable[[], bool] = lambda: False,
     ) -> float | None:
         # As many at a time as in a step: DeepSpeed's schedule cannot be left in the middle.
-        self._faults.step = self.controller.clock.step
         pairs, total, done = _pairs(batches), 0.0, 0
         self._forwards = 0
         self._forget_shapes()
-        with progress(desc="evaluation", total=iterations, unit="batch", enabled=speaks()) as bar:
+        with progress(
+            desc="evaluation", total=iterations, unit="batch", enabled=is_logging_rank()
+        ) as bar:
             while done < iterations:
                 if interrupted():
                     return None
@@ -205,7 +205,7 @@ class PipelineEngine(Engine):
 
     def _forget_shapes(self) -> None:
         """Evaluations have no teacher: what travels between stages is not what it is in training,
-        and DeepSpeed tells its shape to the next stage once."""
+        and DeepSpeed sends its shape to the next stage once."""
         if self.distillation is not None:
             self._engine.reset_activation_shape()
 
@@ -231,18 +231,6 @@ class PipelineEngine(Engine):
                 value = torch.empty(shape, dtype=dtype, device=grid.device)
             dist.broadcast(value, src=source, group=grid.pp_group)
         return value
-
-
-class _PipelineGuard(StepGuard):
-    """Computes a bad step again through the whole pipeline, instead of batch by batch."""
-
-    def __init__(self, engine: PipelineEngine, loss: torch.nn.Module, faults: Faults) -> None:
-        super().__init__(engine.grid, engine.model, loss, engine.controller, faults)
-        self._compute_again = engine.compute_again
-
-    def _again(self) -> list[str]:
-        self._put_back()
-        return self._compute_again([kept.batch for kept in self._kept])
 
 
 def _pairs(batches: Iterator[Batch]) -> Iterator[tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""The engine without a pipeline: every rank has all layers (or a tensor-parallel share of each)."""
+"""The layout without a pipeline: every rank has all layers (or a tensor-parallel share of each)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from typing import Any
 
 import torch
 
-from megasparse.config import RunConfig
 from megasparse.config.deepspeed import deepspeed_config
-from megasparse.distributed.faults import Faults
-from megasparse.log import speaks
-from megasparse.megatron.grid import Grid, ModelParallelUnit
+from megasparse.log import is_logging_rank
+from megasparse.megatron.grid import ModelParallelUnit
 from megasparse.progress import progress
-from megasparse.sparsity.controller import SparsityController
 from megasparse.train.distillation import Distillation
-from megasparse.train.engine.base import Batch, Engine
 from megasparse.train.engine.deepspeed import deepspeed
+from megasparse.train.engine.layout import Layout
+from megasparse.train.engine.step_guard import Batch, MicroBatch, samples_of
 
 
 class LanguageModelLoss(torch.nn.Module):
     """The model with its loss: the mean over the tokens that count.
 
-    A batch is what `train.data.batches` yields.
+    A batch is what `megatron.batches.batches` yields.
 
     Args:
         model: the student, if there is a teacher.
@@ -57,58 +55,63 @@ class LanguageModelLoss(torch.nn.Module):
         return (losses.float() * mask).sum() / mask.sum().clamp(min=1.0)
 
 
-class PlainEngine(Engine):
-    """Micro-batch after micro-batch through the whole model. Args: see `Engine`."""
+class PlainLayout(Layout):
+    """Micro-batch after micro-batch through the whole model."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        grid: Grid,
-        model: torch.nn.Module,
-        controller: SparsityController,
-        faults: Faults | None = None,
-        tick: Callable[[str], None] = lambda _: None,
-        distillation: Distillation | None = None,
-    ) -> None:
-        self.distillation = distillation
-        super().__init__(config, grid, model, controller, faults, tick)
-
-    def _start_deepspeed(self) -> Any:
-        engine, *_ = deepspeed.initialize(
+    def start(self, optimizer: torch.optim.Optimizer) -> Any:
+        self._engine, *_ = deepspeed.initialize(
             model=LanguageModelLoss(self.model, self.distillation),
-            optimizer=self.optimizer,
+            optimizer=optimizer,
             config=deepspeed_config(self.config, self.grid.world),
             mpu=ModelParallelUnit(),
             dist_init_required=False,
         )
-        return engine
+        return self._engine
 
-    def whole(
+    def gathered_parameters(
         self, parameters: Sequence[torch.nn.Parameter], write: bool = False
     ) -> contextlib.AbstractContextManager[Any]:
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
 
-    def _compute_and_update(self, batches: Iterator[Batch]) -> float:
+    def compute_and_update(self, batches: Iterator[Batch]) -> float:
         self._engine.train()
         total = torch.zeros((), device=self.grid.device)
         for number in range(self.accumulation_steps):
-            self._tick(f"step {self.controller.clock.step + 1}, micro-batch {number}")
+            self._passed("micro_batch", number)
             self._set_micro_batch(number)
-            self._faults.at("data")
+            self._passed("data", number)
             batch = self.guard.keep(next(batches), self.controller.clock.micro_batch)
-            self._faults.at("forward")
-            with self.timer.span("forward"):
+            self._passed("forward", number)
+            with self.controller.timer.span("forward"):
                 loss = self.guard.poisoned(self._engine(batch))
             total += loss.detach()
-            self._faults.at("backward")
-            with self.timer.span("backward"):
+            self._passed("backward", number)
+            with self.controller.timer.span("backward"):
                 self._engine.backward(loss)
             if number == self.accumulation_steps - 1:
                 self.guard.check_loss(total)
-                self._faults.at("optimizer")
-            with self.timer.span("optimizer"):
+                self._passed("optimizer", number)
+            with self.controller.timer.span("optimizer"):
                 self._engine.step()
         return float(self.grid.mean_over_dp(total / self.accumulation_steps))
+
+    def compute_again(self, kept: Sequence[MicroBatch]) -> list[str]:
+        findings: list[str] = []
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        for local, micro_batch in enumerate(kept):
+            self.controller.clock.micro_batch = micro_batch.number
+            loss = self.guard.poisoned(self._engine.module(micro_batch.batch))
+            gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+            samples = samples_of(micro_batch.batch)
+            where = f"rank {self.grid.rank}, micro-batch {local}, {samples}"
+            if not bool(torch.isfinite(loss)):
+                findings.append(f"the loss is {float(loss.detach())} on {where}")
+            findings += [
+                f"the gradient of {name} is not finite on {where}"
+                for (name, _), g in zip(named, gradients, strict=True)
+                if g is not None and not bool(torch.isfinite(g.float().square().sum()))
+            ]
+        return findings
 
     @torch.no_grad()
     def evaluate(
@@ -118,13 +121,11 @@ class PlainEngine(Engine):
         interrupted: Callable[[], bool] = lambda: False,
     ) -> float | None:
         self._engine.eval()
-        self._faults.step = self.controller.clock.step
         total = torch.zeros((), device=self.grid.device)
         for number in progress(
-            range(iterations), desc="evaluation", unit="batch", enabled=speaks()
+            range(iterations), desc="evaluation", unit="batch", enabled=is_logging_rank()
         ):
-            self._tick(f"evaluation, micro-batch {number}")
-            self._faults.at("evaluate")
+            self._passed("evaluate", number)
             if interrupted():
                 return None
             total += self._engine(next(batches))

@@ -8,16 +8,18 @@ rank, tensor, micro-batch and samples; what is not was transient (bad hardware, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megasparse.distributed.faults import Faults
 from megasparse.errors import NumericsError
 from megasparse.megatron.grid import Grid, rng_state, set_rng_state
 from megasparse.sparsity.controller import SparsityController
+
+Batch = dict[str, torch.Tensor]
 
 
 class NonFiniteStep(NumericsError):
@@ -33,39 +35,46 @@ class NonFiniteStep(NumericsError):
 
 
 @dataclass
-class _Kept:
+class MicroBatch:
     """A micro-batch of the current step, and its number over all data-parallel ranks."""
 
-    batch: dict[str, torch.Tensor]
+    batch: Batch
     number: int
 
 
+class Poison(Protocol):
+    """Values to be made NaN or infinite, so that tests can see what becomes of a bad step."""
+
+    def poison(self, point: str, step: int) -> float | None:
+        """What the value at a point (`loss`, `grad/PART`) is to be multiplied by, if anything."""
+
+    def poisoned_gradients(self) -> list[str]:
+        """Parts of the names of parameters whose gradient is to be poisoned at some step."""
+
+
 class StepGuard:
-    """Watches one step after the other.
+    """Checks one step after the other.
 
     Args:
         grid: this rank's place.
-        model: its parameters get the gradients.
-        loss: the module that gives the loss of a micro-batch.
+        model: its parameters get the gradients that `poison` names.
         controller: its states are put back with the step.
-        faults: poison to be injected.
+        poison: None: no value is poisoned.
     """
 
     def __init__(
         self,
         grid: Grid,
         model: torch.nn.Module,
-        loss: torch.nn.Module,
         controller: SparsityController,
-        faults: Faults,
+        poison: Poison | None = None,
     ) -> None:
-        self._grid, self._model, self._loss = grid, model, loss
-        self._controller, self._faults = controller, faults
-        self._kept: list[_Kept] = []
+        self._grid, self._controller, self._poison = grid, controller, poison
+        self._kept: list[MicroBatch] = []
         self._rng: dict[str, torch.Tensor] = {}
         self._sparsity: list[Any] = []
         self.loss_is_finite = True
-        for part in faults.poisoned_gradients():
+        for part in poison.poisoned_gradients() if poison is not None else ():
             for name, parameter in model.named_parameters():
                 if part in name:
                     parameter.register_hook(lambda g, point=f"grad/{part}": self._scaled(g, point))
@@ -74,29 +83,36 @@ class StepGuard:
         """Remember what a step changes before its update."""
         self._kept.clear()
         self.loss_is_finite = True
-        self._faults.step = self._controller.clock.step
         self._rng = rng_state(self._grid)
         # Tensors are replaced by a refresh, never written into: references are enough.
         self._sparsity = [state.snapshot() for state, _ in self._controller.weights]
 
-    def keep(self, batch: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
+    def keep(self, batch: Batch, number: int) -> Batch:
         """Remember a micro-batch."""
-        self._kept.append(_Kept(batch, number))
+        self._kept.append(MicroBatch(batch, number))
         return batch
 
     def poisoned(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss, with an injected fault if there is one."""
+        """The loss, times NaN or infinity if it is to be poisoned."""
         return self._scaled(loss, "loss")
 
     def check_loss(self, total: torch.Tensor) -> None:
-        """Let all ranks know, before the update, whether any rank's loss is not finite."""
+        """Before the update: whether the loss is finite on all ranks; a collective call."""
         bad = (~torch.isfinite(total)).float()
         if self._grid.world > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         self.loss_is_finite = not bool(bad.item())
 
-    def end(self, lr: float, norm: float) -> None:
+    def end(
+        self, lr: float, norm: float, compute_again: Callable[[list[MicroBatch]], list[str]]
+    ) -> None:
         """Accept the step, or put everything back and say why; the same on all ranks.
+
+        Args:
+            lr: learning rate of the step.
+            norm: of its gradient.
+            compute_again: computes the step once more, from the state before it; gives what is
+                wrong on this rank.
 
         Raises:
             NonFiniteStep: names rank, tensor, micro-batch and samples.
@@ -105,7 +121,8 @@ class StepGuard:
             return
         step = self._controller.clock.step + 1
         what = f"gradient norm {norm}" if self.loss_is_finite else "a loss that is not finite"
-        findings = self._again()
+        self._put_back()
+        findings = compute_again(self._kept)
         self._put_back()
         if self._grid.world > 1:
             everyone: list[Any] = [None] * self._grid.world
@@ -117,37 +134,19 @@ class StepGuard:
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         raise NonFiniteStep(f"step {step}: {what}; {cause}{more}; no update was made", lr)
 
-    def _again(self) -> list[str]:
-        """Compute the micro-batches once more; what is wrong on this rank."""
-        self._put_back()
-        findings: list[str] = []
-        named = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
-        for local, kept in enumerate(self._kept):
-            self._controller.clock.micro_batch = kept.number
-            loss = self.poisoned(self._loss(kept.batch))
-            gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-            where = f"rank {self._grid.rank}, micro-batch {local}, {samples_of(kept.batch)}"
-            if not bool(torch.isfinite(loss)):
-                findings.append(f"the loss is {float(loss.detach())} on {where}")
-            bad = [
-                f"the gradient of {name} is not finite on {where}"
-                for (name, _), g in zip(named, gradients, strict=True)
-                if g is not None and not bool(torch.isfinite(g.float().square().sum()))
-            ]
-            findings += bad
-        return findings
-
     def _put_back(self) -> None:
         set_rng_state(self._grid, self._rng)
         for (state, _), saved in zip(self._controller.weights, self._sparsity, strict=True):
             state.restore(saved)
 
     def _scaled(self, value: torch.Tensor, point: str) -> torch.Tensor:
-        factor = self._faults.poison(point)
+        if self._poison is None:
+            return value
+        factor = self._poison.poison(point, self._controller.clock.step)
         return value if factor is None else value * factor
 
 
-def samples_of(batch: dict[str, torch.Tensor]) -> str:
+def samples_of(batch: Batch) -> str:
     """The samples of a micro-batch as source:sample."""
     if "sample_id" not in batch:
         return "samples unknown"

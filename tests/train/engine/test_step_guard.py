@@ -61,7 +61,7 @@ def test_a_pipeline_names_stage_micro_batch_and_samples(tmp_path, dataset, fault
             assert "the gradient of decoder.layers.0.mlp.linear_fc2.weight is not finite" in text
 
 
-def test_a_pipeline_tells_a_transient_fault_and_leaves_the_step_out(tmp_path, dataset):
+def test_a_pipeline_tells_a_transient_fault_and_skips_the_step(tmp_path, dataset):
     fault = "nan-once@1:6:loss"
     codes, texts = _run(tmp_path, dataset, fault, *PP2, "--max-skipped-steps", "1")
     assert codes == [0, 0] and "computed again it was finite: a transient fault" in texts[0]
@@ -74,13 +74,13 @@ def test_a_transient_fault_is_told_from_a_lasting_one(tmp_path, dataset):
     assert codes == [70] and "computed again it was finite: a transient fault" in texts[0]
 
 
-def test_steps_are_left_out_as_often_as_allowed(tmp_path, dataset):
+def test_steps_are_skipped_as_often_as_allowed(tmp_path, dataset):
     fault = "nan@0:6:loss,inf@0:9:loss"
     codes, texts = _run(tmp_path, dataset, fault, "--max-skipped-steps", "1")
     assert codes == [0, 0]
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows if row["loss"] is None] == [7, 10]
-    assert len(rows) == 20 and "left out (1 in a row, 1 allowed)" in texts[0]
+    assert len(rows) == 20 and "skipped (1 in a row, 1 allowed)" in texts[0]
     assert list_steps(tmp_path / "run" / "checkpoints") == [20]
 
 
@@ -93,7 +93,8 @@ def test_two_in_a_row_are_one_too_many(tmp_path, dataset):
 def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) -> list[Any]:
     """Digests of everything before and after a step with a NaN."""
     from megasparse.config import load_config, resolve
-    from megasparse.distributed.control_plane import make_control
+    from megasparse.distributed.control_plane import make_control_plane
+    from megasparse.distributed.events import Events
     from megasparse.distributed.faults import Faults, parse
     from megasparse.distributed.signals import StopRequest
     from megasparse.megatron.batches import batches, build_data
@@ -101,7 +102,7 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
     from megasparse.train import checkpoint
     from megasparse.train.engine.deepspeed import start_process
     from megasparse.train.engine.step_guard import NonFiniteStep
-    from megasparse.train.loop import Context, Trainer
+    from megasparse.train.loop import RunServices, Trainer
 
     config = resolve(load_config(run), world)
     device = start_process(1.0)
@@ -110,8 +111,8 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
     grid = make_grid(tp, device, config.train.seed, pipeline_model_parallel_size=pp)
     # At step 4 masks are refreshed as well: they must come back too.
     faults = Faults(parse(f"nan@*:4:{point}"), rank)
-    context = Context(make_control(), StopRequest(), faults, lambda *_: None)
-    trainer = Trainer(config, grid, build_data(config, grid), context)
+    services = RunServices(make_control_plane(), StopRequest(), Events(faults.passed), faults)
+    trainer = Trainer(config, grid, build_data(config, grid), services)
     stream = batches(trainer.data.streams["train"], config, grid, 0)
 
     def digests() -> dict[str, str]:

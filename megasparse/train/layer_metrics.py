@@ -1,4 +1,4 @@
-"""Figures of the whole run from what each rank measured: two small reductions and one read.
+"""Metrics of all layers from what each rank measured: two small reductions and one read.
 
 A rank's sums are added up over the ranks that share a layer (tensor parallel) and that see other
 samples (data parallel); pipeline stages hand over their layers.
@@ -18,15 +18,13 @@ from megasparse.sparsity.probe import OPERANDS
 from megasparse.sparsity.stats import MAXIMA, STEP_SUMS, WEIGHT_SUMS, layer_figures, measure
 from megasparse.train.engine.base import Engine
 
-Figures = dict[str, dict[str, float]]
-MEANS = (
-    "flip_rate", "density", "retained_l1", "decay_ratio", "mvue_amplification", "scale",
-)  # fmt: skip
+LayerMetrics = dict[str, dict[str, float]]
+MEANS = ("flip_rate", "density", "retained_l1", "decay_ratio", "mvue_amplification", "scale")
 
 
-def all_figures(
+def measure_all(
     engine: Engine, more: list[float], largest: float
-) -> tuple[Figures, list[float], float]:
+) -> tuple[LayerMetrics, list[float], float]:
     """Everything that is known of the layers, and values of ranks; a collective call.
 
     Args:
@@ -34,10 +32,12 @@ def all_figures(
         largest: a value of which the largest is wanted.
 
     Returns:
-        Figures by layer of the whole model in order, the sums of `more`, and the largest.
+        LayerMetrics by layer of the whole model in order, the sums of `more`, and the largest.
     """
     controller, grid = engine.controller, engine.grid
-    measured = measure(controller.weights, controller.sparse_now, grid.device, engine.whole)
+    measured = measure(
+        controller.weights, controller.sparse_now, grid.device, engine.layout.gathered_parameters
+    )
     count = len(measured.names)
     if grid.dp_size > 1:
         dist.all_reduce(measured.step_sums, group=grid.dp_group)
@@ -56,41 +56,41 @@ def all_figures(
     rest = values[count * width :]
     tops = [rest[i * len(MAXIMA) : (i + 1) * len(MAXIMA)] for i in range(count)]
     rest = rest[count * len(MAXIMA) :]
-    figures = layer_figures(
+    metrics = layer_figures(
         measured, [row[:split] for row in rows], [row[split:] for row in rows], tops
     )
-    return _over_stages(figures, grid), rest[:-1], rest[-1]
+    return _over_stages(metrics, grid), rest[:-1], rest[-1]
 
 
-def flip_rates(controller: SparsityController, grid: Grid) -> Figures:
+def flip_rates(controller: SparsityController, grid: Grid) -> LayerMetrics:
     """Flip rates alone, after a mask refresh between two log steps; a collective call."""
     weights = controller.weights
     none = torch.zeros((), dtype=torch.int64, device=grid.device)
     counts = [none if state.flips is None else state.flips for state, _ in weights]
     totals = grid.sum_over_tp(torch.stack(counts)).tolist() if weights else []
-    figures: Figures = {}
+    metrics: LayerMetrics = {}
     for (state, _), flips in zip(weights, totals, strict=True):
         rows, columns = state.shard.global_shape
-        figures[state.name] = {} if state.flips is None else {"flip_rate": flips / (rows * columns)}
-    return _over_stages(figures, grid)
+        metrics[state.name] = {} if state.flips is None else {"flip_rate": flips / (rows * columns)}
+    return _over_stages(metrics, grid)
 
 
-def means(figures: Figures) -> dict[str, float]:
-    """The run's figures: the mean over layers, the worst for FP8."""
+def means(metrics: LayerMetrics) -> dict[str, float]:
+    """The run's metrics: the mean over layers, the worst for FP8."""
     row = {}
-    for figure in MEANS:
-        values = [one[figure] for one in figures.values() if figure in one]
+    for metric in MEANS:
+        values = [one[metric] for one in metrics.values() if metric in one]
         if values:
-            row[figure] = sum(values) / len(values)
-    for figure in ("amax", "saturated", "lost"):
+            row[metric] = sum(values) / len(values)
+    for metric in ("amax", "saturated", "lost"):
         values = [
             one[key]
-            for one in figures.values()
-            for key in (f"fp8_{figure}_{operand}" for operand in OPERANDS)
+            for one in metrics.values()
+            for key in (f"fp8_{metric}_{operand}" for operand in OPERANDS)
             if key in one
         ]
         if values:
-            row[f"fp8_{figure}"] = max(values)
+            row[f"fp8_{metric}"] = max(values)
     return row
 
 
@@ -101,6 +101,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _over_stages(figures: Figures, grid: Grid) -> Figures:
-    stages: list[Any] = grid.gather_over_pp(figures)
+def _over_stages(metrics: LayerMetrics, grid: Grid) -> LayerMetrics:
+    stages: list[Any] = grid.gather_over_pp(metrics)
     return {name: one for stage in stages for name, one in stage.items()}

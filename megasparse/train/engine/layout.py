@@ -1,0 +1,108 @@
+"""What an engine asks of its layout: a whole model on every rank, or a stage of a pipeline.
+
+A layout has this rank's part of the model and the DeepSpeed engine around it. It computes
+micro-batches; what happens once an optimizer step is in `base.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megasparse.config import RunConfig, gradient_accumulation_steps
+from megasparse.distributed.events import NO_LISTENERS, Events
+from megasparse.megatron.grid import Grid
+from megasparse.sparsity.controller import SparsityController
+from megasparse.train.distillation import Distillation
+from megasparse.train.engine.step_guard import Batch, MicroBatch, Poison, StepGuard
+
+
+class Layout(ABC):
+    """This rank's part of the model, and how micro-batches go through it.
+
+    Args:
+        config: resolved.
+        grid: this rank's place.
+        model: this rank's part, sparsified; parameters have the whole model's names.
+        controller: the model's sparsity.
+        events: called at every point of a step.
+        poison: of the guard; none by default.
+        distillation: the teacher and its part of the loss, if there is one.
+
+    Attributes:
+        guard: checks each step for values that are not finite.
+        accumulation_steps: micro-batches of a rank in an optimizer step.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        grid: Grid,
+        model: torch.nn.Module,
+        controller: SparsityController,
+        events: Events = NO_LISTENERS,
+        poison: Poison | None = None,
+        distillation: Distillation | None = None,
+    ) -> None:
+        self.config, self.grid, self.model, self.controller = config, grid, model, controller
+        self.distillation = distillation
+        self.accumulation_steps = gradient_accumulation_steps(config, grid.world)
+        self.guard = StepGuard(grid, model, controller, poison)
+        self._events = events
+        self._engine: Any = None
+
+    @abstractmethod
+    def start(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Make the DeepSpeed engine around the model and its optimizer, once; returns it."""
+
+    @abstractmethod
+    def compute_and_update(self, batches: Iterator[Batch]) -> float:
+        """All micro-batches of a step and the update; the mean loss over all ranks."""
+
+    @abstractmethod
+    def compute_again(self, kept: Sequence[MicroBatch]) -> list[str]:
+        """A step once more, by all ranks and without an update; what is wrong on this rank.
+
+        Args:
+            kept: micro-batches of the step, in order; none on stages between first and last.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self,
+        batches: Iterator[Batch],
+        iterations: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> float | None:
+        """Mean loss over `iterations` micro-batches of every data-parallel rank.
+
+        Args:
+            interrupted: called again and again, the same answer on all ranks; True ends the
+                evaluation without a result.
+        """
+
+    @abstractmethod
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """`(B, S, V)` on every rank, of `(B, S)` int64 tokens that are the same on all."""
+
+    def gathered_parameters(
+        self, parameters: Sequence[torch.nn.Parameter], write: bool = False
+    ) -> contextlib.AbstractContextManager[Any]:
+        """A context in which parameters are whole on this rank; a collective call under ZeRO 3.
+
+        Args:
+            write: keep what the first data-parallel rank writes into them.
+        """
+        return contextlib.nullcontext()
+
+    def _passed(self, point: str, micro_batch: int = 0) -> None:
+        """This rank has come to a point of the current step or evaluation."""
+        self._events(point, self.controller.clock.step, micro_batch)
+
+    def _set_micro_batch(self, number: int) -> None:
+        """Set the layers' clock to this rank's `number`-th micro-batch of the global batch."""
+        self.controller.clock.micro_batch = number * self.grid.dp_size + self.grid.dp_rank

@@ -37,7 +37,7 @@ from megasparse.fp8.delayed import DelayedScaling, refusal
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.layer import build_layer, rotary_frequencies
 from megasparse.megatron.sparsify import sparsify
-from megasparse.sparsity.controller import Clock
+from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.engine.deepspeed import start_process, stop_process
 

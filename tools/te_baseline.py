@@ -11,7 +11,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transfor
 from megasparse.config import RunConfig
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import finish_model, transformer_config
-from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.clock import Clock
+from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.train.engine.base import Engine
 from megasparse.train.engine.plain import PlainLayout

@@ -141,6 +141,12 @@ class TrainConfig:
     deterministic_mode: bool = option(
         False, "on GPUs: sums in a fixed order, so that a run repeats bit for bit; slower"
     )
+    cuda_graph_impl: str = option(
+        "local",
+        "on GPUs: capture the passes of each layer in CUDA graphs and replay them (local), or run "
+        "all eagerly (none); what cannot be captured runs eagerly, and the log says why",
+        choices=("none", "local"),
+    )
     transformer_impl: str | None = option(
         None, "attention, norms and rotary embedding: Transformer Engine's or torch's (local); "
         "default: Transformer Engine's in bf16 on a GPU, where it is installed",

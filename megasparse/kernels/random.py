@@ -10,6 +10,11 @@ of ten only adds margin, and each round is paid for once per group of four gradi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from megasparse.errors import KernelError
@@ -35,6 +40,33 @@ def derive_seed(*words: int) -> int:
     for word in words:
         state = _splitmix64(state ^ _splitmix64(word & _MASK64))
     return state >> 1
+
+
+def derive_seeds(
+    prefix: Sequence[int], rows: npt.NDArray[Any], columns: npt.NDArray[Any]
+) -> npt.NDArray[np.int64]:
+    """int64 (rows, columns): `derive_seed(*prefix, row, column)` of each pair.
+
+    Args:
+        prefix: the words that all have in common.
+        rows, columns: 1-D integers of at most 64 bits.
+    """
+    state = 0
+    for word in prefix:
+        state = _splitmix64(state ^ _splitmix64(word & _MASK64))
+    with np.errstate(over="ignore"):
+        start = np.uint64(state)
+        by_row = _splitmix64_of(start ^ _splitmix64_of(rows.astype(np.uint64)))
+        mixed = by_row[:, None] ^ _splitmix64_of(columns.astype(np.uint64))[None]
+        return (_splitmix64_of(mixed) >> np.uint64(1)).astype(np.int64)
+
+
+def _splitmix64_of(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """`_splitmix64` of many values; products and sums wrap modulo 2^64."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def _splitmix64(value: int) -> int:

@@ -22,10 +22,11 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
 from megasparse.kernels import prune24_mask
+from megasparse.kernels.random import SeedLike
 from megasparse.megatron.slorb_comm import SplitOverRank, SumOfProjections
 from megasparse.sparsity.autograd.linear import LinearComm, NoComm, linear
 from megasparse.sparsity.autograd.norm import Float8Input
-from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.gemms.dense import DenseGemms
 from megasparse.sparsity.gemms.frozen_fp8 import Fp8StoredGemms
 from megasparse.sparsity.gemms.protocol import LinearGemms
@@ -126,9 +127,8 @@ class _ParallelLinear(torch.nn.Module):
             else:
                 self.bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
         self.state: SparseWeight | None = None
-        self._clock: Clock | None = None
         self._controller: SparsityController | None = None
-        self._number = 0
+        self._place = 0
         self._frozen: Fp8StoredGemms | None = None
         self._boost: Boost | None = None
         self.slorb_adapter: torch.nn.Parameter | None = None
@@ -177,8 +177,8 @@ class _ParallelLinear(torch.nn.Module):
             controller: knows the step and the phase.
             number: names the layer's random draws; a function of its name in the whole model.
         """
-        self.state, self._controller, self._number = state, controller, number
-        controller.register(state, self.weight)
+        self.state, self._controller = state, controller
+        self._place = controller.register(state, self.weight, number)
 
     def freeze_in_fp8(self) -> int:
         """Keep the weight in FP8 alone, for a layer that is never trained; its bytes then."""
@@ -186,7 +186,7 @@ class _ParallelLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(self.weight.detach().new_empty(0), requires_grad=False)
         return self._frozen.bytes_here
 
-    def current_gemms(self) -> tuple[LinearGemms, int]:
+    def current_gemms(self) -> tuple[LinearGemms, SeedLike]:
         """The GEMMs of the current step, and the seed of this layer's draws."""
         if self._frozen is not None:
             return self._frozen, 0
@@ -195,7 +195,7 @@ class _ParallelLinear(torch.nn.Module):
         controller = self._controller
         clock = controller.clock
         gemms = self.state.gemms(self.weight, clock.step, controller.sparse_now, controller.monitor)
-        return gemms, clock.mvue_seed(self._number)
+        return gemms, controller.seed(self._place)
 
     @property
     def in_fp8_alone(self) -> bool:

@@ -29,7 +29,7 @@ from megasparse.megatron.grid import Grid
 from megasparse.megatron.loss import token_cross_entropy
 from megasparse.megatron.model import finish_model, spec_provider, transformer_config
 from megasparse.megatron.spec import SparseSpecProvider, get_layer_spec
-from megasparse.sparsity.controller import Clock
+from megasparse.sparsity.clock import Clock
 
 Hidden = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 

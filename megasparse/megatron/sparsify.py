@@ -15,7 +15,8 @@ from megasparse.kernels.packed24 import ROW_MULTIPLE
 from megasparse.megatron.mlp import fuse_gated_mlps
 from megasparse.megatron.norms import fuse_norms
 from megasparse.megatron.parallel_linear import _ParallelLinear
-from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.clock import Clock
+from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.gemms.dense_fp8 import ALIGNMENT as FP8_ALIGNMENT
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.recipe import SparsityRecipe

@@ -24,7 +24,7 @@ from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import build_model
 from megasparse.megatron.parallel_linear import _ParallelLinear
 from megasparse.megatron.pipeline import finish_stage, part_specs, stage_bounds
-from megasparse.sparsity.controller import Clock
+from megasparse.sparsity.clock import Clock
 
 
 class Teacher:

@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from megasparse.fp8 import Scaling
-from megasparse.kernels import derive_seed
+from megasparse.kernels.random import SeedLike
 from megasparse.sparsity import schedule
+from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.sparsity.seeds import DeviceSeeds
 from megasparse.sparsity.state import SparseWeight
 from megasparse.timer import StepTimer
-
-
-@dataclass
-class Clock:
-    """Where the run is; shared by all sparse layers, set by the training loop.
-
-    Attributes:
-        seed: the run's seed.
-        train_iters: length of the run, for the schedule.
-        step: optimizer steps done.
-        micro_batch: number of the micro-batch within the step, over all data-parallel ranks, so
-            that a micro-batch draws the same random numbers whichever rank computes it.
-    """
-
-    seed: int
-    train_iters: int
-    step: int = 0
-    micro_batch: int = 0
-
-    def mvue_seed(self, layer: int) -> int:
-        """Seed of one layer's MVUE draws in the current micro-batch."""
-        return derive_seed(self.seed, self.step, self.micro_batch, layer)
-
-    @contextlib.contextmanager
-    def at(self, micro_batch: int) -> Iterator[None]:
-        """Set back to a micro-batch for a while: a layer is recomputed with the draws it had."""
-        before, self.micro_batch = self.micro_batch, micro_batch
-        try:
-            yield
-        finally:
-            self.micro_batch = before
 
 
 @dataclass
@@ -59,6 +29,8 @@ class SparsityController:
         weights: sparse weight states with their parameters, in model order.
         timer: of the run.
         fp8: scaling of FP8 operands, where GEMMs are in FP8.
+        layers: what tells the draws of each weight's layer from another's, in the same order.
+        seeds: of the draws, on the device; None: taken from the host.
     """
 
     recipe: SparsityRecipe
@@ -67,16 +39,52 @@ class SparsityController:
     weights: list[tuple[SparseWeight, torch.nn.Parameter]] = field(default_factory=list)
     timer: StepTimer = field(default_factory=StepTimer)
     fp8: Scaling | None = None
+    layers: list[int] = field(default_factory=list)
+    seeds: DeviceSeeds | None = None
 
     def finish_step(self) -> None:
         """After the update of a step, on all ranks: FP8 scales of the next one."""
         if self.fp8 is not None:
             self.fp8.finish_step()
 
-    def register(self, state: SparseWeight, weight: torch.nn.Parameter) -> None:
-        """Add a layer's weight."""
+    def register(self, state: SparseWeight, weight: torch.nn.Parameter, layer: int) -> int:
+        """Add a layer's weight; its place among them.
+
+        Args:
+            layer: tells the layer's draws from another's.
+        """
         state.probe = Probe(self.timer)
         self.weights.append((state, weight))
+        self.layers.append(layer)
+        return len(self.weights) - 1
+
+    def seed(self, place: int) -> SeedLike:
+        """Of the draws of a layer in the current micro-batch; on the device, or an int.
+
+        Args:
+            place: of the layer's weight (`register`).
+        """
+        if self.seeds is not None:
+            return self.seeds.of(place)
+        return self.clock.mvue_seed(self.layers[place])
+
+    def begin_step(self) -> None:
+        """Refresh the masks that are due, and see to it that `refill` has what it needs."""
+        step, sparse = self.clock.step, self.sparse_now
+        for state, weight in self.weights:
+            if state.ready_for != (step, sparse):
+                state.begin_step(weight, step, sparse, self.monitor)
+
+    def refill(self) -> None:
+        """Make the operands of all weights for the step that has begun; it can be captured."""
+        sparse = self.sparse_now
+        for state, weight in self.weights:
+            state.refill(weight, sparse)
+
+    @property
+    def moves(self) -> int:
+        """Grows when tensors of the states may have got other addresses."""
+        return sum(state.moves for state, _ in self.weights)
 
     def ask(self, wanted: bool) -> None:
         """Let the probes of all weights measure from here, or no longer."""

@@ -14,6 +14,7 @@ from megasparse.timer import StepTimer
 # operand the entries that were rounded to the largest value of the format, those that were not
 # zero and became it, and all of them. Maxima: the largest magnitude of each FP8 operand before it
 # is scaled.
+NOTHING = -1.0  # in maxima, which are all positive
 OPERANDS = ("x", "weight", "grad_output", "grad_output_mvue")
 
 
@@ -36,8 +37,15 @@ class Probe:
         self.maxima: dict[str, torch.Tensor] = {}
 
     def ask(self) -> None:
-        """Measure until `asked` is taken back; what was measured before is forgotten."""
-        self.asked, self.sums, self.maxima = True, {}, {}
+        """Measure until `asked` is taken back; what was measured before is forgotten.
+
+        The tensors stay where they are: a captured step adds to them.
+        """
+        self.asked = True
+        if self.sums:
+            torch._foreach_zero_(list(self.sums.values()))
+        for largest in self.maxima.values():
+            largest.fill_(NOTHING)
 
     def mvue(self, before: torch.Tensor, after: torch.Tensor) -> None:
         """A draw.
@@ -82,11 +90,17 @@ class Probe:
         self._add(f"fp8_{operand}_all", torch.full_like(lost, values.numel()))
         amax = values.detach().abs().amax().float()
         known = self.maxima.get(operand)
-        self.maxima[operand] = amax if known is None else torch.maximum(known, amax)
+        if known is None:
+            self.maxima[operand] = amax
+        else:
+            known.copy_(torch.maximum(known, amax))
 
     def _add(self, name: str, value: torch.Tensor) -> None:
-        value = value.double()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        known = self.sums.get(name)
+        if known is None:
+            self.sums[name] = value.double().clone()
+        else:
+            known.add_(value)
 
 
 def _square(tensor: torch.Tensor) -> torch.Tensor:

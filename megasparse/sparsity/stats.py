@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from megasparse.errors import KernelError, NumericsError
-from megasparse.sparsity.probe import OPERANDS
+from megasparse.sparsity.probe import NOTHING, OPERANDS
 from megasparse.sparsity.state import SparseWeight
 
 # Of the weight: the same on all data-parallel ranks.
@@ -38,7 +38,6 @@ STEP_SUMS = (
     *(f"fp8_{operand}_{kind}" for operand in OPERANDS for kind in ("largest", "lost", "all")),
 )  # fmt: skip
 MAXIMA = ("scale", *OPERANDS)
-_MISSING = -1.0  # in MAXIMA, which are all positive
 
 
 @dataclass
@@ -75,7 +74,7 @@ def measure(
         whole: makes a context in which parameters can be read (ZeRO 3 gathers them).
     """
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    missing = torch.full((), _MISSING, device=device)
+    missing = torch.full((), NOTHING, device=device)
     weight_sums, step_sums, maxima = [], [], []
     for state, weight in weights:
         with whole([weight]):
@@ -151,7 +150,7 @@ def layer_figures(
                 one[f"fp8_saturated_{operand}"] = s[f"fp8_{operand}_largest"] / total
                 one[f"fp8_lost_{operand}"] = s[f"fp8_{operand}_lost"] / total
         for figure, value in zip(MAXIMA, largest, strict=True):
-            if value != _MISSING:
+            if value != NOTHING:
                 one[figure if figure == "scale" else f"fp8_amax_{figure}"] = value
         figures[name] = one
     return figures

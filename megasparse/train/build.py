@@ -16,7 +16,8 @@ from megasparse.log import warn_once
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import build_model, hide_padding
 from megasparse.megatron.sparsify import sparsify
-from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.clock import Clock
+from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.timer import StepTimer
 from megasparse.train.distillation import Distillation

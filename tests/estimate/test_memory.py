@@ -99,7 +99,7 @@ def _saved(rank: int, world: int, flags: list[str]) -> list[int]:
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.model import build_model
     from megasparse.megatron.sparsify import sparsify
-    from megasparse.sparsity.controller import Clock
+    from megasparse.sparsity.clock import Clock
     from megasparse.sparsity.recipe import recipe_of
     from megasparse.train.engine.deepspeed import start_process
 

@@ -27,7 +27,7 @@ def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
     from megasparse.megatron.init import initialize_weights
     from megasparse.megatron.layer import build_layer
     from megasparse.megatron.sparsify import sparsify
-    from megasparse.sparsity.controller import Clock
+    from megasparse.sparsity.clock import Clock
     from megasparse.sparsity.recipe import recipe_of
 
     device = torch.device("cpu")

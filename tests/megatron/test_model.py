@@ -17,7 +17,7 @@ def _build(rank, world, flags):
     from megasparse.megatron.init import parameter_shard
     from megasparse.megatron.model import build_model, parameter_count
     from megasparse.megatron.sparsify import sparsify
-    from megasparse.sparsity.controller import Clock
+    from megasparse.sparsity.clock import Clock
     from megasparse.sparsity.recipe import recipe_of
 
     config = resolve(load_config(flags), world)

@@ -16,7 +16,7 @@ from megasparse.megatron.grid import make_grid
 from megasparse.megatron.init import initialize_weights
 from megasparse.megatron.layer import build_layer, rotary_frequencies
 from megasparse.megatron.sparsify import sparsify
-from megasparse.sparsity.controller import Clock
+from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.recipe import recipe_of
 from tests import dist
 

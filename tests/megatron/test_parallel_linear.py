@@ -21,7 +21,7 @@ def _ffn(rank, world, recipe_name, sequence_parallel, gated):
         SparseRowParallelLinear,
     )
     from megasparse.megatron.sparsify import sparsify
-    from megasparse.sparsity.controller import Clock
+    from megasparse.sparsity.clock import Clock
     from megasparse.sparsity.recipe import make_recipe
 
     grid = make_grid(world, torch.device("cpu"), seed=1)
@@ -103,7 +103,7 @@ def _bad_patterns(rank, world):
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.parallel_linear import SparseColumnParallelLinear
     from megasparse.megatron.sparsify import sparsify
-    from megasparse.sparsity.controller import Clock
+    from megasparse.sparsity.clock import Clock
     from megasparse.sparsity.recipe import make_recipe
 
     make_grid(1, torch.device("cpu"), seed=1)

@@ -8,7 +8,8 @@ import torch
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
 from megasparse.optim.fragments import Fragment
 from megasparse.optim.masked_decay import MaskedDecay
-from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.clock import Clock
+from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight

@@ -7,7 +7,8 @@ import torch
 
 from megasparse.errors import CheckpointError, ConfigError, NumericsError
 from megasparse.kernels import is_24, s_ste_scale, soft_threshold24, transposable24_mask
-from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.clock import Clock
+from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
@@ -152,7 +153,7 @@ def test_nan_in_a_weight_is_never_pruned_silently():
 def test_controller_reports_and_seeds():
     controller = SparsityController(make_recipe("fst"), Clock(seed=1, train_iters=60))
     state, weight = _state(), torch.nn.Parameter(torch.randn(8, 12))
-    controller.register(state, weight)
+    assert controller.register(state, weight, 7) == 0
     state.gemms(weight, 0, True, True)
     measured = measure(controller.weights, True, torch.device("cpu"))
     assert measured.flips_known == [False]
@@ -163,6 +164,7 @@ def test_controller_reports_and_seeds():
         for clock.micro_batch in range(3):
             seeds |= {clock.mvue_seed(layer) for layer in range(3)}
     assert len(seeds) == 27
+    assert controller.seed(0) == clock.mvue_seed(7)
     clock.step = 55  # in the dense tail
     measured = measure(controller.weights, controller.sparse_now, torch.device("cpu"))
     assert measured.weight_sums[0, 1] == 96 and controller.masked_decay() == 0.0

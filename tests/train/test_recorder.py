@@ -20,7 +20,8 @@ from megasparse.metrics.writers import MetricsWriter
 from megasparse.optim.fragments import Fragment
 from megasparse.optim.masked_decay import MaskedDecay
 from megasparse.preflight.settings import prepare
-from megasparse.sparsity.controller import Clock, SparsityController
+from megasparse.sparsity.clock import Clock
+from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight

@@ -114,16 +114,39 @@ def _handle(device: torch.device) -> _Struct:
 
 
 _workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
+_outgrown: list[torch.Tensor] = []
 
 
 def _workspace(device: torch.device, stream: int, size: int) -> int | None:
-    """Address of at least `size` bytes that the products of a stream share, one after the other."""
+    """Address of at least `size` bytes that the products of a stream share, one after the other.
+
+    Captured products keep the address that they were captured with.
+    """
     if not size:
         return None
     held = _workspaces.get((device, stream))
     if held is None or held.numel() < size:
+        if torch.cuda.is_current_stream_capturing():
+            raise KernelError(
+                f"cuSPARSELt: a workspace of {size} bytes is asked for while a step is captured; "
+                "reserve_workspace was not called for the stream, or the product has not run yet"
+            )
+        if held is not None:
+            _outgrown.append(held)  # a captured product may still write to it
         held = _workspaces[device, stream] = torch.empty(size, dtype=torch.uint8, device=device)
     return held.data_ptr()
+
+
+def reserve_workspace(stream: torch.cuda.Stream) -> None:
+    """Give a stream a workspace for every product that has run on its device so far.
+
+    To be called before products are captured on it: during a capture none is made, as it would lie
+    in the memory pool of the graph.
+    """
+    device = torch.device(stream.device)
+    sizes = [held.numel() for (where, _), held in _workspaces.items() if where == device]
+    if sizes:
+        _workspace(device, stream.cuda_stream, max(sizes))
 
 
 class Plan:

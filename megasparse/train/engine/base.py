@@ -109,6 +109,7 @@ class Engine:
         guard.end(lr, norm, self.layout.compute_again)
         self._finish_inputs()
         self.controller.finish_step()
+        self.layout.end_step()
         clock.step += 1
         return StepResult(loss, norm, lr)
 

@@ -15,7 +15,10 @@ import torch
 
 from megasparse.config import RunConfig, gradient_accumulation_steps
 from megasparse.distributed.events import NO_LISTENERS, Events
+from megasparse.log import log_once
+from megasparse.megatron import layer_graphs
 from megasparse.megatron.grid import Grid
+from megasparse.megatron.layer_graphs import LayerGraphs
 from megasparse.sparsity.controller import SparsityController
 from megasparse.train.distillation import Distillation
 from megasparse.train.engine.step_guard import Batch, MicroBatch, Poison, StepGuard
@@ -35,6 +38,7 @@ class Layout(ABC):
 
     Attributes:
         guard: checks each step for values that are not finite.
+        graphs: of the layers; None: they run eagerly.
         accumulation_steps: micro-batches of a rank in an optimizer step.
     """
 
@@ -52,6 +56,7 @@ class Layout(ABC):
         self.distillation = distillation
         self.accumulation_steps = gradient_accumulation_steps(config, grid.world)
         self.guard = StepGuard(grid, model, controller, poison)
+        self.graphs: LayerGraphs | None = None
         self._events = events
         self._engine: Any = None
 
@@ -103,6 +108,35 @@ class Layout(ABC):
         """This rank has come to a point of the current step or evaluation."""
         self._events(point, self.controller.clock.step, micro_batch)
 
+    def _make_graphs(self, layers: Sequence[torch.nn.Module], pipeline: bool) -> None:
+        """CUDA graphs of the layers, unless the run refuses them or cannot have them."""
+        config, poison = self.config, self.guard.poison
+        if config.train.cuda_graph_impl == "none":
+            return
+        reason = layer_graphs.refusal(
+            self.grid.device,
+            config.parallel.zero_stage or 0,
+            config.parallel.recompute_granularity,
+            max(config.model.hidden_dropout, config.model.attention_dropout),
+            self.controller.recipe.mask_metric,
+            poison is not None and bool(poison.poisoned_gradients()),
+            pipeline,
+        )
+        if reason is None:
+            adds_up = (config.parallel.zero_stage or 0) < 2
+            self.graphs = LayerGraphs(layers, self.controller, self.grid, adds_up)
+        elif self.grid.device.type == "cuda":
+            log_once("CUDA graphs are not used: %s", reason)
+
+    def end_step(self) -> None:
+        """After a step that was accepted."""
+        if self.graphs is not None:
+            self.graphs.end_step()
+
+    def _number(self, number: int) -> int:
+        """This rank's `number`-th micro-batch of a step, in the global batch."""
+        return number * self.grid.dp_size + self.grid.dp_rank
+
     def _set_micro_batch(self, number: int) -> None:
         """Set the layers' clock to this rank's `number`-th micro-batch of the global batch."""
-        self.controller.clock.micro_batch = number * self.grid.dp_size + self.grid.dp_rank
+        self.controller.clock.micro_batch = self._number(number)

@@ -66,6 +66,9 @@ class PlainLayout(Layout):
             mpu=ModelParallelUnit(),
             dist_init_required=False,
         )
+        # After DeepSpeed has put the parameters where they stay.
+        model: Any = self.model
+        self._make_graphs(model.decoder.layers, pipeline=False)
         return self._engine
 
     def gathered_parameters(
@@ -76,9 +79,13 @@ class PlainLayout(Layout):
     def compute_and_update(self, batches: Iterator[Batch]) -> float:
         self._engine.train()
         total = torch.zeros((), device=self.grid.device)
+        if self.graphs is not None:
+            self.graphs.begin_step([self._number(n) for n in range(self.accumulation_steps)])
         for number in range(self.accumulation_steps):
             self._passed("micro_batch", number)
             self._set_micro_batch(number)
+            if self.graphs is not None:
+                self.graphs.begin_micro_batch(number)
             self._passed("data", number)
             batch = self.guard.keep(next(batches), self.controller.clock.micro_batch)
             self._passed("forward", number)
@@ -86,6 +93,8 @@ class PlainLayout(Layout):
                 loss = self.guard.poisoned(self._engine(batch))
             total += loss.detach()
             self._passed("backward", number)
+            if self.graphs is not None and number == self.accumulation_steps - 1:
+                self.graphs.hand_over_gradients()
             with self.controller.timer.span("backward"):
                 self._engine.backward(loss)
             if number == self.accumulation_steps - 1:
@@ -96,10 +105,16 @@ class PlainLayout(Layout):
         return float(self.grid.mean_over_dp(total / self.accumulation_steps))
 
     def compute_again(self, kept: Sequence[MicroBatch]) -> list[str]:
+        with self.graphs.eager() if self.graphs is not None else contextlib.nullcontext():
+            return self._computed_again(kept)
+
+    def _computed_again(self, kept: Sequence[MicroBatch]) -> list[str]:
         findings: list[str] = []
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         for local, micro_batch in enumerate(kept):
             self.controller.clock.micro_batch = micro_batch.number
+            if self.graphs is not None:
+                self.graphs.begin_micro_batch(local)
             loss = self.guard.poisoned(self._engine.module(micro_batch.batch))
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
             samples = samples_of(micro_batch.batch)

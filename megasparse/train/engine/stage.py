@@ -24,7 +24,7 @@ from megasparse.megatron.pipeline import (
     vocab_parallel_loss,
 )
 from megasparse.megatron.teacher import pair, unpair
-from megasparse.sparsity.controller import Clock
+from megasparse.sparsity.clock import Clock
 from megasparse.train.distillation import Distillation
 from megasparse.train.engine.deepspeed import (
     LayerSpec,

@@ -69,7 +69,7 @@ class StepGuard:
         controller: SparsityController,
         poison: Poison | None = None,
     ) -> None:
-        self._grid, self._controller, self._poison = grid, controller, poison
+        self._grid, self._controller, self.poison = grid, controller, poison
         self._kept: list[MicroBatch] = []
         self._rng: dict[str, torch.Tensor] = {}
         self._sparsity: list[Any] = []
@@ -84,7 +84,6 @@ class StepGuard:
         self._kept.clear()
         self.loss_is_finite = True
         self._rng = rng_state(self._grid)
-        # Tensors are replaced by a refresh, never written into: references are enough.
         self._sparsity = [state.snapshot() for state, _ in self._controller.weights]
 
     def keep(self, batch: Batch, number: int) -> Batch:
@@ -140,9 +139,9 @@ class StepGuard:
             state.restore(saved)
 
     def _scaled(self, value: torch.Tensor, point: str) -> torch.Tensor:
-        if self._poison is None:
+        if self.poison is None:
             return value
-        factor = self._poison.poison(point, self._controller.clock.step)
+        factor = self.poison.poison(point, self._controller.clock.step)
         return value if factor is None else value * factor
 
 

@@ -1,0 +1,207 @@
+"""When layers are captured, replayed and let go: the life of CUDA graphs over a run.
+
+Graphs are of a phase (dense or sparse) and of a kind of step (with metrics measured in it, or not).
+The first step of each kind runs eagerly, the next of its kind is captured. They are let go when the
+phase changes, when states got other addresses (a loaded checkpoint), when a step is computed again
+for what was not finite in it, and when the scales that products assume are no longer those of the
+operands (`fp8/scale.py`); the step after that captures anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megasparse.log import logger, warn_once
+from megasparse.megatron.cuda_graphs import (
+    GraphedLayer,
+    GraphSet,
+    Replayed,
+    log_capture,
+    prepared_for_capture,
+)
+from megasparse.megatron.grid import Grid
+from megasparse.sparsity.controller import SparsityController
+from megasparse.sparsity.seeds import DeviceSeeds
+
+# Of the used quantizers; below it every replay corrects too many products.
+LEAST_SHARE_ASSUMED = 0.8
+# Steps after a capture before scales may cause the next; doubled by each.
+FIRST_PATIENCE = 10
+
+
+class LayerGraphs:
+    """The graphs of a rank's layers.
+
+    Args:
+        layers: Transformer layers, in the order of execution.
+        controller: of their sparsity.
+        grid: this rank's place.
+        adds_up: gradients are added up in buffers over the micro-batches of a step; else they
+            leave every micro-batch's backward pass.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[torch.nn.Module],
+        controller: SparsityController,
+        grid: Grid,
+        adds_up: bool,
+    ) -> None:
+        self._layers = [GraphedLayer(layer) for layer in layers]
+        self._controller, self._grid, self._adds_up = controller, grid, adds_up
+        self._stream = torch.cuda.Stream(grid.device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._sets: dict[bool, GraphSet] = {}  # by whether metrics are measured
+        self._warm: set[bool] = set()
+        self._refill = Replayed(controller.refill)
+        self._phase: tuple[bool, int] | None = None  # sparse, and moves of the states
+        self._active: GraphSet | None = None
+        self._buffers: dict[torch.nn.Parameter, torch.Tensor] | None = None
+        self._captured_at, self._patience = 0, FIRST_PATIENCE
+        self._refusal: str | None = None
+        controller.seeds = DeviceSeeds(controller.clock, controller.layers, grid.device)
+
+    def begin_step(self, micro_batches: Sequence[int]) -> None:
+        """Before the first micro-batch of a training step: operands, seeds, and the graphs to use.
+
+        Args:
+            micro_batches: their numbers over all data-parallel ranks, in this rank's order.
+        """
+        controller = self._controller
+        assert controller.seeds is not None
+        phase = (controller.sparse_now, controller.moves)
+        if phase != self._phase:
+            self.let_go()
+            self._warm.clear()
+            self._refill = Replayed(controller.refill)
+        controller.begin_step()
+        if controller.weights:
+            with controller.timer.span("preparation"):
+                self._refill(self._pool, self._stream)
+        self._phase = (controller.sparse_now, controller.moves)
+        controller.seeds.begin_step(micro_batches)
+        kind = controller.asked
+        if self._refusal is None and kind not in self._sets and kind in self._warm:
+            self._capture(kind)
+        if kind not in self._warm:
+            self.let_go()  # an eager step needs the memory
+        self._use(self._sets.get(kind))
+        if self._active is not None and self._buffers is not None:
+            torch._foreach_zero_(list(self._buffers.values()))
+
+    def begin_micro_batch(self, number: int) -> None:
+        """Before this rank's `number`-th micro-batch of the step."""
+        assert self._controller.seeds is not None
+        self._controller.seeds.begin_micro_batch(number)
+
+    def hand_over_gradients(self) -> None:
+        """Before the backward pass of a step's last micro-batch: sums become `grad`."""
+        if self._active is None or self._buffers is None:
+            return
+        for parameter, buffer in self._buffers.items():
+            parameter.grad = buffer.detach()  # DeepSpeed points it elsewhere: a new one every time
+
+    def end_step(self) -> None:
+        """After a step; a collective call of the stage where scales are looked at."""
+        controller = self._controller
+        self._warm.add(controller.asked)
+        self._use(None)
+        scaling = controller.fp8
+        patient = controller.clock.step - self._captured_at < self._patience
+        if scaling is None or not self._sets or not controller.asked or patient:
+            return
+        share = torch.tensor([-scaling.share_assumed()], device=self._grid.device)
+        if -float(self._grid.max_over_stage(share)) < LEAST_SHARE_ASSUMED:
+            self.let_go()
+            self._patience *= 2
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Within it layers run eagerly, with gradients for each parameter."""
+        self.let_go()
+        self._use(None)
+        yield
+
+    def let_go(self) -> None:
+        """Drop all graphs, and the memory that they hold."""
+        if not self._sets:
+            return
+        self._use(None)
+        self._sets.clear()
+        self._buffers = None
+        # A pool is reused by the next capture, on another stream: library workspaces that were
+        # captured with this one must not be taken for free.
+        self._stream = torch.cuda.Stream(self._grid.device)
+        if self._controller.fp8 is not None:
+            self._controller.fp8.host_follows = True
+            self._controller.fp8.assume()
+
+    def _capture(self, kind: bool) -> None:
+        reasons = [reason for layer in self._layers if (reason := layer.refusal())]
+        if reasons:
+            self._refusal = reasons[0]
+            warn_once("CUDA graphs are not used: %s", reasons[0])
+            return
+        controller, begin = self._controller, time.monotonic()
+        if controller.fp8 is not None:
+            if not self._sets:
+                controller.fp8.assume()
+            controller.fp8.host_follows = False
+        if self._adds_up and self._buffers is None:
+            parameters = [p for layer in self._layers for p in layer.parameters]
+            self._buffers = {p: torch.zeros_like(p) for p in parameters}
+        timed, controller.timer.measuring = controller.timer.measuring, False
+        before = torch.cuda.memory_reserved()
+        try:
+            with prepared_for_capture(self._stream):
+                after_cleaning = torch.cuda.memory_reserved()
+                self._sets[kind] = GraphSet(self._layers, self._buffers, self._pool)
+        finally:
+            controller.timer.measuring = timed
+        self._captured_at = controller.clock.step
+        what = "the sparse phase" if controller.sparse_now else "the dense phase"
+        what += ", steps with metrics" if kind else ""
+        gib = (torch.cuda.memory_reserved() - after_cleaning) / 2**30
+        log_capture(what, len(self._layers), time.monotonic() - begin, gib)
+        logger.debug("reserved before the capture: %.2f GiB", before / 2**30)
+
+    def _use(self, graphs: GraphSet | None) -> None:
+        self._active = graphs
+        for number, layer in enumerate(self._layers):
+            layer.pair = None if graphs is None else graphs.pairs[number]
+
+
+def refusal(
+    device: torch.device,
+    zero_stage: int,
+    recompute: str | None,
+    dropout: float,
+    recipe_metric: str,
+    poisoned: bool,
+    pipeline: bool,
+) -> str | None:
+    """Why a run's layers cannot be captured, or None.
+
+    Args:
+        zero_stage: of DeepSpeed's ZeRO.
+        recompute: Megatron's recompute_granularity.
+        dropout: the larger of the layers' two.
+        recipe_metric: what masks keep the largest of.
+        poisoned: gradients of parameters are to be poisoned, by hooks.
+        pipeline: whether the model is cut into stages.
+    """
+    if device.type != "cuda":
+        return f"the run is on {device.type}"
+    reasons = (
+        (zero_stage == 3, "ZeRO 3 gathers weights to other addresses in every micro-batch"),
+        (recompute is not None, f"recompute_granularity is {recompute}"),
+        (dropout > 0.0, f"dropout is {dropout:g}, whose random states graphs would freeze"),
+        (recipe_metric == "wanda", "mask_metric wanda looks at the inputs of every layer"),
+        (poisoned, "gradients are to be poisoned"),
+        (pipeline, "the model is a pipeline"),
+    )
+    return next((text for holds, text in reasons if holds), None)

@@ -1,0 +1,40 @@
+"""Where a run is: step and micro-batch, from which the seeds of random draws follow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megasparse.kernels import derive_seed
+
+
+@dataclass
+class Clock:
+    """Where the run is; shared by all sparse layers, set by the training loop.
+
+    Attributes:
+        seed: the run's seed.
+        train_iters: length of the run, for the schedule.
+        step: optimizer steps done.
+        micro_batch: number of the micro-batch within the step, over all data-parallel ranks, so
+            that a micro-batch draws the same random numbers whichever rank computes it.
+    """
+
+    seed: int
+    train_iters: int
+    step: int = 0
+    micro_batch: int = 0
+
+    def mvue_seed(self, layer: int) -> int:
+        """Seed of one layer's MVUE draws in the current micro-batch."""
+        return derive_seed(self.seed, self.step, self.micro_batch, layer)
+
+    @contextlib.contextmanager
+    def at(self, micro_batch: int) -> Iterator[None]:
+        """Set back to a micro-batch for a while: a layer is recomputed with the draws it had."""
+        before, self.micro_batch = self.micro_batch, micro_batch
+        try:
+            yield
+        finally:
+            self.micro_batch = before

@@ -1,0 +1,81 @@
+"""Captured runs against eager ones, bit for bit, in deterministic mode."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megasparse.checkpoint.directory import list_steps, step_folder
+from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.metrics.schema import read_metrics
+from tests.transformer_engine import needs_transformer_engine
+
+ROOT = Path(__file__).parents[2]
+# Three micro-batches a step; masks are refreshed, metrics measured and losses validated on the way.
+GPT = [
+    "--num-layers", "3", "--hidden-size", "512", "--num-attention-heads", "8", "--seq-length",
+    "512", "--vocab-size", "5000", "--micro-batch-size", "4", "--global-batch-size", "12", "--bf16",
+    "--mock-data", "--train-iters", "20", "--lr", "1e-3", "--eval-iters", "2", "--eval-interval",
+    "8", "--log-interval", "5", "--mask-update-interval", "3", "--deterministic-mode",
+    "--sparse-layers", "*.mlp.*", "*.self_attention.linear_*",
+]  # fmt: skip
+LLAMA = ["--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu",
+         "--disable-bias-linear", "--ffn-hidden-size", "1024"]  # fmt: skip
+FP8 = ["--fp8-format", "e4m3"]
+PHASES = ["--dense-warmup-fraction", "0.2", "--dense-tail-fraction", "0.25"]
+RUNS = {
+    "fst": ["--sparsity-recipe", "fst", *PHASES],
+    "fst, fp8": ["--sparsity-recipe", "fst", *LLAMA, *FP8, *PHASES],
+    "s_ste": ["--sparsity-recipe", "s_ste", *LLAMA],
+    "s_ste, fp8": ["--sparsity-recipe", "s_ste", *LLAMA, *FP8],
+    "fst, fp8, current": ["--sparsity-recipe", "fst", *LLAMA, *FP8, "--fp8-recipe", "tensorwise"],
+    "ast": ["--sparsity-recipe", "ast", *LLAMA],
+    "ast, fp8": ["--sparsity-recipe", "ast", *LLAMA, *FP8],
+    "dense": ["--sparsity-recipe", "dense", *LLAMA],
+    "fst, ZeRO 2": ["--sparsity-recipe", "fst", *LLAMA, "--zero-stage", "2"],
+}
+# Names of metrics that the clock or the allocator decides begin so.
+MEASURED = ("tokens_per_second", "tflops", "mfu", "memory_gib", "time_")
+
+
+def _pretrain(run_dir: Path, flags: list[str]) -> str:
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *GPT, *flags]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [*command, "--run-dir", str(run_dir)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def _results(run_dir: Path) -> tuple[list[dict[str, Any]], CheckpointReader]:
+    """Rows without what the clock or the allocator decides, and the last checkpoint."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    rows = [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in rows]
+    root = run_dir / "checkpoints"
+    return rows, CheckpointReader(step_folder(root, max(list_steps(root))))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
+def test_a_captured_run_is_the_eager_one(tmp_path, flags):
+    if "--fp8-format" in flags:
+        needs_transformer_engine(torch.device("cuda"))
+    log = _pretrain(tmp_path / "captured", flags)
+    assert "layers captured" in log, log[-3000:]
+    assert "captured" not in _pretrain(tmp_path / "eager", [*flags, "--cuda-graph-impl", "none"])
+    (rows, saved), (expected, other) = _results(tmp_path / "captured"), _results(tmp_path / "eager")
+    assert rows == expected and len(rows) == 20
+    assert sorted(saved.keys()) == sorted(other.keys())
+    unlike = [key for key in saved.keys() if not torch.equal(saved.read(key), other.read(key))]
+    assert not unlike

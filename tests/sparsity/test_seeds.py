@@ -1,0 +1,24 @@
+"""Seeds on the device are those that the host would take, in every slot."""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.sparsity.clock import Clock
+from megasparse.sparsity.seeds import DeviceSeeds
+
+
+def test_seeds_are_the_clocks(device):
+    clock = Clock(seed=1234, train_iters=10, step=3)
+    layers = [5, 2**64 - 1, 7]
+    seeds = DeviceSeeds(clock, layers, device, slots=2)
+    place = seeds.of(1, slot=1)
+    for clock.step in (3, 4):
+        seeds.begin_step([1, 3, 5])
+        for number, clock.micro_batch in enumerate((1, 3, 5)):
+            seeds.begin_micro_batch(number, slot=number % 2)
+            found = [seeds.of(i, slot=number % 2) for i in range(len(layers))]
+            assert all(one.dtype == torch.int64 and one.shape == (1,) for one in found)
+            assert [int(one) for one in found] == [clock.mvue_seed(n) for n in layers]
+            if number % 2:
+                assert int(place) == clock.mvue_seed(layers[1])  # where a graph reads it

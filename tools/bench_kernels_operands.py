@@ -14,7 +14,8 @@ import torch
 from bench_kernels_cases import BF16, E4M3, FP32, SHORT, Case, Inputs, Source, Step
 
 from megasparse import kernels
-from megasparse.fp8.delayed import DelayedScaling, refusal
+from megasparse.fp8.delayed import DelayedScaling
+from megasparse.fp8.transformer_engine import refusal
 
 E5M2 = torch.float8_e5m2
 

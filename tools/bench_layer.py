@@ -32,8 +32,10 @@ from kernel_classes import Profile, profiled, table
 
 from megasparse.config import load_config, resolve
 from megasparse.errors import MegasparseError
-from megasparse.fp8.current import CurrentScaling, Scales
-from megasparse.fp8.delayed import DelayedScaling, refusal
+from megasparse.fp8 import Scaling
+from megasparse.fp8.current import CurrentScaling
+from megasparse.fp8.delayed import DelayedScaling
+from megasparse.fp8.transformer_engine import refusal
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.layer import build_layer, rotary_frequencies
 from megasparse.megatron.sparsify import sparsify
@@ -117,7 +119,7 @@ def megasparse(flags: Sequence[str], part: str, interval: int, device: torch.dev
     every = ["--mask-update-interval", str(interval)] if "fst" in flags else []
     config = resolve(load_config([*MODEL, *flags, *every]), 1)
     model, layer = build_layer(config, device)
-    scales: Scales | None = None
+    scales: Scaling | None = None
     if config.fp8.fp8_format:
         current = config.fp8.fp8_recipe == "tensorwise"
         scales = CurrentScaling() if current else DelayedScaling(device)

@@ -50,18 +50,20 @@ class LayerPair:
     """The forward and the backward graph of one layer, with the tensors at their ends.
 
     Args:
-        forward: the layer's own, eager.
+        layer: with its own, eager forward pass `run`.
         parameters: that get gradients.
         buffers: where their gradients are added up; None: they leave the graph.
     """
 
     def __init__(
         self,
-        forward: Callable[..., Any],
+        layer: torch.nn.Module,
+        run: Callable[..., Any],
         parameters: Sequence[torch.nn.Parameter],
         buffers: Sequence[torch.Tensor] | None,
     ) -> None:
-        self._run, self._parameters, self._buffers = forward, parameters, buffers
+        self._layer, self._run = layer, run
+        self._parameters, self._buffers = parameters, buffers
         self._graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._grads: tuple[torch.Tensor | None, ...] = ()
 
@@ -73,7 +75,11 @@ class LayerPair:
             constants: the other arguments.
         """
         self._hidden = hidden.detach().requires_grad_()
-        with _capturing(self._graphs[0], pool), torch.enable_grad():
+        with (
+            _capturing(self._graphs[0], pool),
+            torch.enable_grad(),
+            _leaves_of_this_stream(self._layer) as self._leaves,
+        ):
             self.output: torch.Tensor = self._run(hidden_states=self._hidden, **constants)[0]
         self._constants = constants  # they are read at every replay
 
@@ -86,8 +92,9 @@ class LayerPair:
         """
         self._grad_output = grad_output
         with _capturing(self._graphs[1], pool):
+            leaves = [self._leaves[p] for p in self._parameters]
             found = torch.autograd.grad(
-                self.output, (self._hidden, *self._parameters), grad_output, allow_unused=True
+                self.output, (self._hidden, *leaves), grad_output, allow_unused=True
             )
             if self._buffers is None:
                 self._grads = found[1:]
@@ -95,6 +102,7 @@ class LayerPair:
                 pairs = [(b, g) for b, g in zip(self._buffers, found[1:]) if g is not None]
                 torch._foreach_add_([b for b, _ in pairs], [g for _, g in pairs])
         self.output = self.output.detach()
+        self._leaves = {}
         self._grad_hidden = found[0]
         return found[0]
 
@@ -180,7 +188,7 @@ class GraphSet:
             assert layer.seen is not None
             parameters = layer.parameters
             own = None if buffers is None else [buffers[p] for p in parameters]
-            pair = LayerPair(layer.eager, parameters, own)
+            pair = LayerPair(layer.layer, layer.eager, parameters, own)
             pair.capture_forward(hidden, layer.seen[1], pool)
             hidden = pair.output
             self.pairs.append(pair)
@@ -195,7 +203,7 @@ class Replayed:
         self._run, self._calls = run, 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, pool: Any, stream: torch.cuda.Stream) -> None:
+    def __call__(self, stream: torch.cuda.Stream) -> None:
         """Run it."""
         self._calls += 1
         if self._calls == 1:
@@ -203,7 +211,7 @@ class Replayed:
             return
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with prepared_for_capture(stream), _capturing(self._graph, pool):
+            with prepared_for_capture(stream), _capturing(self._graph, None):
                 self._run()
         self._graph.replay()
 
@@ -235,6 +243,34 @@ def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
         yield
     finally:
         graph.capture_end()
+
+
+@contextlib.contextmanager
+def _leaves_of_this_stream(
+    layer: torch.nn.Module,
+) -> Iterator[dict[torch.nn.Parameter, torch.nn.Parameter]]:
+    """Within it the layer has other leaves in the places of its parameters, on the same memory.
+
+    autograd ties a leaf to the stream of its first use and waits for that stream in every backward
+    pass: of the parameters' own that is not the stream of the capture.
+    """
+    leaves: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    places = []
+    for module in layer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in leaves:
+                    leaf = torch.nn.Parameter(parameter.detach(), parameter.requires_grad)
+                    leaf.__dict__.update(parameter.__dict__)
+                    leaves[parameter] = leaf
+                places.append((module, name, parameter))
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = leaves[parameter]
+        yield leaves
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
 
 
 def _put(place: torch.Tensor, value: torch.Tensor) -> None:

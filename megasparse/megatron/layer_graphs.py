@@ -57,7 +57,7 @@ class LayerGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._sets: dict[bool, GraphSet] = {}  # by whether metrics are measured
         self._warm: set[bool] = set()
-        self._refill = Replayed(controller.refill)
+        self._refill = self._refills()
         self._phase: tuple[bool, int] | None = None  # sparse, and moves of the states
         self._active: GraphSet | None = None
         self._buffers: dict[torch.nn.Parameter, torch.Tensor] | None = None
@@ -77,11 +77,11 @@ class LayerGraphs:
         if phase != self._phase:
             self.let_go()
             self._warm.clear()
-            self._refill = Replayed(controller.refill)
+            self._refill = self._refills()
         controller.begin_step()
         if controller.weights:
             with controller.timer.span("preparation"):
-                self._refill(self._pool, self._stream)
+                self._refill[controller.asked](self._stream)
         self._phase = (controller.sparse_now, controller.moves)
         controller.seeds.begin_step(micro_batches)
         kind = controller.asked
@@ -133,12 +133,16 @@ class LayerGraphs:
         self._use(None)
         self._sets.clear()
         self._buffers = None
-        # A pool is reused by the next capture, on another stream: library workspaces that were
-        # captured with this one must not be taken for free.
+        # Without graphs a pool is gone. Library workspaces of the captures stay with their stream.
+        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(self._grid.device)
         if self._controller.fp8 is not None:
             self._controller.fp8.host_follows = True
             self._controller.fp8.assume()
+
+    def _refills(self) -> dict[bool, Replayed]:
+        """Making the operands, by whether metrics are measured."""
+        return {kind: Replayed(self._controller.refill) for kind in (False, True)}
 
     def _capture(self, kind: bool) -> None:
         reasons = [reason for layer in self._layers if (reason := layer.refusal())]

@@ -73,7 +73,9 @@ def test_a_captured_run_is_the_eager_one(tmp_path, flags):
         needs_transformer_engine(torch.device("cuda"))
     log = _pretrain(tmp_path / "captured", flags)
     assert "layers captured" in log, log[-3000:]
-    assert "captured" not in _pretrain(tmp_path / "eager", [*flags, "--cuda-graph-impl", "none"])
+    assert "layers captured" not in _pretrain(
+        tmp_path / "eager", [*flags, "--cuda-graph-impl", "none"]
+    )
     (rows, saved), (expected, other) = _results(tmp_path / "captured"), _results(tmp_path / "eager")
     assert rows == expected and len(rows) == 20
     assert sorted(saved.keys()) == sorted(other.keys())

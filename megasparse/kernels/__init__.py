@@ -43,11 +43,6 @@ from megasparse.kernels.amax_scale import amax_scale as amax_scale
 from megasparse.kernels.current_scaling import AmaxScales as AmaxScales
 from megasparse.kernels.current_scaling import rescale_ as rescale_
 from megasparse.kernels.current_scaling import scales_of_amax as scales_of_amax
-from megasparse.kernels.gated_activation import geglu as geglu
-from megasparse.kernels.gated_activation import swiglu as swiglu
-from megasparse.kernels.gated_activation import swiglu_fused as swiglu_fused
-from megasparse.kernels.gated_activation import swiglu_fused_backward as swiglu_fused_backward
-from megasparse.kernels.gated_float8 import swiglu_float8 as swiglu_float8
 from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
 from megasparse.kernels.grad_pack24 import swiglu_grad_pack24 as swiglu_grad_pack24
 from megasparse.kernels.masked_decay import count_flips as count_flips
@@ -74,6 +69,11 @@ from megasparse.kernels.soft_threshold24 import (
 )
 from megasparse.kernels.spmm24 import matmul24 as matmul24
 from megasparse.kernels.spmm24 import spmm24 as spmm24
+from megasparse.kernels.swiglu import geglu as geglu
+from megasparse.kernels.swiglu import swiglu as swiglu
+from megasparse.kernels.swiglu import swiglu_fused as swiglu_fused
+from megasparse.kernels.swiglu import swiglu_fused_backward as swiglu_fused_backward
+from megasparse.kernels.swiglu_float8 import swiglu_float8 as swiglu_float8
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask
 from megasparse.kernels.weight_pack24 import effective_weight as effective_weight
 from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.groups import widen
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.groups.triton import widen
 from megasparse.kernels.packed24 import E4M3_MAX, SMALLEST_SCALE
 
 _E4M3_MAX = tl.constexpr(E4M3_MAX)

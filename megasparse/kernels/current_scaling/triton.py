@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.current_scaling.reference import FLOAT32_MAX, MVUE_BOUND
-from megasparse.kernels.groups import KINDS, Launch, Launches
-from megasparse.kernels.groups.triton import rounded, widen
+from megasparse.kernels.device.groups import rounded, widen
+from megasparse.kernels.launches import KINDS, Launch, Launches
 from megasparse.kernels.packed24 import E4M3_MAX
 
 # In entries: 16 bytes a thread and load, two loads under way.

@@ -6,11 +6,11 @@ import torch
 from torch.nn.functional import pad
 
 from megasparse.kernels.float8 import quantise
-from megasparse.kernels.gated_activation.reference import backward
 from megasparse.kernels.mvue24 import mvue24
 from megasparse.kernels.pack24.reference import pack
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
+from megasparse.kernels.swiglu.reference import backward
 
 
 def grad_pack24(

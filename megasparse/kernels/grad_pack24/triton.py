@@ -11,9 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import raise_above
+from megasparse.kernels.device.groups import widen
 from megasparse.kernels.float8 import E5M2
-from megasparse.kernels.float8.triton import raise_above
-from megasparse.kernels.grad_tiles.triton import (
+from megasparse.kernels.mvue24.triton_packed import signs16
+from megasparse.kernels.mvue24.triton_sampler import seed_arguments, seed_of
+from megasparse.kernels.mvue24.triton_tile import (
     Launch,
     load_token,
     prune,
@@ -21,9 +24,6 @@ from megasparse.kernels.grad_tiles.triton import (
     store_rows,
     tiles,
 )
-from megasparse.kernels.groups.triton import widen
-from megasparse.kernels.mvue24.triton import _seed_arguments, seed_of
-from megasparse.kernels.mvue_words.triton import signs16
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
 
@@ -125,7 +125,7 @@ def grad_pack24(
         dz = dz.contiguous()
     padded = packed.shape[1]
     pairs, options = LAUNCH.fitted(padded)
-    seed_ptr, key, high = _seed_arguments(seed)
+    seed_ptr, key, high = seed_arguments(seed)
     row_amax, packed_amax = (None if amax is None else amax.view(torch.int32) for amax in maxima)
     for start, place, length in channels:
         for grid, first_tile in tiles(length // 64, padded // (8 * pairs)):

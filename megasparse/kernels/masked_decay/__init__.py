@@ -6,7 +6,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.groups import WIDE_DTYPES
+from megasparse.kernels.checks import WIDE_DTYPES
 from megasparse.kernels.masked_decay import reference, triton
 
 

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.groups import KINDS, Launch, Launches, group_words
-from megasparse.kernels.groups.triton import from_fp32, to_fp32
+from megasparse.kernels.device.groups import from_fp32, to_fp32
+from megasparse.kernels.launches import KINDS, Launch, Launches, group_words
 
 # In entries: 16 bytes of the gradient a thread.
 DECAY_LAUNCHES = Launches(

@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import largest_of_four, raise_amax, store_operands
+from megasparse.kernels.device.groups import rounded_pair, widen
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8.triton import largest_of_four, raise_amax, store_operands
-from megasparse.kernels.groups.triton import rounded_pair, widen
 
 
 @dataclass(frozen=True)

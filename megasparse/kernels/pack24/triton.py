@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import to_float8
+from megasparse.kernels.device.groups import widen
+from megasparse.kernels.device.layout24 import crowded8, select8
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8.triton import to_float8
-from megasparse.kernels.groups.triton import widen
-from megasparse.kernels.layout24.triton import crowded8, select8
 from megasparse.kernels.packed24 import Packed24
 
 

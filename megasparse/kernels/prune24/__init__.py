@@ -6,7 +6,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.groups import WEIGHT_DTYPES, check_groups, run_pruning
+from megasparse.kernels.checks import WEIGHT_DTYPES, check_groups, run_pruning
 from megasparse.kernels.prune24 import reference, triton
 
 

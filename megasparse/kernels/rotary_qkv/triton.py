@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.groups import KINDS
-from megasparse.kernels.groups.triton import rounded, widen
+from megasparse.kernels.device.groups import rounded, widen
+from megasparse.kernels.launches import KINDS
 
 if TYPE_CHECKING:
     from megasparse.kernels.rotary_qkv import Heads

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from megasparse.kernels.groups import WIDE_DTYPES, check_groups, run_pruning
+from megasparse.kernels.checks import WIDE_DTYPES, check_groups, run_pruning
 from megasparse.kernels.soft_threshold24 import reference, triton
 
 

@@ -11,10 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import raise_above
+from megasparse.kernels.device.groups import pair16, to_fp32, widen
 from megasparse.kernels.float8 import E5M2
-from megasparse.kernels.float8.triton import raise_above
-from megasparse.kernels.gated_activation.triton import gated, grad_gate
-from megasparse.kernels.grad_tiles.triton import (
+from megasparse.kernels.mvue24.triton_packed import signs_of_pairs
+from megasparse.kernels.mvue24.triton_sampler import seed_arguments, seed_of
+from megasparse.kernels.mvue24.triton_tile import (
     Launch,
     load_token,
     prune,
@@ -22,11 +24,9 @@ from megasparse.kernels.grad_tiles.triton import (
     store_rows,
     tiles,
 )
-from megasparse.kernels.groups.triton import pair16, to_fp32, widen
-from megasparse.kernels.mvue24.triton import _seed_arguments, seed_of
-from megasparse.kernels.mvue_words.triton import signs_of_pairs
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
+from megasparse.kernels.swiglu.triton import gated, grad_gate
 
 LAUNCH = Launch(pairs=8, num_warps=4, registers=128)
 
@@ -80,7 +80,7 @@ def _group(
 
 @triton.jit
 def _unpacked(pair01, pair23, KIND: tl.constexpr):
-    """A group as the functions of `grad_tiles` take it."""
+    """A group as the functions of `mvue24.triton_tile` take it."""
     low, high = pair01.to(tl.int32, bitcast=True), pair23.to(tl.int32, bitcast=True)
     return (
         to_fp32(low << 16, KIND),
@@ -187,7 +187,7 @@ def swiglu_grad_pack24(
     dy, fused = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, fused))
     (tokens, width), padded = dy.shape, packed.shape[1]
     pairs, options = LAUNCH.fitted(padded)
-    seed_ptr, key, high = _seed_arguments(seed)
+    seed_ptr, key, high = seed_arguments(seed)
     row_amax, packed_amax = (None if amax is None else amax.view(torch.int32) for amax in maxima)
     for grid, first_tile in tiles(width // 64, padded // (8 * pairs)):
         with torch.cuda.device_of(dy):  # Triton launches on the current device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels.groups import check_groups, run_pruning
+from megasparse.kernels.checks import check_groups, run_pruning
 from megasparse.kernels.transposable24 import reference, triton
 
 

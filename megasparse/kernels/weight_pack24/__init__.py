@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from megasparse.errors import KernelError
-from megasparse.kernels.groups import WIDE_DTYPES, run_pruning
+from megasparse.kernels.checks import WIDE_DTYPES, run_pruning
 from megasparse.kernels.packed24 import (
     COLUMN_MULTIPLE,
     E4M3,

@@ -13,11 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8.triton import raise_amax
-from megasparse.kernels.groups import KINDS, group_words
-from megasparse.kernels.groups.triton import load_bits, raise_flag, to_fp32
-from megasparse.kernels.layout24.triton import (
+from megasparse.kernels.device.float8 import raise_amax
+from megasparse.kernels.device.groups import larger, load_bits, raise_flag, to_fp32
+from megasparse.kernels.device.layout24 import (
     amax_of,
     column_metadata,
     columns_of,
@@ -30,6 +28,8 @@ from megasparse.kernels.layout24.triton import (
     to_word,
     word_of,
 )
+from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.launches import KINDS, group_words
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.soft_threshold24.triton import soft_threshold_group
 
@@ -52,11 +52,6 @@ class Launch:
 LAUNCH = Launch(columns=128, num_warps=4, registers=96, bands=4)
 # The interpreter costs time per program, not per element.
 INTERPRETED = Launch(columns=1024, num_warps=4, registers=96, bands=2)
-
-
-@triton.jit
-def _max(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -107,7 +102,7 @@ def _row(loaded, kept, beta, scale, MASK: tl.constexpr, KIND: tl.constexpr, OUT:
             a, b, c, d = a * beta, b * beta, c * beta, d * beta
             word = to_word(a, b, c, d, scale, OUT)
             found = tl.where(nan, nan_bits(OUT), 0).to(tl.uint32)
-        amax = _max(_max(tl.abs(a), tl.abs(b)), _max(tl.abs(c), tl.abs(d)))
+        amax = larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d)))
     return word, found, amax
 
 
@@ -140,7 +135,7 @@ def _block(
     tl.store(values + group + stride, packed[1].to(kind))
     tl.store(values + group + 2 * stride, packed[2].to(kind))
     tl.store(values + group + 3 * stride, packed[3].to(kind))
-    amax = _max(_max(amax0, amax1), _max(amax2, amax3))
+    amax = larger(larger(amax0, amax1), larger(amax2, amax3))
     return (w0, w1, w2, w3), codes, (found0 | found1) | (found2 | found3), amax
 
 
@@ -240,7 +235,7 @@ def _weight_pack24_kernel(
     )
     raise_flag(nan_flag, ((nan | lower_nan) & nan_bits(OUT) != 0).to(tl.int32))
     if amax_ptr is not None:
-        raise_amax(amax_ptr, _max(amax, lower_amax))
+        raise_amax(amax_ptr, larger(amax, lower_amax))
     byte = row_metadata(upper_codes | (lower_codes << 16), BITS, COLUMNS)
     start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
     tl.store(metadata + start + tl.arange(0, 8 * COLUMNS), byte)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import e4m3_word
+from megasparse.kernels.device.groups import pair16, permute_bytes, to_fp32
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8.triton import e4m3_word
-from megasparse.kernels.groups.triton import pair16, permute_bytes, to_fp32
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
@@ -59,7 +59,7 @@ def to_word(a, b, c, d, scale, OUT: tl.constexpr):
 
 @triton.jit
 def word_of(a, b, c, d):
-    """The word of four 16-bit numbers that are bits as in `groups.triton`."""
+    """The word of four 16-bit numbers that are bits as in `device.groups`."""
     low, high = (a >> 16) & 0xFFFF | (b & -0x10000), (c >> 16) & 0xFFFF | (d & -0x10000)
     low, high = low.to(tl.uint32, bitcast=True), high.to(tl.uint32, bitcast=True)
     return low.to(tl.uint64) | (high.to(tl.uint64) << 32)

@@ -1,4 +1,4 @@
-"""Device functions on groups of 4 entries, one group per lane.
+"""Functions on groups of 4 entries, one group per lane.
 
 A group is loaded as one or two integers, so that its four entries sit in one thread whatever layout
 Triton picks: no shuffle and no shared memory, and loads of up to 16 bytes. An entry becomes an
@@ -23,7 +23,7 @@ _INTERPRETING = tl.constexpr(INTERPRETING)
 def load_bits(words, group, live, KIND: tl.constexpr):
     """The bits of a group's entries: four int32 tensors, zero where `live` is False.
 
-    words: pointer from `group_words`; group: int64 tensor of group numbers.
+    words: pointer from `launches.group_words`; group: int64 tensor of group numbers.
     """
     if KIND == "fp32":
         # Both integers in one 16-byte load; with one group a thread the split is free.
@@ -57,6 +57,18 @@ def store_bits(words, group, live, a, b, c, d, KIND: tl.constexpr):
 @triton.jit
 def _int64(low, high):
     return (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
+
+
+@triton.jit
+def smaller(a, b):
+    """The smaller of two floats; NaN where one is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two floats; NaN where one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

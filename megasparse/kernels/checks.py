@@ -1,4 +1,4 @@
-"""What the kernels that prune weights share: input checks, the NaN law, launch sizes.
+"""What operations ask of their arguments: groups of 4, tensors of a kind, no NaN in a weight.
 
 A NaN in a weight is an error and never pruned silently. The reference on CPU raises at once. The
 Triton kernels set a one-element int32 flag on the weight's device: a caller that passes `nan_flag`
@@ -8,7 +8,6 @@ looks at it when it likes (no synchronisation here), otherwise it is read right 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -20,42 +19,7 @@ GROUP = 4
 WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_DTYPES = (*WIDE_DTYPES, torch.float8_e4m3fn)
 
-# What the device functions in `triton.py` call the entries.
-KINDS = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float8_e4m3fn: "e4m3",
-    torch.bool: "bool",
-}
-
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Work items (whatever the kernel counts) and warps per Triton program."""
-
-    block: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class Launches:
-    """A kernel's launch parameters on a GPU, for 32-bit entries and for narrower ones.
-
-    A group of 4 is 16 bytes at 32 bits, the widest load; where a 1-byte mask is written as well,
-    one group a thread avoids a change of layout. Narrower groups want two or more a thread.
-    """
-
-    wide: Launch
-    narrow: Launch
-
-    def pick(self, w: torch.Tensor) -> Launch:
-        """The launch for `w`; in the interpreter, whose cost is per program, a large one."""
-        if dispatch.INTERPRETING:
-            return Launch(1 << 12, 4)
-        return self.wide if w.itemsize == 4 else self.narrow
 
 
 def check_groups(
@@ -111,20 +75,6 @@ def run_pruning(
     elif found.item():
         raise _nan_error(op, w)
     return reference(w)
-
-
-def group_words(w: torch.Tensor) -> torch.Tensor:
-    """`w` as flat integers, for kernels: a group of 4 is two int64 (32-bit entries), one int64
-    (16-bit) or one int32 (8-bit).
-
-    `w`'s size is a multiple of 4. Shares memory with `w` when that is contiguous and starts on a
-    boundary of such an integer; otherwise it is a copy.
-    """
-    word = torch.int32 if w.element_size() == 1 else torch.int64
-    flat = w.contiguous().view(-1)
-    if flat.data_ptr() % word.itemsize or flat.storage_offset() % (word.itemsize // w.itemsize):
-        flat = flat.clone()
-    return flat.view(word)
 
 
 def nans(w: torch.Tensor) -> torch.Tensor:

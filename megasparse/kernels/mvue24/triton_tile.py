@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import e4m3_word, to_float8
+from megasparse.kernels.device.groups import raise_flag
+from megasparse.kernels.device.layout24 import crowded8, select8
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8.triton import e4m3_word, to_float8
-from megasparse.kernels.groups.triton import raise_flag
-from megasparse.kernels.layout24.triton import crowded8, select8
-from megasparse.kernels.mvue24.triton import draw, sample_scaled
-from megasparse.kernels.mvue_words.triton import packed8, sample, word8
+from megasparse.kernels.mvue24.triton_packed import packed8, sample, word8
+from megasparse.kernels.mvue24.triton_sampler import draw, sample_scaled
 
 # Of a grid's second dimension.
 MOST_TILES = 65535

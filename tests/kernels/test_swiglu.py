@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from megasparse.errors import KernelError
 from megasparse.kernels import geglu, swiglu, swiglu_fused, swiglu_fused_backward
-from megasparse.kernels.gated_activation.layout import Plane, common_plane
+from megasparse.kernels.swiglu.layout import Plane, common_plane
 from tests.kernels.poison import poison_new_tensors
 
 BACKENDS = ["reference", "triton"]

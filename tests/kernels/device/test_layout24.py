@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megasparse.kernels import pack24, transposable24_mask, weight_pack24
+from megasparse.kernels.device import layout24 as layout
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.layout24 import triton as layout
 
 
 @pytest.fixture

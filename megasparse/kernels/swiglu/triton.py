@@ -10,8 +10,8 @@ import triton.language as tl
 
 from megasparse.errors import KernelError
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.gated_activation.layout import Plane, common_plane
-from megasparse.kernels.gated_activation.reference import GELU_H1, GELU_H3
+from megasparse.kernels.swiglu.layout import Plane, common_plane
+from megasparse.kernels.swiglu.reference import GELU_H1, GELU_H3
 
 _H1 = tl.constexpr(GELU_H1)
 _H3 = tl.constexpr(GELU_H3)

@@ -7,7 +7,7 @@ import torch
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
 from megasparse.kernels.float8 import check_scaling, new_operands
-from megasparse.kernels.gated_float8 import reference, triton
+from megasparse.kernels.swiglu_float8 import reference, triton
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTH_MULTIPLE = 64

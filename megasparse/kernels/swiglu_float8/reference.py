@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megasparse.kernels.float8 import fill_operands
-from megasparse.kernels.gated_activation.reference import forward
+from megasparse.kernels.swiglu.reference import forward
 
 
 def swiglu_float8(

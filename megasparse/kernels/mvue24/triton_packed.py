@@ -16,11 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import to_float8
+from megasparse.kernels.device.groups import larger, pair16, permute_bytes, smaller
+from megasparse.kernels.device.philox import uniform24
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8.triton import to_float8
-from megasparse.kernels.groups.triton import pair16, permute_bytes
-from megasparse.kernels.mvue24.triton import _max, _min, _threshold
-from megasparse.kernels.philox.triton import uniform24
+from megasparse.kernels.mvue24.triton_sampler import threshold
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
@@ -121,14 +121,14 @@ def sample(x0, x1, x2, x3, word):
     (uint32); the largest magnitude, and that one or 0 after: else `step` is the largest.
     """
     a0, a1, a2, a3 = _magnitude(x0), _magnitude(x1), _magnitude(x2), _magnitude(x3)
-    smaller01, larger01 = _min(a0, a1), _max(a0, a1)
-    smaller23, larger23 = _min(a2, a3), _max(a2, a3)
-    middle, largest = _min(larger01, larger23), _max(larger01, larger23)
+    smaller01, larger01 = smaller(a0, a1), larger(a0, a1)
+    smaller23, larger23 = smaller(a2, a3), larger(a2, a3)
+    middle, largest = smaller(larger01, larger23), larger(larger01, larger23)
     c1 = smaller01 + smaller23
     r = c1 + middle
-    step = (r + _min(largest, r)) * 0.5
-    t = _threshold(uniform24(word), step)
-    most = _max(largest, step)
+    step = (r + smaller(largest, r)) * 0.5
+    t = threshold(uniform24(word), step)
+    most = larger(largest, step)
     # The first mark moves from the middle to the smaller of 2 and 3, and from there to the smaller
     # of 0 and 1; the second from the middle to the smaller of 2 and 3, or to the largest.
     ranks = tl.fma(_above(c1, t), 960.0, _RANKS)

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.gated_activation import reference, triton
+from megasparse.kernels.swiglu import reference, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.groups import larger
 from megasparse.kernels.dispatch import INTERPRETING
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
@@ -89,9 +90,7 @@ def raise_above(amax, magnitude, before):
 @triton.jit
 def largest_of_four(a, b, c, d):
     """The largest magnitude of four, entry by entry; NaN is the largest."""
-    ab = tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
-    cd = tl.maximum(tl.abs(c), tl.abs(d), propagate_nan=tl.PropagateNan.ALL)
-    return tl.maximum(ab, cd, propagate_nan=tl.PropagateNan.ALL)
+    return larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d)))
 
 
 @triton.jit

@@ -259,7 +259,9 @@ def pack_cases() -> list[Case]:
             lambda op, t: partial(op, t[0], dtype=E4M3, scale=t[1]),
             **shared,
         ),
-        Case("amax_scale bf16", "amax_scale", 2, lambda s: (s.normal(),), odd_shape=(515, 1031)),
+        Case(
+            "scale_inv_of bf16", "scale_inv_of", 2, lambda s: (s.normal(),), odd_shape=(515, 1031)
+        ),
         Case(
             "rescale_ bf16",
             "rescale_",

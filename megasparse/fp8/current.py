@@ -77,14 +77,14 @@ class CurrentSlot:
         if isinstance(headroom, torch.Tensor) or headroom != 1.0:
             amax = amax * headroom
         scales = scales_of_amax(amax, maximum=MAXIMUM[dtype])
-        return CurrentScaling(scales.inverse, scales)
+        return CurrentScaling(scales.scale_inv, scales)
 
     def begin_draws(self, x: torch.Tensor, headroom: float, scaling: object) -> CurrentScaling:
         """The scaling of MVUE draws from an x that `scaling` is of: by a bound of what is kept."""
         assert isinstance(scaling, CurrentScaling) and scaling.scales is not None
         scales = scaling.scales
-        mine = AmaxScales(scales.draw_scale, scales.draw_inverse, *scales[2:])
-        return CurrentScaling(scales.draw_inverse, mine)
+        mine = AmaxScales(scales.draw_scale, scales.draw_scale_inv, *scales[2:])
+        return CurrentScaling(scales.draw_scale_inv, mine)
 
     def of_kept(self, kept: tuple[torch.Tensor, ...]) -> CurrentScaling:
         """The scaling of an operand that was kept with `kept`."""

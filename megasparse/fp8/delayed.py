@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from megasparse.kernels.float8 import quantise as definition
+from megasparse.kernels.float8 import quantize as definition
 from megasparse.kernels.packed24 import E4M3, E4M3_MAX
 
 try:  # not only ImportError: without a GPU, or with a broken cuDNN, it raises others

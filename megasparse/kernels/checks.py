@@ -22,6 +22,47 @@ WEIGHT_DTYPES = (*WIDE_DTYPES, torch.float8_e4m3fn)
 Result = TypeVar("Result")
 
 
+def require(
+    op: str,
+    name: str,
+    tensor: torch.Tensor | None,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] | None,
+    device: torch.device,
+) -> None:
+    """KernelError unless the argument `name` of `op` is of this kind, or None.
+
+    Args:
+        shape: the only one that fits; None: any of one element.
+    """
+    if tensor is None:
+        return
+    fits = tensor.numel() == 1 if shape is None else tuple(tensor.shape) == shape
+    if not fits or tensor.dtype != dtype or tensor.device != device:
+        raise KernelError(
+            f"{op}: {name} is a {tensor.dtype} tensor of shape {tuple(tensor.shape)} on "
+            f"{tensor.device}, expected {dtype} {'of one element' if shape is None else shape} "
+            f"on {device}"
+        )
+
+
+def require_if(needed: bool, op: str, name: str, tensor: torch.Tensor | None, when: str) -> None:
+    """KernelError unless the argument `name` of `op` is given exactly when it is `needed`.
+
+    Args:
+        when: the case, for the error: "without a mask".
+    """
+    if needed != (tensor is not None):
+        found, expected = ("missing", "one") if needed else ("given", "none")
+        raise KernelError(f"{op}: {name} is {found}, expected {expected} {when}")
+
+
+def set_flag(flag: torch.Tensor | None, found: torch.Tensor) -> None:
+    """Set `flag` (int32, one element), if there is one, to 1 where `found` (0-d bool) is true."""
+    if flag is not None:
+        flag.bitwise_or_(found.to(torch.int32))
+
+
 def check_groups(
     op: str,
     w: torch.Tensor,
@@ -58,8 +99,7 @@ def run_pruning(
     whenever the reference runs.
     """
     w = w.detach()
-    if nan_flag is not None:
-        _check_flag(op, w, nan_flag)
+    require(op, "nan_flag", nan_flag, torch.int32, None, w.device)
     if dispatch.resolve(op, w, backend) == "triton":
         flag = nan_flag
         if flag is None:
@@ -71,7 +111,7 @@ def run_pruning(
         return result
     found = nans(w).any()
     if nan_flag is not None and w.is_cuda:
-        nan_flag.bitwise_or_(found.to(torch.int32))
+        set_flag(nan_flag, found)
     elif found.item():
         raise _nan_error(op, w)
     return reference(w)
@@ -80,15 +120,6 @@ def run_pruning(
 def nans(w: torch.Tensor) -> torch.Tensor:
     """Bool tensor of `w`'s shape: where `w` is NaN (any float dtype, E4M3 included)."""
     return torch.isnan(w if w.dtype in WIDE_DTYPES else w.float())
-
-
-def _check_flag(op: str, w: torch.Tensor, nan_flag: torch.Tensor) -> None:
-    good = nan_flag.dtype == torch.int32 and nan_flag.numel() == 1 and nan_flag.device == w.device
-    if not good:
-        raise KernelError(
-            f"{op}: nan_flag is {nan_flag.dtype} with {nan_flag.numel()} elements on "
-            f"{nan_flag.device}, expected int32 with 1 element on {w.device}"
-        )
 
 
 def _nan_error(op: str, w: torch.Tensor) -> NumericsError:

@@ -52,9 +52,15 @@ def test_equals_the_operations_it_fuses(
     with monkeypatch.context() as patch:
         poison_new_tensors(patch)
         row, packed = grad_pack24(
-            dz, seed=9, row_scale=row_scale, row_dtype=row_dtype, packed_scale=packed_scale,
-            row_amax=row_amax, packed_amax=packed_amax, backend=backend,
-        )  # fmt: skip
+            dz,
+            seed=9,
+            row_scale=row_scale,
+            row_dtype=row_dtype,
+            packed_scale=packed_scale,
+            row_amax=row_amax,
+            packed_amax=packed_amax,
+            backend=backend,
+        )
     if row_dtype is None:
         assert row is None
     else:
@@ -110,9 +116,13 @@ def test_sections_draw_the_numbers_of_their_place(device, backend):
     dz = gradient(128, 128, device)
     scale = scalar(1.0, device)
     row, packed = grad_pack24(
-        dz, seed=4, row_scale=scale, packed_scale=scale, backend=backend,
+        dz,
+        seed=4,
+        row_scale=scale,
+        packed_scale=scale,
+        backend=backend,
         channels=((0, 64, 64), (64, 640, 64)),
-    )  # fmt: skip
+    )
     parts = [
         mvue24(dz[:, 64 * i : 64 * i + 64].float(), seed=4, dim=0, offsets=(0, place))
         for i, place in enumerate((64, 640))
@@ -194,9 +204,13 @@ def test_every_number_of_the_row_format(device, backend, row_dtype):
     assert torch.equal(dz.to(BF16).float(), dz)
     one = scalar(1.0, device)
     row, _ = grad_pack24(
-        dz.to(device, BF16), seed=1, row_scale=one, row_dtype=row_dtype, packed_scale=one,
+        dz.to(device, BF16),
+        seed=1,
+        row_scale=one,
+        row_dtype=row_dtype,
+        packed_scale=one,
         backend=backend,
-    )  # fmt: skip
+    )
     most = MAXIMUM[row_dtype]
     expected = dz.clamp(-most, most).to(row_dtype)
     assert torch.equal(row.cpu().float(), expected.float())
@@ -241,11 +255,15 @@ def test_a_large_gradient_on_a_gpu(device, row_dtype, dtype):
     row_scale = None if row_dtype is None else scalar(1e6, device)
     results = [
         grad_pack24(
-            dz, seed=2, row_scale=row_scale, row_dtype=row_dtype, packed_scale=packed_scale,
+            dz,
+            seed=2,
+            row_scale=row_scale,
+            row_dtype=row_dtype,
+            packed_scale=packed_scale,
             backend=backend,
         )
         for backend in BACKENDS
-    ]  # fmt: skip
+    ]
     assert torch.equal(results[0][1].buffer, results[1][1].buffer)
     if row_dtype is not None:
         assert torch.equal(results[0][0].view(torch.int8), results[1][0].view(torch.int8))

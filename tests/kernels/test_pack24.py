@@ -134,10 +134,10 @@ def test_a_given_scale(device, dtype, backend, monkeypatch):
     """Used as it is, without a look at the tensor; magnitudes beyond 448 * scale saturate."""
     w = sparse((64, 256), dtype, device)
     given = torch.tensor(0.003, device=device)
-    monkeypatch.delattr(pack24_module, "amax_scale")
+    monkeypatch.delattr(pack24_module, "scale_inv_of")
     w[0, :4] = torch.tensor([float("inf"), 0.0, -float("inf"), 0.0])
     w[1, :4] = torch.tensor([0.0, float("nan"), 0.0, 1.0])
-    packed = pack24(w, E4M3, scale=given, backend=backend)
+    packed = pack24(w, E4M3, scale_inv=given, backend=backend)
     assert packed.scale is given
     values = w.float() / 0.003
     assert (values.abs() > 448).any() and (values.abs() < 100).any()
@@ -148,7 +148,7 @@ def test_a_given_scale(device, dtype, backend, monkeypatch):
     assert (error <= exact.abs() * (2.0**-4 + 1e-5) + 2.0**-10)[~dense.isnan()].all()
     assert dense[0, 0] == 448 * given and dense[0, 2] == -448 * given
     if backend == "triton":
-        expected = pack24(w, E4M3, scale=given, backend="reference")
+        expected = pack24(w, E4M3, scale_inv=given, backend="reference")
         same = torch.equal(packed.metadata, expected.metadata)
         assert same and torch.equal(
             packed.values.float().nan_to_num(1e9), expected.values.float().nan_to_num(1e9)
@@ -159,10 +159,10 @@ def test_refused_scales(device):
     w = sparse((64, 128), torch.bfloat16, device)
     one = torch.ones((), device=device)
     for arguments, match in (
-        ({"w_sparse": w, "scale": one}, "expected none to pack torch.bfloat16"),
-        ({"w_sparse": w.to(E4M3), "scale": one}, "expected none"),
-        ({"w_sparse": w, "dtype": E4M3, "scale": one.view(1)}, r"shape \(1,\)"),
-        ({"w_sparse": w, "dtype": E4M3, "scale": one.double()}, "float64"),
+        ({"w_sparse": w, "scale_inv": one}, "expected none to pack torch.bfloat16"),
+        ({"w_sparse": w.to(E4M3), "scale_inv": one}, "expected none"),
+        ({"w_sparse": w, "dtype": E4M3, "scale_inv": one.view(1)}, r"shape \(1,\)"),
+        ({"w_sparse": w, "dtype": E4M3, "scale_inv": one.double()}, "float64"),
     ):
         with pytest.raises(KernelError, match=match):
             pack24(**arguments)

@@ -127,8 +127,9 @@ def test_fused_is_swiglu_of_the_halves(device, monkeypatch, layout, backend):
         halved = fused.clone().requires_grad_()
     gate, x = halved[..., :H], halved[..., H:]
     expected = swiglu(x, gate, backend=backend)
-    for dy in (random(*x.shape).to(device), random(*x.shape[::-1]).to(device).permute(2, 1, 0)
-               if x.dim() == 3 else random(H, T).to(device).t()):  # fmt: skip
+    flat = random(*x.shape)
+    turned = random(*x.shape[::-1]).permute(2, 1, 0) if x.dim() == 3 else random(H, T).t()
+    for dy in (flat.to(device), turned.to(device)):
         halved.grad = None
         expected.backward(dy, retain_graph=True)
         with monkeypatch.context() as patch:

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels.packed24 import E4M3_MAX
+from megasparse.kernels.packed24 import E4M3_MAX, SMALLEST_SCALE_INV
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 # The largest |a| / p of an MVUE draw in units of its group's largest magnitude.
 MVUE_BOUND = 2.0
 
 
-def scales_of_amax(amax: torch.Tensor, maximum: float, out: torch.Tensor) -> None:
-    """Column 0 of `out` (4, 4): scale, its reciprocal, and both for draws."""
-    for row, factor, most in ((0, 1.0, maximum), (2, MVUE_BOUND, E4M3_MAX)):
-        largest = amax[0] * factor
-        usable = (largest > 0) & (largest <= FLOAT32_MAX)
-        # Not a Python number by a tensor: on CUDA that multiplies by a rounded reciprocal.
-        quotient = torch.full_like(largest, most) / largest.masked_fill(~usable, 1.0)
-        scale = torch.where(usable, quotient.clamp(max=FLOAT32_MAX), 1.0)
-        out[row, 0] = scale
-        out[row + 1, 0] = torch.ones_like(scale) / scale
+def scale_inv_of(w: torch.Tensor) -> torch.Tensor:
+    """0-d float32: amax / 448; 1 when `w` is zero; never so small that its inverse overflows."""
+    amax = torch.linalg.vector_norm(w, float("inf")).float()
+    # Not `amax / 448`: on CUDA torch multiplies by the rounded reciprocal of a Python number.
+    scale_inv = (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=SMALLEST_SCALE_INV)
+    return torch.where(amax == 0, 1.0, scale_inv)
 
 
-def rescale(z: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """z * a * b, rounded to float32 after each product."""
-    z.copy_(z.float() * a * b)
+def scales_of_amax(amax: torch.Tensor, maximum: float) -> tuple[torch.Tensor, ...]:
+    """0-d float32: scale, its reciprocal, and both for draws."""
+    scale = _scale(amax[0], maximum)
+    draw_scale = _scale(amax[0] * MVUE_BOUND, E4M3_MAX)
+    return scale, scale.reciprocal(), draw_scale, draw_scale.reciprocal()
+
+
+def _scale(amax: torch.Tensor, maximum: float) -> torch.Tensor:
+    usable = (amax > 0) & (amax <= FLOAT32_MAX)
+    # Not a Python number by a tensor: on CUDA that multiplies by a rounded reciprocal.
+    quotient = torch.full_like(amax, maximum) / amax.masked_fill(~usable, 1.0)
+    return torch.where(usable, quotient.clamp(max=FLOAT32_MAX), 1.0)
+
+
+def rescaled(z: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """z * a * b, rounded to float32 after each product, and to z's dtype."""
+    return (z.float() * a * b).to(z.dtype)

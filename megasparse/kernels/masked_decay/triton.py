@@ -49,9 +49,12 @@ def _count_flips_kernel(mask_a, mask_b, counts, words, BLOCK: tl.constexpr):
     tl.store(counts + pid, tl.sum((differ * 0x01010101) >> 24))
 
 
-def masked_decay(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> None:
-    """`reference.masked_decay`. The kernel walks `grad`'s memory; `w` and `mask` are copied when
-    laid out differently, and a `grad` with gaps goes through a contiguous copy."""
+def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> None:
+    """`reference.masked_decay`, in place.
+
+    The kernel walks `grad`'s memory; `w` and `mask` are copied when laid out differently, and a
+    `grad` with gaps goes through a contiguous copy.
+    """
     if grad.numel() == 0:
         return
     order = sorted(range(grad.dim()), key=grad.stride, reverse=True)

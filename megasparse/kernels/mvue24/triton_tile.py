@@ -78,7 +78,7 @@ def store_rows(
     E5M2: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """A group's tokens, quantised; those from `num_tokens` on do not exist, with FULL all do."""
+    """A group's tokens, quantized; those from `num_tokens` on do not exist, with FULL all do."""
     token = group.to(tl.int64) * 4
     ptrs = row_ptr + token * row_stride + channel
     _store_token(ptrs, x[0], scale, token, num_tokens, E5M2, FULL)

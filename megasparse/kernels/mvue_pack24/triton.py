@@ -89,9 +89,8 @@ def _mvue_pack16_kernel(
     x1 = load_token(ptrs + dz_stride, token + 1, num_tokens, FULL)
     x2 = load_token(ptrs + 2 * dz_stride, token + 2, num_tokens, FULL)
     x3 = load_token(ptrs + 3 * dz_stride, token + 3, num_tokens, FULL)
-    kept, code = _prune(
-        x0, x1, x2, x3, group.to(tl.uint32), other, flag_ptr, key, high, EXACT
-    )  # fmt: skip
+    group = group.to(tl.uint32)
+    kept, code = _prune(x0, x1, x2, x3, group, other, flag_ptr, key, high, EXACT)
     # A word holds the two values that a group of this channel keeps: row `channel` of the packed
     # values, column `group`.
     first_row = first_channel + block_row.to(tl.int64) * 64

@@ -7,6 +7,7 @@ only the 4-bit codes (1/16 of the bytes) change threads on their way. Weights mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from megasparse.kernels.device.float8 import to_float8
 from megasparse.kernels.device.groups import widen
 from megasparse.kernels.device.layout24 import crowded8, select8
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.packed24 import Packed24, empty_packed
 
 
 @dataclass(frozen=True)
@@ -135,17 +136,17 @@ def _pack8_kernel(
 
 
 @triton.jit
-def _quantise_pack8_kernel(
+def _quantize_pack8_kernel(
     w_ptr,
     values_ptr,
     metadata_ptr,
     flag_ptr,
-    scale_ptr,
+    scale_inv_ptr,
     num_columns,
     w_stride,
     COLUMNS: tl.constexpr,
 ):
-    """Wider weights: the kept two times 1 / *scale_ptr as e4m3, saturated."""
+    """Wider weights: the kept two times 1 / *scale_inv_ptr as e4m3, saturated."""
     GROUPS: tl.constexpr = COLUMNS // 4
     tiles = num_columns // COLUMNS
     pid = tl.program_id(0)
@@ -155,7 +156,7 @@ def _quantise_pack8_kernel(
     w = widen(tl.load(w_ptr + row * w_stride + column))
     v0, v1, code, violated = _select(w, 64, GROUPS, 0)
     _raise_flag(flag_ptr, violated)
-    factor = tl.div_rn(1.0, tl.load(scale_ptr))
+    factor = tl.div_rn(1.0, tl.load(scale_inv_ptr))
     values = tl.reshape(tl.join(v0, v1), (64, COLUMNS // 2)) * factor
     HELD: tl.constexpr = 64 // w_ptr.dtype.element_ty.primitive_bitwidth
     kept_column = _kept_columns(tile, COLUMNS, HELD)
@@ -203,7 +204,9 @@ def _unpack16_kernel(values_ptr, metadata_ptr, w_ptr, num_columns, COLUMNS: tl.c
 
 
 @triton.jit
-def _unpack8_kernel(values_ptr, metadata_ptr, w_ptr, scale_ptr, num_columns, COLUMNS: tl.constexpr):
+def _unpack8_kernel(
+    values_ptr, metadata_ptr, w_ptr, scale_inv_ptr, num_columns, COLUMNS: tl.constexpr
+):
     tiles = num_columns // COLUMNS
     pid = tl.program_id(0)
     block_row, tile = pid // tiles, pid % tiles
@@ -218,48 +221,44 @@ def _unpack8_kernel(values_ptr, metadata_ptr, w_ptr, scale_ptr, num_columns, COL
     bits = tl.load(values_ptr + row * (num_columns // 2) + kept_column)
     dense = _place(bits, code, 64, COLUMNS).to(tl.float8e4nv, bitcast=True).to(tl.float32)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(w_ptr + row * num_columns + column, dense * tl.load(scale_ptr))
+    tl.store(w_ptr + row * num_columns + column, dense * tl.load(scale_inv_ptr))
 
 
-def pack(w: torch.Tensor, packed: Packed24, quantise: bool, flag: torch.Tensor) -> None:
-    """See reference.py."""
+def pack24(
+    w: torch.Tensor, dtype: torch.dtype, scale_inv: torch.Tensor, flag: torch.Tensor
+) -> Packed24:
+    """See reference.py; sets `flag` (int32, one element) to 1 when a group is crowded."""
+    packed = empty_packed((w.shape[0], w.shape[1]), dtype, scale_inv, w.device)
     if w.stride(1) != 1:
         w = w.contiguous()
-    launch = INTERPRETED if INTERPRETING else PACK
-    if packed.dtype.itemsize == 2:
-        grid, columns = _grid(packed, launch, 64)
-        _pack16_kernel[grid](
-            w.view(torch.int16),
-            packed.values.view(torch.int16),
-            packed.metadata,
-            flag,
-            packed.shape[1],
-            w.stride(0),
-            COLUMNS=columns,
-            num_warps=launch.num_warps,
-        )
-        return
-    grid, columns = _grid(packed, launch, 128)
-    if not quantise:
+    if dtype.itemsize == 2:
+        _pack(_pack16_kernel, (w.view(torch.int16), torch.int16, flag), packed, 64)
+    elif w.dtype == dtype:
         if w.stride(0) % 4 or w.storage_offset() % 4:
             w = w.clone(memory_format=torch.contiguous_format)
-        _pack8_kernel[grid](
-            w.view(torch.int32),
-            packed.values.view(torch.int16),
-            packed.metadata,
-            flag,
-            packed.shape[1],
-            w.stride(0) // 4,
-            COLUMNS=columns,
-            num_warps=launch.num_warps,
-        )
-        return
-    _quantise_pack8_kernel[grid](
+        _pack(_pack8_kernel, (w.view(torch.int32), torch.int16, flag), packed, 128)
+    else:
+        _pack(_quantize_pack8_kernel, (w, torch.int8, flag, scale_inv), packed, 128)
+    return packed
+
+
+def _pack(
+    kernel: triton.JITFunction, tensors: tuple[Any, ...], packed: Packed24, multiple: int
+) -> None:
+    """Launch one of the three.
+
+    Args:
+        tensors: w as the kernel loads it, the type of what it stores, and its other arguments.
+        multiple: of columns, that a tile has at least.
+    """
+    w, stored, *others = tensors
+    launch = INTERPRETED if INTERPRETING else PACK
+    grid, columns = _grid(packed, launch, multiple)
+    kernel[grid](
         w,
-        packed.values.view(torch.int8),
+        packed.values.view(stored),
         packed.metadata,
-        flag,
-        packed.scale,
+        *others,
         packed.shape[1],
         w.stride(0),
         COLUMNS=columns,
@@ -267,7 +266,7 @@ def pack(w: torch.Tensor, packed: Packed24, quantise: bool, flag: torch.Tensor) 
     )
 
 
-def unpack(packed: Packed24) -> torch.Tensor:
+def unpack24(packed: Packed24) -> torch.Tensor:
     """See reference.py."""
     launch = INTERPRETED if INTERPRETING else UNPACK
     wide = packed.dtype.itemsize == 2

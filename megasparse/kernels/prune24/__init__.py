@@ -51,7 +51,8 @@ def is_24(w: torch.Tensor, dim: int = -1, *, backend: str | None = None) -> bool
     check_groups("is_24", w, dtypes=(*WEIGHT_DTYPES, torch.bool))
     if w.numel() == 0:
         return True
-    if dispatch.resolve("is_24", w, backend) == "triton":
-        with torch.cuda.device_of(w):
-            return triton.is_24(w)
-    return reference.is_24(w.reshape(-1, 4))
+    ask = dispatch.implementation(
+        "is_24", w, backend, reference=reference.is_24, triton=triton.is_24
+    )
+    with torch.cuda.device_of(w):  # Triton launches on the current device
+        return ask(w)

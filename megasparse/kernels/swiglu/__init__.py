@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,13 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
+from megasparse.kernels.checks import require
 from megasparse.kernels.swiglu import reference, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _implementation(backend: dispatch.Backend) -> Any:
-    return triton if backend == "triton" else reference
 
 
 class _GatedActivation(torch.autograd.Function):
@@ -23,17 +21,17 @@ class _GatedActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, gate: torch.Tensor, gelu: bool, backend: dispatch.Backend
+        ctx: Any, x: torch.Tensor, gate: torch.Tensor, gelu: bool, chosen: ModuleType
     ) -> torch.Tensor:
         ctx.save_for_backward(x, gate)
-        ctx.gelu, ctx.backend = gelu, backend
-        return _implementation(backend).forward(x, gate, gelu)
+        ctx.gelu, ctx.chosen = gelu, chosen
+        return chosen.forward(x, gate, gelu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, gate = ctx.saved_tensors
-        dx, dgate = _implementation(ctx.backend).backward(dy, x, gate, ctx.gelu)
+        dx, dgate = ctx.chosen.backward(dy, x, gate, ctx.gelu)
         return dx, dgate, None, None
 
 
@@ -41,29 +39,17 @@ class _Fused(torch.autograd.Function):
     """The same of `[gate | x]`, whose gradient is written as one tensor."""
 
     @staticmethod
-    def forward(
-        ctx: Any, fused: torch.Tensor, gelu: bool, backend: dispatch.Backend
-    ) -> torch.Tensor:
+    def forward(ctx: Any, fused: torch.Tensor, gelu: bool, chosen: ModuleType) -> torch.Tensor:
         ctx.save_for_backward(fused)
-        ctx.gelu, ctx.backend = gelu, backend
+        ctx.gelu, ctx.chosen = gelu, chosen
         gate, x = fused.chunk(2, dim=-1)
-        return _implementation(backend).forward(x, gate, gelu)
+        return chosen.forward(x, gate, gelu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (fused,) = ctx.saved_tensors
-        return _grad_fused(dy, fused, ctx.gelu, ctx.backend), None, None
-
-
-def _grad_fused(
-    dy: torch.Tensor, fused: torch.Tensor, gelu: bool, backend: dispatch.Backend
-) -> torch.Tensor:
-    gate, x = fused.chunk(2, dim=-1)
-    gradient = torch.empty_like(fused)
-    dgate, dx = gradient.chunk(2, dim=-1)
-    _implementation(backend).backward(dy, x, gate, gelu, (dx, dgate))
-    return gradient
+        return ctx.chosen.backward_fused(dy, fused, ctx.gelu), None, None
 
 
 def swiglu(x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -97,7 +83,7 @@ def swiglu_fused(fused: torch.Tensor, *, backend: str | None = None) -> torch.Te
     Raises: KernelError too when the last dimension is odd.
     """
     _check_fused("swiglu_fused", fused)
-    return _Fused.apply(fused, False, dispatch.resolve("swiglu_fused", fused, backend))
+    return _Fused.apply(fused, False, _chosen("swiglu_fused", fused, backend))
 
 
 @torch.no_grad()
@@ -110,13 +96,12 @@ def swiglu_fused_backward(
     """
     _check_fused("swiglu_fused_backward", fused)
     shape = (*fused.shape[:-1], fused.shape[-1] // 2)
-    if (dy.shape, dy.dtype, dy.device) != (shape, fused.dtype, fused.device):
-        raise KernelError(
-            f"swiglu_fused_backward: dy is {dy.dtype} {tuple(dy.shape)} on {dy.device}, expected "
-            f"{fused.dtype} {shape} on {fused.device}"
-        )
-    name = dispatch.resolve("swiglu_fused_backward", fused, backend)
-    return _grad_fused(dy, fused, False, name)
+    require("swiglu_fused_backward", "dy", dy, fused.dtype, shape, fused.device)
+    return _chosen("swiglu_fused_backward", fused, backend).backward_fused(dy, fused, False)
+
+
+def _chosen(op: str, tensor: torch.Tensor, backend: str | None) -> ModuleType:
+    return dispatch.implementation(op, tensor, backend, reference=reference, triton=triton)
 
 
 def _check_fused(op: str, fused: torch.Tensor) -> None:
@@ -137,4 +122,4 @@ def _apply(
         )
     if x.dtype not in DTYPES:
         raise KernelError(f"{op}: x is {x.dtype}, expected float32, bfloat16, float16 or float64")
-    return _GatedActivation.apply(x, gate, gelu, dispatch.resolve(op, x, backend))
+    return _GatedActivation.apply(x, gate, gelu, _chosen(op, x, backend))

@@ -37,22 +37,28 @@ def forward(x: torch.Tensor, gate: torch.Tensor, gelu: bool) -> torch.Tensor:
     """act(gate) * x, in the layout of `x`."""
     g = _wide(gate)
     h, _ = _inner(g, gelu)
-    out = torch.empty_like(x)
-    return out.copy_(_wide(x) * (g * torch.sigmoid(h)))
+    return torch.empty_like(x).copy_(_wide(x) * (g * torch.sigmoid(h)))
 
 
 def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    gate: torch.Tensor,
-    gelu: bool,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    dy: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients with respect to `x` and `gate`: in `out`, or each in the layout of its input."""
+    """Gradients with respect to `x` and `gate`, each in the layout of its input."""
+    dx, dgate = _gradients(dy, x, gate, gelu)
+    return torch.empty_like(x).copy_(dx), torch.empty_like(gate).copy_(dgate)
+
+
+def backward_fused(dy: torch.Tensor, fused: torch.Tensor, gelu: bool) -> torch.Tensor:
+    """The gradient with respect to `fused` = [gate | x], in its layout."""
+    gate, x = fused.chunk(2, dim=-1)
+    dx, dgate = _gradients(dy, x, gate, gelu)
+    return torch.empty_like(fused).copy_(torch.cat([dgate, dx], -1))
+
+
+def _gradients(
+    dy: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, gelu: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     d, g = _wide(dy), _wide(gate)
     h, slope = _inner(g, gelu)
     s = torch.sigmoid(h)
-    dx, dgate = out or (torch.empty_like(x), torch.empty_like(gate))
-    dx.copy_(d * (g * s))
-    dgate.copy_(d * _wide(x) * (s + g * s * (1.0 - s) * slope))
-    return dx, dgate
+    return d * (g * s), d * _wide(x) * (s + g * s * (1.0 - s) * slope)

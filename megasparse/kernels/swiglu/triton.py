@@ -152,22 +152,41 @@ def forward(x: torch.Tensor, gate: torch.Tensor, gelu: bool) -> torch.Tensor:
 
 
 def backward(
+    dy: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, gelu: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients with respect to `x` and `gate`; see reference.py."""
+    dx, dgate = torch.empty_like(x), torch.empty_like(gate)
+    _write_gradients(dy, x, gate, gelu, dx, dgate)
+    return dx, dgate
+
+
+def backward_fused(dy: torch.Tensor, fused: torch.Tensor, gelu: bool) -> torch.Tensor:
+    """The gradient with respect to `fused` = [gate | x]; see reference.py."""
+    gate, x = fused.chunk(2, dim=-1)
+    gradient = torch.empty_like(fused)
+    dgate, dx = gradient.chunk(2, dim=-1)
+    _write_gradients(dy, x, gate, gelu, dx, dgate)
+    return gradient
+
+
+def _write_gradients(
     dy: torch.Tensor,
     x: torch.Tensor,
     gate: torch.Tensor,
     gelu: bool,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients with respect to `x` and `gate`; see reference.py."""
-    dx, dgate = out or (torch.empty_like(x), torch.empty_like(gate))
+    dx: torch.Tensor,
+    dgate: torch.Tensor,
+) -> None:
+    """Fill `dx` and `dgate`, in the layouts that they have."""
     if x.numel() == 0:
-        return dx, dgate
+        return
     same_order = common_plane(dx, dgate) is not None
-    dgate_written = dgate if same_order else torch.empty_like(dx)
+    written = dgate if same_order else torch.empty_like(dx)
     plane, (dy, x, gate) = _in_layout_of(dx, dy, x, gate)
     plane = plane._replace(strides=(*plane.strides, plane.strides[-1]))
-    _launch(_gated_backward_kernel, BACKWARD, plane, (dy, x, gate, dx, dgate_written), gelu)
-    return dx, dgate if same_order else dgate.copy_(dgate_written)
+    _launch(_gated_backward_kernel, BACKWARD, plane, (dy, x, gate, dx, written), gelu)
+    if not same_order:
+        dgate.copy_(written)
 
 
 def _check(x: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.float8 import check_scaling, new_operands
+from megasparse.kernels.float8 import check_scaling, raise_amax
 from megasparse.kernels.swiglu_float8 import reference, triton
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -22,7 +22,7 @@ def swiglu_float8(
     amax: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """silu(gate) * x of `fused` = [gate | x], quantised to e4m3, row-major and transposed.
+    """silu(gate) * x of `fused` = [gate | x], quantized to e4m3, row-major and transposed.
 
     What `swiglu_fused`, rounded to the dtype of `fused`, times `scale`, saturated, gives: the
     16-bit activation is never written.
@@ -53,8 +53,15 @@ def swiglu_float8(
             f"bits, (T, 2 F), F a multiple of {WIDTH_MULTIPLE}"
         )
     check_scaling("swiglu_float8", fused.device, scale, amax)
-    rows, columns = new_operands(fused.shape[0], fused.shape[1] // 2, transposed, fused.device)
-    name = dispatch.resolve("swiglu_float8", fused, backend)
-    implementation = triton if name == "triton" else reference
-    implementation.swiglu_float8(fused, scale, rows, columns, amax)
+    run = dispatch.implementation(
+        "swiglu_float8", fused, backend, reference=_by_definition, triton=triton.swiglu_float8
+    )
+    return run(fused, scale, transposed, amax)
+
+
+def _by_definition(
+    fused: torch.Tensor, scale: torch.Tensor, transposed: bool, amax: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    rows, columns, found = reference.swiglu_float8(fused, scale, transposed)
+    raise_amax(amax, found)
     return rows, columns

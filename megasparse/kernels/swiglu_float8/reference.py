@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels.float8 import fill_operands
+from megasparse.kernels.float8 import operands
 from megasparse.kernels.swiglu.reference import forward
 
 
 def swiglu_float8(
-    fused: torch.Tensor,
-    scale: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor | None,
-    amax: torch.Tensor | None,
-) -> None:
-    """Fill `rows` and `columns`, raise `amax`."""
+    fused: torch.Tensor, scale: torch.Tensor, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The operands (T', F) and (F, T') or None, and the activation's largest magnitude, 0-d."""
     gate, x = fused.chunk(2, dim=1)
-    fill_operands(forward(x, gate, False), scale, rows, columns, amax)
+    return operands(forward(x, gate, False), scale, transposed)

@@ -16,6 +16,7 @@ import triton.language as tl
 from megasparse.kernels.device.float8 import largest_of_four, raise_amax, store_operands
 from megasparse.kernels.device.groups import rounded_pair, widen
 from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.float8 import new_operands
 from megasparse.kernels.swiglu.triton import gated
 
 
@@ -89,15 +90,12 @@ def _swiglu_float8_kernel(
 
 
 def swiglu_float8(
-    fused: torch.Tensor,
-    scale: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor | None,
-    amax: torch.Tensor | None,
-) -> None:
-    """See reference.py."""
+    fused: torch.Tensor, scale: torch.Tensor, transposed: bool, amax: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See reference.py; raises `amax`."""
     if fused.stride(1) != 1:
         fused = fused.contiguous()
+    rows, columns = new_operands(fused.shape[0], fused.shape[1] // 2, transposed, fused.device)
     launch = INTERPRETED if INTERPRETING else LAUNCH
     (padded, width), groups = rows.shape, launch.groups
     while padded % (4 * groups):
@@ -116,3 +114,4 @@ def swiglu_float8(
             GROUPS=groups,
             num_warps=launch.num_warps,
         )
+    return rows, columns

@@ -118,9 +118,17 @@ def _select_four(words, OUT: tl.constexpr):
 
 @triton.jit
 def _block(
-    loaded, kept, beta, scale, values, group, stride, MASK: tl.constexpr, KIND: tl.constexpr,
+    loaded,
+    kept,
+    beta,
+    scale,
+    values,
+    group,
+    stride,
+    MASK: tl.constexpr,
+    KIND: tl.constexpr,
     OUT: tl.constexpr,
-):  # fmt: skip
+):
     """A 4x4 block a lane: stores the kept of its rows, returns the words of its rows and more.
 
     Then the codes of the rows, bits of `nan_bits`, and the largest |W~|.
@@ -175,7 +183,7 @@ def _weight_pack24_kernel(
     mask,
     beta_ptr,
     scale_ptr,
-    inverse_ptr,
+    scale_inv_ptr,
     values,
     metadata,
     values_t,
@@ -200,13 +208,13 @@ def _weight_pack24_kernel(
     pid = tl.program_id(0)
     tile = (pid // BANDS) % tiles
     block_row = (pid // (BANDS * tiles)) * BANDS + pid % BANDS
-    beta, scale, inverse = 1.0, 1.0, 1.0
+    beta, scale, scale_inv = 1.0, 1.0, 1.0
     if mask is None:
         beta = tl.load(beta_ptr)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-        inverse = tl.div_rn(1.0, scale)
-    tl.store(inverse_ptr, inverse, mask=pid == 0)
+        scale_inv = tl.div_rn(1.0, scale)
+    tl.store(scale_inv_ptr, scale_inv, mask=pid == 0)
 
     stride = tl.cast(num_columns // 4, tl.int64)
     p = tl.arange(0, 8)[:, None]
@@ -289,7 +297,7 @@ def weight_pack24(
     flag: torch.Tensor,
     nan_flag: torch.Tensor,
 ) -> None:
-    """See reference.py; sets `nan_flag` to 1 when `w` holds a NaN."""
+    """Fill `packed`, its scale and `other` with what reference.py gives; raise amax and flags."""
     rows, total = packed.shape
     launch = INTERPRETED if INTERPRETING else LAUNCH
     columns, bands = launch.columns, launch.bands

@@ -2,7 +2,7 @@
 
 A NaN in a weight is an error and never pruned silently. The reference on CPU raises at once. The
 Triton kernels set a one-element int32 flag on the weight's device: a caller that passes `nan_flag`
-looks at it when it likes (no synchronisation here), otherwise it is read right after the launch.
+looks at it when it likes (no synchronization here), otherwise it is read right after the launch.
 """
 
 from __future__ import annotations

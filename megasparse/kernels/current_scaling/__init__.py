@@ -38,7 +38,7 @@ def scale_inv_of(w: torch.Tensor, *, backend: str | None = None) -> torch.Tensor
     """What undoes the e4m3 scaling of w by its own amax: amax / 448 (S-STE, Hu et al., 2024).
 
     w: (N, K) float32, bfloat16 or float16, not empty; any row stride, copied unless its rows are
-    contiguous. Returns a 0-d float32 tensor on `w`'s device, without a synchronisation: 1 for a
+    contiguous. Returns a 0-d float32 tensor on `w`'s device, without a synchronization: 1 for a
     tensor of zeros, at least 2^-126 (so that its reciprocal is finite), and infinite or NaN when
     `w` holds an infinity or a NaN.
 

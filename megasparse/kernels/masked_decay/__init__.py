@@ -52,7 +52,7 @@ def count_flips(
     """The number of entries in which two masks differ: int64, 0-d, on the masks' device.
 
     Divided by the number of entries it is FST's flip rate (Hu et al., ICML 2024).
-    mask_a, mask_b: bool, of one shape, on one device. Does not synchronise.
+    mask_a, mask_b: bool, of one shape, on one device. Does not synchronize.
     Raises KernelError for other dtypes, shapes, devices or backends.
     """
     _check_mask("count_flips", "mask_a", mask_a)

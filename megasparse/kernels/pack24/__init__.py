@@ -8,7 +8,7 @@ from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
 from megasparse.kernels.checks import require, set_flag
 from megasparse.kernels.current_scaling import scale_inv_of
-from megasparse.kernels.pack24 import reference, triton
+from megasparse.kernels.pack24 import reference, triton, triton_unpack
 from megasparse.kernels.packed24 import (
     COLUMN_MULTIPLE,
     E4M3,
@@ -47,7 +47,7 @@ def pack24(
             very tensor. None: amax / 448, 1 when w is zero, which costs a pass over w. Only for
             wider inputs packed as e4m3.
         error_flag: one int32 element on w's device. On CUDA it is set to 1, without a
-            synchronisation, when a group has more than two non-zeros; the packed result is then
+            synchronization, when a group has more than two non-zeros; the packed result is then
             not w. Without it, and always on the CPU, the call raises.
         backend: None, "reference" or "triton".
 
@@ -87,7 +87,7 @@ def unpack24(packed: Packed24, *, backend: str | None = None) -> torch.Tensor:
         packed.values,
         backend,
         reference=reference.unpack24,
-        triton=triton.unpack24,
+        triton=triton_unpack.unpack24,
     )
     return unpack(packed)
 

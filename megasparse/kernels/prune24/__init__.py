@@ -22,7 +22,7 @@ def prune24_mask(
     the FST paper's baseline (Hu et al., ICML 2024).
 
     nan_flag: None, or int32 with 1 element on `w`'s device. Triton sets it to 1 when `w` holds a
-    NaN, without synchronising; the mask is then meaningless.
+    NaN, without synchronizing; the mask is then meaningless.
     Raises KernelError for another dtype, shape or backend; NumericsError for a NaN when `nan_flag`
     is None, and on CPU with the reference.
     """
@@ -42,7 +42,7 @@ def is_24(w: torch.Tensor, dim: int = -1, *, backend: str | None = None) -> bool
 
     w: any dtype of `prune24_mask`, or bool. -0.0 is zero; a NaN is not. Other dimensions than the
     last, and tensors that are not contiguous, are copied first. The answer is a Python bool, so on
-    CUDA this synchronises. Raises KernelError when the size along `dim` is no multiple of 4, or for
+    CUDA this synchronizes. Raises KernelError when the size along `dim` is no multiple of 4, or for
     a dtype or backend it cannot run.
     """
     if not -w.dim() <= dim < w.dim():

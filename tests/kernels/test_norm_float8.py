@@ -1,4 +1,4 @@
-"""A norm fused with what an 8-bit GEMM wants of it: torch's norm and the quantiser in one."""
+"""A norm fused with what an 8-bit GEMM wants of it: torch's norm and the quantizer in one."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_every_pattern(device, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_quantisation(device, dtype, backend):
+def test_quantization(device, dtype, backend):
     w = sparse((64, 256), dtype, device) * 0.01
     w[3, :4] = torch.tensor([0.0, 1e-6, 0.0, -1e-7])  # rounds to zero in e4m3, stays named
     packed = pack24(w, E4M3, backend=backend)
@@ -170,7 +170,7 @@ def test_refused_scales(device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_e4m3_number_survives(device, backend):
-    """Quantising numbers that are e4m3 already, with amax 448, changes none of them."""
+    """Quantizing numbers that are e4m3 already, with amax 448, changes none of them."""
     numbers = torch.arange(256, dtype=torch.uint8).view(E4M3).float().nan_to_num(448.0)
     w = torch.zeros(64, 128)
     w.view(-1, 4)[:256, 1] = numbers

@@ -34,6 +34,7 @@ class Quantization(NamedTuple):
         when = "without row_dtype" if self.row_dtype is None else f"for {self.row_dtype}"
         require_if(self.row_dtype is not None, op, "row_scale", self.row_scale, when)
         require(op, "row_scale", self.row_scale, torch.float32, (), device)
+        require_if(True, op, "packed_scale", self.packed_scale, "always")
         require(op, "packed_scale", self.packed_scale, torch.float32, (), device)
         require(op, "row_amax", self.row_amax, torch.float32, (1,), device)
         require(op, "packed_amax", self.packed_amax, torch.float32, (1,), device)

@@ -1,4 +1,4 @@
-"""Device functions: the exact sampler of `mvue24`, straight to the packed layout.
+"""Functions for kernels: the exact sampler of `mvue24`, straight to the packed layout.
 
 Of a group the sampler keeps at most two entries: the largest as `most`, another as `step`. So only
 these two numbers are rounded, and all else is a matter of places, which are permutations of bytes.

@@ -1,4 +1,4 @@
-"""Device functions on tiles of a gradient: PAIRS pairs of groups of four tokens, by 64 channels.
+"""Functions for kernels on tiles of a gradient: PAIRS pairs of groups of 4 tokens by 64 channels.
 
 A thread holds neighbouring channels of both groups of a pair. A group is a tuple: its four tokens
 in float32, and a uint32 of their signs.

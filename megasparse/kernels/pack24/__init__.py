@@ -24,8 +24,8 @@ INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, E4M3)
 def pack24(
     w_sparse: torch.Tensor,
     dtype: torch.dtype | None = None,
-    *,
     scale_inv: torch.Tensor | None = None,
+    *,
     error_flag: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Packed24:

@@ -256,7 +256,7 @@ def pack_cases() -> list[Case]:
             "pack24",
             2.625,
             lambda s: (s.sparse(), torch.tensor(0.01, device=s.device)),
-            lambda op, t: partial(op, t[0], dtype=E4M3, scale=t[1]),
+            lambda op, t: partial(op, t[0], dtype=E4M3, scale_inv=t[1]),
             **shared,
         ),
         Case(

@@ -29,7 +29,7 @@ DOORS = {
     "deepspeed": ["megasparse/train/engine/deepspeed.py"],
     "transformer_engine": ["megasparse/fp8/transformer_engine.py"],
     "transformer_engine_torch": ["megasparse/fp8/transformer_engine.py"],
-    "triton": ["megasparse/kernels/*/triton.py"],
+    "triton": ["megasparse/kernels/device/*.py", "megasparse/kernels/*/triton*.py"],
     "sentencepiece": ["megasparse/data/tokenizer.py", "megasparse/data/spm_json.py"],
     "tokenizers": ["megasparse/data/tokenizer.py", "megasparse/data/spm_json.py"],
     "tqdm": ["megasparse/progress.py"],
@@ -94,7 +94,8 @@ def test_module_keeps_the_laws(path: Path):
     for function in ast.walk(tree):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = (function.end_lineno or 0) - function.lineno + 1
-            most = MAX_KERNEL_LINES if path.name == "triton.py" else MAX_FUNCTION_LINES
+            kernel = any(relative.match(door) for door in DOORS["triton"])
+            most = MAX_KERNEL_LINES if kernel else MAX_FUNCTION_LINES
             assert length <= most, f"{relative}: {function.name} has {length} lines"
 
 
@@ -125,13 +126,32 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_every_kernel_has_a_reference():
-    public = (PACKAGE / "kernels" / "__init__.py").read_text()
-    folders = [path.parent for path in sorted((PACKAGE / "kernels").glob("*/triton.py"))]
-    operations = [folder for folder in folders if f"kernels.{folder.name} import" in public]
-    assert len(operations) >= 7
-    for folder in operations:
-        assert (folder / "reference.py").exists(), folder
+def _operations() -> list[Path]:
+    """The folders of kernels: all but functions for kernels."""
+    folders = (PACKAGE / "kernels").iterdir()
+    return sorted(f for f in folders if f.is_dir() and f.name not in ("device", "__pycache__"))
+
+
+@pytest.mark.parametrize("folder", _operations(), ids=lambda folder: folder.name)
+def test_every_kernel_has_a_reference(folder: Path):
+    names = {path.name for path in folder.glob("*.py")}
+    assert {"__init__.py", "reference.py"} <= names, f"{folder.name}: no door or no definition"
+    assert names & {"triton.py", "cusparselt.py"}, f"{folder.name}: no fast version"
+    door = ast.parse((folder / "__init__.py").read_text())
+    public = [n for n in door.body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"]
+    assert public, f"{folder.name}: its door has no function"
+
+
+@pytest.mark.parametrize("folder", _operations(), ids=lambda folder: folder.name)
+def test_definitions_know_no_kernel(folder: Path):
+    """And give values back: a function without a result could only fill memory."""
+    tree = ast.parse((folder / "reference.py").read_text())
+    for module, _ in _imports(tree):
+        assert "triton" not in module, f"{folder.name}/reference.py imports {module}"
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef):
+            result = function.returns
+            assert result is not None and ast.unparse(result) != "None", function.name
 
 
 def test_nothing_prints_or_pickles_in_the_package():

@@ -256,10 +256,12 @@ def pack_cases() -> list[Case]:
             "pack24",
             2.625,
             lambda s: (s.sparse(), torch.tensor(0.01, device=s.device)),
-            lambda op, t: partial(op, t[0], dtype=E4M3, scale=t[1]),
+            lambda op, t: partial(op, t[0], dtype=E4M3, scale_inv=t[1]),
             **shared,
         ),
-        Case("amax_scale bf16", "amax_scale", 2, lambda s: (s.normal(),), odd_shape=(515, 1031)),
+        Case(
+            "scale_inv_of bf16", "scale_inv_of", 2, lambda s: (s.normal(),), odd_shape=(515, 1031)
+        ),
         Case(
             "rescale_ bf16",
             "rescale_",

@@ -233,7 +233,7 @@ def unfused_weight(dtype: torch.dtype) -> Mapping[str, Callable[[Inputs], Step]]
         w, mask, scale, _ = t
         inverse = None if scale is None else scale.reciprocal()
         flag = torch.zeros(1, dtype=torch.int32, device=w.device)
-        pack = partial(kernels.pack24, dtype=dtype, scale=inverse, error_flag=flag)
+        pack = partial(kernels.pack24, dtype=dtype, scale_inv=inverse, error_flag=flag)
 
         def step() -> tuple[kernels.Packed24, kernels.Packed24]:
             pruned = torch.where(mask, w, 0)

@@ -58,7 +58,13 @@ VARIANTS = {
     "fst, all linears": [*FST, "1", *ALL],
     "fst fp8, all linears": [*FST, "1", *ALL, "--fp8-format", "e4m3"],
     "fst fp8, all linears, eager": [
-        *FST, "1", *ALL, "--fp8-format", "e4m3", "--cuda-graph-impl", "none"
+        *FST,
+        "1",
+        *ALL,
+        "--fp8-format",
+        "e4m3",
+        "--cuda-graph-impl",
+        "none",
     ],
     "s_ste": ["--sparsity-recipe", "s_ste"],
     "s_ste, all linears": ["--sparsity-recipe", "s_ste", *ALL],

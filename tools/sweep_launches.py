@@ -24,15 +24,15 @@ from bench_kernels import bind, milliseconds, tensors_of
 from bench_kernels_cases import Case, Source
 from bench_kernels_operands import operand_cases
 
-from megasparse.kernels.gated_float8 import triton as gated_float8
 from megasparse.kernels.grad_pack24 import triton as grad_pack24
 from megasparse.kernels.mvue_pack24 import triton as mvue_pack24
 from megasparse.kernels.norm_float8 import triton as norm_float8
 from megasparse.kernels.rotary_qkv import triton as rotary_qkv
+from megasparse.kernels.swiglu_float8 import triton as swiglu_float8
 from megasparse.kernels.swiglu_grad_pack24 import triton as swiglu_grad_pack24
 
 MODULES = {
-    "gated_float8": gated_float8,
+    "swiglu_float8": swiglu_float8,
     "grad_pack24": grad_pack24,
     "mvue_pack24": mvue_pack24,
     "norm_float8": norm_float8,
@@ -81,7 +81,7 @@ SWEEPS = (
          (32, 4, 128), (16, 2, 96), (16, 2, 80), (8, 2, 64), (64, 8, 96)),
     ),
     Sweep(
-        "swiglu_float8", "gated_float8", "LAUNCH",
+        "swiglu_float8", "swiglu_float8", "LAUNCH",
         ((32, 4), (32, 8), (16, 2), (16, 4), (8, 2), (32, 2)),
     ),
     Sweep(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from megasparse.kernels.float8 import quantise as definition
+from megasparse.kernels.float8 import quantize as definition
 from megasparse.kernels.packed24 import E4M3
 
 # Largest (or sum) over the ranks that share a tensor, in place.

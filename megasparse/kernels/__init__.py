@@ -4,6 +4,14 @@
 one implementation; asking for one that cannot run raises KernelError, saying why. N, K, T, R, C are
 any sizes that the function's own docstring allows.
 
+`scale` multiplies before a cast to 8 bits and `scale_inv` undoes it, as in Transformer Engine.
+(`Packed24.scale` is what undoes it.) `seed` is an int, or an int64 tensor on the device, so that a
+captured kernel draws other numbers at every replay.
+
+Each operation is a folder: its door, here; `reference.py`, its definition in plain torch, which
+returns values; and a fast version, `triton.py`, that agrees with it. `device/` holds what kernels
+call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
+
 | function                                       | result                                       |
 |------------------------------------------------|----------------------------------------------|
 | prune24_mask(w (..., K))                       | bool (..., K): 2 largest of each 4 along K   |
@@ -20,10 +28,10 @@ any sizes that the function's own docstring allows.
 | swiglu_fused(fused (..., 2 F))                 | (..., F): swiglu of [gate | x], autograd     |
 | swiglu_fused_backward(dy (..., F), fused)      | (..., 2 F): its gradient                     |
 | rotary_qkv(fused (S, B, width), angles, heads) | q, k, v of a projection, rotated; autograd    |
-| amax_scale(w (N, K))                           | 0-d float32: amax / 448, e4m3's scale        |
+| scale_inv_of(w (N, K))                         | 0-d float32: amax / 448, undoes e4m3's scale |
 | scales_of_amax(amax (1,), maximum=448)         | AmaxScales: current scaling's, of MVUE too   |
 | rescale_(z, a, b)                              | z, in place: *= a * b, device scalars        |
-| pack24(w (N, K), dtype=None, scale=None)       | Packed24: the hardware's 2:4 layout          |
+| pack24(w (N, K), dtype=None, scale_inv=None)   | Packed24: the hardware's 2:4 layout          |
 | unpack24(packed)                               | (N, K) dense                                 |
 | mvue_pack24(dz (T, N), seed)                   | Packed24 (N, T): MVUE(dZ^T) in 16 bits       |
 | grad_pack24(dz (T, N), seed, scales)           | dz in 8 bits, MVUE(dZ^T) packed in e4m3      |
@@ -39,17 +47,11 @@ any sizes that the function's own docstring allows.
 | derive_seed(*words)                            | int: one seed from several integers          |
 """
 
-from megasparse.kernels.amax_scale import amax_scale as amax_scale
 from megasparse.kernels.current_scaling import AmaxScales as AmaxScales
 from megasparse.kernels.current_scaling import rescale_ as rescale_
+from megasparse.kernels.current_scaling import scale_inv_of as scale_inv_of
 from megasparse.kernels.current_scaling import scales_of_amax as scales_of_amax
-from megasparse.kernels.gated_activation import geglu as geglu
-from megasparse.kernels.gated_activation import swiglu as swiglu
-from megasparse.kernels.gated_activation import swiglu_fused as swiglu_fused
-from megasparse.kernels.gated_activation import swiglu_fused_backward as swiglu_fused_backward
-from megasparse.kernels.gated_float8 import swiglu_float8 as swiglu_float8
 from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
-from megasparse.kernels.grad_pack24 import swiglu_grad_pack24 as swiglu_grad_pack24
 from megasparse.kernels.masked_decay import count_flips as count_flips
 from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
 from megasparse.kernels.mvue24 import mvue24 as mvue24
@@ -74,6 +76,12 @@ from megasparse.kernels.soft_threshold24 import (
 )
 from megasparse.kernels.spmm24 import matmul24 as matmul24
 from megasparse.kernels.spmm24 import spmm24 as spmm24
+from megasparse.kernels.swiglu import geglu as geglu
+from megasparse.kernels.swiglu import swiglu as swiglu
+from megasparse.kernels.swiglu import swiglu_fused as swiglu_fused
+from megasparse.kernels.swiglu import swiglu_fused_backward as swiglu_fused_backward
+from megasparse.kernels.swiglu_float8 import swiglu_float8 as swiglu_float8
+from megasparse.kernels.swiglu_grad_pack24 import swiglu_grad_pack24 as swiglu_grad_pack24
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask
 from megasparse.kernels.weight_pack24 import effective_weight as effective_weight
 from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
@@ -82,7 +90,6 @@ __all__ = [
     "AmaxScales",
     "Heads",
     "Packed24",
-    "amax_scale",
     "count_flips",
     "decode_patterns",
     "derive_seed",
@@ -102,6 +109,7 @@ __all__ = [
     "rotary_qkv",
     "s_ste_scale",
     "scale_from_sums",
+    "scale_inv_of",
     "scales_of_amax",
     "soft_threshold24",
     "soft_threshold24_with_sums",

@@ -10,13 +10,14 @@ of triton), which the test suite uses to check kernels on machines without a GPU
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from megasparse.errors import KernelError
 
 Backend = Literal["reference", "triton", "cusparselt"]
+One = TypeVar("One")
 
 
 # Triton decides when a kernel is decorated, that is at import; so does this module.
@@ -62,3 +63,29 @@ def resolve(
     if refusal is not None:
         raise KernelError(f"{op}: backend={fast!r} cannot run: {refusal}")
     return fast
+
+
+def implementation(
+    op: str,
+    tensor: torch.Tensor,
+    backend: str | None,
+    *,
+    reference: One,
+    triton: One | None = None,
+    cusparselt: One | None = None,
+) -> One:
+    """The one of an op's two implementations (functions or modules) that runs for `tensor`.
+
+    Args:
+        op: its name, for errors.
+        tensor: whose device decides.
+        backend: None, or the name of one of the two that are given.
+        reference: the definition.
+        triton, cusparselt: the fast one, of which an op has one.
+
+    Raises: KernelError as `resolve`.
+    """
+    fast = cusparselt if triton is None else triton
+    assert fast is not None, f"{op}: no fast implementation"
+    name = resolve(op, tensor, backend, "cusparselt" if triton is None else "triton")
+    return reference if name == "reference" else fast

@@ -17,8 +17,8 @@ import torch
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-# The smallest normal number: the reciprocal of an amax scale is finite.
-SMALLEST_SCALE = 2.0**-126
+# The smallest normal number: its reciprocal, a scale, is finite.
+SMALLEST_SCALE_INV = 2.0**-126
 
 ROW_MULTIPLE = 64
 # A metadata block covers 64 rows and this many columns (twice that many bytes of one row).
@@ -33,7 +33,8 @@ class Packed24:
     metadata: (N * K / 8,) uint8, one 4-bit code `i0 | i1 << 2` a group in the hardware's order.
     shape: (N, K) of the dense matrix.
     dtype: bfloat16, float16 or float8_e4m3fn.
-    scale: 0-d float32; the matrix is values * scale. 1 for 16-bit formats.
+    scale: 0-d float32, what undoes the scaling: the matrix is values * scale. 1 for 16-bit formats.
+        (Arguments and results of functions call this number `scale_inv`.)
     """
 
     values: torch.Tensor
@@ -50,12 +51,24 @@ class Packed24:
         that come from elsewhere are joined by a copy.
         """
         values = self.values.view(torch.uint8).view(-1)
-        adjacent = self.metadata.data_ptr() == values.data_ptr() + values.numel()
-        same = self.metadata.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
-        if not (adjacent and same):
+        if not self.in_one_buffer:
             return torch.cat([values, self.metadata])
         total = values.numel() + self.metadata.numel()
         return values.as_strided((total,), (1,), values.storage_offset())
+
+    @property
+    def in_one_buffer(self) -> bool:
+        """Whether the metadata follow the values in memory: `buffer` is then a view."""
+        end = self.values.data_ptr() + self.values.numel() * self.values.itemsize
+        storages = (t.untyped_storage().data_ptr() for t in (self.values, self.metadata))
+        return self.metadata.data_ptr() == end and len(set(storages)) == 1
+
+    def copy_(self, other: Packed24) -> Packed24:
+        """Take over values, metadata and scale of one of the same shape and dtype, in place."""
+        self.values.copy_(other.values)
+        self.metadata.copy_(other.metadata)
+        self.scale.copy_(other.scale)
+        return self
 
     def dense(self) -> torch.Tensor:
         """The (N, K) matrix: of `dtype` for 16 bits, float32 (values * scale) for 8. Any device.
@@ -86,12 +99,27 @@ def unit_scale(device: torch.device) -> torch.Tensor:
 def empty_packed(
     shape: tuple[int, int], dtype: torch.dtype, scale: torch.Tensor, device: torch.device
 ) -> Packed24:
-    """A Packed24 in one uninitialised buffer."""
+    """A Packed24 in one uninitialized buffer."""
     rows, columns = shape
     value_bytes = rows * (columns // 2) * dtype.itemsize
     buffer = torch.empty(value_bytes + rows * columns // 8, dtype=torch.uint8, device=device)
     values = buffer[:value_bytes].view(dtype).view(rows, columns // 2)
     return Packed24(values, buffer[value_bytes:], shape, dtype, scale)
+
+
+def join_packed(values: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> Packed24:
+    """A Packed24 in one buffer, of what the groups keep.
+
+    Args:
+        values: (N, K / 2), of one of the three dtypes.
+        codes: (N, K / 4) uint8, 4 bits a group.
+        scale: 0-d float32, kept in the result.
+    """
+    shape = (values.shape[0], 2 * values.shape[1])
+    packed = empty_packed(shape, values.dtype, scale, values.device)
+    packed.values.copy_(values)
+    packed.metadata.copy_(codes_to_metadata(codes, values.dtype))
+    return packed
 
 
 def codes_to_metadata(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

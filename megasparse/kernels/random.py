@@ -33,7 +33,7 @@ def derive_seed(*words: int) -> int:
     """One seed in [0, 2^63) from several integers, e.g. (run seed, step, micro-batch, layer).
 
     Order and number of the words matter. Each word (taken modulo 2^64) passes through the
-    splitmix64 finaliser, so neighbouring words give unrelated seeds. The result fits an int64
+    splitmix64 finalizer, so neighbouring words give unrelated seeds. The result fits an int64
     tensor, for kernels that read their seed from the device.
     """
     state = 0

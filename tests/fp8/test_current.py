@@ -10,7 +10,7 @@ import torch
 from megasparse.fp8 import current
 from megasparse.fp8.current import CurrentScaling
 from megasparse.kernels import mvue24, s_ste_scale, swiglu_fused, transposable24_mask
-from megasparse.kernels.float8 import quantise
+from megasparse.kernels.float8 import quantize
 from megasparse.kernels.packed24 import E4M3
 from megasparse.sparsity.autograd.feed_forward import gated_feed_forward
 from megasparse.sparsity.autograd.linear import NoComm, linear
@@ -223,7 +223,7 @@ def test_transformer_engine_scales_by_the_definition(device, size):
     row, column, scaling = slots_of().x.quantized(x, columns=True)
     mine = slots_of(1, lambda amax: amax).x.quantized(x, columns=True)
     scales = slots_of().x.scale_for(x)
-    expected = quantise(x, scales.scale, E4M3).view(torch.uint8)
+    expected = quantize(x, scales.scale, E4M3).view(torch.uint8)
     for found in ((row, column, scaling), mine):
         assert torch.equal(found[0].view(torch.uint8), expected)
         assert torch.equal(found[1].view(torch.uint8), expected.t())

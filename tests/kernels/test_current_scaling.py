@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from megasparse.errors import KernelError
-from megasparse.kernels import mvue24, rescale_, scales_of_amax
+from megasparse.kernels import mvue24, rescale_, scale_inv_of, scales_of_amax
 from tests.kernels.poison import poison_new_tensors
 
 BACKENDS = ["reference", "triton"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -67,6 +68,38 @@ def test_rescale_rounds_once(device, backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_magnitude_is_found_anywhere(device, dtype, backend, monkeypatch):
+    """At the edges of tiles and of the matrix, in strided rows whose other entries are larger."""
+    whole = torch.randn(131, 1536, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    whole[:, 1403:] = 1000.0
+    for row, column in ((7, 1023), (64, 1024), (130, 1402)):
+        w = whole.clone()[:, :1403]
+        w[row, column] = -100.0
+        with monkeypatch.context() as patch:
+            poison_new_tensors(patch)
+            found = scale_inv_of(w, backend=backend)
+        assert found.shape == () and found.dtype == torch.float32
+        expected = torch.tensor(100.0) / torch.tensor(448.0)
+        assert torch.equal(found.cpu(), expected)
+    assert torch.equal(scale_inv_of(w.t(), backend=backend).cpu(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_tensors(device, dtype, backend):
+    w = torch.zeros(5, 7, dtype=dtype, device=device)
+    assert scale_inv_of(w, backend=backend) == 1
+    w[4, 6] = 6e-8 if dtype == torch.float16 else 1e-40
+    smallest = scale_inv_of(w, backend=backend)
+    assert smallest > 0 and smallest.reciprocal().isfinite()
+    w[0, 0] = -float("inf")
+    assert scale_inv_of(w, backend=backend) == float("inf")
+    w[2, 3] = float("nan")
+    assert scale_inv_of(w, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rescale_makes_up_for_another_factor(device, backend, dtype):
     """A product with the wrong power of two, corrected, has the bits of the right one."""
@@ -109,11 +142,16 @@ def test_powers_of_two_round_down(device, backend):
 
 def test_refusals(device):
     z, one = torch.ones(4, 4, device=device), torch.ones((), device=device)
-    with pytest.raises(KernelError, match=r"expected float32 \(1,\)"):
+    with pytest.raises(KernelError, match=r"expected torch.float32 \(1,\)"):
         scales_of_amax(one)
     with pytest.raises(KernelError, match="expected contiguous floats"):
         rescale_(torch.ones(2, 4, device=device).t(), one, one)
-    with pytest.raises(KernelError, match="b is torch.float64"):
+    with pytest.raises(KernelError, match="b is a torch.float64"):
         rescale_(z, one, one.double())
     with pytest.raises(KernelError, match="expected one of reference, triton"):
         rescale_(z, one, one, backend="cusparselt")
+    for w in (torch.ones(4), torch.ones(0, 4), torch.ones(4, 4, dtype=torch.float64)):
+        with pytest.raises(KernelError, match="expected a non-empty matrix"):
+            scale_inv_of(w.to(device))
+    with pytest.raises(KernelError, match="expected one of reference, triton"):
+        scale_inv_of(torch.ones(4, 4, device=device), backend="cusparselt")

@@ -1,4 +1,4 @@
-"""One pass over the gradient equals quantising it, and pruning, quantising and packing it."""
+"""One pass over the gradient equals quantizing it, and pruning, quantizing and packing it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scalar(x, device):
     return torch.tensor(float(x), device=device)
 
 
-def quantised(x, scale, dtype):
+def quantized(x, scale, dtype):
     return (x.float() * scale).clamp(-MAXIMUM[dtype], MAXIMUM[dtype]).to(dtype)
 
 
@@ -48,18 +48,24 @@ def test_equals_the_operations_it_fuses(
     pruned = mvue24(dz.float(), seed=9, dim=0, backend="reference")
     expected = torch.zeros(width, -(-tokens // 128) * 128, device=device)
     expected[:, :tokens] = pruned.t()
-    expected = quantised(expected, packed_scale, E4M3)
+    expected = quantized(expected, packed_scale, E4M3)
     with monkeypatch.context() as patch:
         poison_new_tensors(patch)
         row, packed = grad_pack24(
-            dz, seed=9, row_scale=row_scale, row_dtype=row_dtype, packed_scale=packed_scale,
-            row_amax=row_amax, packed_amax=packed_amax, backend=backend,
-        )  # fmt: skip
+            dz,
+            seed=9,
+            row_scale=row_scale,
+            row_dtype=row_dtype,
+            packed_scale=packed_scale,
+            row_amax=row_amax,
+            packed_amax=packed_amax,
+            backend=backend,
+        )
     if row_dtype is None:
         assert row is None
     else:
         assert row.dtype == row_dtype and row.is_contiguous()
-        bits = quantised(dz, row_scale, row_dtype).view(torch.int8)
+        bits = quantized(dz, row_scale, row_dtype).view(torch.int8)
         assert torch.equal(row.view(torch.int8), bits)
         assert row.float().abs().max() == MAXIMUM[row_dtype]
     library = pack24(expected, backend="reference")
@@ -99,7 +105,7 @@ def test_the_approximate_sampler(device, backend):
         dz, seed=3, row_dtype=None, packed_scale=scale, exact=False, backend=backend
     )
     pruned = mvue24(dz.float(), seed=3, dim=0, exact=False, backend="reference")
-    expected = quantised(pruned, scale, E4M3).float().t()
+    expected = quantized(pruned, scale, E4M3).float().t()
     dense = unpack24(packed) * scale
     assert ((dense - expected).abs() <= expected.abs() / 8).all()
     assert (dense != expected).float().mean() < 1e-3
@@ -110,16 +116,20 @@ def test_sections_draw_the_numbers_of_their_place(device, backend):
     dz = gradient(128, 128, device)
     scale = scalar(1.0, device)
     row, packed = grad_pack24(
-        dz, seed=4, row_scale=scale, packed_scale=scale, backend=backend,
+        dz,
+        seed=4,
+        row_scale=scale,
+        packed_scale=scale,
+        backend=backend,
         channels=((0, 64, 64), (64, 640, 64)),
-    )  # fmt: skip
+    )
     parts = [
         mvue24(dz[:, 64 * i : 64 * i + 64].float(), seed=4, dim=0, offsets=(0, place))
         for i, place in enumerate((64, 640))
     ]
-    expected = quantised(torch.cat(parts, 1).t(), scale, E4M3).float()
+    expected = quantized(torch.cat(parts, 1).t(), scale, E4M3).float()
     assert torch.equal(unpack24(packed), expected)
-    assert torch.equal(row.float(), quantised(dz, scale, E5M2).float())
+    assert torch.equal(row.float(), quantized(dz, scale, E5M2).float())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -194,9 +204,13 @@ def test_every_number_of_the_row_format(device, backend, row_dtype):
     assert torch.equal(dz.to(BF16).float(), dz)
     one = scalar(1.0, device)
     row, _ = grad_pack24(
-        dz.to(device, BF16), seed=1, row_scale=one, row_dtype=row_dtype, packed_scale=one,
+        dz.to(device, BF16),
+        seed=1,
+        row_scale=one,
+        row_dtype=row_dtype,
+        packed_scale=one,
         backend=backend,
-    )  # fmt: skip
+    )
     most = MAXIMUM[row_dtype]
     expected = dz.clamp(-most, most).to(row_dtype)
     assert torch.equal(row.cpu().float(), expected.float())
@@ -224,6 +238,7 @@ def refusal(**changes):
         ({"channels": ((0, 0, 32), (32, 0, 32))}, "multiples of 64"),
         ({"channels": ((0, 0, 128),)}, "expected all 64"),
         ({"seed": "one"}, "seed"),
+        ({"packed_scale": None}, "packed_scale is missing"),
     ],
 )
 def test_refusals(changes, match):
@@ -241,11 +256,15 @@ def test_a_large_gradient_on_a_gpu(device, row_dtype, dtype):
     row_scale = None if row_dtype is None else scalar(1e6, device)
     results = [
         grad_pack24(
-            dz, seed=2, row_scale=row_scale, row_dtype=row_dtype, packed_scale=packed_scale,
+            dz,
+            seed=2,
+            row_scale=row_scale,
+            row_dtype=row_dtype,
+            packed_scale=packed_scale,
             backend=backend,
         )
         for backend in BACKENDS
-    ]  # fmt: skip
+    ]
     assert torch.equal(results[0][1].buffer, results[1][1].buffer)
     if row_dtype is not None:
         assert torch.equal(results[0][0].view(torch.int8), results[1][0].view(torch.int8))

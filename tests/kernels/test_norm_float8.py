@@ -1,4 +1,4 @@
-"""A norm fused with what an 8-bit GEMM wants of it: torch's norm and the quantiser in one."""
+"""A norm fused with what an 8-bit GEMM wants of it: torch's norm and the quantizer in one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import norm_float8
-from megasparse.kernels.float8 import quantise
+from megasparse.kernels.float8 import quantize
 from megasparse.kernels.norm_float8 import triton
 from tests.kernels.poison import poison_new_tensors
 
@@ -73,7 +73,7 @@ def test_against_float64(device, monkeypatch, tokens, width, dtype, kind, backen
     y, mean, rstd = in_float64(x, weight, bias, kind, EPS)
     y = y.to(dtype).float()
     scale = scalar(600.0 / float(y.abs().max()), device)  # the largest saturate
-    expected = quantise(padded(y, tokens), scale, E4M3)
+    expected = quantize(padded(y, tokens), scale, E4M3)
     amax = scalar(0.0, device).view(1)
     arguments = {"centred": kind != "rms", "eps": EPS, "scale": scale, "backend": backend}
     with monkeypatch.context() as patch:
@@ -114,9 +114,15 @@ def test_the_same_bits_where_sums_are_exact(device, tokens, width, dtype, kind):
     for backend in BACKENDS:
         amax = scalar(0.0, device).view(1)
         found = norm_float8(
-            x, weight, bias, centred=kind != "rms", eps=0.0, scale=scalar(77.0, device),
-            amax=amax, backend=backend,
-        )  # fmt: skip
+            x,
+            weight,
+            bias,
+            centred=kind != "rms",
+            eps=0.0,
+            scale=scalar(77.0, device),
+            amax=amax,
+            backend=backend,
+        )
         results.append((found, amax))
     (expected, expected_amax), (found, amax) = results
     wrong = (bits(found.rows) != bits(expected.rows)).float().mean()
@@ -141,9 +147,15 @@ def test_zeros_and_large_values(device, kind, backend):
     bias = torch.full_like(weight, 0.5) if kind == "layer" else None
     amax = scalar(0.0, device).view(1)
     found = norm_float8(
-        x, weight, bias, centred=kind == "layer", eps=EPS, scale=scalar(8.0, device),
-        amax=amax, backend=backend,
-    )  # fmt: skip
+        x,
+        weight,
+        bias,
+        centred=kind == "layer",
+        eps=EPS,
+        scale=scalar(8.0, device),
+        amax=amax,
+        backend=backend,
+    )
     rows = found.rows.float()
     assert rows.isfinite().all() and float(amax) >= 2 * 127**0.5 * 0.98
     constant = 0.0 if bias is None else 4.0

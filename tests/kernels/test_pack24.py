@@ -109,7 +109,7 @@ def test_every_pattern(device, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_quantisation(device, dtype, backend):
+def test_quantization(device, dtype, backend):
     w = sparse((64, 256), dtype, device) * 0.01
     w[3, :4] = torch.tensor([0.0, 1e-6, 0.0, -1e-7])  # rounds to zero in e4m3, stays named
     packed = pack24(w, E4M3, backend=backend)
@@ -134,10 +134,10 @@ def test_a_given_scale(device, dtype, backend, monkeypatch):
     """Used as it is, without a look at the tensor; magnitudes beyond 448 * scale saturate."""
     w = sparse((64, 256), dtype, device)
     given = torch.tensor(0.003, device=device)
-    monkeypatch.delattr(pack24_module, "amax_scale")
+    monkeypatch.delattr(pack24_module, "scale_inv_of")
     w[0, :4] = torch.tensor([float("inf"), 0.0, -float("inf"), 0.0])
     w[1, :4] = torch.tensor([0.0, float("nan"), 0.0, 1.0])
-    packed = pack24(w, E4M3, scale=given, backend=backend)
+    packed = pack24(w, E4M3, scale_inv=given, backend=backend)
     assert packed.scale is given
     values = w.float() / 0.003
     assert (values.abs() > 448).any() and (values.abs() < 100).any()
@@ -148,7 +148,7 @@ def test_a_given_scale(device, dtype, backend, monkeypatch):
     assert (error <= exact.abs() * (2.0**-4 + 1e-5) + 2.0**-10)[~dense.isnan()].all()
     assert dense[0, 0] == 448 * given and dense[0, 2] == -448 * given
     if backend == "triton":
-        expected = pack24(w, E4M3, scale=given, backend="reference")
+        expected = pack24(w, E4M3, scale_inv=given, backend="reference")
         same = torch.equal(packed.metadata, expected.metadata)
         assert same and torch.equal(
             packed.values.float().nan_to_num(1e9), expected.values.float().nan_to_num(1e9)
@@ -159,10 +159,10 @@ def test_refused_scales(device):
     w = sparse((64, 128), torch.bfloat16, device)
     one = torch.ones((), device=device)
     for arguments, match in (
-        ({"w_sparse": w, "scale": one}, "expected none to pack torch.bfloat16"),
-        ({"w_sparse": w.to(E4M3), "scale": one}, "expected none"),
-        ({"w_sparse": w, "dtype": E4M3, "scale": one.view(1)}, r"shape \(1,\)"),
-        ({"w_sparse": w, "dtype": E4M3, "scale": one.double()}, "float64"),
+        ({"w_sparse": w, "scale_inv": one}, "expected none to pack torch.bfloat16"),
+        ({"w_sparse": w.to(E4M3), "scale_inv": one}, "expected none"),
+        ({"w_sparse": w, "dtype": E4M3, "scale_inv": one.view(1)}, r"shape \(1,\)"),
+        ({"w_sparse": w, "dtype": E4M3, "scale_inv": one.double()}, "float64"),
     ):
         with pytest.raises(KernelError, match=match):
             pack24(**arguments)
@@ -170,7 +170,7 @@ def test_refused_scales(device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_e4m3_number_survives(device, backend):
-    """Quantising numbers that are e4m3 already, with amax 448, changes none of them."""
+    """Quantizing numbers that are e4m3 already, with amax 448, changes none of them."""
     numbers = torch.arange(256, dtype=torch.uint8).view(E4M3).float().nan_to_num(448.0)
     w = torch.zeros(64, 128)
     w.view(-1, 4)[:256, 1] = numbers

@@ -41,12 +41,12 @@ def test_e4m3(device, tokens):
     w, x = operands(tokens, (128, 256), E4M3, device)
     w = (w.float() * 0.02).to(torch.bfloat16)
     packed = pack24(w, E4M3)
-    quantised = packed.dense()
+    quantized = packed.dense()
     for out_dtype in (None, torch.bfloat16, torch.float16, torch.float32):
         out = spmm24(packed, x, out_dtype=out_dtype)
         assert out.dtype == (out_dtype or torch.bfloat16) and out.is_contiguous()
         tolerance = max(TOLERANCE[out.dtype], 3e-3 if out.is_cuda else 0)
-        assert relative_error(out, quantised, x.float()) < tolerance
+        assert relative_error(out, quantized, x.float()) < tolerance
 
 
 @pytest.mark.parametrize("columns", [1, 40, 128])

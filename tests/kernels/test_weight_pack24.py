@@ -39,7 +39,7 @@ def bits(t):
 
 
 def assert_packed(packed, dense, scale):
-    """`packed` is what `pack24` makes of `dense`, byte for byte, with this dequantisation scale."""
+    """`packed` is what `pack24` makes of `dense`, byte for byte, with this scale_inv."""
     assert isinstance(packed, Packed24) and packed.shape == tuple(dense.shape)
     expected = pack24(dense, backend="reference")
     assert torch.equal(packed.metadata, expected.metadata)
@@ -94,15 +94,15 @@ def test_with_the_soft_threshold(device, backend, source, dtype, monkeypatch):
     converted = effective.to(dtype)
     if scale is not None:
         converted = (effective * scale).clamp(-448, 448).to(dtype)
-    inverse = 1.0 if scale is None else scale.reciprocal()
+    scale_inv = 1.0 if scale is None else scale.reciprocal()
     amax = torch.zeros(1, device=device)
     with monkeypatch.context() as patch:
         poison_new_tensors(patch)
+        arguments = {"dtype": dtype, "scale": scale, "transposed": "dense"}
         packed, dense = weight_pack24(
-            w, threshold_scale=beta, dtype=dtype, scale=scale, transposed="dense", amax=amax,
-            backend=backend,
-        )  # fmt: skip
-    assert_packed(packed, converted, inverse)
+            w, threshold_scale=beta, amax=amax, backend=backend, **arguments
+        )
+    assert_packed(packed, converted, scale_inv)
     assert torch.equal(bits(dense), bits(converted).t())
     assert amax == effective.abs().max()
 
@@ -192,6 +192,76 @@ def test_a_nan_is_an_error_kept_or_not(device, backend, dtype, column):
             flag.zero_()
             weight_pack24(torch.ones_like(w), nan_flag=flag, **arguments)
             assert flag.item() == 0
+
+
+def poisoned(operands):
+    """All of their memory NaN, or ones where bytes are no numbers."""
+    packed, other = operands
+    packed.scale.fill_(float("nan"))
+    for part in (packed, other):
+        if part is not None:
+            memory = part.buffer if isinstance(part, Packed24) else part.view(torch.uint8)
+            memory.fill_(255)
+    return operands
+
+
+def memory(operands):
+    """Addresses of all parts."""
+    parts = [operands[0].scale]
+    for part in operands:
+        if isinstance(part, Packed24):
+            parts += [part.values, part.metadata, part.buffer, part.scale]
+        elif part is not None:
+            parts.append(part)
+    return [part.data_ptr() for part in parts]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transposed", ["packed", "dense", None])
+@pytest.mark.parametrize("dtype", [BF16, E4M3])
+def test_operands_of_an_earlier_step_are_filled_in_place(device, backend, transposed, dtype):
+    def operands(seed, out=None):
+        w = weight((128, 256), FP32, device, seed)
+        scale = torch.tensor(30.0 + seed, device=device) if dtype == E4M3 else None
+        arguments = {"dtype": dtype, "scale": scale, "transposed": transposed}
+        return weight_pack24(w, transposable24_mask(w), out=out, backend=backend, **arguments)
+
+    out = operands(1)
+    before, expected = memory(out), operands(2)
+    result = operands(2, poisoned(out))
+    assert result is out and memory(out) == before
+    assert result[0].scale == expected[0].scale
+    for found, right in zip(result, expected, strict=True):
+        if isinstance(found, Packed24):
+            assert torch.equal(found.buffer, right.buffer)
+        elif found is not None:
+            assert torch.equal(bits(found), bits(right))
+
+
+def test_operands_that_do_not_fit_are_refused(device):
+    def operands(shape, out=None, **changes):
+        w = weight(shape, BF16, device)
+        return weight_pack24(w, transposable24_mask(w), out=out, **changes)
+
+    out = operands((64, 128))
+    with pytest.raises(KernelError, match=r"out\[0\] is .* \(64, 128\), expected .* \(128, 64\)"):
+        operands((128, 64), out)
+    with pytest.raises(KernelError, match="torch.bfloat16 .* expected torch.float16"):
+        weight_pack24(torch.ones(64, 128).half(), torch.zeros(64, 128) > 0, out=out)
+    with pytest.raises(KernelError, match="out.1. is Packed24, expected .* transposed='dense'"):
+        operands((64, 128), out, transposed="dense")
+    with pytest.raises(KernelError, match="out.1. is Packed24, expected .* transposed=None"):
+        operands((64, 128), out, transposed=None)
+    dense = operands((64, 128), transposed="dense")
+    with pytest.raises(KernelError, match=r"out\[1\] is .* \(64, 128\).* \(128, 64\)"):
+        operands((64, 128), (dense[0], dense[1].view(64, 128)), transposed="dense")
+    with pytest.raises(KernelError, match="two scales"):
+        operands((64, 128), (out[0], operands((64, 128))[1]))
+    apart = Packed24(
+        out[0].values.clone(), out[0].metadata, out[0].shape, out[0].dtype, out[0].scale
+    )
+    with pytest.raises(KernelError, match="lies in pieces"):
+        operands((64, 128), (apart, out[1]))
 
 
 ONE = torch.ones(())

@@ -36,8 +36,8 @@ def test_each_sweep_names_a_row_and_valid_parameters(tool):
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_candidates_are_set_and_checked(tool, monkeypatch, broken):
-    sweep = next(s for s in tool.SWEEPS if s.module == "gated_float8")
-    module = importlib.import_module("megasparse.kernels.gated_float8.triton")
+    sweep = next(s for s in tool.SWEEPS if s.module == "swiglu_float8")
+    module = importlib.import_module("megasparse.kernels.swiglu_float8.triton")
     before, timed, checked = module.LAUNCH, [], []
 
     def results(case, device):

@@ -1,4 +1,4 @@
-"""What current scaling needs beside a quantiser: scales from a magnitude, and undoing them.
+"""What current scaling needs beside a quantizer: scales from a magnitude, and undoing them.
 
 Neither waits for the device, so that a step that scales each tensor by its own amax never does.
 """
@@ -12,14 +12,15 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
+from megasparse.kernels.checks import WIDE_DTYPES, require
 from megasparse.kernels.current_scaling import reference, triton
 from megasparse.kernels.packed24 import E4M3_MAX
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class AmaxScales(NamedTuple):
-    """Scales that follow from one magnitude; each float32, 0-d, in 16 bytes of its own.
+    """Scales that follow from one magnitude; each float32, 0-d.
+
+    The address of each is a multiple of 16: cuBLAS takes no scale at another.
 
     Attributes:
         scale: the multiplier for a tensor of that magnitude.
@@ -31,6 +32,29 @@ class AmaxScales(NamedTuple):
     scale_inv: torch.Tensor
     draw_scale: torch.Tensor
     draw_scale_inv: torch.Tensor
+
+
+@torch.no_grad()
+def scale_inv_of(w: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """What undoes the e4m3 scaling of w by its own amax: amax / 448 (S-STE, Hu et al., 2024).
+
+    w: (N, K) float32, bfloat16 or float16, not empty; any row stride, copied unless its rows are
+    contiguous. Returns a 0-d float32 tensor on `w`'s device, without a synchronization: 1 for a
+    tensor of zeros, at least 2^-126 (so that its reciprocal is finite), and infinite or NaN when
+    `w` holds an infinity or a NaN.
+
+    Raises KernelError for another shape, dtype or backend.
+    """
+    if w.dim() != 2 or not w.numel() or w.dtype not in WIDE_DTYPES:
+        raise KernelError(
+            f"scale_inv_of: w is {w.dtype} of shape {tuple(w.shape)}, expected a non-empty matrix "
+            "of float32, bfloat16 or float16"
+        )
+    find = dispatch.implementation(
+        "scale_inv_of", w, backend, reference=reference.scale_inv_of, triton=triton.scale_inv_of
+    )
+    with torch.cuda.device_of(w):  # Triton launches on the current device
+        return find(w)
 
 
 @torch.no_grad()
@@ -55,18 +79,16 @@ def scales_of_amax(
 
     Raises: KernelError for another shape, dtype or backend.
     """
-    if amax.dtype != torch.float32 or amax.shape != (1,):
-        raise KernelError(
-            f"scales_of_amax: amax is {amax.dtype} of shape {tuple(amax.shape)}, expected "
-            "float32 (1,)"
-        )
-    chosen = dispatch.resolve("scales_of_amax", amax, backend)
-    # cuBLAS takes no scale at an address that is not a multiple of 16.
-    out = torch.empty(4, 4, dtype=torch.float32, device=amax.device)
-    implementation = triton if chosen == "triton" else reference
-    with torch.cuda.device_of(amax):
-        implementation.scales_of_amax(amax, maximum, power_of_two, out)
-    return AmaxScales(*out[:, 0].unbind())
+    require("scales_of_amax", "amax", amax, torch.float32, (1,), amax.device)
+    find = dispatch.implementation(
+        "scales_of_amax",
+        amax,
+        backend,
+        reference=reference.scales_of_amax,
+        triton=triton.scales_of_amax,
+    )
+    with torch.cuda.device_of(amax):  # Triton launches on the current device
+        return AmaxScales(*find(amax, maximum, power_of_two))
 
 
 @torch.no_grad()
@@ -90,21 +112,22 @@ def rescale_(
 
     Raises: KernelError for other dtypes, shapes, devices or backends.
     """
-    if z.dtype not in DTYPES or not z.is_contiguous():
+    if z.dtype not in WIDE_DTYPES or not z.is_contiguous():
         raise KernelError(
             f"rescale_: z is {z.dtype} with strides {z.stride()}, expected contiguous floats"
         )
     for name, factor in (("a", a), ("b", b)):
-        found = (factor.dtype, tuple(factor.shape), factor.device)
-        if found != (torch.float32, (), z.device):
-            raise KernelError(
-                f"rescale_: {name} is {found[0]} of shape {found[1]} on {found[2]}, expected "
-                f"float32, 0-d, on {z.device}"
-            )
+        require("rescale_", name, factor, torch.float32, (), z.device)
     if applied <= 0 or math.frexp(applied)[0] != 0.5:
         raise KernelError(f"rescale_: applied is {applied}, expected a power of two")
-    chosen = dispatch.resolve("rescale_", z, backend)
+    rescale = dispatch.implementation(
+        "rescale_", z, backend, reference=_by_definition, triton=triton.rescale_
+    )
     if z.numel():
         with torch.cuda.device_of(z):
-            (triton if chosen == "triton" else reference).rescale(z, a, b, 1.0 / applied)
+            rescale(z, a, b, 1.0 / applied)
     return z
+
+
+def _by_definition(z: torch.Tensor, a: torch.Tensor, b: torch.Tensor, applied_inv: float) -> None:
+    z.copy_(reference.rescaled(z, a, b, applied_inv))

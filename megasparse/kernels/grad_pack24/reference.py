@@ -1,16 +1,18 @@
-"""The definitions: the operations that are fused, one after the other."""
+"""The definition of `grad_pack24`: the operations that it fuses, one after the other."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import pad
 
-from megasparse.kernels.float8 import quantise
-from megasparse.kernels.gated_activation.reference import backward
-from megasparse.kernels.mvue24 import mvue24
-from megasparse.kernels.pack24.reference import pack
-from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.float8 import quantize, whole_tiles
+from megasparse.kernels.mvue_pack24.reference import mvue24_of_sections
+from megasparse.kernels.pack24.reference import pack24
+from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.random import SeedLike
+
+# Rows, packed, the largest |dz| and |MVUE(dz)|, and whether a packed group is crowded (all 0-d).
+Result = tuple[torch.Tensor | None, Packed24, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def grad_pack24(
@@ -18,52 +20,16 @@ def grad_pack24(
     seed: SeedLike,
     channels: tuple[tuple[int, int, int], ...],
     exact: bool,
-    scales: tuple[torch.Tensor | None, torch.Tensor],
-    row: torch.Tensor | None,
-    packed: Packed24,
-    maxima: tuple[torch.Tensor | None, torch.Tensor | None],
-    flag: torch.Tensor,
-) -> None:
-    """Fill `row` and `packed` (with its scale), raise `maxima`; each for (dz, MVUE(dz))."""
-    row_scale, packed_scale = scales
-    if row is not None:
-        assert row_scale is not None
-        row.copy_(quantise(dz, row_scale, row.dtype))
-    pruned = torch.cat(
-        [
-            mvue24(
-                dz.narrow(1, start, length).float(), seed=seed, dim=0, offsets=(0, place),
-                exact=exact, backend="reference",
-            )
-            for start, place, length in channels
-        ],
-        1,
-    )  # fmt: skip
-    for amax, x in zip(maxima, (dz, pruned)):
-        if amax is not None:
-            amax.copy_(torch.maximum(amax, x.float().abs().amax()))
-    missing = packed.shape[1] - dz.shape[0]
-    quantised = quantise(pad(pruned.t(), (0, missing)), packed_scale, packed.dtype)
-    pack(quantised.contiguous(), packed, False, flag)
-    packed.scale.copy_(packed_scale.reciprocal())
-
-
-def swiglu_grad_pack24(
-    dy: torch.Tensor,
-    fused: torch.Tensor,
-    seed: SeedLike,
-    places: tuple[int, int],
-    exact: bool,
-    scales: tuple[torch.Tensor | None, torch.Tensor],
-    row: torch.Tensor | None,
-    packed: Packed24,
-    maxima: tuple[torch.Tensor | None, torch.Tensor | None],
-    flag: torch.Tensor,
-) -> None:
-    """The same of the gradient of swiglu(`fused`), whose halves lie at `places` in the layer."""
-    width = dy.shape[1]
-    gate, x = fused.chunk(2, dim=1)
-    dx, dgate = backward(dy, x, gate, False)
-    dz = pad(torch.cat([dgate, dx], 1), (0, 0, 0, packed.shape[1] - dy.shape[0]))
-    channels = ((0, places[0], width), (width, places[1], width))
-    grad_pack24(dz, seed, channels, exact, scales, row, packed, maxima, flag)
+    row_scale: torch.Tensor | None,
+    row_dtype: torch.dtype | None,
+    packed_scale: torch.Tensor,
+) -> Result:
+    """dZ quantized (None without `row_dtype`), MVUE(dZ)^T packed in e4m3, and what was found."""
+    row = None
+    if row_dtype is not None and row_scale is not None:
+        row = quantize(dz, row_scale, row_dtype)
+    pruned = mvue24_of_sections(dz.float(), seed, channels, exact)
+    missing = whole_tiles(dz.shape[0]) - dz.shape[0]
+    quantized = quantize(pad(pruned.t(), (0, missing)), packed_scale, E4M3)
+    packed, crowded = pack24(quantized, E4M3, packed_scale.reciprocal())
+    return row, packed, dz.float().abs().amax(), pruned.abs().amax(), crowded

@@ -11,9 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import raise_above
+from megasparse.kernels.device.groups import widen
 from megasparse.kernels.float8 import E5M2
-from megasparse.kernels.float8.triton import raise_above
-from megasparse.kernels.grad_tiles.triton import (
+from megasparse.kernels.grad_pack24.quantization import Quantization
+from megasparse.kernels.mvue24.triton_packed import signs16
+from megasparse.kernels.mvue24.triton_sampler import seed_arguments, seed_of
+from megasparse.kernels.mvue24.triton_tile import (
     Launch,
     load_token,
     prune,
@@ -21,9 +25,6 @@ from megasparse.kernels.grad_tiles.triton import (
     store_rows,
     tiles,
 )
-from megasparse.kernels.groups.triton import widen
-from megasparse.kernels.mvue24.triton import _seed_arguments, seed_of
-from megasparse.kernels.mvue_words.triton import signs16
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
 
@@ -51,7 +52,7 @@ def _grad_pack24_kernel(
     metadata_ptr,
     row_scale_ptr,
     packed_scale_ptr,
-    inverse_ptr,
+    scale_inv_ptr,
     row_amax_ptr,
     packed_amax_ptr,
     flag_ptr,
@@ -86,7 +87,7 @@ def _grad_pack24_kernel(
         packed_amax = tl.load(packed_amax_ptr)
     packed_scale = tl.load(packed_scale_ptr)
     if (block_row == 0) & (tile == 0):
-        tl.store(inverse_ptr, tl.div_rn(1.0, packed_scale))
+        tl.store(scale_inv_ptr, tl.div_rn(1.0, packed_scale))
     # Loads and stores keep this order; the second group's loads pass the first one's arithmetic.
     x = _load(dz_ptr, 2 * pair, channel, num_tokens, dz_stride, FULL)
     scale = 1.0
@@ -104,9 +105,17 @@ def _grad_pack24_kernel(
         raise_above(packed_amax_ptr, tl.maximum(pruned0[3], pruned1[3]), packed_amax)
     first_row = first_channel + block_row.to(tl.int64) * 64
     store_packed(
-        words_ptr, metadata_ptr, flag_ptr, pruned0, pruned1, first_row, tile, padded_tokens,
-        EXACT, PAIRS,
-    )  # fmt: skip
+        words_ptr,
+        metadata_ptr,
+        flag_ptr,
+        pruned0,
+        pruned1,
+        first_row,
+        tile,
+        padded_tokens,
+        EXACT,
+        PAIRS,
+    )
 
 
 def grad_pack24(
@@ -114,19 +123,15 @@ def grad_pack24(
     seed: SeedLike,
     channels: tuple[tuple[int, int, int], ...],
     exact: bool,
-    scales: tuple[torch.Tensor | None, torch.Tensor],
-    row: torch.Tensor | None,
-    packed: Packed24,
-    maxima: tuple[torch.Tensor | None, torch.Tensor | None],
-    flag: torch.Tensor,
-) -> None:
-    """See reference.py."""
+    how: Quantization,
+) -> tuple[torch.Tensor | None, Packed24]:
+    """See reference.py; raises amaxes and flag of `how`."""
     if dz.stride(1) != 1:
         dz = dz.contiguous()
+    row, packed, flag = how.new_outputs(dz, dz.shape[0])
     padded = packed.shape[1]
     pairs, options = LAUNCH.fitted(padded)
-    seed_ptr, key, high = _seed_arguments(seed)
-    row_amax, packed_amax = (None if amax is None else amax.view(torch.int32) for amax in maxima)
+    seed_ptr, key, high = seed_arguments(seed)
     for start, place, length in channels:
         for grid, first_tile in tiles(length // 64, padded // (8 * pairs)):
             with torch.cuda.device_of(dz):  # Triton launches on the current device
@@ -135,10 +140,11 @@ def grad_pack24(
                     None if row is None else row.view(torch.int8),
                     packed.values.view(torch.int32),
                     packed.metadata,
-                    *scales,
+                    how.row_scale,
+                    how.packed_scale,
                     packed.scale,
-                    row_amax,
-                    packed_amax,
+                    None if how.row_amax is None else how.row_amax.view(torch.int32),
+                    None if how.packed_amax is None else how.packed_amax.view(torch.int32),
                     flag,
                     seed_ptr,
                     key,
@@ -151,9 +157,10 @@ def grad_pack24(
                     start,
                     place,
                     EXACT=exact,
-                    E5M2=row is not None and row.dtype == E5M2,
+                    E5M2=how.row_dtype == E5M2,
                     PAIRS=pairs,
                     FULL=dz.shape[0] == padded,
                     enable_fp_fusion=False,
                     **options,
                 )
+    return row, packed

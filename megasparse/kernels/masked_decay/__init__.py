@@ -6,8 +6,10 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.groups import WIDE_DTYPES
+from megasparse.kernels.checks import WIDE_DTYPES
 from megasparse.kernels.masked_decay import reference, triton
+
+_CHUNK = 1 << 22
 
 
 def masked_decay_(
@@ -36,8 +38,9 @@ def masked_decay_(
                 f"masked_decay_: {name} is {tensor.dtype}, expected float32, bfloat16 or float16"
             )
         _check_same("masked_decay_", name, tensor, "mask", mask)
-    chosen = dispatch.resolve("masked_decay_", grad, backend)
-    apply = triton.masked_decay if chosen == "triton" else reference.masked_decay
+    apply = dispatch.implementation(
+        "masked_decay_", grad, backend, reference=_by_definition, triton=triton.masked_decay_
+    )
     with torch.cuda.device_of(grad):
         apply(grad.detach(), w.detach(), mask, decay)
     return grad
@@ -49,16 +52,28 @@ def count_flips(
     """The number of entries in which two masks differ: int64, 0-d, on the masks' device.
 
     Divided by the number of entries it is FST's flip rate (Hu et al., ICML 2024).
-    mask_a, mask_b: bool, of one shape, on one device. Does not synchronise.
+    mask_a, mask_b: bool, of one shape, on one device. Does not synchronize.
     Raises KernelError for other dtypes, shapes, devices or backends.
     """
     _check_mask("count_flips", "mask_a", mask_a)
     _check_mask("count_flips", "mask_b", mask_b)
     _check_same("count_flips", "mask_b", mask_b, "mask_a", mask_a)
-    chosen = dispatch.resolve("count_flips", mask_a, backend)
-    count = triton.count_flips if chosen == "triton" else reference.count_flips
+    count = dispatch.implementation(
+        "count_flips", mask_a, backend, reference=reference.count_flips, triton=triton.count_flips
+    )
     with torch.cuda.device_of(mask_a):
         return count(mask_a, mask_b)
+
+
+def _by_definition(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> None:
+    """In place, in pieces whose temporaries are small: halves of the longest dimension."""
+    if grad.dim() == 0 or grad.numel() <= _CHUNK:
+        grad.copy_(reference.masked_decay(grad, w, mask, decay))
+        return
+    dim = max(range(grad.dim()), key=lambda i: grad.shape[i])
+    halves = [tensor.tensor_split(2, dim) for tensor in (grad, w, mask)]
+    for g, v, m in zip(*halves):
+        _by_definition(g, v, m, decay)
 
 
 def _check_mask(op: str, name: str, mask: torch.Tensor) -> None:

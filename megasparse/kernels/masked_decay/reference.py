@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import torch
 
-_CHUNK = 1 << 22
 
+def masked_decay(
+    grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float
+) -> torch.Tensor:
+    """grad + decay * w where `mask` is False, else grad; product and sum each rounded to fp32.
 
-def masked_decay(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> None:
-    """grad += decay * w where `mask` is False; product and sum each rounded to fp32.
-
-    The result is then rounded to `grad`'s dtype. Entries with mask True are not written.
+    The sum is then rounded to `grad`'s dtype.
     """
-    if grad.dim() == 0 or grad.numel() <= _CHUNK:
-        decayed = grad.float() + w.float() * decay
-        grad.copy_(torch.where(mask, grad, decayed.to(grad.dtype)))
-        return
-    # Halve the longest dimension (views of grad) until the fp32 temporaries are small.
-    dim = max(range(grad.dim()), key=lambda i: grad.shape[i])
-    halves = [tensor.tensor_split(2, dim) for tensor in (grad, w, mask)]
-    for g, v, m in zip(*halves):
-        masked_decay(g, v, m, decay)
+    decayed = grad.float() + w.float() * decay
+    return torch.where(mask, grad, decayed.to(grad.dtype))
 
 
 def count_flips(mask_a: torch.Tensor, mask_b: torch.Tensor) -> torch.Tensor:

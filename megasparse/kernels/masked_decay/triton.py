@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.groups import KINDS, Launch, Launches, group_words
-from megasparse.kernels.groups.triton import from_fp32, to_fp32
+from megasparse.kernels.device.groups import from_fp32, to_fp32
+from megasparse.kernels.launches import KINDS, Launch, Launches, group_words
 
 # In entries: 16 bytes of the gradient a thread.
 DECAY_LAUNCHES = Launches(
@@ -49,9 +49,12 @@ def _count_flips_kernel(mask_a, mask_b, counts, words, BLOCK: tl.constexpr):
     tl.store(counts + pid, tl.sum((differ * 0x01010101) >> 24))
 
 
-def masked_decay(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> None:
-    """`reference.masked_decay`. The kernel walks `grad`'s memory; `w` and `mask` are copied when
-    laid out differently, and a `grad` with gaps goes through a contiguous copy."""
+def masked_decay_(grad: torch.Tensor, w: torch.Tensor, mask: torch.Tensor, decay: float) -> None:
+    """`reference.masked_decay`, in place.
+
+    The kernel walks `grad`'s memory; `w` and `mask` are copied when laid out differently, and a
+    `grad` with gaps goes through a contiguous copy.
+    """
     if grad.numel() == 0:
         return
     order = sorted(range(grad.dim()), key=grad.stride, reverse=True)

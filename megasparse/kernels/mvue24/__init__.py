@@ -33,8 +33,9 @@ def mvue24(
     Args:
         g: (R, C) float32, bfloat16 or float16, any strides (dense row- and column-major without a
             copy; others are copied). Arithmetic is float32.
-        seed: int of at most 64 bits, or one int64 element on g's device (read by the kernel: no
-            synchronisation and no recompilation when it changes). See `random.derive_seed`.
+        seed: int of at most 64 bits, or an int64 tensor, 0-d or (1,), on g's device (read by the
+            kernel: no synchronization and no recompilation when it changes). See
+            `random.derive_seed`.
         dim: the dimension that the groups of 4 consecutive entries run along. A size that is no
             multiple of 4 counts as padded with zeros.
         offsets: global index of g[0, 0]. The numbers drawn depend on (seed, global group index
@@ -53,10 +54,12 @@ def mvue24(
     """
     dim = _check(g, dim, offsets)
     check_seed("mvue24", seed, g.device)
-    implementation = triton if dispatch.resolve("mvue24", g, backend) == "triton" else reference
+    sample = dispatch.implementation(
+        "mvue24", g, backend, reference=reference.mvue24, triton=triton.mvue24
+    )
     if g.numel() == 0:
         return torch.empty_like(g)
-    return implementation.mvue24(g, seed, dim, offsets, exact)
+    return sample(g, seed, dim, offsets, exact)
 
 
 def _check(g: torch.Tensor, dim: int, offsets: tuple[int, int]) -> int:

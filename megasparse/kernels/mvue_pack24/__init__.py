@@ -6,9 +6,10 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
+from megasparse.kernels.checks import require, set_flag
 from megasparse.kernels.mvue_pack24 import reference, triton
 from megasparse.kernels.packed24 import COLUMN_MULTIPLE, E4M3, ROW_MULTIPLE, Packed24
-from megasparse.kernels.random import SeedLike
+from megasparse.kernels.random import SeedLike, check_seed
 
 # Sections of channels: (first local channel, its place in the whole layer, number of channels).
 Channels = tuple[tuple[int, int, int], ...]
@@ -29,7 +30,7 @@ def mvue_pack24(
     Args:
         dz: (T, N) output gradient, bfloat16 or float16, row-major; N a multiple of 64, any T
             (tokens of zeros fill it up to a multiple of 64).
-        seed: as `mvue24`.
+        seed: int of at most 64 bits, or an int64 tensor, 0-d or (1,), on dz's device; as `mvue24`.
         channels: where the channels lie in the whole layer, in sections whose sizes are multiples
             of 64; by default they are the layer's first.
         exact: the exact sampler, or the papers' approximation.
@@ -41,16 +42,35 @@ def mvue_pack24(
 
     Raises: KernelError on sizes, dtypes, or a backend that cannot run.
     """
-    if dz.dim() != 2 or dz.dtype == E4M3 or dz.dtype not in COLUMN_MULTIPLE:
+    if dz.dim() != 2 or dz.dtype == E4M3 or dz.dtype not in COLUMN_MULTIPLE or not dz.shape[0]:
         raise KernelError(
             f"mvue_pack24: dz is {dz.dtype} of shape {tuple(dz.shape)}, expected 16 bits, (T, N)"
         )
-    tokens, width = dz.shape
-    channels = channels or ((0, 0, width),)
-    if not tokens or sum(length for *_, length in channels) != width:
-        raise KernelError(f"mvue_pack24: sections {channels} of channels, expected all {width}")
+    channels = channels or ((0, 0, dz.shape[1]),)
+    check_channels("mvue_pack24", dz.shape[1], channels)
+    check_seed("mvue_pack24", seed, dz.device)
+    require("mvue_pack24", "error_flag", error_flag, torch.int32, (1,), dz.device)
+    run = dispatch.implementation(
+        "mvue_pack24", dz, backend, reference=_by_definition, triton=triton.mvue_pack24
+    )
+    return run(dz, seed, channels, exact, error_flag)
+
+
+def check_channels(op: str, width: int, channels: Channels) -> None:
+    """KernelError unless the sections are all of `width` channels, in multiples of 64."""
+    if sum(length for *_, length in channels) != width:
+        raise KernelError(f"{op}: sections {channels} of channels, expected all {width}")
     if any(start % ROW_MULTIPLE or length % ROW_MULTIPLE for start, _, length in channels):
-        raise KernelError(f"mvue_pack24: sections {channels}, expected multiples of {ROW_MULTIPLE}")
-    name = dispatch.resolve("mvue_pack24", dz, backend)
-    implementation = triton if name == "triton" else reference
-    return implementation.mvue_pack24(dz, seed, channels, exact, error_flag)
+        raise KernelError(f"{op}: sections {channels}, expected multiples of {ROW_MULTIPLE}")
+
+
+def _by_definition(
+    dz: torch.Tensor,
+    seed: SeedLike,
+    channels: Channels,
+    exact: bool,
+    error_flag: torch.Tensor | None,
+) -> Packed24:
+    packed, crowded = reference.mvue_pack24(dz, seed, channels, exact)
+    set_flag(error_flag, crowded)
+    return packed

@@ -1,31 +1,33 @@
-"""The definition of `mvue_pack24`: the two operations one after the other."""
+"""The definition of `mvue_pack24`: the operations that it fuses, one after the other."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import pad
 
-from megasparse.kernels.mvue24 import mvue24
-from megasparse.kernels.pack24 import pack24
-from megasparse.kernels.packed24 import COLUMN_MULTIPLE, Packed24
+from megasparse.kernels.mvue24.reference import mvue24
+from megasparse.kernels.pack24.reference import pack24
+from megasparse.kernels.packed24 import COLUMN_MULTIPLE, Packed24, unit_scale
 from megasparse.kernels.random import SeedLike
 
 
 def mvue_pack24(
-    dz: torch.Tensor,
-    seed: SeedLike,
-    channels: tuple[tuple[int, int, int], ...],
-    exact: bool,
-    error_flag: torch.Tensor | None,
-) -> Packed24:
-    """See `megasparse.kernels.mvue_pack24`."""
-    pruned = [
-        mvue24(
-            dz.narrow(1, start, length), seed=seed, dim=0, offsets=(0, place), exact=exact,
-            backend="reference",
-        )
-        for start, place, length in channels
-    ]  # fmt: skip
-    transposed = torch.cat(pruned, 1).t().contiguous()
+    dz: torch.Tensor, seed: SeedLike, channels: tuple[tuple[int, int, int], ...], exact: bool
+) -> tuple[Packed24, torch.Tensor]:
+    """MVUE(dZ)^T packed; 0-d bool, whether a group of it has more than two non-zeros."""
+    pruned = mvue24_of_sections(dz, seed, channels, exact)
     missing = -dz.shape[0] % COLUMN_MULTIPLE[dz.dtype]
-    return pack24(pad(transposed, (0, missing)), error_flag=error_flag, backend="reference")
+    return pack24(pad(pruned.t(), (0, missing)), dz.dtype, unit_scale(dz.device))
+
+
+def mvue24_of_sections(
+    dz: torch.Tensor, seed: SeedLike, channels: tuple[tuple[int, int, int], ...], exact: bool
+) -> torch.Tensor:
+    """MVUE(dZ) (T, N), 2:4 along tokens; each section draws the numbers of its place."""
+    return torch.cat(
+        [
+            mvue24(dz.narrow(1, start, length), seed, 0, (0, place), exact)
+            for start, place, length in channels
+        ],
+        1,
+    )

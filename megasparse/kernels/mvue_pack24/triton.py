@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.groups import raise_flag, widen
+from megasparse.kernels.device.layout24 import crowded16, select16, to_word
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.grad_tiles.triton import load_token, tiles
-from megasparse.kernels.groups.triton import raise_flag, widen
-from megasparse.kernels.layout24.triton import crowded16, select16, to_word
-from megasparse.kernels.mvue24.triton import _seed_arguments, draw, sample_scaled, seed_of
-from megasparse.kernels.mvue_words.triton import packed16, sample, signs16
+from megasparse.kernels.mvue24.triton_packed import packed16, sample, signs16
+from megasparse.kernels.mvue24.triton_sampler import draw, sample_scaled, seed_arguments, seed_of
+from megasparse.kernels.mvue24.triton_tile import load_token, tiles
 from megasparse.kernels.packed24 import COLUMN_MULTIPLE, Packed24, empty_packed, unit_scale
 from megasparse.kernels.random import SeedLike
 
@@ -89,9 +89,8 @@ def _mvue_pack16_kernel(
     x1 = load_token(ptrs + dz_stride, token + 1, num_tokens, FULL)
     x2 = load_token(ptrs + 2 * dz_stride, token + 2, num_tokens, FULL)
     x3 = load_token(ptrs + 3 * dz_stride, token + 3, num_tokens, FULL)
-    kept, code = _prune(
-        x0, x1, x2, x3, group.to(tl.uint32), other, flag_ptr, key, high, EXACT
-    )  # fmt: skip
+    group = group.to(tl.uint32)
+    kept, code = _prune(x0, x1, x2, x3, group, other, flag_ptr, key, high, EXACT)
     # A word holds the two values that a group of this channel keeps: row `channel` of the packed
     # values, column `group`.
     first_row = first_channel + block_row.to(tl.int64) * 64
@@ -126,7 +125,7 @@ def mvue_pack24(
     packed = empty_packed((width, padded), dz.dtype, unit_scale(dz.device), dz.device)
     if error_flag is None:
         error_flag = torch.zeros(1, dtype=torch.int32, device=dz.device)
-    seed_ptr, key, high = _seed_arguments(seed)
+    seed_ptr, key, high = seed_arguments(seed)
     for start, place, length in channels:
         for grid, first_tile in tiles(length // 64, padded // (4 * groups)):
             with torch.cuda.device_of(dz):  # Triton launches on the current device

@@ -8,7 +8,8 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.float8 import check_scaling, new_operands
+from megasparse.kernels.checks import require
+from megasparse.kernels.float8 import check_scaling, raise_amax
 from megasparse.kernels.norm_float8 import reference, triton
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -44,11 +45,11 @@ def norm_float8(
     amax: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> NormFloat8:
-    """LayerNorm or RMSNorm of x, quantised to e4m3, row-major and transposed.
+    """LayerNorm or RMSNorm of x, quantized to e4m3, row-major and transposed.
 
         y = (x - mean) * rstd * weight + bias          float32, mean 0 for RMSNorm
 
-    rounded to the dtype of x, times `scale`, saturated: what a norm followed by a quantiser gives,
+    rounded to the dtype of x, times `scale`, saturated: what a norm followed by a quantizer gives,
     but the 16-bit y is never written. Statistics are float32 sums, whose order is each
     implementation's own: now and then a last bit of y, and so a byte of the result, is another.
 
@@ -74,20 +75,26 @@ def norm_float8(
             f"H a multiple of {WIDTH_MULTIPLE}"
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        found = (tensor.dtype, tuple(tensor.shape), tensor.device)
-        if found != (x.dtype, (x.shape[1],), x.device):
-            raise KernelError(
-                f"norm_float8: {name} is a {tensor.dtype} tensor of shape {tuple(tensor.shape)} on "
-                f"{tensor.device}, expected {x.dtype} {(x.shape[1],)} on {x.device}"
-            )
+        require("norm_float8", name, tensor, x.dtype, (x.shape[1],), x.device)
     check_scaling("norm_float8", x.device, scale, amax)
-    rows, columns = new_operands(x.shape[0], x.shape[1], transposed, x.device)
-    rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    mean = torch.empty_like(rstd) if centred else None
-    implementation = (
-        triton if dispatch.resolve("norm_float8", x, backend) == "triton" else reference
+    run = dispatch.implementation(
+        "norm_float8", x, backend, reference=_by_definition, triton=triton.norm_float8
     )
-    implementation.norm_float8(x, weight, bias, eps, scale, rows, columns, mean, rstd, amax)
-    return NormFloat8(rows, columns, mean, rstd)
+    return NormFloat8(*run(x, weight, bias, centred, eps, scale, transposed, amax))
+
+
+def _by_definition(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    centred: bool,
+    eps: float,
+    scale: torch.Tensor,
+    transposed: bool,
+    amax: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    rows, columns, mean, rstd, found = reference.norm_float8(
+        x, weight, bias, centred, eps, scale, transposed
+    )
+    raise_amax(amax, found)
+    return rows, columns, mean, rstd

@@ -1,35 +1,33 @@
-"""The definition of `norm_float8`: torch's norm and the quantiser, one after the other."""
+"""The definition of `norm_float8`: torch's norm and the quantizer, one after the other."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import layer_norm, rms_norm
 
-from megasparse.kernels.float8 import fill_operands
+from megasparse.kernels.float8 import operands
 
 
 def norm_float8(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    centred: bool,
     eps: float,
     scale: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor,
-    amax: torch.Tensor | None,
-) -> None:
-    """Fill `rows`, `columns`, `mean` (None: RMSNorm) and `rstd`; raise `amax`."""
-    fill_operands(normalise(x, weight, bias, eps, mean is not None), scale, rows, columns, amax)
-    values = x.float()
-    if mean is not None:
-        mean.copy_(values.mean(1))
+    transposed: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """rows, columns, mean, rstd (of `NormFloat8`), and the largest magnitude of the norm, 0-d."""
+    rows, columns, amax = operands(normalize(x, weight, bias, eps, centred), scale, transposed)
+    values, mean = x.float(), None
+    if centred:
+        mean = values.mean(1)
         values = values - mean[:, None]
-    rstd.copy_(torch.rsqrt(values.square().mean(1) + eps))
+    rstd = torch.rsqrt(values.square().mean(1) + eps)
+    return rows, columns, mean, rstd, amax
 
 
-def normalise(
+def normalize(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool
 ) -> torch.Tensor:
     """The norm in the dtype of x, by torch; differentiable.

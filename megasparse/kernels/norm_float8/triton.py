@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import largest_of_four, raise_amax, store_operands
+from megasparse.kernels.device.groups import rounded_pair, widen
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8.triton import largest_of_four, raise_amax, store_operands
-from megasparse.kernels.groups.triton import rounded_pair, widen
+from megasparse.kernels.float8 import new_operands
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,19 @@ def _load_four(ptrs, stride, token, num_tokens, POLICY: tl.constexpr):
 
 @triton.jit
 def _means(
-    ptrs, stride, token, num_tokens, width, m0, m1, m2, m3,
-    SQUARED: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    ptrs,
+    stride,
+    token,
+    num_tokens,
+    width,
+    m0,
+    m1,
+    m2,
+    m3,
+    SQUARED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Means over the channels of x, or of (x - m)^2, of the four tokens of each group."""
     s0 = tl.zeros((GROUPS, CHANNELS), tl.float32)
     s1, s2, s3 = s0, s0, s0
@@ -171,17 +182,18 @@ def norm_float8(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    centred: bool,
     eps: float,
     scale: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor,
+    transposed: bool,
     amax: torch.Tensor | None,
-) -> None:
-    """See reference.py."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """See reference.py; raises `amax`."""
     if x.stride(1) != 1:
         x = x.contiguous()
+    rows, columns = new_operands(x.shape[0], x.shape[1], transposed, x.device)
+    rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    mean = torch.empty_like(rstd) if centred else None
     padded, width = rows.shape
     groups, channels, num_warps = _tile(padded, width, INTERPRETED if INTERPRETING else LAUNCH)
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -204,6 +216,7 @@ def norm_float8(
             CHANNELS=channels,
             num_warps=num_warps,
         )
+    return rows, columns, mean, rstd
 
 
 def _tile(padded: int, width: int, launch: Launch) -> tuple[int, int, int]:

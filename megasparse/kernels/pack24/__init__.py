@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.amax_scale import amax_scale
-from megasparse.kernels.pack24 import reference, triton
+from megasparse.kernels.checks import require, set_flag
+from megasparse.kernels.current_scaling import scale_inv_of
+from megasparse.kernels.pack24 import reference, triton, triton_unpack
 from megasparse.kernels.packed24 import (
     COLUMN_MULTIPLE,
     E4M3,
     ROW_MULTIPLE,
     Packed24,
-    empty_packed,
     unit_scale,
 )
 
@@ -26,8 +24,8 @@ INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, E4M3)
 def pack24(
     w_sparse: torch.Tensor,
     dtype: torch.dtype | None = None,
+    scale_inv: torch.Tensor | None = None,
     *,
-    scale: torch.Tensor | None = None,
     error_flag: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Packed24:
@@ -41,35 +39,36 @@ def pack24(
         w_sparse: (N, K), at most 2 non-zeros in each group of 4 along K; N a multiple of 64, K of
             64 (16-bit) or 128 (8-bit). Any row stride; copied unless its rows are contiguous.
         dtype: bfloat16, float16 or float8_e4m3fn; by default that of `w_sparse`. float32 is rounded
-            to 16 bits. Wider inputs are quantised to e4m3: values = w * (1 / scale), to nearest
+            to 16 bits. Wider inputs are quantized to e4m3: values = w * (1 / scale_inv), to nearest
             even, saturated at 448 (infinities too; NaN stays NaN). The columns named are those that
-            are non-zero before quantisation.
-        scale: 0-d float32 on w's device, above 0: the dequantisation scale, as delayed scaling
-            knows it from earlier steps. Kept in the result, not copied. None: amax / 448, 1 when w
-            is zero, which costs a pass over w. Only for wider inputs packed as e4m3.
+            are non-zero before that.
+        scale_inv: 0-d float32 on w's device, above 0: what undoes the scaling, w = values *
+            scale_inv, as delayed scaling knows it from earlier steps. The result's `scale` is this
+            very tensor. None: amax / 448, 1 when w is zero, which costs a pass over w. Only for
+            wider inputs packed as e4m3.
         error_flag: one int32 element on w's device. On CUDA it is set to 1, without a
-            synchronisation, when a group has more than two non-zeros; the packed result is then
+            synchronization, when a group has more than two non-zeros; the packed result is then
             not w. Without it, and always on the CPU, the call raises.
         backend: None, "reference" or "triton".
 
     Raises: KernelError on sizes, dtypes, or an input that is not 2:4.
     """
-    dtype = _check(w_sparse, dtype)
-    _check_scale(w_sparse, dtype, scale)
-    implementation = _implementation("pack24", w_sparse, backend)
+    dtype = _check(w_sparse, dtype, scale_inv)
+    require("pack24", "scale_inv", scale_inv, torch.float32, (), w_sparse.device)
+    require("pack24", "error_flag", error_flag, torch.int32, None, w_sparse.device)
+    pack = dispatch.implementation(
+        "pack24", w_sparse, backend, reference=_by_definition, triton=triton.pack24
+    )
     asynchronous = w_sparse.is_cuda and error_flag is not None
     flag = error_flag if asynchronous else w_sparse.new_zeros(1, dtype=torch.int32)
     assert flag is not None
-    _check_flag(w_sparse, flag)
     if w_sparse.dtype == torch.float32 and dtype != E4M3:
         w_sparse = w_sparse.to(dtype)
-    quantise = w_sparse.dtype != dtype
-    if not quantise:
-        scale = unit_scale(w_sparse.device)
-    elif scale is None:
-        scale = amax_scale(w_sparse, backend=backend)
-    packed = empty_packed((w_sparse.shape[0], w_sparse.shape[1]), dtype, scale, w_sparse.device)
-    implementation.pack(w_sparse, packed, quantise, flag)
+    if w_sparse.dtype == dtype:
+        scale_inv = unit_scale(w_sparse.device)
+    elif scale_inv is None:
+        scale_inv = scale_inv_of(w_sparse, backend=backend)
+    packed = pack(w_sparse, dtype, scale_inv, flag)
     if not asynchronous and flag.item():
         raise _not_24(w_sparse)
     return packed
@@ -83,14 +82,27 @@ def unpack24(packed: Packed24, *, backend: str | None = None) -> torch.Tensor:
 
     Raises: KernelError when the backend cannot run.
     """
-    return _implementation("unpack24", packed.values, backend).unpack(packed)
+    unpack = dispatch.implementation(
+        "unpack24",
+        packed.values,
+        backend,
+        reference=reference.unpack24,
+        triton=triton_unpack.unpack24,
+    )
+    return unpack(packed)
 
 
-def _implementation(op: str, tensor: torch.Tensor, backend: str | None) -> Any:
-    return triton if dispatch.resolve(op, tensor, backend) == "triton" else reference
+def _by_definition(
+    w: torch.Tensor, dtype: torch.dtype, scale_inv: torch.Tensor, flag: torch.Tensor
+) -> Packed24:
+    packed, crowded = reference.pack24(w, dtype, scale_inv)
+    set_flag(flag, crowded)
+    return packed
 
 
-def _check(w: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def _check(
+    w: torch.Tensor, dtype: torch.dtype | None, scale_inv: torch.Tensor | None
+) -> torch.dtype:
     """The dtype to pack as; KernelError when `w` cannot be packed as that."""
     dtype = w.dtype if dtype is None else dtype
     if dtype not in COLUMN_MULTIPLE:
@@ -104,27 +116,9 @@ def _check(w: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
             f"pack24: w has shape {tuple(w.shape)}, expected multiples of "
             f"({ROW_MULTIPLE}, {multiple}) for {dtype}"
         )
+    if scale_inv is not None and (dtype != E4M3 or w.dtype == E4M3):
+        raise KernelError(f"pack24: scale_inv is given, expected none to pack {w.dtype} as {dtype}")
     return dtype
-
-
-def _check_flag(w: torch.Tensor, flag: torch.Tensor) -> None:
-    if flag.dtype != torch.int32 or flag.numel() != 1 or flag.device != w.device:
-        raise KernelError(
-            f"pack24: error_flag is a {flag.dtype} tensor of {flag.numel()} elements on "
-            f"{flag.device}, expected one int32 on {w.device}"
-        )
-
-
-def _check_scale(w: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> None:
-    if scale is None:
-        return
-    if dtype != E4M3 or w.dtype == E4M3:
-        raise KernelError(f"pack24: scale is given, expected none to pack {w.dtype} as {dtype}")
-    if scale.dtype != torch.float32 or scale.dim() != 0 or scale.device != w.device:
-        raise KernelError(
-            f"pack24: scale is a {scale.dtype} tensor of shape {tuple(scale.shape)} on "
-            f"{scale.device}, expected 0-d float32 on {w.device}"
-        )
 
 
 def _not_24(w: torch.Tensor) -> KernelError:

@@ -1,4 +1,4 @@
-"""Triton kernels of `pack24` and `unpack24`; reference.py is the definition.
+"""Triton kernels of `pack24`; reference.py is the definition.
 
 A program handles 64 rows, the height of a metadata block, so the metadata it writes is contiguous:
 only the 4-bit codes (1/16 of the bytes) change threads on their way. Weights move as integers.
@@ -7,16 +7,17 @@ only the 4-bit codes (1/16 of the bytes) change threads on their way. Weights mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import to_float8
+from megasparse.kernels.device.groups import widen
+from megasparse.kernels.device.layout24 import crowded8, select8
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8.triton import to_float8
-from megasparse.kernels.groups.triton import widen
-from megasparse.kernels.layout24.triton import crowded8, select8
-from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.packed24 import Packed24, empty_packed
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,6 @@ class Launch:
 
 
 PACK = Launch(columns=128, num_warps=4)
-UNPACK = Launch(columns=128, num_warps=4)
 # The interpreter costs time per program, not per element.
 INTERPRETED = Launch(columns=1024, num_warps=4)
 
@@ -57,7 +57,7 @@ def _select(w, ROWS: tl.constexpr, GROUPS: tl.constexpr, MAGNITUDE: tl.constexpr
 
 
 @triton.jit
-def _kept_columns(tile, COLUMNS: tl.constexpr, HELD: tl.constexpr):
+def kept_columns(tile, COLUMNS: tl.constexpr, HELD: tl.constexpr):
     """Columns of the tile in the values, HELD to a thread: what 16 bytes of dense columns give.
 
     Without the hint Triton moves values between threads, through shared memory, to write 16 bytes
@@ -90,7 +90,7 @@ def _pack16_kernel(
     low0, low1, low_code, low_violated = _select(low, 32, GROUPS, 0x7FFF)
     high0, high1, high_code, high_violated = _select(high, 32, GROUPS, 0x7FFF)
     _raise_flag(flag_ptr, low_violated | high_violated)
-    kept_column = _kept_columns(tile, COLUMNS, 4)
+    kept_column = kept_columns(tile, COLUMNS, 4)
     half = tl.cast(num_columns // 2, tl.int64)
     values_ptrs = values_ptr + row * half + kept_column
     tl.store(values_ptrs, tl.reshape(tl.join(low0, low1), (32, COLUMNS // 2)))
@@ -135,17 +135,17 @@ def _pack8_kernel(
 
 
 @triton.jit
-def _quantise_pack8_kernel(
+def _quantize_pack8_kernel(
     w_ptr,
     values_ptr,
     metadata_ptr,
     flag_ptr,
-    scale_ptr,
+    scale_inv_ptr,
     num_columns,
     w_stride,
     COLUMNS: tl.constexpr,
 ):
-    """Wider weights: the kept two times 1 / *scale_ptr as e4m3, saturated."""
+    """Wider weights: the kept two times 1 / *scale_inv_ptr as e4m3, saturated."""
     GROUPS: tl.constexpr = COLUMNS // 4
     tiles = num_columns // COLUMNS
     pid = tl.program_id(0)
@@ -155,111 +155,49 @@ def _quantise_pack8_kernel(
     w = widen(tl.load(w_ptr + row * w_stride + column))
     v0, v1, code, violated = _select(w, 64, GROUPS, 0)
     _raise_flag(flag_ptr, violated)
-    factor = tl.div_rn(1.0, tl.load(scale_ptr))
+    factor = tl.div_rn(1.0, tl.load(scale_inv_ptr))
     values = tl.reshape(tl.join(v0, v1), (64, COLUMNS // 2)) * factor
     HELD: tl.constexpr = 64 // w_ptr.dtype.element_ty.primitive_bitwidth
-    kept_column = _kept_columns(tile, COLUMNS, HELD)
+    kept_column = kept_columns(tile, COLUMNS, HELD)
     tl.store(values_ptr + row * (num_columns // 2) + kept_column, to_float8(values, False))
     _store_metadata8(metadata_ptr, code, block_row, tile, num_columns, COLUMNS)
 
 
-@triton.jit
-def _place(values, code, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Dense rows from the kept values (ROWS, COLUMNS / 2) and the codes (ROWS, COLUMNS / 4)."""
-    v0, v1 = tl.split(tl.reshape(values, (ROWS, COLUMNS // 4, 2)))
-    zero = tl.zeros_like(v0)
-    # In one word with the first value the code is moved once to the threads that hold the values.
-    word = (v0.to(tl.int32) & 0xFFFF) | (code.to(tl.int32) << 16)
-    v0, code = word.to(values.dtype), word >> 16
-    i0, i1 = code & 3, code >> 2
-    w0 = tl.where(i0 == 0, v0, zero)
-    w1 = tl.where(i0 == 1, v0, tl.where(i1 == 1, v1, zero))
-    w2 = tl.where(i0 == 2, v0, tl.where(i1 == 2, v1, zero))
-    w3 = tl.where(i1 == 3, v1, zero)
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS))
-
-
-@triton.jit
-def _unpack16_kernel(values_ptr, metadata_ptr, w_ptr, num_columns, COLUMNS: tl.constexpr):
-    tiles = num_columns // COLUMNS
-    pid = tl.program_id(0)
-    block_row, tile = pid // tiles, pid % tiles
-    start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
-    byte = tl.load(metadata_ptr + start + tl.arange(0, 8 * COLUMNS))
-    # (G, a, b, gl, gh) -> (a, b, G, gh, gl)
-    byte = tl.permute(tl.reshape(byte, (COLUMNS // 32, 4, 8, 4, 2)), (1, 2, 0, 4, 3))
-    byte = tl.reshape(byte, (32, COLUMNS // 4))
-    i = tl.arange(0, 32)[:, None]
-    row = block_row.to(tl.int64) * 64 + (i // 8) * 16 + i % 8
-    half = tl.cast(num_columns // 2, tl.int64)
-    kept_column = _kept_columns(tile, COLUMNS, 4)
-    values_ptrs = values_ptr + row * half + kept_column
-    low = _place(tl.load(values_ptrs), byte & 15, 32, COLUMNS)
-    high = _place(tl.load(values_ptrs + 8 * half), byte >> 4, 32, COLUMNS)
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    w_ptrs = w_ptr + row * num_columns + column
-    tl.store(w_ptrs, low)
-    tl.store(w_ptrs + 8 * tl.cast(num_columns, tl.int64), high)
-
-
-@triton.jit
-def _unpack8_kernel(values_ptr, metadata_ptr, w_ptr, scale_ptr, num_columns, COLUMNS: tl.constexpr):
-    tiles = num_columns // COLUMNS
-    pid = tl.program_id(0)
-    block_row, tile = pid // tiles, pid % tiles
-    start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
-    byte = tl.load(metadata_ptr + start + tl.arange(0, 8 * COLUMNS))
-    # (G, a, b, gq, g8, h) -> (a, h, b, G, g8, gq)
-    byte = tl.permute(tl.reshape(byte, (COLUMNS // 64, 4, 8, 4, 2, 2)), (1, 5, 2, 0, 4, 3))
-    byte = tl.reshape(byte, (64, COLUMNS // 8))
-    code = tl.reshape(tl.join(byte & 15, byte >> 4), (64, COLUMNS // 4))
-    row = block_row.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
-    kept_column = _kept_columns(tile, COLUMNS, 2)
-    bits = tl.load(values_ptr + row * (num_columns // 2) + kept_column)
-    dense = _place(bits, code, 64, COLUMNS).to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(w_ptr + row * num_columns + column, dense * tl.load(scale_ptr))
-
-
-def pack(w: torch.Tensor, packed: Packed24, quantise: bool, flag: torch.Tensor) -> None:
-    """See reference.py."""
+def pack24(
+    w: torch.Tensor, dtype: torch.dtype, scale_inv: torch.Tensor, flag: torch.Tensor
+) -> Packed24:
+    """See reference.py; sets `flag` (int32, one element) to 1 when a group is crowded."""
+    packed = empty_packed((w.shape[0], w.shape[1]), dtype, scale_inv, w.device)
     if w.stride(1) != 1:
         w = w.contiguous()
-    launch = INTERPRETED if INTERPRETING else PACK
-    if packed.dtype.itemsize == 2:
-        grid, columns = _grid(packed, launch, 64)
-        _pack16_kernel[grid](
-            w.view(torch.int16),
-            packed.values.view(torch.int16),
-            packed.metadata,
-            flag,
-            packed.shape[1],
-            w.stride(0),
-            COLUMNS=columns,
-            num_warps=launch.num_warps,
-        )
-        return
-    grid, columns = _grid(packed, launch, 128)
-    if not quantise:
+    if dtype.itemsize == 2:
+        _pack(_pack16_kernel, (w.view(torch.int16), torch.int16, flag), packed, 64)
+    elif w.dtype == dtype:
         if w.stride(0) % 4 or w.storage_offset() % 4:
             w = w.clone(memory_format=torch.contiguous_format)
-        _pack8_kernel[grid](
-            w.view(torch.int32),
-            packed.values.view(torch.int16),
-            packed.metadata,
-            flag,
-            packed.shape[1],
-            w.stride(0) // 4,
-            COLUMNS=columns,
-            num_warps=launch.num_warps,
-        )
-        return
-    _quantise_pack8_kernel[grid](
+        _pack(_pack8_kernel, (w.view(torch.int32), torch.int16, flag), packed, 128)
+    else:
+        _pack(_quantize_pack8_kernel, (w, torch.int8, flag, scale_inv), packed, 128)
+    return packed
+
+
+def _pack(
+    kernel: triton.JITFunction, tensors: tuple[Any, ...], packed: Packed24, multiple: int
+) -> None:
+    """Launch one of the three.
+
+    Args:
+        tensors: w as the kernel loads it, the type of what it stores, and its other arguments.
+        multiple: of columns, that a tile has at least.
+    """
+    w, stored, *others = tensors
+    launch = INTERPRETED if INTERPRETING else PACK
+    grid, columns = grid_of(packed, launch, multiple)
+    kernel[grid](
         w,
-        packed.values.view(torch.int8),
+        packed.values.view(stored),
         packed.metadata,
-        flag,
-        packed.scale,
+        *others,
         packed.shape[1],
         w.stride(0),
         COLUMNS=columns,
@@ -267,39 +205,7 @@ def pack(w: torch.Tensor, packed: Packed24, quantise: bool, flag: torch.Tensor) 
     )
 
 
-def unpack(packed: Packed24) -> torch.Tensor:
-    """See reference.py."""
-    launch = INTERPRETED if INTERPRETING else UNPACK
-    wide = packed.dtype.itemsize == 2
-    out = torch.empty(
-        packed.shape,
-        dtype=packed.dtype if wide else torch.float32,
-        device=packed.values.device,
-    )
-    grid, columns = _grid(packed, launch, 64 if wide else 128)
-    if wide:
-        _unpack16_kernel[grid](
-            packed.values.view(torch.int16),
-            packed.metadata,
-            out.view(torch.int16),
-            packed.shape[1],
-            COLUMNS=columns,
-            num_warps=launch.num_warps,
-        )
-    else:
-        _unpack8_kernel[grid](
-            packed.values.view(torch.int8),
-            packed.metadata,
-            out,
-            packed.scale,
-            packed.shape[1],
-            COLUMNS=columns,
-            num_warps=launch.num_warps,
-        )
-    return out
-
-
-def _grid(packed: Packed24, launch: Launch, multiple: int) -> tuple[tuple[int], int]:
+def grid_of(packed: Packed24, launch: Launch, multiple: int) -> tuple[tuple[int], int]:
     """The grid, and the widest tile that divides the columns (always a multiple of `multiple`)."""
     rows, total = packed.shape
     columns = launch.columns

@@ -6,7 +6,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.groups import WEIGHT_DTYPES, check_groups, run_pruning
+from megasparse.kernels.checks import WEIGHT_DTYPES, check_groups, run_pruning
 from megasparse.kernels.prune24 import reference, triton
 
 
@@ -22,7 +22,7 @@ def prune24_mask(
     the FST paper's baseline (Hu et al., ICML 2024).
 
     nan_flag: None, or int32 with 1 element on `w`'s device. Triton sets it to 1 when `w` holds a
-    NaN, without synchronising; the mask is then meaningless.
+    NaN, without synchronizing; the mask is then meaningless.
     Raises KernelError for another dtype, shape or backend; NumericsError for a NaN when `nan_flag`
     is None, and on CPU with the reference.
     """
@@ -42,7 +42,7 @@ def is_24(w: torch.Tensor, dim: int = -1, *, backend: str | None = None) -> bool
 
     w: any dtype of `prune24_mask`, or bool. -0.0 is zero; a NaN is not. Other dimensions than the
     last, and tensors that are not contiguous, are copied first. The answer is a Python bool, so on
-    CUDA this synchronises. Raises KernelError when the size along `dim` is no multiple of 4, or for
+    CUDA this synchronizes. Raises KernelError when the size along `dim` is no multiple of 4, or for
     a dtype or backend it cannot run.
     """
     if not -w.dim() <= dim < w.dim():
@@ -51,7 +51,8 @@ def is_24(w: torch.Tensor, dim: int = -1, *, backend: str | None = None) -> bool
     check_groups("is_24", w, dtypes=(*WEIGHT_DTYPES, torch.bool))
     if w.numel() == 0:
         return True
-    if dispatch.resolve("is_24", w, backend) == "triton":
-        with torch.cuda.device_of(w):
-            return triton.is_24(w)
-    return reference.is_24(w.reshape(-1, 4))
+    ask = dispatch.implementation(
+        "is_24", w, backend, reference=reference.is_24, triton=triton.is_24
+    )
+    with torch.cuda.device_of(w):  # Triton launches on the current device
+        return ask(w)

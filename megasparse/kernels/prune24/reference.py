@@ -25,8 +25,9 @@ def prune24(w: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def is_24(groups: torch.Tensor) -> bool:
-    """Whether no row of `groups` (G, 4) has more than two non-zeros (a NaN counts as one)."""
+def is_24(w: torch.Tensor) -> bool:
+    """Whether no 4 along the last dimension have more than two non-zeros (a NaN counts as one)."""
+    groups = w.reshape(-1, 4)
     return all(
         int((groups[start : start + _CHUNK].float() != 0).sum(1).max()) <= 2
         for start in range(0, groups.shape[0], _CHUNK)

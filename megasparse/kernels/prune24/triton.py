@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.groups import KINDS, Launch, Launches, group_words
-from megasparse.kernels.groups.triton import load_bits, magnitude, nan_limit, raise_flag
+from megasparse.kernels.device.groups import load_bits, magnitude, nan_limit, raise_flag
+from megasparse.kernels.launches import KINDS, Launch, Launches, group_words
 
 # In groups. Narrow: 8 a thread, loads and stores of 16 bytes.
 LAUNCHES = Launches(wide=Launch(block=256, num_warps=8), narrow=Launch(block=1024, num_warps=4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,30 +37,17 @@ class Heads(NamedTuple):
 class _RotaryQkv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, fused: torch.Tensor, angles: torch.Tensor, heads: Heads, backend: dispatch.Backend
+        ctx: Any, fused: torch.Tensor, angles: torch.Tensor, heads: Heads, chosen: ModuleType
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(angles)
-        ctx.heads, ctx.backend = heads, backend
-        like: dict[str, Any] = {"dtype": fused.dtype, "device": fused.device}
-        shape = (*fused.shape[:2], heads.groups, heads.channels)
-        q = torch.empty(*shape[:2], heads.groups * heads.queries, heads.channels, **like)
-        k, v = torch.empty(shape, **like), torch.empty(shape, **like)
-        _implementation(backend).rotate(fused.contiguous(), (q, k, v), angles, heads, True)
-        return q, k, v
+        ctx.heads, ctx.chosen = heads, chosen
+        return chosen.forward(fused, angles, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (angles,) = ctx.saved_tensors
-        dq, dk, dv = (gradient.contiguous() for gradient in gradients)
-        shape = (*dq.shape[:2], ctx.heads.width)
-        dfused = torch.empty(shape, dtype=dq.dtype, device=dq.device)
-        _implementation(ctx.backend).rotate(dfused, (dq, dk, dv), angles, ctx.heads, False)
-        return dfused, None, None, None
-
-
-def _implementation(backend: dispatch.Backend) -> Any:
-    return triton if backend == "triton" else reference
+        return ctx.chosen.backward(*gradients, angles, ctx.heads), None, None, None
 
 
 def rotary_qkv(
@@ -101,5 +89,7 @@ def rotary_qkv(
             f"expected float32 of at least {length} positions by {channels} channels, an even "
             f"number, on {fused.device}"
         )
-    chosen = dispatch.resolve("rotary_qkv", fused, backend)
+    chosen = dispatch.implementation(
+        "rotary_qkv", fused, backend, reference=reference, triton=triton
+    )
     return _RotaryQkv.apply(fused, angles.view(-1, channels), heads, chosen)

@@ -10,33 +10,34 @@ if TYPE_CHECKING:
     from megasparse.kernels.rotary_qkv import Heads
 
 
-def rotate(
-    fused: torch.Tensor,
-    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    angles: torch.Tensor,
-    heads: Heads,
-    forward: bool,
-) -> None:
-    """Fill q, k and v from `fused`, turned forward, or `fused` from them, turned back.
+def forward(
+    fused: torch.Tensor, angles: torch.Tensor, heads: Heads
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (S, B, groups * queries, D), k and v (S, B, groups, D) of `fused` (S, B, width).
 
-    Args:
-        fused: (S, B, width), contiguous.
-        parts: q (S, B, groups * queries, D), k and v (S, B, groups, D), contiguous.
-        angles: float32 (S', D).
+    angles: float32 (S', D).
     """
-    groups, queries, channels = heads
     length, batch, _ = fused.shape
-    whole = fused.view(length, batch, groups, queries + 2, channels)
-    q, k, v = (part.view(length, batch, groups, -1, channels) for part in parts)
-    half = angles[:length, : channels // 2].view(length, 1, 1, 1, -1)
-    cos, sin = half.cos(), half.sin()
-    slots = whole[..., :queries, :], whole[..., queries : queries + 1, :]
-    for inside, outside in zip(slots, (q, k), strict=True):
-        source, target, turn = (inside, outside, sin) if forward else (outside, inside, -sin)
-        a, b = source.float().chunk(2, dim=-1)
-        target.copy_(torch.cat([a * cos - b * turn, b * cos + a * turn], dim=-1))
-    values = whole[..., queries + 1 :, :]
-    if forward:
-        v.copy_(values)
-    else:
-        values.copy_(v)
+    groups, queries, channels = heads
+    parts = fused.reshape(length, batch, groups, queries + 2, channels).split([queries, 1, 1], 3)
+    q, k, v = (part.reshape(length, batch, -1, channels) for part in parts)
+    v = v.clone(memory_format=torch.contiguous_format)
+    return _turned(q, angles, 1.0), _turned(k, angles, 1.0), v
+
+
+def backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, angles: torch.Tensor, heads: Heads
+) -> torch.Tensor:
+    """The gradient of `fused` (S, B, width): q's and k's turned back, in their places."""
+    length, batch = dq.shape[:2]
+    parts = (_turned(dq, angles, -1.0), _turned(dk, angles, -1.0), dv)
+    whole = [part.reshape(length, batch, heads.groups, -1, heads.channels) for part in parts]
+    return torch.cat(whole, 3).reshape(length, batch, heads.width)
+
+
+def _turned(x: torch.Tensor, angles: torch.Tensor, sign: float) -> torch.Tensor:
+    """x (S, B, heads, D), channels i and i + D/2 of each head turned by `sign` * angle."""
+    half = angles[: x.shape[0], : x.shape[3] // 2].view(x.shape[0], 1, 1, -1)
+    cos, sin = half.cos(), half.sin() * sign
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype).contiguous()

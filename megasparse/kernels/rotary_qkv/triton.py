@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.groups import KINDS
-from megasparse.kernels.groups.triton import rounded, widen
+from megasparse.kernels.device.groups import rounded, widen
+from megasparse.kernels.launches import KINDS
 
 if TYPE_CHECKING:
     from megasparse.kernels.rotary_qkv import Heads
@@ -103,24 +103,46 @@ def _rotary_qkv_kernel(
                 _move(v_ptr + own, in_fused + WIDTH, HALF, live)
 
 
-def rotate(
+def forward(
+    fused: torch.Tensor, angles: torch.Tensor, heads: Heads
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See reference.py."""
+    fused = fused.contiguous()
+    shape = (*fused.shape[:2], heads.groups * heads.queries, heads.channels)
+    q = torch.empty(shape, dtype=fused.dtype, device=fused.device)
+    shape = (*fused.shape[:2], heads.groups, heads.channels)
+    k, v = (torch.empty(shape, dtype=fused.dtype, device=fused.device) for _ in range(2))
+    _rotate(fused, (q, k, v), angles, heads, True)
+    return q, k, v
+
+
+def backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, angles: torch.Tensor, heads: Heads
+) -> torch.Tensor:
+    """See reference.py."""
+    parts = dq.contiguous(), dk.contiguous(), dv.contiguous()
+    dfused = torch.empty((*dq.shape[:2], heads.width), dtype=dq.dtype, device=dq.device)
+    _rotate(dfused, parts, angles, heads, False)
+    return dfused
+
+
+def _rotate(
     fused: torch.Tensor,
     parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     angles: torch.Tensor,
     heads: Heads,
     forward: bool,
 ) -> None:
-    """See reference.py."""
+    """Fill q, k and v from `fused`, turned forward, or `fused` from them, turned back."""
     groups, queries, channels = heads
-    length, batch, _ = fused.shape
     if fused.numel() == 0:
         return
     with torch.cuda.device_of(fused):  # Triton launches on the current device
-        _rotary_qkv_kernel[(length,)](
+        _rotary_qkv_kernel[(fused.shape[0],)](
             fused,
             *parts,
             angles,
-            batch,
+            fused.shape[1],
             groups,
             HALF=channels // 2,
             COLUMNS=triton.next_power_of_2(channels // 2),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from megasparse.kernels.groups import WIDE_DTYPES, check_groups, run_pruning
+from megasparse.kernels.checks import WIDE_DTYPES, check_groups, run_pruning
 from megasparse.kernels.soft_threshold24 import reference, triton
 
 
@@ -25,7 +25,7 @@ def soft_threshold24(
     a group with three or more infinities is all zero.
 
     nan_flag: None, or int32 with 1 element on `w`'s device. Triton sets it to 1 when `w` holds a
-    NaN, without synchronising; the result is then meaningless.
+    NaN, without synchronizing; the result is then meaningless.
     Raises KernelError for another dtype, shape or backend; NumericsError for a NaN when `nan_flag`
     is None, and on CPU with the reference.
     """
@@ -74,7 +74,7 @@ def s_ste_scale(
     backend: str | None = None,
     nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The scale beta = <W, S> / <S, S> that minimises |W - beta * S|^2, S = soft_threshold24(W).
+    """The scale beta = <W, S> / <S, S> that minimizes |W - beta * S|^2, S = soft_threshold24(W).
 
     One number per weight, computed once and then frozen (S-STE, Hu et al., NeurIPS 2024).
 

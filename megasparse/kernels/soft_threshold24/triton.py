@@ -6,9 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.groups import KINDS, Launch, Launches, group_words
-from megasparse.kernels.groups.triton import (
+from megasparse.kernels.device.groups import (
     from_fp32,
     load_bits,
     magnitude,
@@ -19,6 +17,8 @@ from megasparse.kernels.groups.triton import (
     store_bits,
     to_fp32,
 )
+from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.launches import KINDS, Launch, Launches, group_words
 
 # In groups: 64 bytes a thread and step, loads and stores of 16 bytes.
 LAUNCHES = Launches(wide=Launch(block=512, num_warps=4), narrow=Launch(block=1024, num_warps=4))

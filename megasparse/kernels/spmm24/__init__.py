@@ -50,11 +50,12 @@ def spmm24(
         raise KernelError(f"spmm24: x is on {x.device}, expected {packed.values.device}")
     if out_dtype is None:
         out_dtype = torch.bfloat16 if x.dtype == E4M3 else x.dtype
-    name = dispatch.resolve("spmm24", x, backend, fast="cusparselt")
+    multiply = dispatch.implementation(
+        "spmm24", x, backend, reference=reference.spmm24, cusparselt=cusparselt.spmm24
+    )
     if x.shape[0] == 0:
         return x.new_empty((0, packed.shape[0]), dtype=out_dtype)
-    implementation = cusparselt if name == "cusparselt" else reference
-    return implementation.spmm24(packed, x, out_dtype, algorithm, alpha)
+    return multiply(packed, x, out_dtype, algorithm, alpha)
 
 
 @torch.no_grad()
@@ -91,6 +92,7 @@ def matmul24(
         raise KernelError(f"matmul24: b is on {b.device}, expected {packed.values.device}")
     if out_dtype is None:
         out_dtype = torch.bfloat16 if b.dtype == E4M3 else b.dtype
-    name = dispatch.resolve("matmul24", b, backend, fast="cusparselt")
-    implementation = cusparselt if name == "cusparselt" else reference
-    return implementation.matmul24(packed, b, transposed, out_dtype, algorithm, alpha)
+    multiply = dispatch.implementation(
+        "matmul24", b, backend, reference=reference.matmul24, cusparselt=cusparselt.matmul24
+    )
+    return multiply(packed, b, transposed, out_dtype, algorithm, alpha)

@@ -1,1 +1,94 @@
-"""The Triton implementation of `grad_pack24.swiglu_grad_pack24`; see triton.py."""
+"""Both operands that a gated projection's gradient becomes, in one pass that never writes it."""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.errors import KernelError
+from megasparse.kernels import dispatch
+from megasparse.kernels.checks import require
+from megasparse.kernels.float8 import E5M2
+from megasparse.kernels.grad_pack24.quantization import Quantization, check_gradient
+from megasparse.kernels.mvue_pack24 import Channels
+from megasparse.kernels.packed24 import ROW_MULTIPLE, Packed24
+from megasparse.kernels.random import SeedLike, check_seed
+from megasparse.kernels.swiglu_grad_pack24 import reference, triton
+
+
+@torch.no_grad()
+def swiglu_grad_pack24(
+    dy: torch.Tensor,
+    fused: torch.Tensor,
+    *,
+    seed: SeedLike,
+    row_scale: torch.Tensor | None = None,
+    row_dtype: torch.dtype | None = E5M2,
+    packed_scale: torch.Tensor,
+    channels: Channels | None = None,
+    exact: bool = True,
+    row_amax: torch.Tensor | None = None,
+    packed_amax: torch.Tensor | None = None,
+    error_flag: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor | None, Packed24]:
+    """`grad_pack24` of the gradient of a fused projection whose output went into `swiglu_fused`.
+
+    What `swiglu_fused_backward`, rounded to 16 bits, gives to `grad_pack24`: that gradient is never
+    written.
+
+    Args:
+        dy: (T, F) gradient of the activation's output.
+        fused: (T, 2 F) its input [gate | x], of the dtype of dy; F a multiple of 64. Both are read
+            row-major (copied otherwise).
+        channels: sections of the 2 F channels; none may cross the middle unless what lies on both
+            sides of it is adjacent in the whole layer too, and each half is one piece.
+        seed: int of at most 64 bits, or an int64 tensor, 0-d or (1,), on the device of dy.
+        Others: of `grad_pack24`.
+
+    Returns: as `grad_pack24`, (T', 2 F) and (2 F, T'), but the first as long as the second: T' is T
+    up to a multiple of 128, with zeros.
+
+    Raises: KernelError on sizes, dtypes, arguments, or a backend that cannot run.
+    """
+    op = "swiglu_grad_pack24"
+    channels = channels or ((0, 0, fused.shape[-1]),)
+    check_gradient(op, fused, channels)
+    width = fused.shape[1] // 2
+    require(op, "dy", dy, fused.dtype, (fused.shape[0], width), fused.device)
+    if fused.shape[1] % (2 * ROW_MULTIPLE):
+        raise KernelError(
+            f"{op}: fused has {fused.shape[1]} channels, expected a multiple of {2 * ROW_MULTIPLE}"
+        )
+    places = (_place(channels, 0, width), _place(channels, width, width))
+    check_seed(op, seed, fused.device)
+    how = Quantization(row_scale, row_dtype, packed_scale, row_amax, packed_amax, error_flag)
+    how.check(op, fused.device)
+    run = dispatch.implementation(
+        op, fused, backend, reference=_by_definition, triton=triton.swiglu_grad_pack24
+    )
+    return run(dy, fused, seed, places, exact, how)
+
+
+def _by_definition(
+    dy: torch.Tensor,
+    fused: torch.Tensor,
+    seed: SeedLike,
+    places: tuple[int, int],
+    exact: bool,
+    how: Quantization,
+) -> tuple[torch.Tensor | None, Packed24]:
+    row, packed, *found = reference.swiglu_grad_pack24(
+        dy, fused, seed, places, exact, how.row_scale, how.row_dtype, how.packed_scale
+    )
+    how.record(*found)
+    return row, packed
+
+
+def _place(channels: Channels, start: int, length: int) -> int:
+    """Where channel `start` lies in the whole layer; the `length` channels must lie together."""
+    for first, place, size in channels:
+        if first <= start and start + length <= first + size:
+            return place + start - first
+    raise KernelError(
+        f"swiglu_grad_pack24: sections {channels} of channels cut one of the halves of {length}"
+    )

@@ -11,10 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.float8 import E5M2
-from megasparse.kernels.float8.triton import raise_above
-from megasparse.kernels.gated_activation.triton import gated, grad_gate
-from megasparse.kernels.grad_tiles.triton import (
+from megasparse.kernels.device.float8 import raise_above
+from megasparse.kernels.device.groups import pair16, to_fp32, widen
+from megasparse.kernels.float8 import E5M2, whole_tiles
+from megasparse.kernels.grad_pack24.quantization import Quantization
+from megasparse.kernels.mvue24.triton_packed import signs_of_pairs
+from megasparse.kernels.mvue24.triton_sampler import seed_arguments, seed_of
+from megasparse.kernels.mvue24.triton_tile import (
     Launch,
     load_token,
     prune,
@@ -22,11 +25,9 @@ from megasparse.kernels.grad_tiles.triton import (
     store_rows,
     tiles,
 )
-from megasparse.kernels.groups.triton import pair16, to_fp32, widen
-from megasparse.kernels.mvue24.triton import _seed_arguments, seed_of
-from megasparse.kernels.mvue_words.triton import signs_of_pairs
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
+from megasparse.kernels.swiglu.triton import gated, grad_gate
 
 LAUNCH = Launch(pairs=8, num_warps=4, registers=128)
 
@@ -80,7 +81,7 @@ def _group(
 
 @triton.jit
 def _unpacked(pair01, pair23, KIND: tl.constexpr):
-    """A group as the functions of `grad_tiles` take it."""
+    """A group as the functions of `mvue24.triton_tile` take it."""
     low, high = pair01.to(tl.int32, bitcast=True), pair23.to(tl.int32, bitcast=True)
     return (
         to_fp32(low << 16, KIND),
@@ -100,7 +101,7 @@ def _swiglu_grad_pack24_kernel(
     metadata_ptr,
     row_scale_ptr,
     packed_scale_ptr,
-    inverse_ptr,
+    scale_inv_ptr,
     row_amax_ptr,
     packed_amax_ptr,
     flag_ptr,
@@ -134,7 +135,7 @@ def _swiglu_grad_pack24_kernel(
         packed_amax = tl.load(packed_amax_ptr)
     packed_scale = tl.load(packed_scale_ptr)
     if (block == 0) & (tile == 0):
-        tl.store(inverse_ptr, tl.div_rn(1.0, packed_scale))
+        tl.store(scale_inv_ptr, tl.div_rn(1.0, packed_scale))
     scale = 1.0
     if row_ptr is not None:
         scale = tl.load(row_scale_ptr)
@@ -160,9 +161,17 @@ def _swiglu_grad_pack24_kernel(
         largest = tl.maximum(largest, tl.maximum(pruned0[2], pruned1[2]))
         most = tl.maximum(most, tl.maximum(pruned0[3], pruned1[3]))
         store_packed(
-            words_ptr, metadata_ptr, flag_ptr, pruned0, pruned1, first_row, tile, padded_tokens,
-            EXACT, PAIRS,
-        )  # fmt: skip
+            words_ptr,
+            metadata_ptr,
+            flag_ptr,
+            pruned0,
+            pruned1,
+            first_row,
+            tile,
+            padded_tokens,
+            EXACT,
+            PAIRS,
+        )
         a01, a23, b01, b23 = x01, x23, y01, y23
         place, first_row = x_other.to(tl.uint32), first_row + width
     if row_amax_ptr is not None:
@@ -177,18 +186,15 @@ def swiglu_grad_pack24(
     seed: SeedLike,
     places: tuple[int, int],
     exact: bool,
-    scales: tuple[torch.Tensor | None, torch.Tensor],
-    row: torch.Tensor | None,
-    packed: Packed24,
-    maxima: tuple[torch.Tensor | None, torch.Tensor | None],
-    flag: torch.Tensor,
-) -> None:
-    """See grad_pack24/reference.py."""
+    how: Quantization,
+) -> tuple[torch.Tensor | None, Packed24]:
+    """See reference.py; raises amaxes and flag of `how`."""
     dy, fused = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, fused))
-    (tokens, width), padded = dy.shape, packed.shape[1]
+    tokens, width = dy.shape
+    row, packed, flag = how.new_outputs(fused, whole_tiles(tokens))
+    padded = packed.shape[1]
     pairs, options = LAUNCH.fitted(padded)
-    seed_ptr, key, high = _seed_arguments(seed)
-    row_amax, packed_amax = (None if amax is None else amax.view(torch.int32) for amax in maxima)
+    seed_ptr, key, high = seed_arguments(seed)
     for grid, first_tile in tiles(width // 64, padded // (8 * pairs)):
         with torch.cuda.device_of(dy):  # Triton launches on the current device
             _swiglu_grad_pack24_kernel[grid](
@@ -197,10 +203,11 @@ def swiglu_grad_pack24(
                 None if row is None else row.view(torch.int8),
                 packed.values.view(torch.int32),
                 packed.metadata,
-                *scales,
+                how.row_scale,
+                how.packed_scale,
                 packed.scale,
-                row_amax,
-                packed_amax,
+                None if how.row_amax is None else how.row_amax.view(torch.int32),
+                None if how.packed_amax is None else how.packed_amax.view(torch.int32),
                 flag,
                 seed_ptr,
                 key,
@@ -213,9 +220,10 @@ def swiglu_grad_pack24(
                 width,
                 *places,
                 EXACT=exact,
-                E5M2=row is not None and row.dtype == E5M2,
+                E5M2=how.row_dtype == E5M2,
                 PAIRS=pairs,
                 FULL=tokens == padded,
                 enable_fp_fusion=False,
                 **options,
             )
+    return row, packed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels.groups import check_groups, run_pruning
+from megasparse.kernels.checks import check_groups, run_pruning
 from megasparse.kernels.transposable24 import reference, triton
 
 
@@ -23,7 +23,7 @@ def transposable24_mask(
     that are infinite are equal.
 
     nan_flag: None, or int32 with 1 element on `w`'s device. Triton sets it to 1 when `w` holds a
-    NaN, without synchronising; the mask is then meaningless.
+    NaN, without synchronizing; the mask is then meaningless.
     Raises KernelError for another dtype, shape or backend; NumericsError for a NaN when `nan_flag`
     is None, and on CPU with the reference.
     """

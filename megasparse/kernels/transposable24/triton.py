@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.groups import KINDS, Launch, Launches, group_words
-from megasparse.kernels.groups.triton import load_bits, magnitude, raise_flag, to_fp32
+from megasparse.kernels.device.groups import load_bits, magnitude, raise_flag, to_fp32
+from megasparse.kernels.launches import KINDS, Launch, Launches, group_words
 
 # In 4x4 blocks. Narrow: 2 a thread, 16-byte loads; more would cost too many registers.
 LAUNCHES = Launches(wide=Launch(block=128, num_warps=4), narrow=Launch(block=256, num_warps=4))

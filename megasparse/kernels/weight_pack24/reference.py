@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels.float8 import quantise
-from megasparse.kernels.pack24.reference import pack
+from megasparse.kernels.float8 import quantize
+from megasparse.kernels.pack24.reference import pack24
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.soft_threshold24.reference import soft_threshold24
 
@@ -20,39 +20,33 @@ def effective_weight(
     return soft_threshold24(w).float() * threshold_scale
 
 
-def _check_mask(mask: torch.Tensor, both: bool, flag: torch.Tensor) -> None:
-    """Set `flag` to 1 when a group along the rows, or with `both` the columns, keeps over two."""
-    for m in (mask, mask.t()) if both else (mask,):
-        flag.bitwise_or_((m.reshape(m.shape[0], -1, 4).sum(-1) > 2).any().int())
-
-
 def weight_pack24(
     w: torch.Tensor,
     mask: torch.Tensor | None,
     threshold_scale: torch.Tensor | None,
+    dtype: torch.dtype,
     scale: torch.Tensor | None,
-    packed: Packed24,
-    other: Packed24 | torch.Tensor | None,
-    amax: torch.Tensor | None,
-    flag: torch.Tensor,
-) -> None:
-    """Fill `packed` (with its scale) and, if it is there, `other`: W~^T packed or dense."""
-    if mask is not None:
-        _check_mask(mask, isinstance(other, Packed24), flag)
+    transposed: str | None,
+) -> tuple[Packed24, Packed24 | torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """W~ packed, W~^T as `transposed` asks, the largest |W~|, whether the mask is not 2:4 (0-d)."""
     effective = effective_weight(w, mask, threshold_scale)
-    if amax is not None:
-        amax.copy_(torch.maximum(amax, effective.abs().amax()))
     if scale is None:
-        converted = effective.to(packed.dtype)
-        packed.scale.fill_(1.0)
+        converted, scale_inv = effective.to(dtype), torch.ones((), device=w.device)
     else:
-        converted = quantise(effective, scale, packed.dtype)
-        packed.scale.copy_(scale.reciprocal())
-    ignored = torch.zeros_like(flag)  # the mask has been looked at
-    pack(converted, packed, False, ignored)
-    bits = torch.int16 if packed.dtype.itemsize == 2 else torch.int8
-    transposed = converted.view(bits).t().contiguous().view(packed.dtype)
-    if isinstance(other, Packed24):
-        pack(transposed, other, False, ignored)
-    elif other is not None:
-        other.copy_(transposed)
+        converted, scale_inv = quantize(effective, scale, dtype), scale.reciprocal()
+    packed, _ = pack24(converted, dtype, scale_inv)
+    other: Packed24 | torch.Tensor | None = None
+    if transposed is not None:
+        bits = torch.int16 if dtype.itemsize == 2 else torch.int8
+        dense = converted.view(bits).t().contiguous().view(dtype)
+        other = pack24(dense, dtype, scale_inv)[0] if transposed == "packed" else dense
+    return packed, other, effective.abs().amax(), _crowded(mask, w, transposed == "packed")
+
+
+def _crowded(mask: torch.Tensor | None, w: torch.Tensor, both: bool) -> torch.Tensor:
+    """0-d bool: a group of the mask along the rows, or with `both` the columns, keeps over two."""
+    if mask is None:
+        return torch.zeros((), dtype=torch.bool, device=w.device)
+    masks = (mask, mask.t()) if both else (mask,)
+    counts = [m.reshape(m.shape[0], -1, 4).sum(-1).amax() for m in masks]
+    return torch.stack(counts).amax() > 2

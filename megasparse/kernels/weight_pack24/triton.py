@@ -13,25 +13,26 @@ import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8.triton import raise_amax
-from megasparse.kernels.groups import KINDS, group_words
-from megasparse.kernels.groups.triton import load_bits, raise_flag, to_fp32
-from megasparse.kernels.layout24.triton import (
-    amax_of,
+from megasparse.kernels.device.float8 import raise_amax
+from megasparse.kernels.device.groups import larger, raise_flag
+from megasparse.kernels.device.layout24 import (
     column_metadata,
     columns_of,
-    join4,
-    masked_word,
     nan_bits,
-    nans_of,
     row_metadata,
-    select,
-    to_word,
-    word_of,
 )
+from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.launches import KINDS, group_words
 from megasparse.kernels.packed24 import Packed24
-from megasparse.kernels.soft_threshold24.triton import soft_threshold_group
+from megasparse.kernels.weight_pack24.triton_block import (
+    block,
+    crowded,
+    load_block,
+    load_mask,
+    select_four,
+    stacked,
+    transposed_tile,
+)
 
 
 @dataclass(frozen=True)
@@ -55,132 +56,12 @@ INTERPRETED = Launch(columns=1024, num_warps=4, registers=96, bands=2)
 
 
 @triton.jit
-def _max(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _load_block(w, group, stride, KIND: tl.constexpr):
-    """The bits of 4x4 blocks: four rows of four entries."""
-    live = tl.full(group.shape, 1, tl.int1)
-    return (
-        load_bits(w, group, live, KIND),
-        load_bits(w, group + stride, live, KIND),
-        load_bits(w, group + 2 * stride, live, KIND),
-        load_bits(w, group + 3 * stride, live, KIND),
-    )
-
-
-@triton.jit
-def _load_mask(mask, group, stride):
-    """The mask of 4x4 blocks: for each row a uint32 of four bytes, 0 or 1."""
-    return (
-        tl.load(mask + group).to(tl.uint32, bitcast=True),
-        tl.load(mask + group + stride).to(tl.uint32, bitcast=True),
-        tl.load(mask + group + 2 * stride).to(tl.uint32, bitcast=True),
-        tl.load(mask + group + 3 * stride).to(tl.uint32, bitcast=True),
-    )
-
-
-@triton.jit
-def _row(loaded, kept, beta, scale, MASK: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr):
-    """One group a lane of one row: its word, bits of `nan_bits`, and its largest |W~|."""
-    if MASK and KIND == OUT:  # no float at all
-        word = word_of(loaded[0], loaded[1], loaded[2], loaded[3])
-        found = nans_of(word, OUT)
-        word = masked_word(word, kept, OUT)
-        amax = amax_of(word, KIND)
-    else:
-        a, b = to_fp32(loaded[0], KIND), to_fp32(loaded[1], KIND)
-        c, d = to_fp32(loaded[2], KIND), to_fp32(loaded[3], KIND)
-        if MASK:
-            word = to_word(a, b, c, d, scale, OUT)
-            found = nans_of(word, OUT)
-            word = masked_word(word, kept, OUT)
-            # Products with 0 or 1: they run beside the logic, whose units are the busy ones.
-            a = to_fp32(loaded[0] * (kept & 0xFF).to(tl.int32), KIND)
-            b = to_fp32(loaded[1] * ((kept >> 8) & 0xFF).to(tl.int32), KIND)
-            c = to_fp32(loaded[2] * ((kept >> 16) & 0xFF).to(tl.int32), KIND)
-            d = to_fp32(loaded[3] * (kept >> 24).to(tl.int32), KIND)
-        else:
-            a, b, c, d, nan = soft_threshold_group(a, b, c, d, KIND)
-            a, b, c, d = a * beta, b * beta, c * beta, d * beta
-            word = to_word(a, b, c, d, scale, OUT)
-            found = tl.where(nan, nan_bits(OUT), 0).to(tl.uint32)
-        amax = _max(_max(tl.abs(a), tl.abs(b)), _max(tl.abs(c), tl.abs(d)))
-    return word, found, amax
-
-
-@triton.jit
-def _select_four(words, OUT: tl.constexpr):
-    """The kept of four groups, and their codes as nibbles."""
-    k0, code0 = select(words[0], OUT)
-    k1, code1 = select(words[1], OUT)
-    k2, code2 = select(words[2], OUT)
-    k3, code3 = select(words[3], OUT)
-    return (k0, k1, k2, k3), (code0 | (code1 << 4)) | ((code2 << 8) | (code3 << 12))
-
-
-@triton.jit
-def _block(
-    loaded, kept, beta, scale, values, group, stride, MASK: tl.constexpr, KIND: tl.constexpr,
-    OUT: tl.constexpr,
-):  # fmt: skip
-    """A 4x4 block a lane: stores the kept of its rows, returns the words of its rows and more.
-
-    Then the codes of the rows, bits of `nan_bits`, and the largest |W~|.
-    """
-    w0, found0, amax0 = _row(loaded[0], kept[0], beta, scale, MASK, KIND, OUT)
-    w1, found1, amax1 = _row(loaded[1], kept[1], beta, scale, MASK, KIND, OUT)
-    w2, found2, amax2 = _row(loaded[2], kept[2], beta, scale, MASK, KIND, OUT)
-    w3, found3, amax3 = _row(loaded[3], kept[3], beta, scale, MASK, KIND, OUT)
-    packed, codes = _select_four((w0, w1, w2, w3), OUT)
-    kind: tl.constexpr = values.dtype.element_ty
-    tl.store(values + group, packed[0].to(kind))
-    tl.store(values + group + stride, packed[1].to(kind))
-    tl.store(values + group + 2 * stride, packed[2].to(kind))
-    tl.store(values + group + 3 * stride, packed[3].to(kind))
-    amax = _max(_max(amax0, amax1), _max(amax2, amax3))
-    return (w0, w1, w2, w3), codes, (found0 | found1) | (found2 | found3), amax
-
-
-@triton.jit
-def _crowded(kept, BOTH: tl.constexpr):
-    """Masks of a 4x4 block: a bit of 0x80808080 where a row, or with BOTH a column, keeps over 2.
-
-    The bytes of a product with 0x01010101 are sums; 0x7D and 3 make 0x80.
-    """
-    m0, m1, m2, m3 = kept[0], kept[1], kept[2], kept[3]
-    found = (m0 * 0x01010101 + 0x7D000000) | (m1 * 0x01010101 + 0x7D000000)
-    found = found | (m2 * 0x01010101 + 0x7D000000) | (m3 * 0x01010101 + 0x7D000000)
-    found = found & 0x80000000
-    if BOTH:
-        found = found | (((m0 + m1) + (m2 + m3) + 0x7D7D7D7D) & 0x80808080)
-    return found
-
-
-@triton.jit
-def _stacked(low, high, OUT: tl.constexpr):
-    """What two groups of a column keep, one above the other, as one word."""
-    if OUT == "e4m3":
-        return (low & 0xFFFF) | (high << 16)
-    else:
-        return low.to(tl.uint64) | (high.to(tl.uint64) << 32)
-
-
-@triton.jit
-def _transposed_tile(x0, x1, x2, x3, GROUPS: tl.constexpr):
-    """(4 * GROUPS, 8): the words (8, GROUPS) of the columns 4 C, 4 C + 1, 4 C + 2, 4 C + 3."""
-    return tl.trans(tl.reshape(join4(x0, x1, x2, x3), (8, 4 * GROUPS)))
-
-
-@triton.jit
 def _weight_pack24_kernel(
     w,
     mask,
     beta_ptr,
     scale_ptr,
-    inverse_ptr,
+    scale_inv_ptr,
     values,
     metadata,
     values_t,
@@ -205,13 +86,13 @@ def _weight_pack24_kernel(
     pid = tl.program_id(0)
     tile = (pid // BANDS) % tiles
     block_row = (pid // (BANDS * tiles)) * BANDS + pid % BANDS
-    beta, scale, inverse = 1.0, 1.0, 1.0
+    beta, scale, scale_inv = 1.0, 1.0, 1.0
     if mask is None:
         beta = tl.load(beta_ptr)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-        inverse = tl.div_rn(1.0, scale)
-    tl.store(inverse_ptr, inverse, mask=pid == 0)
+        scale_inv = tl.div_rn(1.0, scale)
+    tl.store(scale_inv_ptr, scale_inv, mask=pid == 0)
 
     stride = tl.cast(num_columns // 4, tl.int64)
     p = tl.arange(0, 8)[:, None]
@@ -223,24 +104,24 @@ def _weight_pack24_kernel(
     group = tl.max_contiguous(group, [1, HELD])
     MASK: tl.constexpr = mask is not None
     # All loads come first: the hardware has them under way at once, and keeps their order.
-    upper_bits = _load_block(w, group, stride, KIND)
-    lower_bits = _load_block(w, group + 4 * stride, stride, KIND)
+    upper_bits = load_block(w, group, stride, KIND)
+    lower_bits = load_block(w, group + 4 * stride, stride, KIND)
     upper_mask, lower_mask = upper_bits, lower_bits  # stands in, unread, without a mask
     if MASK:
         BOTH: tl.constexpr = metadata_t is not None
-        upper_mask = _load_mask(mask, group, stride)
-        lower_mask = _load_mask(mask, group + 4 * stride, stride)
-        crowded = _crowded(upper_mask, BOTH) | _crowded(lower_mask, BOTH)
-        raise_flag(flag, (crowded != 0).to(tl.int32))
-    upper, upper_codes, nan, amax = _block(
+        upper_mask = load_mask(mask, group, stride)
+        lower_mask = load_mask(mask, group + 4 * stride, stride)
+        found = crowded(upper_mask, BOTH) | crowded(lower_mask, BOTH)
+        raise_flag(flag, (found != 0).to(tl.int32))
+    upper, upper_codes, nan, amax = block(
         upper_bits, upper_mask, beta, scale, values, group, stride, MASK, KIND, OUT
     )
-    lower, lower_codes, lower_nan, lower_amax = _block(
+    lower, lower_codes, lower_nan, lower_amax = block(
         lower_bits, lower_mask, beta, scale, values, group + 4 * stride, stride, MASK, KIND, OUT
     )
     raise_flag(nan_flag, ((nan | lower_nan) & nan_bits(OUT) != 0).to(tl.int32))
     if amax_ptr is not None:
-        raise_amax(amax_ptr, _max(amax, lower_amax))
+        raise_amax(amax_ptr, larger(amax, lower_amax))
     byte = row_metadata(upper_codes | (lower_codes << 16), BITS, COLUMNS)
     start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
     tl.store(metadata + start + tl.arange(0, 8 * COLUMNS), byte)
@@ -249,23 +130,23 @@ def _weight_pack24_kernel(
     upper = columns_of(upper[0], upper[1], upper[2], upper[3])
     lower = columns_of(lower[0], lower[1], lower[2], lower[3])
     if metadata_t is not None:
-        kept, codes = _select_four(upper, OUT)
-        more, more_codes = _select_four(lower, OUT)
-        words = _transposed_tile(
-            _stacked(kept[0], more[0], OUT),
-            _stacked(kept[1], more[1], OUT),
-            _stacked(kept[2], more[2], OUT),
-            _stacked(kept[3], more[3], OUT),
+        kept, codes = select_four(upper, OUT)
+        more, more_codes = select_four(lower, OUT)
+        words = transposed_tile(
+            stacked(kept[0], more[0], OUT),
+            stacked(kept[1], more[1], OUT),
+            stacked(kept[2], more[2], OUT),
+            stacked(kept[3], more[3], OUT),
             GROUPS,
         )
         place = column * (num_rows // 8) + block_row * 8 + tl.arange(0, 8)[None, :]
         tl.store(values_t + place, words.to(values_t.dtype.element_ty))
         byte = column_metadata(codes | (more_codes << 16), BITS, COLUMNS)
-        block = (tile * (COLUMNS // 64) + tl.arange(0, COLUMNS // 64)[:, None]).to(tl.int64)
+        block_column = (tile * (COLUMNS // 64) + tl.arange(0, COLUMNS // 64)[:, None]).to(tl.int64)
         inner = block_row * 512 + tl.arange(0, 512)[None, :]
-        tl.store(metadata_t + block * 8 * num_rows + inner, byte)
+        tl.store(metadata_t + block_column * 8 * num_rows + inner, byte)
     elif values_t is not None and BITS == 8:
-        words = _transposed_tile(
+        words = transposed_tile(
             upper[0].to(tl.uint64) | (lower[0].to(tl.uint64) << 32),
             upper[1].to(tl.uint64) | (lower[1].to(tl.uint64) << 32),
             upper[2].to(tl.uint64) | (lower[2].to(tl.uint64) << 32),
@@ -276,8 +157,8 @@ def _weight_pack24_kernel(
         tl.store(values_t + place, words.to(tl.int64, bitcast=True))
     elif values_t is not None:
         words = tl.join(
-            _transposed_tile(upper[0], upper[1], upper[2], upper[3], GROUPS),
-            _transposed_tile(lower[0], lower[1], lower[2], lower[3], GROUPS),
+            transposed_tile(upper[0], upper[1], upper[2], upper[3], GROUPS),
+            transposed_tile(lower[0], lower[1], lower[2], lower[3], GROUPS),
         )
         place = column * (num_rows // 4) + block_row * 16 + tl.arange(0, 16)[None, :]
         tl.store(values_t + place, tl.reshape(words, (COLUMNS, 16)).to(tl.int64, bitcast=True))
@@ -294,7 +175,7 @@ def weight_pack24(
     flag: torch.Tensor,
     nan_flag: torch.Tensor,
 ) -> None:
-    """See reference.py; sets `nan_flag` to 1 when `w` holds a NaN."""
+    """Fill `packed`, its scale and `other` with what reference.py gives; raise amax and flags."""
     rows, total = packed.shape
     launch = INTERPRETED if INTERPRETING else LAUNCH
     columns, bands = launch.columns, launch.bands

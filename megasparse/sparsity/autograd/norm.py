@@ -17,7 +17,7 @@ import torch
 from megasparse.fp8.scale import Scale
 from megasparse.fp8.transformer_engine import norm_backward
 from megasparse.kernels import norm_float8
-from megasparse.kernels.norm_float8.reference import normalise
+from megasparse.kernels.norm_float8.reference import normalize
 
 
 class Float8Input(NamedTuple):
@@ -85,7 +85,7 @@ def _by_definition(
     x, weight_leaf, bias_leaf = given
     assert x is not None and weight_leaf is not None
     with torch.enable_grad():
-        y = normalise(x, weight_leaf, bias_leaf, eps, centred)
+        y = normalize(x, weight_leaf, bias_leaf, eps, centred)
     return torch.autograd.grad(y, [t for t in given if t is not None], dy_TH)
 
 

@@ -20,7 +20,7 @@ from megasparse.kernels import matmul24, mvue_pack24, spmm24, weight_pack24
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
-from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedInput, in_place
+from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedInput
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -84,9 +84,10 @@ class PackedSparseGemms(PlainOperands):
             transposed="packed" if self._recipe.transposable else None,
             error_flag=projected.error_flag,
             nan_flag=projected.nan_flag,
+            out=self._operands,
         )
         assert not isinstance(packed_t, torch.Tensor)
-        self._packed, self._packed_t = self._operands = in_place(self._operands, (packed, packed_t))
+        self._packed, self._packed_t = self._operands = packed, packed_t
 
     def output(self, x_TK: torch.Tensor) -> torch.Tensor:
         return self._multiply("output", self._packed, x_TK, lambda w_NK: w_NK.t())

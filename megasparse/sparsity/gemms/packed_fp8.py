@@ -38,7 +38,7 @@ from megasparse.sparsity.gemms.dense_fp8 import (
     whole_tiles,
 )
 from megasparse.sparsity.gemms.fp8_products import scaled_mm, undone
-from megasparse.sparsity.gemms.protocol import SavedInput, in_place
+from megasparse.sparsity.gemms.protocol import SavedInput
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -101,9 +101,10 @@ class PackedFp8Gemms(DenseFp8Gemms):
             amax=self._weight.amax,
             error_flag=projected.error_flag,
             nan_flag=projected.nan_flag,
+            out=self._operands,
         )
         assert other is not None
-        self._packed, self._other = self._operands = in_place(self._operands, (packed, other))
+        self._packed, self._other = self._operands = packed, other
         for name, dense in self._unpacked.items():
             dense.copy_(self._packed_of(name).stored())
         if self._probe.asked:

@@ -159,16 +159,3 @@ class PlainOperands(ABC):
 def kept_in_place(buffer: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
     """`value` in the buffer of the steps before, whose address stays; the first is the buffer."""
     return value if buffer is None else buffer.copy_(value)
-
-
-def in_place(buffers: Any, fresh: Any) -> Any:
-    """TEMPORARY until weight_pack24 takes out=."""
-    if buffers is None:
-        return fresh
-    for old, new in zip(buffers, fresh):
-        if isinstance(new, torch.Tensor):
-            old.copy_(new)
-        elif new is not None:
-            old.buffer.copy_(new.buffer)
-            old.scale.copy_(new.scale)
-    return buffers

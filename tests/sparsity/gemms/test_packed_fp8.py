@@ -14,7 +14,7 @@ from megasparse.kernels import (
     soft_threshold24,
     transposable24_mask,
 )
-from megasparse.kernels.float8 import quantise
+from megasparse.kernels.float8 import quantize
 from megasparse.kernels.packed24 import E4M3
 from megasparse.sparsity.autograd.linear import linear
 from megasparse.sparsity.gemms.choice import GemmChooser
@@ -168,7 +168,7 @@ def test_transformer_engine_quantises_by_the_definition(device):
     _, slots = scaling(device)
     slots.x.scale_for(x.detach() / 2)  # the largest saturate
     rows, columns, _ = slots.x.quantized(x.detach(), columns=True)
-    expected = quantise(x.detach(), slots.x.scale, E4M3)
+    expected = quantize(x.detach(), slots.x.scale, E4M3)
     assert torch.equal(rows.view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(columns.view(torch.uint8), expected.view(torch.uint8).t())
     only_columns = slots.x.quantized(x.detach(), rows=False, columns=True)

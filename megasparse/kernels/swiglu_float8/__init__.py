@@ -1,0 +1,67 @@
+"""A gated activation that leaves as the operands of an 8-bit GEMM, in one pass."""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.errors import KernelError
+from megasparse.kernels import dispatch
+from megasparse.kernels.float8 import check_scaling, raise_amax
+from megasparse.kernels.swiglu_float8 import reference, triton
+
+DTYPES = (torch.bfloat16, torch.float16)
+WIDTH_MULTIPLE = 64
+
+
+@torch.no_grad()
+def swiglu_float8(
+    fused: torch.Tensor,
+    *,
+    scale: torch.Tensor,
+    transposed: bool = True,
+    amax: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """silu(gate) * x of `fused` = [gate | x], quantized to e4m3, row-major and transposed.
+
+    What `swiglu_fused`, rounded to the dtype of `fused`, times `scale`, saturated, gives: the
+    16-bit activation is never written.
+
+    Args:
+        fused: (T, 2 F), bfloat16 or float16, read row-major (copied otherwise); any T, F a multiple
+            of 64.
+        scale: 0-d float32 on the device of `fused`, the multiplier; to nearest even, saturated
+            (infinities too); NaN stays NaN.
+        transposed: whether the transposed copy is wanted.
+        amax: float32 (1,) there, raised to the largest magnitude before scaling; a NaN makes it
+            NaN.
+        backend: None, "reference" or "triton".
+
+    Returns: ((T', F), (F, T') or None) float8_e4m3fn, outside autograd; T' is T up to a multiple of
+    128, with zeros.
+
+    Raises: KernelError on sizes, dtypes, or a backend that cannot run.
+    """
+    if (
+        fused.dim() != 2
+        or fused.dtype not in DTYPES
+        or not fused.shape[0]
+        or fused.shape[1] % (2 * WIDTH_MULTIPLE)
+    ):
+        raise KernelError(
+            f"swiglu_float8: fused is {fused.dtype} of shape {tuple(fused.shape)}, expected 16 "
+            f"bits, (T, 2 F), F a multiple of {WIDTH_MULTIPLE}"
+        )
+    check_scaling("swiglu_float8", fused.device, scale, amax)
+    run = dispatch.implementation(
+        "swiglu_float8", fused, backend, reference=_by_definition, triton=triton.swiglu_float8
+    )
+    return run(fused, scale, transposed, amax)
+
+
+def _by_definition(
+    fused: torch.Tensor, scale: torch.Tensor, transposed: bool, amax: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    rows, columns, found = reference.swiglu_float8(fused, scale, transposed)
+    raise_amax(amax, found)
+    return rows, columns

@@ -1,0 +1,117 @@
+"""Triton kernel of `swiglu_float8`: both halves are read once, coalesced along channels.
+
+A program takes 64 channels by 4 * GROUPS tokens. A thread holds eight channels of groups of four
+tokens: it writes eight bytes of the row-major copy at a time, and what moves between threads for
+the transposed copy are words of four tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from megasparse.kernels.device.float8 import largest_of_four, raise_amax, store_operands
+from megasparse.kernels.device.groups import rounded_pair, widen
+from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.float8 import new_operands
+from megasparse.kernels.swiglu.triton import gated
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Most groups of 4 tokens a program handles, 64 channels each, and its warps."""
+
+    groups: int
+    num_warps: int
+
+
+LAUNCH = Launch(groups=32, num_warps=4)
+# The interpreter costs time per program, not per element.
+INTERPRETED = Launch(groups=64, num_warps=4)
+
+
+@triton.jit
+def _activation(ptrs, width, token, num_tokens):
+    """silu(gate) * x in float32 at `ptrs`, which point to the gates; 0 after the last token."""
+    live = token < num_tokens
+    gate = widen(tl.load(ptrs, mask=live, other=0.0))
+    x = widen(tl.load(ptrs + width, mask=live, other=0.0))
+    return gated(x, gate, False)
+
+
+@triton.jit
+def _swiglu_float8_kernel(
+    fused_ptr,
+    rows_ptr,
+    columns_ptr,
+    scale_ptr,
+    amax_ptr,
+    num_tokens,
+    padded_tokens,
+    width,
+    stride,
+    GROUPS: tl.constexpr,
+):
+    blocks = width // 64
+    pid = tl.program_id(0)
+    tile, block = pid // blocks, pid % blocks
+    group = tile * GROUPS + tl.arange(0, GROUPS)[:, None]
+    channel = block * 64 + tl.arange(0, 64)[None, :]
+    token = group.to(tl.int64) * 4
+    stride, width = tl.cast(stride, tl.int64), tl.cast(width, tl.int64)
+    scale = tl.load(scale_ptr)
+    KIND: tl.constexpr = "bf16" if fused_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
+    ptrs = fused_ptr + token * stride + channel
+    y0 = _activation(ptrs, width, token, num_tokens)
+    y1 = _activation(ptrs + stride, width, token + 1, num_tokens)
+    y2 = _activation(ptrs + 2 * stride, width, token + 2, num_tokens)
+    y3 = _activation(ptrs + 3 * stride, width, token + 3, num_tokens)
+    y0, y1 = rounded_pair(y0, y1, KIND)
+    y2, y3 = rounded_pair(y2, y3, KIND)
+    if amax_ptr is not None:
+        raise_amax(amax_ptr, largest_of_four(y0, y1, y2, y3))
+    store_operands(
+        y0 * scale,
+        y1 * scale,
+        y2 * scale,
+        y3 * scale,
+        rows_ptr,
+        columns_ptr,
+        tile * GROUPS,
+        block * 64,
+        width,
+        padded_tokens,
+        GROUPS,
+        64,
+    )
+
+
+def swiglu_float8(
+    fused: torch.Tensor, scale: torch.Tensor, transposed: bool, amax: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See reference.py; raises `amax`."""
+    if fused.stride(1) != 1:
+        fused = fused.contiguous()
+    rows, columns = new_operands(fused.shape[0], fused.shape[1] // 2, transposed, fused.device)
+    launch = INTERPRETED if INTERPRETING else LAUNCH
+    (padded, width), groups = rows.shape, launch.groups
+    while padded % (4 * groups):
+        groups //= 2
+    with torch.cuda.device_of(fused):  # Triton launches on the current device
+        _swiglu_float8_kernel[((width // 64) * (padded // (4 * groups)),)](
+            fused,
+            rows.view(torch.int8),
+            None if columns is None else columns.view(torch.int32),
+            scale,
+            None if amax is None else amax.view(torch.int32),
+            fused.shape[0],
+            padded,
+            width,
+            fused.stride(0),
+            GROUPS=groups,
+            num_warps=launch.num_warps,
+        )
+    return rows, columns

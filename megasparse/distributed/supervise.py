@@ -94,10 +94,11 @@ class _Supervisor:
     def run(self) -> int:
         stale = self._read()
         if self._rank == 0:
-            self._announce({"attempt": 0})
-            stale = {}
+            # At once: a rank of this job that fails soon leaves such a note, too.
             for note in self._board.parent.glob(f"{self._board.name}.failed-*"):
                 note.unlink()
+            self._announce({"attempt": 0})
+            stale = {}
         attempt, idle, newest = 0, 0, self._newest()
         while True:
             code = self._run_child(attempt, stale)

@@ -77,37 +77,6 @@ def test_replicated_gradients_are_whole_without_clipping_too(tmp_path, dataset, 
     assert split == pytest.approx(one, rel=2e-6)
 
 
-def _summed(rank, world):
-    """Pieces of two replicated parameters and of one that is not, and how many collectives."""
-    from types import SimpleNamespace
-
-    from megasparse.train.engine.zero import sum_replicated
-
-    calls = []
-
-    def sum_over_tp(tensor):
-        calls.append(tensor.numel())
-        torch.distributed.all_reduce(tensor)
-        return tensor
-
-    replicated, other = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    replicated.sequence_parallel = True
-    flat = torch.arange(12.0) * (rank + 1)
-    # A whole gradient, an empty piece, a view into ZeRO's flat tensor.
-    pieces = [(replicated, flat[:6].view(2, 3)), (other, flat[6:8]),
-              (replicated, flat[8:8]), (replicated, flat[8:])]  # fmt: skip
-    sum_replicated(pieces, SimpleNamespace(sum_over_tp=sum_over_tp))
-    sum_replicated([(other, flat)], SimpleNamespace(sum_over_tp=sum_over_tp))
-    return flat, calls
-
-
-def test_replicated_gradients_are_summed_in_one_collective():
-    for rank, (flat, calls) in enumerate(dist.run(_summed, 2)):
-        expected = torch.arange(12.0) * 3
-        expected[6:8] = torch.arange(6.0, 8.0) * (rank + 1)
-        assert torch.equal(flat, expected) and calls == [10]
-
-
 @pytest.mark.parametrize("layout", [*RICH, "tp 2, dp 2, zero 2"])
 def test_bf16_follows_one_process(tmp_path, dataset, layout):
     """Sums in another order round differently in BF16: 2^-9 a number, less in their mean."""

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
-import types
 
 import pytest
 import torch
 
-from megasparse import timer as timer_module
-from megasparse.config import LoggingConfig
-from megasparse.errors import ConfigError
 from megasparse.kernels import mvue24, transposable24_mask
-from megasparse.metrics import schema as metrics_module
 from megasparse.metrics.schema import LOG_METRICS, METRICS, STEP_METRICS, read_metrics
-from megasparse.metrics.writers import MetricsWriter
 from megasparse.optim.fragments import Fragment
 from megasparse.optim.masked_decay import MaskedDecay
-from megasparse.preflight.settings import prepare
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 from megasparse.sparsity.stats import layer_figures, measure
-from megasparse.timer import PHASES, StepTimer
+from megasparse.timer import PHASES
 from megasparse.train.layer_metrics import means
 from tests import dist
 from tests.runs import LLAMA, TINY, train
@@ -173,97 +165,7 @@ def test_probes_that_are_not_asked_measure_nothing():
     assert not state.probe.sums and not state.probe.maxima and not controller.asked
 
 
-def test_every_moment_belongs_to_the_innermost_span(monkeypatch):
-    clock = iter(range(100))
-    monkeypatch.setattr(timer_module.time, "perf_counter", lambda: float(next(clock)))
-    timer = StepTimer()
-    with timer.span("forward"):
-        pass  # not measuring: takes no time from the clock
-    timer.start()  # 0
-    stream = timer.waiting_for([1, 2])
-    assert next(stream) == 1  # data: 1 to 2
-    with timer.span("forward"), timer.span("preparation"):  # forward 3, 4; preparation 4, 5
-        pass  # back in forward 5, in other 6
-    timer.stop()  # 7
-    marks = timer.take()
-    expected = {"other": 3.0, "data": 1.0, "forward": 2.0, "preparation": 1.0}
-    assert timer.seconds(marks) == {**dict.fromkeys(PHASES, 0.0), **expected}
-    assert timer.take() == [] and timer.seconds([]) == {}
-
-
-def _collectives(rank, world):
-    import torch.distributed as group
-
-    before = {name: vars(group.ProcessGroup).get(name) for name in ("allreduce", "send")}
-    timer = StepTimer()
-    timer.start()
-    value = torch.ones(4)
-    group.all_reduce(value)
-    work = group.all_reduce(value, async_op=True)
-    work.wait()
-    timer.stop()
-    after = {name: vars(group.ProcessGroup).get(name) for name in ("allreduce", "send")}
-    measured = timer.seconds(timer.take())
-    group.all_reduce(value)
-    return value.tolist(), before == after, measured["communication"] > 0
-
-
-def test_collectives_are_timed_and_left_as_they_were():
-    assert dist.run(_collectives, 2) == [([8.0] * 4, True, True)] * 2
-
-
-def test_a_run_that_continues_drops_later_rows(tmp_path):
-    logging = LoggingConfig(log_csv=True, log_layers=True, tensorboard_dir=str(tmp_path / "tb"))
-    writer = MetricsWriter(tmp_path, logging)
-    for step in (1, 2, 3):
-        writer.write({"step": step, "loss": 0.5}, {"w": {"density": 0.5}})
-    writer.close()
-    writer = MetricsWriter(tmp_path, logging, resume_step=2)
-    writer.write({"step": 3, "loss": 0.25}, {})
-    writer.close()
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    assert [row["step"] for row in read_metrics(tmp_path / "layers.jsonl")] == [1, 2]
-    lines = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert len(lines) == 4 and lines[3].split(",")[:2] == ["3", "0.25"]
-
-
-def test_weights_and_biases_gets_the_same_scalars(tmp_path, monkeypatch):
-    calls: list = []
-
-    class Run:
-        def log(self, scalars, step):
-            calls.append((step, scalars))
-
-        def finish(self):
-            calls.append("finished")
-
-    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or Run())
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    logging = LoggingConfig(wandb_project="p", tensorboard_dir=str(tmp_path / "tb"))
-    for resume_step in (0, 1):
-        writer = MetricsWriter(tmp_path, logging, resume_step, {"train": {"lr": 1.0}})
-        writer.write({"step": 1 + resume_step, "loss": 0.5}, {"w": {"density": 0.5}})
-        writer.close()
-    first, row, end, second = calls[:4]
-    assert first["project"] == "p" and first["name"] == tmp_path.name
-    assert first["config"] == {"train": {"lr": 1.0}} and second["id"] == first["id"]
-    assert row == (1, {"loss/training": 0.5, "layers_density/w": 0.5}) and end == "finished"
-
-
-def test_weights_and_biases_is_asked_for_but_missing(tmp_path, dataset, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    flags = [*TINY, "--data-path", dataset, "--run-dir", str(tmp_path / "run")]
-    with pytest.raises(ConfigError, match="wandb is not installed"):
-        prepare([*flags, "--wandb-project", "p"], 1)
-    assert not (tmp_path / "run").exists()
-
-
 def test_rows_are_json_on_one_line_each(runs):
     _, _, folder = runs["pp2"]
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line), dict)
-
-
-def test_time_left_is_readable():
-    texts = [metrics_module._clock(s) for s in (0, 65, 3600, 86399, 90061)]
-    assert texts == ["0:00", "1:05", "1:00:00", "23:59:59", "1 d 01:01:01"]

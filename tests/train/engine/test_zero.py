@@ -110,3 +110,34 @@ def test_recipes_without_such_a_decay_refuse_the_flag():
             make_recipe(name, masked_decay_before_clipping=True)
     assert make_recipe("sr_ste", masked_decay_before_clipping=True).masked_decay == 2e-4
     assert not make_recipe("fst").masked_decay_before_clipping
+
+
+def _summed(rank, world):
+    """Pieces of two replicated parameters and of one that is not, and how many collectives."""
+    from types import SimpleNamespace
+
+    from megasparse.train.engine.zero import sum_replicated
+
+    calls = []
+
+    def sum_over_tp(tensor):
+        calls.append(tensor.numel())
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    replicated, other = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    replicated.sequence_parallel = True
+    flat = torch.arange(12.0) * (rank + 1)
+    # A whole gradient, an empty piece, a view into ZeRO's flat tensor.
+    pieces = [(replicated, flat[:6].view(2, 3)), (other, flat[6:8]),
+              (replicated, flat[8:8]), (replicated, flat[8:])]  # fmt: skip
+    sum_replicated(pieces, SimpleNamespace(sum_over_tp=sum_over_tp))
+    sum_replicated([(other, flat)], SimpleNamespace(sum_over_tp=sum_over_tp))
+    return flat, calls
+
+
+def test_replicated_gradients_are_summed_in_one_collective():
+    for rank, (flat, calls) in enumerate(dist.run(_summed, 2)):
+        expected = torch.arange(12.0) * 3
+        expected[6:8] = torch.arange(6.0, 8.0) * (rank + 1)
+        assert torch.equal(flat, expected) and calls == [10]

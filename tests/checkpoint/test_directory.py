@@ -1,0 +1,23 @@
+"""The folder of checkpoints: what interrupted writers leave is tidied up."""
+
+from __future__ import annotations
+
+from megasparse.checkpoint import directory
+from megasparse.checkpoint.saver import choose
+from megasparse.distributed.control_plane import ControlPlane
+from tests.checkpoint.saves import (
+    write_checkpoint,
+)
+
+ALONE = ControlPlane(None)
+
+
+def test_a_replacement_that_was_cut_off_is_put_back(tmp_path):
+    folder = write_checkpoint(tmp_path, 2)
+    folder.rename(folder.with_name("step-00000002.old-ab"))
+    (tmp_path / "step-00000003.tmp-ab").mkdir()
+    (tmp_path / "step-00000004.mine").mkdir()
+    directory.clean(tmp_path)
+    assert choose(tmp_path, ALONE).meta["step"] == 2
+    assert not (tmp_path / "step-00000003.tmp-ab").exists()
+    assert (tmp_path / "step-00000004.mine").exists()

@@ -1,0 +1,36 @@
+"""What the watchdog makes of the points that a rank passes."""
+
+from __future__ import annotations
+
+import pytest
+
+from megasparse.distributed.watchdog import PHASES, Watchdog
+
+
+@pytest.mark.parametrize(
+    ("point", "phase"),
+    [
+        ("micro_batch", "step 7, micro-batch 2"),
+        ("backward", "step 7, backward of micro-batch 2"),
+        ("evaluate", "evaluation, micro-batch 2"),
+        ("save", "save of step 6"),
+        ("save:rename", "save:rename"),
+        ("report", "final report"),
+    ],
+)
+def test_the_watchdog_says_what_begins(tmp_path, point, phase):
+    watch = Watchdog(None, "", 0, 1, 60.0, tmp_path)
+    watch.passed(point, 6, 2)
+    watch.passed("data", 6, 2)  # within the micro-batch: no phase of its own
+    beat = watch._beat()
+    assert beat["phase"] == phase and beat["ticks"] == 1
+
+
+def test_only_phases_without_a_limit_may_take_for_ever(tmp_path, monkeypatch):
+    watch = Watchdog(None, "", 0, 1, 0.001, tmp_path)
+    late = {}
+    for point in (*PHASES, "save:sync"):
+        watch.passed(point, 0)
+        watch._ticked -= 3600.0
+        late[point] = watch._beat()["late"]
+    assert late == {point: point != "report" for point in late}

@@ -3,7 +3,10 @@
 One pass over a tensor is enough then, and the kernel that computes a tensor can quantize it. The
 quantizers of a model lie side by side and are updated together, once an optimizer step. It is
 Transformer Engine's delayed scaling, with scales rounded down to powers of two (`scale.py` says
-why); without Transformer Engine (CPU) the same is computed in plain torch, which is the definition.
+why), and raised only where a scale four times as large would do: so magnitudes that move a little
+around a power of two leave the scale as it is, and products find the factor that they assume. That
+costs two of the 18 powers of two that e4m3 spans, at most. Without Transformer Engine (CPU) the
+same is computed in plain torch, which is the definition.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from megasparse.fp8.transformer_engine import AmaxAlgorithm
 from megasparse.kernels.packed24 import E4M3, E4M3_MAX
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+# A scale is raised where this multiple of it would do; it is lowered as soon as it must be.
+RAISED_BY = 4.0
 
 
 @dataclass
@@ -176,8 +181,9 @@ class DelayedScaling:
         self.history[0] = newest
         on_gpu = transformer_engine.is_there() and newest.is_cuda
         update = transformer_engine.update_delayed if on_gpu else update_by_definition
+        before = self.scale.clone()
         update(newest, self.history, self.scale, self._algorithm, self._margin)
-        power_of_two_(self.scale)
+        keep_or_round_(self.scale, before)
         self.scale_inv.copy_(self.scale.reciprocal())
         if self.host_follows:
             self.assume()
@@ -221,6 +227,18 @@ class DelayedScaling:
         known = state["fp8_known"].tolist()
         for i, value, used in zip(index, self.scale_inv[index].tolist(), known, strict=True):
             self.assumed[i], self.initialized[i] = assumed_inverse(value), bool(used)
+
+
+def keep_or_round_(scale: torch.Tensor, before: torch.Tensor) -> None:
+    """Round scales down to powers of two, and leave those as before that need not change; in place.
+
+    Args:
+        scale: (n,) float32, the largest that do.
+        before: of the step that was.
+    """
+    power_of_two_(scale)
+    stays = (before <= scale) & (scale < RAISED_BY * before)
+    scale.copy_(torch.where(stays, before, scale))
 
 
 def update_by_definition(

@@ -29,8 +29,8 @@ from megasparse.sparsity.seeds import DeviceSeeds
 
 # Of the used quantizers; below it every replay corrects too many products.
 LEAST_SHARE_ASSUMED = 0.8
-# Steps after a capture before scales may cause the next; doubled by each.
-FIRST_PATIENCE = 10
+# Steps from a capture to the first look at scales, which waits for the device; then doubled.
+FIRST_PATIENCE = 4
 
 
 class LayerGraphs:
@@ -61,7 +61,7 @@ class LayerGraphs:
         self._phase: tuple[bool, int] | None = None  # sparse, and moves of the states
         self._active: GraphSet | None = None
         self._buffers: dict[torch.nn.Parameter, torch.Tensor] | None = None
-        self._captured_at, self._patience = 0, FIRST_PATIENCE
+        self._look_at, self._patience = 0, FIRST_PATIENCE
         self._refusal: str | None = None
         controller.seeds = DeviceSeeds(controller.clock, controller.layers, grid.device)
 
@@ -111,13 +111,13 @@ class LayerGraphs:
         self._warm.add(controller.asked)
         self._use(None)
         scaling = controller.fp8
-        patient = controller.clock.step - self._captured_at < self._patience
-        if scaling is None or not self._sets or not controller.asked or patient:
+        if scaling is None or not self._sets or controller.clock.step != self._look_at:
             return
         share = torch.tensor([-scaling.share_assumed()], device=self._grid.device)
         if -float(self._grid.max_over_stage(share)) < LEAST_SHARE_ASSUMED:
             self.let_go()
-            self._patience *= 2
+        self._patience *= 2
+        self._look_at = controller.clock.step + self._patience
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
@@ -166,7 +166,7 @@ class LayerGraphs:
                 self._sets[kind] = GraphSet(self._layers, self._buffers, self._pool)
         finally:
             controller.timer.measuring = timed
-        self._captured_at = controller.clock.step
+        self._look_at = max(self._look_at, controller.clock.step + self._patience)
         what = "the sparse phase" if controller.sparse_now else "the dense phase"
         what += ", steps with metrics" if kind else ""
         gib = (torch.cuda.memory_reserved() - after_cleaning) / 2**30

@@ -53,6 +53,7 @@ class LayerPair:
         layer: with its own, eager forward pass `run`.
         parameters: that get gradients.
         buffers: where their gradients are added up; None: they leave the graph.
+        recompute: the backward graph computes the layer again from its input.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class LayerPair:
         run: Callable[..., Any],
         parameters: Sequence[torch.nn.Parameter],
         buffers: Sequence[torch.Tensor] | None,
+        recompute: bool,
     ) -> None:
-        self._layer, self._run = layer, run
+        self._layer, self._run, self._recompute = layer, run, recompute
         self._parameters, self._buffers = parameters, buffers
         self._graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._grads: tuple[torch.Tensor | None, ...] = ()
@@ -75,13 +77,13 @@ class LayerPair:
             constants: the other arguments.
         """
         self._hidden = hidden.detach().requires_grad_()
+        self._constants = constants  # they are read at every replay
         with (
             _capturing(self._graphs[0], pool),
-            torch.enable_grad(),
+            torch.set_grad_enabled(not self._recompute),
             _leaves_of_this_stream(self._layer) as self._leaves,
         ):
-            self.output: torch.Tensor = self._run(hidden_states=self._hidden, **constants)[0]
-        self._constants = constants  # they are read at every replay
+            self.output = self._compute()
 
     def capture_backward(self, grad_output: torch.Tensor, pool: Any) -> torch.Tensor:
         """Record the backward pass; the gradient of the input.
@@ -91,20 +93,32 @@ class LayerPair:
                 of the layer behind.
         """
         self._grad_output = grad_output
-        with _capturing(self._graphs[1], pool):
+        with (
+            _capturing(self._graphs[1], pool),
+            torch.enable_grad(),
+            _leaves_of_this_stream(self._layer) as again,
+        ):
+            output = self.output
+            if self._recompute:
+                self._leaves, output = again, self._compute()
             leaves = [self._leaves[p] for p in self._parameters]
             found = torch.autograd.grad(
-                self.output, (self._hidden, *leaves), grad_output, allow_unused=True
+                output, (self._hidden, *leaves), grad_output, allow_unused=True
             )
             if self._buffers is None:
                 self._grads = found[1:]
             else:
                 pairs = [(b, g) for b, g in zip(self._buffers, found[1:]) if g is not None]
                 torch._foreach_add_([b for b, _ in pairs], [g for _, g in pairs])
+        del output
         self.output = self.output.detach()
         self._leaves = {}
         self._grad_hidden = found[0]
         return found[0]
+
+    def _compute(self) -> torch.Tensor:
+        output: torch.Tensor = self._run(hidden_states=self._hidden, **self._constants)[0]
+        return output
 
     def replay(self, hidden: torch.Tensor) -> torch.Tensor:
         """The layer of the hidden state, with gradients."""
@@ -133,10 +147,11 @@ class GraphedLayer:
 
     Args:
         layer: a Transformer layer; its `forward` is replaced.
+        recompute: whether it is recomputed in the backward pass.
     """
 
-    def __init__(self, layer: torch.nn.Module) -> None:
-        self.layer, self.eager = layer, layer.forward
+    def __init__(self, layer: torch.nn.Module, recompute: bool) -> None:
+        self.layer, self.eager, self.recompute = layer, layer.forward, recompute
         self.pair: LayerPair | None = None
         self.seen: tuple[torch.Tensor, dict[str, Any]] | None = None
         layer.forward = self  # type: ignore[method-assign, assignment]
@@ -169,16 +184,39 @@ class GraphedLayer:
         return None
 
 
+def is_replayed(layer: torch.nn.Module) -> bool:
+    """Whether the layer's next pass is a replay; one that is recomputed sees to that itself."""
+    forward = layer.forward
+    return isinstance(forward, GraphedLayer) and forward.pair is not None
+
+
+def let_replays_recompute(block: Any) -> None:
+    """Have megatron-core's TransformerBlock leave recomputation to layers that are replayed."""
+    checkpointed = block._checkpointed_forward
+
+    def forward(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        if not is_replayed(block.layers[0]):
+            return checkpointed(hidden_states=hidden_states, **arguments)
+        for layer in block.layers:
+            hidden_states, _ = layer(hidden_states=hidden_states)
+        return hidden_states
+
+    block._checkpointed_forward = forward
+
+
 class GraphSet:
-    """All layers of a rank, captured for one kind of step."""
+    """All layers of a rank, captured for one kind of step and one micro-batch under way.
+
+    Its pool is its own: the passes of other micro-batches come between its forward and backward.
+    """
 
     def __init__(
         self,
         layers: Sequence[GraphedLayer],
         buffers: dict[torch.nn.Parameter, torch.Tensor] | None,
-        pool: Any,
     ) -> None:
         self.pairs = []
+        pool = torch.cuda.graph_pool_handle()
         first = layers[0].seen
         assert first is not None
         # Empty, but for its place in memory; gradients of what is captured say nothing either.
@@ -188,7 +226,7 @@ class GraphSet:
             assert layer.seen is not None
             parameters = layer.parameters
             own = None if buffers is None else [buffers[p] for p in parameters]
-            pair = LayerPair(layer.layer, layer.eager, parameters, own)
+            pair = LayerPair(layer.layer, layer.eager, parameters, own, layer.recompute)
             pair.capture_forward(hidden, layer.seen[1], pool)
             hidden = pair.output
             self.pairs.append(pair)

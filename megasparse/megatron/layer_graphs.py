@@ -9,9 +9,8 @@ operands (`fp8/scale.py`); the step after that captures anew.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -37,33 +36,36 @@ class LayerGraphs:
     """The graphs of a rank's layers.
 
     Args:
-        layers: Transformer layers, in the order of execution.
+        layers: Transformer layers, in the order of execution, and whether each is recomputed.
         controller: of their sparsity.
         grid: this rank's place.
         adds_up: gradients are added up in buffers over the micro-batches of a step; else they
             leave every micro-batch's backward pass.
+        slots: micro-batches that are under way at a time.
     """
 
     def __init__(
         self,
-        layers: Sequence[torch.nn.Module],
+        layers: Sequence[tuple[torch.nn.Module, bool]],
         controller: SparsityController,
         grid: Grid,
         adds_up: bool,
+        slots: int = 1,
     ) -> None:
-        self._layers = [GraphedLayer(layer) for layer in layers]
+        self._layers = [GraphedLayer(layer, recompute) for layer, recompute in layers]
+        self._slots = slots
         self._controller, self._grid, self._adds_up = controller, grid, adds_up
         self._stream = torch.cuda.Stream(grid.device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._sets: dict[bool, GraphSet] = {}  # by whether metrics are measured
+        # By whether metrics are measured, of each slot.
+        self._sets: dict[bool, list[GraphSet]] = {}
         self._warm: set[bool] = set()
         self._refill = self._refills()
         self._phase: tuple[bool, int] | None = None  # sparse, and moves of the states
-        self._active: GraphSet | None = None
+        self._active: list[GraphSet] | None = None
         self._buffers: dict[torch.nn.Parameter, torch.Tensor] | None = None
         self._look_at, self._patience = 0, FIRST_PATIENCE
         self._refusal: str | None = None
-        controller.seeds = DeviceSeeds(controller.clock, controller.layers, grid.device)
+        controller.seeds = DeviceSeeds(controller.clock, controller.layers, grid.device, slots)
 
     def begin_step(self, micro_batches: Sequence[int]) -> None:
         """Before the first micro-batch of a training step: operands, seeds, and the graphs to use.
@@ -89,14 +91,17 @@ class LayerGraphs:
             self._capture(kind)
         if kind not in self._warm:
             self.let_go()  # an eager step needs the memory
-        self._use(self._sets.get(kind))
+        self._active = self._sets.get(kind)
         if self._active is not None and self._buffers is not None:
             torch._foreach_zero_(list(self._buffers.values()))
 
     def begin_micro_batch(self, number: int) -> None:
-        """Before this rank's `number`-th micro-batch of the step."""
-        assert self._controller.seeds is not None
-        self._controller.seeds.begin_micro_batch(number)
+        """Before the forward pass of this rank's `number`-th micro-batch of the step."""
+        controller, slot = self._controller, number % self._slots
+        assert controller.seeds is not None
+        controller.clock.slot = slot
+        controller.seeds.begin_micro_batch(number, slot)
+        self._use(None if self._active is None else self._active[slot])
 
     def hand_over_gradients(self) -> None:
         """Before the backward pass of a step's last micro-batch: sums become `grad`."""
@@ -109,9 +114,10 @@ class LayerGraphs:
         """After a step; a collective call of the stage where scales are looked at."""
         controller = self._controller
         self._warm.add(controller.asked)
+        self._active = None
         self._use(None)
         scaling = controller.fp8
-        if scaling is None or not self._sets or controller.clock.step != self._look_at:
+        if scaling is None or not self._sets or controller.clock.step < self._look_at:
             return
         share = torch.tensor([-scaling.share_assumed()], device=self._grid.device)
         if -float(self._grid.max_over_stage(share)) < LEAST_SHARE_ASSUMED:
@@ -119,22 +125,15 @@ class LayerGraphs:
         self._patience *= 2
         self._look_at = controller.clock.step + self._patience
 
-    @contextlib.contextmanager
-    def eager(self) -> Iterator[None]:
-        """Within it layers run eagerly, with gradients for each parameter."""
-        self.let_go()
-        self._use(None)
-        yield
-
     def let_go(self) -> None:
         """Drop all graphs, and the memory that they hold."""
+        self._active = None
+        self._use(None)
         if not self._sets:
             return
-        self._use(None)
         self._sets.clear()
         self._buffers = None
-        # Without graphs a pool is gone. Library workspaces of the captures stay with their stream.
-        self._pool = torch.cuda.graph_pool_handle()
+        # Library workspaces of the captures stay with their stream.
         self._stream = torch.cuda.Stream(self._grid.device)
         if self._controller.fp8 is not None:
             self._controller.fp8.host_follows = True
@@ -163,9 +162,13 @@ class LayerGraphs:
         try:
             with prepared_for_capture(self._stream):
                 after_cleaning = torch.cuda.memory_reserved()
-                self._sets[kind] = GraphSet(self._layers, self._buffers, self._pool)
+                sets = []
+                for controller.clock.slot in range(self._slots):
+                    sets.append(GraphSet(self._layers, self._buffers))
+                self._sets[kind] = sets
         finally:
             controller.timer.measuring = timed
+            controller.clock.slot = 0
         self._look_at = max(self._look_at, controller.clock.step + self._patience)
         what = "the sparse phase" if controller.sparse_now else "the dense phase"
         what += ", steps with metrics" if kind else ""
@@ -174,7 +177,6 @@ class LayerGraphs:
         logger.debug("reserved before the capture: %.2f GiB", before / 2**30)
 
     def _use(self, graphs: GraphSet | None) -> None:
-        self._active = graphs
         for number, layer in enumerate(self._layers):
             layer.pair = None if graphs is None else graphs.pairs[number]
 
@@ -184,7 +186,6 @@ def refusal(
     zero_stage: int,
     recompute: str | None,
     dropout: float,
-    recipe_metric: str,
     poisoned: bool,
     pipeline: bool,
 ) -> str | None:
@@ -194,7 +195,6 @@ def refusal(
         zero_stage: of DeepSpeed's ZeRO.
         recompute: Megatron's recompute_granularity.
         dropout: the larger of the layers' two.
-        recipe_metric: what masks keep the largest of.
         poisoned: gradients of parameters are to be poisoned, by hooks.
         pipeline: whether the model is cut into stages.
     """
@@ -202,10 +202,9 @@ def refusal(
         return f"the run is on {device.type}"
     reasons = (
         (zero_stage == 3, "ZeRO 3 gathers weights to other addresses in every micro-batch"),
-        (recompute is not None, f"recompute_granularity is {recompute}"),
+        (recompute == "selective", "recompute_granularity is selective"),
         (dropout > 0.0, f"dropout is {dropout:g}, whose random states graphs would freeze"),
-        (recipe_metric == "wanda", "mask_metric wanda looks at the inputs of every layer"),
         (poisoned, "gradients are to be poisoned"),
-        (pipeline, "the model is a pipeline"),
+        (pipeline and zero_stage >= 2, "a pipeline adds gradients up by itself"),
     )
     return next((text for holds, text in reasons if holds), None)

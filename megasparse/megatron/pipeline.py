@@ -25,6 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megasparse.config import RunConfig, pipeline_split
+from megasparse.megatron.cuda_graphs import is_replayed
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.loss import token_cross_entropy
 from megasparse.megatron.model import finish_model, spec_provider, transformer_config
@@ -80,7 +81,7 @@ def part_specs(
         )
     provider = spec_provider(config, grid.device)
     spec = get_layer_spec(provider)
-    recomputed = _recomputed_layers(config)
+    recomputed = recomputed_layers(config)
     body = [
         PartSpec(
             LayerPart,
@@ -168,14 +169,14 @@ class LayerPart(torch.nn.Module):
         super().__init__()
         self.layer = build_module(spec, config=config, layer_number=number + 1)
         self._config, self._number, self._clock = config, number, clock
-        self._recompute = recompute
+        self.recompute = recompute
         # In a tuple, so that the shared module is not registered once a layer.
         self._rotary = (rotary,)
 
     def forward(self, inputs: Hidden) -> Hidden:
         """hidden or (hidden, mask) -> the same."""
         hidden, mask = inputs if isinstance(inputs, tuple) else (inputs, None)
-        if self._recompute and self.training:
+        if self.recompute and self.training and not is_replayed(self.layer):
             hidden = self._checkpointed(hidden, mask)
         else:
             hidden = self._compute(hidden, mask)
@@ -205,10 +206,10 @@ class LayerPart(torch.nn.Module):
     def _checkpointed(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The layer computed twice. Other micro-batches pass forward between the two, so the
         second time the clock must be put back for the MVUE seeds to be the first's."""
-        micro_batch = self._clock.micro_batch
+        micro_batch, slot = self._clock.micro_batch, self._clock.slot
 
         def run(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-            with self._clock.at(micro_batch):
+            with self._clock.at(micro_batch, slot):
                 return self._compute(hidden, mask)
 
         return tensor_parallel.checkpoint(run, False, hidden, mask)
@@ -303,8 +304,8 @@ def _output_layer(
     )
 
 
-def _recomputed_layers(config: RunConfig) -> set[int]:
-    """Numbers of the layers that are recomputed whole."""
+def recomputed_layers(config: RunConfig) -> set[int]:
+    """Numbers of the layers of the whole model that are recomputed whole."""
     parallel = config.parallel
     if parallel.recompute_granularity != "full":
         return set()

@@ -19,22 +19,26 @@ class Clock:
         step: optimizer steps done.
         micro_batch: number of the micro-batch within the step, over all data-parallel ranks, so
             that a micro-batch draws the same random numbers whichever rank computes it.
+        slot: place of the micro-batch among those that are under way on this rank (a pipeline has
+            several); its seeds on the device are there.
     """
 
     seed: int
     train_iters: int
     step: int = 0
     micro_batch: int = 0
+    slot: int = 0
 
     def mvue_seed(self, layer: int) -> int:
         """Seed of one layer's MVUE draws in the current micro-batch."""
         return derive_seed(self.seed, self.step, self.micro_batch, layer)
 
     @contextlib.contextmanager
-    def at(self, micro_batch: int) -> Iterator[None]:
+    def at(self, micro_batch: int, slot: int) -> Iterator[None]:
         """Set back to a micro-batch for a while: a layer is recomputed with the draws it had."""
-        before, self.micro_batch = self.micro_batch, micro_batch
+        before = self.micro_batch, self.slot
+        self.micro_batch, self.slot = micro_batch, slot
         try:
             yield
         finally:
-            self.micro_batch = before
+            self.micro_batch, self.slot = before

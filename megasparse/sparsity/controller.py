@@ -65,7 +65,7 @@ class SparsityController:
             place: of the layer's weight (`register`).
         """
         if self.seeds is not None:
-            return self.seeds.of(place)
+            return self.seeds.of(place, self.clock.slot)
         return self.clock.mvue_seed(self.layers[place])
 
     def begin_step(self) -> None:

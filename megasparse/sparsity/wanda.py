@@ -23,20 +23,23 @@ class InputSquares:
     def __init__(self) -> None:
         self.square: torch.Tensor | None = None
         self.tokens = 0
-        self._step_square: torch.Tensor | None = None
-        self._step_tokens = 0
+        # Sums of squares of the step under way, and tokens as the last entry; it stays where it
+        # is, so that captured passes add to it.
+        self._step: torch.Tensor | None = None
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor) -> None:
         """Add the inputs `(..., K)` of a micro-batch to the current step."""
         flat = x.detach().reshape(-1, x.shape[-1])
-        square = flat.float().square().sum(0).double()
-        self._step_square = square if self._step_square is None else self._step_square + square
-        self._step_tokens += flat.shape[0]
+        if self._step is None:
+            self._step = flat.new_zeros(flat.shape[1] + 1, dtype=torch.float64)
+        self._step[:-1] += flat.float().square().sum(0).double()
+        self._step[-1] += flat.shape[0]
 
     def drop(self) -> None:
         """Forget the current step."""
-        self._step_square, self._step_tokens = None, 0
+        if self._step is not None:
+            self._step.zero_()
 
     def scale(self, weight: torch.Tensor) -> torch.Tensor:
         """`|w_ij| rms(x_j)` with w's sign and dtype, float32 of 16-bit ones; w itself at first."""
@@ -59,10 +62,10 @@ class InputSquares:
             self.square = state["input_square"].to(device)
             self.tokens = int(state["input_tokens"])
 
-    def _take_step(self) -> tuple[torch.Tensor, int] | None:
-        if self._step_square is None:
+    def _take_step(self) -> torch.Tensor | None:
+        if self._step is None:
             return None
-        taken = self._step_square, self._step_tokens
+        taken = self._step.clone()
         self.drop()
         return taken
 
@@ -89,12 +92,10 @@ def finish_step(
         seen = [(one, step) for one, step in zip(chosen, steps, strict=True) if step is not None]
         if not seen:
             continue
-        device = seen[0][1][0].device
-        tokens = torch.tensor([count for _, (_, count) in seen], device=device).double()
-        flat = torch.cat([square for _, (square, _) in seen] + [tokens])
+        flat = torch.cat([step for _, step in seen])
         flat = sum_over_dp(sum_over_tp(flat) if split else flat)
-        counts = flat[-len(seen) :].round().long().tolist()
-        start = 0
-        for (one, (square, _)), count in zip(seen, counts, strict=True):
-            one._add(flat[start : start + square.numel()].clone(), count)
-            start += square.numel()
+        parts = flat.split([step.numel() for _, step in seen])
+        counts = torch.stack([part[-1] for part in parts]).round().long().tolist()
+        for (one, _), part, count in zip(seen, parts, counts, strict=True):
+            if count:
+                one._add(part[:-1].clone(), count)

@@ -108,8 +108,15 @@ class Layout(ABC):
         """This rank has come to a point of the current step or evaluation."""
         self._events(point, self.controller.clock.step, micro_batch)
 
-    def _make_graphs(self, layers: Sequence[torch.nn.Module], pipeline: bool) -> None:
-        """CUDA graphs of the layers, unless the run refuses them or cannot have them."""
+    def _make_graphs(
+        self, layers: Sequence[tuple[torch.nn.Module, bool]], slots: int | None = None
+    ) -> None:
+        """CUDA graphs of the layers, unless the run refuses them or cannot have them.
+
+        Args:
+            layers: with whether each is recomputed.
+            slots: micro-batches of a pipeline that are under way at a time; None: no pipeline.
+        """
         config, poison = self.config, self.guard.poison
         if config.train.cuda_graph_impl == "none":
             return
@@ -118,13 +125,12 @@ class Layout(ABC):
             config.parallel.zero_stage or 0,
             config.parallel.recompute_granularity,
             max(config.model.hidden_dropout, config.model.attention_dropout),
-            self.controller.recipe.mask_metric,
             poison is not None and bool(poison.poisoned_gradients()),
-            pipeline,
+            slots is not None,
         )
         if reason is None:
             adds_up = (config.parallel.zero_stage or 0) < 2
-            self.graphs = LayerGraphs(layers, self.controller, self.grid, adds_up)
+            self.graphs = LayerGraphs(layers, self.controller, self.grid, adds_up, slots or 1)
         elif self.grid.device.type == "cuda":
             log_once("CUDA graphs are not used: %s", reason)
 

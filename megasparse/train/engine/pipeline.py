@@ -85,6 +85,10 @@ class PipelineLayout(Layout):
             for kind, run in engine._INSTRUCTION_MAP.items()
         }
         self._engine = engine
+        slots = schedule.TrainSchedule(
+            self.accumulation_steps, self.grid.pp_size, self.grid.pp_rank
+        ).num_pipe_buffers()
+        self._make_graphs(self._pipeline.layers, slots)
         return engine
 
     def _instruction(
@@ -103,6 +107,8 @@ class PipelineLayout(Layout):
     def _count_forward(self) -> None:
         """Forwards of a stage are in order of the micro-batches, whatever is between them."""
         self._set_micro_batch(self._forwards)
+        if self.graphs is not None and self._pipeline.training:
+            self.graphs.begin_micro_batch(self._forwards)
         self._forwards += 1
 
     def _before_load(self) -> None:
@@ -119,6 +125,8 @@ class PipelineLayout(Layout):
     def _before_backward(self) -> None:
         self._passed("backward", self._backwards)
         self._backwards += 1
+        if self.graphs is not None and self._backwards == self.accumulation_steps:
+            self.graphs.hand_over_gradients()
 
     def _before_optimizer(self) -> None:
         """Once a step on every rank, when all gradients are there."""
@@ -142,6 +150,8 @@ class PipelineLayout(Layout):
             for number, batch in enumerate(batches):
                 yield self.guard.keep(batch, number * self.grid.dp_size + self.grid.dp_rank)
 
+        if self.graphs is not None:
+            self.graphs.begin_step([self._number(n) for n in range(self.accumulation_steps)])
         return self._train_batch(kept())
 
     def _train_batch(self, batches: Iterator[Batch]) -> float:
@@ -152,6 +162,8 @@ class PipelineLayout(Layout):
 
     def compute_again(self, kept: Sequence[MicroBatch]) -> list[str]:
         self._findings, self._again = [], [one.batch for one in kept]
+        if self.graphs is not None:
+            self.graphs.let_go()  # gradients of each parameter are wanted
         handles = [
             parameter.register_hook(functools.partial(self._on_gradient_again, name))
             for name, parameter in self.model.named_parameters()

@@ -10,7 +10,9 @@ import torch
 
 from megasparse.config.deepspeed import deepspeed_config
 from megasparse.log import is_logging_rank
+from megasparse.megatron.cuda_graphs import let_replays_recompute
 from megasparse.megatron.grid import ModelParallelUnit
+from megasparse.megatron.pipeline import recomputed_layers
 from megasparse.progress import progress
 from megasparse.train.distillation import Distillation
 from megasparse.train.engine.deepspeed import deepspeed
@@ -67,8 +69,10 @@ class PlainLayout(Layout):
             dist_init_required=False,
         )
         # After DeepSpeed has put the parameters where they stay.
-        model: Any = self.model
-        self._make_graphs(model.decoder.layers, pipeline=False)
+        block: Any = self.model.decoder
+        let_replays_recompute(block)
+        recomputed = recomputed_layers(self.config)
+        self._make_graphs([(layer, n in recomputed) for n, layer in enumerate(block.layers)])
         return self._engine
 
     def gathered_parameters(
@@ -105,10 +109,8 @@ class PlainLayout(Layout):
         return float(self.grid.mean_over_dp(total / self.accumulation_steps))
 
     def compute_again(self, kept: Sequence[MicroBatch]) -> list[str]:
-        with self.graphs.eager() if self.graphs is not None else contextlib.nullcontext():
-            return self._computed_again(kept)
-
-    def _computed_again(self, kept: Sequence[MicroBatch]) -> list[str]:
+        if self.graphs is not None:
+            self.graphs.let_go()  # gradients of each parameter are wanted
         findings: list[str] = []
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         for local, micro_batch in enumerate(kept):

@@ -17,6 +17,7 @@ from megasparse.config import RunConfig
 from megasparse.log import logger
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.pipeline import (
+    LayerPart,
     PartSpec,
     finish_stage,
     part_specs,
@@ -81,6 +82,11 @@ class Pipeline(PipelineModule):
     @property
     def view(self) -> torch.nn.Module:
         return self._views[0]
+
+    @property
+    def layers(self) -> list[tuple[torch.nn.Module, bool]]:
+        """The Transformer layers of the stage, and whether each is recomputed."""
+        return [(p.layer, p.recompute) for p in self._numbered() if isinstance(p, LayerPart)]
 
     def _numbered(self) -> list[torch.nn.Module]:
         return [module for name, module in self.named_children() if name.isdigit()]

@@ -11,11 +11,11 @@ from pathlib import Path
 from megasparse import log
 from megasparse.config import RunConfig, to_dict
 from megasparse.distributed import faults, watchdog
-from megasparse.distributed.control_plane import Control, as_user_error, make_control, one_line
+from megasparse.distributed.control_plane import Control, as_user_error, make_control
 from megasparse.distributed.rendezvous import attempt
 from megasparse.distributed.signals import StopRequest
 from megasparse.distributed.watchdog import Watchdog
-from megasparse.errors import ConfigError, MegasparseError, PeerError
+from megasparse.errors import ConfigError, MegasparseError, PeerError, one_line
 from megasparse.megatron.batches import build_data
 from megasparse.megatron.grid import make_grid
 from megasparse.preflight.check import check_hosts, require_fit

@@ -45,8 +45,9 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
     """Two micro-batches, with refreshed masks and prepared weights in the first."""
     if "--fp8-format" in flags:
         needs_transformer_engine(device)
-    from megasparse.fp8.delayed import Fp8Scales
     from megasparse.megatron.layer import build_layer, rotary_frequencies
+
+    from megasparse.fp8.delayed import Fp8Scales
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.controller import Clock
     from megasparse.sparsity.recipe import recipe_of
@@ -80,10 +81,10 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
 @pytest.mark.parametrize("groups", [2, 4])
 def test_rotated_projection_is_the_rotated_parts(device, one_rank, groups):
     """Queries, keys and values rotated out of the projection's output, and taken from it first."""
+    from megasparse.megatron.layer import build_layer, rotary_frequencies
     from megatron.core.transformer.attention import SelfAttention
 
     from megasparse.megatron.attention import RotaryQkvAttention
-    from megasparse.megatron.layer import build_layer, rotary_frequencies
 
     precision = ["--bf16"] if device.type == "cuda" else ["--no-bf16"]
     config = resolve(load_config([*FLAGS, *precision, "--num-query-groups", str(groups)]), 1)

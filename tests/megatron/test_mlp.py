@@ -18,6 +18,7 @@ MODEL = [
 
 def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
     """The MLP of a layer, made sparse in FP8 (not of a run: that would ask for a GPU)."""
+    from megasparse.megatron.layer import build_layer
     from megatron.core.transformer.mlp import MLP
 
     from megasparse.config import load_config, resolve
@@ -25,7 +26,6 @@ def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
     from megasparse.megatron import mlp
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.init import initialize_weights
-    from megasparse.megatron.layer import build_layer
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.controller import Clock
     from megasparse.sparsity.recipe import recipe_of

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from megasparse.megatron.layer import build_layer, rotary_frequencies
 from torch.utils.checkpoint import checkpoint
 
 from megasparse.config import load_config, resolve
@@ -14,7 +15,6 @@ from megasparse.fp8.delayed import Fp8Scales
 from megasparse.megatron import norms
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.init import initialize_weights
-from megasparse.megatron.layer import build_layer, rotary_frequencies
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.controller import Clock
 from megasparse.sparsity.recipe import recipe_of

@@ -8,20 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests import dist
 from tests.forkserver import context
 from tests.runs import TINY, train
-
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import inspect_sparsity  # noqa: E402
-import plot_runs  # noqa: E402
+from tools import inspect_sparsity, plot_runs
+from tools.bench import metrics
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +98,7 @@ def test_statistics_of_a_checkpoint(run_dir, capsys):
 
 
 def _bench(arguments: list[str]) -> None:
-    import bench_metrics
-
-    os._exit(bench_metrics.main(arguments))
+    os._exit(metrics.main(arguments))
 
 
 def test_bench_metrics_runs_at_any_size(tmp_path):

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from megasparse.errors import ConfigError, MegasparseError
 from tests.runs import TINY, make_dataset
+from tools import search_decay as tool
 
 
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
-    import search_decay
-
-    yield search_decay
-    for name in ("search_decay", "search_decay_choice", "plots"):
-        sys.modules.pop(name, None)
-
-
-def made_up(tool: ModuleType, ratios: dict[float, float | None]):
+def made_up(ratios: dict[float, float | None]):
     """Dense at flip rate 0.02 and candidates at these multiples of it; None: diverged."""
     dense = tool.Run("dense", None, ((8, 0.03), (16, 0.02)), 5.0)
     runs = [
@@ -53,8 +41,8 @@ def made_up(tool: ModuleType, ratios: dict[float, float | None]):
         ({1e-5: 1.0, 1e-4: None}, None, "try decays above 1e-05"),
     ],
 )
-def test_the_rule(tool, ratios, choice, reason):
-    dense, candidates = made_up(tool, ratios)
+def test_the_rule(ratios, choice, reason):
+    dense, candidates = made_up(ratios)
     assert [c.decay for c in candidates] == sorted(ratios)
     taken, why = tool.choose(candidates)
     assert taken == choice and reason in why
@@ -63,7 +51,7 @@ def test_the_rule(tool, ratios, choice, reason):
     assert sum(line.endswith("taken") for line in lines) == (choice is not None)
 
 
-def test_a_dense_run_without_flips_gives_no_ratio(tool):
+def test_a_dense_run_without_flips_gives_no_ratio():
     dense = tool.Run("dense", None, ((8, 0.0),), 5.0)
     with pytest.raises(MegasparseError, match="flipped nothing at step 8"):
         tool.judge(dense, [tool.Run("decay-0.1", 0.1, ((8, 0.1),), 5.0)])
@@ -80,7 +68,7 @@ def test_a_dense_run_without_flips_gives_no_ratio(tool):
         (["--steps", "9", "--gird", "1"], "unknown flag --gird"),
     ],
 )
-def test_refusals(tool, tmp_path, capsys, flags, match):
+def test_refusals(tmp_path, capsys, flags, match):
     output = ["--output", str(tmp_path / "search")]
     assert tool.main([*TINY, "--mock-data", *output, *flags]) == ConfigError.exit_code
     assert match in capsys.readouterr().err
@@ -110,7 +98,7 @@ sys.exit(75)  # as a run that --exit-interval ends
 """
 
 
-def fake_search(tool, monkeypatch, tmp_path, *flags):
+def fake_search(monkeypatch, tmp_path, *flags):
     script = tmp_path / "fake_run.py"
     script.write_text(FAKE_RUN)
     monkeypatch.setattr(tool, "LAUNCH", script)
@@ -119,38 +107,38 @@ def fake_search(tool, monkeypatch, tmp_path, *flags):
 
 
 def test_a_diverged_candidate_is_a_result_and_any_other_failure_is_not(
-    tool, monkeypatch, tmp_path, capsys
+    monkeypatch, tmp_path, capsys
 ):
-    assert fake_search(tool, monkeypatch, tmp_path, "--grid", "0.1", "0.5") == 0
+    assert fake_search(monkeypatch, tmp_path, "--grid", "0.1", "0.5") == 0
     out = capsys.readouterr().out
     assert "diverged" in out and "taken: 0.1" in out
-    assert fake_search(tool, monkeypatch, tmp_path, "--grid", "0.1", "0.25") == 1
+    assert fake_search(monkeypatch, tmp_path, "--grid", "0.1", "0.25") == 1
     error = capsys.readouterr().err
     assert "decay-0.25 ended with exit code 3" in error and "DataError: no such file" in error
 
 
-def test_several_ranks_and_foreign_folders(tool, monkeypatch, tmp_path, capsys):
+def test_several_ranks_and_foreign_folders(monkeypatch, tmp_path, capsys):
     flags = ["--grid", "0.2", "--num-ranks", "2", "--tensor-model-parallel-size", "2"]
-    assert fake_search(tool, monkeypatch, tmp_path, *flags) == 0
+    assert fake_search(monkeypatch, tmp_path, *flags) == 0
     folder = tmp_path / "search" / "decay-0.2"
     assert {p.name for p in folder.glob("rank-*")} == {"rank-0-of-2", "rank-1-of-2"}
     (folder / "search.json").unlink()
-    assert fake_search(tool, monkeypatch, tmp_path, *flags) == ConfigError.exit_code
+    assert fake_search(monkeypatch, tmp_path, *flags) == ConfigError.exit_code
     assert "is not a run of a search" in capsys.readouterr().err
     assert (folder / "metrics.jsonl").exists()
 
 
-def test_a_run_that_was_cut_off_is_run_again(tool, monkeypatch, tmp_path):
-    assert fake_search(tool, monkeypatch, tmp_path, "--grid", "0.1") == 0
+def test_a_run_that_was_cut_off_is_run_again(monkeypatch, tmp_path):
+    assert fake_search(monkeypatch, tmp_path, "--grid", "0.1") == 0
     metrics = tmp_path / "search" / "decay-0.1" / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text("".join(whole.splitlines(True)[:5]))
-    assert fake_search(tool, monkeypatch, tmp_path, "--grid", "0.1") == 0
+    assert fake_search(monkeypatch, tmp_path, "--grid", "0.1") == 0
     assert metrics.read_text() == whole and len(whole.splitlines()) == 9
 
 
 @pytest.mark.slow
-def test_a_search_runs_and_goes_on_where_it_stopped(tool, monkeypatch, tmp_path, capsys):
+def test_a_search_runs_and_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
     """The real training: dense, a decay that changes little, one that freezes the masks."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     flags = [*TINY, "--data-path", make_dataset(tmp_path / "data"), "--steps", "9"]
@@ -181,8 +169,8 @@ def test_a_search_runs_and_goes_on_where_it_stopped(tool, monkeypatch, tmp_path,
     assert not (tmp_path / "search" / "decay-10" / "checkpoints").exists()
 
 
-def test_the_figure_or_why_there_is_none(tool, monkeypatch, tmp_path, capsys):
-    assert fake_search(tool, monkeypatch, tmp_path, "--grid", "0.1", "0.3") == 0
+def test_the_figure_or_why_there_is_none(monkeypatch, tmp_path, capsys):
+    assert fake_search(monkeypatch, tmp_path, "--grid", "0.1", "0.3") == 0
     out = capsys.readouterr().out
     figure = tmp_path / "search" / "decay_search.png"
     if tool.plots.available():

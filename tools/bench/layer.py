@@ -34,7 +34,7 @@ from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.controller import Clock
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.engine.deepspeed import start_process, stop_process
-from tools.bench.profile import Profile, profiled, table
+from tools.bench.profiling import Profile, profiled, table
 from tools.bench.short_runs import stand_alone
 from tools.bench.single_layer import build_layer, rotary_frequencies
 from tools.bench.te_baseline import te_module

@@ -43,7 +43,7 @@ def measure(flags: Sequence[str], steps: int, profile: bool = False) -> Result:
     import torch
 
     from megasparse.megatron.import_without_compile import import_megatron
-    from tools.bench.profile import profiled
+    from tools.bench.profiling import profiled
 
     import_megatron()  # before the imports that need it
     from megasparse.config import load_config, padded_vocab_size, resolve

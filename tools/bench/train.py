@@ -35,7 +35,7 @@ from megasparse.train.build import build_engine
 from megasparse.train.engine.base import Engine
 from megasparse.train.engine.deepspeed import start_process, stop_process
 from tools.bench import te_baseline
-from tools.bench.profile import Profile, profiled, table
+from tools.bench.profiling import Profile, profiled, table
 from tools.bench.short_runs import stand_alone
 
 MODEL = [

@@ -9,7 +9,7 @@ import pytest
 
 from tools.bench import scaling as bench
 from tools.bench import short_runs
-from tools.bench.profile import length_of_union
+from tools.bench.profiling import length_of_union
 
 RUN = {
     "losses": [5.0, 4.5], "seconds": [9.0, 9.0, 9.0, 2.0, 4.0, 3.0], "tokens": 600,

@@ -23,10 +23,10 @@ import_megatron()  # before the imports that need it
 
 import torch
 
-from megasparse import log
 from megasparse.checkpoint.directory import list_steps
+from megasparse.cli import guarded
 from megasparse.compress.oneshot import METHODS, prune
-from megasparse.errors import ConfigError, MegasparseError
+from megasparse.errors import ConfigError
 from megasparse.inference.offline import OfflineModel, StoredRun, save_pruned
 
 BLOCK_LINEARS = ("*.self_attention.linear_*", "*.mlp.linear_*")
@@ -34,13 +34,7 @@ BLOCK_LINEARS = ("*.self_attention.linear_*", "*.mlp.linear_*")
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        report = run(args)
-    except MegasparseError as error:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(report, indent=1))
-    return 0
+    return guarded("prune_oneshot.py", lambda: print(json.dumps(run(args), indent=1)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,7 +53,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Prune and write; what was done, and the validation loss before and after if asked for."""
-    log.setup(0)
     if list_steps(args.output):
         raise ConfigError(f"output: {args.output} already holds checkpoints")
     stored = StoredRun(args.load)

@@ -10,27 +10,20 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megasparse import log
 from megasparse.checkpoint.model import StoredModel, check_shape, open_checkpoint
 from megasparse.config import RunConfig, padded_vocab_size
 from megasparse.convert.huggingface import HuggingFaceModel
 from megasparse.convert.source import Source, pad_vocabulary
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
-from megasparse.distributed.control_plane import (
-    ControlPlane,
-    as_user_error,
-    make_control_plane,
-    one_line,
-)
+from megasparse.distributed.control_plane import ControlPlane, make_control_plane
 from megasparse.distributed.rendezvous import join_group, own_device
-from megasparse.errors import ConfigError, DataError, MegasparseError
+from megasparse.errors import ConfigError, DataError
 from megasparse.inference.tokenizer_files import tokenizer_file_of, tokenizer_of
 from megasparse.megatron.grid import Grid, collective_timeout, make_grid
 from megasparse.megatron.init import parameter_shard
@@ -160,28 +153,18 @@ def load_model(
     return model.eval(), grid
 
 
-def guarded(work: Callable[[], None]) -> int:
-    """Run a launcher's work on this rank; its exit code, after one line of what went wrong."""
-    log.setup(int(os.environ.get("RANK", "0")))
-    try:
-        work()
-    except MegasparseError as error:
-        log.logger.error("%s: %s", type(error).__name__, one_line(error))
-        return error.exit_code
-    except OSError as error:
-        log.logger.error("StorageError: %s", one_line(error))
-        return as_user_error(error).exit_code
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0
-
-
 def leave(code: int) -> None:
-    """End the process; after an error without the goodbye that other ranks may not answer."""
+    """End this rank; after an error at once, as other ranks may not answer its goodbye.
+
+    Args:
+        code: of the process, 0 after success.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
         os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _tokenizer_beside(source: HuggingFaceModel) -> Tokenizer | None:

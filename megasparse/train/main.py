@@ -11,18 +11,13 @@ from pathlib import Path
 from megasparse import log
 from megasparse.config import RunConfig, to_dict
 from megasparse.distributed import faults
-from megasparse.distributed.control_plane import (
-    ControlPlane,
-    as_user_error,
-    make_control_plane,
-    one_line,
-)
+from megasparse.distributed.control_plane import ControlPlane, as_user_error, make_control_plane
 from megasparse.distributed.events import Events
 from megasparse.distributed.rendezvous import attempt
 from megasparse.distributed.signals import StopRequest
 from megasparse.distributed.verdicts import is_communication_error
 from megasparse.distributed.watchdog import Watchdog
-from megasparse.errors import ConfigError, MegasparseError, PeerError
+from megasparse.errors import ConfigError, MegasparseError, PeerError, one_line
 from megasparse.megatron.batches import build_data
 from megasparse.megatron.grid import make_grid
 from megasparse.preflight.check import check_hosts, require_fit

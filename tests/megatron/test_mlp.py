@@ -25,10 +25,10 @@ def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
     from megasparse.megatron import mlp
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.init import initialize_weights
-    from megasparse.megatron.layer import build_layer
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.clock import Clock
     from megasparse.sparsity.recipe import recipe_of
+    from tools.bench.single_layer import build_layer
 
     device = torch.device("cpu")
     config = resolve(load_config([*MODEL, *flags]), world)

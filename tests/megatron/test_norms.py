@@ -14,11 +14,11 @@ from megasparse.fp8.delayed import DelayedScaling
 from megasparse.megatron import norms
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.init import initialize_weights
-from megasparse.megatron.layer import build_layer, rotary_frequencies
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.recipe import recipe_of
 from tests import dist
+from tools.bench.single_layer import build_layer, rotary_frequencies
 
 S, B, H, F = 32, 2, 256, 256
 MODEL = [

@@ -103,7 +103,6 @@ def _train(
         seconds.append(time.monotonic() - begin)
     found = profiled(lambda: engine.train_step(stream), 2)
     found.seconds = statistics.median(seconds[warmup:])
-    assert config.train.global_batch_size is not None
     tokens = config.train.global_batch_size * config.model.seq_length
     result = {
         "loss": losses[-1],

@@ -33,6 +33,7 @@ from estimate_time import TABLE, GemmTable, StepTime, step_time
 from measure_runs import launch
 
 from megasparse.config import (
+    ResolvedConfig,
     RunConfig,
     load_config,
     padded_vocab_size,
@@ -52,7 +53,7 @@ WARMUP = 3
 class Estimate:
     """One layout: every stage's bytes, and the time of a step (None: no rates for its dtype)."""
 
-    config: RunConfig
+    config: ResolvedConfig
     world: int
     stages: list[Footprint]
     time: StepTime | None
@@ -72,8 +73,8 @@ class Estimate:
         return ", ".join(words)
 
 
-def estimate(config: RunConfig, world: int, table: GemmTable, args: Any) -> Estimate:
-    """Of a configuration that is resolved for `world` ranks."""
+def estimate(config: ResolvedConfig, world: int, table: GemmTable, args: Any) -> Estimate:
+    """Of a configuration for `world` ranks."""
     recipe, vocabulary = recipe_of(config), vocabulary_of(config)
     stages = [
         footprint(config, recipe, vocabulary, world, stage, gpu=args.device == "cuda")
@@ -85,13 +86,13 @@ def estimate(config: RunConfig, world: int, table: GemmTable, args: Any) -> Esti
     return Estimate(config, world, stages, time)
 
 
-def vocabulary_of(config: RunConfig) -> int:
+def vocabulary_of(config: ResolvedConfig) -> int:
     """The padded vocabulary, from the configuration or its tokenizer."""
     size = config.model.vocab_size or check_data(config).vocab_size
     return padded_vocab_size(size, config)
 
 
-def whole_model(config: RunConfig, recipe: SparsityRecipe, vocabulary: int) -> int:
+def whole_model(config: ResolvedConfig, recipe: SparsityRecipe, vocabulary: int) -> int:
     """Parameters of the whole model, each once."""
     parallel = dataclasses.replace(
         config.parallel, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
@@ -101,7 +102,7 @@ def whole_model(config: RunConfig, recipe: SparsityRecipe, vocabulary: int) -> i
     return sum(weight.numel for weight in stage_weights(single, recipe, vocabulary, 0))
 
 
-def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[RunConfig]:
+def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[ResolvedConfig]:
     """Every division of the run over `world` ranks that a configuration allows."""
     sizes = [n for n in range(1, world + 1) if world % n == 0]
     for tp in (n for n in sizes if n <= gpus_per_node):
@@ -227,7 +228,7 @@ def check(table: GemmTable, args: argparse.Namespace, argv: Sequence[str]) -> No
 
 
 def _rate(found: Estimate) -> float:
-    assert found.time is not None and found.config.train.global_batch_size
+    assert found.time is not None
     tokens = found.config.train.global_batch_size * found.config.model.seq_length
     return tokens / found.time.seconds
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from estimate_time import SIZE, GemmTable, layer_launches, layer_time
 
-from megasparse.config import RunConfig, load_config, resolve
+from megasparse.config import ResolvedConfig, load_config, resolve
 from megasparse.errors import ConfigError
 from megasparse.estimate.memory import layer_weights
 from megasparse.sparsity.recipe import recipe_of
@@ -61,13 +61,13 @@ def read_points(path: Path) -> dict[str, Any]:
 
 
 def compare(
-    content: dict[str, Any], table: GemmTable, estimate: Callable[[RunConfig, int], Any]
+    content: dict[str, Any], table: GemmTable, estimate: Callable[[ResolvedConfig, int], Any]
 ) -> list[Compared]:
     """All points of a file.
 
     Args:
         content: as `read_points` gives it.
-        estimate: of a resolved configuration and its ranks (estimate.py's).
+        estimate: of a configuration and its ranks (estimate.py's).
     """
     return [_compared(content, point, table, estimate) for point in content["points"]]
 
@@ -76,7 +76,7 @@ def _compared(
     content: dict[str, Any],
     point: dict[str, Any],
     table: GemmTable,
-    estimate: Callable[[RunConfig, int], Any],
+    estimate: Callable[[ResolvedConfig, int], Any],
 ) -> Compared:
     flags = shlex.split(f"{content['models'][point['model']]} {point['flags']}")
     flags = [str(ROOT / f) if f.startswith("configs/") else f for f in flags]
@@ -96,10 +96,9 @@ def _compared(
     )
 
 
-def layer_seconds(config: RunConfig, table: GemmTable) -> float:
+def layer_seconds(config: ResolvedConfig, table: GemmTable) -> float:
     """One layer by itself, a micro-batch with its share of what is done once a step."""
     recipe, train = recipe_of(config), config.train
-    assert train.global_batch_size is not None
     micro_batches = train.global_batch_size // train.micro_batch_size
     parts = layer_time(config, recipe, micro_batches, table)
     # The first micro-batch's gradients are kept as they are, the others' added to them.

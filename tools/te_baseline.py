@@ -8,7 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import finish_model, transformer_config
 from megasparse.sparsity.controller import Clock, SparsityController
@@ -28,11 +28,13 @@ class BaselineEngine(PlainEngine):
         return super().train_step(batches)
 
 
-def build_baseline(config: RunConfig, grid: Grid, vocabulary: int, fp8: bool) -> BaselineEngine:
+def build_baseline(
+    config: ResolvedConfig, grid: Grid, vocabulary: int, fp8: bool
+) -> BaselineEngine:
     """The dense model of a configuration from megatron-core's Transformer Engine spec, on one GPU.
 
     Args:
-        config: resolved, with the recipe "dense".
+        config: with the recipe "dense".
         vocabulary: padded.
         fp8: linears in FP8, delayed scaling, e4m3 and e5m2 ("hybrid").
     """

@@ -51,7 +51,7 @@ def write_imported(
     """
     config = RunConfig(model=source.model)
     config.model.make_vocab_size_divisible_by = vocabulary_multiple
-    rows = -(-(source.model.vocab_size or 0) // vocabulary_multiple) * vocabulary_multiple
+    rows = -(-source.model.vocab_size // vocabulary_multiple) * vocabulary_multiple
     entries = [_padded(entry, rows) for entry in source.entries()]
     config.train.bf16 = all(entry.dtype == torch.bfloat16 for entry in entries)
     binding = {"run_id": secrets.token_hex(8), "step": 0}

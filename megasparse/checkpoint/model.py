@@ -11,7 +11,7 @@ from megasparse.checkpoint.directory import list_steps
 from megasparse.checkpoint.manifest import MANIFEST
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
-from megasparse.config import RunConfig, from_dict
+from megasparse.config import CompleteModel, RunConfig, from_dict, narrowed
 from megasparse.convert.layout import parameter_shapes
 from megasparse.convert.source import VOCABULARY, require_finite
 from megasparse.distributed.control_plane import Control
@@ -61,8 +61,8 @@ class StoredModel:
         self.config: RunConfig = from_dict(reader.meta["config"], self.where)
         self.step: int = reader.meta["step"]
         self.recipe: SparsityRecipe = recipe_of(self.config)
-        self.model = self.config.model
-        self.model.vocab_size = vocab_size or _vocab_size(reader, self.config)
+        self.config.model.vocab_size = vocab_size or _vocab_size(reader, self.config)
+        self.model = narrowed(CompleteModel, self.config.model, self.where)
         self.origin: dict[str, Any] = {
             "format": "megasparse",
             "folder": str(reader.folder.absolute()),

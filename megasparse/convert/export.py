@@ -115,7 +115,7 @@ def _config(source: Source, options: ExportOptions, entries: dict[str, Entry]) -
         return {**made, "bos_token_id": None, "eos_token_id": options.eod}
     config = read_json(options.config)
     described = model_config(config, str(options.config))
-    check_model(source, described, described.vocab_size or 0)
+    check_model(source, described, described.vocab_size)
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype

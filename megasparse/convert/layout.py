@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megasparse.config import ModelConfig
+from megasparse.config import CompleteModel
 from megasparse.convert.architecture import GPT2, LLAMA
 
 Tensors = list[torch.Tensor]
@@ -49,21 +49,19 @@ class Rule:
         return [tuple(part.shape) for part in self.split(whole)]
 
 
-def rules(model: ModelConfig, architecture: str) -> list[Rule]:
+def rules(model: CompleteModel, architecture: str) -> list[Rule]:
     """All parameters of a model, in order.
 
     Args:
-        model: with every default filled in.
+        model: its sizes and style.
         architecture: of Hugging Face.
     """
     return list(_llama(model) if architecture == LLAMA else _gpt2(model))
 
 
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: CompleteModel) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all parameters, without padding of the vocabulary, in order."""
-    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    assert model.vocab_size and model.max_position_embeddings
     qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.word_embeddings.weight": (model.vocab_size, hidden)
@@ -92,10 +90,9 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def split_qkv(whole: torch.Tensor, model: ModelConfig) -> Tensors:
+def split_qkv(whole: torch.Tensor, model: CompleteModel) -> Tensors:
     """`(groups * (queries + 2) * D, ...)` -> Q, K, V, each of its heads one after the other."""
     groups, width = model.num_query_groups, model.kv_channels
-    assert groups is not None and width is not None
     queries = model.num_attention_heads // groups
     rest = whole.shape[1:]
     view = whole.reshape(groups, queries + 2, width, *rest)
@@ -106,10 +103,9 @@ def split_qkv(whole: torch.Tensor, model: ModelConfig) -> Tensors:
     ]
 
 
-def join_qkv(parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
+def join_qkv(parts: Sequence[torch.Tensor], model: CompleteModel) -> torch.Tensor:
     """The inverse of `split_qkv`."""
     groups, width = model.num_query_groups, model.kv_channels
-    assert groups is not None and width is not None
     rest = parts[0].shape[1:]
     views = [part.reshape(groups, -1, width, *rest) for part in parts]
     return torch.cat(views, 1).reshape(-1, *rest)
@@ -129,7 +125,7 @@ def _conv1d(name: str, shape: tuple[int, ...], part: str) -> Rule:
     )  # fmt: skip
 
 
-def _llama(model: ModelConfig) -> Iterator[Rule]:
+def _llama(model: CompleteModel) -> Iterator[Rule]:
     simple = {
         "embedding.word_embeddings": "model.embed_tokens",
         "decoder.final_layernorm": "model.norm",
@@ -154,7 +150,7 @@ def _llama(model: ModelConfig) -> Iterator[Rule]:
             yield _one(name, shape, f"{layer}{simple[module]}.{kind}")
 
 
-def _gpt2(model: ModelConfig) -> Iterator[Rule]:
+def _gpt2(model: CompleteModel) -> Iterator[Rule]:
     simple = {
         "embedding.word_embeddings": "transformer.wte",
         "embedding.position_embeddings": "transformer.wpe",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megasparse.config import ModelConfig
+from megasparse.config import CompleteModel, ModelConfig, narrowed
 from megasparse.convert.layout import parameter_shapes
 from megasparse.convert.megatron_files import MegatronFiles
 from megasparse.convert.source import VOCABULARY, require_finite
@@ -70,11 +70,12 @@ class MegatronModel:
         }
         shards = [self._named(rank) for rank in range(self._files.tp)]
         self._shards = {name: [shard.get(name) for shard in shards] for name in shards[0]}
-        self.model = megatron_config(arguments, self.where)
+        model = megatron_config(arguments, self.where)
         self._padded = self._rows()
         stated = arguments.get("vocab_size")
         known = stated if isinstance(stated, int) and 0 < stated <= self._padded else self._padded
-        self.model.vocab_size = vocab_size or known
+        model.vocab_size = vocab_size or known
+        self.model = narrowed(CompleteModel, model, self.where)
         if self.model.vocab_size > self._padded:
             raise ConfigError(
                 f"vocab_size {vocab_size} is more than the {self._padded} rows of {self.where}"
@@ -156,7 +157,7 @@ class MegatronModel:
                 f"{self.where}: {len(unknown)} tensors that a GPT of its arguments does not have, "
                 f"the first is {unknown[0]}"
             )
-        groups = self.model.num_query_groups or 1
+        groups = self.model.num_query_groups
         if groups % self._files.tp:
             raise CheckpointError(
                 f"{self.where}: {groups} query groups on {self._files.tp} tensor-parallel ranks"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.data.blend import parse_data_path, parse_split
 from megasparse.data.indexed import validate
 from megasparse.data.sidecar import check_sidecar, idx_path
@@ -50,7 +50,7 @@ class CheckedData:
         return found
 
 
-def check_data(config: RunConfig) -> CheckedData:
+def check_data(config: ResolvedConfig) -> CheckedData:
     """Check tokenizer and datasets.
 
     Raises:
@@ -100,10 +100,9 @@ def _check_source(
     return CheckedSource(prefix, weight, digest, index.lengths)
 
 
-def _check_amounts(config: RunConfig, checked: CheckedData) -> None:
+def _check_amounts(config: ResolvedConfig, checked: CheckedData) -> None:
     """Training data for one global batch, validation data for one sample."""
     batch, length = config.train.global_batch_size, config.model.seq_length
-    assert batch is not None
     found = _samples(config, checked, "train")
     if found < batch:
         raise DataError(
@@ -117,7 +116,7 @@ def _check_amounts(config: RunConfig, checked: CheckedData) -> None:
         )
 
 
-def _samples(config: RunConfig, checked: CheckedData, split: str) -> int:
+def _samples(config: ResolvedConfig, checked: CheckedData, split: str) -> int:
     """Samples of a split: each source's tokens, less one that only serves as a label."""
     total = 0
     for source in checked.sources.get("all") or checked.sources.get(split, []):

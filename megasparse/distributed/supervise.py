@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megasparse.config import CheckpointConfig
+from megasparse.config import ResolvedCheckpoint
 from megasparse.distributed.signals import SIGNALS
 from megasparse.errors import (
     EXIT_NO_PROGRESS,
@@ -53,7 +53,7 @@ def is_supervised() -> bool:
 
 
 def supervise(
-    settings: CheckpointConfig,
+    settings: ResolvedCheckpoint,
     command: Sequence[str],
     rank: int,
     newest_step: Callable[[], int],
@@ -75,7 +75,7 @@ def supervise(
 class _Supervisor:
     def __init__(
         self,
-        settings: CheckpointConfig,
+        settings: ResolvedCheckpoint,
         command: Sequence[str],
         rank: int,
         newest_step: Callable[[], int],

@@ -19,8 +19,8 @@ import math
 from dataclasses import dataclass
 
 from megasparse.config import (
-    ModelConfig,
-    RunConfig,
+    ResolvedConfig,
+    ResolvedModel,
     data_parallel_size,
     gradient_accumulation_steps,
     pipeline_split,
@@ -70,12 +70,12 @@ class Footprint:
 
 
 def stage_weights(
-    config: RunConfig, recipe: SparsityRecipe, vocabulary: int, stage: int
+    config: ResolvedConfig, recipe: SparsityRecipe, vocabulary: int, stage: int
 ) -> list[Weight]:
     """The parameters of a rank of this pipeline stage (a tied copy included).
 
     Args:
-        config: resolved.
+        config: of the run.
         vocabulary: padded.
     """
     model, parallel = config.model, config.parallel
@@ -87,7 +87,6 @@ def stage_weights(
     if first or (last and tied):
         found.append(Weight("embedding.word_embeddings.weight", (vocabulary // tp, h)))
     if first and model.position_embedding_type == "learned_absolute":
-        assert model.max_position_embeddings is not None
         positions = (model.max_position_embeddings, h)
         found.append(Weight("embedding.position_embeddings.weight", positions))
     patterns = config.sparsity.sparse_layers if recipe.is_sparse else []
@@ -105,9 +104,8 @@ def stage_weights(
     return found
 
 
-def layer_weights(model: ModelConfig, tp: int) -> list[tuple[str, tuple[int, ...]]]:
+def layer_weights(model: ResolvedModel, tp: int) -> list[tuple[str, tuple[int, ...]]]:
     """Names and local shapes of a Transformer layer's parameters."""
-    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
     h, ffn = model.hidden_size, model.ffn_hidden_size // tp
     heads = model.num_attention_heads * model.kv_channels // tp
     qkv = heads + 2 * model.num_query_groups * model.kv_channels // tp
@@ -128,7 +126,7 @@ def layer_weights(model: ModelConfig, tp: int) -> list[tuple[str, tuple[int, ...
 
 
 def footprint(
-    config: RunConfig,
+    config: ResolvedConfig,
     recipe: SparsityRecipe,
     vocabulary: int,
     world: int,
@@ -138,7 +136,7 @@ def footprint(
     """The bytes of a rank of a pipeline stage.
 
     Args:
-        config: resolved for `world` ranks.
+        config: for `world` ranks.
         vocabulary: padded.
         gpu: a Hopper GPU with Transformer Engine: operands are packed for the sparse tensor cores,
             and the cross entropy is fused.
@@ -157,14 +155,14 @@ def footprint(
     }
     transient = {
         # Of the micro-batches before; ZeRO's averages come when activations have gone.
-        "gradients": size * (shard if zero and zero >= 2 else numel),
+        "gradients": size * (shard if zero >= 2 else numel),
         "activations": activations(config, world, stage, gpu),
         "workspace": workspace(config, vocabulary, numel, stage, gpu),
     }
     return Footprint(stage, numel, sparse, state, transient)
 
 
-def activations(config: RunConfig, world: int, stage: int, gpu: bool = True) -> int:
+def activations(config: ResolvedConfig, world: int, stage: int, gpu: bool = True) -> int:
     """What autograd keeps for the micro-batches that a stage has in flight."""
     parallel = config.parallel
     tokens = config.train.micro_batch_size * config.model.seq_length
@@ -175,8 +173,7 @@ def activations(config: RunConfig, world: int, stage: int, gpu: bool = True) -> 
     size = 2 if config.train.bf16 else FLOAT32
     if parallel.recompute_granularity == "full":
         kept = size * tokens * config.model.hidden_size // _sequence_split(config)
-        assert parallel.recompute_num_layers is not None
-        chunk = parallel.recompute_num_layers
+        chunk = parallel.recompute_chunk
         if parallel.recompute_method == "block":
             once = chunk * kept + (layers - chunk) * layer
             return in_flight * once + layer
@@ -184,7 +181,7 @@ def activations(config: RunConfig, world: int, stage: int, gpu: bool = True) -> 
     return in_flight * layers * layer
 
 
-def layer_activations(config: RunConfig, gpu: bool = True) -> int:
+def layer_activations(config: ResolvedConfig, gpu: bool = True) -> int:
     """What autograd keeps of one layer for one micro-batch.
 
     Inputs and results of the norms; q, k and v, rotated, and the angles; the attention's result and
@@ -193,7 +190,6 @@ def layer_activations(config: RunConfig, gpu: bool = True) -> int:
     attention keeps its own result beside that.
     """
     model, parallel = config.model, config.parallel
-    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
     tp = parallel.tensor_model_parallel_size
     tokens = config.train.micro_batch_size * model.seq_length
     size = 2 if config.train.bf16 else FLOAT32
@@ -224,7 +220,7 @@ def layer_activations(config: RunConfig, gpu: bool = True) -> int:
     return split * (norms + 2 * dropped) + tokens * inner + angles
 
 
-def fp8_linears(config: RunConfig) -> set[str]:
+def fp8_linears(config: ResolvedConfig) -> set[str]:
     """Names within a layer of the linears whose GEMMs are in 8 bits (as in the first layer)."""
     if config.fp8.fp8_format is None:
         return set()
@@ -238,7 +234,9 @@ def fp8_linears(config: RunConfig) -> set[str]:
     }
 
 
-def workspace(config: RunConfig, vocabulary: int, numel: int, stage: int, gpu: bool = True) -> int:
+def workspace(
+    config: ResolvedConfig, vocabulary: int, numel: int, stage: int, gpu: bool = True
+) -> int:
     """Buffers of a step: gradient buckets; on the last stage the logits."""
     parallel = config.parallel
     size = 2 if config.train.bf16 else FLOAT32
@@ -262,7 +260,7 @@ def _groups(weights: list[Weight]) -> list[int]:
 
 
 def _operands(
-    config: RunConfig, recipe: SparsityRecipe, sparse: int, size: int, packed: bool
+    config: ResolvedConfig, recipe: SparsityRecipe, sparse: int, size: int, packed: bool
 ) -> int:
     """W~ for the GEMMs of a step: packed values and metadata (9/16 of 16 bits, 5/8 of 8 bits; in
     8 bits with a dense transpose where that is not 2:4), or dense."""
@@ -275,11 +273,11 @@ def _operands(
     return sparse * size
 
 
-def _sequence_split(config: RunConfig) -> int:
+def _sequence_split(config: ResolvedConfig) -> int:
     parallel = config.parallel
     return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
 
 
-def _norm(model: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+def _norm(model: ResolvedModel) -> list[tuple[str, tuple[int, ...]]]:
     names = ("weight",) if model.normalization == "RMSNorm" else ("weight", "bias")
     return [(name, (model.hidden_size,)) for name in names]

@@ -20,7 +20,15 @@ from megasparse.checkpoint.manifest import Piece
 from megasparse.checkpoint.model import ADAPTER, PROJECTION, StoredModel
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import Saver, choose
-from megasparse.config import ParallelConfig, RunConfig, SparsityConfig, from_dict, to_dict
+from megasparse.config import (
+    ParallelConfig,
+    ResolvedConfig,
+    RunConfig,
+    SparsityConfig,
+    fill_defaults,
+    from_dict,
+    to_dict,
+)
 from megasparse.distributed.control_plane import Control
 from megasparse.distributed.rendezvous import join_group, own_device
 from megasparse.errors import CheckpointError, DataError
@@ -226,7 +234,7 @@ def save_pruned(
 
 def _own_config(
     config: RunConfig, data_path: list[str] | None, micro_batch_size: int | None, seed: int | None
-) -> RunConfig:
+) -> ResolvedConfig:
     """One process in float32, dense, without dropout."""
     micro_batch_size = micro_batch_size or config.train.micro_batch_size
     data = config.data
@@ -234,7 +242,7 @@ def _own_config(
         data = dataclasses.replace(
             data, data_path=data_path, train_data_path=[], valid_data_path=[], test_data_path=[]
         )
-    return dataclasses.replace(
+    own = dataclasses.replace(
         config,
         parallel=ParallelConfig(zero_stage=0),
         model=dataclasses.replace(config.model, hidden_dropout=0.0, attention_dropout=0.0),
@@ -247,3 +255,4 @@ def _own_config(
         ),
         data=data,
     )
+    return fill_defaults(own, 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.data.blend import parse_split
 from megasparse.data.check import CheckedData, check_data
 from megasparse.data.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class RunData:
     digests: dict[str, str]
 
 
-def build_data(config: RunConfig, grid: Grid, checked: CheckedData | None = None) -> RunData:
+def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None = None) -> RunData:
     """Checked data as sample streams, the same on every rank.
 
     Args:
@@ -87,7 +87,7 @@ def build_data(config: RunConfig, grid: Grid, checked: CheckedData | None = None
 
 
 def batches(
-    stream: SampleStream, config: RunConfig, grid: Grid, first_sample: int
+    stream: SampleStream, config: ResolvedConfig, grid: Grid, first_sample: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches of this rank for ever, from global sample `first_sample` on.
 
@@ -127,9 +127,8 @@ class _MicroBatches:
             start += self._grid.dp_size * self._size
 
 
-def _check_sizes(config: RunConfig, streams: dict[str, SampleStream]) -> None:
+def _check_sizes(config: ResolvedConfig, streams: dict[str, SampleStream]) -> None:
     batch = config.train.global_batch_size
-    assert batch is not None
     found = streams["train"].epoch_length if "train" in streams else 0
     if found < batch:
         raise DataError(

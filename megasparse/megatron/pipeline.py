@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megasparse.config import RunConfig, pipeline_split
+from megasparse.config import ResolvedConfig, pipeline_split
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.loss import token_cross_entropy
 from megasparse.megatron.model import finish_model, spec_provider, transformer_config
@@ -52,12 +52,12 @@ class PartSpec:
 
 
 def part_specs(
-    config: RunConfig, grid: Grid, padded_vocab_size: int, clock: Clock
+    config: ResolvedConfig, grid: Grid, padded_vocab_size: int, clock: Clock
 ) -> list[PartSpec]:
     """All parts of the model, in order: embedding, layers, final norm, output layer.
 
     Args:
-        config: resolved.
+        config: of the run.
         clock: the run's; a recomputed layer draws the numbers of the micro-batch it belongs to.
     """
     model = config.model
@@ -105,7 +105,7 @@ def part_specs(
     return [first, *body, norm, last]
 
 
-def stage_bounds(config: RunConfig) -> list[int]:
+def stage_bounds(config: ResolvedConfig) -> list[int]:
     """First part of each stage, and the number of parts: the embedding goes with the first layer,
     norm and output with the last."""
     bounds = [0]
@@ -262,7 +262,7 @@ def whole_model_view(parts: Sequence[Any]) -> torch.nn.Module:
     return view
 
 
-def finish_stage(parts: Sequence[Any], config: RunConfig, grid: Grid) -> torch.nn.Module:
+def finish_stage(parts: Sequence[Any], config: ResolvedConfig, grid: Grid) -> torch.nn.Module:
     """Cast, mark and initialise the parts of a stage; their `whole_model_view`."""
     view = whole_model_view(parts)
     finish_model(view, config, grid)
@@ -303,7 +303,7 @@ def _output_layer(
     )
 
 
-def _recomputed_layers(config: RunConfig) -> set[int]:
+def _recomputed_layers(config: ResolvedConfig) -> set[int]:
     """Numbers of the layers that are recomputed whole."""
     parallel = config.parallel
     if parallel.recompute_granularity != "full":
@@ -311,8 +311,7 @@ def _recomputed_layers(config: RunConfig) -> set[int]:
     if parallel.recompute_method == "uniform":
         return set(range(config.model.num_layers))
     chosen, first = set(), 0
-    assert parallel.recompute_num_layers is not None
     for count in pipeline_split(config):
-        chosen |= set(range(first, first + parallel.recompute_num_layers))
+        chosen |= set(range(first, first + parallel.recompute_chunk))
         first += count
     return chosen

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.distributed.faults import Faults
 from megasparse.errors import ConfigError
 from megasparse.fp8 import delayed
@@ -28,7 +28,7 @@ from megasparse.train.engine.stage import Pipeline
 
 
 def build_engine(
-    config: RunConfig,
+    config: ResolvedConfig,
     grid: Grid,
     recipe: SparsityRecipe,
     padded_vocab_size: int,
@@ -76,7 +76,7 @@ def build_engine(
     return PlainEngine(config, grid, model, make_sparse(model), faults, tick, teaching)
 
 
-def _fp8_scales(config: RunConfig, grid: Grid) -> Scales | None:
+def _fp8_scales(config: ResolvedConfig, grid: Grid) -> Scales | None:
     """Scaling of the sparse layers' FP8 operands, or None when they are not in FP8.
 
     Raises:

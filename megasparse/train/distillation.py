@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.log import logger
 from megasparse.megatron.distillation import vocab_parallel_kl
 from megasparse.megatron.grid import Grid
@@ -25,7 +25,7 @@ class Distillation:
     """The teacher and the loss against it.
 
     Args:
-        config: resolved.
+        config: of the run.
         grid: this rank's place.
         padded_vocab_size: of student and teacher.
         vocab_size: before padding; None: nothing is padding.
@@ -33,7 +33,7 @@ class Distillation:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         grid: Grid,
         padded_vocab_size: int,
         vocab_size: int | None = None,

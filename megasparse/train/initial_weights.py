@@ -17,7 +17,7 @@ import torch
 from megasparse.checkpoint.model import StoredModel, check_shape
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.convert.huggingface import HuggingFaceModel
 from megasparse.convert.source import Source, check_model, pad_vocabulary
 from megasparse.distributed.control_plane import Control
@@ -36,7 +36,7 @@ class Sources:
     """Where a run's first weights and its teacher's are.
 
     Args:
-        config: resolved.
+        config: of the run.
         control: of all ranks; all calls are collective.
         digests: of this run's data and tokenizer.
         vocab_size: of the run, before padding.
@@ -45,7 +45,7 @@ class Sources:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         control: Control,
         digests: dict[str, str],
         vocab_size: int,

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from megasparse import log
-from megasparse.config import RunConfig, to_dict
+from megasparse.config import ResolvedConfig, to_dict
 from megasparse.distributed import faults, watchdog
 from megasparse.distributed.control_plane import Control, as_user_error, make_control, one_line
 from megasparse.distributed.rendezvous import attempt
@@ -24,8 +24,8 @@ from megasparse.train.engine.deepspeed import fix_order_of_sums, start_process, 
 from megasparse.train.loop import Context, Trainer
 
 
-def pretrain(config: RunConfig) -> int:
-    """Run a resolved configuration to its end on this rank; its exit code."""
+def pretrain(config: ResolvedConfig) -> int:
+    """Run a configuration to its end on this rank; its exit code."""
     return _Run(check(config), StopRequest()).run()
 
 
@@ -104,7 +104,7 @@ class _Run:
         return exit_code
 
 
-def _check_same_config(config: RunConfig, control: Control) -> None:
+def _check_same_config(config: ResolvedConfig, control: Control) -> None:
     """Ranks started with different flags would train different models, or wait for ever."""
     trees = to_dict(config)
     text = json.dumps(trees, sort_keys=True).encode()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megasparse.config import RunConfig, gradient_accumulation_steps
+from megasparse.config import ResolvedConfig, gradient_accumulation_steps
 from megasparse.distributed.faults import Faults
 from megasparse.megatron.grid import Grid
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
@@ -48,7 +48,7 @@ class Engine(ABC):
     """DeepSpeed's engine around a model, with masked decay between clipping and AdamW.
 
     Args:
-        config: resolved.
+        config: of the run.
         grid: this rank's place.
         model: this rank's part, sparsified; parameters have the whole model's names.
         controller: the model's sparsity.
@@ -66,7 +66,7 @@ class Engine(ABC):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         grid: Grid,
         model: torch.nn.Module,
         controller: SparsityController,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.config.deepspeed import deepspeed_config
 from megasparse.distributed.faults import Faults
 from megasparse.log import speaks
@@ -42,7 +42,7 @@ class PipelineEngine(Engine):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         grid: Grid,
         pipeline: Pipeline,
         controller: SparsityController,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.config.deepspeed import deepspeed_config
 from megasparse.distributed.faults import Faults
 from megasparse.log import speaks
@@ -62,7 +62,7 @@ class PlainEngine(Engine):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         grid: Grid,
         model: torch.nn.Module,
         controller: SparsityController,

@@ -233,21 +233,14 @@ def _check_slorb(config: ResolvedConfig) -> None:
         return
     if config.parallel.zero_stage == 3:
         raise ConfigError("slorb_k with zero_stage 3 is not supported, use zero_stage 2")
-    if sparsity.sparsity_recipe not in ("ste", "sr_ste", "ast"):
-        raise ConfigError(
-            f"slorb_k {sparsity.slorb_k} with the recipe {sparsity.sparsity_recipe}, expected a "
-            "row-wise mask: ste, sr_ste or ast"
-        )
     if sparsity.dense_warmup_fraction or sparsity.dense_tail_fraction:
         raise ConfigError("slorb_k needs a run without dense_warmup_fraction, dense_tail_fraction")
 
 
 def _check_fp8(config: ResolvedConfig) -> None:
-    wanted, recipe = config.fp8.fp8_format, config.sparsity.sparsity_recipe
+    wanted = config.fp8.fp8_format
     if wanted is None:
         return
-    if recipe == "dense":
-        raise ConfigError(f"fp8_format {wanted} with no sparse layers, expected a sparsity_recipe")
     if not config.train.bf16:
         raise ConfigError(f"fp8_format {wanted} in float32, expected --bf16")
     if config.sparsity.simulate_fp8:

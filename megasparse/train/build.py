@@ -51,7 +51,6 @@ def build_engine(
         return sparsify(
             model,
             recipe,
-            config.sparsity.sparse_layers,
             clock,
             reduce=grid.sum_over_tp,
             reduce_max=grid.max_over_tp,

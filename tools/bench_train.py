@@ -32,10 +32,10 @@ import torch
 from kernel_classes import Profile, profiled, table
 
 from megasparse.config import load_config, padded_vocab_size, resolve
+from megasparse.config.shapes import parameter_count
 from megasparse.errors import MegasparseError
 from megasparse.megatron.batches import batches, build_data
 from megasparse.megatron.grid import make_grid
-from megasparse.megatron.model import parameter_count
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.build import build_engine
 from megasparse.train.engine.deepspeed import start_process, stop_process

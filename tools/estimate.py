@@ -39,10 +39,11 @@ from megasparse.config import (
     padded_vocab_size,
     resolve,
 )
+from megasparse.config.shapes import parameter_count
 from megasparse.data.check import check_data
 from megasparse.errors import ConfigError, MegasparseError
-from megasparse.estimate.memory import Footprint, footprint, stage_weights
-from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
+from megasparse.estimate.memory import Footprint, footprint
+from megasparse.sparsity.recipe import recipe_of
 
 GIB = 2**30
 USABLE = 0.94  # of a GPU's memory: the rest is the driver's, NCCL's, and fragments
@@ -92,16 +93,6 @@ def vocabulary_of(config: ResolvedConfig) -> int:
     return padded_vocab_size(size, config)
 
 
-def whole_model(config: ResolvedConfig, recipe: SparsityRecipe, vocabulary: int) -> int:
-    """Parameters of the whole model, each once."""
-    parallel = dataclasses.replace(
-        config.parallel, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
-        decoder_first_pipeline_num_layers=None, decoder_last_pipeline_num_layers=None,
-    )  # fmt: skip
-    single = dataclasses.replace(config, parallel=parallel)
-    return sum(weight.numel for weight in stage_weights(single, recipe, vocabulary, 0))
-
-
 def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[ResolvedConfig]:
     """Every division of the run over `world` ranks that a configuration allows."""
     sizes = [n for n in range(1, world + 1) if world % n == 0]
@@ -126,7 +117,7 @@ def report(found: Estimate, args: argparse.Namespace) -> str:
     """The text for one layout."""
     config = found.config
     recipe, vocabulary = recipe_of(config), vocabulary_of(config)
-    whole = whole_model(config, recipe, vocabulary)
+    whole = parameter_count(config.model, vocabulary)
     lines = [
         f"parameters        {whole:,} (vocabulary padded to {vocabulary:,})",
         f"layout            {found.name}; micro-batch {config.train.micro_batch_size}, global "
@@ -190,8 +181,7 @@ def measure(found: Estimate, flags: Sequence[str], args: argparse.Namespace) -> 
         args.device,
     )["run"]  # fmt: skip
     seconds = statistics.median(run["seconds"][WARMUP:])
-    recipe = recipe_of(found.config)
-    whole = whole_model(found.config, recipe, vocabulary_of(found.config))
+    whole = parameter_count(found.config.model, vocabulary_of(found.config))
     rows = [("parameters of the model", whole, run["parameters"])]
     if args.device == "cuda":
         rows.append(("GiB, peak of rank 0", found.stages[0].peak_bytes / GIB, run["memory"]))

@@ -17,8 +17,8 @@ from typing import Any
 from estimate_time import SIZE, GemmTable, layer_launches, layer_time
 
 from megasparse.config import ResolvedConfig, load_config, resolve
+from megasparse.config.shapes import layer_parameters
 from megasparse.errors import ConfigError
-from megasparse.estimate.memory import layer_weights
 from megasparse.sparsity.recipe import recipe_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +102,7 @@ def layer_seconds(config: ResolvedConfig, table: GemmTable) -> float:
     micro_batches = train.global_batch_size // train.micro_batch_size
     parts = layer_time(config, recipe, micro_batches, table)
     # The first micro-batch's gradients are kept as they are, the others' added to them.
-    numel = sum(shape[0] * shape[-1] for _, shape in layer_weights(config.model, 1))
+    numel = sum(one.shape[0] * one.shape[-1] for one in layer_parameters(config.model))
     added = table.moving(3 * SIZE * numel) * (1 - 1 / micro_batches)
     device = (sum(parts.values()) + added) * table.data["in_a_step"]["step"]
     host = layer_launches(config, recipe, micro_batches) * table.data["launch_us"] / 1e6

@@ -21,7 +21,8 @@ from megasparse.config import (
     gradient_accumulation_steps,
     pipeline_split,
 )
-from megasparse.estimate.memory import layer_activations, layer_weights, stage_weights
+from megasparse.config.shapes import layer_parameters
+from megasparse.estimate.memory import layer_activations, stage_weights
 from megasparse.sparsity.recipe import SparsityRecipe
 
 TABLE = Path(__file__).parent / "results" / "gemm-h200.json"
@@ -219,8 +220,10 @@ def layer_launches(config: ResolvedConfig, recipe: SparsityRecipe, micro_batches
 
 def _linears(config: ResolvedConfig) -> list[tuple[str, tuple[int, int]]]:
     """Name and local shape of the four linears of a layer."""
-    weights = layer_weights(config.model, config.parallel.tensor_model_parallel_size)
-    return [(name, (shape[0], shape[1])) for name, shape in weights if len(shape) == 2]
+    tp = config.parallel.tensor_model_parallel_size
+    matrices = [one for one in layer_parameters(config.model) if one.is_matrix]
+    shapes = [(one.name, one.local_shape(tp)) for one in matrices]
+    return [(name, (shape[0], shape[1])) for name, shape in shapes]
 
 
 def _sparse(config: ResolvedConfig, recipe: SparsityRecipe) -> set[str]:

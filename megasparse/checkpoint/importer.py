@@ -14,8 +14,9 @@ from megasparse.checkpoint.directory import step_folder, write_pointer
 from megasparse.checkpoint.manifest import Piece
 from megasparse.checkpoint.writer import Tensors, publish, write_rank_file
 from megasparse.config import RunConfig, dump_yaml, to_dict
+from megasparse.config.shapes import VOCABULARY
 from megasparse.convert.folder import check_free_space, new_folder
-from megasparse.convert.source import VOCABULARY, Source, pad_vocabulary
+from megasparse.convert.source import Source, pad_vocabulary
 from megasparse.progress import progress
 from megasparse.sparsity.shard import WeightShard
 from megasparse.tensor_files import Entry

@@ -12,8 +12,9 @@ from megasparse.checkpoint.manifest import MANIFEST
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
 from megasparse.config import CompleteModel, RunConfig, from_dict, narrowed
+from megasparse.config.shapes import VOCABULARY
 from megasparse.convert.layout import parameter_shapes
-from megasparse.convert.source import VOCABULARY, require_finite
+from megasparse.convert.source import require_finite
 from megasparse.distributed.control_plane import Control
 from megasparse.errors import CheckpointError
 from megasparse.sparsity import schedule, slorb

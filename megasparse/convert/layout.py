@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from megasparse.config import CompleteModel
+from megasparse.config.shapes import parameters
 from megasparse.convert.architecture import GPT2, LLAMA
 
 Tensors = list[torch.Tensor]
@@ -61,33 +62,7 @@ def rules(model: CompleteModel, architecture: str) -> list[Rule]:
 
 def parameter_shapes(model: CompleteModel) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all parameters, without padding of the vocabulary, in order."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding.word_embeddings.weight": (model.vocab_size, hidden)
-    }
-    if model.position_embedding_type == "learned_absolute":
-        shapes["embedding.position_embeddings.weight"] = (model.max_position_embeddings, hidden)
-
-    def add(module: str, *shape: int) -> None:
-        shapes[f"{module}.weight"] = shape
-        norm = "layernorm" in module
-        if model.normalization == "LayerNorm" if norm else not model.disable_bias_linear:
-            shapes[f"{module}.bias"] = shape[:1]
-
-    for number in range(model.num_layers):
-        layer = f"decoder.layers.{number}"
-        add(f"{layer}.input_layernorm", hidden)
-        add(f"{layer}.self_attention.linear_proj", hidden,
-            model.num_attention_heads * model.kv_channels)  # fmt: skip
-        add(f"{layer}.self_attention.linear_qkv", qkv, hidden)
-        add(f"{layer}.pre_mlp_layernorm", hidden)
-        add(f"{layer}.mlp.linear_fc1", 2 * ffn if model.swiglu else ffn, hidden)
-        add(f"{layer}.mlp.linear_fc2", hidden, ffn)
-    add("decoder.final_layernorm", hidden)
-    if model.untie_embeddings_and_output_weights:
-        shapes["output_layer.weight"] = (model.vocab_size, hidden)
-    return shapes
+    return {one.name: one.shape for one in parameters(model, model.vocab_size)}
 
 
 def split_qkv(whole: torch.Tensor, model: CompleteModel) -> Tensors:

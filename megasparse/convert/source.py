@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from megasparse.config import CompleteModel, ResolvedModel
+from megasparse.config.shapes import VOCABULARY
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.tensor_files import Entry
 
@@ -99,6 +100,3 @@ def pad_vocabulary(name: str, tensor: torch.Tensor, rows: int) -> torch.Tensor:
         return tensor
     padding = tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])
     return torch.cat([tensor, padding])
-
-
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")

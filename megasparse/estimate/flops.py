@@ -17,11 +17,10 @@ compute (up to their blocks); `causal=False` counts S keys, what plain matrix pr
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megasparse.config import ResolvedConfig, ResolvedModel, ResolvedParallel
+from megasparse.config.shapes import layer_parameters
 from megasparse.sparsity.recipe import SparsityRecipe
 
 # Dense peaks in TFLOP/s (2:4 peaks are twice as high), from NVIDIA's data sheets of each product,
@@ -86,15 +85,8 @@ class TokenFlops:
 
 def layer_gemms(model: ResolvedModel) -> list[Gemm]:
     """The linears of a Transformer layer, whole (not a shard)."""
-    h, heads = model.hidden_size, model.num_attention_heads
-    attention = heads * model.kv_channels
-    return [
-        Gemm("self_attention.linear_qkv", attention + 2 * model.num_query_groups
-             * model.kv_channels, h),
-        Gemm("self_attention.linear_proj", h, attention),
-        Gemm("mlp.linear_fc1", model.ffn_hidden_size * (2 if model.swiglu else 1), h),
-        Gemm("mlp.linear_fc2", h, model.ffn_hidden_size),
-    ]  # fmt: skip
+    matrices = [one for one in layer_parameters(model) if one.is_matrix]
+    return [Gemm(one.module, one.shape[0], one.shape[1]) for one in matrices]
 
 
 def attention_flops(model: ResolvedModel, causal: bool = True) -> float:
@@ -111,7 +103,6 @@ def token_flops(
     parallel: ResolvedParallel,
     padded_vocab_size: int,
     recipe: SparsityRecipe,
-    sparse_layers: Sequence[str],
     sparse_now: bool = True,
     causal: bool = True,
 ) -> TokenFlops:
@@ -120,8 +111,7 @@ def token_flops(
     Args:
         model, parallel: of the run.
         padded_vocab_size: rows of the output layer; its logits are computed for every token.
-        recipe: which of the three GEMMs is 2:4.
-        sparse_layers: patterns of linears, as in the run.
+        recipe: which linears are 2:4, in which of the three GEMMs.
         sparse_now: False in dense phases.
         causal: how attention is counted.
     """
@@ -140,7 +130,7 @@ def token_flops(
     if sparse_now:
         # The output GEMM runs once more in each layer that is recomputed as a whole.
         for gemm, flops in linears:
-            sparse = sum(_is_sparse(gemm, layer, sparse_layers) for layer in layers)
+            sparse = sum(recipe.matches(f"decoder.layers.{layer}.{gemm.name}") for layer in layers)
             saved += sparse * len(recipe.sparse_gemms) * flops / 2
             if "output" in recipe.sparse_gemms:
                 sparse_again = sparse * again / model.num_layers
@@ -150,8 +140,7 @@ def token_flops(
 
 def of_run(config: ResolvedConfig, padded_vocab_size: int, recipe: SparsityRecipe) -> TokenFlops:
     """`token_flops` of a run's sparse phase."""
-    patterns = config.sparsity.sparse_layers
-    return token_flops(config.model, config.parallel, padded_vocab_size, recipe, patterns)
+    return token_flops(config.model, config.parallel, padded_vocab_size, recipe)
 
 
 def layers_recomputed(model: ResolvedModel, parallel: ResolvedParallel) -> int:
@@ -162,8 +151,3 @@ def layers_recomputed(model: ResolvedModel, parallel: ResolvedParallel) -> int:
         return model.num_layers
     stages = parallel.pipeline_model_parallel_size
     return min(stages * parallel.recompute_chunk, model.num_layers)
-
-
-def _is_sparse(gemm: Gemm, layer: int, patterns: Sequence[str]) -> bool:
-    name = f"decoder.layers.{layer}.{gemm.name}"
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

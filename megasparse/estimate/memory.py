@@ -1,7 +1,6 @@
 """How many parameters and bytes a rank holds, from the configuration alone.
 
-`layer_weights` and its neighbours list every parameter with the name and the local shape that the
-built model gives it; everything else follows:
+`config/shapes.py` lists every parameter; everything else follows:
 
     state         parameters, optimizer (ZeRO-1 and 2: float32 masters and moments over the data-
                   parallel ranks), masks, packed or dense operands W~   exact, between two steps
@@ -14,18 +13,17 @@ Bytes throughout. Activations and workspace are estimates: kernels differ.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from dataclasses import dataclass
 
 from megasparse.config import (
     ResolvedConfig,
-    ResolvedModel,
     data_parallel_size,
     gradient_accumulation_steps,
     pipeline_split,
 )
-from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.config.shapes import layer_parameters, stage_parameters
+from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
 
 REDUCE_BUCKET = 500_000_000  # entries; DeepSpeed's default
 FLOAT32 = 4
@@ -78,51 +76,11 @@ def stage_weights(
         config: of the run.
         vocabulary: padded.
     """
-    model, parallel = config.model, config.parallel
-    tp, h = parallel.tensor_model_parallel_size, model.hidden_size
-    split = pipeline_split(config)
-    first, last = stage == 0, stage == len(split) - 1
-    tied = not model.untie_embeddings_and_output_weights
-    found = []
-    if first or (last and tied):
-        found.append(Weight("embedding.word_embeddings.weight", (vocabulary // tp, h)))
-    if first and model.position_embedding_type == "learned_absolute":
-        positions = (model.max_position_embeddings, h)
-        found.append(Weight("embedding.position_embeddings.weight", positions))
-    patterns = config.sparsity.sparse_layers if recipe.is_sparse else []
-    start = sum(split[:stage])
-    for number in range(start, start + split[stage]):
-        for name, shape in layer_weights(model, tp):
-            full = f"decoder.layers.{number}.{name}"
-            module = full.rpartition(".")[0]
-            sparse = len(shape) == 2 and any(fnmatch.fnmatchcase(module, p) for p in patterns)
-            found.append(Weight(full, shape, sparse))
-    if last:
-        found += [Weight(f"decoder.final_layernorm.{n}", s) for n, s in _norm(model)]
-        if not tied:
-            found.append(Weight("output_layer.weight", (vocabulary // tp, h)))
-    return found
-
-
-def layer_weights(model: ResolvedModel, tp: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and local shapes of a Transformer layer's parameters."""
-    h, ffn = model.hidden_size, model.ffn_hidden_size // tp
-    heads = model.num_attention_heads * model.kv_channels // tp
-    qkv = heads + 2 * model.num_query_groups * model.kv_channels // tp
-    linears = {
-        "self_attention.linear_proj": (h, heads),
-        "self_attention.linear_qkv": (qkv, h),
-        "mlp.linear_fc1": (ffn * (2 if model.swiglu else 1), h),
-        "mlp.linear_fc2": (h, ffn),
-    }
-    found: list[tuple[str, tuple[int, ...]]] = []
-    for name, shape in linears.items():
-        found.append((f"{name}.weight", shape))
-        if not model.disable_bias_linear:
-            found.append((f"{name}.bias", shape[:1]))
-    for norm in ("input_layernorm", "pre_mlp_layernorm"):
-        found += [(f"{norm}.{name}", shape) for name, shape in _norm(model)]
-    return found
+    tp = config.parallel.tensor_model_parallel_size
+    return [
+        Weight(one.name, one.local_shape(tp), one.is_matrix and recipe.matches(one.module))
+        for one in stage_parameters(config, vocabulary, stage)
+    ]
 
 
 def footprint(
@@ -224,14 +182,9 @@ def fp8_linears(config: ResolvedConfig) -> set[str]:
     """Names within a layer of the linears whose GEMMs are in 8 bits (as in the first layer)."""
     if config.fp8.fp8_format is None:
         return set()
-    names = {name for name, shape in layer_weights(config.model, 1) if len(shape) == 2}
-    linears = {name.removesuffix(".weight") for name in names}
-    patterns = config.sparsity.sparse_layers
-    return {
-        linear
-        for linear in linears
-        if any(fnmatch.fnmatchcase(f"decoder.layers.0.{linear}", p) for p in patterns)
-    }
+    recipe = recipe_of(config)
+    linears = [one.module for one in layer_parameters(config.model) if one.is_matrix]
+    return {linear for linear in linears if recipe.matches(f"decoder.layers.0.{linear}")}
 
 
 def workspace(
@@ -276,8 +229,3 @@ def _operands(
 def _sequence_split(config: ResolvedConfig) -> int:
     parallel = config.parallel
     return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-
-
-def _norm(model: ResolvedModel) -> list[tuple[str, tuple[int, ...]]]:
-    names = ("weight",) if model.normalization == "RMSNorm" else ("weight", "bias")
-    return [(name, (model.hidden_size,)) for name in names]

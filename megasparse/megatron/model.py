@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megasparse.config import ResolvedConfig, ResolvedModel
+from megasparse.config import ResolvedConfig
 from megasparse.errors import ConfigError
 from megasparse.megatron import loss
 from megasparse.megatron.grid import Grid
@@ -170,18 +170,3 @@ def _mark_vocabulary_shards(model: torch.nn.Module) -> None:
         sharded = isinstance(module, (VocabParallelEmbedding, ColumnParallelLinear))
         if sharded and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, dim=0, stride=1)
-
-
-def parameter_count(model: ResolvedModel, padded_vocab_size: int) -> int:
-    """Parameters of the whole model, by formula (embedding and output layer included)."""
-    h, bias = model.hidden_size, 0 if model.disable_bias_linear else 1
-    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
-    fc1 = model.ffn_hidden_size * (2 if model.swiglu else 1)
-    attention = h * qkv + bias * qkv + model.num_attention_heads * model.kv_channels * h + bias * h
-    ffn = h * fc1 + bias * fc1 + model.ffn_hidden_size * h + bias * h
-    norm = h * (1 if model.normalization == "RMSNorm" else 2)
-    positions = model.max_position_embeddings
-    learned = positions * h if model.position_embedding_type == "learned_absolute" else 0
-    output = padded_vocab_size * h if model.untie_embeddings_and_output_weights else 0
-    layers = model.num_layers * (attention + ffn + 2 * norm)
-    return padded_vocab_size * h + learned + layers + norm + output

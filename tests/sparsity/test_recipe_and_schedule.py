@@ -87,10 +87,18 @@ def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
     """Whatever field both have: nothing is copied by hand."""
     config = RunConfig()
     config.sparsity = SparsityConfig(
-        sparsity_recipe="ast", sparse_layers=["a"], mask_update_interval=7, masked_decay=0.5,
-        masked_decay_ramp_iters=3, mvue="approximate", mask_metric="wanda", simulate_fp8=True,
-        dense_warmup_fraction=0.25, dense_tail_fraction=0.125,
-    )  # fmt: skip
+        sparsity_recipe="ast",
+        sparse_layers=["a"],
+        mask_update_interval=7,
+        masked_decay=0.5,
+        masked_decay_ramp_iters=3,
+        mvue="approximate",
+        mask_metric="wanda",
+        simulate_fp8=True,
+        s_ste_scale="frozen",
+        dense_warmup_fraction=0.25,
+        dense_tail_fraction=0.125,
+    )
     recipe = recipe_of(config)
     both = {f.name for f in fields(SparsityRecipe)} & {f.name for f in fields(SparsityConfig)}
     assert {"masked_decay", "mvue", "mask_metric", "sparse_layers"} < both

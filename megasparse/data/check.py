@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from megasparse.config import ResolvedConfig
-from megasparse.data.blend import parse_data_path, parse_split
+from megasparse.data.blend import SPLITS, parse_data_path, parse_split
 from megasparse.data.indexed import validate
 from megasparse.data.sidecar import check_sidecar, idx_path
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
 from megasparse.errors import ConfigError, DataError
-
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,32 @@ def check_data(config: ResolvedConfig) -> CheckedData:
         ]
     checked = CheckedData(tokenizer, vocab_size, sources)
     if sources:
-        _check_amounts(config, checked)
+        train, valid = (_samples(config, checked, split) for split in ("train", "valid"))
+        check_amounts(config, train, valid > 0)
     return checked
+
+
+def check_amounts(config: ResolvedConfig, train_samples: int, has_valid: bool) -> None:
+    """Refuse data that no step or no validation can be made of.
+
+    Args:
+        train_samples: of the training split.
+        has_valid: whether the validation split holds a sample.
+
+    Raises:
+        DataError: fewer training samples than a global batch, or nothing to validate on.
+    """
+    batch, length = config.train.global_batch_size, config.model.seq_length
+    if train_samples < batch:
+        raise DataError(
+            f"the training data holds {train_samples} samples of {length} tokens, expected at "
+            f"least one global batch of {batch}"
+        )
+    if config.logging.eval_iters and not has_valid:
+        raise DataError(
+            f"the validation data holds no sample of {length} tokens; give more of it by --split "
+            "or --valid-data-path, or set --eval-iters 0"
+        )
 
 
 def _check_source(
@@ -98,22 +120,6 @@ def _check_source(
     else:
         digest = hashlib.sha256(idx_path(prefix).read_bytes()).hexdigest()
     return CheckedSource(prefix, weight, digest, index.lengths)
-
-
-def _check_amounts(config: ResolvedConfig, checked: CheckedData) -> None:
-    """Training data for one global batch, validation data for one sample."""
-    batch, length = config.train.global_batch_size, config.model.seq_length
-    found = _samples(config, checked, "train")
-    if found < batch:
-        raise DataError(
-            f"the training data holds {found} samples of {length} tokens, expected at least one "
-            f"global batch of {batch}"
-        )
-    if config.logging.eval_iters and not _samples(config, checked, "valid"):
-        raise DataError(
-            f"the validation data holds no sample of {length} tokens; give more of it by --split "
-            "or --valid-data-path, or set --eval-iters 0"
-        )
 
 
 def _samples(config: ResolvedConfig, checked: CheckedData, split: str) -> int:

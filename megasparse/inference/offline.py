@@ -36,7 +36,7 @@ from megasparse.kernels.patterns import encode_patterns
 from megasparse.megatron.batches import batches, build_data, samples_digest
 from megasparse.megatron.calibrate import LinearInputs, calibrate_layers
 from megasparse.megatron.grid import collective_timeout, make_grid
-from megasparse.megatron.loss import token_cross_entropy
+from megasparse.megatron.loss import masked_sum, token_cross_entropy
 from megasparse.megatron.model import build_model, hide_padding
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import fold
@@ -165,9 +165,10 @@ class OfflineModel:
         total, tokens = 0.0, 0.0
         for batch in self.micro_batches(split, count):
             logits = self.model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
-            losses = token_cross_entropy(logits, batch["labels"]) * batch["loss_mask"]
-            total += float(losses.double().sum())
-            tokens += float(batch["loss_mask"].sum())
+            losses = token_cross_entropy(logits, batch["labels"]).double()
+            here, counted = masked_sum(losses, batch["loss_mask"])
+            total += float(here)
+            tokens += float(counted)
         return total / max(tokens, 1.0)
 
     def calibrate(

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from megasparse.config import ResolvedConfig
-from megasparse.data.blend import parse_split
-from megasparse.data.check import CheckedData, check_data
+from megasparse.data.blend import SPLITS, parse_split
+from megasparse.data.check import CheckedData, check_amounts, check_data
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.distributed.signals import ignore_signals
-from megasparse.errors import DataError
 from megasparse.megatron.datasets import (
-    SPLITS,
     SampleOptions,
     SampleStream,
     Source,
@@ -82,7 +80,8 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
         )
         if stream is not None:
             streams[split] = stream
-    _check_sizes(config, streams)
+    found = streams["train"].epoch_length if "train" in streams else 0
+    check_amounts(config, found, "valid" in streams)
     return RunData(tokenizer, vocab_size, streams, checked.digests)
 
 
@@ -125,21 +124,6 @@ class _MicroBatches:
         while True:
             yield list(range(start, start + self._size))
             start += self._grid.dp_size * self._size
-
-
-def _check_sizes(config: ResolvedConfig, streams: dict[str, SampleStream]) -> None:
-    batch = config.train.global_batch_size
-    found = streams["train"].epoch_length if "train" in streams else 0
-    if found < batch:
-        raise DataError(
-            f"the training data holds {found} samples of {config.model.seq_length} tokens, "
-            f"expected at least one global batch of {batch}"
-        )
-    if config.logging.eval_iters and "valid" not in streams:
-        raise DataError(
-            f"the validation data holds no sample of {config.model.seq_length} tokens; give more "
-            "of it by --split or --valid-data-path, or set --eval-iters 0"
-        )
 
 
 def _only(number: int) -> tuple[float, ...]:

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megasparse.config import ResolvedConfig, pipeline_split
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.loss import token_cross_entropy
+from megasparse.megatron.loss import masked_mean, token_cross_entropy
 from megasparse.megatron.model import finish_model, spec_provider, transformer_config
 from megasparse.megatron.spec import SparseSpecProvider, get_layer_spec
 from megasparse.sparsity.controller import Clock
@@ -279,7 +279,7 @@ def vocab_parallel_loss(logits: torch.Tensor, labels: Sequence[torch.Tensor]) ->
     targets, mask = labels
     losses = token_cross_entropy(logits, targets.transpose(0, 1).contiguous())
     losses = losses.transpose(0, 1).contiguous()
-    return (losses * mask).sum() / mask.sum().clamp(min=1.0)
+    return masked_mean(losses, mask)
 
 
 def gather_logits(logits: torch.Tensor) -> torch.Tensor:

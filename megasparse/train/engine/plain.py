@@ -13,6 +13,7 @@ from megasparse.config.deepspeed import deepspeed_config
 from megasparse.distributed.faults import Faults
 from megasparse.log import speaks
 from megasparse.megatron.grid import Grid, ModelParallelUnit
+from megasparse.megatron.loss import masked_mean
 from megasparse.progress import progress
 from megasparse.sparsity.controller import SparsityController
 from megasparse.train.distillation import Distillation
@@ -53,8 +54,7 @@ class LanguageModelLoss(torch.nn.Module):
             batch.get("attention_mask"),
             labels=batch["labels"],
         )
-        mask = batch["loss_mask"]
-        return (losses.float() * mask).sum() / mask.sum().clamp(min=1.0)
+        return masked_mean(losses, batch["loss_mask"])
 
 
 class PlainEngine(Engine):

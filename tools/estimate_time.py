@@ -221,8 +221,8 @@ def layer_launches(config: ResolvedConfig, recipe: SparsityRecipe, micro_batches
 def _linears(config: ResolvedConfig) -> list[tuple[str, tuple[int, int]]]:
     """Name and local shape of the four linears of a layer."""
     tp = config.parallel.tensor_model_parallel_size
-    matrices = [one for one in layer_parameters(config.model) if one.is_matrix]
-    shapes = [(one.name, one.local_shape(tp)) for one in matrices]
+    linears = [one for one in layer_parameters(config.model) if one.is_linear]
+    shapes = [(one.name, one.local_shape(tp)) for one in linears]
     return [(name, (shape[0], shape[1])) for name, shape in shapes]
 
 

@@ -56,9 +56,9 @@ class ParameterShape:
         return self.name.rpartition(".")[0]
 
     @property
-    def is_matrix(self) -> bool:
-        """A weight `(N, K)`, no norm and no bias."""
-        return len(self.shape) == 2
+    def is_linear(self) -> bool:
+        """The weight `(N, K)` of a layer's linear: what a recipe can make sparse."""
+        return self.place == "layer" and len(self.shape) == 2
 
     @property
     def numel(self) -> int:

@@ -224,10 +224,14 @@ def _llama_config(model: CompleteModel) -> dict[str, Any]:
 
 def _gpt2_config(model: CompleteModel) -> dict[str, Any]:
     _require(
-        model, GPT2, normalization="LayerNorm", swiglu=False, disable_bias_linear=False,
+        model,
+        GPT2,
+        normalization="LayerNorm",
+        swiglu=False,
+        disable_bias_linear=False,
         num_query_groups=model.num_attention_heads,
         kv_channels=model.hidden_size // model.num_attention_heads,
-    )  # fmt: skip
+    )
     return {
         "architectures": [GPT2],
         "model_type": "gpt2",

@@ -93,11 +93,13 @@ def _one(name: str, shape: tuple[int, ...], part: str) -> Rule:
 def _conv1d(name: str, shape: tuple[int, ...], part: str) -> Rule:
     """A weight stored `(in, out)`."""
     return Rule(
-        name, shape, (part,),
+        name,
+        shape,
+        (part,),
         lambda whole: [whole.t().contiguous()],
         lambda parts: parts[0].t().contiguous(),
         transposed=True,
-    )  # fmt: skip
+    )
 
 
 def _llama(model: CompleteModel) -> Iterator[Rule]:
@@ -115,9 +117,12 @@ def _llama(model: CompleteModel) -> Iterator[Rule]:
         if module == "self_attention.linear_qkv":
             parts = tuple(f"{layer}self_attn.{one}_proj.{kind}" for one in "qkv")
             yield Rule(
-                name, shape, parts,
-                lambda whole: split_qkv(whole, model), lambda parts: join_qkv(parts, model),
-            )  # fmt: skip
+                name,
+                shape,
+                parts,
+                lambda whole: split_qkv(whole, model),
+                lambda parts: join_qkv(parts, model),
+            )
         elif module == "mlp.linear_fc1":
             parts = tuple(f"{layer}mlp.{one}_proj.{kind}" for one in ("gate", "up"))
             yield Rule(name, shape, parts, lambda whole: list(whole.chunk(2)), torch.cat)

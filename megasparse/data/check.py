@@ -65,11 +65,13 @@ def check_data(config: ResolvedConfig) -> CheckedData:
             f"vocab_size {model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
         )
     vocab_size = model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
-    paths = {"all": data.data_path} if data.data_path else {
+    paths = {
         "train": data.train_data_path,
         "valid": data.valid_data_path,
         "test": data.test_data_path,
-    }  # fmt: skip
+    }
+    if data.data_path:
+        paths = {"all": data.data_path}
     sources = {}
     for split, arguments in paths.items():
         if not arguments:

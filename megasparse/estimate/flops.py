@@ -85,8 +85,8 @@ class TokenFlops:
 
 def layer_gemms(model: ResolvedModel) -> list[Gemm]:
     """The linears of a Transformer layer, whole (not a shard)."""
-    matrices = [one for one in layer_parameters(model) if one.is_matrix]
-    return [Gemm(one.module, one.shape[0], one.shape[1]) for one in matrices]
+    linears = [one for one in layer_parameters(model) if one.is_linear]
+    return [Gemm(one.module, one.shape[0], one.shape[1]) for one in linears]
 
 
 def attention_flops(model: ResolvedModel, causal: bool = True) -> float:

@@ -78,7 +78,7 @@ def stage_weights(
     """
     tp = config.parallel.tensor_model_parallel_size
     return [
-        Weight(one.name, one.local_shape(tp), one.is_matrix and recipe.matches(one.module))
+        Weight(one.name, one.local_shape(tp), one.is_linear and recipe.matches(one.module))
         for one in stage_parameters(config, vocabulary, stage)
     ]
 
@@ -183,7 +183,7 @@ def fp8_linears(config: ResolvedConfig) -> set[str]:
     if config.fp8.fp8_format is None:
         return set()
     recipe = recipe_of(config)
-    linears = [one.module for one in layer_parameters(config.model) if one.is_matrix]
+    linears = [one.module for one in layer_parameters(config.model) if one.is_linear]
     return {linear for linear in linears if recipe.matches(f"decoder.layers.0.{linear}")}
 
 

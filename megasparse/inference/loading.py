@@ -86,9 +86,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--load-hf", metavar="DIR", type=Path, help="a Hugging Face folder")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="INT")
     group.add_argument(
-        "--bf16", action=argparse.BooleanOptionalAction,
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
         help="compute in bfloat16 (default: if the weights are 16-bit)",
-    )  # fmt: skip
+    )
     group.add_argument("--tokenizer-model", help="default: the run's, or that of the folder")
     group.add_argument("--vocab-size", type=int, help="where the checkpoint does not say it")
     group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

@@ -85,19 +85,24 @@ def part_specs(
         PartSpec(
             LayerPart,
             {
-                "config": layers, "spec": spec, "number": number, "rotary": rotary, "clock": clock,
+                "config": layers,
+                "spec": spec,
+                "number": number,
+                "rotary": rotary,
+                "clock": clock,
                 "recompute": number in recomputed,
             },
         )
         for number in range(model.num_layers)
-    ]  # fmt: skip
+    ]
     norm = PartSpec(NormPart, {"config": layers, "provider": provider})
     if model.untie_embeddings_and_output_weights:
         first, last = PartSpec(EmbeddingPart, embedding), PartSpec(OutputPart, sizes)
     else:
         tie: dict[str, Any] = {
-            "tied": "embedding", "tied_weight": "embedding.word_embeddings.weight"
-        }  # fmt: skip
+            "tied": "embedding",
+            "tied_weight": "embedding.word_embeddings.weight",
+        }
         first = PartSpec(EmbeddingPart, embedding, **tie)
         # The copy on the last stage has no use for positions.
         copy = {**embedding, "position_embedding_type": "none"}

@@ -140,3 +140,10 @@ def test_a_model_without_padding_has_its_own_vocabulary():
 def test_shapes_need_no_torch():
     code = "import sys, megasparse.config.shapes; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_a_recipe_can_make_sparse():
+    model = resolve(load_config([*BASE, *LLAMA]), 1).model
+    linears = [one.module for one in parameters(model, VOCAB) if one.is_linear]
+    assert len(linears) == 4 * model.num_layers
+    assert all(name.startswith("decoder.layers.") for name in linears)

@@ -14,6 +14,8 @@ from megasparse.errors import CheckpointError, ConfigError
 LLAMA, GPT2 = "LlamaForCausalLM", "GPT2LMHeadModel"
 SUPPORTED = (LLAMA, GPT2)
 _MODEL_TYPES = {"llama": LLAMA, "gpt2": GPT2}
+# Before the names of all tensors but the output layer's; older files of a base model lack it.
+BASE_PREFIXES = {LLAMA: "model.", GPT2: "transformer."}
 
 # megatron-core's rotary scaling has these built in; they are those of Llama 3.1 to 3.3.
 _LLAMA3_ROPE = {

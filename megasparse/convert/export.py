@@ -14,10 +14,15 @@ from typing import Any
 import torch
 
 from megasparse.config.shapes import VOCABULARY
-from megasparse.convert.architecture import architecture_of, huggingface_config, model_config
+from megasparse.convert.architecture import (
+    GPT2,
+    architecture_of,
+    huggingface_config,
+    model_config,
+)
 from megasparse.convert.folder import new_folder
 from megasparse.convert.huggingface import CONFIG, read_json
-from megasparse.convert.layout import GPT2, Rule, rules
+from megasparse.convert.layout import Rule, rules
 from megasparse.convert.packed import FORMATS, pack_checked
 from megasparse.convert.shards import Group, copy_file, write_json, write_model
 from megasparse.convert.source import Source, check_model

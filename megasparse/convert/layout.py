@@ -19,7 +19,7 @@ import torch
 
 from megasparse.config import CompleteModel
 from megasparse.config.shapes import parameters
-from megasparse.convert.architecture import GPT2, LLAMA
+from megasparse.convert.architecture import GPT2
 
 Tensors = list[torch.Tensor]
 
@@ -57,7 +57,7 @@ def rules(model: CompleteModel, architecture: str) -> list[Rule]:
         model: its sizes and style.
         architecture: of Hugging Face.
     """
-    return list(_llama(model) if architecture == LLAMA else _gpt2(model))
+    return list(_gpt2(model) if architecture == GPT2 else _llama(model))
 
 
 def parameter_shapes(model: CompleteModel) -> dict[str, tuple[int, ...]]:
@@ -171,6 +171,3 @@ def _place(name: str, layers: str) -> tuple[str, str, str]:
         return module, kind, ""
     number, module = module.removeprefix(prefix).split(".", 1)
     return module, kind, f"{layers}{number}."
-
-
-__all__ = ["GPT2", "LLAMA", "Rule", "join_qkv", "parameter_shapes", "rules", "split_qkv"]

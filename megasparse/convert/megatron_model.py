@@ -15,6 +15,7 @@ import torch
 
 from megasparse.config import CompleteModel, ModelConfig, narrowed
 from megasparse.config.shapes import VOCABULARY, parameters
+from megasparse.convert.layout import parameter_shapes
 from megasparse.convert.megatron_files import MegatronFiles
 from megasparse.convert.source import require_finite
 from megasparse.errors import CheckpointError, ConfigError
@@ -78,10 +79,8 @@ class MegatronModel:
             raise ConfigError(
                 f"vocab_size {vocab_size} is more than the {self._padded} rows of {self.where}"
             )
-        self._shapes = {
-            one.name: one.shape for one in parameters(self.model, self.model.vocab_size)
-        }
-        self._padded_shapes = {one.name: one for one in parameters(self.model, self._padded)}
+        self._shapes = parameter_shapes(self.model)
+        self._in_files = {one.name: one for one in parameters(self.model, self._padded)}
         self._check()
 
     def entries(self) -> list[Entry]:
@@ -92,7 +91,7 @@ class MegatronModel:
 
     def read(self, name: str) -> torch.Tensor:
         parts = self._parts(name)
-        whole = torch.empty(self._padded_shapes[name].shape, dtype=parts[0].dtype)
+        whole = torch.empty(self._in_files[name].shape, dtype=parts[0].dtype)
         for rank, part in enumerate(parts):
             self._shard(name, rank).place(whole, part)
         if name in VOCABULARY:
@@ -128,7 +127,7 @@ class MegatronModel:
         return sum(part.shape[0] for part in parts if part is not None)
 
     def _shard(self, name: str, rank: int) -> WeightShard:
-        one = self._padded_shapes[name]
+        one = self._in_files[name]
         return WeightShard(one.shape, one.shard_dim, rank, self._files.tp, one.parts)
 
     def _parts(self, name: str) -> list[torch.Tensor]:

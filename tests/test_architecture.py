@@ -49,6 +49,8 @@ DOORS = {
     "sentencepiece": ["megasparse/data/tokenizer.py", "megasparse/data/spm_json.py"],
     "tokenizers": ["megasparse/data/tokenizer.py", "megasparse/data/spm_json.py"],
     "tqdm": ["megasparse/progress.py"],
+    # Which linears are sparse is asked of the recipe: `recipe.matches(name)`.
+    "fnmatch": ["megasparse/sparsity/recipe.py"],
     "yaml": ["megasparse/config/loader.py"],
     "safetensors": ["megasparse/tensor_files.py"],
     "tensorboard": ["megasparse/metrics/writers.py"],

@@ -31,13 +31,20 @@ sys.path.insert(0, str(ROOT))  # for tools.bench, which --measure uses
 
 from megasparse.atomic_files import write_text
 from megasparse.cli import guarded
-from megasparse.config import RunConfig, load_config, padded_vocab_size, resolve
+from megasparse.config import (
+    ResolvedConfig,
+    RunConfig,
+    load_config,
+    padded_vocab_size,
+    resolve,
+)
+from megasparse.config.shapes import parameter_count
 from megasparse.data.check import check_data
 from megasparse.errors import ConfigError
 from megasparse.estimate import check as measured_points
-from megasparse.estimate.memory import Footprint, footprint, stage_weights
+from megasparse.estimate.memory import Footprint, footprint
 from megasparse.estimate.time import GemmTable, StepTime, step_time
-from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
+from megasparse.sparsity.recipe import recipe_of
 from tools.bench.short_runs import launch
 
 TABLE = ROOT / "tools" / "results" / "gemm-h200.json"
@@ -55,7 +62,7 @@ EVEN_STAGES: dict[str, Any] = {
 class Estimate:
     """One layout: every stage's bytes, and the time of a step (None: no rates for its dtype)."""
 
-    config: RunConfig
+    config: ResolvedConfig
     world: int
     stages: list[Footprint]
     time: StepTime | None
@@ -77,8 +84,8 @@ class Estimate:
         return ", ".join(words)
 
 
-def estimate(config: RunConfig, world: int, table: GemmTable, args: Any) -> Estimate:
-    """Of a configuration that is resolved for `world` ranks."""
+def estimate(config: ResolvedConfig, world: int, table: GemmTable, args: Any) -> Estimate:
+    """Of a configuration for `world` ranks."""
     recipe, vocabulary = recipe_of(config), vocabulary_of(config)
     stages = [
         footprint(config, recipe, vocabulary, world, stage, gpu=args.device == "cuda")
@@ -90,22 +97,13 @@ def estimate(config: RunConfig, world: int, table: GemmTable, args: Any) -> Esti
     return Estimate(config, world, stages, time)
 
 
-def vocabulary_of(config: RunConfig) -> int:
+def vocabulary_of(config: ResolvedConfig) -> int:
     """The padded vocabulary, from the configuration or its tokenizer."""
     size = config.model.vocab_size or check_data(config).vocab_size
     return padded_vocab_size(size, config)
 
 
-def whole_model(config: RunConfig, recipe: SparsityRecipe, vocabulary: int) -> int:
-    """Parameters of the whole model, each once."""
-    parallel = dataclasses.replace(
-        config.parallel, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, **EVEN_STAGES
-    )
-    single = dataclasses.replace(config, parallel=parallel)
-    return sum(weight.numel for weight in stage_weights(single, recipe, vocabulary, 0))
-
-
-def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[RunConfig]:
+def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[ResolvedConfig]:
     """Every division of the run over `world` ranks that a configuration allows."""
     sizes = [n for n in range(1, world + 1) if world % n == 0]
     for tp in (n for n in sizes if n <= gpus_per_node):
@@ -133,7 +131,7 @@ def report(found: Estimate, args: argparse.Namespace) -> str:
     """The text for one layout."""
     config = found.config
     recipe, vocabulary = recipe_of(config), vocabulary_of(config)
-    whole = whole_model(config, recipe, vocabulary)
+    whole = parameter_count(config.model, vocabulary)
     lines = [
         f"parameters        {whole:,} (vocabulary padded to {vocabulary:,})",
         f"layout            {found.name}; micro-batch {config.train.micro_batch_size}, global "
@@ -187,8 +185,7 @@ def measure(found: Estimate, flags: Sequence[str], args: argparse.Namespace) -> 
     job = {"flags": [*flags, *vocabulary, *no_data.split()], "steps": WARMUP + args.steps}
     run = launch({"run": job}, found.world, args.device)["run"]
     seconds = statistics.median(run["seconds"][WARMUP:])
-    recipe = recipe_of(found.config)
-    whole = whole_model(found.config, recipe, vocabulary_of(found.config))
+    whole = parameter_count(found.config.model, vocabulary_of(found.config))
     rows: list[tuple[str, float, Any]] = [("parameters of the model", whole, run["parameters"])]
     if args.device == "cuda":
         rows.append(("GiB, peak of rank 0", found.stages[0].peak_bytes / GIB, run["memory"]))
@@ -223,7 +220,7 @@ def check(table: GemmTable, args: argparse.Namespace, argv: Sequence[str]) -> No
 
 
 def _rate(found: Estimate) -> float:
-    assert found.time is not None and found.config.train.global_batch_size
+    assert found.time is not None
     tokens = found.config.train.global_batch_size * found.config.model.seq_length
     return tokens / found.time.seconds
 

@@ -11,7 +11,6 @@ GPU, in float32. Exit codes are those of launch/pretrain.py.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import math
 import sys
@@ -28,6 +27,7 @@ from megasparse.cli import guarded
 from megasparse.compress.oneshot import METHODS, prune
 from megasparse.errors import ConfigError
 from megasparse.inference.offline import OfflineModel, StoredRun, save_pruned
+from megasparse.sparsity.recipe import make_recipe
 
 BLOCK_LINEARS = ("*.self_attention.linear_*", "*.mlp.linear_*")
 
@@ -78,11 +78,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def prune_model(model: OfflineModel, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Prune in place; the masks by parameter name, on the CPU."""
     masks: dict[str, torch.Tensor] = {}
+    recipe = make_recipe("ste", sparse_layers=tuple(args.sparse_layers))
 
     def change(layer_name, layer, inputs):
         for name, seen in inputs.items():
             full = f"{layer_name}.{name}"
-            if not any(fnmatch.fnmatchcase(full, pattern) for pattern in args.sparse_layers):
+            if not recipe.matches(full):
                 continue
             weight = layer.get_submodule(name).weight
             gram = seen.square if seen.gram is None else seen.gram

@@ -30,7 +30,7 @@ from typing import Any
 
 from megasparse.atomic_files import write_json
 from megasparse.cli import guarded
-from megasparse.config import RunConfig, load_config, resolve, to_dict
+from megasparse.config import ResolvedConfig, load_config, resolve, to_dict
 from megasparse.errors import ConfigError, MegasparseError, NumericsError
 from megasparse.metrics import plots
 from megasparse.metrics.schema import read_metrics
@@ -73,7 +73,7 @@ def run_name(decay: float | None) -> str:
     return "dense" if decay is None else f"decay-{decay:g}"
 
 
-def prepare(options: argparse.Namespace, flags: Sequence[str]) -> tuple[Search, RunConfig]:
+def prepare(options: argparse.Namespace, flags: Sequence[str]) -> tuple[Search, ResolvedConfig]:
     """The search and the run's own configuration; ConfigError when they do not fit."""
     config = resolve(load_config(flags), options.num_ranks)
     sparsity, train = config.sparsity, config.train
@@ -114,7 +114,7 @@ def read_run(search: Search, decay: float | None) -> Run | None:
     return Run(run_name(decay), decay, curve, rows[-1]["loss"])
 
 
-def execute(search: Search, config: RunConfig, decay: float | None, bar: Any) -> Run:
+def execute(search: Search, config: ResolvedConfig, decay: float | None, bar: Any) -> Run:
     """The finished run: read if it is there, else run now. `bar` counts steps."""
     folder = search.output / run_name(decay)
     arguments = search.arguments(decay, config.train.train_iters)

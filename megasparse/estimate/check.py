@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.cli import markdown_table
-from megasparse.config import RunConfig, load_config, resolve
+from megasparse.config import ResolvedConfig, load_config, resolve
+from megasparse.config.shapes import layer_parameters
 from megasparse.errors import ConfigError
-from megasparse.estimate.memory import layer_weights
 from megasparse.estimate.time import SIZE, GemmTable, layer_launches, layer_time
 from megasparse.sparsity.recipe import recipe_of
 
@@ -62,14 +62,14 @@ def read_points(path: Path) -> dict[str, Any]:
 def compare(
     content: dict[str, Any],
     table: GemmTable,
-    estimate: Callable[[RunConfig, int], Any],
+    estimate: Callable[[ResolvedConfig, int], Any],
     root: Path,
 ) -> list[Compared]:
     """All points of a file.
 
     Args:
         content: as `read_points` gives it.
-        estimate: of a resolved configuration and its ranks (estimate.py's).
+        estimate: of a configuration and its ranks (estimate.py's).
         root: folder that the points' `configs/` lies in.
     """
     return [_compared(content, point, table, estimate, root) for point in content["points"]]
@@ -79,7 +79,7 @@ def _compared(
     content: dict[str, Any],
     point: dict[str, Any],
     table: GemmTable,
-    estimate: Callable[[RunConfig, int], Any],
+    estimate: Callable[[ResolvedConfig, int], Any],
     root: Path,
 ) -> Compared:
     flags = shlex.split(f"{content['models'][point['model']]} {point['flags']}")
@@ -100,14 +100,13 @@ def _compared(
     )
 
 
-def layer_seconds(config: RunConfig, table: GemmTable) -> float:
+def layer_seconds(config: ResolvedConfig, table: GemmTable) -> float:
     """One layer by itself, a micro-batch with its share of what is done once a step."""
     recipe, train = recipe_of(config), config.train
-    assert train.global_batch_size is not None
     micro_batches = train.global_batch_size // train.micro_batch_size
     parts = layer_time(config, recipe, micro_batches, table)
     # The first micro-batch's gradients are kept as they are, the others' added to them.
-    numel = sum(shape[0] * shape[-1] for _, shape in layer_weights(config.model, 1))
+    numel = sum(one.shape[0] * one.shape[-1] for one in layer_parameters(config.model))
     added = table.moving(3 * SIZE * numel) * (1 - 1 / micro_batches)
     device = (sum(parts.values()) + added) * table.data["in_a_step"]["step"]
     host = layer_launches(config, recipe, micro_batches) * table.data["launch_us"] / 1e6

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.config import (
-    RunConfig,
+    ResolvedConfig,
     data_parallel_size,
     gradient_accumulation_steps,
     pipeline_split,
 )
-from megasparse.estimate.memory import layer_activations, layer_weights, stage_weights
+from megasparse.config.shapes import layer_parameters
+from megasparse.estimate.memory import layer_activations, stage_weights
 from megasparse.sparsity.recipe import SparsityRecipe
 
 SIZE = 2  # bytes of bf16
@@ -119,7 +120,7 @@ class GemmTable:
 
 
 def step_time(
-    config: RunConfig,
+    config: ResolvedConfig,
     recipe: SparsityRecipe,
     vocabulary: int,
     world: int,
@@ -129,7 +130,7 @@ def step_time(
     """The predicted time of a step of the sparse phase.
 
     Args:
-        config: resolved for `world` ranks.
+        config: for `world` ranks.
         vocabulary: padded.
     """
     parallel = config.parallel
@@ -157,7 +158,7 @@ def step_time(
 
 
 def layer_time(
-    config: RunConfig,
+    config: ResolvedConfig,
     recipe: SparsityRecipe,
     micro_batches: int,
     table: GemmTable,
@@ -187,7 +188,6 @@ def layer_time(
             parts["operands"] += _operands_fp8(recipe, (tokens, n, k), micro_batches, table, apart)
         elif name in sparse:
             parts["operands"] += _operands_bf16(recipe, (tokens, n, k), micro_batches, table)
-    assert model.kv_channels
     heads = model.num_attention_heads * model.kv_channels // tp
     attention = 2.0 * tokens * model.seq_length * heads / (table.data["attention_tflops"] * 1e12)
     parts["attention"] = 3.5 * attention
@@ -205,7 +205,7 @@ def layer_time(
     return parts
 
 
-def layer_launches(config: RunConfig, recipe: SparsityRecipe, micro_batches: int) -> float:
+def layer_launches(config: ResolvedConfig, recipe: SparsityRecipe, micro_batches: int) -> float:
     """Launches of the host for one layer and micro-batch, both ways, in those of a kernel."""
     count = LAYER_LAUNCHES + len(_sparse(config, recipe)) * (
         SPARSE_LAUNCHES + WEIGHT_LAUNCHES / micro_batches
@@ -217,13 +217,15 @@ def layer_launches(config: RunConfig, recipe: SparsityRecipe, micro_batches: int
     return count * 4 / 3 if config.parallel.recompute_granularity == "full" else count
 
 
-def _linears(config: RunConfig) -> list[tuple[str, tuple[int, int]]]:
+def _linears(config: ResolvedConfig) -> list[tuple[str, tuple[int, int]]]:
     """Name and local shape of the four linears of a layer."""
-    weights = layer_weights(config.model, config.parallel.tensor_model_parallel_size)
-    return [(name, (shape[0], shape[1])) for name, shape in weights if len(shape) == 2]
+    tp = config.parallel.tensor_model_parallel_size
+    linears = [one for one in layer_parameters(config.model) if one.is_linear]
+    shapes = [(one.name, one.local_shape(tp)) for one in linears]
+    return [(name, (shape[0], shape[1])) for name, shape in shapes]
 
 
-def _sparse(config: RunConfig, recipe: SparsityRecipe) -> set[str]:
+def _sparse(config: ResolvedConfig, recipe: SparsityRecipe) -> set[str]:
     """Names of those that are 2:4 (in any layer)."""
     tp = config.parallel.tensor_model_parallel_size
     return {w.name.split(".", 3)[-1] for w in stage_weights(config, recipe, tp, 0) if w.sparse}
@@ -247,7 +249,7 @@ def _operands_bf16(
     return seconds + table.moving(once + mask) / micro_batches
 
 
-def _quantised_apart(config: RunConfig, name: str, sparse: set[str]) -> tuple[bool, bool]:
+def _quantised_apart(config: ResolvedConfig, name: str, sparse: set[str]) -> tuple[bool, bool]:
     """Whether a linear's input, and the gradient of its output, are written in 16 bits first."""
     delayed = config.fp8.fp8_recipe == "delayed"
     gated = delayed and config.model.swiglu and {FC1, FC2} <= sparse
@@ -282,7 +284,7 @@ def _operands_fp8(
     return seconds + (once + table.moving(mask)) / micro_batches
 
 
-def _output(config: RunConfig, vocabulary: int, table: GemmTable) -> float:
+def _output(config: ResolvedConfig, vocabulary: int, table: GemmTable) -> float:
     """Seconds of the output layer and the loss for one micro-batch, forward and backward."""
     tokens = config.train.micro_batch_size * config.model.seq_length
     shard, h = vocabulary // config.parallel.tensor_model_parallel_size, config.model.hidden_size

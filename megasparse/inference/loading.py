@@ -17,7 +17,13 @@ import torch
 import torch.distributed as dist
 
 from megasparse.checkpoint.model import StoredModel, check_shape, open_checkpoint
-from megasparse.config import RunConfig, padded_vocab_size
+from megasparse.config import (
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    fill_defaults,
+    padded_vocab_size,
+)
 from megasparse.convert.huggingface import HuggingFaceModel
 from megasparse.convert.source import Source, pad_vocabulary
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
@@ -52,13 +58,11 @@ class LoadedModel:
     @property
     def vocab_size(self) -> int:
         """Tokens without padding."""
-        assert self.source.model.vocab_size is not None
         return self.source.model.vocab_size
 
     @property
     def context_length(self) -> int:
         """Tokens that the model has positions for."""
-        assert self.source.model.max_position_embeddings is not None
         return self.source.model.max_position_embeddings
 
     def require_tokenizer(self) -> Tokenizer:
@@ -123,11 +127,6 @@ def load_model(
         tensor_parallel: ranks that share each layer; the world's other ranks are copies.
         bf16: compute in bfloat16, else in float32; None: bfloat16 if the weights are 16-bit.
     """
-    config = RunConfig(model=source.model)
-    config.train.transformer_impl = "local"  # decoding masks with keys that were seen before
-    wide = any(entry.dtype == torch.float32 for entry in source.entries())
-    config.train.bf16 = not wide if bf16 is None else bf16
-    config.parallel.tensor_model_parallel_size = tensor_parallel
     if tensor_parallel < 1 or dist.get_world_size() % tensor_parallel:
         raise ConfigError(
             f"world size {dist.get_world_size()} is not divisible by tensor_model_parallel_size "
@@ -139,8 +138,14 @@ def load_model(
                 f"{name} {getattr(source.model, name)} is not divisible by "
                 f"tensor_model_parallel_size {tensor_parallel}"
             )
+    wide = any(entry.dtype == torch.float32 for entry in source.entries())
+    train = TrainConfig(
+        bf16=not wide if bf16 is None else bf16,
+        transformer_impl="local",  # decoding masks with keys that were seen before
+    )
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
+    config = fill_defaults(RunConfig(source.model, parallel, train), dist.get_world_size())
     grid = make_grid(tensor_parallel, device, config.train.seed, _TIMEOUT_MINUTES)
-    assert source.model.vocab_size is not None
     rows = padded_vocab_size(source.model.vocab_size, config)
     model = build_model(config, grid, rows)
     hide_padding(model, grid, source.model.vocab_size)

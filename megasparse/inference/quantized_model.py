@@ -102,7 +102,7 @@ class ModelQuantizer:
         low_rank: dict[str, LowRank],
     ) -> None:
         """Multiply a linear's inputs by AWQ's scales, and divide what comes before it by them."""
-        before = rows_before(name, self._stored.config.model)
+        before = rows_before(name, self._stored.model)
         norm = norm_before(name)
         if before is None and norm is None:
             return

@@ -58,9 +58,7 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
     model, layer = build_layer(config, device)
     scales = DelayedScaling(device) if config.fp8.fp8_format else None
     clock = Clock(1, 10)
-    controller = sparsify(
-        model, recipe_of(config), config.sparsity.sparse_layers, clock, fp8=scales
-    )
+    controller = sparsify(model, recipe_of(config), clock, fp8=scales)
     angles = rotary_frequencies(256, 128, device)
     x = torch.randn(256, 2, 512, device=device).bfloat16().requires_grad_()
     for step in range(3):

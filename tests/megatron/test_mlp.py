@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -37,9 +39,8 @@ def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
     initialize_weights(model, 3, 0.05, 1, grid.tp_rank, grid.tp_size)
     scales = DelayedScaling(device, reduce_max=grid.max_over_tp)
     clock = Clock(seed=5, train_iters=10)
-    controller = sparsify(
-        model, recipe_of(config), patterns, clock, grid.sum_over_tp, fp8=scales, **options
-    )
+    recipe = dataclasses.replace(recipe_of(config), sparse_layers=tuple(patterns))
+    controller = sparsify(model, recipe, clock, grid.sum_over_tp, fp8=scales, **options)
     if not fused and isinstance(layer.mlp, mlp.Fp8GatedMLP):
         layer.mlp.__class__ = MLP
     return layer.mlp, controller, clock, scales

@@ -114,7 +114,7 @@ def megasparse(flags: Sequence[str], part: str, interval: int, device: torch.dev
         current = config.fp8.fp8_recipe == "tensorwise"
         scales = CurrentScaling() if current else DelayedScaling(device)
     recipe, clock = recipe_of(config), Clock(1, config.train.train_iters)
-    controller = sparsify(model, recipe, config.sparsity.sparse_layers, clock, fp8=scales)
+    controller = sparsify(model, recipe, clock, fp8=scales)
     angles = rotary_frequencies(LENGTH, HIDDEN // HEADS, device)
 
     def run(x: torch.Tensor, first: bool) -> torch.Tensor:

@@ -8,16 +8,16 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.spec_utils import build_module
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.megatron.model import spec_provider, transformer_config
 from megasparse.megatron.spec import get_layer_spec
 
 
-def build_layer(config: RunConfig, device: torch.device) -> tuple[torch.nn.Module, Any]:
+def build_layer(config: ResolvedConfig, device: torch.device) -> tuple[torch.nn.Module, Any]:
     """A module that names the layer `layers.0`, and the layer; weights are N(0, 0.02^2).
 
     Args:
-        config: resolved; process groups must be up.
+        config: of the run; process groups must be up.
     """
     spec = get_layer_spec(spec_provider(config, device))
     layer = build_module(spec, config=transformer_config(config, device), layer_number=1)

@@ -15,7 +15,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import finish_model, transformer_config
 from megasparse.sparsity.clock import Clock
@@ -82,11 +82,11 @@ class BaselineLayout(PlainLayout):
         return super().compute_and_update(batches)
 
 
-def build_baseline(config: RunConfig, grid: Grid, vocabulary: int, fp8: bool) -> Engine:
+def build_baseline(config: ResolvedConfig, grid: Grid, vocabulary: int, fp8: bool) -> Engine:
     """The dense model of a configuration from megatron-core's Transformer Engine spec, on one GPU.
 
     Args:
-        config: resolved, with the recipe "dense".
+        config: with the recipe "dense".
         vocabulary: padded.
         fp8: linears in FP8, delayed scaling, e4m3 and e5m2 ("hybrid").
     """

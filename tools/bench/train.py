@@ -28,9 +28,9 @@ import torch
 from megasparse.atomic_files import write_text
 from megasparse.cli import guarded, markdown_table
 from megasparse.config import load_config, padded_vocab_size, resolve
+from megasparse.config.shapes import parameter_count
 from megasparse.megatron.batches import batches, build_data
 from megasparse.megatron.grid import make_grid
-from megasparse.megatron.model import parameter_count
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.build import build_engine
 from megasparse.train.engine.base import Engine
@@ -111,7 +111,6 @@ def _train(
         seconds.append(time.monotonic() - begin)
     found = profiled(lambda: engine.train_step(stream), 2)
     found.seconds = statistics.median(seconds[warmup:])
-    assert config.train.global_batch_size is not None
     tokens = config.train.global_batch_size * config.model.seq_length
     result = {
         "loss": losses[-1],

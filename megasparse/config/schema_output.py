@@ -73,8 +73,9 @@ class LoggingConfig:
     wandb_save_dir: str | None = option(None, "its local folder; default RUN_DIR/wandb")
     wandb_entity: str | None = option(None, "its team or user")
     peak_tflops: float | None = option(
-        None, "dense peak of a GPU (or CPU) for MFU; default: known GPUs' in the precision in use",
+        None,
+        "dense peak of a GPU (or CPU) for MFU; default: known GPUs' in the precision in use",
         above=0.0,
-    )  # fmt: skip
+    )
     sample_prompt: str = option("", "text that the sample at the end continues")
     sample_tokens: int = option(0, "length of the sample at the end; 0: none", at_least=0)

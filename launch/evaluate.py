@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -25,10 +26,11 @@ import numpy as np
 from megasparse.atomic_files import write_json
 from megasparse.checkpoint.model import StoredModel
 from megasparse.checkpoint.proof import check_sparsity, format_tensors
+from megasparse.cli import guarded
 from megasparse.data.indexed import validate
 from megasparse.data.sidecar import bin_path, check_sidecar
 from megasparse.errors import ConfigError, DataError
-from megasparse.inference.loading import LoadedModel, add_model_flags, guarded, leave, open_model
+from megasparse.inference.loading import LoadedModel, add_model_flags, leave, open_model
 from megasparse.inference.perplexity import perplexity
 
 
@@ -56,7 +58,7 @@ def read_tokens(args: argparse.Namespace, loaded: LoadedModel) -> np.ndarray:
     if args.data_path is not None:
         index = validate(args.data_path, loaded.vocab_size)
         check_sidecar(args.data_path, loaded.tokenizer.digest if loaded.tokenizer else None)
-        tokens = np.memmap(bin_path(args.data_path), dtype=index.dtype, mode="r")
+        tokens: np.ndarray = np.memmap(bin_path(args.data_path), dtype=index.dtype, mode="r")
     else:
         try:
             text = args.text.read_text(encoding="utf-8")
@@ -69,8 +71,9 @@ def read_tokens(args: argparse.Namespace, loaded: LoadedModel) -> np.ndarray:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    """Compute what the flags ask for and print it on the first rank."""
     loaded = open_model(args)
-    figures: dict = {"model": loaded.source.where}
+    figures: dict[str, Any] = {"model": loaded.source.where}
     lines = []
     if args.data_path is not None or args.text is not None:
         length = args.seq_length or loaded.source.model.seq_length
@@ -80,14 +83,13 @@ def evaluate(args: argparse.Namespace) -> None:
             )
         stride = args.stride or length
         first = loaded.grid.rank == 0
+        tokens = read_tokens(args, loaded)
         result = perplexity(
-            loaded.model, loaded.grid, read_tokens(args, loaded), length, stride,
-            args.micro_batch_size, bar=first,
-        )  # fmt: skip
-        figures.update(
-            loss=result.loss, perplexity=result.value, tokens=result.tokens,
-            seq_length=length, stride=stride, data=str(args.data_path or args.text),
-        )  # fmt: skip
+            loaded.model, loaded.grid, tokens, length, stride, args.micro_batch_size, bar=first
+        )
+        figures |= {"loss": result.loss, "perplexity": result.value, "tokens": result.tokens}
+        figures |= {"seq_length": length, "stride": stride}
+        figures["data"] = str(args.data_path or args.text)
         lines.append(
             f"perplexity {result.value:.4f} | loss {result.loss:.6f} | {result.tokens} tokens | "
             f"window {length}, stride {stride}"
@@ -106,6 +108,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    code = guarded(lambda: evaluate(arguments))
+    rank = int(os.environ.get("RANK", "0"))
+    code = guarded("evaluate.py", lambda: evaluate(arguments), rank)
     leave(code)
     sys.exit(code)

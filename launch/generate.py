@@ -18,8 +18,9 @@ from megasparse.megatron.import_without_compile import import_megatron
 
 import_megatron()  # before the imports that need it
 
+from megasparse.cli import guarded
 from megasparse.errors import ConfigError
-from megasparse.inference.loading import add_model_flags, guarded, leave, open_model
+from megasparse.inference.loading import add_model_flags, leave, open_model
 from megasparse.inference.sampling import Sampling, generate_text
 from megasparse.megatron.inference import CachedDecoder
 
@@ -42,6 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the flags, of a file or of standard input; an empty one if there is none."""
     prompts = list(args.prompt)
     if args.prompt_file == "-":
         prompts.append(sys.stdin.read())
@@ -52,6 +54,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def generate(args: argparse.Namespace) -> None:
+    """Continue every prompt; the first rank prints the texts."""
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     prompts = read_prompts(args)
     loaded = open_model(args)
@@ -63,16 +66,17 @@ def generate(args: argparse.Namespace) -> None:
                 f"the prompt has {length} tokens, the model a context of {loaded.context_length}"
             )
         room = min(length + args.max_new_tokens, loaded.context_length)
+        decoder = CachedDecoder(loaded.model, room)
         text = generate_text(
-            CachedDecoder(loaded.model, room), loaded.grid, tokenizer, prompt, room - length,
-            sampling, args.seed,
-        )  # fmt: skip
+            decoder, loaded.grid, tokenizer, prompt, room - length, sampling, args.seed
+        )
         if loaded.grid.rank == 0:
             print(prompt + text, flush=True)
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    code = guarded(lambda: generate(arguments))
+    rank = int(os.environ.get("RANK", "0"))
+    code = guarded("generate.py", lambda: generate(arguments), rank)
     leave(code)
     sys.exit(code)

@@ -37,7 +37,7 @@ def run() -> int:
             settings,
             [sys.executable, *sys.argv],
             rank,
-            lambda: max(list_steps(Path(settings.save or "")), default=-1),
+            lambda: max(list_steps(Path(settings.save)), default=-1),
         )
     return train(prepared)
 

@@ -78,3 +78,10 @@ class PreflightError(MegasparseError):
     """A host is not fit for the run: other versions or data, too little memory, a bad GPU."""
 
     exit_code = 77
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; the path and the reason of an OSError."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

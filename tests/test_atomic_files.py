@@ -120,5 +120,8 @@ def test_nothing_else_syncs_or_replaces_files():
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                     name = f"{node.value.id}.{node.attr}"
                     assert name not in ("os.fsync", "os.replace"), f"{path}: {name}"
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                    method = node.func.attr
+                    assert method not in ("write_text", "write_bytes"), f"{path}: {method}"
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     assert not node.value.endswith(".tmp"), f"{path}: {node.value}"

@@ -23,12 +23,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conversion import DTYPES, add_common, guarded, vocabulary_multiple
-
 from megasparse.atomic_files import require_empty
 from megasparse.checkpoint.importer import write_imported
 from megasparse.checkpoint.model import StoredModel, open_checkpoint
+from megasparse.cli import guarded
 from megasparse.convert.export import ExportOptions, write_huggingface
+from megasparse.convert.flags import DTYPES, add_common, vocabulary_multiple
 from megasparse.convert.huggingface import CONFIG, HuggingFaceModel
 from megasparse.convert.megatron_model import MegatronModel
 from megasparse.convert.source import Source
@@ -48,23 +48,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--to", choices=(HUGGINGFACE, MEGASPARSE), required=True)
     parser.add_argument(
-        "--input", type=Path, required=True,
+        "--input",
+        type=Path,
+        required=True,
         help="folder of the model; for megasparse a run, its checkpoints or one of them; for "
         "megatron the checkpoints or one iteration",
-    )  # fmt: skip
+    )
     add_common(parser)
     parser.add_argument(
-        "--make-vocab-size-divisible-by", type=int, default=128,
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
         help="pad the vocabulary to a multiple, as in training (default: 128)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--tensor-model-parallel-size", type=int, default=1,
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
         help="and of this (default: 1); any size can load what 128 pads for up to 128 ranks",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--master-weights", action="store_true",
+        "--master-weights",
+        action="store_true",
         help="of a sparse checkpoint, the dense weights behind the masks",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     if args.source == args.to:
         parser.error(f"--from and --to are both {args.to}")
@@ -91,6 +98,7 @@ def open_source(args: argparse.Namespace) -> Source:
 
 
 def convert(args: argparse.Namespace) -> None:
+    """Convert as the flags say, and print what was written."""
     require_empty(args.output, StorageError)
     source = open_source(args)
     if args.to == MEGASPARSE:
@@ -100,8 +108,8 @@ def convert(args: argparse.Namespace) -> None:
             carried = [folder / CONFIG, *carried_files(folder)]
         size, multiple = args.max_shard_size, vocabulary_multiple(args)
         written = write_imported(source, args.output, size, multiple, carried, bar=True)
-        print(f"{written}: {describe(source)}; start with --config {args.output}/config.yaml "
-              f"--load {args.output}")  # fmt: skip
+        start = f"--config {args.output}/config.yaml --load {args.output}"
+        print(f"{written}: {describe(source)}; start with {start}")
         return
     if isinstance(source, StoredModel):
         options = export_options(source, args.max_shard_size, args.reference, bar=True)
@@ -115,6 +123,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def describe(source: Source) -> str:
+    """Parameters, values and types, in words."""
     entries = source.entries()
     numel = sum(entry.nbytes // entry.dtype.itemsize for entry in entries)
     kinds = sorted({str(entry.dtype).removeprefix("torch.") for entry in entries})

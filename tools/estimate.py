@@ -1,16 +1,17 @@
 """Parameters, memory of a rank and step time of a run, before it is started; and what fits.
 
-    python tools/estimate.py configs/llama_8b_fst.yaml --gpus 64
-    python tools/estimate.py configs/llama_8b_fst.yaml --gpus 64 --micro-batch-size 2 --search
-    python tools/estimate.py configs/gpt2_124m_fst.yaml --gpus 2 --measure      (on this machine)
+    python tools/estimate.py configs/models/llama_8b.yaml --config configs/recipes/fst.yaml ...
+    python tools/estimate.py configs/models/llama_8b.yaml --gpus 64 --micro-batch-size 2 --search
+    python tools/estimate.py configs/models/gpt2_124m.yaml --gpus 2 --measure    (on this machine)
     python tools/estimate.py --check tools/results/estimate-points-h200.json --output TABLE.md
 
-Flags of launch/pretrain.py may follow. `--search` lists the layouts that fit the GPUs' memory, the
-fastest first. `--measure` runs some steps of the layout on this machine's GPUs with generated data
-and prints estimate and measurement side by side; `--check` does so for runs measured before. Bytes
-between two steps are exact; activations are counted operator by operator; times come from measured
-rates (tools/results/gemm-h200.json), in BF16 and FP8. The time to launch a kernel is that of one
-slow host: give yours (`--launch-us`). No GPU and no data are needed, but for `--measure`.
+Flags of launch/pretrain.py may follow, further configuration files among them. `--search` lists the
+layouts that fit the GPUs' memory, the fastest first. `--measure` runs some steps of the layout on
+this machine's GPUs with generated data and prints estimate and measurement side by side; `--check`
+does so for runs measured before. Bytes between two steps are exact; activations are counted
+operator by operator; times come from measured rates (tools/results/gemm-h200.json), in BF16 and
+FP8. The time to launch a kernel is that of one slow host: give yours (`--launch-us`). No GPU and no
+data are needed, but for `--measure`.
 """
 
 from __future__ import annotations
@@ -26,44 +27,54 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-import estimate_check
-from estimate_time import TABLE, GemmTable, StepTime, step_time
-from measure_runs import launch
+sys.path.insert(0, str(ROOT))  # for tools.bench, which --measure uses
 
 from megasparse.atomic_files import write_text
+from megasparse.cli import guarded
 from megasparse.config import (
+    ResolvedConfig,
     RunConfig,
     load_config,
     padded_vocab_size,
     resolve,
 )
+from megasparse.config.shapes import parameter_count
 from megasparse.data.check import check_data
-from megasparse.errors import ConfigError, MegasparseError
-from megasparse.estimate.memory import Footprint, footprint, stage_weights
-from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
+from megasparse.errors import ConfigError
+from megasparse.estimate import check as measured_points
+from megasparse.estimate.memory import Footprint, footprint
+from megasparse.estimate.time import GemmTable, StepTime, step_time
+from megasparse.sparsity.recipe import recipe_of
+from tools.bench.short_runs import launch
+
+TABLE = ROOT / "tools" / "results" / "gemm-h200.json"
 
 GIB = 2**30
 USABLE = 0.94  # of a GPU's memory: the rest is the driver's, NCCL's, and fragments
 WARMUP = 3
+EVEN_STAGES: dict[str, Any] = {
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+}
 
 
 @dataclass(frozen=True)
 class Estimate:
     """One layout: every stage's bytes, and the time of a step (None: no rates for its dtype)."""
 
-    config: RunConfig
+    config: ResolvedConfig
     world: int
     stages: list[Footprint]
     time: StepTime | None
 
     @property
     def peak(self) -> int:
+        """Bytes of the fullest stage."""
         return max(stage.peak_bytes for stage in self.stages)
 
     @property
     def name(self) -> str:
+        """The layout in words."""
         parallel = self.config.parallel
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         words = [f"tp {tp}", f"pp {pp}", f"dp {self.world // (tp * pp)}"]
@@ -73,8 +84,8 @@ class Estimate:
         return ", ".join(words)
 
 
-def estimate(config: RunConfig, world: int, table: GemmTable, args: Any) -> Estimate:
-    """Of a configuration that is resolved for `world` ranks."""
+def estimate(config: ResolvedConfig, world: int, table: GemmTable, args: Any) -> Estimate:
+    """Of a configuration for `world` ranks."""
     recipe, vocabulary = recipe_of(config), vocabulary_of(config)
     stages = [
         footprint(config, recipe, vocabulary, world, stage, gpu=args.device == "cuda")
@@ -86,23 +97,13 @@ def estimate(config: RunConfig, world: int, table: GemmTable, args: Any) -> Esti
     return Estimate(config, world, stages, time)
 
 
-def vocabulary_of(config: RunConfig) -> int:
+def vocabulary_of(config: ResolvedConfig) -> int:
     """The padded vocabulary, from the configuration or its tokenizer."""
     size = config.model.vocab_size or check_data(config).vocab_size
     return padded_vocab_size(size, config)
 
 
-def whole_model(config: RunConfig, recipe: SparsityRecipe, vocabulary: int) -> int:
-    """Parameters of the whole model, each once."""
-    parallel = dataclasses.replace(
-        config.parallel, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
-        decoder_first_pipeline_num_layers=None, decoder_last_pipeline_num_layers=None,
-    )  # fmt: skip
-    single = dataclasses.replace(config, parallel=parallel)
-    return sum(weight.numel for weight in stage_weights(single, recipe, vocabulary, 0))
-
-
-def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[RunConfig]:
+def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[ResolvedConfig]:
     """Every division of the run over `world` ranks that a configuration allows."""
     sizes = [n for n in range(1, world + 1) if world % n == 0]
     for tp in (n for n in sizes if n <= gpus_per_node):
@@ -110,12 +111,16 @@ def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[RunCo
             for recompute in (None, "selective", "full"):
                 for zero in (1, 2):
                     parallel = dataclasses.replace(
-                        config.parallel, tensor_model_parallel_size=tp,
-                        pipeline_model_parallel_size=pp, sequence_parallel=tp > 1,
-                        zero_stage=zero, recompute_granularity=recompute, recompute_method=None,
-                        recompute_num_layers=None, decoder_first_pipeline_num_layers=None,
-                        decoder_last_pipeline_num_layers=None,
-                    )  # fmt: skip
+                        config.parallel,
+                        tensor_model_parallel_size=tp,
+                        pipeline_model_parallel_size=pp,
+                        sequence_parallel=tp > 1,
+                        zero_stage=zero,
+                        recompute_granularity=recompute,
+                        recompute_method=None,
+                        recompute_num_layers=None,
+                        **EVEN_STAGES,
+                    )
                     try:
                         yield resolve(dataclasses.replace(config, parallel=parallel), world)
                     except ConfigError:
@@ -126,7 +131,7 @@ def report(found: Estimate, args: argparse.Namespace) -> str:
     """The text for one layout."""
     config = found.config
     recipe, vocabulary = recipe_of(config), vocabulary_of(config)
-    whole = whole_model(config, recipe, vocabulary)
+    whole = parameter_count(config.model, vocabulary)
     lines = [
         f"parameters        {whole:,} (vocabulary padded to {vocabulary:,})",
         f"layout            {found.name}; micro-batch {config.train.micro_batch_size}, global "
@@ -175,30 +180,19 @@ def search(config: RunConfig, table: GemmTable, args: argparse.Namespace) -> tup
 def measure(found: Estimate, flags: Sequence[str], args: argparse.Namespace) -> str:
     """Estimate and measurement of the layout side by side (first rank)."""
     vocabulary = ["--vocab-size", str(found.config.model.vocab_size or vocabulary_of(found.config))]
-    run = launch(
-        {
-            "run": {
-                "flags": [
-                    *flags, *vocabulary, "--eval-iters", "0", "--tokenizer-model", "none",
-                    "--mock-data", "--data-path", "--train-data-path", "--valid-data-path",
-                    "--test-data-path",
-                ],
-                "steps": WARMUP + args.steps,
-            }
-        },
-        found.world,
-        args.device,
-    )["run"]  # fmt: skip
+    no_data = "--eval-iters 0 --tokenizer-model none --mock-data --data-path --train-data-path"
+    no_data += " --valid-data-path --test-data-path"
+    job = {"flags": [*flags, *vocabulary, *no_data.split()], "steps": WARMUP + args.steps}
+    run = launch({"run": job}, found.world, args.device)["run"]
     seconds = statistics.median(run["seconds"][WARMUP:])
-    recipe = recipe_of(found.config)
-    whole = whole_model(found.config, recipe, vocabulary_of(found.config))
-    rows = [("parameters of the model", whole, run["parameters"])]
+    whole = parameter_count(found.config.model, vocabulary_of(found.config))
+    rows: list[tuple[str, float, Any]] = [("parameters of the model", whole, run["parameters"])]
     if args.device == "cuda":
         rows.append(("GiB, peak of rank 0", found.stages[0].peak_bytes / GIB, run["memory"]))
     if found.time is not None:
         rows.append(("seconds a step", found.time.seconds, seconds))
-    lines = [f"{run['hardware']}, torch {run['torch']}, {found.name}",
-             f"{'':<26}{'estimated':>16}{'measured':>16}{'ratio':>8}"]  # fmt: skip
+    lines = [f"{run['hardware']}, torch {run['torch']}, {found.name}"]
+    lines.append(f"{'':<26}{'estimated':>16}{'measured':>16}{'ratio':>8}")
     for name, estimated, measured in rows:
         form = ",.0f" if isinstance(measured, int) else ".3f"
         ratio = estimated / measured
@@ -212,10 +206,10 @@ def check(table: GemmTable, args: argparse.Namespace, argv: Sequence[str]) -> No
     Raises:
         ConfigError: the file of points cannot be read, or the table's cannot be written.
     """
-    content = estimate_check.read_points(args.check)
-    rows = estimate_check.compare(content, table, lambda c, n: estimate(c, n, table, args))
+    content = measured_points.read_points(args.check)
+    rows = measured_points.compare(content, table, lambda c, n: estimate(c, n, table, args), ROOT)
     command = shlex.join(["python", "tools/estimate.py", *argv])
-    text = estimate_check.report(content, rows, command)
+    text = measured_points.report(content, rows, command)
     if args.output is None:
         print(text, end="")
         return
@@ -226,16 +220,17 @@ def check(table: GemmTable, args: argparse.Namespace, argv: Sequence[str]) -> No
 
 
 def _rate(found: Estimate) -> float:
-    assert found.time is not None and found.config.train.global_batch_size
+    assert found.time is not None
     tokens = found.config.train.global_batch_size * found.config.model.seq_length
     return tokens / found.time.seconds
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     parser.add_argument("config", type=Path, nargs="?", help="YAML file")
     parser.add_argument("--gpus", type=int, help="ranks (default: tensor x pipeline parallel)")
     parser.add_argument("--gpus-per-node", type=int, default=8)
@@ -259,31 +254,32 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str]) -> int:
     args, flags = parse(argv)
+    return guarded("estimate.py", lambda: run(args, flags, argv))
+
+
+def run(args: argparse.Namespace, flags: list[str], argv: Sequence[str]) -> int:
+    """What the flags ask for; the exit code."""
     table = GemmTable(args.table)
     if args.launch_us is not None:
         table.data["launch_us"] = args.launch_us
     args.gpu_memory = args.gpu_memory or table.data["memory_gib"]
+    if args.check:
+        check(table, args, argv)
+        return 0
     flags = ["--config", str(args.config), *flags]
-    try:
-        if args.check:
-            check(table, args, argv)
-            return 0
-        loaded = load_config(flags)
-        parallel = loaded.parallel
-        args.gpus = args.gpus or (
-            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        )
-        if args.search:
-            text, code = search(loaded, table, args)
-            print(text)
-            return code
-        found = estimate(resolve(loaded, args.gpus), args.gpus, table, args)
-        print(report(found, args))
-        if args.measure:
-            print("\n" + measure(found, flags, args))
-    except MegasparseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    loaded = load_config(flags)
+    parallel = loaded.parallel
+    args.gpus = args.gpus or (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    )
+    if args.search:
+        text, code = search(loaded, table, args)
+        print(text)
+        return code
+    found = estimate(resolve(loaded, args.gpus), args.gpus, table, args)
+    print(report(found, args))
+    if args.measure:
+        print("\n" + measure(found, flags, args))
     return 0
 
 

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conversion import DTYPES, add_common, guarded
 
 from megasparse.atomic_files import require_empty
 from megasparse.checkpoint.model import ADAPTER, PROJECTION, StoredModel, open_checkpoint
+from megasparse.cli import guarded
 from megasparse.convert.export import SIDE_FILE, write_huggingface
+from megasparse.convert.flags import DTYPES, add_common
 from megasparse.convert.packed import FORMATS
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import ConfigError, StorageError
@@ -47,18 +48,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_common(parser)
     parser.add_argument(
-        "--format", choices=(DENSE, *FORMATS), default=DENSE,
+        "--format",
+        choices=(DENSE, *FORMATS),
+        default=DENSE,
         help="how 2:4 matrices are stored (default: dense, with the zeros in place)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--slorb", choices=("fold", "separate"), default="fold",
+        "--slorb",
+        choices=("fold", "separate"),
+        default="fold",
         help="fold SLoRB's matrices into their weights, which are no longer 2:4 then (default), or "
         f"leave those 2:4 and write the matrices to {LOW_RANK_FILE}",
-    )  # fmt: skip
+    )
     return parser.parse_args(argv)
 
 
 def export(args: argparse.Namespace) -> None:
+    """Export as the flags say, and print what was written."""
     require_empty(args.output, StorageError)
     reader = open_checkpoint(args.input, ControlPlane(None))
     fold = args.slorb == "fold"
@@ -93,6 +99,7 @@ def low_rank_tensors(stored: StoredModel) -> dict[str, torch.Tensor]:
 
 
 def summary(output: Path, tensors: dict[str, Any], stored: StoredModel) -> str:
+    """What was written and what of it is 2:4, in words."""
     sparse = [record for record in tensors.values() if record["parameter"] in stored.sparse]
     transposable = sum(record["transposable"] for record in sparse)
     return (

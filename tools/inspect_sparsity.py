@@ -25,16 +25,16 @@ from megasparse.megatron.import_without_compile import import_megatron
 
 import_megatron()  # before the imports that need it
 
-import plots
 import torch
 
-from megasparse import log
 from megasparse.checkpoint.model import effective_weight
 from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.cli import guarded
 from megasparse.config import from_dict
-from megasparse.errors import CheckpointError, MegasparseError, StorageError
+from megasparse.errors import CheckpointError, StorageError
 from megasparse.kernels import prune24_mask, transposable24_mask
 from megasparse.kernels.patterns import decode_patterns, encode_patterns
+from megasparse.metrics import plots
 from megasparse.progress import progress
 from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
@@ -144,6 +144,7 @@ def format_table(layers: Sequence[Layer]) -> str:
 
 
 def inspect(path: Path, output: Path | None) -> None:
+    """Print the table of a checkpoint; draw it, if there is an output."""
     reader = open_checkpoint(path)
     config = from_dict(reader.meta["config"], str(reader.folder))
     recipe = recipe_of(config)
@@ -188,13 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint, or its folder")
     parser.add_argument("--output", type=Path, help="PNG to draw")
     options = parser.parse_args(argv)
-    log.setup(0)
-    try:
-        inspect(options.checkpoint, options.output)
-    except MegasparseError as error:
-        print(f"inspect_sparsity.py: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return guarded("inspect_sparsity.py", lambda: inspect(options.checkpoint, options.output))
 
 
 if __name__ == "__main__":

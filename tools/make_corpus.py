@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megasparse.cli import guarded
 from megasparse.data.corpus import DEFAULT_MAX_BYTES, write_corpus
-from megasparse.errors import MegasparseError
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -28,15 +28,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def write(args: argparse.Namespace) -> None:
+    """Write the corpus and say how much it is."""
+    summary = write_corpus(args.output, args.max_bytes)
+    print(f"{args.output}: {summary.num_documents} documents, {summary.num_bytes} bytes of text")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        summary = write_corpus(args.output, args.max_bytes)
-    except MegasparseError as error:
-        print(f"make_corpus.py: error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{args.output}: {summary.num_documents} documents, {summary.num_bytes} bytes of text")
-    return 0
+    return guarded("make_corpus.py", lambda: write(args))
 
 
 if __name__ == "__main__":

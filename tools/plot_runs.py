@@ -17,15 +17,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import plots
-from plots import Chart, Points
-
 from megasparse.atomic_files import write_text
+from megasparse.cli import guarded
 from megasparse.config import RunConfig, load_config
-from megasparse.errors import ConfigError, DataError, MegasparseError, StorageError
+from megasparse.errors import ConfigError, DataError, StorageError
+from megasparse.metrics import plots
+from megasparse.metrics.plots import Chart, Points
 from megasparse.metrics.schema import read_metrics
 
 Row = dict[str, Any]
+FLIPS = "share of entries that flip"
+# Metrics drawn over the step: key, title, unit.
+BY_STEP = (
+    ("tflops_true", "Operations executed", "TFLOP/s a rank"),
+    ("retained_l1", "L1 norm kept by the masks", "share of the weight's"),
+    ("decay_ratio", "Masked decay beside the gradient", "ratio of norms"),
+    ("mvue_amplification", "MVUE amplification", "|MVUE(dZ)|² / |dZ|²"),
+)
+COLUMNS = [
+    "run", "recipe", "steps", "tokens", "training loss, last", "validation loss, last",
+    "validation loss, best", "flip rate, last", "tokens/s, median",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,7 @@ def labels(folders: Sequence[Path], given: Sequence[str]) -> list[str]:
 
 
 def curve(run: RunData, x: str, y: str) -> list[tuple[float, float]]:
+    """Points of two metrics, where a row has the second."""
     return [(row[x], row[y]) for row in run.rows if row.get(y) is not None]
 
 
@@ -105,6 +118,9 @@ def make_charts(runs: Sequence[RunData], window: int) -> list[Chart]:
     def each(points: Callable[[RunData], Points]) -> dict[str, Points]:
         return {run.label: points(run) for run in runs}
 
+    def plain(x: str, y: str) -> dict[str, Points]:
+        return each(lambda run: curve(run, x, y))
+
     def smooth(x: str, y: str) -> dict[str, Points]:
         return each(lambda run: smoothed(curve(run, x, y), window))
 
@@ -112,48 +128,43 @@ def make_charts(runs: Sequence[RunData], window: int) -> list[Chart]:
     loss, seen = f"training loss{note}, nat/token", "tokens"
     # Without evaluations and saves: the sum of the steps.
     unit, scale = ("hours", 1) if max(r.rows[-1]["hours"] for r in runs) > 2 else ("minutes", 60)
-    time = {label: [(x * scale, y) for x, y in points]
-            for label, points in smooth("hours", "loss").items()}  # fmt: skip
+    in_hours = smooth("hours", "loss")
+    time: dict[str, Points] = {
+        label: [(x * scale, y) for x, y in points] for label, points in in_hours.items()
+    }
+    speed = smooth("step", "tokens_per_second")
     charts = [
         Chart("loss_tokens", "Training loss against tokens", seen, loss, smooth("tokens", "loss")),
         Chart("loss_time", "Training loss against time", f"{unit} of training", loss, time),
-        Chart("validation", "Validation loss", seen, "nat/token",
-              each(lambda run: curve(run, "tokens", "valid_loss"))),
-        Chart("flip_rate", "Flip rate at mask refreshes", "step", "share of entries that flip",
-              each(refreshes)),
-        Chart("tokens_per_second", "Speed", "step", f"tokens/s{note}",
-              smooth("step", "tokens_per_second")),
-        *(Chart(key, title, "step", unit, each(lambda run, key=key: curve(run, "step", key)))
-          for key, title, unit in (
-            ("tflops_true", "Operations executed", "TFLOP/s a rank"),
-            ("retained_l1", "L1 norm kept by the masks", "share of the weight's"),
-            ("decay_ratio", "Masked decay beside the gradient", "ratio of norms"),
-            ("mvue_amplification", "MVUE amplification", "|MVUE(dZ)|² / |dZ|²"),
-        )),
-    ]  # fmt: skip
+        Chart("validation", "Validation loss", seen, "nat/token", plain("tokens", "valid_loss")),
+        Chart("flip_rate", "Flip rate at mask refreshes", "step", FLIPS, each(refreshes)),
+        Chart("tokens_per_second", "Speed", "step", f"tokens/s{note}", speed),
+        *(Chart(key, title, "step", unit, plain("step", key)) for key, title, unit in BY_STEP),
+    ]
     return [chart for chart in charts if any(chart.curves.values())]
 
 
 def table(runs: Sequence[RunData]) -> list[list[str]]:
     """What each run was and came to; the first row is the heading."""
-    rows = [["run", "recipe", "steps", "tokens", "training loss, last", "validation loss, last",
-             "validation loss, best", "flip rate, last", "tokens/s, median"]]  # fmt: skip
+    rows = [COLUMNS]
     for run in runs:
         losses = [row["loss"] for row in run.rows if row["loss"] is not None]
         valid = [row["valid_loss"] for row in run.rows if row.get("valid_loss") is not None]
         flips = [row["flip_rate"] for row in run.rows if row.get("flip_rate") is not None]
         speeds = sorted(row["tokens_per_second"] for row in run.rows)
-        rows.append([
-            run.label,
-            run.config.sparsity.sparsity_recipe,
-            f"{run.rows[-1]['step']} of {run.config.train.train_iters}",
-            f"{run.rows[-1]['tokens']:,}",
-            f"{losses[-1]:.4f}" if losses else "-",
-            f"{valid[-1]:.4f}" if valid else "-",
-            f"{min(valid):.4f}" if valid else "-",
-            f"{flips[-1]:.4f}" if flips else "-",
-            f"{speeds[len(speeds) // 2]:,.0f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                run.label,
+                run.config.sparsity.sparsity_recipe,
+                f"{run.rows[-1]['step']} of {run.config.train.train_iters}",
+                f"{run.rows[-1]['tokens']:,}",
+                f"{losses[-1]:.4f}" if losses else "-",
+                f"{valid[-1]:.4f}" if valid else "-",
+                f"{min(valid):.4f}" if valid else "-",
+                f"{flips[-1]:.4f}" if flips else "-",
+                f"{speeds[len(speeds) // 2]:,.0f}",
+            ]
+        )
     return rows
 
 
@@ -196,6 +207,11 @@ def page(rows: list[list[str]], charts: Sequence[Chart]) -> str:
 
 
 def write(options: argparse.Namespace) -> None:
+    """Read the runs, write charts and page, print the table.
+
+    Raises:
+        ConfigError, DataError, StorageError: matplotlib, a run or a place to write is missing.
+    """
     names = labels(options.runs, options.label)
     runs = [read_run(folder, name) for folder, name in zip(options.runs, names, strict=True)]
     if not plots.available():
@@ -226,12 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/compared"), help="folder")
     parser.add_argument("--smooth", type=int, default=10, help="steps that a loss is a mean of")
     options = parser.parse_args(argv)
-    try:
-        write(options)
-    except MegasparseError as error:
-        print(f"plot_runs.py: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return guarded("plot_runs.py", lambda: write(options))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ files and of the tokenizer; keep the three together.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
+from megasparse.cli import guarded
 from megasparse.data.preprocess import PreprocessOptions, preprocess
 from megasparse.data.tokenizer import HUGGINGFACE, SENTENCEPIECE
-from megasparse.errors import MegasparseError
 
 
 def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
@@ -67,38 +65,19 @@ def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
     )
 
 
-@contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the process through its clean-up, with the usual exit code 143."""
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_args(argv)
-    try:
-        with exit_on_sigterm():
-            summaries = preprocess(options)
-    except MegasparseError as error:
-        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("preprocess_data.py: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    for summary in summaries:
+def run(options: PreprocessOptions) -> None:
+    """Preprocess, and say what was written."""
+    for summary in preprocess(options):
         sidecar = summary.sidecar
         print(
             f"{summary.prefix}: {sidecar.num_documents} documents, {sidecar.num_tokens} tokens "
             f"({sidecar.dtype}), {summary.num_empty} empty documents left out"
         )
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_args(argv)
+    return guarded("preprocess_data.py", lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ GPU, in float32. Exit codes are those of launch/pretrain.py.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import math
 import sys
@@ -23,24 +22,19 @@ import_megatron()  # before the imports that need it
 
 import torch
 
-from megasparse import log
 from megasparse.checkpoint.directory import list_steps
+from megasparse.cli import guarded
 from megasparse.compress.oneshot import METHODS, prune
-from megasparse.errors import ConfigError, MegasparseError
+from megasparse.errors import ConfigError
 from megasparse.inference.offline import OfflineModel, StoredRun, save_pruned
+from megasparse.sparsity.recipe import make_recipe
 
 BLOCK_LINEARS = ("*.self_attention.linear_*", "*.mlp.linear_*")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        report = run(args)
-    except MegasparseError as error:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(report, indent=1))
-    return 0
+    return guarded("prune_oneshot.py", lambda: print(json.dumps(run(args), indent=1)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,7 +53,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Prune and write; what was done, and the validation loss before and after if asked for."""
-    log.setup(0)
     if list_steps(args.output):
         raise ConfigError(f"output: {args.output} already holds checkpoints")
     stored = StoredRun(args.load)
@@ -85,11 +78,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def prune_model(model: OfflineModel, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Prune in place; the masks by parameter name, on the CPU."""
     masks: dict[str, torch.Tensor] = {}
+    recipe = make_recipe("ste", sparse_layers=tuple(args.sparse_layers))
 
     def change(layer_name, layer, inputs):
         for name, seen in inputs.items():
             full = f"{layer_name}.{name}"
-            if not any(fnmatch.fnmatchcase(full, pattern) for pattern in args.sparse_layers):
+            if not recipe.matches(full):
                 continue
             weight = layer.get_submodule(name).weight
             gram = seen.square if seen.gram is None else seen.gram

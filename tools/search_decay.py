@@ -7,7 +7,8 @@ ICML 2024). A decay is feasible with mu in [0.60, 0.95]: above, masks flip as if
 decay; below, they are frozen. Of the feasible ones the one with mu nearest the middle is taken.
 
     python tools/search_decay.py --config configs/quickstart.yaml --steps 40 --num-ranks 2
-    python tools/search_decay.py --config configs/gpt2_124m_fst.yaml --steps 400 \\
+    python tools/search_decay.py --config configs/models/gpt2_124m.yaml \\
+        --config configs/recipes/fst_gpt2.yaml --steps 400 \\
         --grid 1e-5 3e-5 6e-5 1e-4 2e-4 --output runs/decay_search
 
 All other flags are those of launch/pretrain.py. A search that was interrupted goes on where it was:
@@ -27,14 +28,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import plots
-from search_decay_choice import FEASIBLE, Run, choose, judge, table
-
 from megasparse.atomic_files import write_json
-from megasparse.config import RunConfig, load_config, resolve, to_dict
+from megasparse.cli import guarded
+from megasparse.config import ResolvedConfig, load_config, resolve, to_dict
 from megasparse.errors import ConfigError, MegasparseError, NumericsError
+from megasparse.metrics import plots
 from megasparse.metrics.schema import read_metrics
 from megasparse.progress import progress
+from megasparse.sparsity.decay_choice import FEASIBLE, Run, choose, judge, table
 from megasparse.sparsity.recipe import make_recipe
 
 GRID = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
@@ -54,21 +55,13 @@ class Search:
 
     def arguments(self, decay: float | None, train_iters: int) -> list[str]:
         """Flags of the run with `decay`, or of the dense one, after the user's own."""
-        own = [
-            "--exit-interval", str(self.steps), "--track-flip-rate", "--eval-iters", "0",
-            "--sample-tokens", "0", "--save", "none", "--save-interval", "none",
-            "--tensorboard-dir", "none", "--no-resume",
-            "--run-dir", str(self.output / run_name(decay)),
-        ]  # fmt: skip
+        own = ["--track-flip-rate", "--no-resume", "--eval-iters", "0", "--sample-tokens", "0"]
+        own += ["--save", "none", "--save-interval", "none", "--tensorboard-dir", "none"]
+        own += ["--exit-interval", str(self.steps)]
+        own += ["--run-dir", str(self.output / run_name(decay))]
         if decay is not None:
-            return [
-                *self.flags,
-                *own,
-                "--masked-decay",
-                repr(decay),
-                "--dense-warmup-fraction",
-                "0",
-            ]
+            own += ["--masked-decay", repr(decay), "--dense-warmup-fraction", "0"]
+            return [*self.flags, *own]
         # The whole search is warm-up; a fraction must stay below 1.
         warmup = min(self.steps / train_iters, 1 - 1e-9)
         own += ["--dense-warmup-fraction", repr(warmup), "--dense-tail-fraction", "0"]
@@ -76,10 +69,11 @@ class Search:
 
 
 def run_name(decay: float | None) -> str:
+    """The name of a decay's run; None: the dense one."""
     return "dense" if decay is None else f"decay-{decay:g}"
 
 
-def prepare(options: argparse.Namespace, flags: Sequence[str]) -> tuple[Search, RunConfig]:
+def prepare(options: argparse.Namespace, flags: Sequence[str]) -> tuple[Search, ResolvedConfig]:
     """The search and the run's own configuration; ConfigError when they do not fit."""
     config = resolve(load_config(flags), options.num_ranks)
     sparsity, train = config.sparsity, config.train
@@ -120,7 +114,7 @@ def read_run(search: Search, decay: float | None) -> Run | None:
     return Run(run_name(decay), decay, curve, rows[-1]["loss"])
 
 
-def execute(search: Search, config: RunConfig, decay: float | None, bar: Any) -> Run:
+def execute(search: Search, config: ResolvedConfig, decay: float | None, bar: Any) -> Run:
     """The finished run: read if it is there, else run now. `bar` counts steps."""
     folder = search.output / run_name(decay)
     arguments = search.arguments(decay, config.train.train_iters)
@@ -244,11 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=Path("runs/decay_search"), help="folder of all runs"
     )
     options, flags = parser.parse_known_args(argv)
-    try:
-        return search_decay(options, flags)
-    except MegasparseError as error:
-        print(f"search_decay.py: error: {error}", file=sys.stderr)
-        return error.exit_code
+    return guarded("search_decay.py", lambda: search_decay(options, flags))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megasparse.atomic_files import replacing
+from megasparse.cli import guarded
 from megasparse.data.jsonl import read_texts
 from megasparse.data.tokenizer import load_tokenizer, train_sentencepiece
-from megasparse.errors import DataError, MegasparseError
+from megasparse.errors import DataError
 from megasparse.progress import progress
 
 # The trainer takes short "sentences": whole lines up to about this many characters.
@@ -101,12 +102,7 @@ def train(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        print(train(args))
-    except MegasparseError as error:
-        print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return guarded("train_tokenizer.py", lambda: print(train(args)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from megasparse.checkpoint.reader import CheckpointReader
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.errors import ConfigError
 
 # Override flag -> (group, fields); None: all fields of the group that no other flag has.
@@ -34,7 +34,9 @@ GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
 )  # fmt: skip
 
 
-def check_same_run(reader: CheckpointReader, config: RunConfig, digests: dict[str, str]) -> None:
+def check_same_run(
+    reader: CheckpointReader, config: ResolvedConfig, digests: dict[str, str]
+) -> None:
     """Refuse to continue a run with other sizes, data, schedule or recipe.
 
     Args:
@@ -65,7 +67,9 @@ def check_same_run(reader: CheckpointReader, config: RunConfig, digests: dict[st
         _refuse(reader, config, "override_tokenizer", "the tokenizer", before, given)
 
 
-def check_same_layout(reader: CheckpointReader, config: RunConfig, layout: dict[str, int]) -> bool:
+def check_same_layout(
+    reader: CheckpointReader, config: ResolvedConfig, layout: dict[str, int]
+) -> bool:
     """Whether the generators' states can be taken over: the ranks divide the model as before.
 
     Raises:
@@ -89,7 +93,7 @@ def _in_order(digests: dict[str, str]) -> list[str]:
 
 
 def _refuse(
-    reader: CheckpointReader, config: RunConfig, flag: str, name: str, before: Any, given: Any
+    reader: CheckpointReader, config: ResolvedConfig, flag: str, name: str, before: Any, given: Any
 ) -> None:
     if getattr(config.checkpoint, flag):
         return

@@ -15,7 +15,8 @@ from megasparse.checkpoint.directory import step_folder, write_pointer
 from megasparse.checkpoint.manifest import Piece
 from megasparse.checkpoint.writer import Tensors, publish, write_rank_file
 from megasparse.config import RunConfig, dump_yaml, to_dict
-from megasparse.convert.source import VOCABULARY, Source, pad_vocabulary
+from megasparse.config.shapes import VOCABULARY
+from megasparse.convert.source import Source, pad_vocabulary
 from megasparse.errors import StorageError
 from megasparse.progress import progress
 from megasparse.sparsity.shard import WeightShard
@@ -52,7 +53,7 @@ def write_imported(
     """
     config = RunConfig(model=source.model)
     config.model.make_vocab_size_divisible_by = vocabulary_multiple
-    rows = -(-(source.model.vocab_size or 0) // vocabulary_multiple) * vocabulary_multiple
+    rows = -(-source.model.vocab_size // vocabulary_multiple) * vocabulary_multiple
     entries = [_padded(entry, rows) for entry in source.entries()]
     config.train.bf16 = all(entry.dtype == torch.bfloat16 for entry in entries)
     binding = {"run_id": secrets.token_hex(8), "step": 0}

@@ -11,9 +11,10 @@ from megasparse.checkpoint.directory import list_steps
 from megasparse.checkpoint.manifest import MANIFEST
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
-from megasparse.config import RunConfig, from_dict
+from megasparse.config import CompleteModel, RunConfig, from_dict, narrowed
+from megasparse.config.shapes import VOCABULARY
 from megasparse.convert.layout import parameter_shapes
-from megasparse.convert.source import VOCABULARY, require_finite
+from megasparse.convert.source import require_finite
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
 from megasparse.sparsity import schedule, slorb
@@ -61,8 +62,8 @@ class StoredModel:
         self.config: RunConfig = from_dict(reader.meta["config"], self.where)
         self.step: int = reader.meta["step"]
         self.recipe: SparsityRecipe = recipe_of(self.config)
-        self.model = self.config.model
-        self.model.vocab_size = vocab_size or _vocab_size(reader, self.config)
+        self.config.model.vocab_size = vocab_size or _vocab_size(reader, self.config)
+        self.model = narrowed(CompleteModel, self.config.model, self.where)
         self.origin: dict[str, Any] = {
             "format": "megasparse",
             "folder": str(reader.folder.absolute()),

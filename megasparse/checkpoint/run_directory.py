@@ -11,7 +11,7 @@ from megasparse.checkpoint.lock import FolderLock
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import Saver, choose
 from megasparse.checkpoint.writer import Hook
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
 from megasparse.log import logger
@@ -24,9 +24,9 @@ class RunFolder:
         StorageError: on all ranks: another run writes there, or nothing can be written.
     """
 
-    def __init__(self, config: RunConfig, control: ControlPlane) -> None:
+    def __init__(self, config: ResolvedConfig, control: ControlPlane) -> None:
         self._config, self._control = config, control
-        self._root = Path(config.checkpoint.save or "")
+        self._root = Path(config.checkpoint.save)
         self._lock: FolderLock | None = None
         self._loaded: CheckpointReader | None = None
         control.on_rank_zero(self._take)

@@ -28,8 +28,8 @@ from megasparse.checkpoint.writer import (
     publish,
     write_rank_file,
 )
-from megasparse.distributed.control_plane import ControlPlane, one_line
-from megasparse.errors import CheckpointError, StorageError
+from megasparse.distributed.control_plane import ControlPlane
+from megasparse.errors import CheckpointError, StorageError, one_line
 from megasparse.log import logger
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.config import ModelConfig
+from megasparse.config import ResolvedModel
 
 QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
@@ -23,18 +23,16 @@ ORDER = (FC2, PROJ, FC1, QKV)
 _NORMS = {QKV: "input_layernorm", FC1: "pre_mlp_layernorm"}
 
 
-def rows_before(name: str, model: ModelConfig) -> tuple[str, torch.Tensor] | None:
+def rows_before(name: str, model: ResolvedModel) -> tuple[str, torch.Tensor] | None:
     """The linear whose output rows are this one's inputs, and which rows; None if there is none.
 
     Args:
         name: within its layer.
     """
     if name == FC2 and model.swiglu:
-        assert model.ffn_hidden_size is not None
         return FC1, torch.arange(model.ffn_hidden_size) + model.ffn_hidden_size
     if name == PROJ and model.num_query_groups == model.num_attention_heads:
         # Rows of the fused matrix: of every head q, then k, then v.
-        assert model.kv_channels is not None
         heads = torch.arange(model.num_attention_heads)[:, None] * 3 + 2
         return QKV, (heads * model.kv_channels + torch.arange(model.kv_channels)).flatten()
     return None

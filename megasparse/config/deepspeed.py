@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: derived from the RunConfig, with what a file adds to it.
+"""DeepSpeed's configuration: derived from the ResolvedConfig, with what a file adds to it.
 
 `--deepspeed_config FILE` may say what megasparse does not own (buckets, profilers, communication),
 and may repeat what it does; it may not contradict it.
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megasparse.config import RunConfig, gradient_accumulation_steps
+from megasparse.config import ResolvedConfig, gradient_accumulation_steps
 from megasparse.errors import ConfigError
 
 # Set by flags, or of no use here.
@@ -29,8 +29,8 @@ _REFUSED = {
 }
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's dict for a resolved configuration.
+def deepspeed_config(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's dict for a run.
 
     Raises:
         ConfigError: the file of `--deepspeed_config` cannot be read, or contradicts the run.
@@ -40,13 +40,13 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     return derived if path is None else _merged(derived, _read(Path(path)), path, "")
 
 
-def _derived(config: RunConfig, world_size: int) -> dict[str, Any]:
+def _derived(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
     train, stage = config.train, config.parallel.zero_stage
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
     if stage == 3:
         # Norms and biases stay whole: gathering them costs more than they weigh.
         model = config.model
-        longest = max(model.hidden_size, 2 * (model.ffn_hidden_size or 0))
+        longest = max(model.hidden_size, 2 * model.ffn_hidden_size)
         zero["stage3_param_persistence_threshold"] = longest + 1
     return {
         "train_batch_size": train.global_batch_size,

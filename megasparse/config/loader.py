@@ -1,4 +1,4 @@
-"""Defaults < YAML file (with its `base`) < flags, strictly: unknown keys, wrong types are errors.
+"""Defaults < YAML files (each with its `base`) < flags, strictly: unknown keys are errors.
 
 A `RunConfig` is built from three sources, each overriding the one before. Errors name the key, what
 was found, what was expected and, for an unknown name, the nearest valid one.
@@ -58,21 +58,25 @@ FIELDS = {info.name: info for info in fields()}
 
 
 def load_config(argv: Sequence[str], yaml_path: str | None = None) -> RunConfig:
-    """The configuration of `defaults < --config FILE < flags`.
+    """The configuration of `defaults < --config FILE < --config FILE < ... < flags`.
+
+    `run_dir` is `runs/` and the files' names, joined by `_`, unless a file or a flag sets it.
 
     Args:
-        argv: flags, without the program's name. `--config FILE` names the YAML file;
-            `--local_rank N` (DeepSpeed's launcher adds it) is accepted and ignored.
+        argv: flags, without the program's name. Every `--config FILE` names a YAML file, later ones
+            win; `--local_rank N` (DeepSpeed's launcher adds it) is accepted and ignored.
         yaml_path: used when argv has no `--config`.
 
     Raises:
         ConfigError: unknown key or flag, wrong type, value out of its range.
     """
     parsed, flags = _parse_flags(argv)
-    path = parsed.config or yaml_path
+    paths = [Path(path) for path in parsed.config or [yaml_path] if path is not None]
     config = RunConfig()
-    if path is not None:
-        _apply_yaml(config, Path(path))
+    if paths:
+        config.checkpoint.run_dir = "runs/" + "_".join(path.stem for path in paths)
+    for path in paths:
+        _apply_yaml(config, path)
     for name, value in flags.items():
         _assign(config, FIELDS[name], value, source=FIELDS[name].flag)
     return config
@@ -101,10 +105,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pretrain.py",
         description="Pre-train a Transformer language model with 2:4 sparse linear layers.",
-        epilog=f"Values: defaults < --config FILE < flags. Exit codes: {EXIT_CODES}.",
+        epilog=f"Values: defaults < --config FILES < flags. Exit codes: {EXIT_CODES}.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file, e.g. configs/quickstart.yaml")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        help="YAML file, e.g. configs/quickstart.yaml; may be repeated, later files win "
+        "(one of configs/models, one of configs/recipes)",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     aliases = {target: alias for alias, target in ALIASES.items()}

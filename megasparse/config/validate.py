@@ -1,4 +1,4 @@
-"""What ties fields together: filled-in defaults and refusals, before any memory is allocated.
+"""What ties fields together: refusals, before any memory is allocated.
 
 `resolve(config, world_size)` is a pure function of the configuration and the number of ranks, so
 every rank finds the same error without talking to another.
@@ -6,17 +6,24 @@ every rank finds the same error without talking to another.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
-from megasparse.config.schema import DataConfig, ModelConfig, RunConfig
+from megasparse.config.resolved import (
+    ResolvedConfig,
+    ResolvedModel,
+    data_parallel_size,
+    fill_defaults,
+)
+from megasparse.config.schema import RunConfig
+from megasparse.config.schema_model import ModelConfig
+from megasparse.config.schema_training import DataConfig, ParallelConfig, TrainConfig
 from megasparse.errors import ConfigError
 
 # A 2:4 group, and the edge of a transposable block.
 BLOCK = 4
 
 
-def resolve(config: RunConfig, world_size: int) -> RunConfig:
+def resolve(config: RunConfig, world_size: int) -> ResolvedConfig:
     """A copy with every default filled in.
 
     Args:
@@ -26,39 +33,20 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     Raises:
         ConfigError: sizes that do not divide, or settings that exclude each other.
     """
-    config = dataclasses.replace(
-        config,
-        **{
-            group.name: dataclasses.replace(getattr(config, group.name))
-            for group in dataclasses.fields(config)
-        },
-    )
-    _fill_model(config.model)
-    _fill_parallel(config, world_size)
-    _fill_train(config, world_size)
-    _check_data(config.data, config.model)
-    _check_start(config)
-    _check_slorb(config)
-    _check_fp8(config)
-    config.checkpoint.save = config.checkpoint.save or f"{config.checkpoint.run_dir}/checkpoints"
-    config.logging.tensorboard_dir = (
-        config.logging.tensorboard_dir or f"{config.checkpoint.run_dir}/tensorboard"
-    )
-    _check_divisible(config)
-    return config
+    resolved = fill_defaults(config, world_size)
+    _check_model(config.model, resolved.model)
+    _check_parallel(config.parallel, resolved, world_size)
+    _check_train(config.train, resolved, world_size)
+    _check_data(resolved.data, resolved.model)
+    _check_start(resolved)
+    _check_slorb(resolved)
+    _check_fp8(resolved)
+    _check_divisible(resolved)
+    return resolved
 
 
-def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Ranks that hold the same part of the model."""
-    parallel = config.parallel
-    return world_size // (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    )
-
-
-def gradient_accumulation_steps(config: RunConfig, world_size: int) -> int:
+def gradient_accumulation_steps(config: ResolvedConfig, world_size: int) -> int:
     """Micro-batches that a rank computes in one optimizer step."""
-    assert config.train.global_batch_size is not None
     return config.train.global_batch_size // (
         config.train.micro_batch_size * data_parallel_size(config, world_size)
     )
@@ -76,27 +64,19 @@ def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def _fill_model(model: ModelConfig) -> None:
-    if model.ffn_hidden_size is None:
-        gated = int(8 * model.hidden_size / 3) // 64 * 64
-        model.ffn_hidden_size = max(gated, 64) if model.swiglu else 4 * model.hidden_size
-    if model.kv_channels is None:
-        if model.hidden_size % model.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size {model.hidden_size} is not divisible by num_attention_heads "
-                f"{model.num_attention_heads}; change one or set kv_channels"
-            )
-        model.kv_channels = model.hidden_size // model.num_attention_heads
-    if model.group_query_attention and model.num_query_groups is None:
+def _check_model(given: ModelConfig, model: ResolvedModel) -> None:
+    if given.kv_channels is None and model.hidden_size % model.num_attention_heads:
+        raise ConfigError(
+            f"hidden_size {model.hidden_size} is not divisible by num_attention_heads "
+            f"{model.num_attention_heads}; change one or set kv_channels"
+        )
+    if given.group_query_attention and given.num_query_groups is None:
         raise ConfigError("group_query_attention needs num_query_groups")
-    model.num_query_groups = model.num_query_groups or model.num_attention_heads
-    model.group_query_attention = model.num_query_groups != model.num_attention_heads
     if model.num_attention_heads % model.num_query_groups:
         raise ConfigError(
             f"num_attention_heads {model.num_attention_heads} is not divisible by "
             f"num_query_groups {model.num_query_groups}"
         )
-    model.max_position_embeddings = model.max_position_embeddings or model.seq_length
     if model.seq_length > model.max_position_embeddings:
         raise ConfigError(
             f"seq_length {model.seq_length} is longer than max_position_embeddings "
@@ -134,7 +114,7 @@ def pipeline_split(config: RunConfig) -> list[int]:
     return [given.get(stage, rest // max(others, 1)) for stage in range(stages)]
 
 
-def _fill_parallel(config: RunConfig, world_size: int) -> None:
+def _check_parallel(given: ParallelConfig, config: ResolvedConfig, world_size: int) -> None:
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size % (tp * pp):
@@ -143,9 +123,7 @@ def _fill_parallel(config: RunConfig, world_size: int) -> None:
             f"pipeline_model_parallel_size {pp}"
         )
     pipeline_split(config)
-    _fill_recompute(config)
-    if parallel.zero_stage is None:
-        parallel.zero_stage = 1 if config.train.bf16 else 0
+    _check_recompute(given, config)
     if config.train.bf16 and parallel.zero_stage == 0:
         # DeepSpeed's bf16 wrapper without ZeRO ends at a worse loss; ZeRO-1 is equal in cost.
         raise ConfigError("zero_stage 0 with bf16 is not supported, use zero_stage 1")
@@ -163,49 +141,43 @@ def _fill_parallel(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _fill_recompute(config: RunConfig) -> None:
+def _check_recompute(given: ParallelConfig, config: ResolvedConfig) -> None:
     parallel = config.parallel
     if parallel.recompute_granularity != "full":
-        if parallel.recompute_method or parallel.recompute_num_layers:
+        if given.recompute_method or given.recompute_num_layers:
             raise ConfigError(
                 "recompute_method and recompute_num_layers need recompute_granularity full, "
                 f"found {parallel.recompute_granularity}"
             )
         return
-    parallel.recompute_method = parallel.recompute_method or "uniform"
-    parallel.recompute_num_layers = parallel.recompute_num_layers or 1
     smallest = min(pipeline_split(config))
-    if parallel.recompute_num_layers > smallest:
+    if parallel.recompute_chunk > smallest:
         raise ConfigError(
-            f"recompute_num_layers {parallel.recompute_num_layers}, expected at most the "
+            f"recompute_num_layers {parallel.recompute_chunk}, expected at most the "
             f"{smallest} layers of a stage"
         )
     if (
         parallel.pipeline_model_parallel_size > 1
         and parallel.recompute_method == "uniform"
-        and parallel.recompute_num_layers > 1
+        and parallel.recompute_chunk > 1
     ):
         raise ConfigError(
-            f"recompute_num_layers {parallel.recompute_num_layers} with recompute_method uniform "
+            f"recompute_num_layers {parallel.recompute_chunk} with recompute_method uniform "
             "and pipeline parallelism, expected 1 (each layer is a part of the pipeline)"
         )
 
 
-def _fill_train(config: RunConfig, world_size: int) -> None:
+def _check_train(given: TrainConfig, config: ResolvedConfig, world_size: int) -> None:
     train = config.train
     per_step = train.micro_batch_size * data_parallel_size(config, world_size)
-    train.global_batch_size = train.global_batch_size or per_step
     if train.global_batch_size % per_step:
         raise ConfigError(
             f"global_batch_size {train.global_batch_size} is not divisible by micro_batch_size "
             f"{train.micro_batch_size} x data parallel size "
             f"{data_parallel_size(config, world_size)}"
         )
-    train.lr_decay_iters = train.lr_decay_iters or train.train_iters
-    if train.lr_warmup_fraction is not None:
-        if train.lr_warmup_iters:
-            raise ConfigError("lr_warmup_iters and lr_warmup_fraction are both set, expected one")
-        train.lr_warmup_iters = int(train.lr_warmup_fraction * train.lr_decay_iters)
+    if given.lr_warmup_fraction is not None and given.lr_warmup_iters:
+        raise ConfigError("lr_warmup_iters and lr_warmup_fraction are both set, expected one")
     if train.lr_warmup_iters > train.lr_decay_iters:
         raise ConfigError(
             f"lr_warmup_iters {train.lr_warmup_iters} is more than lr_decay_iters "
@@ -221,7 +193,7 @@ def _fill_train(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _check_data(data: DataConfig, model: ModelConfig) -> None:
+def _check_data(data: DataConfig, model: ResolvedModel) -> None:
     per_split = bool(data.train_data_path or data.valid_data_path or data.test_data_path)
     sources = [bool(data.data_path), per_split, data.mock_data]
     if sum(sources) != 1:
@@ -238,7 +210,7 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
         raise ConfigError("neither tokenizer_model nor vocab_size is set; the model needs one")
 
 
-def _check_start(config: RunConfig) -> None:
+def _check_start(config: ResolvedConfig) -> None:
     """What a run starts and learns from."""
     settings, teacher = config.checkpoint, config.distillation
     if settings.finetune and settings.load is None:
@@ -254,28 +226,21 @@ def _check_start(config: RunConfig) -> None:
         )
 
 
-def _check_slorb(config: RunConfig) -> None:
+def _check_slorb(config: ResolvedConfig) -> None:
     """SLoRB makes up for what masks prune, from the first step to the last."""
     sparsity = config.sparsity
     if sparsity.slorb_k is None:
         return
     if config.parallel.zero_stage == 3:
         raise ConfigError("slorb_k with zero_stage 3 is not supported, use zero_stage 2")
-    if sparsity.sparsity_recipe not in ("ste", "sr_ste", "ast"):
-        raise ConfigError(
-            f"slorb_k {sparsity.slorb_k} with the recipe {sparsity.sparsity_recipe}, expected a "
-            "row-wise mask: ste, sr_ste or ast"
-        )
     if sparsity.dense_warmup_fraction or sparsity.dense_tail_fraction:
         raise ConfigError("slorb_k needs a run without dense_warmup_fraction, dense_tail_fraction")
 
 
-def _check_fp8(config: RunConfig) -> None:
-    wanted, recipe = config.fp8.fp8_format, config.sparsity.sparsity_recipe
+def _check_fp8(config: ResolvedConfig) -> None:
+    wanted = config.fp8.fp8_format
     if wanted is None:
         return
-    if recipe == "dense":
-        raise ConfigError(f"fp8_format {wanted} with no sparse layers, expected a sparsity_recipe")
     if not config.train.bf16:
         raise ConfigError(f"fp8_format {wanted} in float32, expected --bf16")
     if config.sparsity.simulate_fp8:
@@ -287,9 +252,8 @@ def _check_fp8(config: RunConfig) -> None:
         )
 
 
-def _check_divisible(config: RunConfig) -> None:
+def _check_divisible(config: ResolvedConfig) -> None:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
-    assert model.kv_channels and model.ffn_hidden_size and model.num_query_groups
     for name, value in (
         ("num_attention_heads", model.num_attention_heads),
         ("num_query_groups", model.num_query_groups),

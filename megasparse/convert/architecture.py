@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face <-> `ModelConfig`, for LLaMA (2, 3) and GPT-2.
+"""`config.json` of Hugging Face <-> `CompleteModel`, for LLaMA (2, 3) and GPT-2.
 
 Whatever changes what the weights compute is either translated or refused; what concerns only
 training (dropout, initialisation) keeps its default.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from megasparse.config import ModelConfig
+from megasparse.config import CompleteModel, ModelConfig, narrowed
 from megasparse.errors import CheckpointError, ConfigError
 
 LLAMA, GPT2 = "LlamaForCausalLM", "GPT2LMHeadModel"
 SUPPORTED = (LLAMA, GPT2)
 _MODEL_TYPES = {"llama": LLAMA, "gpt2": GPT2}
+# Before the names of all tensors but the output layer's; older files of a base model lack it.
+BASE_PREFIXES = {LLAMA: "model.", GPT2: "transformer."}
 
 # megatron-core's rotary scaling has these built in; they are those of Llama 3.1 to 3.3.
 _LLAMA3_ROPE = {
@@ -42,7 +44,7 @@ def architecture_of(config: dict[str, Any], where: str) -> str:
     return name
 
 
-def model_config(config: dict[str, Any], where: str) -> ModelConfig:
+def model_config(config: dict[str, Any], where: str) -> CompleteModel:
     """The model that a `config.json` describes.
 
     Raises:
@@ -53,18 +55,17 @@ def model_config(config: dict[str, Any], where: str) -> ModelConfig:
     if config.get("quantization_config"):
         raise CheckpointError(f"{where}: quantization_config: expected a model in full precision")
     build = _llama if architecture_of(config, where) == LLAMA else _gpt2
-    model = build(reader)
-    assert model.max_position_embeddings is not None
+    model = narrowed(CompleteModel, build(reader), where)
     model.seq_length = min(model.max_position_embeddings, _MAX_SEQ_LENGTH)
     model.group_query_attention = model.num_query_groups != model.num_attention_heads
     return model
 
 
-def huggingface_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
+def huggingface_config(model: CompleteModel, dtype: str) -> dict[str, Any]:
     """The `config.json` of a model.
 
     Args:
-        model: with every default filled in.
+        model: to be described.
         dtype: torch's name of the weights' type, e.g. "bfloat16".
 
     Raises:
@@ -186,7 +187,7 @@ def _gpt2(config: _Reader) -> ModelConfig:
     )
 
 
-def _require(model: ModelConfig, architecture: str, **expected: Any) -> None:
+def _require(model: CompleteModel, architecture: str, **expected: Any) -> None:
     for name, value in expected.items():
         if getattr(model, name) != value:
             raise ConfigError(
@@ -195,7 +196,7 @@ def _require(model: ModelConfig, architecture: str, **expected: Any) -> None:
             )
 
 
-def _llama_config(model: ModelConfig) -> dict[str, Any]:
+def _llama_config(model: CompleteModel) -> dict[str, Any]:
     _require(model, LLAMA, normalization="RMSNorm", swiglu=True, rotary_percent=1.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
     if model.use_rope_scaling:
@@ -223,12 +224,16 @@ def _llama_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _gpt2_config(model: ModelConfig) -> dict[str, Any]:
+def _gpt2_config(model: CompleteModel) -> dict[str, Any]:
     _require(
-        model, GPT2, normalization="LayerNorm", swiglu=False, disable_bias_linear=False,
+        model,
+        GPT2,
+        normalization="LayerNorm",
+        swiglu=False,
+        disable_bias_linear=False,
         num_query_groups=model.num_attention_heads,
         kv_channels=model.hidden_size // model.num_attention_heads,
-    )  # fmt: skip
+    )
     return {
         "architectures": [GPT2],
         "model_type": "gpt2",

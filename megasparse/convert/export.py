@@ -14,12 +14,18 @@ from typing import Any
 import torch
 
 from megasparse.atomic_files import new_folder, replacing, write_json
-from megasparse.convert.architecture import architecture_of, huggingface_config, model_config
+from megasparse.config.shapes import VOCABULARY
+from megasparse.convert.architecture import (
+    GPT2,
+    architecture_of,
+    huggingface_config,
+    model_config,
+)
 from megasparse.convert.huggingface import CONFIG, read_json
-from megasparse.convert.layout import GPT2, Rule, rules
+from megasparse.convert.layout import Rule, rules
 from megasparse.convert.packed import FORMATS, pack_checked
 from megasparse.convert.shards import Group, write_model
-from megasparse.convert.source import VOCABULARY, Source, check_model
+from megasparse.convert.source import Source, check_model
 from megasparse.errors import CheckpointError, ConfigError, StorageError
 from megasparse.kernels import is_24
 from megasparse.tensor_files import Entry, write_tensors
@@ -116,7 +122,7 @@ def _config(source: Source, options: ExportOptions, entries: dict[str, Entry]) -
         return {**made, "bos_token_id": None, "eos_token_id": options.eod}
     config = read_json(options.config)
     described = model_config(config, str(options.config))
-    check_model(source, described, described.vocab_size or 0)
+    check_model(source, described, described.vocab_size)
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype

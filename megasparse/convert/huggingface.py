@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megasparse.convert.architecture import architecture_of, model_config
+from megasparse.convert.architecture import BASE_PREFIXES, architecture_of, model_config
 from megasparse.convert.layout import Rule, rules
 from megasparse.convert.source import require_finite
 from megasparse.errors import CheckpointError
@@ -150,8 +150,7 @@ class HuggingFaceModel:
 
     def _strip_prefix(self) -> None:
         """The base model's names, as GPT-2's first release has them, become the whole model's."""
-        prefix = {"LlamaForCausalLM": "model.", "GPT2LMHeadModel": "transformer."}
-        wanted = prefix[self.architecture]
+        wanted = BASE_PREFIXES[self.architecture]
         if not any(name.startswith(wanted) for name in self._found):
             self._found = {
                 name if name == _TIED else wanted + name: value

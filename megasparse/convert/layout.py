@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megasparse.config import ModelConfig
-from megasparse.convert.architecture import GPT2, LLAMA
+from megasparse.config import CompleteModel
+from megasparse.config.shapes import parameters
+from megasparse.convert.architecture import GPT2
 
 Tensors = list[torch.Tensor]
 
@@ -49,53 +50,24 @@ class Rule:
         return [tuple(part.shape) for part in self.split(whole)]
 
 
-def rules(model: ModelConfig, architecture: str) -> list[Rule]:
+def rules(model: CompleteModel, architecture: str) -> list[Rule]:
     """All parameters of a model, in order.
 
     Args:
-        model: with every default filled in.
+        model: its sizes and style.
         architecture: of Hugging Face.
     """
-    return list(_llama(model) if architecture == LLAMA else _gpt2(model))
+    return list(_gpt2(model) if architecture == GPT2 else _llama(model))
 
 
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: CompleteModel) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all parameters, without padding of the vocabulary, in order."""
-    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    assert model.vocab_size and model.max_position_embeddings
-    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding.word_embeddings.weight": (model.vocab_size, hidden)
-    }
-    if model.position_embedding_type == "learned_absolute":
-        shapes["embedding.position_embeddings.weight"] = (model.max_position_embeddings, hidden)
-
-    def add(module: str, *shape: int) -> None:
-        shapes[f"{module}.weight"] = shape
-        norm = "layernorm" in module
-        if model.normalization == "LayerNorm" if norm else not model.disable_bias_linear:
-            shapes[f"{module}.bias"] = shape[:1]
-
-    for number in range(model.num_layers):
-        layer = f"decoder.layers.{number}"
-        add(f"{layer}.input_layernorm", hidden)
-        add(f"{layer}.self_attention.linear_proj", hidden,
-            model.num_attention_heads * model.kv_channels)  # fmt: skip
-        add(f"{layer}.self_attention.linear_qkv", qkv, hidden)
-        add(f"{layer}.pre_mlp_layernorm", hidden)
-        add(f"{layer}.mlp.linear_fc1", 2 * ffn if model.swiglu else ffn, hidden)
-        add(f"{layer}.mlp.linear_fc2", hidden, ffn)
-    add("decoder.final_layernorm", hidden)
-    if model.untie_embeddings_and_output_weights:
-        shapes["output_layer.weight"] = (model.vocab_size, hidden)
-    return shapes
+    return {one.name: one.shape for one in parameters(model, model.vocab_size)}
 
 
-def split_qkv(whole: torch.Tensor, model: ModelConfig) -> Tensors:
+def split_qkv(whole: torch.Tensor, model: CompleteModel) -> Tensors:
     """`(groups * (queries + 2) * D, ...)` -> Q, K, V, each of its heads one after the other."""
     groups, width = model.num_query_groups, model.kv_channels
-    assert groups is not None and width is not None
     queries = model.num_attention_heads // groups
     rest = whole.shape[1:]
     view = whole.reshape(groups, queries + 2, width, *rest)
@@ -106,10 +78,9 @@ def split_qkv(whole: torch.Tensor, model: ModelConfig) -> Tensors:
     ]
 
 
-def join_qkv(parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
+def join_qkv(parts: Sequence[torch.Tensor], model: CompleteModel) -> torch.Tensor:
     """The inverse of `split_qkv`."""
     groups, width = model.num_query_groups, model.kv_channels
-    assert groups is not None and width is not None
     rest = parts[0].shape[1:]
     views = [part.reshape(groups, -1, width, *rest) for part in parts]
     return torch.cat(views, 1).reshape(-1, *rest)
@@ -122,14 +93,16 @@ def _one(name: str, shape: tuple[int, ...], part: str) -> Rule:
 def _conv1d(name: str, shape: tuple[int, ...], part: str) -> Rule:
     """A weight stored `(in, out)`."""
     return Rule(
-        name, shape, (part,),
+        name,
+        shape,
+        (part,),
         lambda whole: [whole.t().contiguous()],
         lambda parts: parts[0].t().contiguous(),
         transposed=True,
-    )  # fmt: skip
+    )
 
 
-def _llama(model: ModelConfig) -> Iterator[Rule]:
+def _llama(model: CompleteModel) -> Iterator[Rule]:
     simple = {
         "embedding.word_embeddings": "model.embed_tokens",
         "decoder.final_layernorm": "model.norm",
@@ -144,9 +117,12 @@ def _llama(model: ModelConfig) -> Iterator[Rule]:
         if module == "self_attention.linear_qkv":
             parts = tuple(f"{layer}self_attn.{one}_proj.{kind}" for one in "qkv")
             yield Rule(
-                name, shape, parts,
-                lambda whole: split_qkv(whole, model), lambda parts: join_qkv(parts, model),
-            )  # fmt: skip
+                name,
+                shape,
+                parts,
+                lambda whole: split_qkv(whole, model),
+                lambda parts: join_qkv(parts, model),
+            )
         elif module == "mlp.linear_fc1":
             parts = tuple(f"{layer}mlp.{one}_proj.{kind}" for one in ("gate", "up"))
             yield Rule(name, shape, parts, lambda whole: list(whole.chunk(2)), torch.cat)
@@ -154,7 +130,7 @@ def _llama(model: ModelConfig) -> Iterator[Rule]:
             yield _one(name, shape, f"{layer}{simple[module]}.{kind}")
 
 
-def _gpt2(model: ModelConfig) -> Iterator[Rule]:
+def _gpt2(model: CompleteModel) -> Iterator[Rule]:
     simple = {
         "embedding.word_embeddings": "transformer.wte",
         "embedding.position_embeddings": "transformer.wpe",
@@ -195,6 +171,3 @@ def _place(name: str, layers: str) -> tuple[str, str, str]:
         return module, kind, ""
     number, module = module.removeprefix(prefix).split(".", 1)
     return module, kind, f"{layers}{number}."
-
-
-__all__ = ["GPT2", "LLAMA", "Rule", "join_qkv", "parameter_shapes", "rules", "split_qkv"]

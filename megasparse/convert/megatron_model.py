@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from megasparse.config import ModelConfig
+from megasparse.config import CompleteModel, ModelConfig, narrowed
+from megasparse.config.shapes import VOCABULARY, parameters
 from megasparse.convert.layout import parameter_shapes
 from megasparse.convert.megatron_files import MegatronFiles
-from megasparse.convert.source import VOCABULARY, require_finite
+from megasparse.convert.source import require_finite
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.sparsity.shard import WeightShard
 from megasparse.tensor_files import Entry
@@ -41,8 +42,6 @@ _RENAMED = (
 )
 _IGNORED = re.compile(r".*(_extra_state.*|inv_freq|word_embeddings_for_head\..*)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_SPLIT_0 = ("word_embeddings", "output_layer", "linear_qkv", "linear_fc1")
-_SPLIT_1 = ("linear_proj.weight", "linear_fc2.weight")
 
 
 class MegatronModel:
@@ -70,16 +69,18 @@ class MegatronModel:
         }
         shards = [self._named(rank) for rank in range(self._files.tp)]
         self._shards = {name: [shard.get(name) for shard in shards] for name in shards[0]}
-        self.model = megatron_config(arguments, self.where)
+        model = megatron_config(arguments, self.where)
         self._padded = self._rows()
         stated = arguments.get("vocab_size")
         known = stated if isinstance(stated, int) and 0 < stated <= self._padded else self._padded
-        self.model.vocab_size = vocab_size or known
+        model.vocab_size = vocab_size or known
+        self.model = narrowed(CompleteModel, model, self.where)
         if self.model.vocab_size > self._padded:
             raise ConfigError(
                 f"vocab_size {vocab_size} is more than the {self._padded} rows of {self.where}"
             )
         self._shapes = parameter_shapes(self.model)
+        self._in_files = {one.name: one for one in parameters(self.model, self._padded)}
         self._check()
 
     def entries(self) -> list[Entry]:
@@ -90,8 +91,7 @@ class MegatronModel:
 
     def read(self, name: str) -> torch.Tensor:
         parts = self._parts(name)
-        shape = self._padded_shape(name)
-        whole = torch.empty(shape, dtype=parts[0].dtype)
+        whole = torch.empty(self._in_files[name].shape, dtype=parts[0].dtype)
         for rank, part in enumerate(parts):
             self._shard(name, rank).place(whole, part)
         if name in VOCABULARY:
@@ -126,18 +126,9 @@ class MegatronModel:
             raise CheckpointError(f"{self.where}: holds no embedding.word_embeddings.weight")
         return sum(part.shape[0] for part in parts if part is not None)
 
-    def _padded_shape(self, name: str) -> tuple[int, ...]:
-        shape = self._shapes[name]
-        return (self._padded, *shape[1:]) if name in VOCABULARY else shape
-
     def _shard(self, name: str, rank: int) -> WeightShard:
-        dim = None
-        if any(word in name for word in _SPLIT_0):
-            dim = 0
-        elif name.endswith(_SPLIT_1):
-            dim = 1
-        parts = 2 if "linear_fc1" in name and self.model.swiglu else 1
-        return WeightShard(self._padded_shape(name), dim, rank, self._files.tp, parts)
+        one = self._in_files[name]
+        return WeightShard(one.shape, one.shard_dim, rank, self._files.tp, one.parts)
 
     def _parts(self, name: str) -> list[torch.Tensor]:
         """The shards of a parameter; of a replicated one the first."""
@@ -156,7 +147,7 @@ class MegatronModel:
                 f"{self.where}: {len(unknown)} tensors that a GPT of its arguments does not have, "
                 f"the first is {unknown[0]}"
             )
-        groups = self.model.num_query_groups or 1
+        groups = self.model.num_query_groups
         if groups % self._files.tp:
             raise CheckpointError(
                 f"{self.where}: {groups} query groups on {self._files.tp} tensor-parallel ranks"

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from megasparse.config import ModelConfig
+from megasparse.config import CompleteModel, ResolvedModel
+from megasparse.config.shapes import VOCABULARY
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.tensor_files import Entry
 
@@ -26,12 +27,12 @@ class Source(Protocol):
     """A model that is somewhere on disk.
 
     Attributes:
-        model: its sizes and style, with every default filled in.
+        model: its sizes and style.
         where: of the model, for messages.
         origin: what it is, for the record; JSON.
     """
 
-    model: ModelConfig
+    model: CompleteModel
     where: str
     origin: dict[str, Any]
 
@@ -64,11 +65,11 @@ def require_finite(tensor: torch.Tensor, where: str) -> None:
         )
 
 
-def check_model(source: Source, model: ModelConfig, vocab_size: int) -> None:
+def check_model(source: Source, model: ResolvedModel, vocab_size: int) -> None:
     """Refuse to put the source's weights into another model.
 
     Args:
-        model: of the run, resolved.
+        model: of the run.
         vocab_size: of the run, before padding.
 
     Raises:
@@ -99,6 +100,3 @@ def pad_vocabulary(name: str, tensor: torch.Tensor, rows: int) -> torch.Tensor:
         return tensor
     padding = tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])
     return torch.cat([tensor, padding])
-
-
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")

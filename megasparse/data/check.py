@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megasparse.config import RunConfig
-from megasparse.data.blend import parse_data_path, parse_split
+from megasparse.config import ResolvedConfig
+from megasparse.data.blend import SPLITS, parse_data_path, parse_split
 from megasparse.data.indexed import validate
 from megasparse.data.sidecar import check_sidecar, idx_path
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
 from megasparse.errors import ConfigError, DataError
-
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class CheckedData:
         return found
 
 
-def check_data(config: RunConfig) -> CheckedData:
+def check_data(config: ResolvedConfig) -> CheckedData:
     """Check tokenizer and datasets.
 
     Raises:
@@ -67,11 +65,13 @@ def check_data(config: RunConfig) -> CheckedData:
             f"vocab_size {model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
         )
     vocab_size = model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
-    paths = {"all": data.data_path} if data.data_path else {
+    paths = {
         "train": data.train_data_path,
         "valid": data.valid_data_path,
         "test": data.test_data_path,
-    }  # fmt: skip
+    }
+    if data.data_path:
+        paths = {"all": data.data_path}
     sources = {}
     for split, arguments in paths.items():
         if not arguments:
@@ -84,8 +84,32 @@ def check_data(config: RunConfig) -> CheckedData:
         ]
     checked = CheckedData(tokenizer, vocab_size, sources)
     if sources:
-        _check_amounts(config, checked)
+        train, valid = (_samples(config, checked, split) for split in ("train", "valid"))
+        check_amounts(config, train, valid > 0)
     return checked
+
+
+def check_amounts(config: ResolvedConfig, train_samples: int, has_valid: bool) -> None:
+    """Refuse data that no step or no validation can be made of.
+
+    Args:
+        train_samples: of the training split.
+        has_valid: whether the validation split holds a sample.
+
+    Raises:
+        DataError: fewer training samples than a global batch, or nothing to validate on.
+    """
+    batch, length = config.train.global_batch_size, config.model.seq_length
+    if train_samples < batch:
+        raise DataError(
+            f"the training data holds {train_samples} samples of {length} tokens, expected at "
+            f"least one global batch of {batch}"
+        )
+    if config.logging.eval_iters and not has_valid:
+        raise DataError(
+            f"the validation data holds no sample of {length} tokens; give more of it by --split "
+            "or --valid-data-path, or set --eval-iters 0"
+        )
 
 
 def _check_source(
@@ -100,24 +124,7 @@ def _check_source(
     return CheckedSource(prefix, weight, digest, index.lengths)
 
 
-def _check_amounts(config: RunConfig, checked: CheckedData) -> None:
-    """Training data for one global batch, validation data for one sample."""
-    batch, length = config.train.global_batch_size, config.model.seq_length
-    assert batch is not None
-    found = _samples(config, checked, "train")
-    if found < batch:
-        raise DataError(
-            f"the training data holds {found} samples of {length} tokens, expected at least one "
-            f"global batch of {batch}"
-        )
-    if config.logging.eval_iters and not _samples(config, checked, "valid"):
-        raise DataError(
-            f"the validation data holds no sample of {length} tokens; give more of it by --split "
-            "or --valid-data-path, or set --eval-iters 0"
-        )
-
-
-def _samples(config: RunConfig, checked: CheckedData, split: str) -> int:
+def _samples(config: ResolvedConfig, checked: CheckedData, split: str) -> int:
     """Samples of a split: each source's tokens, less one that only serves as a label."""
     total = 0
     for source in checked.sources.get("all") or checked.sources.get(split, []):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megasparse import errors
-from megasparse.errors import MegasparseError, StorageError
+from megasparse.errors import MegasparseError, StorageError, one_line
 
 _ERRORS = {
     name: kind
@@ -94,13 +94,6 @@ def make_control_plane() -> ControlPlane:
     """The control plane of all ranks of the process group; a collective call."""
     world = dist.get_world_size()
     return ControlPlane(dist.new_group(backend="gloo") if world > 1 else None)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; the path and the reason of an OSError."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def as_user_error(error: OSError) -> StorageError:

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from megasparse.atomic_files import write_json
-from megasparse.config import CheckpointConfig
+from megasparse.config import ResolvedCheckpoint
 from megasparse.distributed.signals import SIGNALS
 from megasparse.errors import (
     EXIT_NO_PROGRESS,
@@ -54,7 +54,7 @@ def is_supervised() -> bool:
 
 
 def supervise(
-    settings: CheckpointConfig,
+    settings: ResolvedCheckpoint,
     command: Sequence[str],
     rank: int,
     newest_step: Callable[[], int],
@@ -76,7 +76,7 @@ def supervise(
 class _Supervisor:
     def __init__(
         self,
-        settings: CheckpointConfig,
+        settings: ResolvedCheckpoint,
         command: Sequence[str],
         rank: int,
         newest_step: Callable[[], int],

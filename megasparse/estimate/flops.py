@@ -17,11 +17,10 @@ compute (up to their blocks); `causal=False` counts S keys, what plain matrix pr
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megasparse.config import ModelConfig, ParallelConfig, RunConfig
+from megasparse.config import ResolvedConfig, ResolvedModel, ResolvedParallel
+from megasparse.config.shapes import layer_parameters
 from megasparse.sparsity.recipe import SparsityRecipe
 
 # Dense peaks in TFLOP/s (2:4 peaks are twice as high), from NVIDIA's data sheets of each product,
@@ -84,46 +83,35 @@ class TokenFlops:
         return self.dense + self.recomputed - self.saved
 
 
-def layer_gemms(model: ModelConfig) -> list[Gemm]:
+def layer_gemms(model: ResolvedModel) -> list[Gemm]:
     """The linears of a Transformer layer, whole (not a shard)."""
-    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
-    h, heads = model.hidden_size, model.num_attention_heads
-    attention = heads * model.kv_channels
-    return [
-        Gemm("self_attention.linear_qkv", attention + 2 * model.num_query_groups
-             * model.kv_channels, h),
-        Gemm("self_attention.linear_proj", h, attention),
-        Gemm("mlp.linear_fc1", model.ffn_hidden_size * (2 if model.swiglu else 1), h),
-        Gemm("mlp.linear_fc2", h, model.ffn_hidden_size),
-    ]  # fmt: skip
+    linears = [one for one in layer_parameters(model) if one.is_linear]
+    return [Gemm(one.module, one.shape[0], one.shape[1]) for one in linears]
 
 
-def attention_flops(model: ModelConfig, causal: bool = True) -> float:
+def attention_flops(model: ResolvedModel, causal: bool = True) -> float:
     """Forward operations of a token in one layer's `Q K^T` and `P V`.
 
     Grouped queries save memory, not operations: every query head has its own products.
     """
-    assert model.kv_channels
     keys = (model.seq_length + 1) / 2 if causal else model.seq_length
     return 4.0 * keys * model.num_attention_heads * model.kv_channels
 
 
 def token_flops(
-    model: ModelConfig,
-    parallel: ParallelConfig,
+    model: ResolvedModel,
+    parallel: ResolvedParallel,
     padded_vocab_size: int,
     recipe: SparsityRecipe,
-    sparse_layers: Sequence[str],
     sparse_now: bool = True,
     causal: bool = True,
 ) -> TokenFlops:
     """Operations of a token in one phase of the schedule.
 
     Args:
-        model, parallel: resolved.
+        model, parallel: of the run.
         padded_vocab_size: rows of the output layer; its logits are computed for every token.
-        recipe: which of the three GEMMs is 2:4.
-        sparse_layers: patterns of linears, as in the run.
+        recipe: which linears are 2:4, in which of the three GEMMs.
         sparse_now: False in dense phases.
         causal: how attention is counted.
     """
@@ -142,7 +130,7 @@ def token_flops(
     if sparse_now:
         # The output GEMM runs once more in each layer that is recomputed as a whole.
         for gemm, flops in linears:
-            sparse = sum(_is_sparse(gemm, layer, sparse_layers) for layer in layers)
+            sparse = sum(recipe.matches(f"decoder.layers.{layer}.{gemm.name}") for layer in layers)
             saved += sparse * len(recipe.sparse_gemms) * flops / 2
             if "output" in recipe.sparse_gemms:
                 sparse_again = sparse * again / model.num_layers
@@ -150,22 +138,16 @@ def token_flops(
     return TokenFlops(3.0 * (model.num_layers * forward + logits), recomputed, saved)
 
 
-def of_run(config: RunConfig, padded_vocab_size: int, recipe: SparsityRecipe) -> TokenFlops:
+def of_run(config: ResolvedConfig, padded_vocab_size: int, recipe: SparsityRecipe) -> TokenFlops:
     """`token_flops` of a run's sparse phase."""
-    patterns = config.sparsity.sparse_layers
-    return token_flops(config.model, config.parallel, padded_vocab_size, recipe, patterns)
+    return token_flops(config.model, config.parallel, padded_vocab_size, recipe)
 
 
-def layers_recomputed(model: ModelConfig, parallel: ParallelConfig) -> int:
+def layers_recomputed(model: ResolvedModel, parallel: ResolvedParallel) -> int:
     """Layers whose whole forward is done again: all of them, or (block) the first of each stage."""
     if parallel.recompute_granularity != "full":
         return 0
     if parallel.recompute_method != "block":
         return model.num_layers
     stages = parallel.pipeline_model_parallel_size
-    return min(stages * (parallel.recompute_num_layers or 1), model.num_layers)
-
-
-def _is_sparse(gemm: Gemm, layer: int, patterns: Sequence[str]) -> bool:
-    name = f"decoder.layers.{layer}.{gemm.name}"
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return min(stages * parallel.recompute_chunk, model.num_layers)

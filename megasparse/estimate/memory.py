@@ -1,7 +1,6 @@
 """How many parameters and bytes a rank holds, from the configuration alone.
 
-`layer_weights` and its neighbours list every parameter with the name and the local shape that the
-built model gives it; everything else follows:
+`config/shapes.py` lists every parameter; everything else follows:
 
     state         parameters, optimizer (ZeRO-1 and 2: float32 masters and moments over the data-
                   parallel ranks), masks, packed or dense operands W~   exact, between two steps
@@ -14,18 +13,17 @@ Bytes throughout. Activations and workspace are estimates: kernels differ.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from dataclasses import dataclass
 
 from megasparse.config import (
-    ModelConfig,
-    RunConfig,
+    ResolvedConfig,
     data_parallel_size,
     gradient_accumulation_steps,
     pipeline_split,
 )
-from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.config.shapes import layer_parameters, stage_parameters
+from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
 
 REDUCE_BUCKET = 500_000_000  # entries; DeepSpeed's default
 FLOAT32 = 4
@@ -70,65 +68,23 @@ class Footprint:
 
 
 def stage_weights(
-    config: RunConfig, recipe: SparsityRecipe, vocabulary: int, stage: int
+    config: ResolvedConfig, recipe: SparsityRecipe, vocabulary: int, stage: int
 ) -> list[Weight]:
     """The parameters of a rank of this pipeline stage (a tied copy included).
 
     Args:
-        config: resolved.
+        config: of the run.
         vocabulary: padded.
     """
-    model, parallel = config.model, config.parallel
-    tp, h = parallel.tensor_model_parallel_size, model.hidden_size
-    split = pipeline_split(config)
-    first, last = stage == 0, stage == len(split) - 1
-    tied = not model.untie_embeddings_and_output_weights
-    found = []
-    if first or (last and tied):
-        found.append(Weight("embedding.word_embeddings.weight", (vocabulary // tp, h)))
-    if first and model.position_embedding_type == "learned_absolute":
-        assert model.max_position_embeddings is not None
-        positions = (model.max_position_embeddings, h)
-        found.append(Weight("embedding.position_embeddings.weight", positions))
-    patterns = config.sparsity.sparse_layers if recipe.is_sparse else []
-    start = sum(split[:stage])
-    for number in range(start, start + split[stage]):
-        for name, shape in layer_weights(model, tp):
-            full = f"decoder.layers.{number}.{name}"
-            module = full.rpartition(".")[0]
-            sparse = len(shape) == 2 and any(fnmatch.fnmatchcase(module, p) for p in patterns)
-            found.append(Weight(full, shape, sparse))
-    if last:
-        found += [Weight(f"decoder.final_layernorm.{n}", s) for n, s in _norm(model)]
-        if not tied:
-            found.append(Weight("output_layer.weight", (vocabulary // tp, h)))
-    return found
-
-
-def layer_weights(model: ModelConfig, tp: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and local shapes of a Transformer layer's parameters."""
-    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
-    h, ffn = model.hidden_size, model.ffn_hidden_size // tp
-    heads = model.num_attention_heads * model.kv_channels // tp
-    qkv = heads + 2 * model.num_query_groups * model.kv_channels // tp
-    linears = {
-        "self_attention.linear_proj": (h, heads),
-        "self_attention.linear_qkv": (qkv, h),
-        "mlp.linear_fc1": (ffn * (2 if model.swiglu else 1), h),
-        "mlp.linear_fc2": (h, ffn),
-    }
-    found: list[tuple[str, tuple[int, ...]]] = []
-    for name, shape in linears.items():
-        found.append((f"{name}.weight", shape))
-        if not model.disable_bias_linear:
-            found.append((f"{name}.bias", shape[:1]))
-    for norm in ("input_layernorm", "pre_mlp_layernorm"):
-        found += [(f"{norm}.{name}", shape) for name, shape in _norm(model)]
-    return found
+    tp = config.parallel.tensor_model_parallel_size
+    return [
+        Weight(one.name, one.local_shape(tp), one.is_linear and recipe.matches(one.module))
+        for one in stage_parameters(config, vocabulary, stage)
+    ]
 
 
 def footprint(
-    config: RunConfig,
+    config: ResolvedConfig,
     recipe: SparsityRecipe,
     vocabulary: int,
     world: int,
@@ -138,7 +94,7 @@ def footprint(
     """The bytes of a rank of a pipeline stage.
 
     Args:
-        config: resolved for `world` ranks.
+        config: for `world` ranks.
         vocabulary: padded.
         gpu: a Hopper GPU with Transformer Engine: operands are packed for the sparse tensor cores,
             and the cross entropy is fused.
@@ -157,14 +113,14 @@ def footprint(
     }
     transient = {
         # Of the micro-batches before; ZeRO's averages come when activations have gone.
-        "gradients": size * (shard if zero and zero >= 2 else numel),
+        "gradients": size * (shard if zero >= 2 else numel),
         "activations": activations(config, world, stage, gpu),
         "workspace": workspace(config, vocabulary, numel, stage, gpu),
     }
     return Footprint(stage, numel, sparse, state, transient)
 
 
-def activations(config: RunConfig, world: int, stage: int, gpu: bool = True) -> int:
+def activations(config: ResolvedConfig, world: int, stage: int, gpu: bool = True) -> int:
     """What autograd keeps for the micro-batches that a stage has in flight."""
     parallel = config.parallel
     tokens = config.train.micro_batch_size * config.model.seq_length
@@ -175,8 +131,7 @@ def activations(config: RunConfig, world: int, stage: int, gpu: bool = True) -> 
     size = 2 if config.train.bf16 else FLOAT32
     if parallel.recompute_granularity == "full":
         kept = size * tokens * config.model.hidden_size // _sequence_split(config)
-        assert parallel.recompute_num_layers is not None
-        chunk = parallel.recompute_num_layers
+        chunk = parallel.recompute_chunk
         if parallel.recompute_method == "block":
             once = chunk * kept + (layers - chunk) * layer
             return in_flight * once + layer
@@ -184,7 +139,7 @@ def activations(config: RunConfig, world: int, stage: int, gpu: bool = True) -> 
     return in_flight * layers * layer
 
 
-def layer_activations(config: RunConfig, gpu: bool = True) -> int:
+def layer_activations(config: ResolvedConfig, gpu: bool = True) -> int:
     """What autograd keeps of one layer for one micro-batch.
 
     Inputs and results of the norms; q, k and v, rotated, and the angles; the attention's result and
@@ -193,7 +148,6 @@ def layer_activations(config: RunConfig, gpu: bool = True) -> int:
     attention keeps its own result beside that.
     """
     model, parallel = config.model, config.parallel
-    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
     tp = parallel.tensor_model_parallel_size
     tokens = config.train.micro_batch_size * model.seq_length
     size = 2 if config.train.bf16 else FLOAT32
@@ -224,21 +178,18 @@ def layer_activations(config: RunConfig, gpu: bool = True) -> int:
     return split * (norms + 2 * dropped) + tokens * inner + angles
 
 
-def fp8_linears(config: RunConfig) -> set[str]:
+def fp8_linears(config: ResolvedConfig) -> set[str]:
     """Names within a layer of the linears whose GEMMs are in 8 bits (as in the first layer)."""
     if config.fp8.fp8_format is None:
         return set()
-    names = {name for name, shape in layer_weights(config.model, 1) if len(shape) == 2}
-    linears = {name.removesuffix(".weight") for name in names}
-    patterns = config.sparsity.sparse_layers
-    return {
-        linear
-        for linear in linears
-        if any(fnmatch.fnmatchcase(f"decoder.layers.0.{linear}", p) for p in patterns)
-    }
+    recipe = recipe_of(config)
+    linears = [one.module for one in layer_parameters(config.model) if one.is_linear]
+    return {linear for linear in linears if recipe.matches(f"decoder.layers.0.{linear}")}
 
 
-def workspace(config: RunConfig, vocabulary: int, numel: int, stage: int, gpu: bool = True) -> int:
+def workspace(
+    config: ResolvedConfig, vocabulary: int, numel: int, stage: int, gpu: bool = True
+) -> int:
     """Buffers of a step: gradient buckets; on the last stage the logits."""
     parallel = config.parallel
     size = 2 if config.train.bf16 else FLOAT32
@@ -262,7 +213,7 @@ def _groups(weights: list[Weight]) -> list[int]:
 
 
 def _operands(
-    config: RunConfig, recipe: SparsityRecipe, sparse: int, size: int, packed: bool
+    config: ResolvedConfig, recipe: SparsityRecipe, sparse: int, size: int, packed: bool
 ) -> int:
     """W~ for the GEMMs of a step: packed values and metadata (9/16 of 16 bits, 5/8 of 8 bits; in
     8 bits with a dense transpose where that is not 2:4), or dense."""
@@ -275,11 +226,6 @@ def _operands(
     return sparse * size
 
 
-def _sequence_split(config: RunConfig) -> int:
+def _sequence_split(config: ResolvedConfig) -> int:
     parallel = config.parallel
     return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-
-
-def _norm(model: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
-    names = ("weight",) if model.normalization == "RMSNorm" else ("weight", "bias")
-    return [(name, (model.hidden_size,)) for name in names]

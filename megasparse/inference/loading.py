@@ -10,27 +10,26 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megasparse import log
 from megasparse.checkpoint.model import StoredModel, check_shape, open_checkpoint
-from megasparse.config import RunConfig, padded_vocab_size
+from megasparse.config import (
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    fill_defaults,
+    padded_vocab_size,
+)
 from megasparse.convert.huggingface import HuggingFaceModel
 from megasparse.convert.source import Source, pad_vocabulary
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
-from megasparse.distributed.control_plane import (
-    ControlPlane,
-    as_user_error,
-    make_control_plane,
-    one_line,
-)
+from megasparse.distributed.control_plane import ControlPlane, make_control_plane
 from megasparse.distributed.rendezvous import join_group, own_device
-from megasparse.errors import ConfigError, DataError, MegasparseError
+from megasparse.errors import ConfigError, DataError
 from megasparse.inference.tokenizer_files import tokenizer_file_of, tokenizer_of
 from megasparse.megatron.grid import Grid, collective_timeout, make_grid
 from megasparse.megatron.init import parameter_shard
@@ -59,13 +58,11 @@ class LoadedModel:
     @property
     def vocab_size(self) -> int:
         """Tokens without padding."""
-        assert self.source.model.vocab_size is not None
         return self.source.model.vocab_size
 
     @property
     def context_length(self) -> int:
         """Tokens that the model has positions for."""
-        assert self.source.model.max_position_embeddings is not None
         return self.source.model.max_position_embeddings
 
     def require_tokenizer(self) -> Tokenizer:
@@ -130,11 +127,6 @@ def load_model(
         tensor_parallel: ranks that share each layer; the world's other ranks are copies.
         bf16: compute in bfloat16, else in float32; None: bfloat16 if the weights are 16-bit.
     """
-    config = RunConfig(model=source.model)
-    config.train.transformer_impl = "local"  # decoding masks with keys that were seen before
-    wide = any(entry.dtype == torch.float32 for entry in source.entries())
-    config.train.bf16 = not wide if bf16 is None else bf16
-    config.parallel.tensor_model_parallel_size = tensor_parallel
     if tensor_parallel < 1 or dist.get_world_size() % tensor_parallel:
         raise ConfigError(
             f"world size {dist.get_world_size()} is not divisible by tensor_model_parallel_size "
@@ -146,8 +138,14 @@ def load_model(
                 f"{name} {getattr(source.model, name)} is not divisible by "
                 f"tensor_model_parallel_size {tensor_parallel}"
             )
+    wide = any(entry.dtype == torch.float32 for entry in source.entries())
+    train = TrainConfig(
+        bf16=not wide if bf16 is None else bf16,
+        transformer_impl="local",  # decoding masks with keys that were seen before
+    )
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
+    config = fill_defaults(RunConfig(source.model, parallel, train), dist.get_world_size())
     grid = make_grid(tensor_parallel, device, config.train.seed, _TIMEOUT_MINUTES)
-    assert source.model.vocab_size is not None
     rows = padded_vocab_size(source.model.vocab_size, config)
     model = build_model(config, grid, rows)
     hide_padding(model, grid, source.model.vocab_size)
@@ -160,28 +158,18 @@ def load_model(
     return model.eval(), grid
 
 
-def guarded(work: Callable[[], None]) -> int:
-    """Run a launcher's work on this rank; its exit code, after one line of what went wrong."""
-    log.setup(int(os.environ.get("RANK", "0")))
-    try:
-        work()
-    except MegasparseError as error:
-        log.logger.error("%s: %s", type(error).__name__, one_line(error))
-        return error.exit_code
-    except OSError as error:
-        log.logger.error("StorageError: %s", one_line(error))
-        return as_user_error(error).exit_code
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0
-
-
 def leave(code: int) -> None:
-    """End the process; after an error without the goodbye that other ranks may not answer."""
+    """End this rank; after an error at once, as other ranks may not answer its goodbye.
+
+    Args:
+        code: of the process, 0 after success.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
         os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _tokenizer_beside(source: HuggingFaceModel) -> Tokenizer | None:

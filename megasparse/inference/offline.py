@@ -20,7 +20,15 @@ from megasparse.checkpoint.manifest import Piece
 from megasparse.checkpoint.model import ADAPTER, PROJECTION, StoredModel
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import Saver, choose
-from megasparse.config import ParallelConfig, RunConfig, SparsityConfig, from_dict, to_dict
+from megasparse.config import (
+    ParallelConfig,
+    ResolvedConfig,
+    RunConfig,
+    SparsityConfig,
+    fill_defaults,
+    from_dict,
+    to_dict,
+)
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.distributed.rendezvous import join_group, own_device
 from megasparse.errors import CheckpointError, DataError
@@ -28,7 +36,7 @@ from megasparse.kernels.patterns import encode_patterns
 from megasparse.megatron.batches import batches, build_data, samples_digest
 from megasparse.megatron.calibrate import LinearInputs, calibrate_layers
 from megasparse.megatron.grid import collective_timeout, make_grid
-from megasparse.megatron.loss import token_cross_entropy
+from megasparse.megatron.loss import masked_sum, token_cross_entropy
 from megasparse.megatron.model import build_model, hide_padding
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import fold
@@ -63,6 +71,7 @@ class StoredRun:
         self.reader: CheckpointReader = reader
         self.config: RunConfig = from_dict(reader.meta["config"], str(reader.folder))
         stored = StoredModel(reader, fold=False)
+        self.model = stored.model
         names = [key.removeprefix("param/") for key in reader.keys("param/")]
         self.names = [name for name in names if not name.endswith((ADAPTER, PROJECTION))]
         # The vocabulary with its padding, as the model has it.
@@ -157,9 +166,10 @@ class OfflineModel:
         total, tokens = 0.0, 0.0
         for batch in self.micro_batches(split, count):
             logits = self.model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
-            losses = token_cross_entropy(logits, batch["labels"]) * batch["loss_mask"]
-            total += float(losses.double().sum())
-            tokens += float(batch["loss_mask"].sum())
+            losses = token_cross_entropy(logits, batch["labels"]).double()
+            here, counted = masked_sum(losses, batch["loss_mask"])
+            total += float(here)
+            tokens += float(counted)
         return total / max(tokens, 1.0)
 
     def calibrate(
@@ -226,7 +236,7 @@ def save_pruned(
 
 def _own_config(
     config: RunConfig, data_path: list[str] | None, micro_batch_size: int | None, seed: int | None
-) -> RunConfig:
+) -> ResolvedConfig:
     """One process in float32, dense, without dropout."""
     micro_batch_size = micro_batch_size or config.train.micro_batch_size
     data = config.data
@@ -234,7 +244,7 @@ def _own_config(
         data = dataclasses.replace(
             data, data_path=data_path, train_data_path=[], valid_data_path=[], test_data_path=[]
         )
-    return dataclasses.replace(
+    own = dataclasses.replace(
         config,
         parallel=ParallelConfig(zero_stage=0),
         model=dataclasses.replace(config.model, hidden_dropout=0.0, attention_dropout=0.0),
@@ -247,3 +257,4 @@ def _own_config(
         ),
         data=data,
     )
+    return fill_defaults(own, 1)

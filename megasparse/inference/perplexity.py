@@ -17,6 +17,7 @@ import torch
 
 from megasparse.errors import ConfigError, DataError
 from megasparse.megatron.grid import Grid
+from megasparse.megatron.loss import masked_sum
 from megasparse.progress import progress
 
 
@@ -86,8 +87,9 @@ def perplexity(
         inputs, labels, counted = _tensors(tokens, batch, grid.device)
         positions = torch.arange(inputs.shape[1], device=grid.device).expand_as(inputs)
         losses = model(inputs, positions, None, labels=labels).double()
-        total[0] += (losses * counted).sum()
-        total[1] += counted.sum()
+        here, count = masked_sum(losses, counted)
+        total[0] += here
+        total[1] += count
     total = grid.mean_over_dp(total) * grid.dp_size
     return Perplexity(float(total[0] / total[1]), round(float(total[1])))
 

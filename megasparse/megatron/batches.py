@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megasparse.config import RunConfig
-from megasparse.data.blend import parse_split
-from megasparse.data.check import CheckedData, check_data
+from megasparse.config import ResolvedConfig
+from megasparse.data.blend import SPLITS, parse_split
+from megasparse.data.check import CheckedData, check_amounts, check_data
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.distributed.signals import ignore_signals
-from megasparse.errors import DataError
 from megasparse.megatron.datasets import (
-    SPLITS,
     SampleOptions,
     SampleStream,
     Source,
@@ -42,7 +40,7 @@ class RunData:
     digests: dict[str, str]
 
 
-def build_data(config: RunConfig, grid: Grid, checked: CheckedData | None = None) -> RunData:
+def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None = None) -> RunData:
     """Checked data as sample streams, the same on every rank.
 
     Args:
@@ -82,12 +80,13 @@ def build_data(config: RunConfig, grid: Grid, checked: CheckedData | None = None
         )
         if stream is not None:
             streams[split] = stream
-    _check_sizes(config, streams)
+    found = streams["train"].epoch_length if "train" in streams else 0
+    check_amounts(config, found, "valid" in streams)
     return RunData(tokenizer, vocab_size, streams, checked.digests)
 
 
 def batches(
-    stream: SampleStream, config: RunConfig, grid: Grid, first_sample: int
+    stream: SampleStream, config: ResolvedConfig, grid: Grid, first_sample: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches of this rank for ever, from global sample `first_sample` on.
 
@@ -125,22 +124,6 @@ class _MicroBatches:
         while True:
             yield list(range(start, start + self._size))
             start += self._grid.dp_size * self._size
-
-
-def _check_sizes(config: RunConfig, streams: dict[str, SampleStream]) -> None:
-    batch = config.train.global_batch_size
-    assert batch is not None
-    found = streams["train"].epoch_length if "train" in streams else 0
-    if found < batch:
-        raise DataError(
-            f"the training data holds {found} samples of {config.model.seq_length} tokens, "
-            f"expected at least one global batch of {batch}"
-        )
-    if config.logging.eval_iters and "valid" not in streams:
-        raise DataError(
-            f"the validation data holds no sample of {config.model.seq_length} tokens; give more "
-            "of it by --split or --valid-data-path, or set --eval-iters 0"
-        )
 
 
 def _only(number: int) -> tuple[float, ...]:

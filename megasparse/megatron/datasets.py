@@ -26,10 +26,9 @@ from megatron.core.datasets.gpt_dataset import (
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megasparse.data.blend import SPLITS
 from megasparse.errors import DataError
 from megasparse.megatron.index_cache import VerifiedGPTDataset
-
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)

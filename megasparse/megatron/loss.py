@@ -1,4 +1,4 @@
-"""Cross entropy of vocabulary-parallel logits, token by token.
+"""Cross entropy of vocabulary-parallel logits, token by token, and means over tokens that count.
 
 megatron-core's own makes several float32 tensors of the logits' size. Transformer Engine's kernels
 read 16-bit logits, compute in float32 in registers and keep one 16-bit copy, which becomes the
@@ -29,3 +29,19 @@ def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
         group = parallel_state.get_tensor_model_parallel_group()
         return te_parallel_cross_entropy(logits, labels.contiguous(), group)
     return tensor_parallel.vocab_parallel_cross_entropy(logits, labels)
+
+
+def masked_sum(losses: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the losses that count, how many count), both 0-d.
+
+    Args:
+        losses: `(a, b)` floating point, in which it is summed.
+        mask: `(a, b)`, 1 or True for tokens that count.
+    """
+    return (losses * mask).sum(), mask.sum()
+
+
+def masked_mean(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """0-d float32: mean of the losses that count; 0 if none does. Args: see `masked_sum`."""
+    total, count = masked_sum(losses.float(), mask)
+    return total / count.clamp(min=1.0)

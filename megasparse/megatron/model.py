@@ -1,4 +1,4 @@
-"""Build a GPT from a RunConfig: megatron-core's `GPTModel` with megasparse's spec provider."""
+"""Build a GPT from a ResolvedConfig: megatron-core's `GPTModel` with megasparse's spec provider."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megasparse.config import ModelConfig, RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.errors import ConfigError
 from megasparse.megatron import loss
 from megasparse.megatron.grid import Grid
@@ -23,7 +23,7 @@ from megasparse.megatron.spec import (
 )
 
 
-def transformer_config(config: RunConfig, device: torch.device) -> TransformerConfig:
+def transformer_config(config: ResolvedConfig, device: torch.device) -> TransformerConfig:
     """megatron-core's configuration of the layers."""
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
@@ -64,7 +64,7 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
     )
 
 
-def spec_provider(config: RunConfig, device: torch.device) -> SparseSpecProvider:
+def spec_provider(config: ResolvedConfig, device: torch.device) -> SparseSpecProvider:
     """The provider of the layers' classes.
 
     Raises:
@@ -77,7 +77,7 @@ def spec_provider(config: RunConfig, device: torch.device) -> SparseSpecProvider
     return SparseSpecProvider(asked != "local" and refusal is None)
 
 
-def _transformer_engine_refusal(config: RunConfig, device: torch.device) -> str | None:
+def _transformer_engine_refusal(config: ResolvedConfig, device: torch.device) -> str | None:
     """Why Transformer Engine cannot compute attention and norms, or None when it can."""
     if device.type != "cuda":
         return f"the run is on {device.type}, expected a GPU"
@@ -95,11 +95,11 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def build_model(config: RunConfig, grid: Grid, padded_vocab_size: int) -> GPTModel:
+def build_model(config: ResolvedConfig, grid: Grid, padded_vocab_size: int) -> GPTModel:
     """This rank's part of the model, initialised.
 
     Args:
-        config: resolved.
+        config: of the run.
         grid: process groups must be up.
         padded_vocab_size: a multiple of the tensor-parallel size.
     """
@@ -121,7 +121,7 @@ def build_model(config: RunConfig, grid: Grid, padded_vocab_size: int) -> GPTMod
     return gpt
 
 
-def finish_model(model: torch.nn.Module, config: RunConfig, grid: Grid) -> None:
+def finish_model(model: torch.nn.Module, config: ResolvedConfig, grid: Grid) -> None:
     """Place, cast, mark and initialise a model, or a part of one with the whole's names."""
     model.to(grid.device)
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
@@ -170,19 +170,3 @@ def _mark_vocabulary_shards(model: torch.nn.Module) -> None:
         sharded = isinstance(module, (VocabParallelEmbedding, ColumnParallelLinear))
         if sharded and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, dim=0, stride=1)
-
-
-def parameter_count(model: ModelConfig, padded_vocab_size: int) -> int:
-    """Parameters of the whole model, by formula (embedding and output layer included)."""
-    assert model.ffn_hidden_size and model.kv_channels and model.num_query_groups
-    h, bias = model.hidden_size, 0 if model.disable_bias_linear else 1
-    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
-    fc1 = model.ffn_hidden_size * (2 if model.swiglu else 1)
-    attention = h * qkv + bias * qkv + model.num_attention_heads * model.kv_channels * h + bias * h
-    ffn = h * fc1 + bias * fc1 + model.ffn_hidden_size * h + bias * h
-    norm = h * (1 if model.normalization == "RMSNorm" else 2)
-    positions = model.max_position_embeddings or 0
-    learned = positions * h if model.position_embedding_type == "learned_absolute" else 0
-    output = padded_vocab_size * h if model.untie_embeddings_and_output_weights else 0
-    layers = model.num_layers * (attention + ffn + 2 * norm)
-    return padded_vocab_size * h + learned + layers + norm + output

@@ -24,10 +24,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megasparse.config import RunConfig, pipeline_split
+from megasparse.config import ResolvedConfig, pipeline_split
 from megasparse.megatron.cuda_graphs import is_replayed
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.loss import token_cross_entropy
+from megasparse.megatron.loss import masked_mean, token_cross_entropy
 from megasparse.megatron.model import finish_model, spec_provider, transformer_config
 from megasparse.megatron.spec import SparseSpecProvider, get_layer_spec
 from megasparse.sparsity.clock import Clock
@@ -53,12 +53,12 @@ class PartSpec:
 
 
 def part_specs(
-    config: RunConfig, grid: Grid, padded_vocab_size: int, clock: Clock
+    config: ResolvedConfig, grid: Grid, padded_vocab_size: int, clock: Clock
 ) -> list[PartSpec]:
     """All parts of the model, in order: embedding, layers, final norm, output layer.
 
     Args:
-        config: resolved.
+        config: of the run.
         clock: the run's; a recomputed layer draws the numbers of the micro-batch it belongs to.
     """
     model = config.model
@@ -86,19 +86,24 @@ def part_specs(
         PartSpec(
             LayerPart,
             {
-                "config": layers, "spec": spec, "number": number, "rotary": rotary, "clock": clock,
+                "config": layers,
+                "spec": spec,
+                "number": number,
+                "rotary": rotary,
+                "clock": clock,
                 "recompute": number in recomputed,
             },
         )
         for number in range(model.num_layers)
-    ]  # fmt: skip
+    ]
     norm = PartSpec(NormPart, {"config": layers, "provider": provider})
     if model.untie_embeddings_and_output_weights:
         first, last = PartSpec(EmbeddingPart, embedding), PartSpec(OutputPart, sizes)
     else:
         tie: dict[str, Any] = {
-            "tied": "embedding", "tied_weight": "embedding.word_embeddings.weight"
-        }  # fmt: skip
+            "tied": "embedding",
+            "tied_weight": "embedding.word_embeddings.weight",
+        }
         first = PartSpec(EmbeddingPart, embedding, **tie)
         # The copy on the last stage has no use for positions.
         copy = {**embedding, "position_embedding_type": "none"}
@@ -106,7 +111,7 @@ def part_specs(
     return [first, *body, norm, last]
 
 
-def stage_bounds(config: RunConfig) -> list[int]:
+def stage_bounds(config: ResolvedConfig) -> list[int]:
     """First part of each stage, and the number of parts: the embedding goes with the first layer,
     norm and output with the last."""
     bounds = [0]
@@ -263,7 +268,7 @@ def whole_model_view(parts: Sequence[Any]) -> torch.nn.Module:
     return view
 
 
-def finish_stage(parts: Sequence[Any], config: RunConfig, grid: Grid) -> torch.nn.Module:
+def finish_stage(parts: Sequence[Any], config: ResolvedConfig, grid: Grid) -> torch.nn.Module:
     """Cast, mark and initialise the parts of a stage; their `whole_model_view`."""
     view = whole_model_view(parts)
     finish_model(view, config, grid)
@@ -280,7 +285,7 @@ def vocab_parallel_loss(logits: torch.Tensor, labels: Sequence[torch.Tensor]) ->
     targets, mask = labels
     losses = token_cross_entropy(logits, targets.transpose(0, 1).contiguous())
     losses = losses.transpose(0, 1).contiguous()
-    return (losses * mask).sum() / mask.sum().clamp(min=1.0)
+    return masked_mean(losses, mask)
 
 
 def gather_logits(logits: torch.Tensor) -> torch.Tensor:
@@ -304,7 +309,7 @@ def _output_layer(
     )
 
 
-def recomputed_layers(config: RunConfig) -> set[int]:
+def recomputed_layers(config: ResolvedConfig) -> set[int]:
     """Numbers of the layers of the whole model that are recomputed whole."""
     parallel = config.parallel
     if parallel.recompute_granularity != "full":
@@ -312,8 +317,7 @@ def recomputed_layers(config: RunConfig) -> set[int]:
     if parallel.recompute_method == "uniform":
         return set(range(config.model.num_layers))
     chosen, first = set(), 0
-    assert parallel.recompute_num_layers is not None
     for count in pipeline_split(config):
-        chosen |= set(range(first, first + parallel.recompute_num_layers))
+        chosen |= set(range(first, first + parallel.recompute_chunk))
         first += count
     return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import re
 from collections.abc import Sequence
@@ -29,7 +28,6 @@ BLOCK = 4
 def sparsify(
     model: torch.nn.Module,
     recipe: SparsityRecipe,
-    patterns: Sequence[str],
     clock: Clock,
     reduce: Reduce | None = None,
     reduce_max: Reduce | None = None,
@@ -41,13 +39,12 @@ def sparsify(
     fp8: Scaling | None = None,
     fp8_hybrid: bool = False,
 ) -> SparsityController:
-    """Give every linear whose name matches a pattern the recipe's sparsity state.
+    """Give every linear that the recipe makes sparse its state.
 
     Args:
         model: built with `SparseSpecProvider`; the whole, or a pipeline stage with the whole's
             names.
         recipe: a dense one leaves all layers as they are.
-        patterns: shell patterns of module names, e.g. `*.mlp.linear_fc1`.
         clock: the run's; shared with the layers.
         reduce, reduce_max: sum and largest over the tensor-parallel group.
         monitor: keep masks and flips up to date in dense phases.
@@ -69,14 +66,13 @@ def sparsify(
     }
     if not recipe.is_sparse:
         return controller
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in _in_all(linears, num_layers)):
-            raise ConfigError(
-                f"sparse_layers: no linear is named like {pattern!r}; "
-                f"there are {', '.join(_kinds(linears))}"
-            )
+    for pattern in recipe.unmatched(_in_all(linears, num_layers)):
+        raise ConfigError(
+            f"sparse_layers: no linear is named like {pattern!r}; "
+            f"there are {', '.join(_kinds(linears))}"
+        )
     for name, module in linears.items():
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+        if not recipe.matches(name):
             continue
         _check_blocks(name, module)
         state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce, reduce_max)

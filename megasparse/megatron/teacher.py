@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import build_model
 from megasparse.megatron.parallel_linear import _ParallelLinear
@@ -33,7 +33,7 @@ class Teacher:
     No module, so that no engine takes its parameters for the student's.
 
     Args:
-        config: of the student's run, resolved.
+        config: of the student's run.
         grid: this rank's place.
         padded_vocab_size: the student's.
 
@@ -44,7 +44,7 @@ class Teacher:
         bytes_here: memory of its weights on this rank.
     """
 
-    def __init__(self, config: RunConfig, grid: Grid, padded_vocab_size: int) -> None:
+    def __init__(self, config: ResolvedConfig, grid: Grid, padded_vocab_size: int) -> None:
         own = _teacher_config(config)
         self.dtype = torch.bfloat16 if own.train.bf16 else torch.float32
         self._in_fp8 = config.distillation.teacher_dtype == "fp8"
@@ -117,7 +117,7 @@ def unpair(inputs: tuple[torch.Tensor, ...]) -> tuple[Any, tuple[torch.Tensor, .
     return (student, *mask) if mask else student, (teacher, *mask)
 
 
-def _teacher_config(config: RunConfig) -> RunConfig:
+def _teacher_config(config: ResolvedConfig) -> ResolvedConfig:
     """The run's model with the teacher's precision; nothing is recomputed without gradients."""
     kinds = {"bf16": True, "fp32": False}
     bf16 = kinds.get(config.distillation.teacher_dtype or "", config.train.bf16)

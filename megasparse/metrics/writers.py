@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from megasparse.atomic_files import write_text
-from megasparse.config import LoggingConfig
+from megasparse.config import ResolvedLogging
 from megasparse.metrics.schema import METRICS, read_metrics
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ class MetricsWriter:
     def __init__(
         self,
         run_dir: Path,
-        logging: LoggingConfig,
+        logging: ResolvedLogging,
         resume_step: int = 0,
         settings: dict[str, Any] | None = None,
     ) -> None:
@@ -50,7 +50,6 @@ class MetricsWriter:
         if logging.log_csv:
             lines = [_csv_line({m.key: m.key for m in METRICS}), *map(_csv_line, kept)]
             self._csv = _reopen(run_dir / "metrics.csv", lines)
-        assert logging.tensorboard_dir is not None
         self._board = SummaryWriter(logging.tensorboard_dir, purge_step=resume_step + 1)
         self._wandb: Any = None
         if logging.wandb_project:
@@ -95,7 +94,7 @@ class MetricsWriter:
 
 
 def _start_wandb(
-    run_dir: Path, logging: LoggingConfig, resumed: bool, settings: dict[str, Any] | None
+    run_dir: Path, logging: ResolvedLogging, resumed: bool, settings: dict[str, Any] | None
 ) -> Any:
     """A run of Weights & Biases; one that is continued there when this one is."""
     import wandb  # optional: `preflight.settings` refuses the flag without it

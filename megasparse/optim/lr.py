@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 
-from megasparse.config import TrainConfig
+from megasparse.config import ResolvedTrain
 
 
-def learning_rate(train: TrainConfig, step: int) -> float:
+def learning_rate(train: ResolvedTrain, step: int) -> float:
     """Learning rate of optimizer step `step` (0 is the first).
 
     Linear from 0 over `lr_warmup_iters` (the first step already moves: (step + 1) / warm-up), then
     from `lr` to `min_lr` over the rest of `lr_decay_iters` by the chosen shape, then `min_lr`.
     """
-    assert train.lr_decay_iters is not None
     if step < train.lr_warmup_iters:
         return train.lr * (step + 1) / train.lr_warmup_iters
     if train.lr_decay_style == "constant":

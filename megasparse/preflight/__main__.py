@@ -3,7 +3,8 @@
     python -m megasparse.preflight CONFIG [FLAGS]
 
 under the launcher that starts the run (`deepspeed --hostfile hosts --module
-megasparse.preflight CONFIG`, `srun`, `torchrun -m ...`), or alone for this host. A run does
+megasparse.preflight CONFIG`, `srun`, `torchrun -m ...`), or alone for this host. FLAGS are the
+run's, further `--config FILE` among them. A run does
 the fast part at its start (`--preflight off|fast|full`). Exit code 77 when something would end or
 spoil the run; each failure names the host and what to do.
 """

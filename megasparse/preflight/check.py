@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megasparse import log
-from megasparse.config import RunConfig, padded_vocab_size
+from megasparse.config import ResolvedConfig, padded_vocab_size
 from megasparse.data.check import CheckedData
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import MegasparseError, PreflightError
@@ -24,7 +24,7 @@ CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
 
 
 def check_hosts(
-    config: RunConfig,
+    config: ResolvedConfig,
     data: CheckedData | None,
     control: ControlPlane,
     full: bool,
@@ -33,7 +33,7 @@ def check_hosts(
     """Facts of all ranks and what is wrong with them, on every rank; a collective call.
 
     Args:
-        config: resolved.
+        config: of the run.
         data: checked by this rank.
         error: why this rank has no data.
     """
@@ -75,7 +75,9 @@ def require_fit(findings: Sequence[Finding]) -> None:
         raise PreflightError(f"{failures[0]}{more}")
 
 
-def _wanted(config: RunConfig, data: CheckedData | None, control: ControlPlane) -> dict[str, int]:
+def _wanted(
+    config: ResolvedConfig, data: CheckedData | None, control: ControlPlane
+) -> dict[str, int]:
     """Bytes of this rank, by the estimate."""
     stages = config.parallel.pipeline_model_parallel_size
     world = max(control.world, stages * config.parallel.tensor_model_parallel_size)
@@ -91,7 +93,7 @@ def _wanted(config: RunConfig, data: CheckedData | None, control: ControlPlane) 
     return {"state": need.state_bytes, "peak": need.peak_bytes}
 
 
-def _checkpoint_bytes(config: RunConfig, data: CheckedData | None) -> int:
+def _checkpoint_bytes(config: ResolvedConfig, data: CheckedData | None) -> int:
     recipe, vocabulary = recipe_of(config), _vocabulary(config, data)
     stages = config.parallel.pipeline_model_parallel_size
     shards = (w for s in range(stages) for w in stage_weights(config, recipe, vocabulary, s))
@@ -99,7 +101,7 @@ def _checkpoint_bytes(config: RunConfig, data: CheckedData | None) -> int:
     return CHECKPOINT_BYTES * tp * sum(w.numel for w in shards if len(w.shape) > 1)
 
 
-def _vocabulary(config: RunConfig, data: CheckedData | None) -> int:
+def _vocabulary(config: ResolvedConfig, data: CheckedData | None) -> int:
     size = data.vocab_size if data is not None else config.model.vocab_size
     return padded_vocab_size(size or 1, config)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.data.check import CheckedData
 from megasparse.distributed.interfaces import interface_towards, local_address
 from megasparse.errors import MegasparseError
@@ -40,11 +40,11 @@ _SMI = {
 }
 
 
-def facts(config: RunConfig, data: CheckedData | None, full: bool) -> dict[str, Any]:
+def facts(config: ResolvedConfig, data: CheckedData | None, full: bool) -> dict[str, Any]:
     """Everything about this rank's host.
 
     Args:
-        config: resolved.
+        config: of the run.
         data: checked; None when that failed, or is none of this preflight's business.
         full: also what takes seconds.
     """
@@ -58,7 +58,7 @@ def facts(config: RunConfig, data: CheckedData | None, full: bool) -> dict[str, 
         "source": source_digest(),
         "gpu": _gpu(full),
         "memory": available_memory(),
-        "disk": free_disk(Path(config.checkpoint.save or config.checkpoint.run_dir)),
+        "disk": free_disk(Path(config.checkpoint.save)),
         "data": data.digests if data is not None else {},
     }
     if full and data is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megasparse.checkpoint.directory import list_steps, make_private
-from megasparse.config import RunConfig, load_config, resolve
+from megasparse.config import ResolvedConfig, load_config, resolve
 from megasparse.config.deepspeed import deepspeed_config
 from megasparse.data.check import CheckedData, check_data
 from megasparse.distributed.faults import from_environment
@@ -23,7 +23,7 @@ from megasparse.sparsity.recipe import recipe_of
 class Prepared:
     """A configuration that has passed all checks, and the files that it names."""
 
-    config: RunConfig
+    config: ResolvedConfig
     data: CheckedData
 
 
@@ -44,8 +44,8 @@ def prepare(argv: Sequence[str], world_size: int) -> Prepared:
     return check(config)
 
 
-def check(config: RunConfig) -> Prepared:
-    """Check a resolved configuration.
+def check(config: ResolvedConfig) -> Prepared:
+    """Check a configuration.
 
     Raises:
         ConfigError, DataError, CheckpointError: as of `prepare`.
@@ -63,7 +63,7 @@ def check(config: RunConfig) -> Prepared:
             ) from None
     settings = config.checkpoint
     _check_folder_names(config)
-    save = Path(settings.save or "")
+    save = Path(settings.save)
     if list_steps(save) and not settings.resume:
         raise ConfigError(
             f"save: {save} already holds checkpoints of a run; continue it with --resume, or "
@@ -94,7 +94,7 @@ def no_teacher(weight: float) -> str:
     )
 
 
-def _check_teacher(config: RunConfig) -> None:
+def _check_teacher(config: ResolvedConfig) -> None:
     """Distillation has a teacher, as far as the settings show it."""
     wanted, settings = config.distillation, config.checkpoint
     if not wanted.kd_loss_weight:
@@ -107,11 +107,10 @@ def _check_teacher(config: RunConfig) -> None:
         raise CheckpointError(f"teacher_load: {wanted.teacher_load} holds no checkpoint")
 
 
-def _check_folder_names(config: RunConfig) -> None:
+def _check_folder_names(config: ResolvedConfig) -> None:
     settings = config.checkpoint
     same = (
-        settings.load is not None
-        and Path(settings.load).resolve() == Path(settings.save or "").resolve()
+        settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
     )
     if same and not settings.resume:
         raise ConfigError(

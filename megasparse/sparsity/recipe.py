@@ -19,25 +19,34 @@ passes straight through the projection to the dense master weight.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from megasparse.config import RunConfig
+from megasparse.config import RunConfig, SparsityConfig
+from megasparse.config.schema_model import (
+    SPARSE_LAYERS,
+    MaskMetric,
+    Mvue,
+    RecipeName,
+    ScaleUpdate,
+)
 from megasparse.errors import ConfigError
 
 Projection = Literal["none", "row", "transposable", "soft_threshold"]
-Mvue = Literal["off", "exact", "approximate"]
-MaskMetric = Literal["magnitude", "wanda"]
 Regulariser = Literal["none", "masked_decay", "decoupled_masked_decay"]
-ScaleUpdate = Literal["frozen", "every_step"]
 
 
 @dataclass(frozen=True)
 class SparsityRecipe:
     """One training method; frozen, validated, named.
 
+    A field that the configuration's sparsity group has too is a setting of the run (`recipe_of`).
+
     Attributes:
         name: preset it comes from.
+        sparse_layers: shell patterns of the names of the linears that it makes sparse.
         projection: how the effective weight W~ follows from the master weight W.
         mvue: how dZ^T is made 2:4 along tokens for the weight gradient: not at all, by the exact
             minimum-variance sampler, or by the papers' approximation.
@@ -58,7 +67,8 @@ class SparsityRecipe:
             does (e4m3 forward, e5m2 backward), computing in higher precision.
     """
 
-    name: str
+    name: RecipeName
+    sparse_layers: tuple[str, ...] = SPARSE_LAYERS
     projection: Projection = "none"
     mvue: Mvue = "off"
     regulariser: Regulariser = "none"
@@ -88,17 +98,17 @@ class SparsityRecipe:
         if self.masked_decay_before_clipping and self.regulariser != "masked_decay":
             raise ConfigError(
                 f"masked_decay_before_clipping: the recipe {self.name} adds no decay to gradients, "
-                "expected fst or sr_ste"
+                f"expected {_presets(lambda recipe: recipe.regulariser == 'masked_decay')}"
             )
         if self.s_ste_scale != "frozen" and self.projection != "soft_threshold":
             raise ConfigError(
                 f"s_ste_scale {self.s_ste_scale}: the recipe {self.name} has no scale, expected "
-                "s_ste"
+                f"{_presets(lambda recipe: recipe.projection == 'soft_threshold')}"
             )
         if self.mask_metric == "wanda" and self.projection != "row":
             raise ConfigError(
-                f"mask_metric wanda with the recipe {self.name}, expected row-wise masks: ste, "
-                "sr_ste or ast"
+                f"mask_metric wanda with the recipe {self.name}, expected row-wise masks: "
+                f"{_presets(lambda recipe: recipe.projection == 'row')}"
             )
 
     @property
@@ -110,6 +120,19 @@ class SparsityRecipe:
     def is_sparse(self) -> bool:
         """Whether any GEMM of any phase is sparse."""
         return self.projection != "none"
+
+    def matches(self, name: str) -> bool:
+        """Whether the linear of this name in the whole model is made sparse.
+
+        Args:
+            name: of the module, e.g. `decoder.layers.0.mlp.linear_fc1`.
+        """
+        return self.is_sparse and any(fnmatchcase(name, pattern) for pattern in self.sparse_layers)
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """The patterns that none of these linears is named like."""
+        there = list(names)
+        return [p for p in self.sparse_layers if not any(fnmatchcase(name, p) for name in there)]
 
     @property
     def transposable(self) -> bool:
@@ -187,18 +210,32 @@ def make_recipe(name: str, **overrides: Any) -> SparsityRecipe:
 
 
 def recipe_of(config: RunConfig) -> SparsityRecipe:
-    """The run's recipe: the preset with the flags that were given."""
-    sparsity = config.sparsity
-    return make_recipe(
-        sparsity.sparsity_recipe,
-        mask_update_interval=sparsity.mask_update_interval,
-        masked_decay=sparsity.masked_decay,
-        masked_decay_ramp_iters=sparsity.masked_decay_ramp_iters,
-        masked_decay_before_clipping=sparsity.masked_decay_before_clipping,
-        s_ste_scale=sparsity.s_ste_scale,
-        mask_metric=sparsity.mask_metric,
-        mvue=sparsity.mvue,
-        dense_warmup_fraction=sparsity.dense_warmup_fraction,
-        dense_tail_fraction=sparsity.dense_tail_fraction,
-        simulate_fp8=sparsity.simulate_fp8,
-    )
+    """The run's recipe: the preset with the flags that were given.
+
+    Raises:
+        ConfigError: a setting that the recipe has no use for.
+    """
+    sparsity, wanted = config.sparsity, config.fp8.fp8_format
+    settings = {name: getattr(sparsity, name) for name in _SETTINGS}
+    settings["sparse_layers"] = tuple(sparsity.sparse_layers)
+    recipe = make_recipe(sparsity.sparsity_recipe, **settings)
+    if sparsity.slorb_k is not None and recipe.projection != "row":
+        raise ConfigError(
+            f"slorb_k {sparsity.slorb_k} with the recipe {recipe.name}, expected a row-wise mask: "
+            f"{_presets(lambda other: other.projection == 'row')}"
+        )
+    if wanted is not None and not recipe.is_sparse:
+        raise ConfigError(f"fp8_format {wanted} with no sparse layers, expected a sparsity_recipe")
+    return recipe
+
+
+# What a run may set of a recipe: the fields that both have.
+_SETTINGS = {field.name for field in dataclasses.fields(SparsityRecipe)} & {
+    field.name for field in dataclasses.fields(SparsityConfig)
+}
+
+
+def _presets(chosen: Callable[[SparsityRecipe], bool]) -> str:
+    """Names of the presets of a kind, for messages: "a, b or c"."""
+    *names, last = (name for name, recipe in PRESETS.items() if chosen(recipe))
+    return f"{', '.join(names)} or {last}" if names else last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.distributed.events import NO_LISTENERS, Events
 from megasparse.errors import ConfigError
 from megasparse.fp8 import Scaling, transformer_engine
@@ -30,7 +30,7 @@ from megasparse.train.engine.step_guard import Poison
 
 
 def build_engine(
-    config: RunConfig,
+    config: ResolvedConfig,
     grid: Grid,
     recipe: SparsityRecipe,
     padded_vocab_size: int,
@@ -53,7 +53,6 @@ def build_engine(
         return sparsify(
             model,
             recipe,
-            config.sparsity.sparse_layers,
             clock,
             reduce=grid.sum_over_tp,
             reduce_max=grid.max_over_tp,
@@ -83,7 +82,7 @@ def build_engine(
     return Engine(config, grid, layout, controller)
 
 
-def _fp8_scales(config: RunConfig, grid: Grid) -> Scaling | None:
+def _fp8_scales(config: ResolvedConfig, grid: Grid) -> Scaling | None:
     """Scaling of the sparse layers' FP8 operands, or None when they are not in FP8.
 
     Raises:

@@ -29,7 +29,7 @@ from megasparse.checkpoint.model import check_shape, input_shard, mask_shard, sp
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
 from megasparse.checkpoint.writer import Tensors
-from megasparse.config import RunConfig, to_dict
+from megasparse.config import ResolvedConfig, to_dict
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
 from megasparse.log import logger
@@ -52,7 +52,7 @@ def layout(engine: Engine) -> dict[str, int]:
         "tp": grid.tp_size,
         "dp": grid.dp_size,
         "pp": grid.pp_size,
-        "zero": engine.config.parallel.zero_stage or 0,
+        "zero": engine.config.parallel.zero_stage,
     }
 
 
@@ -65,7 +65,7 @@ def describe(engine: Engine, digests: dict[str, str], state: dict[str, Any]) -> 
     """
     clock, train = engine.controller.clock, engine.config.train
     return {
-        "consumed_samples": clock.step * (train.global_batch_size or 0),
+        "consumed_samples": clock.step * train.global_batch_size,
         "layout": layout(engine),
         "optimizer_steps": _optimizer_steps(engine),
         "digests": digests,
@@ -181,7 +181,7 @@ def _collect_sparsity(state: SparseWeight, tp_rank: int) -> dict[str, tuple[Piec
     return tensors
 
 
-def _has_state(reader: CheckpointReader, state: SparseWeight, config: RunConfig) -> bool:
+def _has_state(reader: CheckpointReader, state: SparseWeight, config: ResolvedConfig) -> bool:
     """Whether the saved state of a weight is to be taken over."""
     if not config.checkpoint.override_recipe:
         return True  # if it is missing, reading it is an error

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.log import logger
 from megasparse.megatron.distillation import vocab_parallel_kl
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.loss import token_cross_entropy
+from megasparse.megatron.loss import masked_mean, token_cross_entropy
 from megasparse.megatron.teacher import Teacher
 
 MIB = 2**20
@@ -25,7 +25,7 @@ class Distillation:
     """The teacher and the loss against it.
 
     Args:
-        config: resolved.
+        config: of the run.
         grid: this rank's place.
         padded_vocab_size: of student and teacher.
         vocab_size: before padding; None: nothing is padding.
@@ -33,7 +33,7 @@ class Distillation:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         grid: Grid,
         padded_vocab_size: int,
         vocab_size: int | None = None,
@@ -74,13 +74,13 @@ class Distillation:
             labels: `(a, b)` int64.
             mask: `(a, b)` float32, of the tokens that count.
         """
-        settings, count = self._settings, mask.sum().clamp(min=1.0)
+        settings = self._settings
         divergences = vocab_parallel_kl(
             student, teacher, settings.kd_temperature, self._vocab_size, self._grid.tp_group
         )
-        kd = (divergences * mask).sum() / count
+        kd = masked_mean(divergences, mask)
         # After the divergence, which keeps nothing of the logits: this overwrites them.
-        lm = (token_cross_entropy(student, labels) * mask).sum() / count
+        lm = masked_mean(token_cross_entropy(student, labels), mask)
         self._sums += torch.stack([kd.detach(), lm.detach(), torch.ones_like(lm)])
         return settings.kd_loss_weight * kd + settings.lm_loss_weight * lm
 

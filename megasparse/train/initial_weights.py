@@ -17,7 +17,7 @@ import torch
 from megasparse.checkpoint.model import StoredModel, check_shape
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.convert.huggingface import HuggingFaceModel
 from megasparse.convert.source import Source, check_model, pad_vocabulary
 from megasparse.distributed.control_plane import ControlPlane
@@ -37,7 +37,7 @@ class WeightSources:
     """Where a run's first weights and its teacher's are.
 
     Args:
-        config: resolved.
+        config: of the run.
         control: of all ranks; all calls are collective.
         digests: of this run's data and tokenizer.
         vocab_size: of the run, before padding.
@@ -46,7 +46,7 @@ class WeightSources:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         control: ControlPlane,
         digests: dict[str, str],
         vocab_size: int,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megasparse.checkpoint.run_directory import RunFolder
-from megasparse.config import RunConfig, padded_vocab_size
+from megasparse.config import ResolvedConfig, padded_vocab_size
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.distributed.events import Events
 from megasparse.distributed.signals import StopRequest, describe
@@ -51,13 +51,15 @@ class Trainer:
     """One run on this rank.
 
     Args:
-        config: resolved.
+        config: of the run.
         grid: this rank's place.
         data: checked and indexed.
         services: of the run.
     """
 
-    def __init__(self, config: RunConfig, grid: Grid, data: RunData, services: RunServices) -> None:
+    def __init__(
+        self, config: ResolvedConfig, grid: Grid, data: RunData, services: RunServices
+    ) -> None:
         self.config, self.grid, self.data, self.services = config, grid, data, services
         self.recipe = recipe_of(config)
         self.folder = RunFolder(config, services.control)
@@ -104,7 +106,6 @@ class Trainer:
     def _train(self) -> str:
         """Steps until the end or a reason to stop, in words."""
         train, clock = self.config.train, self.controller.clock
-        assert train.global_batch_size is not None
         first = clock.step * train.global_batch_size + self.state.sample_offset
         stream = self.engine.timer.waiting_for(
             batches(self.data.streams["train"], self.config, self.grid, first)
@@ -158,7 +159,6 @@ class Trainer:
     def _step(self, stream: Any) -> Row:
         """One optimizer step and everything recorded about it."""
         train, clock = self.config.train, self.controller.clock
-        assert train.global_batch_size is not None
         first_sample = clock.step * train.global_batch_size + self.state.sample_offset
         known: Row = {
             "sparse": self.controller.sparse_now,

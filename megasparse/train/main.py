@@ -9,20 +9,15 @@ import traceback
 from pathlib import Path
 
 from megasparse import log
-from megasparse.config import RunConfig, to_dict
+from megasparse.config import ResolvedConfig, to_dict
 from megasparse.distributed import faults
-from megasparse.distributed.control_plane import (
-    ControlPlane,
-    as_user_error,
-    make_control_plane,
-    one_line,
-)
+from megasparse.distributed.control_plane import ControlPlane, as_user_error, make_control_plane
 from megasparse.distributed.events import Events
 from megasparse.distributed.rendezvous import attempt
 from megasparse.distributed.signals import StopRequest
 from megasparse.distributed.verdicts import is_communication_error
 from megasparse.distributed.watchdog import Watchdog
-from megasparse.errors import ConfigError, MegasparseError, PeerError
+from megasparse.errors import ConfigError, MegasparseError, PeerError, one_line
 from megasparse.megatron.batches import build_data
 from megasparse.megatron.grid import make_grid
 from megasparse.preflight.check import check_hosts, require_fit
@@ -31,8 +26,8 @@ from megasparse.train.engine.deepspeed import fix_order_of_sums, start_process, 
 from megasparse.train.loop import RunServices, Trainer
 
 
-def pretrain(config: RunConfig) -> int:
-    """Run a resolved configuration to its end on this rank; its exit code."""
+def pretrain(config: ResolvedConfig) -> int:
+    """Run a configuration to its end on this rank; its exit code."""
     return _Run(check(config), StopRequest()).run()
 
 
@@ -111,7 +106,7 @@ class _Run:
         return exit_code
 
 
-def _check_same_config(config: RunConfig, control: ControlPlane) -> None:
+def _check_same_config(config: ResolvedConfig, control: ControlPlane) -> None:
     """Ranks started with different flags would train different models, or wait for ever."""
     trees = to_dict(config)
     text = json.dumps(trees, sort_keys=True).encode()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megasparse.atomic_files import write_text
-from megasparse.config import RunConfig, dump_yaml, to_dict
+from megasparse.config import ResolvedConfig, dump_yaml, to_dict
 from megasparse.estimate import flops
 from megasparse.log import logger
 from megasparse.metrics.schema import ProgressLine
@@ -33,7 +33,7 @@ class Recorder:
     """The metrics of one run, step by step; `begin`, the step, `end`, on all ranks.
 
     Args:
-        config: resolved.
+        config: of the run.
         engine: of the run, after a checkpoint was loaded.
         recipe: of the run.
         padded_vocab_size: rows of the output layer.
@@ -45,7 +45,7 @@ class Recorder:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         engine: Engine,
         recipe: SparsityRecipe,
         padded_vocab_size: int,
@@ -101,7 +101,6 @@ class Recorder:
         self._timer.stop()
         self._controller.ask(False)
         train, step = self._config.train, self._controller.clock.step
-        assert train.global_batch_size is not None
         row: Row = {
             "step": step,
             **dataclasses.asdict(result),
@@ -136,7 +135,7 @@ class Recorder:
 
     @property
     def _tokens_per_step(self) -> int:
-        return (self._config.train.global_batch_size or 0) * self._config.model.seq_length
+        return self._config.train.global_batch_size * self._config.model.seq_length
 
     def _is_logged(self, step: int) -> bool:
         if self.only_log is not None:

@@ -13,7 +13,7 @@ from megasparse.checkpoint.proof import (
     require_sparsity,
 )
 from megasparse.checkpoint.saver import choose
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.log import logger
 from megasparse.metrics.schema import read_metrics
@@ -60,7 +60,7 @@ def format_report(
     return "\n".join(lines)
 
 
-def finish(config: RunConfig, recipe: SparsityRecipe, rank: int, sample: str | None) -> None:
+def finish(config: ResolvedConfig, recipe: SparsityRecipe, rank: int, sample: str | None) -> None:
     """Check the saved checkpoint and print the table (rank 0).
 
     Raises:
@@ -70,7 +70,7 @@ def finish(config: RunConfig, recipe: SparsityRecipe, rank: int, sample: str | N
         return
     alone = ControlPlane(None)
     # A run that was complete when it was loaded has saved nothing of its own.
-    reader = choose(Path(config.checkpoint.save or ""), alone) or choose(
+    reader = choose(Path(config.checkpoint.save), alone) or choose(
         Path(config.checkpoint.load or ""), alone
     )
     assert reader is not None
@@ -79,7 +79,7 @@ def finish(config: RunConfig, recipe: SparsityRecipe, rank: int, sample: str | N
     places = {
         "checkpoint": reader.folder,
         "metrics": run_dir / "metrics.jsonl",
-        "TensorBoard": Path(config.logging.tensorboard_dir or ""),
+        "TensorBoard": Path(config.logging.tensorboard_dir),
         "configuration": run_dir / "config.yaml",
     }
     rows = read_metrics(run_dir / "metrics.jsonl")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megasparse.checkpoint.reader import CheckpointReader
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.errors import CheckpointError
 
 
@@ -51,14 +51,14 @@ class LoopState:
         }
 
     @classmethod
-    def of(cls, reader: CheckpointReader, config: RunConfig) -> LoopState:
+    def of(cls, reader: CheckpointReader, config: ResolvedConfig) -> LoopState:
         """As a checkpoint left it.
 
         Raises:
             CheckpointError: the manifest lacks it.
         """
         saved, meta = reader.meta["state"], reader.meta
-        batch = config.train.global_batch_size or 0
+        batch = config.train.global_batch_size
         try:
             return cls(
                 [list(entry) for entry in saved["flip_history"]],

@@ -29,6 +29,27 @@ def test_base_file_is_applied_first(tmp_path):
         load_config(["--config", str(child)])
 
 
+def test_later_files_win_and_name_the_run(tmp_path):
+    texts = {
+        "small": "model: {num_layers: 7, hidden_size: 128}\ntrain: {lr: 1e-3}\n",
+        "fst": "sparsity: {sparsity_recipe: fst}\ntrain: {lr: 2e-3}\n",
+    }
+    argv = []
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+        argv += ["--config", str(tmp_path / f"{name}.yaml")]
+    config = load_config(argv)
+    assert (config.model.num_layers, config.train.lr) == (7, 2e-3)
+    assert config.sparsity.sparsity_recipe == "fst"
+    assert config.checkpoint.run_dir == "runs/small_fst"
+    assert load_config([*argv, "--run-dir", "runs/mine"]).checkpoint.run_dir == "runs/mine"
+    reversed_order = load_config([*argv[2:], *argv[:2]])
+    assert reversed_order.train.lr == 1e-3
+    (tmp_path / "fst.yaml").write_text("checkpoint: {run_dir: runs/its_own}\n")
+    assert load_config(argv).checkpoint.run_dir == "runs/its_own"
+    assert load_config([]).checkpoint.run_dir == "runs/default"
+
+
 def test_dump_reads_back_equal(tmp_path):
     config = load_config(["--data-path", "0.7", "a", "0.3", "b", "--lr", "3e-5", "--no-bf16"])
     path = tmp_path / "config.yaml"

@@ -89,7 +89,7 @@ def test_refusals(flags, world, message):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_committed_configs_resolve(path):
-    from megasparse.megatron.model import parameter_count
+    from megasparse.config.shapes import parameter_count
     from megasparse.sparsity.recipe import recipe_of
 
     config = load_config(["--config", str(path)])

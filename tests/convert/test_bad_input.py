@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.convert.models import save_model, tensors
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import convert_checkpoint  # noqa: E402
+from tools import convert_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +21,7 @@ from megasparse.tensor_files import raw_bytes
 from tests import dist
 from tests.convert.models import load_logits, tensors
 from tests.runs import LLAMA, TINY, make_dataset, train
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import convert_checkpoint  # noqa: E402
-import export_sparse  # noqa: E402
+from tools import convert_checkpoint, export_sparse
 
 ATTENTION = ["--sparse-layers", "*.mlp.linear_*", "*.self_attention.linear_*"]
 # 130 tokens are padded to 144. Masks of sr_ste are refreshed at every step, and last by the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import weakref
 from pathlib import Path
 
@@ -14,11 +13,7 @@ from megasparse.checkpoint.importer import write_imported
 from megasparse.convert.huggingface import HuggingFaceModel
 from tests import dist
 from tests.convert.models import KINDS, VOCAB, megasparse_logits, save_model, tensors
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import convert_checkpoint  # noqa: E402
+from tools import convert_checkpoint
 
 
 def convert(*flags: object) -> int:

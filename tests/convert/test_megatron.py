@@ -13,11 +13,7 @@ import torch
 
 from tests import dist
 from tests.convert.models import TOKENS, VOCAB, megasparse_logits
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import convert_checkpoint  # noqa: E402
+from tools import convert_checkpoint
 
 PADDED = 144
 SIZES = {

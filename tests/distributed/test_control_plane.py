@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megasparse.distributed.control_plane import ControlPlane, one_line
-from megasparse.errors import ConfigError, MegasparseError
+from megasparse.distributed.control_plane import ControlPlane
+from megasparse.errors import ConfigError, MegasparseError, one_line
 from tests import dist
 
 

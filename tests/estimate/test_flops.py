@@ -60,9 +60,7 @@ def counted():
 @pytest.mark.parametrize("name", CASES)
 def test_formula_and_counter_agree_within_two_percent(counted, name):
     config = _config(CASES[name])
-    formula = flops.token_flops(
-        config.model, config.parallel, 128, PRESETS["dense"], [], causal=False
-    )
+    formula = flops.token_flops(config.model, config.parallel, 128, PRESETS["dense"], causal=False)
     assert formula.by_recipe == pytest.approx(counted[name], rel=0.02)
     assert (formula.recomputed > 0) == ("--recompute-granularity" in CASES[name])
 
@@ -72,22 +70,21 @@ def test_a_24_gemm_does_half():
     h, f, layers = 64, 256, 2
     ffn = layers * 2 * 2 * h * f  # forward of both linears
     for recipe, gemms in (("ste", 1), ("s_ste", 2), ("fst", 3), ("ast", 1), ("dense", 0)):
-        patterns = config.sparsity.sparse_layers
-        here = flops.token_flops(config.model, config.parallel, 128, make_recipe(recipe), patterns)
+        here = flops.token_flops(config.model, config.parallel, 128, make_recipe(recipe))
         assert here.saved == gemms * ffn / 2
         assert here.dense == flops.of_run(config, 128, PRESETS["dense"]).by_recipe
     late = flops.token_flops(
-        config.model, config.parallel, 128, make_recipe("fst"), patterns, sparse_now=False
+        config.model, config.parallel, 128, make_recipe("fst"), sparse_now=False
     )
     assert late.by_recipe == late.dense
-    one = ["decoder.layers.1.mlp.linear_fc2"]
-    only = flops.token_flops(config.model, config.parallel, 128, make_recipe("fst"), one)
+    one = make_recipe("fst", sparse_layers=("decoder.layers.1.mlp.linear_fc2",))
+    only = flops.token_flops(config.model, config.parallel, 128, one)
     assert only.saved == 3 * 2 * h * f / 2
 
 
 def test_recomputed_sparse_layers_save_once_more():
     config = _config(["--ffn-hidden-size", "256", *FULL])
-    flags = (config.model, config.parallel, 128, make_recipe("fst"), config.sparsity.sparse_layers)
+    flags = (config.model, config.parallel, 128, make_recipe("fst"))
     here = flops.token_flops(*flags)
     assert here.saved == 4 * (2 * 2 * 2 * 64 * 256) / 2
 

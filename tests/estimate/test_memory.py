@@ -110,7 +110,7 @@ def _saved(rank: int, world: int, flags: list[str]) -> list[int]:
     gpt = build_model(config, make_grid(tp, device, 1), 128)
     if config.fp8.fp8_format:
         scales, recipe = DelayedScaling(device), recipe_of(config)
-        sparsify(gpt, recipe, config.sparsity.sparse_layers, Clock(1, 10), fp8=scales)
+        sparsify(gpt, recipe, Clock(1, 10), fp8=scales)
     own = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

@@ -7,6 +7,7 @@ the environment what pyxis and enroot's hook for PyTorch images do, then runs th
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_a_run_in_a_container_keeps_its_rendezvous_and_sees_its_folder(run, tmp_
     place = tmp_path / "elsewhere"
     place.mkdir()
     (tmp_path / "link").symlink_to(place)
-    flags = ["configs/gpt2_124m.yaml", "--run-dir", str(tmp_path / "link")]
+    flags = ["configs/models/gpt2_124m.yaml", "--run-dir", str(tmp_path / "link")]
     found = run(
         "pretrain.sbatch", *flags, CONTAINER_IMAGE="/images/a.sqsh", CONTAINER_MOUNTS="/d:/d:ro",
         RANKS_PER_NODE="2",
@@ -68,9 +69,22 @@ def test_a_run_in_a_container_keeps_its_rendezvous_and_sees_its_folder(run, tmp_
 
 
 def test_without_an_image_there_is_no_container(run, tmp_path):
-    found = run("pretrain.sbatch", "configs/gpt2_124m.yaml", "--run-dir", str(tmp_path / "run"))
+    found = run(
+        "pretrain.sbatch", "configs/models/gpt2_124m.yaml", "--run-dir", str(tmp_path / "run")
+    )
     assert not [option for option in found["options"] if "container" in option]
     assert len(found["ranks"]) == 1
+
+
+def test_further_configuration_files_are_flags_and_name_the_run(run):
+    files = ["configs/models/gpt2_124m.yaml", "--config", "configs/recipes/fst.yaml"]
+    folder = ROOT / "runs" / "gpt2_124m_fst-17"
+    try:
+        found = run("pretrain.sbatch", *files)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    words = f"--config {' '.join(files)} --resume --run-dir runs/gpt2_124m_fst-17"
+    assert found["ranks"][0].endswith(words)
 
 
 def test_a_conversion_in_a_container(run):

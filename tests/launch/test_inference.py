@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
+from launch import evaluate, generate
 from megasparse.data.sidecar import bin_path
 from megasparse.errors import ConfigError, DataError
 from megasparse.inference.perplexity import windows
@@ -22,22 +20,14 @@ from megasparse.inference.sampling import Sampling, choose_token
 from tests import dist
 from tests.convert.models import load_logits
 from tests.runs import LLAMA, TINY, make_dataset, train
+from tools import export_sparse
 
 ROOT = Path(__file__).parents[2]
 
 
-def load(name: str) -> ModuleType:
-    path = ROOT / "launch" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(rank: int, world: int, name: str, flags: list[str]) -> str:
     """What a launcher prints on this rank."""
-    script = load(name)
+    script = {"evaluate": evaluate, "generate": generate}[name]
     with redirect_stdout(StringIO()) as printed:
         getattr(script, name)(script.parse_args(flags))
     return printed.getvalue()
@@ -53,8 +43,6 @@ def refusal(rank: int, world: int, name: str, flags: list[str]) -> str:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> dict[str, Path]:
     """A run of a LLaMA, its data, a tokenizer of numbers, and the run exported."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    import export_sparse
     import tokenizers
 
     folder = tmp_path_factory.mktemp("inference")

@@ -111,7 +111,7 @@ def test_array_dependency_and_hostfile(slurm, config, tmp_path):
     run_id = f"array-{tmp_path.parent.name}-{tmp_path.name}"
     job = slurm.submit(
         "--array=1-2", f"--output={tmp_path}/%a.log", "launch/slurm/array.sbatch", str(config),
-        str(sweep), RUN_ID=run_id, PYTHON="echo",
+        str(sweep), "--num-workers", "1", RUN_ID=run_id, PYTHON="echo",
     )  # fmt: skip
     log = tmp_path / "convert.log"
     after = slurm.submit(
@@ -125,7 +125,8 @@ def test_array_dependency_and_hostfile(slurm, config, tmp_path):
         for run, flags in zip(runs, sweep.read_text().splitlines(), strict=True):
             (said,) = run.glob("logs/*-0/rank-0.log")
             run_dir = run.relative_to(ROOT)
-            expected = f"launch/pretrain.py --config {config} {flags} --resume --run-dir {run_dir}"
+            every = f"--config {config} --num-workers 1 {flags}"
+            expected = f"launch/pretrain.py {every} --resume --run-dir {run_dir}"
             assert said.read_text().strip() == expected
     finally:
         for run in runs:

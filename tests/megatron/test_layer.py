@@ -46,10 +46,10 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
     if "--fp8-format" in flags:
         needs_transformer_engine(device)
     from megasparse.fp8.delayed import DelayedScaling
-    from megasparse.megatron.layer import build_layer, rotary_frequencies
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.clock import Clock
     from megasparse.sparsity.recipe import recipe_of
+    from tools.bench.single_layer import build_layer, rotary_frequencies
 
     everything = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
     config = resolve(
@@ -58,9 +58,7 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
     model, layer = build_layer(config, device)
     scales = DelayedScaling(device) if config.fp8.fp8_format else None
     clock = Clock(1, 10)
-    controller = sparsify(
-        model, recipe_of(config), config.sparsity.sparse_layers, clock, fp8=scales
-    )
+    controller = sparsify(model, recipe_of(config), clock, fp8=scales)
     angles = rotary_frequencies(256, 128, device)
     x = torch.randn(256, 2, 512, device=device).bfloat16().requires_grad_()
     for step in range(3):
@@ -83,7 +81,7 @@ def test_rotated_projection_is_the_rotated_parts(device, one_rank, groups):
     from megatron.core.transformer.attention import SelfAttention
 
     from megasparse.megatron.attention import RotaryQkvAttention
-    from megasparse.megatron.layer import build_layer, rotary_frequencies
+    from tools.bench.single_layer import build_layer, rotary_frequencies
 
     precision = ["--bf16"] if device.type == "cuda" else ["--no-bf16"]
     config = resolve(load_config([*FLAGS, *precision, "--num-query-groups", str(groups)]), 1)

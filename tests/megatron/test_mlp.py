@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -25,10 +27,10 @@ def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
     from megasparse.megatron import mlp
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.init import initialize_weights
-    from megasparse.megatron.layer import build_layer
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.clock import Clock
     from megasparse.sparsity.recipe import recipe_of
+    from tools.bench.single_layer import build_layer
 
     device = torch.device("cpu")
     config = resolve(load_config([*MODEL, *flags]), world)
@@ -37,9 +39,8 @@ def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
     initialize_weights(model, 3, 0.05, 1, grid.tp_rank, grid.tp_size)
     scales = DelayedScaling(device, reduce_max=grid.max_over_tp)
     clock = Clock(seed=5, train_iters=10)
-    controller = sparsify(
-        model, recipe_of(config), patterns, clock, grid.sum_over_tp, fp8=scales, **options
-    )
+    recipe = dataclasses.replace(recipe_of(config), sparse_layers=tuple(patterns))
+    controller = sparsify(model, recipe, clock, grid.sum_over_tp, fp8=scales, **options)
     if not fused and isinstance(layer.mlp, mlp.Fp8GatedMLP):
         layer.mlp.__class__ = MLP
     return layer.mlp, controller, clock, scales

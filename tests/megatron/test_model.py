@@ -13,9 +13,10 @@ DATA = ["--mock-data"]
 
 def _build(rank, world, flags):
     from megasparse.config import load_config, padded_vocab_size, resolve
+    from megasparse.config.shapes import parameter_count
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.init import parameter_shard
-    from megasparse.megatron.model import build_model, parameter_count
+    from megasparse.megatron.model import build_model
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.clock import Clock
     from megasparse.sparsity.recipe import recipe_of
@@ -24,9 +25,7 @@ def _build(rank, world, flags):
     grid = make_grid(config.parallel.tensor_model_parallel_size, torch.device("cpu"), 1)
     vocab = padded_vocab_size(128, config)
     model = build_model(config, grid, vocab)
-    controller = sparsify(
-        model, recipe_of(config), config.sparsity.sparse_layers, Clock(1, 10), grid.sum_over_tp
-    )
+    controller = sparsify(model, recipe_of(config), Clock(1, 10), grid.sum_over_tp)
     parameters = {
         name: (parameter_shard(p, grid.tp_rank, grid.tp_size), p.detach().clone())
         for name, p in model.named_parameters()

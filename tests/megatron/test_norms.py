@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -14,11 +15,11 @@ from megasparse.fp8.delayed import DelayedScaling
 from megasparse.megatron import norms
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.init import initialize_weights
-from megasparse.megatron.layer import build_layer, rotary_frequencies
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.recipe import recipe_of
 from tests import dist
+from tools.bench.single_layer import build_layer, rotary_frequencies
 
 S, B, H, F = 32, 2, 256, 256
 MODEL = [
@@ -46,9 +47,8 @@ def _layer(world, flags, patterns=LINEARS, current=False, **options):
     else:
         scales = DelayedScaling(device, reduce_max=grid.max_over_tp)
     clock = Clock(seed=5, train_iters=10)
-    controller = sparsify(
-        model, recipe_of(config), patterns, clock, grid.sum_over_tp, fp8=scales, **options
-    )
+    recipe = dataclasses.replace(recipe_of(config), sparse_layers=tuple(patterns))
+    controller = sparsify(model, recipe, clock, grid.sum_over_tp, fp8=scales, **options)
     assert options or names == [name for name, _ in model.named_parameters()]
     return layer, controller, clock, scales
 

@@ -40,7 +40,8 @@ def _ffn(rank, world, recipe_name, sequence_parallel, gated):
     )
     initialize_weights(model, 3, 0.5, 1, grid.tp_rank, grid.tp_size)
     clock = Clock(seed=5, train_iters=10)
-    sparsify(model, make_recipe(recipe_name), ["linear_*"], clock, grid.sum_over_tp)
+    recipe = make_recipe(recipe_name, sparse_layers=("linear_*",))
+    sparsify(model, recipe, clock, grid.sum_over_tp)
     generator = torch.Generator().manual_seed(9)
     x_whole = torch.randn(S, B, H, generator=generator)
     dz_whole = torch.randn(S, B, H, generator=generator)
@@ -114,7 +115,7 @@ def _bad_patterns(rank, world):
     messages = []
     for patterns in (["*.linear_fc3"], ["linear_fc1"]):
         try:
-            sparsify(model, make_recipe("fst"), patterns, Clock(0, 1))
+            sparsify(model, make_recipe("fst", sparse_layers=patterns), Clock(0, 1))
         except ConfigError as error:
             messages.append(str(error))
     assert "dense" in repr(model["linear_fc1"])

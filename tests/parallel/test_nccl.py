@@ -1,18 +1,19 @@
 """FP8 and 2:4 over NCCL: a layout of two ranks trains as one does.
 
-Each rank has a GPU, or they share the only one (`measure_runs`). The matrix of layouts in BF16 is
-`tools/bench_scaling.py`; gloo's tests beside this one are exact.
+Each rank has a GPU, or they share the only one (`tools.bench.short_runs`). The matrix of layouts in
+BF16 is `tools.bench.scaling`; gloo's tests beside this one are exact.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.transformer_engine import needs_transformer_engine
+from tools.bench import short_runs
+from tools.experiments.run_queue import visible_gpus
 
 ROOT = Path(__file__).parents[2]
 MODEL = [
@@ -34,21 +35,13 @@ STEPS = 10
 
 
 @pytest.mark.gpu
-def test_fp8_runs_on_two_ranks_as_on_one(monkeypatch: pytest.MonkeyPatch):
+def test_fp8_runs_on_two_ranks_as_on_one():
     needs_transformer_engine(torch.device("cuda"))
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import measure_runs
-    from run_queue import visible_gpus
-
     gpus = visible_gpus()[:2]
     alone = {"one": {"flags": MODEL, "steps": STEPS}}
     jobs = {name: {"flags": [*MODEL, *more], "steps": STEPS} for name, more in LAYOUTS.items()}
-    try:
-        one = measure_runs.launch(alone, 1, "cuda", gpus=gpus[:1])["one"]
-        two = measure_runs.launch(jobs, 2, "cuda", gpus=gpus)
-    finally:
-        for name in ("measure_runs", "run_queue"):
-            sys.modules.pop(name, None)
+    one = short_runs.launch(alone, 1, "cuda", gpus=gpus[:1])["one"]
+    two = short_runs.launch(jobs, 2, "cuda", gpus=gpus)
     assert list(two) == list(LAYOUTS)
     for run in two.values():
         assert run["samples"] == one["samples"]

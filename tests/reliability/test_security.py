@@ -93,7 +93,7 @@ def test_the_payload_is_live(tmp_path):
 
 
 def test_no_malicious_file_runs_anything(tmp_path):
-    """A sample of them; `tools/soak.py malicious` tries all."""
+    """A sample of them; `tools.bench.soak malicious` tries all."""
     base = tmp_path / "base"
     base.mkdir()
     prepare_base(base)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 
+from megasparse.config import RunConfig, SparsityConfig, load_config
+from megasparse.config.schema_model import RecipeName
 from megasparse.errors import ConfigError
 from megasparse.sparsity import schedule
-from megasparse.sparsity.recipe import PRESETS, SparsityRecipe, make_recipe
+from megasparse.sparsity.recipe import PRESETS, SparsityRecipe, make_recipe, recipe_of
 
 
 def test_presets_name_their_sparse_gemms():
@@ -64,3 +68,63 @@ def test_refreshes_fall_on_multiples_however_often_it_is_asked(interval):
                 refreshed.append(step)
                 last = step
     assert refreshed == list(range(0, 100, interval))
+
+
+def test_the_names_of_the_configuration_are_the_presets():
+    assert get_args(RecipeName) == tuple(PRESETS)
+
+
+def test_which_linears_are_sparse_is_asked_of_the_recipe():
+    recipe = make_recipe("ste", sparse_layers=("*.mlp.linear_fc1", "decoder.layers.0.*"))
+    assert recipe.matches("decoder.layers.3.mlp.linear_fc1")
+    assert recipe.matches("decoder.layers.0.self_attention.linear_qkv")
+    assert not recipe.matches("decoder.layers.3.mlp.linear_fc2")
+    assert recipe.unmatched(["decoder.layers.0.mlp.linear_fc2"]) == ["*.mlp.linear_fc1"]
+    assert not make_recipe("dense").matches("decoder.layers.0.mlp.linear_fc1")
+
+
+def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
+    """Whatever field both have: nothing is copied by hand."""
+    config = RunConfig()
+    config.sparsity = SparsityConfig(
+        sparsity_recipe="ast",
+        sparse_layers=["a"],
+        mask_update_interval=7,
+        masked_decay=0.5,
+        masked_decay_ramp_iters=3,
+        mvue="approximate",
+        mask_metric="wanda",
+        simulate_fp8=True,
+        s_ste_scale="frozen",
+        dense_warmup_fraction=0.25,
+        dense_tail_fraction=0.125,
+    )
+    recipe = recipe_of(config)
+    both = {f.name for f in fields(SparsityRecipe)} & {f.name for f in fields(SparsityConfig)}
+    assert {"masked_decay", "mvue", "mask_metric", "sparse_layers"} < both
+    for name in both - {"sparse_layers"}:
+        assert getattr(recipe, name) == getattr(config.sparsity, name), name
+    assert recipe.sparse_layers == ("a",)
+    assert recipe_of(RunConfig()) == PRESETS["dense"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        ("fst", {"slorb_k": 16}, "recipe fst, expected a row-wise mask: ste, sr_ste or ast"),
+        ("dense", {"fp8_format": "e4m3"}, "expected a sparsity_recipe"),
+        ("s_ste", {"mask_metric": "wanda"}, "expected row-wise masks: ste, sr_ste or ast"),
+        ("ste", {"s_ste_scale": "every_step"}, "expected s_ste"),
+        ("ast", {"masked_decay_before_clipping": True}, "expected sr_ste or fst"),
+    ],
+)
+def test_what_a_recipe_has_no_use_for(recipe, flags, message):
+    words = [word for name, value in flags.items() for word in _flag(name, value)]
+    config = load_config(["--sparsity-recipe", recipe, *words])
+    with pytest.raises(ConfigError, match=message):
+        recipe_of(config)
+
+
+def _flag(name, value):
+    flag = "--" + name.replace("_", "-")
+    return [flag] if value is True else [flag, str(value)]

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from megasparse.inference import quantized_model
+from megasparse.inference.offline import OfflineModel, StoredRun
 from megasparse.kernels import is_24
 from megasparse.train.checkpoint import newest_valid
 from tests import dist
 from tests.distillation.runs import AST, DENSE
 from tests.runs import LLAMA, make_dataset, train
+from tools import prune_oneshot, quantize
 
-TOOLS = Path(__file__).parents[2] / "tools"
 GATED = [*LLAMA, "--num-query-groups", "4", "--ffn-hidden-size", "64"]
 CALIBRATION = ["--calibration-samples", "8", "--eval-iters", "4"]
 
 
-def _tool(name):
-    if str(TOOLS) not in sys.path:
-        sys.path.insert(0, str(TOOLS))
-    return importlib.import_module(name)
+COMMANDS = {"prune_oneshot": prune_oneshot, "quantize": quantize}
 
 
 def _call(rank, world, name, arguments):
-    tool = _tool(name)
+    tool = COMMANDS[name]
     return tool.run(tool.parse(arguments))
 
 
@@ -116,7 +113,6 @@ def test_folding_leaves_the_function_as_it_is(tmp_path, dense):
 
 def _folded(rank, world, folders):
     """Largest change of the logits when all scales are folded and nothing is rounded."""
-    tool = _tool("quantize")
 
     class Exact:
         def __init__(self, weight):
@@ -132,31 +128,35 @@ def _folded(rank, world, folders):
         found = mean_abs.clamp(min=1e-4).sqrt()
         return found / found.mean(), 0.5
 
-    tool.quantize = lambda weight, *_: Exact(weight)
-    tool.awq_scales = scales
     results = {}
-    for style, folder in folders.items():
-        stored = tool.StoredRun(Path(folder))
-        model = tool.OfflineModel(stored, None, 4)
-        model.put(stored.folded())
-        batch = next(model.micro_batches("valid", 1))
-        with torch.no_grad():
-            before = model.model(batch["tokens"], batch["position_ids"], None).clone()
-            args = tool.parse(["--load", folder, "--output", "x"])
-            work = tool.Work(stored, args, {})
-            model.calibrate(1, work.layer)
-            after = model.model(batch["tokens"], batch["position_ids"], None)
-        changes = [
-            float((p.cpu() - stored.weights[name]).abs().max())
-            for name, p in model.model.named_parameters()
-        ]
-        results[style] = (float((after - before).abs().max()), max(changes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized_model, "quantize", lambda weight, *_: Exact(weight))
+        patch.setattr(quantized_model, "awq_scales", scales)
+        for style, folder in folders.items():
+            results[style] = _change_by_folding(Path(folder))
     return results
+
+
+def _change_by_folding(folder):
+    """Largest changes of the logits and of a weight."""
+    stored = StoredRun(folder)
+    model = OfflineModel(stored, None, 4)
+    model.put(stored.folded())
+    batch = next(model.micro_batches("valid", 1))
+    with torch.no_grad():
+        before = model.model(batch["tokens"], batch["position_ids"], None).clone()
+        quantizer = quantized_model.ModelQuantizer(stored, "int4", 128, awq=True)
+        model.calibrate(1, quantizer.layer)
+        after = model.model(batch["tokens"], batch["position_ids"], None)
+    changes = [
+        float((p.cpu() - stored.weights[name]).abs().max())
+        for name, p in model.model.named_parameters()
+    ]
+    return float((after - before).abs().max()), max(changes)
 
 
 @pytest.mark.parametrize("tool", ["prune_oneshot", "quantize"])
 def test_refusals(tmp_path, tool, capsys):
-    module = _tool(tool)
-    assert module.main(["--load", str(tmp_path), "--output", str(tmp_path / "new")]) == 66
+    assert COMMANDS[tool].main(["--load", str(tmp_path), "--output", str(tmp_path / "new")]) == 66
     assert "holds no checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -4,67 +4,56 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from megasparse.estimate import check
+from tools import estimate as tool
+
 ROOT = Path(__file__).parents[2]
 POINTS = ROOT / "tools/results/estimate-points-h200.json"
+LLAMA_8B = [str(ROOT / "configs/models/llama_8b.yaml")]
+LLAMA_8B += ["--config", str(ROOT / "configs/recipes/fst.yaml")]
 TABLE = "tools/results/estimate-h200-2026-11-23.md"
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "tools"))
-    import estimate
-
-    yield estimate
-    sys.path.remove(str(ROOT / "tools"))
-    for name in ("estimate", "estimate_time", "estimate_check", "measure_runs"):
-        sys.modules.pop(name, None)
-
-
-def test_llama_3_8b_has_its_published_size(tool, capsys):
-    assert tool.main([str(ROOT / "configs/llama_8b_fst.yaml"), "--gpus", "8"]) == 0
+def test_llama_3_8b_has_its_published_size(capsys):
+    assert tool.main([*LLAMA_8B, "--gpus", "8"]) == 0
     text = capsys.readouterr().out
     assert "8,030,261,248" in text  # of the published checkpoint
     assert "dp 2" in text and "step time" in text and " fits 139 GiB" in text
     seconds = float(re.search(r"waiting for host +([\d.]+) s", text)[1])
     assert seconds > 0  # 4096 tokens over 4 ranks, by the table's host; a fast one keeps up
-    config = str(ROOT / "configs/llama_8b_fst.yaml")
-    assert tool.main([config, "--gpus", "8", "--launch-us", "5"]) == 0
+    assert tool.main([*LLAMA_8B, "--gpus", "8", "--launch-us", "5"]) == 0
     assert re.search(r"waiting for host +0\.000 s", capsys.readouterr().out)
 
 
-def test_search_lists_only_what_fits_and_says_when_nothing_does(tool, capsys):
-    config = str(ROOT / "configs/llama_8b_fst.yaml")
-    assert tool.main([config, "--gpus", "8", "--search", "--gpu-memory", "40", "--top", "99"]) == 0
+def test_search_lists_only_what_fits_and_says_when_nothing_does(capsys):
+    search = ["--search", "--gpu-memory", "40"]
+    assert tool.main([*LLAMA_8B, "--gpus", "8", *search, "--top", "99"]) == 0
     text = capsys.readouterr().out
     sizes = [float(size) for size in re.findall(r"^ +([\d.]+) GiB", text, re.M)]
     fitting, tried = map(int, re.match(r"(\d+) of (\d+) layouts fit", text).groups())
     assert 0 < fitting < tried and len(sizes) == fitting and max(sizes) <= 40
     seconds = [float(s) for s in re.findall(r"([\d.]+) s  ", text)]
     assert seconds == sorted(seconds) and len(seconds) == fitting
-    assert tool.main([config, "--gpus", "1", "--search", "--gpu-memory", "40"]) == 1
+    assert tool.main([*LLAMA_8B, "--gpus", "1", *search]) == 1
     assert "0 of" in (text := capsys.readouterr().out) and "the smallest takes" in text
 
 
-def test_a_bad_configuration_is_one_line(tool, capsys):
-    config = str(ROOT / "configs/llama_8b.yaml")
-    assert tool.main([config, "--gpus", "6"]) == 64
-    assert capsys.readouterr().err.startswith("ConfigError: world size 6 is not divisible")
+def test_a_bad_configuration_is_one_line(capsys):
+    assert tool.main([*LLAMA_8B, "--gpus", "6"]) == 64
+    assert capsys.readouterr().err.startswith("estimate.py: error: world size 6 is not divisible")
 
 
-def test_what_was_measured_on_h200_is_predicted(tool):
+def test_what_was_measured_on_h200_is_predicted():
     """Whole steps within 30 %, a layer by itself within 6 %, kernels and memory within 8 %."""
-    import estimate_check
 
     args, _ = tool.parse(["x"])
-    table = tool.GemmTable()
-    content = estimate_check.read_points(POINTS)
-    rows = estimate_check.compare(content, table, lambda c, n: tool.estimate(c, n, table, args))
+    table = tool.GemmTable(tool.TABLE)
+    content = check.read_points(POINTS)
+    rows = check.compare(content, table, lambda c, n: tool.estimate(c, n, table, args), ROOT)
     assert len(rows) == len(content["points"]) > 15
     judged = [row for row in rows if not row.older]
     for row in judged:
@@ -76,7 +65,7 @@ def test_what_was_measured_on_h200_is_predicted(tool):
         assert estimated == pytest.approx(measured, rel=0.08), name
 
 
-def test_the_committed_table_is_of_this_estimator(tool, tmp_path, monkeypatch):
+def test_the_committed_table_is_of_this_estimator(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     committed = (ROOT / TABLE).read_text()
     output = tmp_path / "table.md"
@@ -84,7 +73,7 @@ def test_the_committed_table_is_of_this_estimator(tool, tmp_path, monkeypatch):
     assert output.read_text().replace(str(output), TABLE) == committed
 
 
-def test_a_bad_file_of_points_is_one_line(tool, tmp_path, capsys):
+def test_a_bad_file_of_points_is_one_line(tmp_path, capsys):
     path = tmp_path / "points.json"
     path.write_text('{"points": []}')
     assert tool.main(["--check", str(path)]) == 64
@@ -94,17 +83,17 @@ def test_a_bad_file_of_points_is_one_line(tool, tmp_path, capsys):
         tool.main(["--check", str(path), "--lr", "1e-4"])
 
 
-def _of(tool, *flags):
+def _of(*flags):
     """The estimate of a Llama-3-8B layer's sizes, four layers."""
     model = json.loads(POINTS.read_text())["models"]["4 Llama-3-8B layers"]
     args, _ = tool.parse(["x"])
     recipe = ["--sparsity-recipe", "fst", "--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
     config = tool.resolve(tool.load_config([*model.split(), *recipe, *flags]), 1)
-    return tool.estimate(config, 1, tool.GemmTable(), args)
+    return tool.estimate(config, 1, tool.GemmTable(tool.TABLE), args)
 
 
-def test_8_bits_are_faster_and_smaller(tool):
-    wide, narrow = _of(tool), _of(tool, "--fp8-format", "e4m3")
+def test_8_bits_are_faster_and_smaller():
+    wide, narrow = _of(), _of("--fp8-format", "e4m3")
     ratio = wide.time.parts["GEMMs"] / narrow.time.parts["GEMMs"]
     assert 1.6 < ratio < 2.0  # 2018 to 2233 TFLOP/s measured, against 1131 to 1192
     assert narrow.time.seconds < wide.time.seconds
@@ -112,10 +101,10 @@ def test_8_bits_are_faster_and_smaller(tool):
     assert narrow.stages[0].transient["activations"] < wide.stages[0].transient["activations"]
 
 
-def test_a_small_micro_batch_waits_for_the_host(tool):
-    large, small = _of(tool), _of(tool, "--micro-batch-size", "1", "--seq-length", "512")
+def test_a_small_micro_batch_waits_for_the_host():
+    large, small = _of(), _of("--micro-batch-size", "1", "--seq-length", "512")
     assert large.time.waiting == 0 and large.time.seconds == large.time.device
     assert small.time.waiting > 0 and small.time.device < small.time.host < small.time.seconds
-    halved = _of(tool, "--micro-batch-size", "1", "--seq-length", "256")
+    halved = _of("--micro-batch-size", "1", "--seq-length", "256")
     assert halved.time.host == small.time.host  # the same launches
     assert halved.time.seconds == pytest.approx(small.time.seconds, rel=0.01)

@@ -7,21 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests import dist
-from tests.forkserver import context
 from tests.runs import TINY, train
-
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import inspect_sparsity  # noqa: E402
-import plot_runs  # noqa: E402
+from tools import inspect_sparsity, plot_runs
 
 
 @pytest.fixture(scope="module")
@@ -101,21 +92,3 @@ def test_statistics_of_a_checkpoint(run_dir, capsys):
     assert inspect_sparsity.main([str(reader.folder)]) == 0
     shown = capsys.readouterr().out
     assert "recipe fst, step 6, sparse phase" in shown and shown.count("linear_fc") == 4
-
-
-def _bench(arguments: list[str]) -> None:
-    import bench_metrics
-
-    os._exit(bench_metrics.main(arguments))
-
-
-def test_bench_metrics_runs_at_any_size(tmp_path):
-    output = tmp_path / "metrics.md"
-    flags = ["--rounds", "1", "--output", str(output), "--", "--num-layers", "1",
-             "--hidden-size", "64", "--ffn-hidden-size", "64", "--seq-length", "32"]  # fmt: skip
-    process = context().Process(target=_bench, args=(flags,))
-    process.start()
-    process.join(200)
-    assert process.exitcode in (0, 1)  # the cost of a toy is not judged
-    text = output.read_text()
-    assert "all metrics cost" in text and text.count("| plain |") == 1

@@ -1,72 +1,14 @@
-"""The decay search: its rule on made-up numbers, its runs, and that it goes on where it stopped."""
+"""The decay search: its runs, and that it goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from megasparse.errors import ConfigError, MegasparseError
+from megasparse.errors import ConfigError
 from tests.runs import TINY, make_dataset
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
-    import search_decay
-
-    yield search_decay
-    for name in ("search_decay", "search_decay_choice", "plots"):
-        sys.modules.pop(name, None)
-
-
-def made_up(tool: ModuleType, ratios: dict[float, float | None]):
-    """Dense at flip rate 0.02 and candidates at these multiples of it; None: diverged."""
-    dense = tool.Run("dense", None, ((8, 0.03), (16, 0.02)), 5.0)
-    runs = [
-        tool.Run(f"decay-{decay:g}", decay, (), None, diverged=True)
-        if mu is None
-        else tool.Run(f"decay-{decay:g}", decay, ((8, 0.5), (16, 0.02 * mu)), 5.1)
-        for decay, mu in ratios.items()
-    ]
-    return dense, tool.judge(dense, runs)
-
-
-@pytest.mark.parametrize(
-    "ratios, choice, reason",
-    [
-        ({1e-5: 1.0, 1e-4: 0.9, 1e-3: 0.3}, 1e-4, "of 1 feasible decay"),
-        ({1e-3: 0.62, 1e-5: 0.94, 1e-4: 0.76}, 1e-4, "of 3 feasible decays"),
-        ({1e-5: 0.94, 1e-4: 0.93, 1e-3: 0.1}, 1e-4, "nearest to the middle"),
-        ({1e-5: 0.875, 1e-4: 0.675}, 1e-5, "mu 0.875"),  # equally near: the smaller
-        ({1e-5: 0.95, 1e-4: 0.2}, 1e-5, "mu 0.950"),  # the bounds belong to the range
-        ({1e-5: 1.1, 1e-4: 0.6}, 1e-4, "mu 0.600"),
-        ({1e-5: 1.3, 1e-4: 0.96}, None, "all are too small, try decays above 0.0001"),
-        ({1e-5: 0.59, 1e-4: 0.2}, None, "all are too large, try decays below 1e-05"),
-        ({1e-5: 1.0, 1e-4: 0.97, 1e-3: 0.5, 1e-2: 0.1}, None, "between 0.0001 and 0.001"),
-        ({1e-5: 0.5, 1e-4: 1.2}, None, "mu does not fall with the decay"),
-        ({1e-5: 0.8, 1e-4: None}, 1e-5, "of 1 feasible decay"),
-        ({1e-5: None, 1e-4: None}, None, "every run diverged"),
-        ({1e-5: 1.0, 1e-4: None}, None, "try decays above 1e-05"),
-    ],
-)
-def test_the_rule(tool, ratios, choice, reason):
-    dense, candidates = made_up(tool, ratios)
-    assert [c.decay for c in candidates] == sorted(ratios)
-    taken, why = tool.choose(candidates)
-    assert taken == choice and reason in why
-    lines = tool.table(dense, candidates, taken).splitlines()
-    assert len(lines) == 2 + len(ratios)
-    assert sum(line.endswith("taken") for line in lines) == (choice is not None)
-
-
-def test_a_dense_run_without_flips_gives_no_ratio(tool):
-    dense = tool.Run("dense", None, ((8, 0.0),), 5.0)
-    with pytest.raises(MegasparseError, match="flipped nothing at step 8"):
-        tool.judge(dense, [tool.Run("decay-0.1", 0.1, ((8, 0.1),), 5.0)])
+from tools import search_decay as tool
 
 
 @pytest.mark.parametrize(
@@ -80,7 +22,7 @@ def test_a_dense_run_without_flips_gives_no_ratio(tool):
         (["--steps", "9", "--gird", "1"], "unknown flag --gird"),
     ],
 )
-def test_refusals(tool, tmp_path, capsys, flags, match):
+def test_refusals(tmp_path, capsys, flags, match):
     output = ["--output", str(tmp_path / "search")]
     assert tool.main([*TINY, "--mock-data", *output, *flags]) == ConfigError.exit_code
     assert match in capsys.readouterr().err
@@ -110,7 +52,7 @@ sys.exit(75)  # as a run that --exit-interval ends
 """
 
 
-def fake_search(tool, monkeypatch, tmp_path, *flags):
+def fake_search(monkeypatch, tmp_path, *flags):
     script = tmp_path / "fake_run.py"
     script.write_text(FAKE_RUN)
     monkeypatch.setattr(tool, "LAUNCH", script)
@@ -119,38 +61,38 @@ def fake_search(tool, monkeypatch, tmp_path, *flags):
 
 
 def test_a_diverged_candidate_is_a_result_and_any_other_failure_is_not(
-    tool, monkeypatch, tmp_path, capsys
+    monkeypatch, tmp_path, capsys
 ):
-    assert fake_search(tool, monkeypatch, tmp_path, "--grid", "0.1", "0.5") == 0
+    assert fake_search(monkeypatch, tmp_path, "--grid", "0.1", "0.5") == 0
     out = capsys.readouterr().out
     assert "diverged" in out and "taken: 0.1" in out
-    assert fake_search(tool, monkeypatch, tmp_path, "--grid", "0.1", "0.25") == 1
+    assert fake_search(monkeypatch, tmp_path, "--grid", "0.1", "0.25") == 1
     error = capsys.readouterr().err
     assert "decay-0.25 ended with exit code 3" in error and "DataError: no such file" in error
 
 
-def test_several_ranks_and_foreign_folders(tool, monkeypatch, tmp_path, capsys):
+def test_several_ranks_and_foreign_folders(monkeypatch, tmp_path, capsys):
     flags = ["--grid", "0.2", "--num-ranks", "2", "--tensor-model-parallel-size", "2"]
-    assert fake_search(tool, monkeypatch, tmp_path, *flags) == 0
+    assert fake_search(monkeypatch, tmp_path, *flags) == 0
     folder = tmp_path / "search" / "decay-0.2"
     assert {p.name for p in folder.glob("rank-*")} == {"rank-0-of-2", "rank-1-of-2"}
     (folder / "search.json").unlink()
-    assert fake_search(tool, monkeypatch, tmp_path, *flags) == ConfigError.exit_code
+    assert fake_search(monkeypatch, tmp_path, *flags) == ConfigError.exit_code
     assert "is not a run of a search" in capsys.readouterr().err
     assert (folder / "metrics.jsonl").exists()
 
 
-def test_a_run_that_was_cut_off_is_run_again(tool, monkeypatch, tmp_path):
-    assert fake_search(tool, monkeypatch, tmp_path, "--grid", "0.1") == 0
+def test_a_run_that_was_cut_off_is_run_again(monkeypatch, tmp_path):
+    assert fake_search(monkeypatch, tmp_path, "--grid", "0.1") == 0
     metrics = tmp_path / "search" / "decay-0.1" / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text("".join(whole.splitlines(True)[:5]))
-    assert fake_search(tool, monkeypatch, tmp_path, "--grid", "0.1") == 0
+    assert fake_search(monkeypatch, tmp_path, "--grid", "0.1") == 0
     assert metrics.read_text() == whole and len(whole.splitlines()) == 9
 
 
 @pytest.mark.slow
-def test_a_search_runs_and_goes_on_where_it_stopped(tool, monkeypatch, tmp_path, capsys):
+def test_a_search_runs_and_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
     """The real training: dense, a decay that changes little, one that freezes the masks."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     flags = [*TINY, "--data-path", make_dataset(tmp_path / "data"), "--steps", "9"]
@@ -181,8 +123,8 @@ def test_a_search_runs_and_goes_on_where_it_stopped(tool, monkeypatch, tmp_path,
     assert not (tmp_path / "search" / "decay-10" / "checkpoints").exists()
 
 
-def test_the_figure_or_why_there_is_none(tool, monkeypatch, tmp_path, capsys):
-    assert fake_search(tool, monkeypatch, tmp_path, "--grid", "0.1", "0.3") == 0
+def test_the_figure_or_why_there_is_none(monkeypatch, tmp_path, capsys):
+    assert fake_search(monkeypatch, tmp_path, "--grid", "0.1", "0.3") == 0
     out = capsys.readouterr().out
     figure = tmp_path / "search" / "decay_search.png"
     if tool.plots.available():

@@ -1,6 +1,6 @@
 """Are two runs the same, bit for bit: every row of metrics.jsonl but its times, every tensor saved?
 
-    python tools/bench/same_numbers.py runs/before runs/after
+    python -m tools.bench.same_numbers runs/before runs/after
 
 Exit code 0 when they are, 1 with the first differences when they are not. A change that must not
 change numbers is checked with it, on the CPU run of `make quickstart`.

@@ -35,7 +35,7 @@ class Launch:
 
 
 # 256 KiB of x (32 tokens of 4096 channels); a thread has sixteen entries of each of four tokens at
-# a time (the fastest of tools/sweep_launches.py on an H200, by little).
+# a time (the fastest of tools.bench.launch_parameters on an H200, by little).
 LAUNCH = Launch(entries=1 << 17, elements=4096, num_warps=8)
 # The interpreter costs time per program, not per element.
 INTERPRETED = Launch(entries=1 << 22, elements=1 << 16, num_warps=4)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.megatron.grid import Grid
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
 from megasparse.optim.lr import learning_rate
@@ -42,7 +42,7 @@ class Engine:
     """DeepSpeed's engine around a model, with masked decay between clipping and AdamW.
 
     Args:
-        config: resolved.
+        config: of the run.
         grid: this rank's place.
         layout: this rank's part of the model, not started yet.
         controller: the model's sparsity.
@@ -54,7 +54,7 @@ class Engine:
     """
 
     def __init__(
-        self, config: RunConfig, grid: Grid, layout: Layout, controller: SparsityController
+        self, config: ResolvedConfig, grid: Grid, layout: Layout, controller: SparsityController
     ) -> None:
         self.config, self.grid, self.layout, self.controller = config, grid, layout, controller
         self.model = model = layout.model

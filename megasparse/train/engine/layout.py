@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megasparse.config import RunConfig, gradient_accumulation_steps
+from megasparse.config import ResolvedConfig, gradient_accumulation_steps
 from megasparse.distributed.events import NO_LISTENERS, Events
 from megasparse.log import log_once
 from megasparse.megatron import layer_graphs
@@ -28,7 +28,7 @@ class Layout(ABC):
     """This rank's part of the model, and how micro-batches go through it.
 
     Args:
-        config: resolved.
+        config: of the run.
         grid: this rank's place.
         model: this rank's part, sparsified; parameters have the whole model's names.
         controller: the model's sparsity.
@@ -44,7 +44,7 @@ class Layout(ABC):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         grid: Grid,
         model: torch.nn.Module,
         controller: SparsityController,

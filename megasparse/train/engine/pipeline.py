@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.config.deepspeed import deepspeed_config
 from megasparse.distributed.events import NO_LISTENERS, Events
 from megasparse.log import is_logging_rank
@@ -38,7 +38,7 @@ class PipelineLayout(Layout):
     """Micro-batches through the stages, one forward one backward.
 
     Args:
-        config: resolved.
+        config: of the run.
         grid: this rank's place.
         pipeline: this rank's stage, sparsified; not the model, which is the stage's view.
         controller: the stage's sparsity.
@@ -48,7 +48,7 @@ class PipelineLayout(Layout):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         grid: Grid,
         pipeline: Pipeline,
         controller: SparsityController,

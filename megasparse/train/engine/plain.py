@@ -12,6 +12,7 @@ from megasparse.config.deepspeed import deepspeed_config
 from megasparse.log import is_logging_rank
 from megasparse.megatron.cuda_graphs import let_replays_recompute
 from megasparse.megatron.grid import ModelParallelUnit
+from megasparse.megatron.loss import masked_mean
 from megasparse.megatron.pipeline import recomputed_layers
 from megasparse.progress import progress
 from megasparse.train.distillation import Distillation
@@ -53,8 +54,7 @@ class LanguageModelLoss(torch.nn.Module):
             batch.get("attention_mask"),
             labels=batch["labels"],
         )
-        mask = batch["loss_mask"]
-        return (losses.float() * mask).sum() / mask.sum().clamp(min=1.0)
+        return masked_mean(losses, batch["loss_mask"])
 
 
 class PlainLayout(Layout):

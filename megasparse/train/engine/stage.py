@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megasparse.config import RunConfig
+from megasparse.config import ResolvedConfig
 from megasparse.log import logger
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.pipeline import (
@@ -39,7 +39,7 @@ class Pipeline(PipelineModule):
     """This rank's stage, with DeepSpeed's interface.
 
     Args:
-        config: resolved.
+        config: of the run.
         grid: this rank's place; DeepSpeed derives the same from the order of its axes.
         padded_vocab_size: as for `build_model`.
         clock: the run's.
@@ -53,7 +53,7 @@ class Pipeline(PipelineModule):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         grid: Grid,
         padded_vocab_size: int,
         clock: Clock,

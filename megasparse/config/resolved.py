@@ -1,0 +1,155 @@
+"""A configuration whose defaults are filled in, as a type: what `resolve` fills is not optional.
+
+`ResolvedConfig` is a `RunConfig` with the same fields, help texts and YAML. Its groups only narrow
+the types of what has a default that depends on other settings, so that mypy proves what would
+otherwise be asserted where it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+from megasparse.config.schema import RunConfig
+from megasparse.config.schema_model import ModelConfig
+from megasparse.config.schema_output import CheckpointConfig, LoggingConfig
+from megasparse.config.schema_training import ParallelConfig, TrainConfig
+from megasparse.errors import ConfigError
+
+Group = TypeVar("Group")
+
+
+class ResolvedModel(ModelConfig):
+    """The model with every size known but, maybe, that of the vocabulary."""
+
+    ffn_hidden_size: int
+    num_query_groups: int
+    kv_channels: int
+    max_position_embeddings: int
+
+
+class CompleteModel(ResolvedModel):
+    """A model that exists: its vocabulary (before padding) is known too."""
+
+    vocab_size: int
+
+
+class ResolvedParallel(ParallelConfig):
+    """The layout with the ZeRO stage chosen."""
+
+    zero_stage: int
+
+    @property
+    def recompute_chunk(self) -> int:
+        """`recompute_num_layers` of full recomputation: the layers of a chunk (uniform), or those
+        of a stage that are recomputed (block)."""
+        return self.recompute_num_layers or 1
+
+
+class ResolvedTrain(TrainConfig):
+    """Training with batch and decay known; `lr_warmup_iters` follows from the fraction."""
+
+    global_batch_size: int
+    lr_decay_iters: int
+
+
+class ResolvedCheckpoint(CheckpointConfig):
+    """Checkpoints with their folder known."""
+
+    save: str
+
+
+class ResolvedLogging(LoggingConfig):
+    """Logging with its folder known."""
+
+    tensorboard_dir: str
+
+
+class ResolvedConfig(RunConfig):
+    """A run's configuration with every default filled in; `resolve` makes it."""
+
+    model: ResolvedModel
+    parallel: ResolvedParallel
+    train: ResolvedTrain
+    checkpoint: ResolvedCheckpoint
+    logging: ResolvedLogging
+
+
+def fill_defaults(config: RunConfig, world_size: int) -> ResolvedConfig:
+    """A copy with every default filled in, and nothing refused: `resolve` does that.
+
+    It fills what is unset alone, so what has been filled once stays as it is.
+
+    Args:
+        config: as loaded, or a part of one: a model alone is enough.
+        world_size: number of ranks of the run.
+    """
+    groups = {
+        group.name: dataclasses.replace(getattr(config, group.name))
+        for group in dataclasses.fields(config)
+    }
+    copy = RunConfig(**groups)
+    _fill_model(copy.model)
+    _fill_parallel(copy)
+    _fill_train(copy, world_size)
+    run_dir = copy.checkpoint.run_dir
+    copy.checkpoint.save = copy.checkpoint.save or f"{run_dir}/checkpoints"
+    copy.logging.tensorboard_dir = copy.logging.tensorboard_dir or f"{run_dir}/tensorboard"
+    return ResolvedConfig(
+        **{
+            name: narrowed(kind, getattr(copy, name), name)
+            for name, kind in typing.get_type_hints(ResolvedConfig).items()
+        }
+    )
+
+
+def narrowed(kind: type[Group], settings: Any, where: str) -> Group:
+    """The settings of a group as `kind`, a class with the same fields but narrower types.
+
+    Raises:
+        ConfigError: a field is not set that `kind` promises; names it.
+    """
+    values = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
+    for name, hint in typing.get_type_hints(kind).items():
+        if values[name] is None and types.NoneType not in typing.get_args(hint):
+            raise ConfigError(f"{where}: {name} is not set")
+    return kind(**values)
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Ranks that hold the same part of the model."""
+    parallel = config.parallel
+    return world_size // (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    )
+
+
+def _fill_model(model: ModelConfig) -> None:
+    if model.ffn_hidden_size is None:
+        gated = int(8 * model.hidden_size / 3) // 64 * 64
+        model.ffn_hidden_size = max(gated, 64) if model.swiglu else 4 * model.hidden_size
+    if model.kv_channels is None:
+        model.kv_channels = model.hidden_size // model.num_attention_heads
+    model.num_query_groups = model.num_query_groups or model.num_attention_heads
+    model.group_query_attention = model.num_query_groups != model.num_attention_heads
+    model.max_position_embeddings = model.max_position_embeddings or model.seq_length
+
+
+def _fill_parallel(config: RunConfig) -> None:
+    parallel = config.parallel
+    if parallel.recompute_granularity == "full":
+        parallel.recompute_method = parallel.recompute_method or "uniform"
+        parallel.recompute_num_layers = parallel.recompute_num_layers or 1
+    if parallel.zero_stage is None:
+        parallel.zero_stage = 1 if config.train.bf16 else 0
+
+
+def _fill_train(config: RunConfig, world_size: int) -> None:
+    train = config.train
+    per_step = train.micro_batch_size * data_parallel_size(config, world_size)
+    train.global_batch_size = train.global_batch_size or per_step
+    train.lr_decay_iters = train.lr_decay_iters or train.train_iters
+    if train.lr_warmup_fraction is not None:
+        train.lr_warmup_iters = int(train.lr_warmup_fraction * train.lr_decay_iters)

@@ -1,0 +1,157 @@
+"""The groups of the configuration that say what is computed: the model, and which of its linears
+are 2:4 and in FP8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megasparse.config.option import option
+
+# The words of the sparsity group, each written here alone.
+RecipeName = Literal["dense", "ste", "sr_ste", "fst", "s_ste", "ast"]
+Mvue = Literal["off", "exact", "approximate"]
+MaskMetric = Literal["magnitude", "wanda"]
+ScaleUpdate = Literal["frozen", "every_step"]
+# What a recipe makes sparse unless the run says otherwise: the FFN.
+SPARSE_LAYERS = ("*.mlp.linear_fc1", "*.mlp.linear_fc2")
+
+
+@dataclass
+class ModelConfig:
+    """Size and style of the Transformer."""
+
+    num_layers: int = option(4, "Transformer layers", at_least=1)
+    hidden_size: int = option(256, "width of the residual stream", at_least=4)
+    ffn_hidden_size: int | None = option(
+        None,
+        "width of the FFN; default 4 x hidden, with --swiglu 8/3 x hidden in multiples of 64",
+        at_least=4,
+    )
+    num_attention_heads: int = option(4, "attention heads", at_least=1)
+    group_query_attention: bool = option(False, "grouped-query attention; needs --num-query-groups")
+    num_query_groups: int | None = option(None, "key/value heads; default: all heads", at_least=1)
+    kv_channels: int | None = option(None, "size of a head; default hidden / heads", at_least=1)
+    seq_length: int = option(256, "tokens in a sequence", at_least=2)
+    max_position_embeddings: int | None = option(
+        None, "longest sequence that positions exist for; default seq-length", at_least=2
+    )
+    position_embedding_type: str = option(
+        "learned_absolute", "positions", choices=("learned_absolute", "rope")
+    )
+    rotary_base: int = option(10000, "base of the rotary frequencies", at_least=1)
+    rotary_percent: float = option(1.0, "share of a head that rotates", above=0.0)
+    use_rope_scaling: bool = option(False, "rotary frequencies scaled as in Llama 3.1 to 3.3")
+    rope_scaling_factor: float = option(8.0, "factor of use-rope-scaling", above=0.0)
+    normalization: str = option("LayerNorm", "norm layers", choices=("LayerNorm", "RMSNorm"))
+    norm_epsilon: float = option(1e-5, "epsilon of the norm layers", above=0.0)
+    swiglu: bool = option(False, "gated SiLU in the FFN instead of GELU")
+    disable_bias_linear: bool = option(False, "no biases in the linear layers")
+    untie_embeddings_and_output_weights: bool = option(
+        False, "separate weights for embedding and output layer"
+    )
+    vocab_size: int | None = option(
+        None, "tokens of the vocabulary before padding; default: the tokenizer's", at_least=1
+    )
+    make_vocab_size_divisible_by: int = option(
+        128, "pad the vocabulary to a multiple of this and of the tensor parallel size", at_least=1
+    )
+    hidden_dropout: float = option(0.0, "dropout on the residual branches", at_least=0.0, below=1.0)
+    attention_dropout: float = option(0.0, "dropout on attention weights", at_least=0.0, below=1.0)
+    init_method_std: float = option(0.02, "standard deviation of the initial weights", above=0.0)
+
+
+@dataclass
+class SparsityConfig:
+    """Which layers are 2:4, by which recipe. Unset values are the recipe's own."""
+
+    sparsity_recipe: str = option(
+        "dense",
+        "training method",
+        choices=get_args(RecipeName),
+    )
+    sparse_layers: list[str] = option(
+        list(SPARSE_LAYERS),
+        "name patterns of the sparse linears, e.g. '*.self_attention.linear_*' for attention too",
+    )
+    mask_update_interval: int | None = option(None, "steps between mask refreshes", at_least=1)
+    masked_decay: float | None = option(
+        None,
+        "decay of masked weights (lambda_W of FST, lambda of SR-STE, final value of AST)",
+        at_least=0.0,
+    )
+    masked_decay_ramp_iters: int | None = option(
+        None, "steps over which the decay grows from 0 (AST's T0)", at_least=0
+    )
+    masked_decay_before_clipping: bool = option(
+        False, "clip gradient and decay together, instead of adding the decay to the clipped one"
+    )
+    mvue: str | None = option(
+        None,
+        "how output gradients are made 2:4 for the weight gradient",
+        choices=get_args(Mvue),
+    )
+    dense_warmup_fraction: float | None = option(
+        None, "share of the steps that is dense at the start", at_least=0.0, below=1.0
+    )
+    dense_tail_fraction: float | None = option(
+        None,
+        "share of the steps that is dense at the end (FST's paper: 1/6)",
+        at_least=0.0,
+        below=1.0,
+    )
+    s_ste_scale: str | None = option(
+        None,
+        "when S-STE's scale is computed: before the first sparse step, or anew in each; "
+        "default frozen",
+        choices=get_args(ScaleUpdate),
+    )
+    simulate_fp8: bool = option(
+        False,
+        "round operands of sparse layers to FP8 as S-STE's paper does (e4m3 forward, e5m2 "
+        "backward); for its numerics, without speed",
+    )
+    mask_metric: str | None = option(
+        None,
+        "what row-wise masks keep the largest of: weights (magnitude), or weights times the "
+        "norm of their input (wanda); default magnitude",
+        choices=get_args(MaskMetric),
+    )
+    slorb_k: int | None = option(
+        None,
+        "add SLoRB's low-rank branch to sparse layers, of rank inputs / k (AST: 16)",
+        at_least=1,
+    )
+    slorb_train_projection: bool = option(
+        True, "train SLoRB's projection too, instead of sums over groups of k inputs"
+    )
+    track_flip_rate: bool = option(
+        True, "measure flip rates in dense phases too (masks are computed, not applied)"
+    )
+
+
+@dataclass
+class Fp8Config:
+    """FP8 GEMMs of the sparse layers (Hopper, with Transformer Engine)."""
+
+    fp8_format: str | None = option(
+        None,
+        "compute the sparse layers' GEMMs in 8 bits: all operands e4m3 (e4m3), or output "
+        "gradients in e5m2 where their GEMM is dense (hybrid); default: in the model's precision",
+        choices=("e4m3", "hybrid"),
+    )
+    fp8_recipe: str = option(
+        "delayed",
+        "what a tensor is scaled by: the largest magnitudes of earlier steps (delayed), "
+        "or its own, found in one more pass over it (tensorwise, current scaling)",
+        choices=("delayed", "tensorwise"),
+    )
+    fp8_margin: int = option(
+        0, "scales are divided by 2 to the power of this (delayed)", at_least=0
+    )
+    fp8_amax_history_len: int = option(
+        16, "optimizer steps whose largest magnitudes make a scale (delayed)", at_least=1
+    )
+    fp8_amax_compute_algo: str = option(
+        "max", "the largest of them, or the newest (delayed)", choices=("max", "most_recent")
+    )

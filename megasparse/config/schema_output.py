@@ -1,0 +1,81 @@
+"""The groups of the configuration that say what a run leaves behind and what a person sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megasparse.config.option import option
+
+
+@dataclass
+class CheckpointConfig:
+    """What a run leaves behind."""
+
+    run_dir: str = option("runs/default", "folder of everything that the run writes")
+    save: str | None = option(None, "folder of checkpoints; default RUN_DIR/checkpoints")
+    load: str | None = option(
+        None, "folder of checkpoints to continue from; an error when it holds none"
+    )
+    load_hf: str | None = option(
+        None, "folder of a Hugging Face model (LLaMA, GPT-2) whose weights the run starts from"
+    )
+    finetune: bool = option(
+        False, "take the weights of --load alone: step 0, a new optimizer, other data or recipe"
+    )
+    resume: bool = option(
+        False, "continue from the newest checkpoint in --save, or start when there is none"
+    )
+    save_interval: int | None = option(
+        None, "steps between checkpoints; default: one at the end", at_least=1
+    )
+    keep_last: int = option(2, "newest checkpoints to keep; 0: all", at_least=0)
+    async_save: bool = option(False, "write checkpoints in the background, from a copy on the host")
+    max_failed_saves: int = option(
+        0, "saves in a row that may fail (disk full) before the run ends", at_least=0
+    )
+    max_restarts: int = option(
+        0, "start again from the last checkpoint, this often, when a rank dies or hangs", at_least=0
+    )
+    max_restarts_without_progress: int = option(
+        3, "restarts in a row without a new checkpoint before giving up", at_least=1
+    )
+    override_batch: bool = option(False, "continue with another global batch size")
+    override_seq_length: bool = option(False, "continue with another sequence length")
+    override_seed: bool = option(False, "continue with another seed")
+    override_data: bool = option(False, "continue with other data, or another split of it")
+    override_tokenizer: bool = option(False, "continue with another tokenizer")
+    override_schedule: bool = option(False, "continue with other steps, rates or optimizer values")
+    override_precision: bool = option(False, "continue in another precision")
+    override_model: bool = option(False, "continue with other model settings, where shapes allow")
+    override_recipe: bool = option(
+        False, "continue with another sparsity recipe: dense to sparse, sparse to dense, ..."
+    )
+    override_distillation: bool = option(
+        False, "continue with other weights of the losses, temperature or teacher's precision"
+    )
+    override_rng: bool = option(False, "continue with new dropout draws in another layout")
+
+
+@dataclass
+class LoggingConfig:
+    """What a person sees."""
+
+    log_interval: int = option(10, "steps between lines on the screen", at_least=1)
+    eval_interval: int | None = option(
+        None, "steps between validations; default: one at the end", at_least=1
+    )
+    eval_iters: int = option(10, "global batches in a validation; 0: none", at_least=0)
+    tensorboard_dir: str | None = option(None, "default RUN_DIR/tensorboard")
+    log_csv: bool = option(False, "write RUN_DIR/metrics.csv too")
+    log_layers: bool = option(False, "write RUN_DIR/layers.jsonl: every layer's figures")
+    wandb_project: str | None = option(None, "Weights & Biases: project; default: not used")
+    wandb_exp_name: str | None = option(None, "its name of the run; default: the run folder's")
+    wandb_save_dir: str | None = option(None, "its local folder; default RUN_DIR/wandb")
+    wandb_entity: str | None = option(None, "its team or user")
+    peak_tflops: float | None = option(
+        None,
+        "dense peak of a GPU (or CPU) for MFU; default: known GPUs' in the precision in use",
+        above=0.0,
+    )
+    sample_prompt: str = option("", "text that the sample at the end continues")
+    sample_tokens: int = option(0, "length of the sample at the end; 0: none", at_least=0)

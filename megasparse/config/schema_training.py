@@ -1,0 +1,180 @@
+"""The groups of the configuration that say how the model is trained: on which ranks, by which
+steps, on what data, against which teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megasparse.config.option import option
+
+
+@dataclass
+class ParallelConfig:
+    """How the model and its state are divided over ranks."""
+
+    tensor_model_parallel_size: int = option(1, "ranks that share each layer", at_least=1)
+    pipeline_model_parallel_size: int = option(1, "pipeline stages", at_least=1)
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "layers of the first stage; default: as many as the others", at_least=1
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "layers of the last stage; default: as many as the others", at_least=1
+    )
+    sequence_parallel: bool = option(False, "split norms and residuals over the sequence (with TP)")
+    zero_stage: int | None = option(
+        None, "DeepSpeed ZeRO stage; default 0 in fp32, 1 in bf16", choices=(0, 1, 2, 3)
+    )
+    recompute_granularity: str | None = option(
+        None,
+        "what is computed again in the backward pass to save memory: whole layers (full) or "
+        "attention without its linears (selective); default: nothing",
+        choices=("full", "selective"),
+    )
+    recompute_method: str | None = option(
+        None,
+        "full: every chunk of recompute-num-layers keeps its input alone (uniform, the "
+        "default), or only the first recompute-num-layers of a stage are recomputed (block)",
+        choices=("uniform", "block"),
+    )
+    recompute_num_layers: int | None = option(
+        None, "layers in a chunk, or to recompute (see recompute-method); default 1", at_least=1
+    )
+    replica_check_interval: int = option(
+        100, "steps between comparisons of replicas over ranks; 0: never", at_least=0
+    )
+    distributed_timeout_minutes: float = option(
+        10.0, "a collective that takes longer ends the run", above=0.0
+    )
+    hang_timeout: float = option(
+        60.0, "seconds without progress after which a rank is taken to hang; 0: never", at_least=0.0
+    )
+    deepspeed_config: str | None = option(
+        None,
+        "JSON file with more of DeepSpeed's settings (buckets, profilers); it may not "
+        "contradict the flags",
+    )
+    preflight: str = option(
+        "fast",
+        "what is checked of the hosts before the run is built: versions, data, memory, "
+        "disk and clocks (fast), also GPUs and bandwidth (full)",
+        choices=("off", "fast", "full"),
+    )
+    preflight_min_bandwidth: float = option(
+        0.0,
+        "GB/s of all-reduce below which a full preflight fails; 0: it only tells",
+        at_least=0.0,
+    )
+
+
+@dataclass
+class TrainConfig:
+    """Batch, length, optimizer and precision."""
+
+    micro_batch_size: int = option(1, "sequences a rank computes at once", at_least=1)
+    global_batch_size: int | None = option(
+        None, "sequences in an optimizer step; default micro-batch x data parallel", at_least=1
+    )
+    train_iters: int = option(100, "optimizer steps", at_least=1)
+    lr: float = option(3e-4, "peak learning rate", above=0.0)
+    min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0.0)
+    lr_decay_style: str = option(
+        "cosine", "shape of the decay", choices=("constant", "linear", "cosine")
+    )
+    lr_decay_iters: int | None = option(None, "steps of the decay; default train-iters", at_least=1)
+    lr_warmup_iters: int = option(0, "steps of linear warm-up", at_least=0)
+    lr_warmup_fraction: float | None = option(
+        None,
+        "warm-up as a share of lr-decay-iters, instead of lr-warmup-iters",
+        at_least=0.0,
+        below=1.0,
+    )
+    weight_decay: float = option(
+        0.1, "decoupled weight decay (not on biases and norms)", at_least=0.0
+    )
+    adam_beta1: float = option(0.9, "decay of the first moment", at_least=0.0, below=1.0)
+    adam_beta2: float = option(0.95, "decay of the second moment", at_least=0.0, below=1.0)
+    adam_eps: float = option(1e-8, "epsilon of AdamW", above=0.0)
+    clip_grad: float = option(1.0, "global gradient norm to clip to; 0: off", at_least=0.0)
+    seed: int = option(1234, "seed of weights, data order, dropout and MVUE", at_least=0)
+    bf16: bool = option(False, "bfloat16 weights and activations with float32 masters")
+    deterministic_mode: bool = option(
+        False, "on GPUs: sums in a fixed order, so that a run repeats bit for bit; slower"
+    )
+    cuda_graph_impl: str = option(
+        "local",
+        "on GPUs: capture the passes of each layer in CUDA graphs and replay them (local), or run "
+        "all eagerly (none); what cannot be captured runs eagerly, and the log says why",
+        choices=("none", "local"),
+    )
+    transformer_impl: str | None = option(
+        None,
+        "attention, norms and rotary embedding: Transformer Engine's or torch's (local); "
+        "default: Transformer Engine's in bf16 on a GPU, where it is installed",
+        choices=("local", "transformer_engine"),
+    )
+    exit_interval: int | None = option(
+        None, "save and stop at the first step divisible by this", at_least=1
+    )
+    exit_duration_in_mins: float | None = option(
+        None, "save and stop at the first step after this many minutes", above=0.0
+    )
+    max_skipped_steps: int = option(
+        0,
+        "steps in a row that may be skipped for a NaN or infinity before the run ends",
+        at_least=0,
+    )
+
+
+@dataclass
+class DataConfig:
+    """Where tokens come from."""
+
+    data_path: list[str] = option(
+        [], "dataset prefixes, or pairs of weight and prefix: 0.7 a 0.3 b"
+    )
+    train_data_path: list[str] = option([], "like data-path, for training alone")
+    valid_data_path: list[str] = option([], "like data-path, for validation alone")
+    test_data_path: list[str] = option([], "like data-path, for testing alone")
+    split: str = option("969,30,1", "shares of training, validation and test in data-path")
+    mock_data: bool = option(False, "train on generated tokens (needs --vocab-size)")
+    data_cache_path: str | None = option(
+        None, "where sample indices are kept; default: a folder 'cache' beside the data"
+    )
+    tokenizer_type: str | None = option(
+        None,
+        "default: told by the file",
+        choices=("SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"),
+    )
+    tokenizer_model: str | None = option(
+        None, "SentencePiece .model or Hugging Face tokenizer.json"
+    )
+    num_workers: int = option(0, "processes that load data, per rank", at_least=0)
+    reset_position_ids: bool = option(False, "positions start again after an end of document")
+    reset_attention_mask: bool = option(False, "no attention across documents")
+    eod_mask_loss: bool = option(False, "no loss on end-of-document tokens")
+
+
+@dataclass
+class DistillationConfig:
+    """A frozen dense teacher beside the student (AST); off while its weight is 0."""
+
+    kd_loss_weight: float = option(
+        0.0,
+        "weight of KL(teacher || student) in the loss (AST: 0.67 for GPT-2); 0: no teacher",
+        at_least=0.0,
+    )
+    lm_loss_weight: float = option(
+        1.0, "weight of the cross entropy beside it (AST: 0.33 for GPT-2)", at_least=0.0
+    )
+    kd_temperature: float = option(
+        2.0, "divides both logits; the divergence is multiplied by its square", above=0.0
+    )
+    teacher_load: str | None = option(
+        None, "folder of the teacher's checkpoints; default: the weights that the run starts from"
+    )
+    teacher_dtype: str | None = option(
+        None,
+        "the teacher's precision; default: the student's. fp8: weights of its linears kept "
+        "in e4m3, GEMMs in the student's precision",
+        choices=("bf16", "fp32", "fp8"),
+    )

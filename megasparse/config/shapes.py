@@ -1,0 +1,157 @@
+"""Every parameter of a model, in one table: name, whole shape, how it is cut, where it lives.
+
+Names and shapes are those that the built model has (megatron-core's names, with the norms apart).
+Everything that needs a shape asks here: exports, checkpoints, estimates of memory and operations,
+the count of parameters. No torch.
+
+    place       what is there                                   pipeline stage
+    embedding   word embeddings (V, H), learned positions       the first; tied: also the last
+    layer       two norms (H,), four linears (N, K)             that of the layer
+    output      final norm (H,), untied output layer (V, H)     the last
+
+V: vocabulary, H: hidden size, N: outputs, K: inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megasparse.config.resolved import ResolvedConfig, ResolvedModel
+from megasparse.config.validate import pipeline_split
+
+Place = Literal["embedding", "layer", "output"]
+
+WORD_EMBEDDINGS = "embedding.word_embeddings"
+# Modules that have a row for every token; the rows are padded.
+_VOCABULARY = (WORD_EMBEDDINGS, "output_layer")
+VOCABULARY = tuple(f"{module}.weight" for module in _VOCABULARY)
+
+
+@dataclass(frozen=True)
+class ParameterShape:
+    """One parameter of the whole model.
+
+    Attributes:
+        name: in the whole model, e.g. `decoder.layers.0.mlp.linear_fc1.weight`.
+        shape: of the whole, `(N, K)` or `(N,)`.
+        shard_dim: dimension that tensor parallelism cuts; None: every rank has the whole.
+        parts: matrices that are fused along it, each of which is cut (2 for gate and up).
+        place: the kind of pipeline stage that it belongs to.
+        layer: number of its Transformer layer in the whole model, from 0.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    shard_dim: int | None = None
+    parts: int = 1
+    place: Place = "layer"
+    layer: int | None = None
+
+    @property
+    def module(self) -> str:
+        """Name of the module that has it."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def is_linear(self) -> bool:
+        """The weight `(N, K)` of a layer's linear: what a recipe can make sparse."""
+        return self.place == "layer" and len(self.shape) == 2
+
+    @property
+    def numel(self) -> int:
+        """Entries of the whole."""
+        return math.prod(self.shape)
+
+    def local_shape(self, tp: int) -> tuple[int, ...]:
+        """Shape on one of `tp` tensor-parallel ranks."""
+        return tuple(
+            size // tp if dim == self.shard_dim else size for dim, size in enumerate(self.shape)
+        )
+
+
+def layer_parameters(model: ResolvedModel) -> list[ParameterShape]:
+    """The parameters of one Transformer layer, by their names within it, in the model's order."""
+    hidden, ffn, gated = model.hidden_size, model.ffn_hidden_size, 2 if model.swiglu else 1
+    heads = model.num_attention_heads * model.kv_channels
+    groups = model.num_query_groups * model.kv_channels
+    return [
+        *_norm("input_layernorm", model),
+        *_linear("self_attention.linear_proj", (hidden, heads), 1, model),
+        # By query group: its queries, its key, its value. A rank has whole groups.
+        *_linear("self_attention.linear_qkv", (heads + 2 * groups, hidden), 0, model),
+        *_norm("pre_mlp_layernorm", model),
+        *_linear("mlp.linear_fc1", (gated * ffn, hidden), 0, model, parts=gated),
+        *_linear("mlp.linear_fc2", (hidden, ffn), 1, model),
+    ]
+
+
+def parameters(model: ResolvedModel, vocabulary: int) -> list[ParameterShape]:
+    """All parameters of the whole model, in its order.
+
+    Args:
+        vocabulary: tokens, with padding or without it.
+    """
+    tokens = (vocabulary, model.hidden_size)
+    found = [ParameterShape(f"{WORD_EMBEDDINGS}.weight", tokens, 0, place="embedding")]
+    if model.position_embedding_type == "learned_absolute":
+        positions = (model.max_position_embeddings, model.hidden_size)
+        name = "embedding.position_embeddings.weight"
+        found.append(ParameterShape(name, positions, place="embedding"))
+    for number in range(model.num_layers):
+        found += [
+            dataclasses.replace(one, name=f"decoder.layers.{number}.{one.name}", layer=number)
+            for one in layer_parameters(model)
+        ]
+    found += _norm("decoder.final_layernorm", model, "output")
+    if model.untie_embeddings_and_output_weights:
+        found.append(ParameterShape("output_layer.weight", tokens, 0, place="output"))
+    return found
+
+
+def stage_parameters(config: ResolvedConfig, vocabulary: int, stage: int) -> list[ParameterShape]:
+    """The parameters of a pipeline stage; tied word embeddings are on the first and the last.
+
+    Args:
+        vocabulary: padded.
+    """
+    model, split = config.model, pipeline_split(config)
+    first, last = stage == 0, stage == len(split) - 1
+    layers = range(sum(split[:stage]), sum(split[: stage + 1]))
+    tied = not model.untie_embeddings_and_output_weights
+
+    def is_here(one: ParameterShape) -> bool:
+        if one.place == "layer":
+            return one.layer in layers
+        if one.place == "output":
+            return last
+        return first or (last and tied and one.module == WORD_EMBEDDINGS)
+
+    return [one for one in parameters(model, vocabulary) if is_here(one)]
+
+
+def parameter_count(model: ResolvedModel, vocabulary: int) -> int:
+    """Parameters of the whole model, each once (embedding and output layer included).
+
+    Args:
+        vocabulary: padded.
+    """
+    return sum(one.numel for one in parameters(model, vocabulary))
+
+
+def _norm(module: str, model: ResolvedModel, place: Place = "layer") -> list[ParameterShape]:
+    kinds = ("weight",) if model.normalization == "RMSNorm" else ("weight", "bias")
+    return [ParameterShape(f"{module}.{kind}", (model.hidden_size,), place=place) for kind in kinds]
+
+
+def _linear(
+    module: str, shape: tuple[int, int], shard_dim: int, model: ResolvedModel, parts: int = 1
+) -> list[ParameterShape]:
+    found = [ParameterShape(f"{module}.weight", shape, shard_dim, parts)]
+    if not model.disable_bias_linear:
+        # Of a linear that is cut along its inputs every rank has the whole bias.
+        cut = (0, parts) if shard_dim == 0 else (None, 1)
+        found.append(ParameterShape(f"{module}.bias", shape[:1], *cut))
+    return found

@@ -1,0 +1,296 @@
+"""How long a training step takes on GPUs, from measured rates of its parts (BF16 and FP8).
+
+The parts of a micro-batch on one rank: the three GEMMs of every linear, by the nearest measured
+shape; attention; what runs at memory bandwidth (norms, activations, operands of the sparse layers,
+the loss); the collectives of tensor parallelism. While the device computes them the host launches
+them: a micro-batch takes as long as the slower of the two. Then the pipeline's bubble, the
+reduction of gradients, and the optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megasparse.config import (
+    ResolvedConfig,
+    data_parallel_size,
+    gradient_accumulation_steps,
+    pipeline_split,
+)
+from megasparse.config.shapes import layer_parameters
+from megasparse.estimate.memory import layer_activations, stage_weights
+from megasparse.sparsity.recipe import SparsityRecipe
+
+SIZE = 2  # bytes of bf16
+QKV, FC1, FC2 = (
+    f"{name}.weight" for name in ("self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+)
+
+# What follows describes this code as tools/bench/layer.py and train.py found it (H200,
+# 2026-11-23): kernels' times at copy bandwidth, and launches.
+
+# Times that a kept activation passes through memory besides the GEMMs.
+PASSES = 5.3
+# A parameter, in the update and around it: 44 bytes for master, moments, gradient and result; the
+# rest are ZeRO's casts and copies, the gradient's norm, zeroing.
+OPTIMIZER_BYTES = 190
+LOGITS_BYTES = 12  # an entry, in the fused cross entropy, both ways
+# A weight's W~ made again for a dense grad_input of a row-wise recipe in BF16.
+REMAKE_BYTES = {"row": 5, "soft_threshold": 43}
+LAYER_LAUNCHES = 52  # of a dense layer in a micro-batch, both ways
+SPARSE_LAUNCHES = 2  # more for each linear that is sparse
+WEIGHT_LAUNCHES = 8  # and for its weight, once a step
+# A collective costs the host about twice as much as a kernel: by steps of tensor parallelism with 4
+# sequences a micro-batch, where the device waits for the host (a layer 7.6 ms dense, 8.4 FST).
+COLLECTIVE_LAUNCHES = 2
+MICRO_BATCH_LAUNCHES = 50  # embedding, output layer, loss
+AFTER = ("gradient reduction", "optimizer")  # when the last micro-batch is through
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One optimizer step.
+
+    Attributes:
+        parts: seconds of the device, by part.
+        host: seconds to launch all micro-batches.
+    """
+
+    parts: dict[str, float]
+    host: float
+
+    @property
+    def waiting(self) -> float:
+        """Seconds that the device waits for the host."""
+        busy = sum(s for name, s in self.parts.items() if name not in AFTER)
+        return max(self.host - busy, 0.0)
+
+    @property
+    def device(self) -> float:
+        """Seconds of the device's work."""
+        return sum(self.parts.values())
+
+    @property
+    def seconds(self) -> float:
+        """The prediction."""
+        return self.device + self.waiting
+
+
+class GemmTable:
+    """Measured rates of one kind of GPU.
+
+    Args:
+        path: a file like tools/results/gemm-h200.json, which says what its fields are.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.data: dict[str, Any] = json.loads(path.read_text())
+
+    def seconds(
+        self, tokens: int, outputs: int, inputs: int, sparse: bool, dtype: str = "bf16"
+    ) -> float:
+        """Of one GEMM, at the rate of the nearest measured shape (by ratios of the sizes).
+
+        Args:
+            sparse: by 2:4 tensor cores, or densely where that is faster.
+            dtype: bf16 or fp8.
+        """
+        rate = self._rate(tokens, outputs, inputs, dtype)
+        if sparse:
+            fast = self._rate(tokens, outputs, inputs, f"{dtype}_24")
+            rate = max(rate, fast / self.data["in_a_step"]["sparse"])
+        return 2.0 * tokens * outputs * inputs / (rate * 1e12)
+
+    def _rate(self, tokens: int, outputs: int, inputs: int, kind: str) -> float:
+        wanted = [math.log(size) for size in (tokens, outputs, inputs)]
+
+        def distance(row: dict[str, Any]) -> float:
+            return sum(abs(math.log(row[n]) - w) for n, w in zip("TNK", wanted, strict=True))
+
+        found: float = min((row for row in self.data["rows"] if kind in row), key=distance)[kind]
+        return found
+
+    def moving(self, nbytes: float, what: str = "copy") -> float:
+        """Seconds to move bytes at a measured or assumed bandwidth."""
+        return nbytes / (self.data[f"{what}_gbps"] * 1e9)
+
+
+def step_time(
+    config: ResolvedConfig,
+    recipe: SparsityRecipe,
+    vocabulary: int,
+    world: int,
+    table: GemmTable,
+    gpus_per_node: int = 8,
+) -> StepTime:
+    """The predicted time of a step of the sparse phase.
+
+    Args:
+        config: for `world` ranks.
+        vocabulary: padded.
+    """
+    parallel = config.parallel
+    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    dp = data_parallel_size(config, world)
+    micro_batches = gradient_accumulation_steps(config, world)
+    split = pipeline_split(config)
+    layer = layer_time(config, recipe, micro_batches, table, gpus_per_node)
+    # The slowest stage sets the pace: the last one has the output layer.
+    busiest = {name: seconds * max(split) for name, seconds in layer.items()}
+    last = {name: seconds * split[-1] for name, seconds in layer.items()}
+    last["logits"] = _output(config, vocabulary, table)
+    pace = max(busiest, last, key=lambda parts: sum(parts.values()))
+    parts = {name: seconds * micro_batches for name, seconds in pace.items()}
+    parts["pipeline bubble"] = sum(pace.values()) * (stages - 1)
+    weights = sum(w.numel for w in stage_weights(config, recipe, vocabulary, 0))
+    link = "nvlink" if tp * dp <= gpus_per_node else "network"
+    parts["gradient reduction"] = table.moving(2 * SIZE * weights * (dp - 1) / dp, link)
+    parts["gradients"] = table.moving(3 * SIZE * weights) * micro_batches
+    parts["optimizer"] = table.moving(OPTIMIZER_BYTES * weights / dp)
+    slower = table.data["in_a_step"]["step"]
+    launches = max(split) * layer_launches(config, recipe, micro_batches) + MICRO_BATCH_LAUNCHES
+    host = launches * (micro_batches + stages - 1) * table.data["launch_us"] / 1e6
+    return StepTime({name: seconds * slower for name, seconds in parts.items()}, host)
+
+
+def layer_time(
+    config: ResolvedConfig,
+    recipe: SparsityRecipe,
+    micro_batches: int,
+    table: GemmTable,
+    gpus_per_node: int = 8,
+) -> dict[str, float]:
+    """Seconds of the device in one layer for one micro-batch, forward and backward, by part.
+
+    Args:
+        micro_batches: of a step, among which the work of once a step is divided.
+    """
+    model, parallel = config.model, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    tokens = config.train.micro_batch_size * model.seq_length
+    sparse = _sparse(config, recipe)
+    parts = {"GEMMs": 0.0, "operands": 0.0}
+    forward = 0.0
+    for name, (n, k) in _linears(config):
+        chosen = recipe.sparse_gemms if name in sparse else ()
+        dtype = "fp8" if config.fp8.fp8_format and name in sparse else "bf16"
+        output = table.seconds(tokens, n, k, "output" in chosen, dtype)
+        forward += output
+        parts["GEMMs"] += output
+        parts["GEMMs"] += table.seconds(tokens, k, n, "grad_input" in chosen, dtype)
+        parts["GEMMs"] += table.seconds(k, n, tokens, "grad_weight" in chosen, dtype)
+        if name in sparse and dtype == "fp8":
+            apart = _quantised_apart(config, name, sparse)
+            parts["operands"] += _operands_fp8(recipe, (tokens, n, k), micro_batches, table, apart)
+        elif name in sparse:
+            parts["operands"] += _operands_bf16(recipe, (tokens, n, k), micro_batches, table)
+    heads = model.num_attention_heads * model.kv_channels // tp
+    attention = 2.0 * tokens * model.seq_length * heads / (table.data["attention_tflops"] * 1e12)
+    parts["attention"] = 3.5 * attention
+    moved = PASSES * layer_activations(config)
+    parts["memory"] = table.moving(moved)
+    if parallel.recompute_granularity == "full":
+        parts["recomputation"] = forward + attention + table.moving(moved) * 2 / PASSES
+    elif parallel.recompute_granularity == "selective":
+        parts["recomputation"] = attention
+    if tp > 1:  # gather or sum before and after two pairs of linears, forward and backward
+        link = "nvlink" if tp <= gpus_per_node else "network"
+        times = 6 if parallel.sequence_parallel else 8
+        moved = times * SIZE * tokens * model.hidden_size * (tp - 1) / tp
+        parts["tensor parallel"] = table.moving(moved, link)
+    return parts
+
+
+def layer_launches(config: ResolvedConfig, recipe: SparsityRecipe, micro_batches: int) -> float:
+    """Launches of the host for one layer and micro-batch, both ways, in those of a kernel."""
+    count = LAYER_LAUNCHES + len(_sparse(config, recipe)) * (
+        SPARSE_LAUNCHES + WEIGHT_LAUNCHES / micro_batches
+    )
+    if config.parallel.tensor_model_parallel_size > 1:
+        # Forward and backward of two pairs of linears: with sp X, z, dz, X again and dX of each,
+        # otherwise z and dX.
+        count += 2 * (5 if config.parallel.sequence_parallel else 2) * COLLECTIVE_LAUNCHES
+    return count * 4 / 3 if config.parallel.recompute_granularity == "full" else count
+
+
+def _linears(config: ResolvedConfig) -> list[tuple[str, tuple[int, int]]]:
+    """Name and local shape of the four linears of a layer."""
+    tp = config.parallel.tensor_model_parallel_size
+    linears = [one for one in layer_parameters(config.model) if one.is_linear]
+    shapes = [(one.name, one.local_shape(tp)) for one in linears]
+    return [(name, (shape[0], shape[1])) for name, shape in shapes]
+
+
+def _sparse(config: ResolvedConfig, recipe: SparsityRecipe) -> set[str]:
+    """Names of those that are 2:4 (in any layer)."""
+    tp = config.parallel.tensor_model_parallel_size
+    return {w.name.split(".", 3)[-1] for w in stage_weights(config, recipe, tp, 0) if w.sparse}
+
+
+def _operands_bf16(
+    recipe: SparsityRecipe, shape: tuple[int, int, int], micro_batches: int, table: GemmTable
+) -> float:
+    """Seconds of a 16-bit sparse linear's operands, for one micro-batch."""
+    tokens, n, k = shape
+    seconds = 0.0
+    if "grad_weight" in recipe.sparse_gemms:  # dZ read, written packed
+        seconds += table.moving(SIZE * tokens * n * 25 / 16, "mvue_pack")
+    remake = REMAKE_BYTES["soft_threshold" if recipe.projection == "soft_threshold" else "row"]
+    once = n * k * (remake + 25 / 8)  # W~ made, read and packed
+    if recipe.transposable:
+        once += n * k * (4 + 25 / 8)  # transposed, read and packed
+    else:
+        seconds += table.moving(n * k * remake)
+    mask = n * k * 5 / recipe.mask_update_interval if recipe.has_mask else 0.0
+    return seconds + table.moving(once + mask) / micro_batches
+
+
+def _quantised_apart(config: ResolvedConfig, name: str, sparse: set[str]) -> tuple[bool, bool]:
+    """Whether a linear's input, and the gradient of its output, are written in 16 bits first."""
+    delayed = config.fp8.fp8_recipe == "delayed"
+    gated = delayed and config.model.swiglu and {FC1, FC2} <= sparse
+    if name == FC2:
+        return not gated, True
+    norm = delayed and name in (QKV, FC1) and not config.parallel.sequence_parallel
+    return not norm, not (gated and name == FC1)
+
+
+def _operands_fp8(
+    recipe: SparsityRecipe,
+    shape: tuple[int, int, int],
+    micro_batches: int,
+    table: GemmTable,
+    apart: tuple[bool, bool],
+) -> float:
+    """Seconds of an 8-bit sparse linear's operands, for one micro-batch.
+
+    Args:
+        apart: see `_quantised_apart`; what is not leaves the kernel before in 8 bits, and takes no
+            more bytes than in 16.
+    """
+    tokens, n, k = shape
+    seconds = table.moving(4 * tokens * k, "cast") if apart[0] else 0.0  # X read, written twice
+    if "grad_weight" in recipe.sparse_gemms:  # dZ read, written in 8 bits and packed
+        seconds += table.moving(tokens * n * (2 * apart[1] + 1 + 5 / 8), "grad_pack")
+    else:
+        seconds += table.moving(4 * tokens * n, "cast")
+    written = 5 / 4 if recipe.transposable else 13 / 8
+    once = table.moving(n * k * (2 + recipe.has_mask + written), "weight_pack")
+    mask = n * k * 5 / recipe.mask_update_interval if recipe.has_mask else 0.0
+    return seconds + (once + table.moving(mask)) / micro_batches
+
+
+def _output(config: ResolvedConfig, vocabulary: int, table: GemmTable) -> float:
+    """Seconds of the output layer and the loss for one micro-batch, forward and backward."""
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    shard, h = vocabulary // config.parallel.tensor_model_parallel_size, config.model.hidden_size
+    gemms = (
+        table.seconds(tokens, shard, h, False)
+        + table.seconds(tokens, h, shard, False)
+        + table.seconds(shard, h, tokens, False)
+    )
+    return gemms + table.moving(LOGITS_BYTES * tokens * shard)

@@ -1,0 +1,1 @@
+"""The commands. Measurements are in `bench/`, the comparisons of recipes in `experiments/`."""

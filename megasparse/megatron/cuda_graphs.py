@@ -208,12 +208,18 @@ class GraphSet:
     """All layers of a rank, captured for one kind of step and one micro-batch under way.
 
     Its pool is its own: the passes of other micro-batches come between its forward and backward.
+
+    Args:
+        layers: in the order of execution; each has seen a call.
+        buffers: where gradients of parameters are added up; None: they leave the graphs.
+        around: makes a context for the forward pass of a layer.
     """
 
     def __init__(
         self,
         layers: Sequence[GraphedLayer],
         buffers: dict[torch.nn.Parameter, torch.Tensor] | None,
+        around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.pairs = []
         pool = torch.cuda.graph_pool_handle()
@@ -227,7 +233,8 @@ class GraphSet:
             parameters = layer.parameters
             own = None if buffers is None else [buffers[p] for p in parameters]
             pair = LayerPair(layer.layer, layer.eager, parameters, own, layer.recompute)
-            pair.capture_forward(hidden, layer.seen[1], pool)
+            with around():
+                pair.capture_forward(hidden, layer.seen[1], pool)
             hidden = pair.output
             self.pairs.append(pair)
         for pair in reversed(self.pairs):

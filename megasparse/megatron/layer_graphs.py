@@ -9,8 +9,10 @@ operands (`fp8/scale.py`); the step after that captures anew.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -34,6 +36,9 @@ FIRST_PATIENCE = 4
 
 class LayerGraphs:
     """The graphs of a rank's layers.
+
+    Where layers need a context around their forward pass, or graphs are not taken in turns, a
+    subclass says so (`around`, `slot_of`).
 
     Args:
         layers: Transformer layers, in the order of execution, and whether each is recomputed.
@@ -97,7 +102,7 @@ class LayerGraphs:
 
     def begin_micro_batch(self, number: int) -> None:
         """Before the forward pass of this rank's `number`-th micro-batch of the step."""
-        controller, slot = self._controller, number % self._slots
+        controller, slot = self._controller, self.slot_of(number)
         assert controller.seeds is not None
         controller.clock.slot = slot
         controller.seeds.begin_micro_batch(number, slot)
@@ -124,6 +129,14 @@ class LayerGraphs:
             self.let_go()
         self._patience *= 2
         self._look_at = controller.clock.step + self._patience
+
+    def slot_of(self, number: int) -> int:
+        """Which of the slots this rank's `number`-th micro-batch of a step takes."""
+        return number % self._slots
+
+    def around(self) -> contextlib.AbstractContextManager[Any]:
+        """A context for the forward pass of a layer, when it is captured."""
+        return contextlib.nullcontext()
 
     def let_go(self) -> None:
         """Drop all graphs, and the memory that they hold."""
@@ -164,7 +177,7 @@ class LayerGraphs:
                 after_cleaning = torch.cuda.memory_reserved()
                 sets = []
                 for controller.clock.slot in range(self._slots):
-                    sets.append(GraphSet(self._layers, self._buffers))
+                    sets.append(GraphSet(self._layers, self._buffers, self.around))
                 self._sets[kind] = sets
         finally:
             controller.timer.measuring = timed

@@ -14,6 +14,7 @@ import torch
 from megasparse.checkpoint.directory import list_steps, step_folder
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.metrics.schema import read_metrics
+from tests.dist import free_port
 from tests.transformer_engine import needs_transformer_engine
 
 ROOT = Path(__file__).parents[2]
@@ -40,12 +41,29 @@ RUNS = {
     "dense": ["--sparsity-recipe", "dense", *LLAMA],
     "fst, ZeRO 2": ["--sparsity-recipe", "fst", *LLAMA, "--zero-stage", "2"],
 }
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform",
+             "--recompute-num-layers", "1"]  # fmt: skip
+LAYOUTS = {
+    "fst, fp8, tp 2, sp": [*RUNS["fst, fp8"], *TP2],
+    "s_ste, fp8, tp 2, sp": [*RUNS["s_ste, fp8"], *TP2],
+    "ast, tp 2": [*RUNS["ast"], "--tensor-model-parallel-size", "2"],
+    "fst, pp 2": [*RUNS["fst"], "--pipeline-model-parallel-size", "2"],
+    "fst, fp8, pp 2, recomputed": [
+        *RUNS["fst, fp8"], *RECOMPUTE, "--pipeline-model-parallel-size", "2"
+    ],
+    "fst, dp 2, ZeRO 2": [*RUNS["fst, ZeRO 2"], "--global-batch-size", "24"],
+}  # fmt: skip
+RUNS["fst, recomputed"] = [*RUNS["fst"], *RECOMPUTE]
+RUNS["ste, wanda"] = ["--sparsity-recipe", "ste", *LLAMA, "--mask-metric", "wanda"]
 # Names of metrics that the clock or the allocator decides begin so.
 MEASURED = ("tokens_per_second", "tflops", "mfu", "memory_gib", "time_")
 
 
-def _pretrain(run_dir: Path, flags: list[str]) -> str:
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *GPT, *flags]
+def _pretrain(run_dir: Path, flags: list[str], ranks: int = 1) -> str:
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    launcher += ["--master-port", str(free_port())] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "launch" / "pretrain.py"), *GPT, *flags]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [*command, "--run-dir", str(run_dir)],
@@ -71,11 +89,23 @@ def _results(run_dir: Path) -> tuple[list[dict[str, Any]], CheckpointReader]:
 def test_a_captured_run_is_the_eager_one(tmp_path, flags):
     if "--fp8-format" in flags:
         needs_transformer_engine(torch.device("cuda"))
-    log = _pretrain(tmp_path / "captured", flags)
+    _compare(tmp_path, flags, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_captured_run_of_two_ranks_is_the_eager_one(tmp_path, flags):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
+    needs_transformer_engine(torch.device("cuda"))
+    _compare(tmp_path, flags, 2)
+
+
+def _compare(tmp_path: Path, flags: list[str], ranks: int) -> None:
+    log = _pretrain(tmp_path / "captured", flags, ranks)
     assert "layers captured" in log, log[-3000:]
-    assert "layers captured" not in _pretrain(
-        tmp_path / "eager", [*flags, "--cuda-graph-impl", "none"]
-    )
+    eager = _pretrain(tmp_path / "eager", [*flags, "--cuda-graph-impl", "none"], ranks)
+    assert "layers captured" not in eager
     (rows, saved), (expected, other) = _results(tmp_path / "captured"), _results(tmp_path / "eager")
     assert rows == expected and len(rows) == 20
     assert sorted(saved.keys()) == sorted(other.keys())

@@ -7,16 +7,18 @@ imports both past the package's doors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
 from megasparse.config import ResolvedConfig
 from megasparse.megatron.grid import Grid
+from megasparse.megatron.layer_graphs import LayerGraphs
 from megasparse.megatron.model import finish_model, transformer_config
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController
@@ -36,7 +38,7 @@ def te_module(
         fp8: GEMMs in FP8, delayed scaling.
         sizes: hidden, FFN, heads, query groups.
     """
-    import transformer_engine.pytorch as te
+    import transformer_engine.pytorch as te  # not on CPUs
     from transformer_engine.common.recipe import DelayedScaling
 
     hidden, ffn, heads, groups = sizes
@@ -79,7 +81,57 @@ class BaselineLayout(PlainLayout):
     def compute_and_update(self, batches: Iterator[Batch]) -> float:
         assert isinstance(self.model, GPTModel)
         self.model.set_is_first_microbatch()
-        return super().compute_and_update(batches)
+        loss = super().compute_and_update(batches)
+        if self.model.config.fp8 and self.graphs is not None:
+            from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+            # Scales of gradients are updated by the first layer's backward pass, unless captured.
+            FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
+        return loss
+
+    def _graphs(
+        self, layers: Sequence[tuple[torch.nn.Module, bool]], adds_up: bool, slots: int
+    ) -> LayerGraphs:
+        assert isinstance(self.model, GPTModel)
+        return BaselineGraphs(self.model, layers, self.controller, self.grid, adds_up)
+
+
+class BaselineGraphs(LayerGraphs):
+    """Transformer Engine's layers captured by the same wrapper as ours.
+
+    In FP8 a step's first micro-batch quantizes the weights and the others find them, so that it has
+    graphs of its own: two slots.
+    """
+
+    def __init__(self, model: GPTModel, layers: Any, controller: Any, grid: Grid, adds_up: bool):
+        super().__init__(layers, controller, grid, adds_up, slots=2 if model.config.fp8 else 1)
+        self._model = model
+
+    def slot_of(self, number: int) -> int:
+        return min(number, self._slots - 1)
+
+    def _capture(self, kind: bool) -> None:
+        from transformer_engine.pytorch.graph import set_capture_end, set_capture_start
+
+        self._model.set_is_first_microbatch()
+        set_capture_start()
+        try:
+            super()._capture(kind)
+        finally:
+            set_capture_end()
+        self._model.set_is_first_microbatch()
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        if not self._model.config.fp8:
+            yield
+            return
+        import transformer_engine.pytorch as te
+
+        recipe = get_fp8_recipe(self._model.config)
+        group = self._grid.tp_group if self._grid.tp_size > 1 else None
+        with te.autocast(enabled=True, recipe=recipe, amax_reduction_group=group, _graph=True):
+            yield
 
 
 def build_baseline(config: ResolvedConfig, grid: Grid, vocabulary: int, fp8: bool) -> Engine:

@@ -1,13 +1,17 @@
-"""Whole training steps on one GPU, dense beside sparse: tokens a second, and where the time goes.
+"""Whole training steps, dense beside sparse: tokens a second, and where the time goes.
 
     python -m tools.bench.train --output tools/results/train-h200-2026-01-01.md
-    python -m tools.bench.train --variants dense fst -- --config configs/models/gpt2_124m.yaml
+    python -m tools.bench.train --shape 8b-layers --variants "te fp8" "fst fp8" "fst fp8, eager"
+    python -m torch.distributed.run --nproc-per-node 2 -m tools.bench.train --shape 1.2b \
+        -- --tensor-model-parallel-size 2 --sequence-parallel
 
-The default is a LLaMA of about 1.2B parameters with 8 x 2048 tokens a micro-batch and 4
-micro-batches a step; flags after `--` are those of launch/pretrain.py and come last. Data are
-generated. Every variant trains in the same process, one after the other; times are medians of the
-host's clock around whole steps, each of which reads its loss. Kernel times are of a profile of two
-more steps.
+Shapes have 4 micro-batches a step: a LLaMA of about 1.2B parameters with 8 x 2048 tokens, 8 layers
+of Llama-3-8B with 1 x 4096, and GPT-2 124M with 16 x 1024. Flags after `--` are those of
+launch/pretrain.py and come last. Data are generated. All linears of the layers are 2:4. Every
+variant trains in the same process, one after the other, with CUDA graphs unless its name ends in
+", eager"; "te" are megatron-core's own layers of Transformer Engine, captured by the same wrapper.
+Times are medians of the host's clock around whole steps, each of which reads its loss. Kernel times
+are of a profile of two more steps.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import os
 import shlex
 import statistics
 import sys
@@ -39,43 +44,45 @@ from tools.bench import te_baseline
 from tools.bench.profiling import Profile, profiled, table
 from tools.bench.short_runs import stand_alone
 
-MODEL = [
-    "--num-layers", "16", "--hidden-size", "2048", "--ffn-hidden-size", "8192",
-    "--num-attention-heads", "16", "--seq-length", "2048", "--position-embedding-type", "rope",
-    "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--vocab-size", "32000",
-    "--untie-embeddings-and-output-weights", "--micro-batch-size", "8", "--global-batch-size", "32",
-    "--lr", "3e-4", "--bf16",
+LLAMA = [
+    "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu",
+    "--disable-bias-linear", "--vocab-size", "32000", "--untie-embeddings-and-output-weights",
 ]  # fmt: skip
+SHAPES = {
+    "1.2b": [
+        *LLAMA, "--num-layers", "16", "--hidden-size", "2048", "--ffn-hidden-size", "8192",
+        "--num-attention-heads", "16", "--seq-length", "2048", "--micro-batch-size", "8",
+        "--global-batch-size", "32",
+    ],
+    "8b-layers": [
+        *LLAMA, "--num-layers", "8", "--hidden-size", "4096", "--ffn-hidden-size", "14336",
+        "--num-attention-heads", "32", "--group-query-attention", "--num-query-groups", "8",
+        "--seq-length", "4096", "--micro-batch-size", "1", "--global-batch-size", "4",
+    ],
+    "gpt2-124m": [
+        "--num-layers", "12", "--hidden-size", "768", "--num-attention-heads", "12",
+        "--seq-length", "1024", "--vocab-size", "50257", "--micro-batch-size", "16",
+        "--global-batch-size", "64",
+    ],
+}  # fmt: skip
+COMMON = ["--lr", "3e-4", "--bf16", "--mock-data", "--eval-iters", "0", "--train-iters", "1000"]
 ALL = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
-FST = ["--sparsity-recipe", "fst", "--dense-tail-fraction", "0", "--mask-update-interval"]
+FST = ["--sparsity-recipe", "fst", "--dense-tail-fraction", "0", *ALL]
+S_STE = ["--sparsity-recipe", "s_ste", *ALL]
+FP8 = ["--fp8-format", "e4m3"]
+EAGER = ", eager"
 VARIANTS = {
-    "te bf16": ["--sparsity-recipe", "dense"],  # megatron-core's own layers, Transformer Engine's
+    "te bf16": ["--sparsity-recipe", "dense"],
     "te fp8": ["--sparsity-recipe", "dense"],
     "dense": ["--sparsity-recipe", "dense"],
-    "fst": [*FST, "1"],
-    "fst, masks every 40 steps": [*FST, "40"],
-    "fst, all linears": [*FST, "1", *ALL],
-    "fst fp8, all linears": [*FST, "1", *ALL, "--fp8-format", "e4m3"],
-    "fst fp8, all linears, eager": [
-        *FST,
-        "1",
-        *ALL,
-        "--fp8-format",
-        "e4m3",
-        "--cuda-graph-impl",
-        "none",
-    ],
-    "s_ste": ["--sparsity-recipe", "s_ste"],
-    "s_ste, all linears": ["--sparsity-recipe", "s_ste", *ALL],
-    "s_ste fp8, all linears": ["--sparsity-recipe", "s_ste", *ALL, "--fp8-format", "e4m3"],
+    "fst": FST,
+    "fst fp8": [*FST, *FP8],
+    "fst fp8 current": [*FST, *FP8, "--fp8-recipe", "tensorwise"],
+    "s_ste": S_STE,
+    "s_ste fp8": [*S_STE, *FP8],
 }
-DEFAULT = [
-    "te bf16",
-    "te fp8",
-    "fst, all linears",
-    "fst fp8, all linears",
-    "s_ste fp8, all linears",
-]
+DENSE = ("te bf16", "te fp8", "dense")
+DEFAULT = ["dense", "te bf16", "te fp8", "fst fp8", "s_ste fp8"]
 
 
 def measure(
@@ -94,13 +101,14 @@ def measure(
 def _train(
     name: str, flags: Sequence[str], warmup: int, steps: int
 ) -> tuple[dict[str, Any], Profile]:
-    config = resolve(load_config(list(flags)), 1)
+    config = resolve(load_config(list(flags)), int(os.environ["WORLD_SIZE"]))
     device = start_process(config.parallel.distributed_timeout_minutes)
-    grid = make_grid(1, device, config.train.seed)
+    grid = make_grid(config.parallel.tensor_model_parallel_size, device, config.train.seed)
     data = build_data(config, grid)
     vocabulary = padded_vocab_size(data.vocab_size, config)
     if name.startswith("te "):
-        engine: Engine = te_baseline.build_baseline(config, grid, vocabulary, name == "te fp8")
+        fp8 = name.startswith("te fp8")
+        engine: Engine = te_baseline.build_baseline(config, grid, vocabulary, fp8)
     else:
         engine = build_engine(config, grid, recipe_of(config), vocabulary)
     stream = batches(data.streams["train"], config, grid, 0)
@@ -123,20 +131,24 @@ def _train(
 def report(results: dict[str, tuple[dict[str, Any], Profile]], argv: Sequence[str]) -> str:
     """The tables in markdown."""
     first = next(iter(results.values()))[0]
+    rates = {name: result["tokens_per_second"] for name, (result, _) in results.items()}
+    best = max((rates[name] for name in DENSE if name in rates), default=None)
+    ranks = int(os.environ["WORLD_SIZE"])
     lines = [
-        f"# Whole training steps on {torch.cuda.get_device_name()}",
+        f"# Whole training steps on {ranks} x {torch.cuda.get_device_name()}",
         "",
         f"{datetime.date.today()}, torch {torch.__version__}, {first['parameters'] / 1e9:.2f}B "
         f"parameters. Command: `{shlex.join(['python', '-m', 'tools.bench.train', *argv])}`",
         "",
         *markdown_table(
-            ["variant", "tokens/s", "to the first", "ms a step", "GiB", "loss"],
+            ["variant", "tokens/s", "to the best dense", "ms a step", "kernels", "GiB", "loss"],
             [
                 [
                     name,
-                    f"{result['tokens_per_second']:,.0f}",
-                    f"{result['tokens_per_second'] / first['tokens_per_second']:.3f}",
+                    f"{rates[name]:,.0f}",
+                    "-" if best is None else f"{rates[name] / best:.3f}",
                     f"{1e3 * found.seconds:.1f}",
+                    f"{1e3 * found.covered:.1f}",
                     f"{result['memory']:.1f}",
                     f"{result['loss']:.4f}",
                 ]
@@ -158,8 +170,17 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT)
-    parser.add_argument("--warmup", type=int, default=3, help="steps that do not count")
+    names = [*VARIANTS, *(name + EAGER for name in VARIANTS)]
+    parser.add_argument("--shape", choices=SHAPES, default="1.2b", help="of the model")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=names,
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"of {', '.join(VARIANTS)}, with ', eager' to run without CUDA graphs",
+    )
+    parser.add_argument("--warmup", type=int, default=4, help="steps that do not count")
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
     parser.add_argument("--output", type=Path, help="markdown file to write")
     args = parser.parse_args(argv[:mark])
@@ -172,16 +193,21 @@ def main(argv: Sequence[str]) -> int:
 def run(args: argparse.Namespace, argv: Sequence[str], flags: Sequence[str]) -> None:
     """Measure all variants, print the tables and write them after each variant."""
     stand_alone()
+    is_first = os.environ["RANK"] == "0"
     results = {}
     for name in args.variants:
-        own = ["--mock-data", "--eval-iters", "0", "--train-iters", "1000", *VARIANTS[name]]
-        results[name] = measure(name, [*MODEL, *own, *flags], args.warmup, args.steps)
-        rate = results[name][0]["tokens_per_second"]
-        print(f"{name}: {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
+        own = [*SHAPES[args.shape], *COMMON, *VARIANTS[name.removesuffix(EAGER)]]
+        if name.endswith(EAGER):
+            own += ["--cuda-graph-impl", "none"]
+        results[name] = measure(name, [*own, *flags], args.warmup, args.steps)
         text = report(results, argv)
-        if args.output:  # what was measured is kept, should a later variant fail
+        if is_first:
+            rate = results[name][0]["tokens_per_second"]
+            print(f"{name}: {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
+        if is_first and args.output:  # what was measured is kept, should a later variant fail
             write_text(args.output, text)
-    print(text)
+    if is_first:
+        print(text)
     stop_process()
 
 

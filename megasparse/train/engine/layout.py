@@ -130,9 +130,14 @@ class Layout(ABC):
         )
         if reason is None:
             adds_up = (config.parallel.zero_stage or 0) < 2
-            self.graphs = LayerGraphs(layers, self.controller, self.grid, adds_up, slots or 1)
+            self.graphs = self._graphs(layers, adds_up, slots or 1)
         elif self.grid.device.type == "cuda":
             log_once("CUDA graphs are not used: %s", reason)
+
+    def _graphs(
+        self, layers: Sequence[tuple[torch.nn.Module, bool]], adds_up: bool, slots: int
+    ) -> LayerGraphs:
+        return LayerGraphs(layers, self.controller, self.grid, adds_up, slots)
 
     def end_step(self) -> None:
         """After a step that was accepted."""

@@ -6,10 +6,6 @@ operands, scales) lies at fixed addresses and is filled in outside. Weight gradi
 inside the backward graphs, in buffers that DeepSpeed is given with the last micro-batch; where it
 wants every micro-batch's (ZeRO 2), they leave the graphs as autograd's results.
 
-    step 1 of a phase   eager: kernels are compiled, GEMMs chosen, first scales found
-    step 2              captured, all layers in the order of execution, in one memory pool
-    step 2, 3, ...      replayed
-
 torch's `make_graphed_callables` and Transformer Engine's take functions of tensors, capture them
 with their parameters' hooks, and know one set of graphs; megatron-core's manager expects its own
 gradient buffers and data parallelism. None has phases, seeds or a pipeline of DeepSpeed's.
@@ -18,14 +14,12 @@ gradient buffers and data parallelism. None has phases, seeds or a pipeline of D
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from megasparse.kernels.spmm24.binding import reserve_workspace
-from megasparse.log import logger
+from megasparse.megatron.recorder import Recorder
 
 # Beside the hidden state a layer is called with what stays the same, or with nothing.
 _CONSTANT = ("rotary_pos_emb",)
@@ -36,14 +30,14 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, graphs: LayerPair, *parameters: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, pair: LayerPair, *parameters: torch.Tensor
     ) -> torch.Tensor:
-        ctx.graphs = graphs
-        return graphs.replay_forward(hidden)
+        ctx.pair = pair
+        return pair.replay_forward(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return ctx.graphs.replay_backward(grads[0])
+        return ctx.pair.replay_backward(grads[0])
 
 
 class LayerPair:
@@ -54,6 +48,7 @@ class LayerPair:
         parameters: that get gradients.
         buffers: where their gradients are added up; None: they leave the graph.
         recompute: the backward graph computes the layer again from its input.
+        constants: the arguments of the layer beside the hidden state; read at every replay.
     """
 
     def __init__(
@@ -63,29 +58,23 @@ class LayerPair:
         parameters: Sequence[torch.nn.Parameter],
         buffers: Sequence[torch.Tensor] | None,
         recompute: bool,
+        constants: dict[str, Any],
     ) -> None:
         self._layer, self._run, self._recompute = layer, run, recompute
-        self._parameters, self._buffers = parameters, buffers
-        self._graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self._grads: tuple[torch.Tensor | None, ...] = ()
+        self._parameters, self._buffers, self._constants = parameters, buffers, constants
 
-    def capture_forward(self, hidden: torch.Tensor, constants: dict[str, Any], pool: Any) -> None:
-        """Record the forward pass.
+    def capture_forward(self, hidden: torch.Tensor, recorder: Recorder, pool: Any) -> torch.Tensor:
+        """Record the forward pass; its output.
 
         Args:
             hidden: whose place in memory the input has; the output of the layer before.
-            constants: the other arguments.
         """
         self._hidden = hidden.detach().requires_grad_()
-        self._constants = constants  # they are read at every replay
-        with (
-            _capturing(self._graphs[0], pool),
-            torch.set_grad_enabled(not self._recompute),
-            _leaves_of_this_stream(self._layer) as self._leaves,
-        ):
-            self.output = self._compute()
+        (output,), self._forward = recorder.record(self._forward_pass, pool)
+        self.output = output.detach()
+        return self.output
 
-    def capture_backward(self, grad_output: torch.Tensor, pool: Any) -> torch.Tensor:
+    def capture_backward(self, grad_output: torch.Tensor, recorder: Recorder, pool: Any) -> Any:
         """Record the backward pass; the gradient of the input.
 
         Args:
@@ -93,28 +82,32 @@ class LayerPair:
                 of the layer behind.
         """
         self._grad_output = grad_output
+        (self._grad_hidden, *grads), self._backward = recorder.record(self._backward_pass, pool)
+        self._grads = tuple(grads)
+        return self._grad_hidden
+
+    def _forward_pass(self) -> tuple[torch.Tensor]:
         with (
-            _capturing(self._graphs[1], pool),
-            torch.enable_grad(),
-            _leaves_of_this_stream(self._layer) as again,
+            torch.set_grad_enabled(not self._recompute),
+            _own_leaves(self._layer) as self._leaves,
         ):
-            output = self.output
+            self._in_graph = self._compute()
+        return (self._in_graph,)
+
+    def _backward_pass(self) -> tuple[torch.Tensor | None, ...]:
+        with torch.enable_grad(), _own_leaves(self._layer) as again:
+            output, leaves = self._in_graph, self._leaves
             if self._recompute:
-                self._leaves, output = again, self._compute()
-            leaves = [self._leaves[p] for p in self._parameters]
-            found = torch.autograd.grad(
-                output, (self._hidden, *leaves), grad_output, allow_unused=True
-            )
-            if self._buffers is None:
-                self._grads = found[1:]
-            else:
-                pairs = [(b, g) for b, g in zip(self._buffers, found[1:]) if g is not None]
-                torch._foreach_add_([b for b, _ in pairs], [g for _, g in pairs])
-        del output
-        self.output = self.output.detach()
-        self._leaves = {}
-        self._grad_hidden = found[0]
-        return found[0]
+                output, leaves = self._compute(), again
+            inputs = (self._hidden, *(leaves[p] for p in self._parameters))
+            # What the graphs share must not outlive the capture: its memory is used again.
+            del self._in_graph, self._leaves
+            found = torch.autograd.grad(output, inputs, self._grad_output, allow_unused=True)
+        if self._buffers is None:
+            return found
+        pairs = [(b, g) for b, g in zip(self._buffers, found[1:]) if g is not None]
+        torch._foreach_add_([b for b, _ in pairs], [g for _, g in pairs])
+        return found[:1]
 
     def _compute(self) -> torch.Tensor:
         output: torch.Tensor = self._run(hidden_states=self._hidden, **self._constants)[0]
@@ -128,7 +121,7 @@ class LayerPair:
     def replay_forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output, in a place that the next micro-batch takes."""
         _put(self._hidden, hidden)
-        self._graphs[0].replay()
+        self._forward()
         return self.output.detach()
 
     def replay_backward(self, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -138,7 +131,7 @@ class LayerPair:
         such a one where it would take another over as `grad`.
         """
         _put(self._grad_output, grad_output)
-        self._graphs[1].replay()
+        self._backward()
         return self._grad_hidden.detach(), None, *self._grads
 
 
@@ -173,7 +166,8 @@ class GraphedLayer:
 
     def refusal(self) -> str | None:
         """Why the call that was seen cannot be captured, or None."""
-        assert self.seen is not None
+        if self.seen is None:
+            return "a layer was not called with gradients"
         tensors = [k for k, v in self.seen[1].items() if isinstance(v, torch.Tensor)]
         others = sorted(set(tensors) - set(_CONSTANT))
         if others:
@@ -212,6 +206,7 @@ class GraphSet:
     Args:
         layers: in the order of execution; each has seen a call.
         buffers: where gradients of parameters are added up; None: they leave the graphs.
+        recorder: makes the graphs.
         around: makes a context for the forward pass of a layer.
     """
 
@@ -219,79 +214,31 @@ class GraphSet:
         self,
         layers: Sequence[GraphedLayer],
         buffers: dict[torch.nn.Parameter, torch.Tensor] | None,
+        recorder: Recorder,
         around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
-        self.pairs = []
-        pool = torch.cuda.graph_pool_handle()
+        self.pairs: list[LayerPair] = []
+        pool = recorder.new_pool()
         first = layers[0].seen
         assert first is not None
-        # Empty, but for its place in memory; gradients of what is captured say nothing either.
-        hidden = torch.empty_like(first[0], device=torch.cuda.current_device())
-        grad = torch.empty_like(hidden)
+        hidden = torch.zeros_like(first[0], device=recorder.device)
+        grad = torch.zeros_like(hidden)
         for layer in layers:
             assert layer.seen is not None
             parameters = layer.parameters
             own = None if buffers is None else [buffers[p] for p in parameters]
-            pair = LayerPair(layer.layer, layer.eager, parameters, own, layer.recompute)
+            pair = LayerPair(
+                layer.layer, layer.eager, parameters, own, layer.recompute, layer.seen[1]
+            )
             with around():
-                pair.capture_forward(hidden, layer.seen[1], pool)
-            hidden = pair.output
+                hidden = pair.capture_forward(hidden, recorder, pool)
             self.pairs.append(pair)
         for pair in reversed(self.pairs):
-            grad = pair.capture_backward(grad, pool)
-
-
-class Replayed:
-    """One function without arguments, captured at its second call and replayed from then on."""
-
-    def __init__(self, run: Callable[[], object]) -> None:
-        self._run, self._calls = run, 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, stream: torch.cuda.Stream) -> None:
-        """Run it."""
-        self._calls += 1
-        if self._calls == 1:
-            self._run()
-            return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with prepared_for_capture(stream), _capturing(self._graph, None):
-                self._run()
-        self._graph.replay()
+            grad = pair.capture_backward(grad, recorder, pool)
 
 
 @contextlib.contextmanager
-def prepared_for_capture(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Captures happen within it, on `stream`: memory is tidy, and nothing collects garbage."""
-    reserve_workspace(stream)
-    torch.cuda.synchronize()
-    gc.collect()
-    torch.cuda.empty_cache()
-    collecting = gc.isenabled()
-    gc.disable()
-    stream.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(stream):
-            yield
-    finally:
-        if collecting:
-            gc.enable()
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-@contextlib.contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    # Other threads (of the data loader, of saves) go on using the device meanwhile.
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    try:
-        yield
-    finally:
-        graph.capture_end()
-
-
-@contextlib.contextmanager
-def _leaves_of_this_stream(
+def _own_leaves(
     layer: torch.nn.Module,
 ) -> Iterator[dict[torch.nn.Parameter, torch.nn.Parameter]]:
     """Within it the layer has other leaves in the places of its parameters, on the same memory.
@@ -323,10 +270,3 @@ def _put(place: torch.Tensor, value: torch.Tensor) -> None:
     if value.data_ptr() != place.data_ptr():
         with torch.no_grad():
             place.copy_(value)
-
-
-def log_capture(kind: str, layers: int, seconds: float, gib: float) -> None:
-    """One line on a capture."""
-    logger.info(
-        "CUDA graphs: %d layers captured for %s in %.1f s, %.2f GiB", layers, kind, seconds, gib
-    )

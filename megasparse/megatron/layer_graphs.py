@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from megasparse.log import logger, warn_once
-from megasparse.megatron.cuda_graphs import (
-    GraphedLayer,
-    GraphSet,
-    Replayed,
-    log_capture,
-    prepared_for_capture,
-)
+from megasparse.megatron.cuda_graphs import GraphedLayer, GraphSet
 from megasparse.megatron.grid import Grid
+from megasparse.megatron.recorder import CudaRecorder, Recorder, Replayed
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.seeds import DeviceSeeds
 
@@ -47,6 +42,7 @@ class LayerGraphs:
         adds_up: gradients are added up in buffers over the micro-batches of a step; else they
             leave every micro-batch's backward pass.
         slots: micro-batches that are under way at a time.
+        make_recorder: of graphs on a device.
     """
 
     def __init__(
@@ -56,11 +52,13 @@ class LayerGraphs:
         grid: Grid,
         adds_up: bool,
         slots: int = 1,
+        make_recorder: Callable[[torch.device], Recorder] = CudaRecorder,
     ) -> None:
         self._layers = [GraphedLayer(layer, recompute) for layer, recompute in layers]
         self._slots = slots
         self._controller, self._grid, self._adds_up = controller, grid, adds_up
-        self._stream = torch.cuda.Stream(grid.device)
+        self._make_recorder = make_recorder
+        self._recorder = make_recorder(grid.device)
         # By whether metrics are measured, of each slot.
         self._sets: dict[bool, list[GraphSet]] = {}
         self._warm: set[bool] = set()
@@ -88,7 +86,7 @@ class LayerGraphs:
         controller.begin_step()
         if controller.weights:
             with controller.timer.span("preparation"):
-                self._refill[controller.asked](self._stream)
+                self._refill[controller.asked](self._recorder)
         self._phase = (controller.sparse_now, controller.moves)
         controller.seeds.begin_step(micro_batches)
         kind = controller.asked
@@ -146,8 +144,7 @@ class LayerGraphs:
             return
         self._sets.clear()
         self._buffers = None
-        # Library workspaces of the captures stay with their stream.
-        self._stream = torch.cuda.Stream(self._grid.device)
+        self._recorder = self._make_recorder(self._grid.device)
         if self._controller.fp8 is not None:
             self._controller.fp8.host_follows = True
             self._controller.fp8.assume()
@@ -171,13 +168,12 @@ class LayerGraphs:
             parameters = [p for layer in self._layers for p in layer.parameters]
             self._buffers = {p: torch.zeros_like(p) for p in parameters}
         timed, controller.timer.measuring = controller.timer.measuring, False
-        before = torch.cuda.memory_reserved()
         try:
-            with prepared_for_capture(self._stream):
-                after_cleaning = torch.cuda.memory_reserved()
+            with self._recorder.prepared():
+                before = torch.cuda.memory_reserved()
                 sets = []
                 for controller.clock.slot in range(self._slots):
-                    sets.append(GraphSet(self._layers, self._buffers, self.around))
+                    sets.append(GraphSet(self._layers, self._buffers, self._recorder, self.around))
                 self._sets[kind] = sets
         finally:
             controller.timer.measuring = timed
@@ -185,9 +181,13 @@ class LayerGraphs:
         self._look_at = max(self._look_at, controller.clock.step + self._patience)
         what = "the sparse phase" if controller.sparse_now else "the dense phase"
         what += ", steps with metrics" if kind else ""
-        gib = (torch.cuda.memory_reserved() - after_cleaning) / 2**30
-        log_capture(what, len(self._layers), time.monotonic() - begin, gib)
-        logger.debug("reserved before the capture: %.2f GiB", before / 2**30)
+        logger.info(
+            "CUDA graphs: %d layers captured for %s in %.1f s, %.2f GiB",
+            len(self._layers),
+            what,
+            time.monotonic() - begin,
+            (torch.cuda.memory_reserved() - before) / 2**30,
+        )
 
     def _use(self, graphs: GraphSet | None) -> None:
         for number, layer in enumerate(self._layers):

@@ -111,6 +111,9 @@ class BaselineGraphs(LayerGraphs):
         return min(number, self._slots - 1)
 
     def _capture(self, kind: bool) -> None:
+        if not self._model.config.fp8:
+            super()._capture(kind)
+            return
         from transformer_engine.pytorch.graph import set_capture_end, set_capture_start
 
         self._model.set_is_first_microbatch()
@@ -127,11 +130,16 @@ class BaselineGraphs(LayerGraphs):
             yield
             return
         import transformer_engine.pytorch as te
+        from transformer_engine.pytorch.graph import set_capture_end, set_capture_start
 
         recipe = get_fp8_recipe(self._model.config)
         group = self._grid.tp_group if self._grid.tp_size > 1 else None
-        with te.autocast(enabled=True, recipe=recipe, amax_reduction_group=group, _graph=True):
-            yield
+        set_capture_end()  # attention refuses Megatron's random states with it
+        try:
+            with te.autocast(enabled=True, recipe=recipe, amax_reduction_group=group, _graph=True):
+                yield
+        finally:
+            set_capture_start()
 
 
 def build_baseline(config: ResolvedConfig, grid: Grid, vocabulary: int, fp8: bool) -> Engine:
@@ -146,7 +154,7 @@ def build_baseline(config: ResolvedConfig, grid: Grid, vocabulary: int, fp8: boo
     layers = dataclasses.replace(
         transformer_config(config, grid.device),
         use_te_activation_func=False,
-        bias_activation_fusion=True,
+        bias_activation_fusion=model.swiglu,
         fp8="hybrid" if fp8 else None,
         fp8_recipe="delayed",
         fp8_amax_history_len=1024,

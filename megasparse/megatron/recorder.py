@@ -1,0 +1,103 @@
+"""Recording passes as CUDA graphs: the streams, the memory and the rules of a capture."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from megasparse.kernels.spmm24.binding import reserve_workspace
+
+Tensors = tuple[Any, ...]
+
+
+class Recorder(Protocol):
+    """Records functions of no arguments, to be replayed on the same memory.
+
+    Attributes:
+        device: of the tensors.
+    """
+
+    device: torch.device
+
+    def new_pool(self) -> Any:
+        """Memory for what is recorded together and replayed in that order."""
+        ...
+
+    def prepared(self) -> contextlib.AbstractContextManager[None]:
+        """A context to record in."""
+        ...
+
+    def record(self, body: Callable[[], Tensors], pool: Any) -> tuple[Tensors, Callable[[], None]]:
+        """What the body returns, in places that stay, and what fills them again.
+
+        Args:
+            body: whose kernels are recorded; they do not run now.
+        """
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # A stream of its own: library workspaces that its products were captured with stay with it.
+        self._stream = torch.cuda.Stream(device)
+
+    def new_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Memory is tidy, and nothing collects garbage, which could free memory of a graph."""
+        reserve_workspace(self._stream)
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
+        collecting = gc.isenabled()
+        gc.disable()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            if collecting:
+                gc.enable()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def record(self, body: Callable[[], Tensors], pool: Any) -> tuple[Tensors, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (of the data loader, of saves) go on using the device meanwhile.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            outputs = body()
+        finally:
+            graph.capture_end()
+        return outputs, graph.replay
+
+
+class Replayed:
+    """One function without arguments or results, recorded at its second call."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self._run, self._calls = run, 0
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, recorder: Recorder) -> None:
+        """Run it."""
+        self._calls += 1
+        if self._calls == 1:
+            self._run()
+            return
+        if self._replay is None:
+            with recorder.prepared():
+                _, self._replay = recorder.record(self._body, recorder.new_pool())
+        self._replay()
+
+    def _body(self) -> Tensors:
+        self._run()
+        return ()

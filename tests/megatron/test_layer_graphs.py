@@ -1,0 +1,119 @@
+"""The life of CUDA graphs over runs, on CPUs: replays are emulated, all around them is real.
+
+An emulated graph runs its function again at every replay and puts the results where the first ones
+were. Losses, metrics and weights must be those of an eager run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests import dist
+from tests.runs import LLAMA, TINY, train
+
+
+class Emulated:
+    """A recorder whose replays run the function again."""
+
+    replays = 0
+    clock: Any = None  # of the run
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def new_pool(self) -> None:
+        return None
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        yield
+
+    def record(self, body, pool):
+        places = tuple(None if t is None else t.detach().clone() for t in body())
+        slot = self.clock.slot  # a graph reads the seeds of the slot that it was captured for
+
+        def replay() -> None:
+            Emulated.replays += 1
+            with self.clock.at(self.clock.micro_batch, slot):
+                values = body()
+            for place, value in zip(places, values, strict=True):
+                if place is not None:
+                    place.copy_(value.detach())
+
+        return places, replay
+
+
+# TINY without its decay, which some recipes refuse. Three micro-batches a step, a refresh every 2 steps, metrics every 4, all phases.
+_DECAY = TINY.index("--masked-decay")
+RUN = [
+    *TINY[:_DECAY],
+    *TINY[_DECAY + 2 :], "--global-batch-size", "12", "--train-iters", "14", "--mask-update-interval", "2",
+    "--log-interval", "4", "--eval-iters", "1", "--eval-interval", "5",
+    "--dense-warmup-fraction", "0.25", "--dense-tail-fraction", "0.25",
+]  # fmt: skip
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform",
+             "--recompute-num-layers", "1"]  # fmt: skip
+TP2 = ["--tensor-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+S_STE = ["--sparsity-recipe", "s_ste"]
+RUNS: dict[str, tuple[int, list[str]]] = {
+    "fst": (1, LLAMA),
+    "fst, recomputed": (1, [*LLAMA, *RECOMPUTE]),
+    "s_ste, scale of every step": (1, [*S_STE, "--s-ste-scale", "every_step"]),
+    "fst, ZeRO 1": (1, [*LLAMA, "--zero-stage", "1"]),
+    "fst, dp 2, ZeRO 2": (2, ["--zero-stage", "2", "--global-batch-size", "24"]),
+    "s_ste, tp 2, sp": (2, [*LLAMA, *S_STE, *TP2, "--sequence-parallel"]),
+    "fst, pp 2": (2, [*LLAMA, *PP2]),
+    "fst, pp 2, recomputed": (2, [*LLAMA, *PP2, *RECOMPUTE]),
+}
+
+
+def _train(rank: int, world: int, flags: list[str], emulated: bool) -> tuple[Any, dict, int]:
+    """Rows of metrics, the weights, and how often anything was replayed."""
+    from megasparse.megatron import layer_graphs
+    from megasparse.train import loop
+    from megasparse.train.engine import layout
+
+    kept: list[Any] = []
+    made = loop.build_engine
+
+    def keep(*args: Any, **options: Any) -> Any:
+        kept.append(made(*args, **options))
+        Emulated.clock = kept[0].controller.clock
+        return kept[0]
+
+    graphs = functools.partial(layer_graphs.LayerGraphs, make_recorder=Emulated)
+    reasons = layer_graphs.refusal
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(loop, "build_engine", keep))
+        if emulated:
+            stack.enter_context(mock.patch.object(layout, "LayerGraphs", graphs))
+            as_on_gpu = lambda device, *rest: reasons(torch.device("cuda"), *rest)  # noqa: E731
+            stack.enter_context(mock.patch.object(layer_graphs, "refusal", as_on_gpu))
+        rows = train(rank, world, flags)
+    weights = {name: p.detach().clone() for name, p in kept[0].model.named_parameters()}
+    timed = ("tokens_per_second", "tflops", "mfu", "memory_gib", "time_")
+    rows = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+    return rows, weights, Emulated.replays
+
+
+@pytest.mark.parametrize(("world", "more"), RUNS.values(), ids=RUNS)
+def test_a_replayed_run_is_the_eager_one(tmp_path: Path, dataset: str, world, more):
+    results = []
+    for emulated in (False, True):
+        flags = [*RUN, *more, "--data-path", dataset, "--run-dir", str(tmp_path / str(emulated))]
+        results.append(dist.run(_train, world, flags, emulated))
+    for (rows, weights, replays), (expected, theirs, none) in zip(*reversed(results), strict=True):
+        assert rows == expected and len(rows) == 14
+        assert not none and replays > 2 * 3 * 6  # layers' passes of most steps
+        assert weights.keys() == theirs.keys()
+        for name, weight in weights.items():
+            assert torch.equal(weight, theirs[name]), name

@@ -18,6 +18,7 @@ from megasparse.config.loader import ALIASES, FIELDS
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.inference.tokenizer_files import tokenizer_file_of
 from megasparse.metrics.schema import METRICS
+from tests.test_architecture import LEVELS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -232,6 +233,15 @@ def test_every_page_is_in_the_index_and_the_readme_is_short():
         if page.parent == DOCS and page.name != "README.md":
             assert f"]({page.name})" in index, page.name
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_levels_are_those_that_the_architecture_tests():
+    text = (DOCS / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", text, re.M)
+    told = {name: int(level) for level, names in rows for name in re.findall(r"`(\w+)/?`", names)}
+    assert told.items() <= LEVELS.items()
+    folders = {name for name in LEVELS if (ROOT / "megasparse" / name).is_dir()}
+    assert folders <= told.keys(), folders - told.keys()
 
 
 def _number(text: str) -> float:

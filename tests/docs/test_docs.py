@@ -264,3 +264,21 @@ def test_numbers_of_the_first_table_stand_in_its_results():
             pair = _number(ours[0]) / _number(baselines[kind])
             expected = 1 / pair if " ms" in sparse else pair
             assert ratio == f"{expected:.2f}", what
+
+
+def _numbers(text: str) -> list[float]:
+    """Those with a fraction or thousands; dates and counts are none."""
+    return [_number(n) for n in re.findall(r"[+-]?\d+(?:,\d{3}|\.\d+)(?:e-\d+)?", text)]
+
+
+@pytest.mark.parametrize("page", ["results.md", "parallelism.md"])
+def test_numbers_of_tables_stand_in_the_results_that_their_section_links(page):
+    checked = 0
+    for section in re.split(r"^## ", (DOCS / page).read_text(), flags=re.M):
+        files = re.findall(r"\]\(\.\./(tools/results/[\w-]+\d\.md)\)", section)
+        results = {n for file in files for n in _numbers((ROOT / file).read_text())}
+        table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+        told = _numbers(re.sub(r"\]\([^)]*\)", "", table))
+        assert set(told) <= results, set(told) - results
+        checked += len(told)
+    assert checked >= 8

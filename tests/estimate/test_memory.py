@@ -49,7 +49,7 @@ def _measure(rank: int, world: int, flags: list[str]) -> dict[str, Any]:
     states = [state for _, state in _sparse_weights(engine.model)]
     flat = [t for group in engine.optimizer.param_groups for t in group["params"]]
     moments = [v for state in engine.optimizer.state.values() for v in state.values()]
-    gemms = [vars(state._operands[1]).values() for state in states]
+    gemms = [vars(state._gemms[True]).values() for state in states]
     estimated = footprint(config, recipe, vocabulary, world, grid.pp_rank, gpu=False)
     weights = stage_weights(config, recipe, vocabulary, grid.pp_rank)
     sparse = sum(weight.numel() for _, weight in engine.controller.weights)

@@ -1,4 +1,4 @@
-"""Packaging: pins are the versions that were run together (README, "Versions")."""
+"""Packaging: pins are the versions that were run together (README, "Status")."""
 
 from setuptools import find_packages, setup
 

@@ -218,7 +218,7 @@ def test_tests_load_the_commands_as_modules():
 
 def test_top_level_shows_only_what_belongs_there():
     allowed = {
-        "README.md", "Makefile", "setup.py", "LICENSE", "pyproject.toml",
+        "README.md", "CHANGELOG.md", "Makefile", "setup.py", "LICENSE", "pyproject.toml",
         "megasparse", "launch", "configs", "docs", "tools", "tests",
         # made by work, ignored by git
         "megasparse.egg-info", "runs", "build", "dist",

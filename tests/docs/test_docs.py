@@ -1,4 +1,4 @@
-"""The documentation: its commands run, its messages exist, its flags and links are real."""
+"""The documentation: its commands run; its messages, flags, links, paths and numbers are real."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from megasparse.config.loader import ALIASES, FIELDS
 from megasparse.data.tokenizer import load_tokenizer
 from megasparse.inference.tokenizer_files import tokenizer_file_of
 from megasparse.metrics.schema import METRICS
+from tests.test_architecture import LEVELS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+FRONT = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -45,10 +47,13 @@ SMALLER = {
 
 
 ENVIRONMENT = {
-    **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
+    **os.environ,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": str(ROOT),
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-}  # fmt: skip
+}
 
 
 def test_the_tutorial_runs(tmp_path):
@@ -59,16 +64,20 @@ def test_the_tutorial_runs(tmp_path):
         assert written in script, f"{written} is no longer in the tutorial"
         script = script.replace(written, smaller.format(folder=tmp_path))
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "stopped at step 4 (--exit-interval)" in done.stdout
     assert "Run finished: recipe fst, 8 steps" in done.stdout
     assert re.search(r"linear_fc1\.weight +256x64 +0\.5000 +yes +yes", done.stdout)
     exported = tmp_path / "exported"
     assert (exported / "sparsity.json").is_file()
-    # An engine cuts text into the ids of the training; figures on the data find its tokenizer.
+    # An engine cuts text into the ids of the training, and evaluations find the run's tokenizer.
     engines = transformers.AutoTokenizer.from_pretrained(exported)
     ours = load_tokenizer(tokenizer_file_of(exported), probe=False)
     assert tokenizer_file_of(exported).name == "tokenizer.model"
@@ -94,9 +103,12 @@ def test_the_spec_provider_example_trains(tmp_path):
     # torchrun, as the page says.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*command, "--nproc-per-node", "1", "example.py"], cwd=tmp_path, env=ENVIRONMENT,
-        text=True, capture_output=True,
-    )  # fmt: skip
+        [*command, "--nproc-per-node", "1", "example.py"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     first, last, weights = re.findall(r"loss (.*) -> (.*); (\d+) sparse weights", done.stdout)[0]
     assert float(last) < float(first) - 0.5 and weights == "4"
@@ -133,9 +145,11 @@ def test_there_are_messages():
     assert len(_quoted()) >= 20
 
 
-@pytest.mark.parametrize("page", ["megatron.md", "deepspeed.md", *(
-    str(path.relative_to(DOCS)) for path in PAGES if path.parent.name == "recipes"
-)])  # fmt: skip
+GUIDES = ["megatron.md", "deepspeed.md", "parallelism.md", "reliability.md", "fp8.md"]
+GUIDES += [str(path.relative_to(DOCS)) for path in PAGES if path.parent.name == "recipes"]
+
+
+@pytest.mark.parametrize("page", GUIDES)
 def test_flags_of_the_guides_exist(page):
     text = (DOCS / page).read_text()
     if page == "megatron.md":  # the first column of "Another flag" and "Not here" are theirs
@@ -147,7 +161,9 @@ def test_flags_of_the_guides_exist(page):
     known |= {"--" + alias.replace("_", "-") for alias in ALIASES}
     known |= {"--config", "--help", "--num_gpus", "--hostfile", "--deepspeed_config"}
     known |= {"--append-eod", "--no-append-eod"}  # of tools/preprocess_data.py
-    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+    known |= {"--gpus", "--search"}  # of tools/estimate.py
+    known |= {"--scale", "--output", "--jobs", "--plan", "--time-limit"}  # of the comparisons
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w(?![\w-])", text))
     assert flags <= known, flags - known
 
 
@@ -175,7 +191,7 @@ def test_exit_codes_are_those_of_the_errors():
     assert all(f"{code} " in errors.EXIT_CODES for code in listed)
 
 
-@pytest.mark.parametrize("path", [*PAGES, ROOT / "README.md"], ids=lambda p: str(p.name))
+@pytest.mark.parametrize("path", [*PAGES, *FRONT], ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if target.startswith(("http://", "https://")):
@@ -187,3 +203,82 @@ def test_links_lead_somewhere(path):
             titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
             anchors = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
             assert heading in anchors, f"{path}: {target}; there are {sorted(anchors)}"
+
+
+def _named_paths(text: str) -> set[str]:
+    """Files and folders of the repository that a page names, without placeholders in capitals."""
+    text = re.sub(r"\]\([^)]*\)", "", text)  # links have a test of their own
+    text = re.sub(r"^- `python -m .*? replaces .*$", "", text, flags=re.M)  # old names in changes
+    areas = "megasparse|launch|tools|tests|configs|docs"
+    found = re.findall(rf"(?<![\w/.-])((?:{areas})/[\w./-]*[\w/])", text)
+    modules = re.findall(r"-m ((?:tools|megasparse)(?:\.\w+)+)", text)
+    modules = [module.replace(".", "/") for module in modules]
+    return {path for path in [*found, *modules] if not re.search(r"[A-Z]{4}", path)}
+
+
+def _there(path: str) -> bool:
+    return (ROOT / path).exists() or (ROOT / f"{path}.py").exists()
+
+
+@pytest.mark.parametrize("path", [*PAGES, *FRONT], ids=lambda p: str(p.relative_to(ROOT)))
+def test_paths_and_modules_are_there(path):
+    missing = {named for named in _named_paths(path.read_text()) if not _there(named)}
+    removed = {"megasparse/train/preflight", "docs/benchmarks.md"}  # the changelog says so
+    assert not missing - (removed if path.name == "CHANGELOG.md" else set()), missing
+
+
+def test_every_page_is_in_the_index_and_the_readme_is_short():
+    index = (DOCS / "README.md").read_text()
+    for page in PAGES:
+        if page.parent == DOCS and page.name != "README.md":
+            assert f"]({page.name})" in index, page.name
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_levels_are_those_that_the_architecture_tests():
+    text = (DOCS / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", text, re.M)
+    told = {name: int(level) for level, names in rows for name in re.findall(r"`(\w+)/?`", names)}
+    assert told.items() <= LEVELS.items()
+    folders = {name for name in LEVELS if (ROOT / "megasparse" / name).is_dir()}
+    assert folders <= told.keys(), folders - told.keys()
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def test_numbers_of_the_first_table_stand_in_its_results():
+    text = (ROOT / "README.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if "](tools/results/" in line]
+    rows = [cells for cells in rows if len(cells) == 5]
+    assert len(rows) == 3
+    for what, dense, sparse, speed, loss in rows:
+        files = re.findall(r"\]\((tools/results/[^)]+)\)", what)
+        results = "\n".join((ROOT / file).read_text() for file in files)
+        for number in re.findall(r"\d[\d,]*\.\d+|\d{2,3},\d{3}", dense + sparse + loss):
+            assert re.search(rf"(?<![\d,.]){re.escape(number)}(?!\d)", results), number
+        baselines = dict(re.findall(r"(FP8|BF16) ([\d,.]*\d)", dense))
+        ours = re.findall(r"[\d,.]*\d (?=tokens/s|ms)", sparse)
+        for ratio, kind in re.findall(r"\*\*([\d.]+)x\*\* (FP8|BF16)", speed):
+            pair = _number(ours[0]) / _number(baselines[kind])
+            expected = 1 / pair if " ms" in sparse else pair
+            assert ratio == f"{expected:.2f}", what
+
+
+def _numbers(text: str) -> list[float]:
+    """Those with a fraction or thousands; dates and counts are none."""
+    return [_number(n) for n in re.findall(r"[+-]?\d+(?:,\d{3}|\.\d+)(?:e-\d+)?", text)]
+
+
+@pytest.mark.parametrize("page", ["results.md", "parallelism.md"])
+def test_numbers_of_tables_stand_in_the_results_that_their_section_links(page):
+    checked = 0
+    for section in re.split(r"^## ", (DOCS / page).read_text(), flags=re.M):
+        files = re.findall(r"\]\(\.\./(tools/results/[\w-]+\d\.md)\)", section)
+        results = {n for file in files for n in _numbers((ROOT / file).read_text())}
+        table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+        told = _numbers(re.sub(r"\]\([^)]*\)", "", table))
+        assert set(told) <= results, set(told) - results
+        checked += len(told)
+    assert checked >= 8

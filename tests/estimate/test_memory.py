@@ -49,7 +49,8 @@ def _measure(rank: int, world: int, flags: list[str]) -> dict[str, Any]:
     states = [state for _, state in _sparse_weights(engine.model)]
     flat = [t for group in engine.optimizer.param_groups for t in group["params"]]
     moments = [v for state in engine.optimizer.state.values() for v in state.values()]
-    gemms = [vars(state._operands[1]).values() for state in states]
+    # Each tensor once: an implementation may know its operand by two names.
+    operands = [{id(v): v for v in vars(state._gemms[True]).values()}.values() for state in states]
     estimated = footprint(config, recipe, vocabulary, world, grid.pp_rank, gpu=False)
     weights = stage_weights(config, recipe, vocabulary, grid.pp_rank)
     sparse = sum(weight.numel() for _, weight in engine.controller.weights)
@@ -62,7 +63,7 @@ def _measure(rank: int, world: int, flags: list[str]) -> dict[str, Any]:
             "parameters": nbytes(engine.model.parameters()),
             "optimizer": nbytes(moments) + (nbytes(flat) if parallel.zero_stage else 0),
             "masks": nbytes(state.mask for state in states),
-            "operands": sum(map(nbytes, gemms)),
+            "operands": sum(map(nbytes, operands)),
         },
     }  # fmt: skip
 

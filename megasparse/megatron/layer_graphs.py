@@ -149,6 +149,12 @@ class LayerGraphs:
             self._controller.fp8.host_follows = True
             self._controller.fp8.assume()
 
+    def close(self) -> None:
+        """Drop every graph, for good."""
+        self.let_go()
+        self._refill = self._refills()
+        self._refusal = "the run has ended"
+
     def _refills(self) -> dict[bool, Replayed]:
         """Making the operands, by whether metrics are measured."""
         return {kind: Replayed(self._controller.refill) for kind in (False, True)}

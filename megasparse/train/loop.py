@@ -101,6 +101,7 @@ class Trainer:
             logger.info("stopped at step %d (%s)", self.controller.clock.step, reason)
             return EXIT_PREEMPTED
         finally:
+            self.engine.layout.close()
             self.folder.release()
 
     def _train(self) -> str:

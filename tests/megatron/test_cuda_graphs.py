@@ -20,7 +20,7 @@ from tests.transformer_engine import needs_transformer_engine
 ROOT = Path(__file__).parents[2]
 # Three micro-batches a step; masks are refreshed, metrics measured and losses validated on the way.
 GPT = [
-    "--num-layers", "3", "--hidden-size", "512", "--num-attention-heads", "8", "--seq-length",
+    "--num-layers", "4", "--hidden-size", "512", "--num-attention-heads", "8", "--seq-length",
     "512", "--vocab-size", "5000", "--micro-batch-size", "4", "--global-batch-size", "12", "--bf16",
     "--mock-data", "--train-iters", "20", "--lr", "1e-3", "--eval-iters", "2", "--eval-interval",
     "8", "--log-interval", "5", "--mask-update-interval", "3", "--deterministic-mode",

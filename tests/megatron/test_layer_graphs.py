@@ -51,13 +51,14 @@ class Emulated:
         return places, replay
 
 
-# TINY without its decay, which some recipes refuse. Three micro-batches a step, a refresh every 2 steps, metrics every 4, all phases.
+# TINY without its decay, which some recipes refuse. Three micro-batches a step, a refresh every 2
+# steps, metrics every 4, all phases.
 _DECAY = TINY.index("--masked-decay")
+_WITHOUT_DECAY = [*TINY[:_DECAY], *TINY[_DECAY + 2 :]]
 RUN = [
-    *TINY[:_DECAY],
-    *TINY[_DECAY + 2 :], "--global-batch-size", "12", "--train-iters", "14", "--mask-update-interval", "2",
-    "--log-interval", "4", "--eval-iters", "1", "--eval-interval", "5",
-    "--dense-warmup-fraction", "0.25", "--dense-tail-fraction", "0.25",
+    *_WITHOUT_DECAY, "--global-batch-size", "12", "--train-iters", "14",
+    "--mask-update-interval", "2", "--log-interval", "4", "--eval-iters", "1",
+    "--eval-interval", "5", "--dense-warmup-fraction", "0.25", "--dense-tail-fraction", "0.25",
 ]  # fmt: skip
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform",
              "--recompute-num-layers", "1"]  # fmt: skip

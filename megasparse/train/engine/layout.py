@@ -139,6 +139,11 @@ class Layout(ABC):
     ) -> LayerGraphs:
         return LayerGraphs(layers, self.controller, self.grid, adds_up, slots)
 
+    def close(self) -> None:
+        """At the end of a run: communicators cannot be left while graphs refer to them."""
+        if self.graphs is not None:
+            self.graphs.close()
+
     def end_step(self) -> None:
         """After a step that was accepted."""
         if self.graphs is not None:

@@ -61,6 +61,8 @@ def _derived(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
         # Between stages whole tensors travel: with sequence parallelism those of the tensor-
         # parallel ranks differ, and DeepSpeed's partitioning takes them for equal.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        # It waits for the device after every micro-batch; the log has its own throughput.
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
     }

@@ -33,6 +33,24 @@ def transposable_rows() -> tuple[tuple[int, ...], ...]:
     )
 
 
+def pack_fours(mask: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """bool (N, K), K a multiple of 4, as uint8 (N, K/4), a bit each; any mask, nothing is checked.
+
+    Nothing waits for the device.
+    """
+    fours = mask.contiguous().view(torch.int32)  # a byte of 0 or 1 each
+    packed = fours | fours >> 7 | fours >> 14 | fours >> 21
+    packed.bitwise_and_(15)
+    return packed.to(torch.uint8) if out is None else out.copy_(packed)
+
+
+def unpack_fours(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_fours`."""
+    bits = packed.to(torch.int32)
+    fours = bits & 1 | (bits & 2) << 7 | (bits & 4) << 14 | (bits & 8) << 21
+    return fours.view(torch.bool)
+
+
 def transposable_patterns() -> torch.Tensor:
     """The 90 transposable patterns: bool (90, 4, 4) on CPU, in lexicographic descending order."""
     return _row_patterns()[torch.tensor(transposable_rows())]

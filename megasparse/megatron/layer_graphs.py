@@ -63,6 +63,7 @@ class LayerGraphs:
         self._sets: dict[bool, list[GraphSet]] = {}
         self._warm: set[bool] = set()
         self._refill = self._refills()
+        self._refresh = Replayed(controller.refresh)
         self._phase: tuple[bool, int] | None = None  # sparse, and moves of the states
         self._active: list[GraphSet] | None = None
         self._buffers: dict[torch.nn.Parameter, torch.Tensor] | None = None
@@ -83,9 +84,10 @@ class LayerGraphs:
             self.let_go()
             self._warm.clear()
             self._refill = self._refills()
-        controller.begin_step()
-        if controller.weights:
-            with controller.timer.span("preparation"):
+            self._refresh = Replayed(controller.refresh)
+        with controller.timer.span("preparation"):
+            controller.begin_step(lambda: self._refresh(self._recorder))
+            if controller.weights:
                 self._refill[controller.asked](self._recorder)
         self._phase = (controller.sparse_now, controller.moves)
         controller.seeds.begin_step(micro_batches)
@@ -153,6 +155,7 @@ class LayerGraphs:
         """Drop every graph, for good."""
         self.let_go()
         self._refill = self._refills()
+        self._refresh = Replayed(self._controller.refresh)
         self._refusal = "the run has ended"
 
     def _refills(self) -> dict[bool, Replayed]:

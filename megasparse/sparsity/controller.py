@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -68,12 +68,29 @@ class SparsityController:
             return self.seeds.of(place, self.clock.slot)
         return self.clock.mvue_seed(self.layers[place])
 
-    def begin_step(self) -> None:
-        """Refresh the masks that are due, and see to it that `refill` has what it needs."""
+    def begin_step(self, refresh_all: Callable[[], None] | None = None) -> None:
+        """Refresh the masks that are due, and see to it that `refill` has what it needs.
+
+        Args:
+            refresh_all: a captured `refresh`, where all masks are due and stay where they are.
+        """
         step, sparse = self.clock.step, self.sparse_now
+        stale = [(s, w) for s, w in self.weights if s.ready_for != (step, sparse)]
+        due = [s.refresh_is_due(step, sparse, self.monitor) for s, _ in stale]
+        together = len(stale) == len(self.weights) and all(due)
+        if refresh_all is not None and together and all(s.refreshes_in_place for s, _ in stale):
+            refresh_all()
+        else:
+            for (state, weight), refreshed in zip(stale, due, strict=True):
+                if refreshed:
+                    state.refresh(weight)
+        for (state, weight), refreshed in zip(stale, due, strict=True):
+            state.begin_step(weight, step, sparse, refreshed)
+
+    def refresh(self) -> None:
+        """Search the masks of all weights anew; it can be captured."""
         for state, weight in self.weights:
-            if state.ready_for != (step, sparse):
-                state.begin_step(weight, step, sparse, self.monitor)
+            state.refresh(weight)
 
     def refill(self) -> None:
         """Make the operands of all weights for the step that has begun; it can be captured."""

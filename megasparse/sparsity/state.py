@@ -18,7 +18,12 @@ import torch
 from megasparse.errors import CheckpointError
 from megasparse.fp8.scale import Reduce
 from megasparse.kernels import count_flips, prune24_mask, s_ste_scale, transposable24_mask
-from megasparse.kernels.patterns import decode_patterns, encode_patterns
+from megasparse.kernels.patterns import (
+    decode_patterns,
+    encode_patterns,
+    pack_fours,
+    unpack_fours,
+)
 from megasparse.sparsity import operands, schedule
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.gemms.protocol import LinearGemms
@@ -74,7 +79,9 @@ class SparseWeight(torch.nn.Module):
         self._ready: tuple[int, bool] | None = None  # step and phase that the operands are of
         self._nan_flag: torch.Tensor | None = None
         self._error_flag: torch.Tensor | None = None
-        self._mask_before: torch.Tensor | None = None  # patterns, of a refresh in this step
+        # Of the latest refresh, what was before: the mask, four entries a byte, and the flips.
+        self._before: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._refreshed = False  # in the step under way
         self.moves = 0  # times that mask, scale or operands may have got other addresses
 
     def gemms(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
@@ -88,15 +95,25 @@ class SparseWeight(torch.nn.Module):
         """
         if self._ready != (step, sparse):
             with self.probe.timer.span("preparation"):
-                self.begin_step(weight, step, sparse, monitor)
+                due = self.refresh_is_due(step, sparse, monitor)
+                if due:
+                    self.refresh(weight)
+                self.begin_step(weight, step, sparse, due)
                 self.refill(weight, sparse)
         return self._gemms[sparse]
 
-    def begin_step(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> None:
-        """Refresh the mask if it is due, and see to it that `refill` has what it needs."""
-        weight = weight.detach()
-        if (sparse or monitor) and schedule.refresh_due(self.recipe, step, self.last_refresh):
-            self._refresh(weight, step)
+    def refresh_is_due(self, step: int, sparse: bool, monitor: bool) -> bool:
+        """Whether the mask is to be searched anew before the operands of `step` are made."""
+        return (sparse or monitor) and schedule.refresh_due(self.recipe, step, self.last_refresh)
+
+    def begin_step(self, weight: torch.Tensor, step: int, sparse: bool, refreshed: bool) -> None:
+        """See to it that `refill` has what it needs, and count.
+
+        Args:
+            refreshed: whether the mask was refreshed for this step.
+        """
+        if refreshed:
+            self._count_refresh(step)
         again = step == self.prepared_step
         self.preparations_of_step = self.preparations_of_step + 1 if again else 1
         self.prepared_step = step
@@ -164,7 +181,8 @@ class SparseWeight(torch.nn.Module):
         """W~ as the GEMMs of `step` see it: the mask is refreshed before, if it is due then."""
         self._make_flags(weight)
         if schedule.refresh_due(self.recipe, step, self.last_refresh):
-            self._refresh(weight, step)
+            self.refresh(weight)
+            self._count_refresh(step)
         return effective(weight, self.project(weight))
 
     def flags(self, device: torch.device) -> torch.Tensor:
@@ -181,7 +199,12 @@ class SparseWeight(torch.nn.Module):
                 torch.zeros(1, dtype=torch.int32, device=weight.device) for _ in range(2)
             )
 
-    def _refresh(self, weight: torch.Tensor, step: int) -> None:
+    def refresh(self, weight: torch.Tensor) -> None:
+        """Search the mask of the weight, and count flips; it can be captured from the third on.
+
+        What a skipped step would have to put back is kept.
+        """
+        weight = weight.detach()
         search = transposable24_mask if self.recipe.transposable else prune24_mask
         self._make_flags(weight)
         # Until inputs were seen their norms are unknown: the first mask is magnitude's.
@@ -189,12 +212,29 @@ class SparseWeight(torch.nn.Module):
         mask = search(scores, nan_flag=self._nan_flag)
         if self.mask is None:
             self.mask = mask
+            return
+        flips = count_flips(mask, self.mask)
+        known = flips if self.flips is None else self.flips
+        if self._before is None:
+            self._before = pack_fours(self.mask), known.clone()
         else:
-            self.flips = count_flips(mask, self.mask)
-            self._mask_before = self._encoded_mask()
-            self.mask.copy_(mask)
+            pack_fours(self.mask, out=self._before[0])
+            self._before[1].copy_(known)
+        if self.flips is None:
+            self.flips = flips
+        else:
+            self.flips.copy_(flips)
+        self.mask.copy_(mask)
+
+    def _count_refresh(self, step: int) -> None:
         self.last_refresh = step
         self.refreshes += 1
+        self._refreshed = True
+
+    @property
+    def refreshes_in_place(self) -> bool:
+        """Whether a refresh finds everything that it writes, at addresses that stay."""
+        return self._before is not None and self.inputs is None
 
     def _encoded_mask(self) -> torch.Tensor:
         """The mask as pattern indices, uint8: a byte for 16 entries, or 4."""
@@ -215,7 +255,7 @@ class SparseWeight(torch.nn.Module):
         if self.scale is not None:
             state["scale"] = self.scale.clone()
         if self.flips is not None:
-            state["flips"] = self.flips
+            state["flips"] = self.flips.clone()
         if self.inputs is not None:
             state.update(self.inputs.export_state())
         if self.quantizers is not None:
@@ -228,20 +268,24 @@ class SparseWeight(torch.nn.Module):
         scale = self.scale
         if scale is not None and self.recipe.s_ste_scale == "every_step":
             scale = scale.clone()
-        self._mask_before = None
-        return (self.mask is not None, scale, self.flips, counts)
+        self._refreshed = False
+        return (self.mask is not None, scale, self.flips is not None, counts)
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         """Put back what `snapshot` gave."""
-        had_mask, scale, self.flips, counts = snapshot
+        had_mask, scale, had_flips, counts = snapshot
         self.last_refresh, self.refreshes, self.prepared_step, self.preparations_of_step = counts
         if not had_mask and self.mask is not None:
             self.mask = None
             self.moves += 1
-        elif self._mask_before is not None:
-            assert self.mask is not None
-            self.mask.copy_(self._decoded_mask(self._mask_before))
-        self._mask_before = None
+        elif self._refreshed:
+            assert self.mask is not None and self.flips is not None and self._before is not None
+            self.mask.copy_(unpack_fours(self._before[0]))
+            self.flips.copy_(self._before[1])
+        if not had_flips:
+            self.flips = self._before = None
+            self.moves += 1
+        self._refreshed = False
         if scale is None or self.scale is None:
             self.scale = scale
         elif self.scale is not scale:
@@ -265,6 +309,7 @@ class SparseWeight(torch.nn.Module):
             self.inputs.import_state(state, device)
         if self.quantizers is not None:
             self.quantizers.import_state(state)
+        self._before = None
         self._gemms.clear()
         self.moves += 1
         self.invalidate()

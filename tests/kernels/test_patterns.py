@@ -16,6 +16,7 @@ from megasparse.kernels import (
     transposable24_mask,
     transposable_patterns,
 )
+from megasparse.kernels.patterns import pack_fours, unpack_fours
 
 
 def brute_force_patterns() -> list[tuple[int, ...]]:
@@ -95,3 +96,14 @@ def test_indices_that_do_not_fit_are_refused() -> None:
         decode_patterns(torch.full_like(indices, 90), (8, 8), transposable=True)
     with pytest.raises(KernelError, match="6"):
         decode_patterns(torch.full((8, 2), 6, dtype=torch.uint8), (8, 8), transposable=False)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (5, 12), (64, 128)])
+def test_four_entries_a_byte_and_back(device, shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device) < 0.4
+    packed = pack_fours(mask)
+    assert packed.dtype == torch.uint8 and packed.shape == (shape[0], shape[1] // 4)
+    assert packed[0, 0] == sum(int(mask[0, i]) << i for i in range(4))
+    assert torch.equal(unpack_fours(packed), mask)
+    other = ~mask
+    assert pack_fours(other, out=packed) is packed and torch.equal(unpack_fours(packed), other)

@@ -103,7 +103,7 @@ def test_communication_has_its_time_and_the_peak_is_not_guessed(runs):
 def _sparse(recipe, weight):
     controller = SparsityController(recipe, Clock(seed=1, train_iters=100))
     state = SparseWeight("w", recipe, WeightShard(tuple(weight.shape)))
-    controller.register(state, weight)
+    controller.register(state, weight, 0)
     controller.ask(True)
     return controller, state
 

@@ -61,6 +61,13 @@ def quantize(x: torch.Tensor, quantizer: Any) -> tuple[torch.Tensor, torch.Tenso
     return result._data.view(E4M3), transposed
 
 
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """x (T, K) of e4m3 as (K, T), row-major; by plain torch where x is not on a GPU."""
+    if not x.is_cuda:
+        return x.view(torch.uint8).t().contiguous().view(E4M3)
+    return tex.fp8_transpose(x.view(torch.uint8), tex.DType.kFloat8E4M3, out=None).view(E4M3)
+
+
 def raise_amax(x: torch.Tensor, amax: torch.Tensor) -> None:
     """Raise `amax`, float32 (1,), to the largest magnitude of x; nothing waits for the device."""
     tex.compute_amax(x.detach().contiguous(), amax)

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megasparse.fp8.scale import Scale
 from megasparse.megatron.parallel_linear import SparseColumnParallelLinear
 from megasparse.sparsity.autograd.norm import Float8Input, norm_to_float8
+from megasparse.sparsity.gemms.dense_fp8 import ALIGNMENT
 
 # What a layer may do with a norm's output beside giving it to the block behind it.
 _OTHER_USES = (
@@ -53,6 +54,7 @@ class NormToFloat8(torch.nn.Module):
             eps=self.eps,
             scale=scale,
             trained=linear.weight.requires_grad,
+            gathered=linear.comm.gathers,
         )
 
     def _scale(self, x: torch.Tensor) -> Scale | None:
@@ -63,6 +65,9 @@ class NormToFloat8(torch.nn.Module):
         same = x.dtype == self.weight.dtype and x.dtype.itemsize == 2
         if watched or not same:
             return None
+        tokens = x.numel() // x.shape[-1]
+        if self._readers[0].comm.gathers and tokens % ALIGNMENT:
+            return None  # tiles would be padded on every rank
         gemms, _ = self._readers[0].current_gemms()
         return gemms.input_scale()
 
@@ -91,7 +96,7 @@ def fuse_norms(model: torch.nn.Module) -> int:
 
 
 def _fits(norm: Any, linear: SparseColumnParallelLinear) -> bool:
-    """Sequence parallelism gathers the norm's output before it is quantized."""
+    """Whether the norm's output may leave it in 8 bits."""
     rms, layer = _kinds()
     kinds: tuple[type[torch.nn.Module], ...] = (*rms, *layer)
     return (
@@ -101,7 +106,6 @@ def _fits(norm: Any, linear: SparseColumnParallelLinear) -> bool:
         and isinstance(norm.weight, torch.Tensor)
         and linear.in_fp8_alone
         and _scale_comes_first(linear)
-        and not linear.comm.gathers
     )
 
 

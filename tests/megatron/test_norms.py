@@ -160,8 +160,8 @@ def _with_sequence_parallelism(rank, world):
     return _fused(_layer(world, [*LLAMA, *TWO, "--sequence-parallel"])[0])
 
 
-def test_what_is_gathered_after_the_norm_keeps_it():
-    assert dist.run(_with_sequence_parallelism, 2) == [[False, False]] * 2
+def test_what_is_gathered_leaves_the_norm_in_8_bits_too():
+    assert dist.run(_with_sequence_parallelism, 2) == [[True, True]] * 2
 
 
 def _hooks(rank, world):

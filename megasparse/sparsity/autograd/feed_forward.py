@@ -22,7 +22,15 @@ from typing import Any
 import torch
 
 from megasparse.kernels.random import SeedLike
-from megasparse.sparsity.autograd.linear import LinearComm, in_graph, output
+from megasparse.sparsity.autograd.linear import (
+    LinearComm,
+    in_graph,
+    local_input,
+    output,
+    saved_again,
+    start_gather,
+    whole_shape,
+)
 from megasparse.sparsity.autograd.norm import Float8Input
 from megasparse.sparsity.gemms.protocol import LinearGemms
 
@@ -42,26 +50,28 @@ class _GatedFeedForward(torch.autograd.Function):
         quantized: Float8Input | None,
     ) -> torch.Tensor:
         ctx.first, ctx.second, ctx.comm, ctx.seeds = first, second, comm, seeds
-        x, arrived = comm.gather(x_local)
+        local = local_input(x_local, comm, quantized)
+        x, arrived = start_gather(comm, local)
         arrived()
         x_TK = x.reshape(-1, x.shape[-1])
-        fused_TF, saved1 = output(first, x_TK, recorded and ctx.needs_input_grad[1], quantized)
+        save = recorded and ctx.needs_input_grad[1]
+        fused_TF, saved1 = output(first, x_TK, save, comm, quantized)
         z_TN, saved2 = second.output_of_gated(fused_TF, recorded and ctx.needs_input_grad[2])
         if comm.gathers:
             saved1 = ()
         ctx.of_first = len(saved1)
-        ctx.save_for_backward(x_local if comm.gathers else None, fused_TF, *saved1, *saved2)
-        return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
+        ctx.save_for_backward(local if comm.gathers else None, fused_TF, *saved1, *saved2)
+        return z_TN.view(*whole_shape(x_local, local, x), z_TN.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (dz,) = grads
-        x_local, fused_TF, *saved = ctx.saved_tensors
+        local, fused_TF, *saved = ctx.saved_tensors
         saved1, saved2 = tuple(saved[: ctx.of_first]), tuple(saved[ctx.of_first :])
         first, second, comm, wanted = ctx.first, ctx.second, ctx.comm, ctx.needs_input_grad
         dx, dw1, dw2, dy_TF, gathered, wait = None, None, None, None, None, None
-        if x_local is not None and wanted[1]:
-            gathered = comm.gather(x_local)
+        if local is not None and wanted[1]:
+            gathered = start_gather(comm, local)
         operands = second.prepare_grad_output(dz.reshape(-1, dz.shape[-1]), ctx.seeds[1])
         if wanted[0] or wanted[1]:
             dy_TF = second.grad_input(operands)
@@ -77,7 +87,7 @@ class _GatedFeedForward(torch.autograd.Function):
                 if gathered is not None:
                     x, arrived = gathered
                     arrived()
-                    saved1 = first.save_input(x.reshape(-1, x.shape[-1]))
+                    saved1 = saved_again(first, x.reshape(-1, x.shape[-1]))
                 dw1 = first.grad_weight(operands, saved1)
         if wait is not None:
             wait()
@@ -94,7 +104,7 @@ def gated_feed_forward(
     """`(silu(gate) * up) W2~^T` of `[gate | up] = x W1~^T`, with gradients.
 
     Args:
-        x: `(..., K)`, this rank's input; in 8 bits only where comm does not gather it.
+        x: `(..., K)`, this rank's input, in 8 bits or in full.
         weights: the master weights, `(2 F, K)` and `(N, F)`; get straight-through gradients.
         gemms: of the two layers, of the current optimizer step.
         comm: communication of x and its gradient.
@@ -105,5 +115,4 @@ def gated_feed_forward(
     """
     recorded = torch.is_grad_enabled()  # inside the function it is off
     x, quantized = in_graph(x)
-    assert quantized is None or not comm.gathers, "x has no values to gather"
     return _GatedFeedForward.apply(x, *weights, *gemms, comm, seeds, recorded, quantized)

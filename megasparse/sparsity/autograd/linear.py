@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.autograd.norm import Float8Input
 from megasparse.sparsity.gemms.protocol import LinearGemms, SavedInput
@@ -73,29 +74,30 @@ class _Linear(torch.autograd.Function):
         quantized: Float8Input | None,
     ) -> torch.Tensor:
         ctx.gemms, ctx.comm, ctx.boost, ctx.seed = gemms, comm, boost, seed
-        x, arrived = comm.gather(x_local)
+        local = local_input(x_local, comm, quantized)
+        x, arrived = start_gather(comm, local)
         arrived()
         x_TK = x.reshape(-1, x.shape[-1])
         h_TR = None
-        z_TN, saved = output(gemms, x_TK, recorded and ctx.needs_input_grad[1], quantized)
+        z_TN, saved = output(gemms, x_TK, recorded and ctx.needs_input_grad[1], comm, quantized)
         if boost is not None and s_NR is not None:
             h_TR = boost.project(x_TK, p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
         again = comm.gathers or p_RK is not None
         if comm.gathers:
             saved = ()
-        ctx.save_for_backward(x_local if again else None, s_NR, p_RK, h_TR, *saved)
-        return z_TN.view(*x.shape[:-1], z_TN.shape[-1])
+        ctx.save_for_backward(local if again else None, s_NR, p_RK, h_TR, *saved)
+        return z_TN.view(*whole_shape(x_local, local, x), z_TN.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (dz,) = grads
-        x_local, s_NR, p_RK, h_TR, *saved = ctx.saved_tensors
+        local, s_NR, p_RK, h_TR, *saved = ctx.saved_tensors
         dz_TN = dz.reshape(-1, dz.shape[-1])
         dx, dw, ds, dp, x_TK, arrived, wait = None, None, None, None, None, None, None
         wanted = ctx.needs_input_grad
-        if x_local is not None and wanted[1]:
-            x, arrived = ctx.comm.gather(x_local)
+        if local is not None and wanted[1]:
+            x, arrived = start_gather(ctx.comm, local)
             x_TK = x.reshape(-1, x.shape[-1])
         dh_TR = None if h_TR is None else ctx.boost.grad_hidden(dz_TN, s_NR)
         operands = ctx.gemms.prepare_grad_output(dz_TN, ctx.seed)
@@ -107,7 +109,9 @@ class _Linear(torch.autograd.Function):
         if wanted[1]:
             if arrived is not None:
                 arrived()
-            dw = ctx.gemms.grad_weight(operands, tuple(saved) or ctx.gemms.save_input(x_TK))
+            if x_TK is not None and not saved:
+                saved = list(saved_again(ctx.gemms, x_TK))
+            dw = ctx.gemms.grad_weight(operands, tuple(saved))
             if dh_TR is not None:
                 ds = dz_TN.t() @ h_TR
                 dp = None if p_RK is None else ctx.boost.grad_projection(dh_TR, x_TK)
@@ -116,10 +120,47 @@ class _Linear(torch.autograd.Function):
         return dx, dw, ds, dp, None, None, None, None, None, None
 
 
+def local_input(
+    x_local: torch.Tensor, comm: LinearComm, quantized: Float8Input | None
+) -> torch.Tensor:
+    """What this rank has of the input: where it is gathered, in the 8 bits that GEMMs read."""
+    return quantized.rows if quantized is not None and comm.gathers else x_local
+
+
+def start_gather(
+    comm: LinearComm, local: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[], object]]:
+    """Start to gather an input; it is valid after calling the second. e4m3 travels as bytes."""
+    if local.dtype != E4M3:
+        return comm.gather(local)
+    x, arrived = comm.gather(local.view(torch.uint8))
+    return x.view(E4M3), arrived
+
+
+def whole_shape(x_local: torch.Tensor, local: torch.Tensor, x: torch.Tensor) -> tuple[int, ...]:
+    """The leading dimensions of the gathered input, `(S, ...)` of `x_local` `(S/p, ..., K)`.
+
+    Args:
+        local, x: what was gathered, and the result; e4m3 has one dimension for all tokens.
+    """
+    return (x_local.shape[0] * (x.shape[0] // local.shape[0]), *x_local.shape[1:-1])
+
+
+def saved_again(gemms: LinearGemms, x_TK: torch.Tensor) -> SavedInput:
+    """What `grad_weight` needs of an input that was gathered again."""
+    return gemms.save_quantized(x_TK) if x_TK.dtype == E4M3 else gemms.save_input(x_TK)
+
+
 def output(
-    gemms: LinearGemms, x_TK: torch.Tensor, save: bool, quantized: Float8Input | None
+    gemms: LinearGemms,
+    x_TK: torch.Tensor,
+    save: bool,
+    comm: LinearComm,
+    quantized: Float8Input | None,
 ) -> tuple[torch.Tensor, SavedInput]:
     """`X W~^T`, and with `save` what `grad_weight` needs of X; X may be quantized already."""
+    if quantized is not None and comm.gathers:
+        return gemms.output_of_quantized(x_TK, None, x_TK.shape[0])
     if quantized is not None:
         return gemms.output_of_quantized(quantized.rows, quantized.columns, x_TK.shape[0])
     if save:
@@ -145,8 +186,8 @@ def linear(
     """`x W~^T` with gradients, through the three GEMMs; with a boost `+ (x P^T) S^T`.
 
     Args:
-        x: `(..., K)`, this rank's input; in 8 bits only for FP8 GEMMs, without communication of
-            the input and without a boost.
+        x: `(..., K)`, this rank's input; in 8 bits only for FP8 GEMMs and without a boost, and
+            where it is gathered in whole tiles of 128 tokens.
         weight: the master weight `(N, K)`; gets the straight-through gradient `dZ^T X`.
         gemms: operands and GEMMs of the current optimizer step.
         comm: communication of the input and its gradient; none by default.
@@ -160,7 +201,7 @@ def linear(
     recorded = torch.is_grad_enabled()  # inside the function it is off
     comm = comm or NoComm()
     x, quantized = in_graph(x)
-    assert quantized is None or not (comm.gathers or boost), "x has no values to gather or project"
+    assert quantized is None or boost is None, "x has no values to project"
     return _Linear.apply(
         x, weight, adapter, projection, gemms, comm, boost, seed, recorded, quantized
     )

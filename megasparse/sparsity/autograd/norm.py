@@ -26,7 +26,8 @@ class Float8Input(NamedTuple):
     Attributes:
         placeholder: (..., H), shape, dtype and place in the graph of the input; it has no values.
         rows: (T', H) e4m3, T' a multiple of 128.
-        columns: (H, T') e4m3, what grad_weight wants; None where it is not computed.
+        columns: (H, T') e4m3, what grad_weight needs; None where it is not computed, or made of
+            the gathered rows.
     """
 
     placeholder: torch.Tensor
@@ -45,31 +46,32 @@ class _Norm(torch.autograd.Function):
         eps: float,
         scale: Scale,
         keep: bool,
+        columns: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         x_TH = x.reshape(-1, x.shape[-1])
-        rows, columns, mean, rstd = norm_float8(
-            x_TH, weight, bias, centred=centred, eps=eps, scale=scale.scale, transposed=keep,
+        rows, x_HT, mean, rstd = norm_float8(
+            x_TH, weight, bias, centred=centred, eps=eps, scale=scale.scale, transposed=columns,
             amax=scale.amax if keep else None,
         )  # fmt: skip
         ctx.eps, ctx.centred = eps, centred
         # The definition computes all again, so that its gradients are torch's.
         ctx.save_for_backward(x, weight, bias, *((mean, rstd) if x.is_cuda else (None, None)))
-        ctx.mark_non_differentiable(rows, *(() if columns is None else (columns,)))
+        ctx.mark_non_differentiable(rows, *(() if x_HT is None else (x_HT,)))
         ctx.set_materialize_grads(False)
-        return x.new_empty(()).expand(x.shape), rows, columns
+        return x.new_empty(()).expand(x.shape), rows, x_HT
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         (dy, *_), (x, weight, bias, mean, rstd) = grads, ctx.saved_tensors
         if dy is None:
-            return (None,) * 7
+            return (None,) * 8
         dy_TH, x_TH = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
         if x.is_cuda:
             dx, dweight, *rest = norm_backward(dy_TH, x_TH, weight, mean, rstd)
         else:
             dx, dweight, *rest = _by_definition(dy_TH, x_TH, weight, bias, ctx.centred, ctx.eps)
         dbias = rest[0] if bias is not None else None
-        return dx.view(x.shape), dweight, dbias, None, None, None, None
+        return dx.view(x.shape), dweight, dbias, None, None, None, None, None
 
 
 def _by_definition(
@@ -98,6 +100,7 @@ def norm_to_float8(
     eps: float,
     scale: Scale,
     trained: bool,
+    gathered: bool = False,
 ) -> Float8Input:
     """LayerNorm or RMSNorm of x as the input of a linear in FP8, with gradients.
 
@@ -109,6 +112,9 @@ def norm_to_float8(
         eps: added to the variance.
         scale: of the linear's input (`LinearGemms.input_scale`).
         trained: the linear's weight gets a gradient, if gradients are recorded now.
+        gathered: the linear gathers its input over ranks, and makes the columns of that.
     """
     keep = trained and torch.is_grad_enabled()  # inside the function it is off
-    return Float8Input(*_Norm.apply(x, weight, bias, centred, eps, scale, keep))
+    return Float8Input(
+        *_Norm.apply(x, weight, bias, centred, eps, scale, keep, keep and not gathered)
+    )

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from megasparse.fp8.scale import Quantizer, Scale
+from megasparse.fp8.transformer_engine import transposed
 from megasparse.kernels import swiglu_float8, swiglu_fused, swiglu_fused_backward
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
@@ -128,6 +129,11 @@ class DenseFp8Gemms:
     def save_input(self, x_TK: torch.Tensor) -> SavedInput:
         _, x_KT, x = self._quantizers.x.quantized(whole_tiles(x_TK), rows=False, columns=True)
         return self._saved(x_KT, x)
+
+    def save_quantized(self, row: torch.Tensor) -> SavedInput:
+        x = self._quantizers.x.known_scale()
+        assert x is not None
+        return self._saved(transposed(row), x)
 
     def _output(self, x_TK: torch.Tensor, save: bool) -> tuple[torch.Tensor, SavedInput]:
         tiles_TK = whole_tiles(x_TK)

@@ -89,6 +89,10 @@ class LinearGemms(Protocol):
         """What `grad_weight` needs of x, without the product."""
         ...
 
+    def save_quantized(self, row: torch.Tensor) -> SavedInput:
+        """What `grad_weight` needs of an x quantized by `input_scale`, whose magnitudes counted."""
+        ...
+
     def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> Any:
         """What `grad_input` and `grad_weight` need of dZ.
 
@@ -146,6 +150,9 @@ class PlainOperands(ABC):
 
     def save_input(self, x_TK: torch.Tensor) -> SavedInput:
         return (x_TK,)
+
+    def save_quantized(self, row: torch.Tensor) -> SavedInput:
+        raise TypeError(f"{type(self).__name__} takes inputs in full: input_scale() is None")
 
     def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> GradOutput:
         return GradOutput(dz_TN, seed)

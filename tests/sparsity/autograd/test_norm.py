@@ -179,15 +179,47 @@ def test_a_recomputation_repeats_the_step(device):
             assert torch.equal(found, expected)
 
 
-def test_there_is_nothing_to_gather(device):
-    class Gathering(NoComm):
-        gathers = True
+class Doubling(NoComm):
+    """Every rank of two has the same tokens; what travels is there after the wait."""
 
+    gathers = True
+
+    def gather(self, x_local):
+        result = torch.zeros_like(torch.cat([x_local, x_local]))
+        return result, lambda: result.copy_(torch.cat([x_local, x_local]))
+
+    def reduce(self, dx):
+        first, second = dx.chunk(2)
+        return first + second, lambda: None
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_is_gathered_travels_in_8_bits(device, packed):
+    """The same bits as a gather of the norm's output in full, from half of the bytes."""
     needs_transformer_engine(device)
-    pair = Pair(device, True)
-    pair.step(0)
-    x = torch.zeros(7, H, device=device).bfloat16()
-    scale = pair.slots.x.known_scale()
-    y = norm_to_float8(x, pair.norm_weight, None, centred=False, eps=EPS, scale=scale, trained=True)
-    with pytest.raises(AssertionError, match="no values to gather"):
-        linear(y, pair.weight, pair.gemms, Gathering())
+    results, sent = [], []
+    for fused in (True, False):
+        pair = Pair(device, fused, packed=packed)
+        pair.step(0)
+        x = torch.randn(64, 2, H, generator=torch.Generator().manual_seed(1)).to(device).bfloat16()
+        dz = torch.randn(128, 2, N, generator=torch.Generator().manual_seed(2)) * 1e-3
+        comm, scale = Doubling(), pair.slots.x.known_scale()
+        gather = comm.gather
+        comm.gather = lambda t, g=gather: (sent.append(t.dtype), g(t))[1]
+        x.requires_grad_()
+        if fused:
+            y = norm_to_float8(
+                x, pair.norm_weight, None, centred=False, eps=EPS, scale=scale, trained=True,
+                gathered=True,
+            )  # fmt: skip
+            assert y.columns is None
+        else:
+            y = rms_norm(x, (H,), pair.norm_weight, EPS)
+        z = linear(y, pair.weight, pair.gemms, comm, seed=3)
+        assert z.shape == (128, 2, N)
+        z.backward(dz.to(device).bfloat16())
+        results.append([z.detach(), x.grad, pair.norm_weight.grad, pair.weight.grad])
+        results[-1].append(pair.scales.history[0].clone())
+    assert sent == [torch.uint8] * 2 + [torch.bfloat16] * 2
+    for found, expected in zip(*results, strict=True):
+        same(found, expected, device)

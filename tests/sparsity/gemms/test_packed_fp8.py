@@ -163,7 +163,7 @@ def test_transformer_engine_updates_by_the_definition(device, algorithm, length)
 
 
 @pytest.mark.gpu
-def test_transformer_engine_quantises_by_the_definition(device):
+def test_transformer_engine_quantizes_by_the_definition(device):
     needs_transformer_engine(device)
     x, *_ = operands(device, 256)
     _, slots = scaling(device)

@@ -86,7 +86,7 @@ class GatherOverSequence:
         return part, work.wait
 
 
-class _ParallelLinear(torch.nn.Module):
+class ParallelLinear(torch.nn.Module):
     """Parameters and GEMMs that both kinds share.
 
     Attributes:
@@ -238,7 +238,7 @@ class _ParallelLinear(torch.nn.Module):
         return f"in={k}, out={n}, tp={self.shard.world}, {how}"
 
 
-class SparseColumnParallelLinear(_ParallelLinear):
+class SparseColumnParallelLinear(ParallelLinear):
     """`z = x W^T + b` with W split over output features.
 
     Args: those of megatron-core's ColumnParallelLinear. `stride` is the number of logical matrices
@@ -283,7 +283,7 @@ class SparseColumnParallelLinear(_ParallelLinear):
         return z, self.bias if self.skip_bias_add else None
 
 
-class SparseRowParallelLinear(_ParallelLinear):
+class SparseRowParallelLinear(ParallelLinear):
     """`z = x W^T + b` with W split over input features; partial results are summed.
 
     Args: those of megatron-core's RowParallelLinear; the input must be parallel already.

@@ -13,7 +13,7 @@ from megasparse.fp8 import Scaling
 from megasparse.kernels.packed24 import ROW_MULTIPLE
 from megasparse.megatron.mlp import fuse_gated_mlps
 from megasparse.megatron.norms import fuse_norms
-from megasparse.megatron.parallel_linear import _ParallelLinear
+from megasparse.megatron.parallel_linear import ParallelLinear
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.gemms.dense_fp8 import ALIGNMENT as FP8_ALIGNMENT
@@ -60,9 +60,7 @@ def sparsify(
     """
     controller = SparsityController(recipe, clock, monitor, timer=timer or StepTimer(), fp8=fp8)
     linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _ParallelLinear)
+        name: module for name, module in model.named_modules() if isinstance(module, ParallelLinear)
     }
     if not recipe.is_sparse:
         return controller
@@ -94,7 +92,7 @@ def initial_boosts(
     model: torch.nn.Module,
 ) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
     """SLoRB's parameters of this rank with the values that follow from the weights."""
-    linears = [m for m in model.modules() if isinstance(m, _ParallelLinear)]
+    linears = [m for m in model.modules() if isinstance(m, ParallelLinear)]
     return [value for module in linears for value in module.initial_boost()]
 
 
@@ -112,7 +110,7 @@ def _draw_key(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
-def _in_all(linears: dict[str, _ParallelLinear], num_layers: int) -> set[str]:
+def _in_all(linears: dict[str, ParallelLinear], num_layers: int) -> set[str]:
     """The names that the linears of a stage have in all layers of the model."""
     numbers = range(num_layers)
     return set(linears) | {
@@ -120,7 +118,7 @@ def _in_all(linears: dict[str, _ParallelLinear], num_layers: int) -> set[str]:
     }
 
 
-def _check_blocks(name: str, module: _ParallelLinear) -> None:
+def _check_blocks(name: str, module: ParallelLinear) -> None:
     shard = module.shard
     rows, columns = shard.local_shape
     lengths = [s.length for s in shard.sections(0)] + [rows, columns]
@@ -131,7 +129,7 @@ def _check_blocks(name: str, module: _ParallelLinear) -> None:
         )
 
 
-def _check_fp8(name: str, module: _ParallelLinear) -> None:
+def _check_fp8(name: str, module: ParallelLinear) -> None:
     shard = module.shard
     rows, columns = shard.local_shape
     parts = [section.length for section in shard.sections(0)]
@@ -143,5 +141,5 @@ def _check_fp8(name: str, module: _ParallelLinear) -> None:
         )
 
 
-def _kinds(names: Sequence[str] | dict[str, _ParallelLinear]) -> list[str]:
+def _kinds(names: Sequence[str] | dict[str, ParallelLinear]) -> list[str]:
     return sorted({"*." + ".".join(name.split(".")[-2:]) for name in names})

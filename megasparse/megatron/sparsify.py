@@ -121,7 +121,7 @@ def _in_all(linears: dict[str, ParallelLinear], num_layers: int) -> set[str]:
 def _check_blocks(name: str, module: ParallelLinear) -> None:
     shard = module.shard
     rows, columns = shard.local_shape
-    lengths = [s.length for s in shard.sections(0)] + [rows, columns]
+    lengths = [s.length for s in shard.slices(0)] + [rows, columns]
     if any(length % BLOCK for length in lengths):
         raise ConfigError(
             f"{name}: a shard of {rows} x {columns} (tensor_model_parallel_size {shard.world}, "
@@ -132,7 +132,7 @@ def _check_blocks(name: str, module: ParallelLinear) -> None:
 def _check_fp8(name: str, module: ParallelLinear) -> None:
     shard = module.shard
     rows, columns = shard.local_shape
-    parts = [section.length for section in shard.sections(0)]
+    parts = [piece.length for piece in shard.slices(0)]
     if rows % FP8_ALIGNMENT or columns % FP8_ALIGNMENT or any(n % ROW_MULTIPLE for n in parts):
         raise ConfigError(
             f"{name}: FP8 with a shard of {rows} x {columns} (tensor_model_parallel_size "

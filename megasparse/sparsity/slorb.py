@@ -124,7 +124,7 @@ def initial_projection(shard: WeightShard, group_size: int) -> torch.Tensor:
     """The local P `(R, K_local)` float32: 1 where a row's group holds the column."""
     rows, columns = shard.global_shape
     groups = torch.arange(columns) // group_size
-    return shard.take((torch.arange(rows)[:, None] == groups).float())
+    return shard.slice_of((torch.arange(rows)[:, None] == groups).float())
 
 
 def fold(effective: torch.Tensor, s_NR: torch.Tensor, p_RK: torch.Tensor | None) -> torch.Tensor:

@@ -174,7 +174,7 @@ def put_weights(
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
         check_shape(value, shard, name, source.where)
         with gathered([parameter], write=True):
-            set_parameter(parameter, shard.take(value), fragments or [])
+            set_parameter(parameter, shard.slice_of(value), fragments or [])
 
 
 @torch.no_grad()

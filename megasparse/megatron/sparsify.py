@@ -80,7 +80,7 @@ def sparsify(
             state.quantizers, state.fp8_hybrid = quantizers, fp8_hybrid
         module.make_sparse(state, controller, _draw_key(name))
         if slorb_k is not None:
-            module.add_boost(slorb_k, slorb_train_projection)
+            module.add_low_rank_branch(slorb_k, slorb_train_projection)
     if fp8 is not None:
         fp8.allocate()
         fuse_gated_mlps(model)
@@ -88,15 +88,15 @@ def sparsify(
     return controller
 
 
-def initial_boosts(
+def initial_low_rank_weights(
     model: torch.nn.Module,
 ) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
     """SLoRB's parameters of this rank with the values that follow from the weights."""
     linears = [m for m in model.modules() if isinstance(m, ParallelLinear)]
-    return [value for module in linears for value in module.initial_boost()]
+    return [value for module in linears for value in module.initial_low_rank_weights()]
 
 
-def boost_names(model: torch.nn.Module) -> frozenset[str]:
+def low_rank_weight_names(model: torch.nn.Module) -> frozenset[str]:
     """Names of SLoRB's parameters; a dense model has none of them."""
     return frozenset(
         name

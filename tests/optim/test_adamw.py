@@ -20,7 +20,7 @@ LR, WD, EPS, BETAS, LAMBDA = 0.01, 0.1, 1e-8, (0.9, 0.95), 0.05
 def _controller(recipe, weight):
     controller = SparsityController(recipe, Clock(0, 100))
     state = SparseWeight("w", recipe, WeightShard(tuple(weight.shape)))
-    controller.register(state, weight)
+    controller.register(state, weight, 0)
     state.gemms(weight, 0, True, True)
     return controller, state.mask
 
@@ -84,7 +84,7 @@ def test_decay_finds_its_place_in_a_flat_shard():
     a, b = (torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2))
     controller, mask_a = _controller(recipe, a)
     state_b = SparseWeight("b", recipe, WeightShard((8, 8)))
-    controller.register(state_b, b)
+    controller.register(state_b, b, 1)
     state_b.gemms(b, 0, True, True)
     flat = torch.cat([a.detach().flatten()[40:], b.detach().flatten()[:50]]).requires_grad_()
     flat.grad = torch.zeros_like(flat)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 
@@ -18,23 +17,23 @@ import pytest  # noqa: E402
 from tests.runs import make_dataset  # noqa: E402
 
 if not HAS_GPU:
-    from triton.runtime import interpreter
+    from tests.interpreter import make_faster
 
-    _patched: set[Any] = set()
+    make_faster()
 
-    def _call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Triton's interpreter does, but for replacing the functions of `triton.language`.
 
-        It does so at a kernel's start, and again at every call of a device function, never undoing
-        that; the first time is needed for the language that Triton's own library sees, the others
-        take most of the interpreter's time.
-        """
-        if self.fn not in _patched:
-            _patched.add(self.fn)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker of `pytest -n` imports megatron-core as a run does, which takes less time."""
+    if hasattr(config, "workerinput"):
+        import tests.import_first  # noqa: F401
 
-    interpreter.InterpretedFunction.__call__ = _call_device_function
+
+# Files that take longest, by their time on two cores. The others follow them, so that no worker is
+# left with a long file when the others are done (`--no-loadscope-reorder`).
+LONG = [
+    "parallel/test_matrix.py", "launch/test_slurm.py", "docs/test_docs.py",
+    "parallel/test_resume.py",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,12 @@ def _run(tmp_path, dataset, name, flags, world=1):
     return dist.run(train, world, arguments)[0], run_dir
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, dataset):
+    """The rows of a run of one rank without any flag; made once."""
+    return _run(tmp_path_factory.mktemp("plain"), dataset, "plain", [])[0]
+
+
 RUNS = {
     # name: (flags, ranks, recipe)
     "dense": (["--sparsity-recipe", "dense", "--masked-decay", "none"], 1, "dense"),
@@ -94,7 +100,7 @@ def test_metrics_have_every_figure_and_the_run_dir_every_part(tmp_path, dataset)
     )
 
 
-def test_dense_tail_switches_at_its_step_and_ends_dense(tmp_path, dataset):
+def test_dense_tail_switches_at_its_step_and_ends_dense(tmp_path, dataset, plain):
     rows, run_dir = _run(tmp_path, dataset, "tail", ["--dense-tail-fraction", "0.25"])
     assert [row["sparse"] for row in rows] == [True] * 15 + [False] * 5
     assert [row["masked_decay"] for row in rows] == [1e-3] * 15 + [0.0] * 5
@@ -105,14 +111,13 @@ def test_dense_tail_switches_at_its_step_and_ends_dense(tmp_path, dataset):
     for tensor in tensors:
         assert tensor.density > 0.99 and not tensor.rows_24
     # Up to the switch it is the run without a tail; at it, the forward pass is another.
-    plain, _ = _run(tmp_path, dataset, "plain", [])
     assert [row["loss"] for row in rows[:15]] == [row["loss"] for row in plain[:15]]
     assert rows[15]["loss"] != plain[15]["loss"]
 
 
 @pytest.mark.parametrize("style", [[], LLAMA], ids=["gpt", "llama"])
-def test_tensor_parallel_ranks_give_the_losses_of_one_rank(tmp_path, dataset, style):
-    single, _ = _run(tmp_path, dataset, "tp1", style)
+def test_tensor_parallel_ranks_give_the_losses_of_one_rank(tmp_path, dataset, plain, style):
+    single = _run(tmp_path, dataset, "tp1", style)[0] if style else plain
     double, _ = _run(tmp_path, dataset, "tp2", [*style, *TP2], 2)
     for a, b in zip(single, double, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
@@ -159,14 +164,13 @@ def test_resume_refuses_another_run_and_a_fresh_run_refuses_to_overwrite(tmp_pat
             _run(tmp_path, dataset, "run", flags)
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, dataset):
-    whole, _ = _run(tmp_path, dataset, "whole", [])
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, dataset, plain):
     flags = ["--save-interval", "5", "--exit-interval", "10"]
     _, run_dir = _run(tmp_path, dataset, "cut", flags)
     path = run_dir / "checkpoints" / "step-00000010" / "rank-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     resumed, _ = _run(tmp_path, dataset, "cut", ["--resume"])
-    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in plain]
 
 
 def test_report_fails_when_a_tensor_is_not_24(tmp_path, dataset):

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
+from tests.order import place  # noqa: E402
 from tests.runs import make_dataset  # noqa: E402
 
 if not HAS_GPU:
@@ -28,20 +29,13 @@ def pytest_configure(config: pytest.Config) -> None:
         import tests.import_first  # noqa: F401
 
 
-# Files that take longest, by their time on two cores. The others follow them, so that no worker is
-# left with a long file when the others are done (`--no-loadscope-reorder`).
-LONG = [
-    "parallel/test_matrix.py", "launch/test_slurm.py", "docs/test_docs.py",
-    "parallel/test_resume.py",
-]  # fmt: skip
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where torch has no CUDA device; the report names each, with the reason.
+    """Put the longest files first, and skip `gpu` tests where torch has no CUDA device.
 
-    They run kernels that exist for GPUs only. CPUs test the same semantics by `reference.py`, gloo
-    and Triton's interpreter.
+    The report names each that is skipped, with the reason. They run kernels that exist for GPUs
+    only; CPUs test the same semantics by `reference.py`, gloo and Triton's interpreter.
     """
+    items.sort(key=lambda item: place(item.path))
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
     for item in items:
         if not HAS_GPU and item.get_closest_marker("gpu"):

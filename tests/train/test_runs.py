@@ -16,7 +16,8 @@ from tests import dist
 from tests.runs import LLAMA, TINY, train
 
 TP2 = ["--tensor-model-parallel-size", "2"]
-FAST = ["--lr", "1e-2", "--train-iters", "40"]
+STEPS = 32
+FAST = ["--lr", "1e-2", "--train-iters", str(STEPS)]
 
 
 def _run(tmp_path, dataset, name, flags, world=1):
@@ -55,14 +56,14 @@ RUNS = {
 def test_loss_falls_and_the_checkpoint_is_what_the_recipe_promises(tmp_path, dataset, name):
     flags, world, recipe_name = RUNS[name]
     rows, run_dir = _run(tmp_path, dataset, name, [*FAST, *flags], world)
-    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     first, last = (sum(row["loss"] for row in rows[s]) / 5 for s in (slice(0, 5), slice(-5, None)))
     assert last < first - 0.7, (first, last)
     reader = newest_valid(run_dir / "checkpoints")
-    assert reader.meta["step"] == 40
+    assert reader.meta["step"] == STEPS
     recipe = make_recipe(recipe_name, dense_tail_fraction=0.0)
-    tensors = check_sparsity(reader, recipe, 40)
-    require_sparsity(tensors, recipe, 40, 40)
+    tensors = check_sparsity(reader, recipe, STEPS)
+    require_sparsity(tensors, recipe, STEPS, STEPS)
     assert len(tensors) == {"dense": 0, "ast": 8}.get(recipe_name, 4)
     for tensor in tensors:
         assert tensor.rows_24 and tensor.columns_24 == (recipe_name == "fst")

@@ -23,12 +23,6 @@ if not HAS_GPU:
     make_faster()
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """A worker of `pytest -n` imports megatron-core as a run does, which takes less time."""
-    if hasattr(config, "workerinput"):
-        import tests.import_first  # noqa: F401
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, and skip `gpu` tests where torch has no CUDA device.
 

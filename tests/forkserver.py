@@ -11,9 +11,7 @@ import multiprocessing.context
 
 _context = multiprocessing.get_context("forkserver")
 # The first makes sure that the others find no GPU: a fork could not use what they opened.
-_context.set_forkserver_preload(
-    ["tests.cpu_only", "tests.import_first", "pytest", "megasparse.train.main", "tests.dist"]
-)
+_context.set_forkserver_preload(["tests.cpu_only", "pytest", "megasparse.train.main", "tests.dist"])
 
 
 def context() -> multiprocessing.context.ForkServerContext:

@@ -10,8 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/quickstart
-# A file's tests share ranks and datasets, so a file stays in one process.
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# A file's tests share ranks and datasets, so a file stays in one process. The longest files come
+# first (tests/order.py); the flag keeps that order.
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
 
 # A machine that has a CUDA build of torch keeps it: the environment sees its packages. Anywhere

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.order import LONGEST, TESTS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megasparse"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -206,6 +208,11 @@ def test_the_formatter_is_off_for_tables_of_constants_alone(path: Path):
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.endswith("# fmt: skip"):
             assert not line.startswith(" "), f"{path}:{number}: within a function or a class"
+
+
+def test_the_longest_tests_are_where_their_order_says():
+    missing = [name for name in LONGEST if not (TESTS / name).exists()]
+    assert not missing and len(set(LONGEST)) == len(LONGEST), missing
 
 
 def test_tests_load_the_commands_as_modules():

@@ -176,9 +176,9 @@ def sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, t
     if "counters" not in loaded:
         raise CheckpointError(f"{reader.folder}: holds no sparsity state of {state.name}")
     if "mask" in loaded:
-        loaded["mask"] = mask_shard(state).take(loaded["mask"])
+        loaded["mask"] = mask_shard(state).slice_of(loaded["mask"])
     if "input_square" in loaded and state.shard.dim == 1:
-        loaded["input_square"] = input_shard(state).take(loaded["input_square"])
+        loaded["input_square"] = input_shard(state).slice_of(loaded["input_square"])
     if "flips" in loaded:
         # Counts of other ranks cannot be told apart in another layout: the first takes them all.
         same = loaded["flips"].numel() == state.shard.world

@@ -148,7 +148,7 @@ class CheckpointReader:
         for shard, part in parts.items():
             if shard.global_shape != tuple(whole.shape):
                 raise CheckpointError(f"{self.folder}: {key}: its pieces disagree on the shape")
-            shard.place(whole, part)
+            shard.write_into(whole, part)
         return whole
 
     def _load(self, record: dict[str, Any]) -> torch.Tensor:

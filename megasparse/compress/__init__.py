@@ -1,1 +1,1 @@
-"""Making a trained model smaller: one-shot pruning and quantisation, on single matrices."""
+"""Making a trained model smaller: one-shot pruning and quantization, on single matrices."""

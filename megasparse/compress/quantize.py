@@ -6,7 +6,7 @@ Both formats are symmetric, so zero is zero:
     fp8    e4m3, one float32 scale a row
 
 A 2:4 weight stores two of every four values and their two-bit places: 3 bits a weight in int4 and 5
-in FP8, and the scales. (torchao 0.18 quantises `torch.nn.Linear` modules, its AWQ as well, and
+in FP8, and the scales. (torchao 0.18 quantizes `torch.nn.Linear` modules, its AWQ as well, and
 packs 2:4 in FP8 alone; these layers are no such modules, and on matrices it is a few lines.)
 
 Activation-aware scaling (AWQ, Lin et al., MLSys 2024): with inputs divided by s and columns of W

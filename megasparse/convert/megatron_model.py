@@ -93,7 +93,7 @@ class MegatronModel:
         parts = self._parts(name)
         whole = torch.empty(self._in_files[name].shape, dtype=parts[0].dtype)
         for rank, part in enumerate(parts):
-            self._shard(name, rank).place(whole, part)
+            self._shard(name, rank).write_into(whole, part)
         if name in VOCABULARY:
             whole = whole[: self.model.vocab_size].contiguous()
         require_finite(whole, f"{self.where}: {name}")

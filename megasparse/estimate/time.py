@@ -184,7 +184,7 @@ def layer_time(
         parts["GEMMs"] += table.seconds(tokens, k, n, "grad_input" in chosen, dtype)
         parts["GEMMs"] += table.seconds(k, n, tokens, "grad_weight" in chosen, dtype)
         if name in sparse and dtype == "fp8":
-            apart = _quantised_apart(config, name, sparse)
+            apart = _quantized_apart(config, name, sparse)
             parts["operands"] += _operands_fp8(recipe, (tokens, n, k), micro_batches, table, apart)
         elif name in sparse:
             parts["operands"] += _operands_bf16(recipe, (tokens, n, k), micro_batches, table)
@@ -249,7 +249,7 @@ def _operands_bf16(
     return seconds + table.moving(once + mask) / micro_batches
 
 
-def _quantised_apart(config: ResolvedConfig, name: str, sparse: set[str]) -> tuple[bool, bool]:
+def _quantized_apart(config: ResolvedConfig, name: str, sparse: set[str]) -> tuple[bool, bool]:
     """Whether a linear's input, and the gradient of its output, are written in 16 bits first."""
     delayed = config.fp8.fp8_recipe == "delayed"
     gated = delayed and config.model.swiglu and {FC1, FC2} <= sparse
@@ -269,7 +269,7 @@ def _operands_fp8(
     """Seconds of an 8-bit sparse linear's operands, for one micro-batch.
 
     Args:
-        apart: see `_quantised_apart`; what is not leaves the kernel before in 8 bits, and takes no
+        apart: see `_quantized_apart`; what is not leaves the kernel before in 8 bits, and takes no
             more bytes than in 16.
     """
     tokens, n, k = shape

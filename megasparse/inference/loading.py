@@ -154,7 +154,7 @@ def load_model(
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
         check_shape(whole, shard, name, source.where)
         with torch.no_grad():
-            parameter.copy_(shard.take(whole))
+            parameter.copy_(shard.slice_of(whole))
     return model.eval(), grid
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megasparse.megatron.parallel_linear import _ParallelLinear
+from megasparse.megatron.parallel_linear import ParallelLinear
 
 
 class LinearInputs:
@@ -69,7 +69,7 @@ def calibrate_layers(
         inputs: dict[str, LinearInputs] = {}
         handles = []
         for name, module in layer.named_modules():
-            if isinstance(module, _ParallelLinear):
+            if isinstance(module, ParallelLinear):
                 columns = module.weight.shape[1]
                 inputs[name] = LinearInputs(columns, module.weight.device, gram)
                 handles.append(module.register_forward_pre_hook(_adder(inputs[name])))

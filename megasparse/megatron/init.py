@@ -55,4 +55,4 @@ def initialize_weights(
         generator.manual_seed(int.from_bytes(digest[:7], "little"))
         whole = torch.empty(shard.global_shape, dtype=torch.float32, device=parameter.device)
         whole.normal_(0.0, scale, generator=generator)
-        parameter.copy_(shard.take(whole))
+        parameter.copy_(shard.slice_of(whole))

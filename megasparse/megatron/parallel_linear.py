@@ -32,9 +32,9 @@ from megasparse.sparsity.gemms.frozen_fp8 import Fp8StoredGemms
 from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import (
-    Boost,
-    BoostComm,
-    LocalBoost,
+    LocalLowRankComm,
+    LowRankBranch,
+    LowRankComm,
     adapter_shard,
     initial_adapter,
     initial_projection,
@@ -86,7 +86,7 @@ class GatherOverSequence:
         return part, work.wait
 
 
-class _ParallelLinear(torch.nn.Module):
+class ParallelLinear(torch.nn.Module):
     """Parameters and GEMMs that both kinds share.
 
     Attributes:
@@ -130,21 +130,21 @@ class _ParallelLinear(torch.nn.Module):
         self._controller: SparsityController | None = None
         self._place = 0
         self._frozen: Fp8StoredGemms | None = None
-        self._boost: Boost | None = None
+        self._branch: LowRankBranch | None = None
         self.slorb_adapter: torch.nn.Parameter | None = None
         self.slorb_projection: torch.nn.Parameter | None = None
 
-    def add_boost(self, group_size: int, trained_projection: bool) -> None:
-        """Give a sparse layer SLoRB's low-rank branch; `initial_boost` says with what.
+    def add_low_rank_branch(self, group_size: int, trained_projection: bool) -> None:
+        """Give a sparse layer SLoRB's low-rank branch; `initial_low_rank_weights` says with what.
 
         Raises:
             ConfigError: `group_size` does not divide the shard's inputs.
         """
-        comm: BoostComm = LocalBoost()
+        comm: LowRankComm = LocalLowRankComm()
         if self.tp_group.size() > 1 and trained_projection:
             kind = SplitOverRank if self.shard.dim == 1 else SumOfProjections
             comm = kind(self.tp_group)
-        self._boost = Boost(group_size, comm)
+        self._branch = LowRankBranch(group_size, comm)
         shards = [adapter_shard(self.shard, group_size)]
         if trained_projection:
             shards.append(projection_shard(self.shard, group_size))
@@ -157,7 +157,7 @@ class _ParallelLinear(torch.nn.Module):
         self.slorb_projection = made[1] if trained_projection else None
         self._group_size = group_size
 
-    def initial_boost(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    def initial_low_rank_weights(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """The branch's parameters with the values that keep every group's sum of the weight."""
         if self.slorb_adapter is None:
             return []
@@ -206,7 +206,7 @@ class _ParallelLinear(torch.nn.Module):
             state is not None
             and state.quantizers is not None
             and not observed
-            and self._boost is None
+            and self._branch is None
         )
 
     def _multiply(self, x: torch.Tensor | Float8Input, comm: LinearComm) -> torch.Tensor:
@@ -220,7 +220,7 @@ class _ParallelLinear(torch.nn.Module):
             gemms,
             comm,
             seed,
-            self._boost,
+            self._branch,
             self.slorb_adapter,
             self.slorb_projection,
         )
@@ -238,7 +238,7 @@ class _ParallelLinear(torch.nn.Module):
         return f"in={k}, out={n}, tp={self.shard.world}, {how}"
 
 
-class SparseColumnParallelLinear(_ParallelLinear):
+class SparseColumnParallelLinear(ParallelLinear):
     """`z = x W^T + b` with W split over output features.
 
     Args: those of megatron-core's ColumnParallelLinear. `stride` is the number of logical matrices
@@ -283,7 +283,7 @@ class SparseColumnParallelLinear(_ParallelLinear):
         return z, self.bias if self.skip_bias_add else None
 
 
-class SparseRowParallelLinear(_ParallelLinear):
+class SparseRowParallelLinear(ParallelLinear):
     """`z = x W^T + b` with W split over input features; partial results are summed.
 
     Args: those of megatron-core's RowParallelLinear; the input must be parallel already.

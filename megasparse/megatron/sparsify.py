@@ -13,7 +13,7 @@ from megasparse.fp8 import Scaling
 from megasparse.kernels.packed24 import ROW_MULTIPLE
 from megasparse.megatron.mlp import fuse_gated_mlps
 from megasparse.megatron.norms import fuse_norms
-from megasparse.megatron.parallel_linear import _ParallelLinear
+from megasparse.megatron.parallel_linear import ParallelLinear
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.gemms.dense_fp8 import ALIGNMENT as FP8_ALIGNMENT
@@ -60,9 +60,7 @@ def sparsify(
     """
     controller = SparsityController(recipe, clock, monitor, timer=timer or StepTimer(), fp8=fp8)
     linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _ParallelLinear)
+        name: module for name, module in model.named_modules() if isinstance(module, ParallelLinear)
     }
     if not recipe.is_sparse:
         return controller
@@ -82,7 +80,7 @@ def sparsify(
             state.quantizers, state.fp8_hybrid = quantizers, fp8_hybrid
         module.make_sparse(state, controller, _draw_key(name))
         if slorb_k is not None:
-            module.add_boost(slorb_k, slorb_train_projection)
+            module.add_low_rank_branch(slorb_k, slorb_train_projection)
     if fp8 is not None:
         fp8.allocate()
         fuse_gated_mlps(model)
@@ -90,15 +88,15 @@ def sparsify(
     return controller
 
 
-def initial_boosts(
+def initial_low_rank_weights(
     model: torch.nn.Module,
 ) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
     """SLoRB's parameters of this rank with the values that follow from the weights."""
-    linears = [m for m in model.modules() if isinstance(m, _ParallelLinear)]
-    return [value for module in linears for value in module.initial_boost()]
+    linears = [m for m in model.modules() if isinstance(m, ParallelLinear)]
+    return [value for module in linears for value in module.initial_low_rank_weights()]
 
 
-def boost_names(model: torch.nn.Module) -> frozenset[str]:
+def low_rank_weight_names(model: torch.nn.Module) -> frozenset[str]:
     """Names of SLoRB's parameters; a dense model has none of them."""
     return frozenset(
         name
@@ -112,7 +110,7 @@ def _draw_key(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
-def _in_all(linears: dict[str, _ParallelLinear], num_layers: int) -> set[str]:
+def _in_all(linears: dict[str, ParallelLinear], num_layers: int) -> set[str]:
     """The names that the linears of a stage have in all layers of the model."""
     numbers = range(num_layers)
     return set(linears) | {
@@ -120,10 +118,10 @@ def _in_all(linears: dict[str, _ParallelLinear], num_layers: int) -> set[str]:
     }
 
 
-def _check_blocks(name: str, module: _ParallelLinear) -> None:
+def _check_blocks(name: str, module: ParallelLinear) -> None:
     shard = module.shard
     rows, columns = shard.local_shape
-    lengths = [s.length for s in shard.sections(0)] + [rows, columns]
+    lengths = [s.length for s in shard.slices(0)] + [rows, columns]
     if any(length % BLOCK for length in lengths):
         raise ConfigError(
             f"{name}: a shard of {rows} x {columns} (tensor_model_parallel_size {shard.world}, "
@@ -131,10 +129,10 @@ def _check_blocks(name: str, module: _ParallelLinear) -> None:
         )
 
 
-def _check_fp8(name: str, module: _ParallelLinear) -> None:
+def _check_fp8(name: str, module: ParallelLinear) -> None:
     shard = module.shard
     rows, columns = shard.local_shape
-    parts = [section.length for section in shard.sections(0)]
+    parts = [piece.length for piece in shard.slices(0)]
     if rows % FP8_ALIGNMENT or columns % FP8_ALIGNMENT or any(n % ROW_MULTIPLE for n in parts):
         raise ConfigError(
             f"{name}: FP8 with a shard of {rows} x {columns} (tensor_model_parallel_size "
@@ -143,5 +141,5 @@ def _check_fp8(name: str, module: _ParallelLinear) -> None:
         )
 
 
-def _kinds(names: Sequence[str] | dict[str, _ParallelLinear]) -> list[str]:
+def _kinds(names: Sequence[str] | dict[str, ParallelLinear]) -> list[str]:
     return sorted({"*." + ".".join(name.split(".")[-2:]) for name in names})

@@ -22,7 +22,7 @@ import torch
 from megasparse.config import ResolvedConfig
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import build_model
-from megasparse.megatron.parallel_linear import _ParallelLinear
+from megasparse.megatron.parallel_linear import ParallelLinear
 from megasparse.megatron.pipeline import finish_stage, part_specs, stage_bounds
 from megasparse.sparsity.clock import Clock
 
@@ -70,7 +70,7 @@ class Teacher:
         self.bytes_here = 0
         if self._in_fp8:
             for module in self.view.modules():
-                if isinstance(module, _ParallelLinear):
+                if isinstance(module, ParallelLinear):
                     self.bytes_here += module.freeze_in_fp8()
         self.bytes_here += sum(p.numel() * p.element_size() for p in self.view.parameters())
 

@@ -13,7 +13,7 @@ from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.sparsity.shard import Section, WeightShard
+from megasparse.sparsity.shard import ShardSlice, WeightShard
 
 
 def choose(
@@ -40,7 +40,7 @@ def choose(
     """
     if not sparse:
         return DenseGemms() if quantizers is None else DenseFp8Gemms(quantizers)
-    channels = shard.sections(0)
+    channels = shard.slices(0)
     if quantizers is not None:
         return PackedFp8Gemms(recipe, channels, quantizers, hybrid, probe)
     reason = packed.refusal(weight, recipe, channels)
@@ -52,7 +52,7 @@ def choose(
 
 
 def _by_dense_gemms(
-    recipe: SparsityRecipe, channels: tuple[Section, ...], reduce_max: object, probe: Probe
+    recipe: SparsityRecipe, channels: tuple[ShardSlice, ...], reduce_max: object, probe: Probe
 ) -> LinearGemms:
     if recipe.simulate_fp8:
         return SimulatedFp8Gemms(recipe.mvue, channels, reduce_max, probe)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 A tensor-parallel shard is a slice of the whole along one dimension, except where several logical
 matrices are fused (gate and up of a gated FFN): there each rank holds a slice of each of them. So a
-shard is a list of sections, each contiguous in the shard and in the whole.
+shard is a list of slices, each contiguous in the shard and in the whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megasparse.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Section:
+class ShardSlice:
     """`length` entries along the sharded dimension: local position and place in the whole."""
 
     local_start: int
@@ -56,29 +56,29 @@ class WeightShard:
         shape[self.dim] //= self.world
         return tuple(shape)
 
-    def sections(self, dim: int) -> tuple[Section, ...]:
+    def slices(self, dim: int) -> tuple[ShardSlice, ...]:
         """How the local entries along `dim` map to the whole."""
         if dim != self.dim:
-            return (Section(0, 0, self.global_shape[dim]),)
+            return (ShardSlice(0, 0, self.global_shape[dim]),)
         part = self.global_shape[dim] // self.parts
         length = part // self.world
         return tuple(
-            Section(i * length, i * part + self.rank * length, length) for i in range(self.parts)
+            ShardSlice(i * length, i * part + self.rank * length, length) for i in range(self.parts)
         )
 
-    def take(self, whole: torch.Tensor) -> torch.Tensor:
+    def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
         """The rank's part of a whole tensor of shape `global_shape`."""
         if self.dim is None:
             return whole
-        pieces = [whole.narrow(self.dim, s.global_start, s.length) for s in self.sections(self.dim)]
+        pieces = [whole.narrow(self.dim, s.global_start, s.length) for s in self.slices(self.dim)]
         return torch.cat(pieces, self.dim)
 
-    def place(self, whole: torch.Tensor, part: torch.Tensor) -> None:
-        """Write the rank's part into a whole tensor (the adjoint of `take`)."""
+    def write_into(self, whole: torch.Tensor, part: torch.Tensor) -> None:
+        """Write the rank's part into a whole tensor (the adjoint of `slice_of`)."""
         if self.dim is None:
             whole.copy_(part)
             return
-        for s in self.sections(self.dim):
+        for s in self.slices(self.dim):
             whole.narrow(self.dim, s.global_start, s.length).copy_(
                 part.narrow(self.dim, s.local_start, s.length)
             )

@@ -23,7 +23,7 @@ from megasparse.errors import ConfigError
 from megasparse.sparsity.shard import WeightShard
 
 
-class BoostComm(Protocol):
+class LowRankComm(Protocol):
     """What happens to the low-rank activation `(T, R)` and to P's gradient over ranks."""
 
     def scatter(self, h_TR: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ class BoostComm(Protocol):
         ...
 
 
-class LocalBoost:
+class LocalLowRankComm:
     """A rank that has all it needs."""
 
     def scatter(self, h_TR: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ class LocalBoost:
         return dp_RK
 
 
-class Boost:
+class LowRankBranch:
     """The low-rank branch of one linear layer.
 
     Args:
@@ -60,9 +60,9 @@ class Boost:
         comm: over the tensor-parallel group.
     """
 
-    def __init__(self, group_size: int, comm: BoostComm | None = None) -> None:
+    def __init__(self, group_size: int, comm: LowRankComm | None = None) -> None:
         self._group_size = group_size
-        self._comm = comm or LocalBoost()
+        self._comm = comm or LocalLowRankComm()
 
     def project(self, x_TK: torch.Tensor, p_RK: torch.Tensor | None) -> torch.Tensor:
         """`x P^T` `(T, R)`, what this rank's S multiplies."""
@@ -124,7 +124,7 @@ def initial_projection(shard: WeightShard, group_size: int) -> torch.Tensor:
     """The local P `(R, K_local)` float32: 1 where a row's group holds the column."""
     rows, columns = shard.global_shape
     groups = torch.arange(columns) // group_size
-    return shard.take((torch.arange(rows)[:, None] == groups).float())
+    return shard.slice_of((torch.arange(rows)[:, None] == groups).float())
 
 
 def fold(effective: torch.Tensor, s_NR: torch.Tensor, p_RK: torch.Tensor | None) -> torch.Tensor:

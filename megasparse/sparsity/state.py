@@ -31,7 +31,7 @@ from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
-from megasparse.sparsity.wanda import InputSquares
+from megasparse.sparsity.wanda import InputNorms
 
 
 class SparseWeight(torch.nn.Module):
@@ -70,7 +70,7 @@ class SparseWeight(torch.nn.Module):
         self.preparations = 0  # times in all
         self.probe = Probe()  # the controller gives one with the run's timer
         # Wanda's figures of the input channels, kept beside the mask.
-        self.inputs = InputSquares() if recipe.mask_metric == "wanda" else None
+        self.inputs = InputNorms() if recipe.mask_metric == "wanda" else None
         self.quantizers: OperandQuantizers | None = None  # where GEMMs are in FP8
         self.fp8_hybrid = False
         self._reduce = reduce

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-class InputSquares:
-    """Of one layer's local input channels `(K,)`.
+class InputNorms:
+    """Root mean squares of one layer's local input channels `(K,)`.
 
     Attributes:
         square: float64 sums of squares over `tokens` tokens; None before the first step.
@@ -75,7 +75,7 @@ class InputSquares:
 
 
 def finish_step(
-    layers: Sequence[tuple[InputSquares, bool]],
+    layers: Sequence[tuple[InputNorms, bool]],
     sum_over_dp: Callable[[torch.Tensor], torch.Tensor],
     sum_over_tp: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:

@@ -100,7 +100,7 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
         check_shape(whole, shard, name, str(reader.folder))
         with torch.no_grad(), engine.layout.gathered_parameters([parameter], write=True):
-            parameter.copy_(shard.take(whole))
+            parameter.copy_(shard.slice_of(whole))
     _load_optimizer(engine, reader)
     for state, weight in controller.weights:
         if not _has_state(reader, state, engine.config):
@@ -203,7 +203,7 @@ def _load_optimizer(engine: Engine, reader: CheckpointReader) -> None:
                     continue
                 key = f"param/{fragment.name}"
             cache = {key: cache.get(key, reader.read(key))}
-            local = fragment.of_parameter(shard.take(cache[key]))
+            local = fragment.of_parameter(shard.slice_of(cache[key]))
             if kind == "master":
                 target = fragment.tensor.data
             else:

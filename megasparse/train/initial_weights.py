@@ -25,7 +25,7 @@ from megasparse.errors import CheckpointError, ConfigError
 from megasparse.log import logger
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.init import parameter_shard
-from megasparse.megatron.sparsify import boost_names, initial_boosts
+from megasparse.megatron.sparsify import initial_low_rank_weights, low_rank_weight_names
 from megasparse.optim.fragments import Fragment
 from megasparse.preflight.settings import no_teacher
 from megasparse.train.engine.base import Engine
@@ -130,12 +130,12 @@ def put_initial_weights(engine: Engine, sources: WeightSources, rows: int) -> No
             rows,
             grid,
             engine.fragments,
-            skip=boost_names(engine.model),
+            skip=low_rank_weight_names(engine.model),
             gathered=engine.layout.gathered_parameters,
         )
         logger.info("starting from the weights of %s", source.where)
     if sources.fresh:
-        for parameter, value in initial_boosts(engine.model):
+        for parameter, value in initial_low_rank_weights(engine.model):
             set_parameter(parameter, value, engine.fragments)
         for state, _ in engine.controller.weights:
             state.invalidate()
@@ -174,7 +174,7 @@ def put_weights(
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
         check_shape(value, shard, name, source.where)
         with gathered([parameter], write=True):
-            set_parameter(parameter, shard.take(value), fragments or [])
+            set_parameter(parameter, shard.slice_of(value), fragments or [])
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def write_checkpoint(root: Path, step: int, ranks: int = 2, run_id: str = "ab") 
         tensors: Tensors = {}
         for name, (_, whole) in tensors_of(step).items():
             shard = WeightShard((40, 30), 0, rank, ranks)
-            tensors[name] = (Piece(name, shard), shard.take(whole))
+            tensors[name] = (Piece(name, shard), shard.slice_of(whole))
         files.append(write_rank_file(temporary, rank, tensors, binding))
     final = directory.step_folder(root, step)
     publish(temporary, final, files, {**META, "run_id": run_id, "step": step})

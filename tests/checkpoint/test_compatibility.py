@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,19 @@ from tests import forked
 from tests.reliability.runs import DROPOUT, differences, flags, resume_at
 from tests.runs import TINY, make_dataset
 
+STEPS = ["--train-iters", "10"]
+
+
+def _short(dataset: str, run_dir: Path, *more: str) -> list[str]:
+    """A run of ten steps; masks are refreshed before steps 0, 4 and 8."""
+    return flags(dataset, run_dir, *STEPS, *more)
+
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory, dataset) -> Path:
     """A run that was cut off at step 6."""
     root = tmp_path_factory.mktemp("cut")
-    run = flags(dataset, root / "run", "--exit-interval", "6")
+    run = _short(dataset, root / "run", "--exit-interval", "6")
     assert forked.run(run, 1, root / "log") == [75]
     return root / "run" / "checkpoints"
 
@@ -35,7 +43,7 @@ CHANGES = [
     ("override-batch", ["--global-batch-size", "8"], "global_batch_size 4, this run has 8"),
     ("override-seed", ["--seed", "5"], "seed 1234, this run has 5"),
     ("override-schedule", ["--lr", "2e-3"], "lr 0.001, this run has 0.002"),
-    ("override-schedule", ["--train-iters", "30"], "train_iters 20, this run has 30"),
+    ("override-schedule", ["--train-iters", "12"], "train_iters 10, this run has 12"),
     ("override-schedule", ["--weight-decay", "0.2"], "weight_decay 0.1, this run has 0.2"),
     ("override-model", ["--norm-epsilon", "1e-6"], "norm_epsilon 1e-05, this run has 1e-06"),
     ("override-recipe", ["--masked-decay", "1e-2"], "masked_decay 0.001, this run has 0.01"),
@@ -48,7 +56,7 @@ CHANGES = [
 
 @pytest.mark.parametrize(("flag", "change", "words"), CHANGES)
 def test_each_change_is_refused_and_has_its_flag(tmp_path, dataset, cut, flag, change, words):
-    run = flags(dataset, tmp_path / "run", "--load", str(cut), *change)
+    run = _short(dataset, tmp_path / "run", "--load", str(cut), *change)
     code, text = _continue(tmp_path, run)
     assert code == 64 and words in text and f"--{flag} continues with the change" in text
     others = {name for name, _, _ in CHANGES} - {flag}
@@ -59,7 +67,7 @@ def test_each_change_is_refused_and_has_its_flag(tmp_path, dataset, cut, flag, c
 
 
 def test_sequence_length_and_data_have_flags_of_their_own(tmp_path, dataset, cut):
-    plain = [*TINY, *DROPOUT, "--run-dir", str(tmp_path / "run"), "--load", str(cut)]
+    plain = [*TINY, *STEPS, *DROPOUT, "--run-dir", str(tmp_path / "run"), "--load", str(cut)]
     longer = [*plain, "--data-path", dataset, "--seq-length", "16"]
     code, text = _continue(tmp_path, longer)
     assert code == 64 and "seq_length 32, this run has 16; --override-seq-length" in text
@@ -69,13 +77,13 @@ def test_sequence_length_and_data_have_flags_of_their_own(tmp_path, dataset, cut
     code, text = _continue(tmp_path, [*plain, "--data-path", other, "--override-data"])
     assert code == 0, text
     same = make_dataset(tmp_path / "moved")  # the same data in another place is the same data
-    run = [*TINY, *DROPOUT, "--run-dir", str(tmp_path / "moved-run"), "--load", str(cut)]
+    run = [*TINY, *STEPS, *DROPOUT, "--run-dir", str(tmp_path / "moved-run"), "--load", str(cut)]
     code, text = _continue(tmp_path, [*run, "--data-path", same])
     assert code == 0, text
 
 
 def test_samples_go_on_where_they_were_after_a_change_of_the_batch(tmp_path, dataset, cut):
-    run = flags(dataset, tmp_path / "run", "--load", str(cut), "--global-batch-size", "8",
+    run = _short(dataset, tmp_path / "run", "--load", str(cut), "--global-batch-size", "8",
                 "--override-batch")  # fmt: skip
     assert _continue(tmp_path, run)[0] == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -85,10 +93,10 @@ def test_samples_go_on_where_they_were_after_a_change_of_the_batch(tmp_path, dat
 @pytest.mark.parametrize("recipe", ["fst", "ste", "s_ste"])
 def test_dense_to_sparse_gives_two_of_four_everywhere(tmp_path, dataset, recipe):
     dense = ["--sparsity-recipe", "dense", "--masked-decay", "none"]
-    first = flags(dataset, tmp_path / "dense", *dense, "--exit-interval", "3")
+    first = _short(dataset, tmp_path / "dense", *dense, "--exit-interval", "3")
     assert forked.run(first, 1, tmp_path / "first") == [75]
     decay = [] if recipe == "fst" else ["--masked-decay", "none"]
-    run = flags(dataset, tmp_path / "run", "--load", str(tmp_path / "dense" / "checkpoints"),
+    run = _short(dataset, tmp_path / "run", "--load", str(tmp_path / "dense" / "checkpoints"),
                 "--sparsity-recipe", recipe, *decay, "--override-recipe")  # fmt: skip
     code, text = _continue(tmp_path, run)
     assert code == 0, text
@@ -103,7 +111,7 @@ def test_dense_to_sparse_gives_two_of_four_everywhere(tmp_path, dataset, recipe)
 
 
 def test_dropout_in_another_layout_needs_a_word(tmp_path, dataset, cut):
-    run = flags(dataset, tmp_path / "run", "--load", str(cut))
+    run = _short(dataset, tmp_path / "run", "--load", str(cut))
     code, text = _continue(tmp_path, run, world=2)
     assert code == 64 and "--override-rng continues with the change" in text
     assert _continue(tmp_path, [*run, "--override-rng"], world=2)[0] == 0
@@ -117,13 +125,22 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, dataset) -> list[dict[str, Any]]:
+    """The rows of a run of one rank without dropout, which no layout repeats."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    run = [*TINY, *STEPS, "--data-path", dataset, "--run-dir", str(root / "run")]
+    assert forked.run(run, 1, root / "log") == [0]
+    return read_metrics(root / "run" / "metrics.jsonl")
+
+
 @pytest.mark.parametrize("before", ["one", "tp2", "dp2-zero1"])
-def test_another_layout_goes_on_with_equal_samples_and_losses(tmp_path, dataset, before):
-    plain = [*TINY, "--data-path", dataset]
-    assert forked.run([*plain, "--run-dir", str(tmp_path / "ref")], 1, tmp_path / "ref.log") == [0]
-    reference = read_metrics(tmp_path / "ref" / "metrics.jsonl")
+def test_another_layout_goes_on_with_equal_samples_and_losses(
+    tmp_path, dataset, undisturbed, before
+):
+    plain = [*TINY, *STEPS, "--data-path", dataset]
     world = 1 if before == "one" else 2
-    cut = [*plain, "--run-dir", str(tmp_path / "cut"), "--exit-interval", "10"]
+    cut = [*plain, "--run-dir", str(tmp_path / "cut"), "--exit-interval", "6"]
     codes = forked.run([*cut, *LAYOUTS.get(before, [])], world, tmp_path / "cut.log")
     assert codes == [75] * world
     for name, layout in {"one": [], **LAYOUTS}.items():
@@ -134,16 +151,23 @@ def test_another_layout_goes_on_with_equal_samples_and_losses(tmp_path, dataset,
                str(tmp_path / "cut" / "checkpoints"), *layout]  # fmt: skip
         assert forked.run(run, world, tmp_path / name) == [0] * world
         rows = read_metrics(tmp_path / name / "metrics.jsonl")
-        assert len(rows) == 10
-        for row, other in zip(rows, reference[10:], strict=True):
+        assert len(rows) == 4
+        for row, other in zip(rows, undisturbed[6:], strict=True):
             assert row["samples"] == other["samples"]
             assert row["loss"] == pytest.approx(other["loss"], rel=2e-6), (name, row["step"])
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, dataset) -> Path:
+    """A folder with an undisturbed run of two ranks, `reference`."""
+    root = tmp_path_factory.mktemp("whole")
+    assert forked.run(flags(dataset, root / "reference"), 2, root / "log") == [0, 0]
+    return root
+
+
 @pytest.mark.parametrize("step", [1, 4, 9, 19])
-def test_a_resume_is_exact_at_any_step(tmp_path, dataset, step):
-    assert forked.run(flags(dataset, tmp_path / "reference"), 2, tmp_path / "log") == [0, 0]
-    assert resume_at(dataset, tmp_path, step, 2) == []
+def test_a_resume_is_exact_at_any_step(dataset, whole, step):
+    assert resume_at(dataset, whole, step, 2) == []
 
 
 def test_save_load_save_gives_the_same_bytes(tmp_path, dataset):

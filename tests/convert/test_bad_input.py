@@ -116,7 +116,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
     "another activation": (
         "gpt2", lambda f: edit_json(f, activation_function="relu"), ("activation_function", "relu"),
     ),
-    "quantised": (
+    "quantized": (
         "llama", lambda f: edit_json(f, quantization_config={"quant_method": "gptq"}),
         ("quantization_config",),
     ),

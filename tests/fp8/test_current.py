@@ -20,7 +20,7 @@ from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.sparsity.shard import Section
+from megasparse.sparsity.shard import ShardSlice
 from tests.sparsity.gemms.test_packed_fp8 import (
     FP8_ERROR,
     K,
@@ -251,7 +251,7 @@ def test_a_step_does_not_wait_for_the_device(device, name):
     def whole_step():
         if name is None:
             return step(x, w, dz, dense_gemms(weight, slots_of()))
-        recipe, channels = make_recipe(name), (Section(0, 0, N),)
+        recipe, channels = make_recipe(name), (ShardSlice(0, 0, N),)
         gemms = PackedFp8Gemms(recipe, channels, slots_of(), chooser=chooser)
         gemms.refill(weight, Projected(mask, beta, *flags))
         return step(x, w, dz, gemms)

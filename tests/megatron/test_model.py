@@ -47,7 +47,7 @@ def test_initial_weights_do_not_depend_on_tensor_parallelism(style):
         rebuilt = torch.full_like(expected, float("nan"))
         for parameters, *_ in ranks:
             shard, part = parameters[name]
-            shard.place(rebuilt, part)
+            shard.write_into(rebuilt, part)
         assert torch.equal(rebuilt, expected), name
 
 

@@ -72,7 +72,7 @@ def _assemble(ranks, group, name):
     shards = [rank[group][name] for rank in ranks]
     whole = torch.empty(shards[0][0].global_shape, dtype=shards[0][1].dtype)
     for shard, value in shards:
-        shard.place(whole, value)
+        shard.write_into(whole, value)
     return whole
 
 

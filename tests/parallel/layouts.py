@@ -50,13 +50,16 @@ LAYOUTS = {
     "pp 2, dp 2, zero 1, selective": (4, [*PP2, *zero(1), *SELECTIVE]),
 }  # fmt: skip
 
+STEPS = 10
 # 130 tokens are padded to 144: no multiple of the vocabulary's is shared by the ranks evenly.
 BASE = [
     *TINY, "--num-layers", "4", "--hidden-size", "32", "--vocab-size", "130",
     "--global-batch-size", "8", "--seq-length", "16",
     # Small steps: a 2:4 choice or an MVUE draw that falls the other way by rounding moves the loss
     # little, a wrong gradient still moves it by far more than the tolerance.
-    "--lr", "2e-4", "--eval-iters", "1", "--eval-interval", "7",
+    "--lr", "2e-4", "--eval-iters", "1", "--eval-interval", "5",
+    # Masks change before steps 0, 4 and 8; the learning rate falls over more steps than are made.
+    "--train-iters", str(STEPS), "--lr-decay-iters", "20",
 ]  # fmt: skip
 GPT = ["--ffn-hidden-size", "64"]
 LLAMA_STYLE = [*LLAMA, "--num-query-groups", "4", "--ffn-hidden-size", "64"]

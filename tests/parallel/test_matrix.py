@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests import dist
-from tests.parallel.layouts import LAYOUTS, RUNS, WIDE
+from tests.parallel.layouts import LAYOUTS, RUNS, STEPS, WIDE
 from tests.parallel.trace import traced
 
 TOLERANCE = 2e-6
@@ -40,7 +40,7 @@ def test_layout_gives_the_numbers_of_one_process(tmp_path, dataset, name, layout
     world, flags = LAYOUTS[layout]
     expected = single(tmp_path, dataset, name, WIDE[0] in flags)
     rows = _run(tmp_path / "layout", dataset, name, world, flags)
-    assert len(rows) == len(expected) == 20
+    assert len(rows) == len(expected) == STEPS
     for row, one in zip(rows, expected, strict=True):
         step = one["step"]
         assert row["samples"] == one["samples"], f"step {step}"
@@ -63,4 +63,4 @@ def test_the_single_run_is_worth_comparing_with(tmp_path, dataset, name):
     assert rows[-1]["loss"] < rows[0]["loss"] * 0.999
     assert rows[0]["masks"] != rows[-1]["masks"] and any(row.get("flip_rate") for row in rows)
     assert all(len(set(row["samples"])) == 8 for row in rows)
-    assert [row["step"] for row in rows if "valid_loss" in row] == [7, 14, 20]
+    assert [row["step"] for row in rows if "valid_loss" in row] == [5, STEPS]

@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 
 from tests import dist
-from tests.parallel.layouts import BASE, GPT, LLAMA_STYLE, PP2, PP4, S_STE, SP, TP2, TP4, zero
+from tests.parallel.layouts import (
+    BASE,
+    GPT,
+    LLAMA_STYLE,
+    PP2,
+    PP4,
+    S_STE,
+    SP,
+    STEPS,
+    TP2,
+    TP4,
+    zero,
+)
 from tests.parallel.trace import traced
 
 TOLERANCE = 2e-6
@@ -37,10 +49,10 @@ def test_another_layout_continues_the_run(tmp_path, dataset, case):
         _undisturbed[style] = dist.run(traced, 1, flags)[0]
     one = _undisturbed[style]
     run = [*base, "--run-dir", str(tmp_path / "run")]
-    # Step 10 is no step of a mask refresh: the stored masks are the ones that the next steps use.
-    first = dist.run(traced, world_a, [*run, *flags_a, "--exit-interval", "10"])[0]
+    # Step 6 is no step of FST's mask refreshes: the stored masks are those of the next steps.
+    first = dist.run(traced, world_a, [*run, *flags_a, "--exit-interval", "6"])[0]
     second = dist.run(traced, world_b, [*run, *flags_b, "--resume"])[0]
-    assert [row["step"] for row in first + second] == list(range(1, 21))
+    assert [row["step"] for row in first + second] == list(range(1, STEPS + 1))
     for row, expected in zip(first + second, one, strict=True):
         assert row["samples"] == expected["samples"]
         assert row["masks"] == expected["masks"]

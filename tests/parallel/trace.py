@@ -87,7 +87,7 @@ def _digests(ranks: list[dict[str, Any]]) -> dict[str, str]:
                 continue
             for name, (shard, mask) in r["masks"].items():
                 whole = found.setdefault(name, torch.zeros(shard.global_shape, dtype=torch.bool))
-                shard.place(whole, mask)
+                shard.write_into(whole, mask)
         digests = {
             name: hashlib.sha256(whole.numpy().tobytes()).hexdigest()
             for name, whole in sorted(found.items())

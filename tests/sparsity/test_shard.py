@@ -16,23 +16,23 @@ def test_shards_make_up_the_whole(world, dim, parts):
     rebuilt = torch.full_like(whole, float("nan"))
     for rank in range(world):
         shard = WeightShard((16, 24), dim, rank, world, parts)
-        part = shard.take(whole)
+        part = shard.slice_of(whole)
         assert part.shape == shard.local_shape
         for d in (0, 1):
-            for s in shard.sections(d):
+            for s in shard.slices(d):
                 assert torch.equal(
                     part.narrow(d, s.local_start, s.length)
                     if d == dim
                     else whole.narrow(d, s.global_start, s.length),
                     (whole if d == dim else whole).narrow(d, s.global_start, s.length),
                 )
-        shard.place(rebuilt, part)
+        shard.write_into(rebuilt, part)
     assert torch.equal(rebuilt, whole)
 
 
 def test_gate_and_up_are_sliced_each():
     whole = torch.arange(8.0)[:, None].expand(8, 2)
-    rows = [WeightShard((8, 2), 0, r, 2, 2).take(whole)[:, 0].tolist() for r in range(2)]
+    rows = [WeightShard((8, 2), 0, r, 2, 2).slice_of(whole)[:, 0].tolist() for r in range(2)]
     assert rows == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 

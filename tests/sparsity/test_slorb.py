@@ -11,7 +11,7 @@ from megasparse.sparsity.autograd.linear import linear
 from megasparse.sparsity.gemms.dense import DenseGemms
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import (
-    Boost,
+    LowRankBranch,
     adapter_shard,
     fold,
     initial_adapter,
@@ -53,7 +53,7 @@ def test_output_and_gradients_equal_those_of_the_folded_matrix(trained):
     x.requires_grad_()
     parts = [t.clone().requires_grad_() for t in (weight, adapter, projection)]
     z = linear(
-        x, parts[0], DenseGemms(effective), boost=Boost(k), adapter=parts[1],
+        x, parts[0], DenseGemms(effective), branch=LowRankBranch(k), adapter=parts[1],
         projection=parts[2] if trained else None,
     )  # fmt: skip
     z.backward(dz)

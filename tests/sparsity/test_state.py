@@ -80,11 +80,11 @@ def test_s_ste_scale_is_frozen_and_summed_over_shards():
     for rank in range(2):
         shard = SparseWeight("w", make_recipe("s_ste"), WeightShard((16, 12), 0, rank, 2))
         shard._reduce = lambda t: sums.append(t.clone()) or t
-        shard.gemms(shard.shard.take(whole), 0, True, True)
+        shard.gemms(shard.shard.slice_of(whole), 0, True, True)
     reduced = SparseWeight(
         "w", make_recipe("s_ste"), WeightShard((16, 12), 0, 0, 2), lambda t: t + sums[1]
     )
-    reduced.gemms(reduced.shard.take(whole), 0, True, True)
+    reduced.gemms(reduced.shard.slice_of(whole), 0, True, True)
     assert float(reduced.scale) == pytest.approx(scale, rel=1e-6)
 
 

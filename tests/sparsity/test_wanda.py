@@ -9,7 +9,7 @@ from megasparse.errors import ConfigError
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
-from megasparse.sparsity.wanda import InputSquares, finish_step
+from megasparse.sparsity.wanda import InputNorms, finish_step
 
 
 def _same(tensor):
@@ -17,7 +17,7 @@ def _same(tensor):
 
 
 def test_sums_are_those_of_all_tokens_and_a_dropped_step_leaves_no_trace():
-    a, b = InputSquares(), InputSquares()
+    a, b = InputNorms(), InputNorms()
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(2, 3, 8, generator=generator) for _ in range(4)]
     for batch in batches[:3]:
@@ -34,7 +34,7 @@ def test_sums_are_those_of_all_tokens_and_a_dropped_step_leaves_no_trace():
 
 
 def test_only_inputs_split_over_the_sequence_are_summed_over_tensor_parallel_ranks():
-    whole, split = InputSquares(), InputSquares()
+    whole, split = InputNorms(), InputNorms()
     for one in (whole, split):
         one.observe(torch.ones(5, 4))
     finish_step([(whole, False), (split, True)], lambda t: t * 3, lambda t: t * 2)

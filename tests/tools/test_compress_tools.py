@@ -1,4 +1,4 @@
-"""One-shot pruning and quantisation as tools: from a run's checkpoint to files that work."""
+"""One-shot pruning and quantization as tools: from a run's checkpoint to files that work."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_one_shot_methods_prune_and_their_checkpoints_start_runs(tmp_path, datas
 
 
 @pytest.mark.parametrize("style", ["gpt", "llama"])
-def test_quantised_ast_with_slorb(tmp_path, dataset, dense, style):
+def test_quantized_ast_with_slorb(tmp_path, dataset, dense, style):
     flags = [
         *AST, *(GATED if style == "llama" else []), "--slorb-k", "8", "--data-path", dataset,
         "--load", str(dense[style]), "--run-dir", str(tmp_path / "ast"),

@@ -16,13 +16,20 @@ from tests import dist
 from tests.runs import LLAMA, TINY, train
 
 TP2 = ["--tensor-model-parallel-size", "2"]
-FAST = ["--lr", "1e-2", "--train-iters", "40"]
+STEPS = 32
+FAST = ["--lr", "1e-2", "--train-iters", str(STEPS)]
 
 
 def _run(tmp_path, dataset, name, flags, world=1):
     run_dir = tmp_path / name
     arguments = [*TINY, "--data-path", dataset, "--run-dir", str(run_dir), *flags]
     return dist.run(train, world, arguments)[0], run_dir
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, dataset):
+    """The rows of a run of one rank without any flag; made once."""
+    return _run(tmp_path_factory.mktemp("plain"), dataset, "plain", [])[0]
 
 
 RUNS = {
@@ -49,14 +56,14 @@ RUNS = {
 def test_loss_falls_and_the_checkpoint_is_what_the_recipe_promises(tmp_path, dataset, name):
     flags, world, recipe_name = RUNS[name]
     rows, run_dir = _run(tmp_path, dataset, name, [*FAST, *flags], world)
-    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     first, last = (sum(row["loss"] for row in rows[s]) / 5 for s in (slice(0, 5), slice(-5, None)))
     assert last < first - 0.7, (first, last)
     reader = newest_valid(run_dir / "checkpoints")
-    assert reader.meta["step"] == 40
+    assert reader.meta["step"] == STEPS
     recipe = make_recipe(recipe_name, dense_tail_fraction=0.0)
-    tensors = check_sparsity(reader, recipe, 40)
-    require_sparsity(tensors, recipe, 40, 40)
+    tensors = check_sparsity(reader, recipe, STEPS)
+    require_sparsity(tensors, recipe, STEPS, STEPS)
     assert len(tensors) == {"dense": 0, "ast": 8}.get(recipe_name, 4)
     for tensor in tensors:
         assert tensor.rows_24 and tensor.columns_24 == (recipe_name == "fst")
@@ -94,7 +101,7 @@ def test_metrics_have_every_figure_and_the_run_dir_every_part(tmp_path, dataset)
     )
 
 
-def test_dense_tail_switches_at_its_step_and_ends_dense(tmp_path, dataset):
+def test_dense_tail_switches_at_its_step_and_ends_dense(tmp_path, dataset, plain):
     rows, run_dir = _run(tmp_path, dataset, "tail", ["--dense-tail-fraction", "0.25"])
     assert [row["sparse"] for row in rows] == [True] * 15 + [False] * 5
     assert [row["masked_decay"] for row in rows] == [1e-3] * 15 + [0.0] * 5
@@ -105,14 +112,13 @@ def test_dense_tail_switches_at_its_step_and_ends_dense(tmp_path, dataset):
     for tensor in tensors:
         assert tensor.density > 0.99 and not tensor.rows_24
     # Up to the switch it is the run without a tail; at it, the forward pass is another.
-    plain, _ = _run(tmp_path, dataset, "plain", [])
     assert [row["loss"] for row in rows[:15]] == [row["loss"] for row in plain[:15]]
     assert rows[15]["loss"] != plain[15]["loss"]
 
 
 @pytest.mark.parametrize("style", [[], LLAMA], ids=["gpt", "llama"])
-def test_tensor_parallel_ranks_give_the_losses_of_one_rank(tmp_path, dataset, style):
-    single, _ = _run(tmp_path, dataset, "tp1", style)
+def test_tensor_parallel_ranks_give_the_losses_of_one_rank(tmp_path, dataset, plain, style):
+    single = _run(tmp_path, dataset, "tp1", style)[0] if style else plain
     double, _ = _run(tmp_path, dataset, "tp2", [*style, *TP2], 2)
     for a, b in zip(single, double, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
@@ -159,14 +165,13 @@ def test_resume_refuses_another_run_and_a_fresh_run_refuses_to_overwrite(tmp_pat
             _run(tmp_path, dataset, "run", flags)
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, dataset):
-    whole, _ = _run(tmp_path, dataset, "whole", [])
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, dataset, plain):
     flags = ["--save-interval", "5", "--exit-interval", "10"]
     _, run_dir = _run(tmp_path, dataset, "cut", flags)
     path = run_dir / "checkpoints" / "step-00000010" / "rank-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     resumed, _ = _run(tmp_path, dataset, "cut", ["--resume"])
-    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in plain]
 
 
 def test_report_fails_when_a_tensor_is_not_24(tmp_path, dataset):

@@ -216,14 +216,14 @@ def unfused_norm(t: Inputs, centred: bool) -> Step:
     """The same in two steps by Transformer Engine."""
     import transformer_engine.pytorch as te
 
-    x, quantise = t[0], transformer_engine_cast_transpose(t)
+    x, quantize = t[0], transformer_engine_cast_transpose(t)
     kind = te.LayerNorm if centred else te.RMSNorm
     norm = kind(hidden_size=x.shape[1], eps=1e-5, params_dtype=x.dtype, device=x.device)
 
     @torch.no_grad()
     def step() -> Any:
         norm(x)
-        return quantise()  # of x, which is as large
+        return quantize()  # of x, which is as large
 
     return step
 

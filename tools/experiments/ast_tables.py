@@ -52,7 +52,7 @@ def report(
         lines += [
             "",
             f"{INT4}: {last['times_smaller_than_fp32']:.2f} times smaller than the dense model in "
-            f"FP32 with everything; the quantised linears alone "
+            f"FP32 with everything; the quantized linears alone "
             f"{last['linears_times_smaller_than_fp32']:.2f} times (values, places, scales and "
             "low-rank matrices).",
         ]

@@ -16,7 +16,7 @@ compares on the validation split:
     sr_ste             | retrained by SR-STE, cross entropy alone
     ast                | retrained by AST: annealed decay, distillation from the dense model
     ast_slorb          | with SLoRB's low-rank branch
-    ast_slorb_int4     | and quantised to 4 bits
+    ast_slorb_int4     | and quantized to 4 bits
 
 Writes results.json, results.md, results.png and pictures/ into --output. With --jobs N the dense
 model is trained on N devices (data parallel); then every variant is made and measured by a process

@@ -22,7 +22,7 @@ from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.autograd.norm import Float8Input
 from megasparse.sparsity.gemms.protocol import LinearGemms, SavedInput
-from megasparse.sparsity.slorb import Boost
+from megasparse.sparsity.slorb import LowRankBranch
 
 
 class LinearComm(Protocol):
@@ -68,20 +68,20 @@ class _Linear(torch.autograd.Function):
         p_RK: torch.Tensor | None,
         gemms: LinearGemms,
         comm: LinearComm,
-        boost: Boost | None,
+        branch: LowRankBranch | None,
         seed: SeedLike,
         recorded: bool,
         quantized: Float8Input | None,
     ) -> torch.Tensor:
-        ctx.gemms, ctx.comm, ctx.boost, ctx.seed = gemms, comm, boost, seed
+        ctx.gemms, ctx.comm, ctx.branch, ctx.seed = gemms, comm, branch, seed
         local = local_input(x_local, comm, quantized)
         x, arrived = start_gather(comm, local)
         arrived()
         x_TK = x.reshape(-1, x.shape[-1])
         h_TR = None
         z_TN, saved = output(gemms, x_TK, recorded and ctx.needs_input_grad[1], comm, quantized)
-        if boost is not None and s_NR is not None:
-            h_TR = boost.project(x_TK, p_RK)
+        if branch is not None and s_NR is not None:
+            h_TR = branch.project(x_TK, p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
         again = comm.gathers or p_RK is not None
         if comm.gathers:
@@ -99,12 +99,12 @@ class _Linear(torch.autograd.Function):
         if local is not None and wanted[1]:
             x, arrived = start_gather(ctx.comm, local)
             x_TK = x.reshape(-1, x.shape[-1])
-        dh_TR = None if h_TR is None else ctx.boost.grad_hidden(dz_TN, s_NR)
+        dh_TR = None if h_TR is None else ctx.branch.grad_hidden(dz_TN, s_NR)
         operands = ctx.gemms.prepare_grad_output(dz_TN, ctx.seed)
         if wanted[0]:
             dx_TK = ctx.gemms.grad_input(operands)
             if dh_TR is not None:
-                dx_TK = ctx.boost.add_grad_input_(dx_TK, dh_TR, p_RK)
+                dx_TK = ctx.branch.add_grad_input_(dx_TK, dh_TR, p_RK)
             dx, wait = ctx.comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
         if wanted[1]:
             if arrived is not None:
@@ -114,7 +114,7 @@ class _Linear(torch.autograd.Function):
             dw = ctx.gemms.grad_weight(operands, tuple(saved))
             if dh_TR is not None:
                 ds = dz_TN.t() @ h_TR
-                dp = None if p_RK is None else ctx.boost.grad_projection(dh_TR, x_TK)
+                dp = None if p_RK is None else ctx.branch.grad_projection(dh_TR, x_TK)
         if wait is not None:
             wait()
         return dx, dw, ds, dp, None, None, None, None, None, None
@@ -179,20 +179,25 @@ def linear(
     gemms: LinearGemms,
     comm: LinearComm | None = None,
     seed: SeedLike = 0,
-    boost: Boost | None = None,
+    branch: LowRankBranch | None = None,
     adapter: torch.Tensor | None = None,
     projection: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x W~^T` with gradients, through the three GEMMs; with a boost `+ (x P^T) S^T`.
+    """`x W~^T` with gradients, through the three GEMMs; with a branch `+ (x P^T) S^T`.
 
     Args:
+<<<<<<< HEAD
         x: `(..., K)`, this rank's input; in 8 bits only for FP8 GEMMs and without a boost, and
             where it is gathered in whole tiles of 128 tokens.
+=======
+        x: `(..., K)`, this rank's input; in 8 bits only for FP8 GEMMs, without communication of
+            the input and without a branch.
+>>>>>>> suite
         weight: the master weight `(N, K)`; gets the straight-through gradient `dZ^T X`.
         gemms: operands and GEMMs of the current optimizer step.
         comm: communication of the input and its gradient; none by default.
         seed: of the MVUE draws of this layer and micro-batch.
-        boost: of the low-rank branch; none by default.
+        branch: the low-rank one of SLoRB; none by default.
         adapter, projection: its S `(N, R)` and P `(R, K)`; P None for sums over groups.
 
     Returns:
@@ -201,7 +206,11 @@ def linear(
     recorded = torch.is_grad_enabled()  # inside the function it is off
     comm = comm or NoComm()
     x, quantized = in_graph(x)
+<<<<<<< HEAD
     assert quantized is None or boost is None, "x has no values to project"
+=======
+    assert quantized is None or not (comm.gathers or branch), "x has no values to gather or project"
+>>>>>>> suite
     return _Linear.apply(
-        x, weight, adapter, projection, gemms, comm, boost, seed, recorded, quantized
+        x, weight, adapter, projection, gemms, comm, branch, seed, recorded, quantized
     )

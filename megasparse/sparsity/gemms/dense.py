@@ -15,7 +15,7 @@ from megasparse.sparsity.gemms.protocol import (
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import Mvue
-from megasparse.sparsity.shard import Section
+from megasparse.sparsity.shard import ShardSlice
 
 
 class DenseGemms(PlainOperands):
@@ -56,7 +56,7 @@ class ReferenceSparseGemms(DenseGemms):
     """
 
     def __init__(
-        self, mvue: Mvue, channels: tuple[Section, ...], probe: Probe | None = None
+        self, mvue: Mvue, channels: tuple[ShardSlice, ...], probe: Probe | None = None
     ) -> None:
         super().__init__()
         self._mvue = mvue

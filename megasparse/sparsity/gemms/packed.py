@@ -24,14 +24,14 @@ from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedI
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.sparsity.shard import Section
+from megasparse.sparsity.shard import ShardSlice
 
 DTYPES = (torch.bfloat16, torch.float16)
 ALIGNMENT = 64  # rows and columns of a packed 16-bit operand
 
 
 def refusal(
-    weight: torch.Tensor, recipe: SparsityRecipe, channels: tuple[Section, ...]
+    weight: torch.Tensor, recipe: SparsityRecipe, channels: tuple[ShardSlice, ...]
 ) -> str | None:
     """Why the sparse tensor cores cannot compute this layer, or None when they can."""
     if not weight.is_cuda:
@@ -64,7 +64,7 @@ class PackedSparseGemms(PlainOperands):
     def __init__(
         self,
         recipe: SparsityRecipe,
-        channels: tuple[Section, ...],
+        channels: tuple[ShardSlice, ...],
         probe: Probe | None = None,
         chooser: GemmChooser | None = None,
     ) -> None:

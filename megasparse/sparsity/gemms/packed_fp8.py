@@ -42,7 +42,7 @@ from megasparse.sparsity.gemms.protocol import SavedInput
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.sparsity.shard import Section
+from megasparse.sparsity.shard import ShardSlice
 
 # MVUE divides what it keeps by a probability: larger entries than dZ's are to be expected.
 MVUE_HEADROOM = 4.0
@@ -66,7 +66,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
     def __init__(
         self,
         recipe: SparsityRecipe,
-        channels: tuple[Section, ...],
+        channels: tuple[ShardSlice, ...],
         quantizers: OperandQuantizers,
         hybrid: bool = False,
         probe: Probe | None = None,

@@ -10,7 +10,7 @@ from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
 from megasparse.sparsity.gemms.protocol import GradOutput, SavedInput
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import Mvue
-from megasparse.sparsity.shard import Section
+from megasparse.sparsity.shard import ShardSlice
 
 
 class SimulatedFp8Gemms(ReferenceSparseGemms):
@@ -33,7 +33,7 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
     def __init__(
         self,
         mvue: Mvue,
-        channels: tuple[Section, ...],
+        channels: tuple[ShardSlice, ...],
         reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
         probe: Probe | None = None,
     ) -> None:

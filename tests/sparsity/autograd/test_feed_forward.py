@@ -16,14 +16,14 @@ from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.sparsity.shard import Section
+from megasparse.sparsity.shard import ShardSlice
 from tests.sparsity.gemms import made
 from tests.transformer_engine import needs_transformer_engine
 
 K, F, N = 128, 128, 128
 # Where the shard's halves lie in the whole layer: that of the second of two ranks.
-PARTS = (Section(0, F, F), Section(F, 3 * F, F))
-SECTIONS = (PARTS, (Section(0, 0, N),))
+PARTS = (ShardSlice(0, F, F), ShardSlice(F, 3 * F, F))
+SECTIONS = (PARTS, (ShardSlice(0, 0, N),))
 
 
 class Waiting:

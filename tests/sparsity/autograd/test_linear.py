@@ -9,7 +9,7 @@ from megasparse.kernels import is_24, mvue24, prune24_mask
 from megasparse.sparsity.autograd.linear import linear
 from megasparse.sparsity.gemms.dense import DenseGemms
 from megasparse.sparsity.gemms.simulated_fp8 import round_to_fp8
-from megasparse.sparsity.shard import Section
+from megasparse.sparsity.shard import ShardSlice
 from tests.sparsity.gemms.made import reference_sparse, simulated_fp8
 
 
@@ -36,7 +36,7 @@ def test_dense_equals_torch_linear():
 def test_sparse_uses_the_pruned_weight_forward_and_backward_and_passes_gradients_through():
     x, w, dz = _operands()
     pruned = torch.where(prune24_mask(w.detach()), w.detach(), torch.zeros(()))
-    gemms = reference_sparse(pruned, "off", (Section(0, 0, 16),))
+    gemms = reference_sparse(pruned, "off", (ShardSlice(0, 0, 16),))
     z = linear(x, w, gemms)
     z.backward(dz)
     torch.testing.assert_close(z, x.detach() @ pruned.t())
@@ -47,7 +47,10 @@ def test_sparse_uses_the_pruned_weight_forward_and_backward_and_passes_gradients
 
 def test_weight_gradient_uses_mvue_of_the_output_gradient_along_tokens():
     x, w, dz = _operands()
-    channels = (Section(0, 0, 8), Section(8, 40, 8))  # as a shard of fused gate and up would be
+    channels = (
+        ShardSlice(0, 0, 8),
+        ShardSlice(8, 40, 8),
+    )  # as a shard of fused gate and up would be
     gemms = reference_sparse(w.detach(), "exact", channels)
     linear(x, w, gemms, seed=5).backward(dz)
     flat = dz.reshape(12, 16)
@@ -72,9 +75,9 @@ def test_column_shards_draw_the_numbers_of_the_whole():
         gemms = reference_sparse(w, "exact", sections)
         return gemms.grad_weight(gemms.prepare_grad_output(dz, 3), (torch.eye(12),))
 
-    whole = grad_weight((Section(0, 0, 16),), flat)
+    whole = grad_weight((ShardSlice(0, 0, 16),), flat)
     parts = [
-        grad_weight((Section(0, 8 * r, 8),), flat[:, 8 * r : 8 * r + 8].contiguous())
+        grad_weight((ShardSlice(0, 8 * r, 8),), flat[:, 8 * r : 8 * r + 8].contiguous())
         for r in range(2)
     ]
     assert torch.equal(torch.cat(parts), whole)
@@ -112,7 +115,7 @@ def test_fp8_rounding_is_to_the_nearest_under_one_scale(dtype, most, step):
 def test_simulated_fp8_takes_the_papers_formats():
     x, w, dz = (a.detach() for a in _operands())
     pruned = torch.where(prune24_mask(w), w, torch.zeros(()))
-    gemms = simulated_fp8(pruned, "exact", (Section(0, 0, 16),))
+    gemms = simulated_fp8(pruned, "exact", (ShardSlice(0, 0, 16),))
     x2, dz2 = x.reshape(12, 8), dz.reshape(12, 16)
     e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
     w4, w5 = round_to_fp8(pruned, e4), round_to_fp8(pruned, e5)

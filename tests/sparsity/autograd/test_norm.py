@@ -17,7 +17,7 @@ from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.sparsity.shard import Section
+from megasparse.sparsity.shard import ShardSlice
 from tests.sparsity.gemms.made import dense_fp8
 from tests.transformer_engine import needs_transformer_engine
 
@@ -52,7 +52,7 @@ class Pair:
             self.gemms = dense_fp8(w, self.slots)
             return
         recipe, chooser = make_recipe("fst"), GemmChooser(None) if w.is_cuda else None
-        channels = (Section(0, 0, N),)
+        channels = (ShardSlice(0, 0, N),)
         self.gemms = PackedFp8Gemms(recipe, channels, self.slots, chooser=chooser)
         self.gemms.refill(w, Projected(transposable24_mask(w)))
 

@@ -10,7 +10,7 @@ from megasparse.sparsity.gemms.choice import GemmChooser
 from megasparse.sparsity.gemms.packed import PackedSparseGemms, refusal
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.sparsity.shard import Section, WeightShard
+from megasparse.sparsity.shard import ShardSlice, WeightShard
 from megasparse.sparsity.state import SparseWeight
 from tests.sparsity.gemms.made import reference_sparse
 
@@ -18,17 +18,17 @@ from tests.sparsity.gemms.made import reference_sparse
 def test_refusals_name_the_reason():
     recipe = make_recipe("fst")
     weight = torch.zeros(64, 64, dtype=torch.bfloat16)
-    assert refusal(weight, recipe, (Section(0, 0, 64),)) == "the weight is on cpu"
+    assert refusal(weight, recipe, (ShardSlice(0, 0, 64),)) == "the weight is on cpu"
 
 
 @pytest.mark.gpu
 def test_refusals_on_a_gpu(device):
     recipe = make_recipe("fst")
-    whole = (Section(0, 0, 64),)
+    whole = (ShardSlice(0, 0, 64),)
     weight = torch.zeros(64, 64, device=device).bfloat16()
     assert "float32" in refusal(weight.float(), recipe, whole)
-    assert "multiples of 64" in refusal(weight[:32], recipe, (Section(0, 0, 32),))
-    halves = (Section(0, 0, 32), Section(32, 0, 32))
+    assert "multiples of 64" in refusal(weight[:32], recipe, (ShardSlice(0, 0, 32),))
+    halves = (ShardSlice(0, 0, 32), ShardSlice(32, 0, 32))
     assert "multiples of 64" in refusal(weight, recipe, halves)
     assert "simulate_fp8" in refusal(weight, make_recipe("s_ste", simulate_fp8=True), whole)
     assert refusal(weight, recipe, whole) is None
@@ -43,7 +43,7 @@ def test_equal_to_the_reference(device, transposable, mvue, tokens):
     w = torch.randn(n, k, device=device, dtype=torch.bfloat16)
     mask = transposable24_mask(w) if transposable else prune24_mask(w)
     effective = torch.where(mask, w, torch.zeros((), device=device, dtype=w.dtype))
-    channels = (Section(0, 0, 128), Section(128, 512, 128))
+    channels = (ShardSlice(0, 0, 128), ShardSlice(128, 512, 128))
     flag = torch.zeros(1, dtype=torch.int32, device=device)
     recipe = make_recipe("fst" if transposable else "ste", mvue=mvue)
     packed = PackedSparseGemms(recipe, channels, chooser=GemmChooser(None))
@@ -105,7 +105,7 @@ def test_large_shapes_are_tuned_once_and_remembered(device, tmp_path):
     w = torch.where(transposable24_mask(w), w, torch.zeros((), device=device, dtype=w.dtype))
     x = torch.randn(2048, 1024, device=device, dtype=torch.bfloat16)
     flag = torch.zeros(1, dtype=torch.int32, device=device)
-    channels = (Section(0, 0, 1024),)
+    channels = (ShardSlice(0, 0, 1024),)
     for _ in range(2):
         chooser = GemmChooser(path)
         gemms = PackedSparseGemms(make_recipe("ste"), channels, chooser=chooser)

@@ -23,7 +23,7 @@ from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.sparsity.shard import Section
+from megasparse.sparsity.shard import ShardSlice
 from tests import transformer_engine
 from tests.transformer_engine import needs_transformer_engine
 
@@ -62,7 +62,7 @@ def gemms_of(name, w, slots, **more):
     else:
         mask = (transposable24_mask if recipe.transposable else prune24_mask)(w)
         effective = w.double() * mask
-    channels = (Section(0, 0, w.shape[0]),)
+    channels = (ShardSlice(0, 0, w.shape[0]),)
     # No search here: any algorithm of the library computes the same.
     chooser = GemmChooser(None) if w.is_cuda else None
     gemms = PackedFp8Gemms(recipe, channels, slots, chooser=chooser, **more)
@@ -163,7 +163,7 @@ def test_transformer_engine_updates_by_the_definition(device, algorithm, length)
 
 
 @pytest.mark.gpu
-def test_transformer_engine_quantises_by_the_definition(device):
+def test_transformer_engine_quantizes_by_the_definition(device):
     needs_transformer_engine(device)
     x, *_ = operands(device, 256)
     _, slots = scaling(device)

@@ -158,6 +158,8 @@ def effective_weight(reader: CheckpointReader, name: str, recipe: SparsityRecipe
     whole = reader.read(f"param/{name}")
     state = SparseWeight(name, recipe, WeightShard(tuple(whole.shape)))
     state.import_state(sparsity_state(reader, state), torch.device("cpu"))
+    iterations = reader.meta["config"]["train"]["train_iters"]
+    state.first_sparse_step = schedule.sparse_range(recipe, iterations).start
     return state.effective_at(whole, reader.meta["step"])
 
 

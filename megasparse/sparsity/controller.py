@@ -54,6 +54,7 @@ class SparsityController:
             layer: tells the layer's draws from another's.
         """
         state.probe = Probe(self.timer)
+        state.first_sparse_step = schedule.sparse_range(self.recipe, self.clock.train_iters).start
         self.weights.append((state, weight))
         self.layers.append(layer)
         return len(self.weights) - 1
@@ -140,9 +141,10 @@ class SparsityController:
         return schedule.masked_decay(self.recipe, self.clock.step, self.clock.train_iters)
 
     def masked_weights(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """Parameters with their current masks (bool, like the parameter)."""
+        """Parameters with the masks that the clock's step prunes them by (bool, like the
+        parameter): none in a dense phase, where a mask only measures flips."""
         for state, weight in self.weights:
-            if state.mask is not None:
+            if state.mask is not None and self.sparse_now:
                 yield weight, state.mask
 
     def invalidate(self) -> None:

@@ -58,6 +58,7 @@ class SparseWeight(torch.nn.Module):
         self.mask: torch.Tensor | None = None  # bool (N, K): kept entries
         self.scale: torch.Tensor | None = None  # float32 0-d: S-STE's beta
         self.flips: torch.Tensor | None = None  # int64 0-d: entries that the last refresh changed
+        self.first_sparse_step = 0  # the controller knows the run's
         self.last_refresh = -1  # step of the last refresh
         self.refreshes = 0
         self.prepared_step = -1  # step that the operands were last built for
@@ -95,7 +96,7 @@ class SparseWeight(torch.nn.Module):
     def begin_step(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> None:
         """Refresh the mask if it is due, and see to it that `refill` has what it needs."""
         weight = weight.detach()
-        if (sparse or monitor) and schedule.refresh_due(self.recipe, step, self.last_refresh):
+        if (sparse or monitor) and self._refresh_due(step):
             self._refresh(weight, step)
         again = step == self.prepared_step
         self.preparations_of_step = self.preparations_of_step + 1 if again else 1
@@ -163,7 +164,7 @@ class SparseWeight(torch.nn.Module):
     def effective_at(self, weight: torch.Tensor, step: int) -> torch.Tensor:
         """W~ as the GEMMs of `step` see it: the mask is refreshed before, if it is due then."""
         self._make_flags(weight)
-        if schedule.refresh_due(self.recipe, step, self.last_refresh):
+        if self._refresh_due(step):
             self._refresh(weight, step)
         return effective(weight, self.project(weight))
 
@@ -180,6 +181,9 @@ class SparseWeight(torch.nn.Module):
             self._nan_flag, self._error_flag = (
                 torch.zeros(1, dtype=torch.int32, device=weight.device) for _ in range(2)
             )
+
+    def _refresh_due(self, step: int) -> bool:
+        return schedule.refresh_due(self.recipe, step, self.last_refresh, self.first_sparse_step)
 
     def _refresh(self, weight: torch.Tensor, step: int) -> None:
         search = transposable24_mask if self.recipe.transposable else prune24_mask

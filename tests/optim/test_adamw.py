@@ -20,7 +20,7 @@ LR, WD, EPS, BETAS, LAMBDA = 0.01, 0.1, 1e-8, (0.9, 0.95), 0.05
 def _controller(recipe, weight):
     controller = SparsityController(recipe, Clock(0, 100))
     state = SparseWeight("w", recipe, WeightShard(tuple(weight.shape)))
-    controller.register(state, weight)
+    controller.register(state, weight, 0)
     state.gemms(weight, 0, True, True)
     return controller, state.mask
 
@@ -84,7 +84,7 @@ def test_decay_finds_its_place_in_a_flat_shard():
     a, b = (torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2))
     controller, mask_a = _controller(recipe, a)
     state_b = SparseWeight("b", recipe, WeightShard((8, 8)))
-    controller.register(state_b, b)
+    controller.register(state_b, b, 1)
     state_b.gemms(b, 0, True, True)
     flat = torch.cat([a.detach().flatten()[40:], b.detach().flatten()[:50]]).requires_grad_()
     flat.grad = torch.zeros_like(flat)
@@ -102,6 +102,22 @@ def test_decay_finds_its_place_in_a_flat_shard():
     assert torch.equal(decay.term(flat), flat.grad)
     other = torch.zeros(3)
     assert decay.term(other) is None
+
+
+@pytest.mark.parametrize("name", ["fst", "ast"])
+def test_a_mask_that_only_measures_flips_decays_nothing(name):
+    """In a dense phase torch's AdamW steps, which is not AST's without a decay."""
+    recipe = make_recipe(name, masked_decay=LAMBDA, dense_tail_fraction=0.5)
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    controller, mask = _controller(recipe, weight)
+    decay = MaskedDecay(controller)
+    decay.attach([Fragment("w", weight, weight, 0, 0, weight.numel())])
+    assert mask is not None and decay.term(weight) is not None
+    controller.clock.step = 60
+    weight.grad = torch.randn(8, 8)
+    before = weight.grad.clone()
+    decay.add_to_gradients(torch.optim.SGD([weight]))
+    assert decay.term(weight) is None and torch.equal(weight.grad, before)
 
 
 def test_before_step_can_hold_everything_back():

@@ -103,7 +103,7 @@ def test_communication_has_its_time_and_the_peak_is_not_guessed(runs):
 def _sparse(recipe, weight):
     controller = SparsityController(recipe, Clock(seed=1, train_iters=100))
     state = SparseWeight("w", recipe, WeightShard(tuple(weight.shape)))
-    controller.register(state, weight)
+    controller.register(state, weight, 0)
     controller.ask(True)
     return controller, state
 
@@ -120,8 +120,8 @@ def test_figures_are_what_they_say():
     controller, state = _sparse(make_recipe("fst", masked_decay=0.25), weight)
     gemms = state.gemms(weight, 0, True, True)
     dz, x = torch.randn(24, 16), torch.randn(24, 32)
-    gemms.grad_weight(gemms.gradient(dz, 7), (x,))
-    gemms.grad_weight(gemms.gradient(2 * dz, 8), (x,))
+    gemms.grad_weight(gemms.prepare_grad_output(dz, 7), (x,))
+    gemms.grad_weight(gemms.prepare_grad_output(2 * dz, 8), (x,))
     weight.grad = torch.randn(16, 32)
     decay = MaskedDecay(controller)
     decay.attach([Fragment("w", weight, weight, 0, 0, weight.numel())])
@@ -160,7 +160,7 @@ def test_probes_that_are_not_asked_measure_nothing():
     controller, state = _sparse(make_recipe("fst", simulate_fp8=True), weight)
     controller.ask(False)
     gemms = state.gemms(weight, 0, True, True)
-    gradient = gemms.gradient(torch.randn(8, 8), 1)
+    gradient = gemms.prepare_grad_output(torch.randn(8, 8), 1)
     gemms.grad_weight(gradient, (gemms.output(torch.randn(8, 8)),))
     assert not state.probe.sums and not state.probe.maxima and not controller.asked
 

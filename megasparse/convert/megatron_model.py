@@ -83,6 +83,9 @@ class MegatronModel:
         self._in_files = {one.name: one for one in parameters(self.model, self._padded)}
         self._check()
 
+    def frozen_scales(self) -> dict[str, float]:
+        return {}
+
     def entries(self) -> list[Entry]:
         return [
             Entry(name, self._dtype or self._parts(name)[0].dtype, shape)

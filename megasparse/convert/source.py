@@ -48,6 +48,11 @@ class Source(Protocol):
         """
         ...
 
+    def frozen_scales(self) -> dict[str, float]:
+        """S-STE's beta of each weight that `read` gives without it and that was trained with a
+        frozen one, by the weight's name: float32 values."""
+        ...
+
 
 def require_finite(tensor: torch.Tensor, where: str) -> None:
     """Refuse weights that no run can start from.

@@ -137,6 +137,12 @@ class SparseWeight(torch.nn.Module):
         """Forget the operands: the master weight was changed from outside (a loaded checkpoint)."""
         self._ready = None
 
+    def keep_scale(self, scale: float, device: torch.device) -> None:
+        """Take over a frozen beta, in place of computing one at the first sparse step."""
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        self.moves += 1
+        self.invalidate()
+
     def project(self, weight: torch.Tensor) -> Projected:
         """The projection of a sparse phase's step; computes beta where it is due, with all ranks
         of the shard."""

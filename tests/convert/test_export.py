@@ -191,7 +191,7 @@ def test_what_cannot_be_exported_is_refused(runs, tmp_path, monkeypatch, capsys)
     assert "GPT-2 has none" in error
     assert "holds no checkpoint" in refused(66, "--input", tmp_path)
     # Weights that are not what the recipe promises.
-    monkeypatch.setattr(SparseWeight, "effective", lambda self, weight: weight)
+    monkeypatch.setattr(SparseWeight, "effective_at", lambda self, weight, step: weight)
     error = refused(66, "--input", runs / "fst")
     assert (
         "o_proj.weight (of decoder.layers.0.self_attention.linear_proj.weight) is not 2:4" in error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -46,6 +47,19 @@ class SparsityController:
         """After the update of a step, on all ranks: FP8 scales of the next one."""
         if self.fp8 is not None:
             self.fp8.finish_step()
+
+    def snapshot(self) -> list[Any]:
+        """What a step may change before its update, for `restore`; of one step at a time."""
+        fp8 = None if self.fp8 is None else self.fp8.snapshot()
+        return [fp8, *(state.snapshot() for state, _ in self.weights)]
+
+    def restore(self, snapshot: list[Any]) -> None:
+        """Put back what `snapshot` gave."""
+        fp8, *states = snapshot
+        if self.fp8 is not None:
+            self.fp8.restore(fp8)
+        for (state, _), saved in zip(self.weights, states, strict=True):
+            state.restore(saved)
 
     def register(self, state: SparseWeight, weight: torch.nn.Parameter, layer: int) -> int:
         """Add a layer's weight; its place among them.

@@ -234,7 +234,13 @@ class SparseWeight(torch.nn.Module):
 
     def snapshot(self) -> tuple[Any, ...]:
         """What a step may change, for `restore`; of one step at a time."""
-        counts = (self.last_refresh, self.refreshes, self.prepared_step, self.preparations_of_step)
+        counts = (
+            self.last_refresh,
+            self.refreshes,
+            self.prepared_step,
+            self.preparations_of_step,
+            self.preparations,
+        )
         scale = self.scale
         if scale is not None and self.recipe.s_ste_scale == "every_step":
             scale = scale.clone()
@@ -244,7 +250,8 @@ class SparseWeight(torch.nn.Module):
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         """Put back what `snapshot` gave."""
         had_mask, scale, self.flips, counts = snapshot
-        self.last_refresh, self.refreshes, self.prepared_step, self.preparations_of_step = counts
+        self.last_refresh, self.refreshes, self.prepared_step = counts[:3]
+        self.preparations_of_step, self.preparations = counts[3:]
         if not had_mask and self.mask is not None:
             self.mask = None
             self.moves += 1
@@ -253,11 +260,14 @@ class SparseWeight(torch.nn.Module):
             self.mask.copy_(self._decoded_mask(self._mask_before))
         self._mask_before = None
         if scale is None or self.scale is None:
+            self.moves += self.scale is not scale
             self.scale = scale
         elif self.scale is not scale:
             self.scale.copy_(scale)
         if self.inputs is not None:
             self.inputs.drop()
+        if self.probe.asked:
+            self.probe.ask()  # what it has measured is of no step
         self.invalidate()
 
     def import_state(self, state: dict[str, torch.Tensor], device: torch.device) -> None:

@@ -150,6 +150,7 @@ def _fill_train(config: RunConfig, world_size: int) -> None:
     train = config.train
     per_step = train.micro_batch_size * data_parallel_size(config, world_size)
     train.global_batch_size = train.global_batch_size or per_step
-    train.lr_decay_iters = train.lr_decay_iters or train.train_iters
+    if train.lr_decay_iters is None:
+        train.lr_decay_iters = max(train.train_iters - train.lr_linear_to_zero_iters, 1)
     if train.lr_warmup_fraction is not None:
         train.lr_warmup_iters = int(train.lr_warmup_fraction * train.lr_decay_iters)

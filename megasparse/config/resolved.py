@@ -129,7 +129,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 def _fill_model(model: ModelConfig) -> None:
     if model.ffn_hidden_size is None:
         gated = int(8 * model.hidden_size / 3) // 64 * 64
-        model.ffn_hidden_size = max(gated, 64) if model.swiglu else 4 * model.hidden_size
+        model.ffn_hidden_size = max(gated, 64) if model.gated else 4 * model.hidden_size
     if model.kv_channels is None:
         model.kv_channels = model.hidden_size // model.num_attention_heads
     model.num_query_groups = model.num_query_groups or model.num_attention_heads

@@ -70,6 +70,9 @@ def _check_model(given: ModelConfig, model: ResolvedModel) -> None:
             f"hidden_size {model.hidden_size} is not divisible by num_attention_heads "
             f"{model.num_attention_heads}; change one or set kv_channels"
         )
+    activations = [name for name in ("swiglu", "geglu", "squared_relu") if getattr(model, name)]
+    if len(activations) > 1:
+        raise ConfigError(f"{' and '.join(activations)} are both set, expected one activation")
     if given.group_query_attention and given.num_query_groups is None:
         raise ConfigError("group_query_attention needs num_query_groups")
     if model.num_attention_heads % model.num_query_groups:

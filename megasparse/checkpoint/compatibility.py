@@ -11,6 +11,7 @@ from typing import Any
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.config import ResolvedConfig
 from megasparse.errors import ConfigError
+from megasparse.log import logger
 
 # Override flag -> (group, fields); None: all fields of the group that no other flag has.
 GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
@@ -20,6 +21,7 @@ GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
     ("override_precision", "fp8", None),
     ("override_schedule", "train", (
         "train_iters", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters",
+        "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_linear_to_zero_iters",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
     )),
     ("override_seq_length", "model", ("seq_length", "max_position_embeddings")),
@@ -39,6 +41,8 @@ def check_same_run(
 ) -> None:
     """Refuse to continue a run with other sizes, data, schedule or recipe.
 
+    What a flag allows is told, the settings of a flag in one line.
+
     Args:
         digests: of data (by split and prefix) and tokenizer.
 
@@ -49,6 +53,7 @@ def check_same_run(
     if reader.imported:
         return  # weights alone, for a run of any kind: `convert.source.check_model` compares sizes
     taken = {name for _, _, names in GUARDED for name in names or ()}
+    changes: dict[str, list[str]] = {}
     for flag, group, names in GUARDED:
         section = getattr(config, group)
         for field in dataclasses.fields(section):
@@ -59,6 +64,9 @@ def check_same_run(
             before = saved.get(group, {}).get(field.name, getattr(type(section)(), field.name))
             if before != given:
                 _refuse(reader, config, flag, field.name, before, given)
+                changes.setdefault(flag, []).append(f"{field.name} {before!r} -> {given!r}")
+    for flag, told in changes.items():
+        logger.info("--%s: %s", flag.replace("_", "-"), ", ".join(told))
     before, given = (_in_order(d) for d in (reader.meta["digests"], digests))
     if before != given:
         _refuse(reader, config, "override_data", "data with digests", before, given)

@@ -120,6 +120,7 @@ def _describe(source: Source, config: RunConfig, binding: dict[str, Any]) -> dic
             "skipped_steps": 0,
             "pending_row": None,
             "vocab_size": source.model.vocab_size,
+            "scales": source.frozen_scales(),
             "imported": source.origin,
         },
         "versions": {"megasparse": megasparse.__version__, "torch": torch.__version__},

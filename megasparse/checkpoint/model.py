@@ -108,6 +108,19 @@ class StoredModel:
         require_finite(value, f"{self.where}: {name}")
         return value.to(self._dtype or value.dtype)
 
+    def frozen_scales(self) -> dict[str, float]:
+        if self.reader.imported:
+            scales: dict[str, float] = self.reader.meta["state"].get("scales", {})
+            return scales
+        keys = {f"sparsity/{name}/scale": name for name in self._shapes}
+        frozen = self.recipe.s_ste_scale == "frozen"
+        folded_in = self._pruned if self._effective else frozenset()
+        return {
+            name: float(self.reader.read(key))
+            for key, name in keys.items()
+            if frozen and key in self.reader and name not in folded_in
+        }
+
     def low_rank(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """SLoRB's S `(N, R)` and P `(R, K)` of a boosted weight; P None for sums over groups."""
         base = f"param/{name.removesuffix('.weight')}"
@@ -158,6 +171,8 @@ def effective_weight(reader: CheckpointReader, name: str, recipe: SparsityRecipe
     whole = reader.read(f"param/{name}")
     state = SparseWeight(name, recipe, WeightShard(tuple(whole.shape)))
     state.import_state(sparsity_state(reader, state), torch.device("cpu"))
+    iterations = reader.meta["config"]["train"]["train_iters"]
+    state.first_sparse_step = schedule.sparse_range(recipe, iterations).start
     return state.effective_at(whole, reader.meta["step"])
 
 

@@ -10,6 +10,7 @@ takes place at the first step boundary at which all ranks have finished. No thre
 
 from __future__ import annotations
 
+import copy
 import shutil
 import threading
 from dataclasses import dataclass, field
@@ -148,7 +149,8 @@ class Saver:
             temporary.mkdir(mode=0o700)
 
         self._control.on_rank_zero(prepare)
-        meta = {**meta, "run_id": self._run_id, "step": step}
+        # A copy: the run goes on before the manifest is written.
+        meta = {**copy.deepcopy(meta), "run_id": self._run_id, "step": step}
         if self._async:
             tensors = {
                 entry: (piece, value.detach().to("cpu", copy=True))

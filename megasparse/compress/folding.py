@@ -29,7 +29,7 @@ def rows_before(name: str, model: ResolvedModel) -> tuple[str, torch.Tensor] | N
     Args:
         name: within its layer.
     """
-    if name == FC2 and model.swiglu:
+    if name == FC2 and model.gated:
         return FC1, torch.arange(model.ffn_hidden_size) + model.ffn_hidden_size
     if name == PROJ and model.num_query_groups == model.num_attention_heads:
         # Rows of the fused matrix: of every head q, then k, then v.

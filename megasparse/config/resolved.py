@@ -129,7 +129,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 def _fill_model(model: ModelConfig) -> None:
     if model.ffn_hidden_size is None:
         gated = int(8 * model.hidden_size / 3) // 64 * 64
-        model.ffn_hidden_size = max(gated, 64) if model.swiglu else 4 * model.hidden_size
+        model.ffn_hidden_size = max(gated, 64) if model.gated else 4 * model.hidden_size
     if model.kv_channels is None:
         model.kv_channels = model.hidden_size // model.num_attention_heads
     model.num_query_groups = model.num_query_groups or model.num_attention_heads
@@ -150,6 +150,7 @@ def _fill_train(config: RunConfig, world_size: int) -> None:
     train = config.train
     per_step = train.micro_batch_size * data_parallel_size(config, world_size)
     train.global_batch_size = train.global_batch_size or per_step
-    train.lr_decay_iters = train.lr_decay_iters or train.train_iters
+    if train.lr_decay_iters is None:
+        train.lr_decay_iters = max(train.train_iters - train.lr_linear_to_zero_iters, 1)
     if train.lr_warmup_fraction is not None:
         train.lr_warmup_iters = int(train.lr_warmup_fraction * train.lr_decay_iters)

@@ -25,7 +25,8 @@ class ModelConfig:
     hidden_size: int = option(256, "width of the residual stream", at_least=4)
     ffn_hidden_size: int | None = option(
         None,
-        "width of the FFN; default 4 x hidden, with --swiglu 8/3 x hidden in multiples of 64",
+        "width of the FFN; default 4 x hidden, with --swiglu or --geglu 8/3 x hidden in multiples "
+        "of 64",
         at_least=4,
     )
     num_attention_heads: int = option(4, "attention heads", at_least=1)
@@ -46,6 +47,8 @@ class ModelConfig:
     normalization: str = option("LayerNorm", "norm layers", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "epsilon of the norm layers", above=0.0)
     swiglu: bool = option(False, "gated SiLU in the FFN instead of GELU")
+    geglu: bool = option(False, "gated GELU (tanh form) in the FFN instead of GELU")
+    squared_relu: bool = option(False, "squared ReLU in the FFN instead of GELU")
     disable_bias_linear: bool = option(False, "no biases in the linear layers")
     untie_embeddings_and_output_weights: bool = option(
         False, "separate weights for embedding and output layer"
@@ -59,6 +62,11 @@ class ModelConfig:
     hidden_dropout: float = option(0.0, "dropout on the residual branches", at_least=0.0, below=1.0)
     attention_dropout: float = option(0.0, "dropout on attention weights", at_least=0.0, below=1.0)
     init_method_std: float = option(0.02, "standard deviation of the initial weights", above=0.0)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the FFN's first linear gives `[gate | up]`."""
+        return self.swiglu or self.geglu
 
 
 @dataclass

@@ -78,9 +78,27 @@ class TrainConfig:
     lr: float = option(3e-4, "peak learning rate", above=0.0)
     min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0.0)
     lr_decay_style: str = option(
-        "cosine", "shape of the decay", choices=("constant", "linear", "cosine")
+        "cosine",
+        "shape of the decay; WSD: warm-up, stable, and a decay over the last lr-wsd-decay-iters",
+        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
-    lr_decay_iters: int | None = option(None, "steps of the decay; default train-iters", at_least=1)
+    lr_decay_iters: int | None = option(
+        None,
+        "step at which the decay ends; default train-iters, less lr-linear-to-zero-iters",
+        at_least=1,
+    )
+    lr_wsd_decay_style: str = option(
+        "exponential",
+        "shape of the decay of WSD",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+    lr_wsd_decay_iters: int | None = option(None, "steps of the decay of WSD", at_least=1)
+    lr_linear_to_zero_iters: int = option(
+        0,
+        "last steps of the run, in which the learning rate falls linearly to 0 from where the "
+        "decay has brought it (AST)",
+        at_least=0,
+    )
     lr_warmup_iters: int = option(0, "steps of linear warm-up", at_least=0)
     lr_warmup_fraction: float | None = option(
         None,

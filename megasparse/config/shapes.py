@@ -74,7 +74,7 @@ class ParameterShape:
 
 def layer_parameters(model: ResolvedModel) -> list[ParameterShape]:
     """The parameters of one Transformer layer, by their names within it, in the model's order."""
-    hidden, ffn, gated = model.hidden_size, model.ffn_hidden_size, 2 if model.swiglu else 1
+    hidden, ffn, gated = model.hidden_size, model.ffn_hidden_size, 2 if model.gated else 1
     heads = model.num_attention_heads * model.kv_channels
     groups = model.num_query_groups * model.kv_channels
     return [

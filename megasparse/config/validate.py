@@ -70,6 +70,9 @@ def _check_model(given: ModelConfig, model: ResolvedModel) -> None:
             f"hidden_size {model.hidden_size} is not divisible by num_attention_heads "
             f"{model.num_attention_heads}; change one or set kv_channels"
         )
+    activations = [name for name in ("swiglu", "geglu", "squared_relu") if getattr(model, name)]
+    if len(activations) > 1:
+        raise ConfigError(f"{' and '.join(activations)} are both set, expected one activation")
     if given.group_query_attention and given.num_query_groups is None:
         raise ConfigError("group_query_attention needs num_query_groups")
     if model.num_attention_heads % model.num_query_groups:
@@ -182,6 +185,24 @@ def _check_train(given: TrainConfig, config: ResolvedConfig, world_size: int) ->
         raise ConfigError(
             f"lr_warmup_iters {train.lr_warmup_iters} is more than lr_decay_iters "
             f"{train.lr_decay_iters}"
+        )
+    longest = train.lr_decay_iters - train.lr_warmup_iters
+    if train.lr_decay_style == "WSD" and train.lr_wsd_decay_iters is None:
+        raise ConfigError("lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its decay")
+    if train.lr_wsd_decay_iters is not None and train.lr_decay_style != "WSD":
+        raise ConfigError(
+            f"lr_wsd_decay_iters {train.lr_wsd_decay_iters} with lr_decay_style "
+            f"{train.lr_decay_style}, expected WSD"
+        )
+    if train.lr_wsd_decay_iters is not None and train.lr_wsd_decay_iters > longest:
+        raise ConfigError(
+            f"lr_wsd_decay_iters {train.lr_wsd_decay_iters}, expected at most the {longest} steps "
+            "between lr_warmup_iters and lr_decay_iters"
+        )
+    if train.lr_linear_to_zero_iters > train.train_iters - train.lr_warmup_iters:
+        raise ConfigError(
+            f"lr_linear_to_zero_iters {train.lr_linear_to_zero_iters}, expected at most the "
+            f"{train.train_iters - train.lr_warmup_iters} steps after lr_warmup_iters"
         )
     if train.min_lr > train.lr:
         raise ConfigError(f"min_lr {train.min_lr} is above lr {train.lr}")

@@ -197,7 +197,15 @@ def _require(model: CompleteModel, architecture: str, **expected: Any) -> None:
 
 
 def _llama_config(model: CompleteModel) -> dict[str, Any]:
-    _require(model, LLAMA, normalization="RMSNorm", swiglu=True, rotary_percent=1.0)
+    _require(
+        model,
+        LLAMA,
+        normalization="RMSNorm",
+        geglu=False,
+        squared_relu=False,
+        swiglu=True,
+        rotary_percent=1.0,
+    )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
     if model.use_rope_scaling:
         rope.update(rope_type="llama3", factor=model.rope_scaling_factor, **_LLAMA3_ROPE)
@@ -230,6 +238,8 @@ def _gpt2_config(model: CompleteModel) -> dict[str, Any]:
         GPT2,
         normalization="LayerNorm",
         swiglu=False,
+        geglu=False,
+        squared_relu=False,
         disable_bias_linear=False,
         num_query_groups=model.num_attention_heads,
         kv_channels=model.hidden_size // model.num_attention_heads,

@@ -21,7 +21,7 @@ from megasparse.convert.architecture import (
     huggingface_config,
     model_config,
 )
-from megasparse.convert.huggingface import CONFIG, read_json
+from megasparse.convert.huggingface import CONFIG, SCALES, read_json
 from megasparse.convert.layout import Rule, rules
 from megasparse.convert.packed import FORMATS, pack_checked
 from megasparse.convert.shards import Group, write_model
@@ -100,6 +100,8 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
         for name, path in options.carried.items():
             with replacing(folder / name) as stream:
                 stream.write(path.read_bytes())
+        if scales := source.frozen_scales():
+            write_json(folder / SCALES, scales, indent=2)
         for name, content in options.extra_files.items():
             write_json(folder / name, content, indent=2)
         for name, extra in options.extra_tensors.items():

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ CARRIED = (
 )  # fmt: skip
 _MAX_JSON_BYTES = 1 << 28
 _DTYPES = {name: dtype for dtype, name in DTYPES.items() if name in ("F32", "BF16", "F16")}
+# S-STE's scale of each weight, where the folder holds the dense weights of such a run.
+SCALES = "s_ste_scale.json"
 # Buffers that old checkpoints carry: functions of the configuration.
 _BUFFERS = re.compile(r".*(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias))")
 _TIED = "lm_head.weight"
@@ -76,6 +79,19 @@ class HuggingFaceModel:
         if len({part.dtype for part in parts}) > 1:  # a rare mixture: the wider holds both
             parts = [part.to(self._dtype_of(rule)) for part in parts]
         return rule.join(parts).to(self._dtype or parts[0].dtype)
+
+    def frozen_scales(self) -> dict[str, float]:
+        path = self.folder / SCALES
+        if not path.is_file():
+            return {}
+        found = read_json(path)
+        for name, value in found.items():
+            known = name in self._rules and isinstance(value, float) and math.isfinite(value)
+            if not known:
+                raise CheckpointError(
+                    f"{path}: found {name}: {value!r}, expected a weight's name and its scale"
+                )
+        return found
 
     def carried_files(self) -> list[Path]:
         """Files that belong to the model and hold no weights."""

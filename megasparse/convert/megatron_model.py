@@ -83,6 +83,9 @@ class MegatronModel:
         self._in_files = {one.name: one for one in parameters(self.model, self._padded)}
         self._check()
 
+    def frozen_scales(self) -> dict[str, float]:
+        return {}
+
     def entries(self) -> list[Entry]:
         return [
             Entry(name, self._dtype or self._parts(name)[0].dtype, shape)
@@ -210,6 +213,7 @@ def megatron_config(arguments: dict[str, Any], where: str) -> ModelConfig:
             arguments.get("norm_epsilon") or arguments.get("layernorm_epsilon") or 1e-5
         ),
         swiglu=flag("swiglu"),
+        squared_relu=flag("squared_relu"),
         disable_bias_linear=not flag("add_bias_linear", bias),
         untie_embeddings_and_output_weights=flag("untie_embeddings_and_output_weights"),
     )
@@ -219,7 +223,7 @@ def _refuse_what_is_missing(arguments: dict[str, Any], where: str) -> None:
     """Settings with another function than megasparse's layers, under which no tensor is missing."""
     positions = arguments.get("position_embedding_type", "learned_absolute")
     wrong = {
-        "squared_relu": bool(arguments.get("squared_relu")),
+        "quick_geglu": bool(arguments.get("quick_geglu")),  # another GELU than --geglu's
         "apply_layernorm_1p": bool(arguments.get("apply_layernorm_1p")),
         "rotary_interleaved": bool(arguments.get("rotary_interleaved")),
         "rotary_seq_len_interpolation_factor": bool(
@@ -228,6 +232,7 @@ def _refuse_what_is_missing(arguments: dict[str, Any], where: str) -> None:
         "position_embedding_type": positions not in ("learned_absolute", "rope"),
         # Without its fusion Megatron's GELU is the exact one, here it is the tanh form.
         "bias_gelu_fusion": not arguments.get("swiglu")
+        and not arguments.get("squared_relu")
         and not arguments.get("openai_gelu")
         and arguments.get("bias_gelu_fusion") is False,
     }

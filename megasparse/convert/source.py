@@ -15,8 +15,8 @@ from megasparse.tensor_files import Entry
 # weights, padding) may differ from run to run.
 DEFINING = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-    "kv_channels", "position_embedding_type", "normalization", "norm_epsilon", "swiglu",
-    "disable_bias_linear", "untie_embeddings_and_output_weights",
+    "kv_channels", "position_embedding_type", "normalization", "norm_epsilon", "swiglu", "geglu",
+    "squared_relu", "disable_bias_linear", "untie_embeddings_and_output_weights",
 )  # fmt: skip
 _ROTARY = ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor")
 
@@ -46,6 +46,11 @@ class Source(Protocol):
         Raises:
             CheckpointError: damaged, or with a NaN or an infinity; names file and tensor.
         """
+        ...
+
+    def frozen_scales(self) -> dict[str, float]:
+        """S-STE's beta of each weight that `read` gives without it and that was trained with a
+        frozen one, by the weight's name: float32 values."""
         ...
 
 

@@ -7,14 +7,16 @@ be `*`; `step` counts optimizer steps done; `point` is one of `POINTS`. Kinds:
     stop        SIGSTOP this process            enospc      raise OSError(ENOSPC)
     term        SIGTERM this process            nan, inf    poison the value at the point, always
     hang        sleep for ever                  nan-once    poison it the first time only
+    huge        multiply the value by 1e30
 
 A fault strikes in the first start of a job only, with `!` after the kind after every restart too.
-`nan` and `inf` act where a value passes: `loss`, or `grad/PART-OF-A-PARAMETER'S-NAME`.
+`nan`, `inf` and `huge` act where a value passes: `loss`, or `grad/PART-OF-A-PARAMETER'S-NAME`.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import time
@@ -23,7 +25,8 @@ from dataclasses import dataclass, field
 from megasparse.errors import ConfigError
 
 VARIABLE = "MEGASPARSE_FAULT"
-KINDS = ("kill", "stop", "term", "hang", "exception", "enospc", "nan", "inf", "nan-once")
+POISONS = {"nan": math.nan, "inf": math.inf, "huge": 1e30}
+KINDS = ("kill", "stop", "term", "hang", "exception", "enospc", *POISONS, "nan-once")
 POINTS = (
     "build", "data", "forward", "backward", "optimizer", "step_end", "evaluate",
     "save:begin", "save:file", "save:sync", "save:manifest", "save:rename", "save:pointer",
@@ -62,13 +65,13 @@ class Faults:
                 _strike(fault)
 
     def poison(self, point: str, step: int) -> float | None:
-        """NaN or infinity by which the value at this point is to be multiplied, if any."""
+        """NaN, infinity or what else the value at this point is to be multiplied by, if any."""
         for fault in self._faults:
             if fault.point != point or fault.step not in (None, step):
                 continue
-            if fault.kind in ("nan", "inf") or (fault.kind == "nan-once" and not fault.fired):
+            if fault.kind in POISONS or (fault.kind == "nan-once" and not fault.fired):
                 fault.fired = True
-                return float(fault.kind.removesuffix("-once"))
+                return POISONS[fault.kind.removesuffix("-once")]
         return None
 
     def poisoned_gradients(self) -> list[str]:

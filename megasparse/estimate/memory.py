@@ -170,7 +170,7 @@ def layer_activations(config: ResolvedConfig, gpu: bool = True) -> int:
     angles = FLOAT32 * model.seq_length * model.kv_channels if rotary else 0
     if parallel.recompute_granularity == "selective":
         attention -= heads
-    ffn = size * (2 if model.swiglu else 1) * model.ffn_hidden_size // tp
+    ffn = size * (2 if model.gated else 1) * model.ffn_hidden_size // tp
     ffn += (1 if "mlp.linear_fc2" in fp8 else size) * model.ffn_hidden_size // tp
     log_sums = FLOAT32 * model.num_attention_heads // tp
     result = heads if "self_attention.linear_proj" in fp8 else 0

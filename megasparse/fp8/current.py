@@ -32,6 +32,7 @@ class CurrentQuantizer:
 
     Attributes:
         assumed: the inverse scale that products take from the host.
+        latest: the inverse scale of the latest tensor, float32 on the device; None: there is none.
     """
 
     scale_comes_first = False
@@ -39,7 +40,7 @@ class CurrentQuantizer:
     def __init__(self, scaling: CurrentScaling, reduce_max: Reduce | None) -> None:
         self.scaling, self._reduce_max = scaling, reduce_max
         self.assumed = 1.0
-        self._latest: torch.Tensor | None = None  # inverse scale of the latest tensor
+        self.latest: torch.Tensor | None = None
 
     def known_scale(self) -> Scale | None:
         """See `Quantizer`: a scale follows from the whole tensor."""
@@ -85,8 +86,8 @@ class CurrentQuantizer:
 
     def assume(self) -> None:
         """Let products assume the scale of the latest tensor; waits for the device."""
-        if self._latest is not None:
-            self.assumed = assumed_inverse(float(self._latest))
+        if self.latest is not None:
+            self.assumed = assumed_inverse(float(self.latest))
 
     def _remembered(
         self,
@@ -94,7 +95,7 @@ class CurrentQuantizer:
         scale_inv: torch.Tensor,
         draw: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Scale:
-        self._latest = scale_inv
+        self.latest = scale_inv
         return Scale(scale, scale_inv, self.assumed, draw=draw)
 
     def _amax(self, x: torch.Tensor) -> torch.Tensor:
@@ -140,9 +141,18 @@ class CurrentScaling:
 
     def share_assumed(self) -> float:
         """Share of the quantizers whose latest scale is the assumed one; waits for the device."""
-        pairs = [(q.assumed, q._latest) for q in self._quantizers if q._latest is not None]
+        pairs = [(q.assumed, q.latest) for q in self._quantizers if q.latest is not None]
         same = sum(assumed_inverse(float(latest)) == assumed for assumed, latest in pairs)
         return same / len(pairs) if pairs else 1.0
+
+    def snapshot(self) -> list[torch.Tensor | None]:
+        """What a step may change, for `restore`: which scales are the latest."""
+        return [one.latest for one in self._quantizers]
+
+    def restore(self, snapshot: list[torch.Tensor | None]) -> None:
+        """Put back what `snapshot` gave."""
+        for one, latest in zip(self._quantizers, snapshot, strict=True):
+            one.latest = latest
 
     def export_state(self, quantizers: object) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps: nothing."""

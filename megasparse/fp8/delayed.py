@@ -199,6 +199,26 @@ class DelayedScaling:
         same = sum(assumed_inverse(now[i]) == self.assumed[i] for i in used)
         return same / len(used) if used else 1.0
 
+    def snapshot(self) -> tuple[Any, ...]:
+        """What a step may change before `finish_step`, for `restore`: magnitudes, first scales."""
+        if not self._quantizers:
+            return ()
+        known = all(self.initialized)  # then the step leaves scales as they are
+        scales = None if known else (self.scale.clone(), self.scale_inv.clone())
+        return (self.history[0].clone(), scales, list(self.initialized))
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Put back what `snapshot` gave, where it is in memory."""
+        if not snapshot:
+            return
+        newest, scales, self.initialized = snapshot[0], snapshot[1], list(snapshot[2])
+        self.history[0] = newest
+        if scales is not None:
+            self.scale.copy_(scales[0])
+            self.scale_inv.copy_(scales[1])
+        if self.host_follows:
+            self.assume()
+
     def export_state(self, quantizers: tuple[DelayedQuantizer, ...]) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps of some: scales (n,), histories (length, n), and which have been
         used, uint8 (n,): a recipe without MVUE, or a dense phase, does not use all."""

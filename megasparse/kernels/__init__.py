@@ -26,6 +26,7 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | count_flips(mask_a, mask_b)                    | 0-d int64: entries that differ               |
 | swiglu(x, gate), geglu(x, gate)                | like x: act(gate) * x, with autograd         |
 | swiglu_fused(fused (..., 2 F))                 | (..., F): swiglu of [gate | x], autograd     |
+| geglu_fused(fused (..., 2 F))                  | (..., F): geglu of [gate | x], autograd      |
 | swiglu_fused_backward(dy (..., F), fused)      | (..., 2 F): its gradient                     |
 | rotary_qkv(fused (S, B, width), angles, heads) | q, k, v of a projection, rotated; autograd    |
 | scale_inv_of(w (N, K))                         | 0-d float32: amax / 448, undoes e4m3's scale |
@@ -77,6 +78,7 @@ from megasparse.kernels.soft_threshold24 import (
 from megasparse.kernels.spmm24 import matmul24 as matmul24
 from megasparse.kernels.spmm24 import spmm24 as spmm24
 from megasparse.kernels.swiglu import geglu as geglu
+from megasparse.kernels.swiglu import geglu_fused as geglu_fused
 from megasparse.kernels.swiglu import swiglu as swiglu
 from megasparse.kernels.swiglu import swiglu_fused as swiglu_fused
 from megasparse.kernels.swiglu import swiglu_fused_backward as swiglu_fused_backward
@@ -96,6 +98,7 @@ __all__ = [
     "effective_weight",
     "encode_patterns",
     "geglu",
+    "geglu_fused",
     "grad_pack24",
     "is_24",
     "masked_decay_",

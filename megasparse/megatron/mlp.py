@@ -62,6 +62,7 @@ def _fits(mlp: MLP) -> bool:
     first, second = mlp.linear_fc1, mlp.linear_fc2
     return (
         isinstance(mlp.activation_func, GatedActivation)
+        and not mlp.activation_func.gelu
         and isinstance(first, SparseColumnParallelLinear)
         and isinstance(second, SparseRowParallelLinear)
         and first.in_fp8_alone

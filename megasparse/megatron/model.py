@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -11,7 +14,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megasparse.config import ResolvedConfig
+from megasparse.config import ResolvedConfig, ResolvedModel
 from megasparse.errors import ConfigError
 from megasparse.megatron import loss
 from megasparse.megatron.grid import Grid
@@ -36,8 +39,8 @@ def transformer_config(config: ResolvedConfig, device: torch.device) -> Transfor
         kv_channels=model.kv_channels,
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=model.swiglu,
-        activation_func=torch.nn.functional.silu if model.swiglu else gelu_tanh,
+        gated_linear_unit=model.gated,
+        activation_func=_activation(model),
         add_bias_linear=not model.disable_bias_linear,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
@@ -55,7 +58,7 @@ def transformer_config(config: ResolvedConfig, device: torch.device) -> Transfor
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        use_te_activation_func=model.swiglu,  # that is, the provider's
+        use_te_activation_func=model.gated,  # that is, the provider's
         apply_rope_fusion=spec_provider(config, device).transformer_engine,
         gradient_accumulation_fusion=False,
         cross_entropy_loss_fusion=loss.fused(device, dtype),
@@ -93,6 +96,15 @@ def _transformer_engine_refusal(config: ResolvedConfig, device: torch.device) ->
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """GPT-2's GELU (tanh form)."""
     return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def _activation(model: ResolvedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of the FFN. A gated one is the provider's `GatedActivation`, told by torch's function."""
+    if model.swiglu:
+        return torch.nn.functional.silu
+    if model.geglu:
+        return torch.nn.functional.gelu
+    return squared_relu if model.squared_relu else gelu_tanh
 
 
 def build_model(config: ResolvedConfig, grid: Grid, padded_vocab_size: int) -> GPTModel:

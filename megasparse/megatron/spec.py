@@ -62,7 +62,7 @@ class SparseSpecProvider:
         raise ValueError("mixture-of-experts layers are not supported by SparseSpecProvider")
 
     def activation_func(self) -> type | None:
-        """Used where the layers' config has `use_te_activation_func`, for SwiGLU."""
+        """Used where the layers' config has `use_te_activation_func`: SwiGLU and GEGLU."""
         return GatedActivation
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 
-from megasparse.kernels import swiglu_fused
+from megasparse.kernels import geglu_fused, swiglu_fused
 
 
 class TorchNorm:
@@ -88,11 +88,19 @@ class SdpaAttention(torch.nn.Module):
 
 
 class GatedActivation(torch.nn.Module):
-    """SwiGLU of a fused projection `[gate | up]`, whose gradient is one tensor too."""
+    """SwiGLU or GEGLU of a fused projection `[gate | up]`, whose gradient is one tensor too.
+
+    Args:
+        config: of the layers; its `activation_func` is torch's silu, or gelu for GEGLU.
+
+    Attributes:
+        gelu: whether it is GEGLU, in its tanh form.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        self.gelu = config.activation_func is torch.nn.functional.gelu
 
     def forward(self, fused: torch.Tensor) -> torch.Tensor:
-        """`(..., 2 F)` -> `silu(gate) * up`, `(..., F)`."""
-        return swiglu_fused(fused)
+        """`(..., 2 F)` -> `silu(gate) * up` or `gelu(gate) * up`, `(..., F)`."""
+        return geglu_fused(fused) if self.gelu else swiglu_fused(fused)

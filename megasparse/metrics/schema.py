@@ -40,7 +40,7 @@ _STEP = (
     ("lr", "optimizer/learning_rate", "1", "of this step"),
     ("grad_norm", "optimizer/grad_norm", "1", "of the whole model before clipping"),
     ("masked_decay", "sparsity/masked_decay", "1", "lambda of this step"),
-    ("flip_rate", "sparsity/flip_rate", "1", "of the latest mask refresh, mean over layers"),
+    ("flip_rate", "sparsity/flip_rate", "1", "of the latest mask refresh, all flips / all entries"),
     ("density", "sparsity/density", "1", "non-zeros of the weights in use, mean over layers"),
     ("sparse", None, "-", "whether the step is in the sparse phase"),
     ("preparations", None, "1", "most times a weight's operands were built in the step"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -47,6 +48,19 @@ class SparsityController:
         if self.fp8 is not None:
             self.fp8.finish_step()
 
+    def snapshot(self) -> list[Any]:
+        """What a step may change before its update, for `restore`; of one step at a time."""
+        fp8 = None if self.fp8 is None else self.fp8.snapshot()
+        return [fp8, *(state.snapshot() for state, _ in self.weights)]
+
+    def restore(self, snapshot: list[Any]) -> None:
+        """Put back what `snapshot` gave."""
+        fp8, *states = snapshot
+        if self.fp8 is not None:
+            self.fp8.restore(fp8)
+        for (state, _), saved in zip(self.weights, states, strict=True):
+            state.restore(saved)
+
     def register(self, state: SparseWeight, weight: torch.nn.Parameter, layer: int) -> int:
         """Add a layer's weight; its place among them.
 
@@ -54,6 +68,7 @@ class SparsityController:
             layer: tells the layer's draws from another's.
         """
         state.probe = Probe(self.timer)
+        state.first_sparse_step = schedule.sparse_range(self.recipe, self.clock.train_iters).start
         self.weights.append((state, weight))
         self.layers.append(layer)
         return len(self.weights) - 1
@@ -157,9 +172,10 @@ class SparsityController:
         return schedule.masked_decay(self.recipe, self.clock.step, self.clock.train_iters)
 
     def masked_weights(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """Parameters with their current masks (bool, like the parameter)."""
+        """Parameters with the masks that the clock's step prunes them by (bool, like the
+        parameter): none in a dense phase, where a mask only measures flips."""
         for state, weight in self.weights:
-            if state.mask is not None:
+            if state.mask is not None and self.sparse_now:
                 yield weight, state.mask
 
     def invalidate(self) -> None:

@@ -38,12 +38,19 @@ def masked_decay(recipe: SparsityRecipe, step: int, train_iters: int) -> float:
     return recipe.masked_decay * min(1.0, since / ramp)
 
 
-def refresh_due(recipe: SparsityRecipe, step: int, last_refresh: int) -> bool:
+def refresh_due(
+    recipe: SparsityRecipe, step: int, last_refresh: int, first_sparse_step: int = 0
+) -> bool:
     """Whether the mask must be computed anew before `step` is computed.
 
-    Refreshes fall on multiples of the interval; `last_refresh` is the step of the latest one, or
-    -1. Asking twice for one step refreshes once, so an evaluation between two steps, or a resume,
-    changes nothing.
+    Refreshes fall on multiples of the interval and on the first sparse step: a mask of the dense
+    warm-up only measures flips, and there is one only where they are tracked. Asking twice for one
+    step refreshes once, so an evaluation between two steps, or a resume, changes nothing.
+
+    Args:
+        last_refresh: step of the latest refresh, or -1.
+        first_sparse_step: start of `sparse_range`.
     """
     interval = recipe.mask_update_interval
-    return last_refresh < 0 or step // interval > last_refresh // interval
+    of_dense_phase = last_refresh < first_sparse_step <= step
+    return last_refresh < 0 or of_dense_phase or step // interval > last_refresh // interval

@@ -63,6 +63,7 @@ class SparseWeight(torch.nn.Module):
         self.mask: torch.Tensor | None = None  # bool (N, K): kept entries
         self.scale: torch.Tensor | None = None  # float32 0-d: S-STE's beta
         self.flips: torch.Tensor | None = None  # int64 0-d: entries that the last refresh changed
+        self.first_sparse_step = 0  # the controller knows the run's
         self.last_refresh = -1  # step of the last refresh
         self.refreshes = 0
         self.prepared_step = -1  # step that the operands were last built for
@@ -104,7 +105,7 @@ class SparseWeight(torch.nn.Module):
 
     def refresh_is_due(self, step: int, sparse: bool, monitor: bool) -> bool:
         """Whether the mask is to be searched anew before the operands of `step` are made."""
-        return (sparse or monitor) and schedule.refresh_due(self.recipe, step, self.last_refresh)
+        return (sparse or monitor) and self._refresh_due(step)
 
     def begin_step(self, weight: torch.Tensor, step: int, sparse: bool, refreshed: bool) -> None:
         """See to it that `refill` has what it needs, and count.
@@ -153,6 +154,12 @@ class SparseWeight(torch.nn.Module):
         """Forget the operands: the master weight was changed from outside (a loaded checkpoint)."""
         self._ready = None
 
+    def keep_scale(self, scale: float, device: torch.device) -> None:
+        """Take over a frozen beta, in place of computing one at the first sparse step."""
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        self.moves += 1
+        self.invalidate()
+
     def project(self, weight: torch.Tensor) -> Projected:
         """The projection of a sparse phase's step; computes beta where it is due, with all ranks
         of the shard."""
@@ -180,7 +187,7 @@ class SparseWeight(torch.nn.Module):
     def effective_at(self, weight: torch.Tensor, step: int) -> torch.Tensor:
         """W~ as the GEMMs of `step` see it: the mask is refreshed before, if it is due then."""
         self._make_flags(weight)
-        if schedule.refresh_due(self.recipe, step, self.last_refresh):
+        if self._refresh_due(step):
             self.refresh(weight)
             self._count_refresh(step)
         return effective(weight, self.project(weight))
@@ -198,6 +205,9 @@ class SparseWeight(torch.nn.Module):
             self._nan_flag, self._error_flag = (
                 torch.zeros(1, dtype=torch.int32, device=weight.device) for _ in range(2)
             )
+
+    def _refresh_due(self, step: int) -> bool:
+        return schedule.refresh_due(self.recipe, step, self.last_refresh, self.first_sparse_step)
 
     def refresh(self, weight: torch.Tensor) -> None:
         """Search the mask of the weight, and count flips; it can be captured from the third on.
@@ -264,7 +274,13 @@ class SparseWeight(torch.nn.Module):
 
     def snapshot(self) -> tuple[Any, ...]:
         """What a step may change, for `restore`; of one step at a time."""
-        counts = (self.last_refresh, self.refreshes, self.prepared_step, self.preparations_of_step)
+        counts = (
+            self.last_refresh,
+            self.refreshes,
+            self.prepared_step,
+            self.preparations_of_step,
+            self.preparations,
+        )
         scale = self.scale
         if scale is not None and self.recipe.s_ste_scale == "every_step":
             scale = scale.clone()
@@ -274,7 +290,8 @@ class SparseWeight(torch.nn.Module):
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         """Put back what `snapshot` gave."""
         had_mask, scale, had_flips, counts = snapshot
-        self.last_refresh, self.refreshes, self.prepared_step, self.preparations_of_step = counts
+        self.last_refresh, self.refreshes, self.prepared_step = counts[:3]
+        self.preparations_of_step, self.preparations = counts[3:]
         if not had_mask and self.mask is not None:
             self.mask = None
             self.moves += 1
@@ -287,11 +304,14 @@ class SparseWeight(torch.nn.Module):
             self.moves += 1
         self._refreshed = False
         if scale is None or self.scale is None:
+            self.moves += self.scale is not scale
             self.scale = scale
         elif self.scale is not scale:
             self.scale.copy_(scale)
         if self.inputs is not None:
             self.inputs.drop()
+        if self.probe.asked:
+            self.probe.ask()  # what it has measured is of no step
         self.invalidate()
 
     def import_state(self, state: dict[str, torch.Tensor], device: torch.device) -> None:

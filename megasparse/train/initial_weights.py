@@ -28,6 +28,7 @@ from megasparse.megatron.init import parameter_shard
 from megasparse.megatron.sparsify import initial_low_rank_weights, low_rank_weight_names
 from megasparse.optim.fragments import Fragment
 from megasparse.preflight.settings import no_teacher
+from megasparse.sparsity.controller import SparsityController
 from megasparse.train.engine.base import Engine
 
 Gather = Callable[..., contextlib.AbstractContextManager[Any]]
@@ -133,6 +134,7 @@ def put_initial_weights(engine: Engine, sources: WeightSources, rows: int) -> No
             skip=low_rank_weight_names(engine.model),
             gathered=engine.layout.gathered_parameters,
         )
+        keep_frozen_scales(engine.controller, source)
         logger.info("starting from the weights of %s", source.where)
     if sources.fresh:
         for parameter, value in initial_low_rank_weights(engine.model):
@@ -144,6 +146,18 @@ def put_initial_weights(engine: Engine, sources: WeightSources, rows: int) -> No
         put_weights(engine.layout.distillation.teacher.view, teacher, rows, grid)
         engine.layout.distillation.teacher.freeze()
         engine.layout.distillation.describe(teacher.where)
+
+
+def keep_frozen_scales(controller: SparsityController, source: Source) -> None:
+    """Let S-STE's weights go on with the scales that they were trained with: anew they would be
+    other ones, and the model another than the one that was saved."""
+    recipe = controller.recipe
+    if recipe.projection != "soft_threshold" or recipe.s_ste_scale != "frozen":
+        return
+    scales = source.frozen_scales()
+    for state, weight in controller.weights:
+        if state.name in scales:
+            state.keep_scale(scales[state.name], weight.device)
 
 
 def put_weights(

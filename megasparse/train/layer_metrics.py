@@ -19,15 +19,16 @@ from megasparse.sparsity.stats import MAXIMA, STEP_SUMS, WEIGHT_SUMS, layer_figu
 from megasparse.train.engine.base import Engine
 
 LayerMetrics = dict[str, dict[str, float]]
-MEANS = ("flip_rate", "density", "retained_l1", "decay_ratio", "mvue_amplification", "scale")
+MEANS = ("density", "retained_l1", "decay_ratio", "mvue_amplification", "scale")
 
 
 def measure_all(
-    engine: Engine, more: list[float], largest: float
+    engine: Engine, sparse: bool, more: list[float], largest: float
 ) -> tuple[LayerMetrics, list[float], float]:
     """Everything that is known of the layers, and values of ranks; a collective call.
 
     Args:
+        sparse: whether the step that is measured is in the sparse phase.
         more: values to be added up over all ranks.
         largest: a value of which the largest is wanted.
 
@@ -35,9 +36,7 @@ def measure_all(
         LayerMetrics by layer of the whole model in order, the sums of `more`, and the largest.
     """
     controller, grid = engine.controller, engine.grid
-    measured = measure(
-        controller.weights, controller.sparse_now, grid.device, engine.layout.gathered_parameters
-    )
+    measured = measure(controller.weights, sparse, grid.device, engine.layout.gathered_parameters)
     count = len(measured.names)
     if grid.dp_size > 1:
         dist.all_reduce(measured.step_sums, group=grid.dp_group)
@@ -75,9 +74,35 @@ def flip_rates(controller: SparsityController, grid: Grid) -> LayerMetrics:
     return _over_stages(metrics, grid)
 
 
-def means(metrics: LayerMetrics) -> dict[str, float]:
-    """The run's metrics: the mean over layers, the worst for FP8."""
+def entries(controller: SparsityController, grid: Grid) -> dict[str, int]:
+    """Entries of every sparse weight of the whole model, by layer; a collective call."""
+    shapes = {state.name: state.shard.global_shape for state, _ in controller.weights}
+    here = {name: {"entries": float(rows * columns)} for name, (rows, columns) in shapes.items()}
+    return {name: int(one["entries"]) for name, one in _over_stages(here, grid).items()}
+
+
+def run_flip_rate(metrics: LayerMetrics, entries: dict[str, int]) -> float | None:
+    """All flips over all entries (FST, section 4), which is not the mean of the layers' rates.
+
+    Args:
+        entries: of each layer's weight.
+    """
+    rates = {name: one["flip_rate"] for name, one in metrics.items() if "flip_rate" in one}
+    if not rates:
+        return None
+    flips = sum(round(rate * entries[name]) for name, rate in rates.items())
+    return flips / sum(entries[name] for name in rates)
+
+
+def summary(metrics: LayerMetrics, entries: dict[str, int]) -> dict[str, float]:
+    """The run's metrics: flips over entries, the worst for FP8, else the mean over layers.
+
+    Args:
+        entries: of each layer's weight.
+    """
     row = {}
+    if (rate := run_flip_rate(metrics, entries)) is not None:
+        row["flip_rate"] = rate
     for metric in MEANS:
         values = [one[metric] for one in metrics.values() if metric in one]
         if values:

@@ -19,6 +19,7 @@ from megasparse.estimate import flops
 from megasparse.log import logger
 from megasparse.metrics.schema import ProgressLine
 from megasparse.metrics.writers import MetricsWriter
+from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.timer import PHASES, StepTimer
 from megasparse.train import layer_metrics
@@ -60,6 +61,9 @@ class Recorder:
         self._peak = self._peak_tflops()
         self._metrics: LayerMetrics = {}
         self._metrics_at = -1  # refreshes at which they were taken
+        self._entries = layer_metrics.entries(self._controller, self._grid)
+        # Whether the step under way, and the one before it, are in the sparse phase.
+        self._sparse, self._sparse_before = False, self._phase_before()
         self.only_log: tuple[int, ...] | None = None
         self._split: list[Any] = []
         self._seconds = 0.0  # of the steps since the log step before
@@ -84,6 +88,7 @@ class Recorder:
     def begin(self) -> None:
         """Before a step."""
         number = self._controller.clock.step + 1
+        self._sparse = self._controller.sparse_now
         self._split = self._timer.take()
         self._controller.ask(self._is_logged(number))
         if self._is_logged(number + 1):
@@ -148,17 +153,24 @@ class Recorder:
         refreshes = self._refreshes()
         new: LayerMetrics = {}
         row: Row = {}
-        if self._is_logged(step) or self._metrics_at < 0:
+        switched = self._sparse != self._sparse_before
+        self._sparse_before = self._sparse
+        measured = self._is_logged(step) or switched
+        if measured or self._metrics_at < 0:
             new, row = self._measured(step)
             self._metrics = new
         elif refreshes != self._metrics_at:
             new = layer_metrics.flip_rates(self._controller, self._grid)
             for name, one in new.items():
                 self._metrics.setdefault(name, {}).update(one)
+        whole = layer_metrics.summary(self._metrics, self._entries)
         if new or refreshes != self._metrics_at:
             self._metrics_at = refreshes
-            self._state.note_flips(step, refreshes, self._metrics)
-        whole = layer_metrics.means(self._metrics)
+            self._state.note_flips(step, refreshes, whole.get("flip_rate"))
+        if measured or self._state.density is None:
+            self._state.density = whole.get("density")
+        elif "density" in whole:  # a resumed run has measured it; its row is that of any other
+            whole["density"] = self._state.density
         kept = whole if self._is_logged(step) else ("flip_rate", "density")
         return {**row, **{key: whole[key] for key in kept if key in whole}, "layers": new}
 
@@ -168,6 +180,7 @@ class Recorder:
         saved = self._controller.halved_flops_per_token(self._again)
         layers, sums, memory = layer_metrics.measure_all(
             self._engine,
+            self._sparse,
             [*(seconds.get(phase, 0.0) for phase in PHASES), saved],
             layer_metrics.peak_memory_gib(self._grid.device),
         )
@@ -188,6 +201,13 @@ class Recorder:
         if seconds:
             row |= {f"time_{p}": total / world for p, total in zip(PHASES, sums[:-1], strict=True)}
         return layers, row
+
+    def _phase_before(self) -> bool | None:
+        """Whether the step before this start was sparse; None: there was none."""
+        clock = self._controller.clock
+        if clock.step == 0:
+            return None
+        return schedule.is_sparse_step(self._controller.recipe, clock.step - 1, clock.train_iters)
 
     def _refreshes(self) -> int:
         """Mask refreshes so far in the whole model (a stage may have none); in any layout alike."""

@@ -15,10 +15,11 @@ class LoopState:
     """Beside the clock.
 
     Attributes:
-        flip_history: (step, mean flip rate over the sparse layers) at every mask refresh.
+        flip_history: (step, flip rate over all sparse layers) at every mask refresh.
         refreshes: masks computed by then.
         skipped_steps: steps skipped in a row, for a NaN or an infinity.
         sample_offset: samples consumed beyond steps x batch; not 0 after a change of the batch.
+        density: of the sparse layers when it was last measured; None: never.
         pending_row: metrics of the last step, whose evaluation was interrupted.
     """
 
@@ -26,20 +27,21 @@ class LoopState:
     refreshes: int = 0
     skipped_steps: int = 0
     sample_offset: int = 0
+    density: float | None = None
     pending_row: dict[str, Any] | None = None
 
-    def note_flips(self, step: int, refreshes: int, metrics: dict[str, dict[str, float]]) -> None:
+    def note_flips(self, step: int, refreshes: int, rate: float | None) -> None:
         """Add a refresh to the history, once its flips are known.
 
         Args:
             refreshes: of all masks so far; the same as before says that nothing is new.
+            rate: all flips over all entries; None: no mask has been refreshed twice.
         """
         if refreshes == self.refreshes:
             return
         self.refreshes = refreshes
-        rates = [one["flip_rate"] for one in metrics.values() if "flip_rate" in one]
-        if rates:
-            self.flip_history.append([step, sum(rates) / len(rates)])
+        if rate is not None:
+            self.flip_history.append([step, rate])
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -47,6 +49,7 @@ class LoopState:
             "flip_history": self.flip_history,
             "refreshes": self.refreshes,
             "skipped_steps": self.skipped_steps,
+            "density": self.density,
             "pending_row": self.pending_row,
         }
 
@@ -61,11 +64,12 @@ class LoopState:
         batch = config.train.global_batch_size
         try:
             return cls(
-                [list(entry) for entry in saved["flip_history"]],
-                int(saved["refreshes"]),
-                int(saved["skipped_steps"]),
-                meta["consumed_samples"] - meta["step"] * batch,
-                saved["pending_row"],
+                flip_history=[list(entry) for entry in saved["flip_history"]],
+                refreshes=int(saved["refreshes"]),
+                skipped_steps=int(saved["skipped_steps"]),
+                sample_offset=meta["consumed_samples"] - meta["step"] * batch,
+                density=saved.get("density"),
+                pending_row=saved["pending_row"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{reader.folder}: state of the loop: {error!r}") from None

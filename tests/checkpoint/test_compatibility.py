@@ -66,6 +66,18 @@ def test_each_change_is_refused_and_has_its_flag(tmp_path, dataset, cut, flag, c
     assert code == 0, text
 
 
+def test_a_change_of_the_schedule_is_told_in_one_line(tmp_path, dataset, cut):
+    run = flags(dataset, tmp_path / "run", "--load", str(cut), "--override-schedule",
+                "--lr", "2e-3", "--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "5")  # fmt: skip
+    code, text = _continue(tmp_path, run)
+    assert code == 0, text
+    told = (
+        "--override-schedule: lr 0.001 -> 0.002, lr_decay_style 'cosine' -> 'WSD', "
+        "lr_wsd_decay_iters None -> 5\n"
+    )
+    assert told in text
+
+
 def test_sequence_length_and_data_have_flags_of_their_own(tmp_path, dataset, cut):
     plain = [*TINY, *STEPS, *DROPOUT, "--run-dir", str(tmp_path / "run"), "--load", str(cut)]
     longer = [*plain, "--data-path", dataset, "--seq-length", "16"]

@@ -90,6 +90,16 @@ def test_retention_and_the_async_snapshot(tmp_path, async_save):
     assert saver.saved_step == 5
 
 
+def test_a_manifest_has_the_state_of_its_own_step(tmp_path):
+    saver = Saver(tmp_path, ALONE, "ab", async_save=True)
+    history = [[1, 0.5]]
+    saver.save(1, tensors_of(1), {**META, "state": {"flip_history": history}})
+    history[0].append("later")
+    history.append([2, 0.25])
+    saver.finish()
+    assert choose(tmp_path, ALONE).meta["state"]["flip_history"] == [[1, 0.5]]
+
+
 def test_async_save_overlaps_and_its_failure_surfaces_at_the_next_step(tmp_path):
     write_checkpoint(tmp_path, 1)
     started = []

@@ -56,6 +56,15 @@ def test_defaults_are_filled_in():
         (["--lr-warmup-iters", "200"], 1, "lr_warmup_iters 200 is more than"),
         (["--lr-warmup-iters", "2", "--lr-warmup-fraction", "0.1"], 1, "both set"),
         (["--min-lr", "1"], 1, "min_lr 1.0 is above lr"),
+        (["--swiglu", "--squared-relu"], 1, "swiglu and squared_relu are both set"),
+        (["--lr-decay-style", "WSD"], 1, "WSD needs lr_wsd_decay_iters"),
+        (["--lr-wsd-decay-iters", "5"], 1, "with lr_decay_style cosine, expected WSD"),
+        (
+            ["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "95", "--lr-warmup-iters", "10"],
+            1,
+            "lr_wsd_decay_iters 95, expected at most the 90 steps",
+        ),
+        (["--lr-linear-to-zero-iters", "101"], 1, "expected at most the 100 steps"),
         (
             [
                 "--bf16",

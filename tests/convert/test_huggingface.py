@@ -94,6 +94,9 @@ class _Counting:
     def entries(self):
         return self._source.entries()
 
+    def frozen_scales(self):
+        return {}
+
     def read(self, name: str) -> torch.Tensor:
         value = self._source.read(name)
         size = value.numel() * value.element_size()

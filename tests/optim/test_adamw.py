@@ -104,6 +104,22 @@ def test_decay_finds_its_place_in_a_flat_shard():
     assert decay.term(other) is None
 
 
+@pytest.mark.parametrize("name", ["fst", "ast"])
+def test_a_mask_that_only_measures_flips_decays_nothing(name):
+    """In a dense phase torch's AdamW steps, which is not AST's without a decay."""
+    recipe = make_recipe(name, masked_decay=LAMBDA, dense_tail_fraction=0.5)
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    controller, mask = _controller(recipe, weight)
+    decay = MaskedDecay(controller)
+    decay.attach([Fragment("w", weight, weight, 0, 0, weight.numel())])
+    assert mask is not None and decay.term(weight) is not None
+    controller.clock.step = 60
+    weight.grad = torch.randn(8, 8)
+    before = weight.grad.clone()
+    decay.add_to_gradients(torch.optim.SGD([weight]))
+    assert decay.term(weight) is None and torch.equal(weight.grad, before)
+
+
 def test_before_step_can_hold_everything_back():
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = MaskedAdamW([weight], before_step=lambda _: False, lr=1.0)

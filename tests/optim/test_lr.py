@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megasparse.config import TrainConfig
 from megasparse.optim.lr import learning_rate
@@ -33,3 +34,49 @@ def test_shapes(style, middle):
     assert learning_rate(train, 60) == pytest.approx(middle)
     end = 1.0 if style == "constant" else 0.1
     assert learning_rate(train, 110) == learning_rate(train, 10**6) == pytest.approx(end)
+
+
+def _megatron(train, step):
+    """What Megatron-core's scheduler gives after `step` steps."""
+    scheduler = OptimizerParamScheduler.__new__(OptimizerParamScheduler)
+    scheduler.max_lr, scheduler.min_lr, scheduler.init_lr = train.lr, train.min_lr, 0.0
+    scheduler.lr_warmup_steps = train.lr_warmup_iters
+    scheduler.lr_decay_steps = train.lr_decay_iters
+    scheduler.lr_decay_style, scheduler.num_steps = train.lr_decay_style, step
+    scheduler.wsd_decay_steps = train.lr_wsd_decay_iters
+    scheduler.lr_wsd_decay_style = train.lr_wsd_decay_style
+    return scheduler.get_lr({})
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize(
+    ("style", "wsd"),
+    [
+        ("constant", {}),
+        ("linear", {}),
+        ("cosine", {}),
+        ("inverse-square-root", {}),
+        *(
+            ("WSD", {"lr_wsd_decay_iters": 30, "lr_wsd_decay_style": shape})
+            for shape in ("exponential", "linear", "cosine", "minus_sqrt")
+        ),
+    ],
+)
+def test_every_shape_is_megatrons(style, wsd, warmup):
+    train = _train(lr_warmup_iters=warmup, lr_decay_style=style, **wsd)
+    for step in range(warmup, 130):
+        if step != train.lr_decay_iters:  # there Megatron's inverse square root has one step more
+            assert learning_rate(train, step) == pytest.approx(_megatron(train, step), abs=1e-12)
+
+
+@pytest.mark.parametrize("style", ["cosine", "constant", "WSD"])
+def test_the_last_stretch_is_linear_to_zero(style):
+    train = _train(
+        lr_decay_style=style, lr_wsd_decay_iters=20, train_iters=120, lr_linear_to_zero_iters=10
+    )
+    without = _train(lr_decay_style=style, lr_wsd_decay_iters=20, train_iters=120)
+    for step in range(111):
+        assert learning_rate(train, step) == learning_rate(without, step)
+    start = learning_rate(train, 110)
+    for step in range(110, 121):
+        assert learning_rate(train, step) == pytest.approx(start * (120 - step) / 10)

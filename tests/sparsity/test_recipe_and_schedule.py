@@ -70,6 +70,17 @@ def test_refreshes_fall_on_multiples_however_often_it_is_asked(interval):
     assert refreshed == list(range(0, 100, interval))
 
 
+@pytest.mark.parametrize("monitored", [True, False])
+def test_the_first_sparse_step_has_a_mask_of_its_own(monitored):
+    recipe = make_recipe("fst", mask_update_interval=10)
+    last, refreshed = -1, []
+    for step in range(0 if monitored else 25, 45):
+        if schedule.refresh_due(recipe, step, last, first_sparse_step=25):
+            refreshed.append(step)
+            last = step
+    assert [step for step in refreshed if step >= 25] == [25, 30, 40]
+
+
 def test_the_names_of_the_configuration_are_the_presets():
     assert get_args(RecipeName) == tuple(PRESETS)
 

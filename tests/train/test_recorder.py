@@ -19,7 +19,7 @@ from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 from megasparse.sparsity.stats import layer_figures, measure
 from megasparse.timer import PHASES
-from megasparse.train.layer_metrics import means
+from megasparse.train.layer_metrics import summary
 from tests import dist
 from tests.runs import LLAMA, TINY, train
 
@@ -151,8 +151,35 @@ def test_fp8_figures_of_a_known_tensor():
     assert found["fp8_amax_x"] == 2.0
     assert found["fp8_saturated_x"] == 2 / 32  # both entries of magnitude 2
     assert found["fp8_lost_x"] == 1 / 32  # 1e-9 becomes 0
-    row = means({"a": found, "b": {"density": 1.0, "fp8_amax_x": 3.0}})
+    row = summary({"a": found, "b": {"density": 1.0, "fp8_amax_x": 3.0}}, {})
     assert row["fp8_amax"] == 3.0 and row["density"] == (1.0 + found["density"]) / 2
+
+
+def test_the_flip_rate_of_a_run_is_all_flips_over_all_entries():
+    layers = {"a": {"flip_rate": 1 / 16}, "b": {"flip_rate": 3 / 48}, "c": {"density": 1.0}}
+    assert summary(layers, {"a": 16, "b": 48, "c": 99})["flip_rate"] == 4 / 64
+    layers["a"]["flip_rate"] = 0.5
+    assert summary(layers, {"a": 16, "b": 48, "c": 99})["flip_rate"] == 11 / 64
+
+
+PHASES_OF_A_RUN = [
+    "--train-iters", "8", "--dense-warmup-fraction", "0.375", "--dense-tail-fraction", "0.25",
+    "--log-interval", "5", "--sparsity-recipe", "s_ste", "--masked-decay", "none", "--bf16",
+]  # fmt: skip
+
+
+def test_density_is_that_of_the_phase_and_a_resume_tells_the_same(dataset, tmp_path):
+    def run(name, *more):
+        flags = [*TINY, *PHASES_OF_A_RUN, "--data-path", dataset, "--run-dir", str(tmp_path / name)]
+        return dist.run(train, 1, [*flags, *more])[0]
+
+    rows = run("whole")
+    assert [row["sparse"] for row in rows] == [row["density"] < 0.9 for row in rows]
+    for step in (3, 4, 6):
+        run(f"cut-{step}", "--exit-interval", str(step))
+        again = run(f"cut-{step}", "--resume")
+        for figure in ("density", "flip_rate"):
+            assert [r.get(figure) for r in again] == [r.get(figure) for r in rows], (step, figure)
 
 
 def test_probes_that_are_not_asked_measure_nothing():

@@ -86,6 +86,12 @@ def swiglu_fused(fused: torch.Tensor, *, backend: str | None = None) -> torch.Te
     return _Fused.apply(fused, False, _chosen("swiglu_fused", fused, backend))
 
 
+def geglu_fused(fused: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """gelu(gate) * x of `fused` = [gate | x], the tanh GELU; all else as in `swiglu_fused`."""
+    _check_fused("geglu_fused", fused)
+    return _Fused.apply(fused, True, _chosen("geglu_fused", fused, backend))
+
+
 @torch.no_grad()
 def swiglu_fused_backward(
     dy: torch.Tensor, fused: torch.Tensor, *, backend: str | None = None

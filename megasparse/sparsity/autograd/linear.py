@@ -186,13 +186,7 @@ def linear(
     """`x W~^T` with gradients, through the three GEMMs; with a branch `+ (x P^T) S^T`.
 
     Args:
-<<<<<<< HEAD
-        x: `(..., K)`, this rank's input; in 8 bits only for FP8 GEMMs and without a boost, and
-            where it is gathered in whole tiles of 128 tokens.
-=======
-        x: `(..., K)`, this rank's input; in 8 bits only for FP8 GEMMs, without communication of
-            the input and without a branch.
->>>>>>> suite
+    assert quantized is None or branch is None, "x has no values to project"
         weight: the master weight `(N, K)`; gets the straight-through gradient `dZ^T X`.
         gemms: operands and GEMMs of the current optimizer step.
         comm: communication of the input and its gradient; none by default.
@@ -206,11 +200,7 @@ def linear(
     recorded = torch.is_grad_enabled()  # inside the function it is off
     comm = comm or NoComm()
     x, quantized = in_graph(x)
-<<<<<<< HEAD
-    assert quantized is None or boost is None, "x has no values to project"
-=======
-    assert quantized is None or not (comm.gathers or branch), "x has no values to gather or project"
->>>>>>> suite
+    assert quantized is None or branch is None, "x has no values to project"
     return _Linear.apply(
         x, weight, adapter, projection, gemms, comm, branch, seed, recorded, quantized
     )

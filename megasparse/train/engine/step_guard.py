@@ -84,7 +84,7 @@ class StepGuard:
         self._kept.clear()
         self.loss_is_finite = True
         self._rng = rng_state(self._grid)
-        self._sparsity = [state.snapshot() for state, _ in self._controller.weights]
+        self._sparsity = self._controller.snapshot()
 
     def keep(self, batch: Batch, number: int) -> Batch:
         """Remember a micro-batch."""
@@ -135,8 +135,7 @@ class StepGuard:
 
     def _put_back(self) -> None:
         set_rng_state(self._grid, self._rng)
-        for (state, _), saved in zip(self._controller.weights, self._sparsity, strict=True):
-            state.restore(saved)
+        self._controller.restore(self._sparsity)
 
     def _scaled(self, value: torch.Tensor, point: str) -> torch.Tensor:
         if self.poison is None:

@@ -80,9 +80,12 @@ def _bpe(names: list[str], scores: Mapping[str, float], unknown: str) -> models.
         if piece[:cut] in scores and piece[cut:] in scores
     ]
     return models.BPE(
-        vocab=ids, merges=[merge[3:] for merge in sorted(merges)],
-        unk_token=unknown, fuse_unk=True, byte_fallback=True,
-    )  # fmt: skip
+        vocab=ids,
+        merges=[merge[3:] for merge in sorted(merges)],
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
 
 
 def _same(tokenizer: Tokenizer, processor: sentencepiece.SentencePieceProcessor) -> bool:

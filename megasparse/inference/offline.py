@@ -33,8 +33,8 @@ from megasparse.distributed.control_plane import ControlPlane
 from megasparse.distributed.rendezvous import join_group, own_device
 from megasparse.errors import CheckpointError, DataError
 from megasparse.kernels.patterns import encode_patterns
-from megasparse.megatron.batches import batches, build_data, samples_digest
 from megasparse.megatron.calibrate import LinearInputs, calibrate_layers
+from megasparse.megatron.data.batches import batches, build_data, samples_digest
 from megasparse.megatron.grid import collective_timeout, make_grid
 from megasparse.megatron.loss import masked_sum, token_cross_entropy
 from megasparse.megatron.model import build_model, hide_padding

@@ -135,9 +135,11 @@ def _differences(named: Named, group: dist.ProcessGroup, grid: Grid) -> list[str
         return []
     # 0 stands for "not here", for which no tensor is a replica.
     mine = torch.stack(
-        [torch.zeros((), dtype=torch.int64, device=grid.device) if t is None else digest(t)
-         for _, t in named]
-    )  # fmt: skip
+        [
+            torch.zeros((), dtype=torch.int64, device=grid.device) if t is None else digest(t)
+            for _, t in named
+        ]
+    )
     ranks = dist.get_process_group_ranks(group)
     table = torch.empty(len(ranks) * len(named), dtype=torch.int64, device=grid.device)
     dist.all_gather_into_tensor(table, mine, group=group)

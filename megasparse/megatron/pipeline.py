@@ -25,7 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megasparse.config import ResolvedConfig, pipeline_split
-from megasparse.megatron.cuda_graphs import is_replayed
+from megasparse.megatron.graphs.captured import is_replayed
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.loss import masked_mean, token_cross_entropy
 from megasparse.megatron.model import finish_model, spec_provider, transformer_config

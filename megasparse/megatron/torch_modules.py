@@ -69,13 +69,15 @@ class SdpaAttention(torch.nn.Module):
 
         def attend() -> torch.Tensor:
             return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v,
+                q,
+                k,
+                v,
                 attn_mask=allowed,
                 dropout_p=dropout,
                 is_causal=allowed is None and q.shape[2] > 1,
                 scale=self.softmax_scale,
                 enable_gqa=q.shape[1] != k.shape[1],
-            )  # fmt: skip
+            )
 
         if dropout > 0.0 and not self.sequence_parallel:
             # Heads are split over ranks: each draws its own dropout. With sequence parallelism the

@@ -16,8 +16,8 @@ from megasparse.distributed.signals import StopRequest, describe
 from megasparse.errors import EXIT_PREEMPTED
 from megasparse.inference.sampling import sample_text
 from megasparse.log import logger
-from megasparse.megatron.batches import RunData, batches, samples_digest
 from megasparse.megatron.consistency import check_replicas
+from megasparse.megatron.data.batches import RunData, batches, samples_digest
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train import checkpoint

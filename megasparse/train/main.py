@@ -18,7 +18,7 @@ from megasparse.distributed.signals import StopRequest
 from megasparse.distributed.verdicts import is_communication_error
 from megasparse.distributed.watchdog import Watchdog
 from megasparse.errors import ConfigError, MegasparseError, PeerError, one_line
-from megasparse.megatron.batches import build_data
+from megasparse.megatron.data.batches import build_data
 from megasparse.megatron.grid import make_grid
 from megasparse.preflight.check import check_hosts, require_fit
 from megasparse.preflight.settings import Prepared, check

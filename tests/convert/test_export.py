@@ -54,7 +54,7 @@ def export(*flags: object) -> int:
 
 def trainer_samples(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and labels of the first global batch of the validation data."""
-    from megasparse.megatron.datasets import SampleOptions, Source, build_stream
+    from megasparse.megatron.data.datasets import SampleOptions, Source, build_stream
 
     options = SampleOptions(seq_length=32, seed=1234, eod=129, vocab_size=130)
     source = Source(str(folder / "valid"), None, "x")

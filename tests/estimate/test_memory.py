@@ -26,7 +26,7 @@ def _measure(rank: int, world: int, flags: list[str]) -> dict[str, Any]:
 
     from megasparse.config import load_config, padded_vocab_size, resolve
     from megasparse.estimate.memory import footprint, stage_weights
-    from megasparse.megatron.batches import batches, build_data
+    from megasparse.megatron.data.batches import batches, build_data
     from megasparse.megatron.grid import make_grid
     from megasparse.sparsity.recipe import recipe_of
     from megasparse.train.build import build_engine

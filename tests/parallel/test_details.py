@@ -94,7 +94,7 @@ def test_bf16_follows_one_process(tmp_path, dataset, layout):
 def _logits(rank, world, flags):
     """Logits of fixed tokens, before any training and after an evaluation of another shape."""
     from megasparse.config import load_config, padded_vocab_size, resolve
-    from megasparse.megatron.batches import batches, build_data
+    from megasparse.megatron.data.batches import batches, build_data
     from megasparse.megatron.grid import make_grid
     from megasparse.sparsity.recipe import recipe_of
     from megasparse.train.build import build_engine

@@ -16,7 +16,7 @@ def traced(rank: int, world: int, flags: list[str]) -> list[dict[str, Any]]:
         preparations (the sets of all ranks), scales, valid_loss.
     """
     from megasparse.config import load_config, resolve
-    from megasparse.megatron import batches
+    from megasparse.megatron.data import batches
     from megasparse.train import loop, main
 
     consumed: list[list[tuple[int, ...]]] = []

@@ -33,7 +33,7 @@ import torch
 from megasparse.atomic_files import write_text
 from megasparse.cli import guarded, markdown_table
 from megasparse.config import load_config, padded_vocab_size, resolve
-from megasparse.megatron.batches import batches, build_data
+from megasparse.megatron.data.batches import batches, build_data
 from megasparse.megatron.grid import make_grid
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.build import build_engine

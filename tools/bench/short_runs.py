@@ -50,7 +50,7 @@ def measure(flags: Sequence[str], steps: int, profile: bool = False) -> Result:
     import_megatron()  # before the imports that need it
     from megasparse.config import load_config, padded_vocab_size, resolve
     from megasparse.config.shapes import parameter_count
-    from megasparse.megatron.batches import batches, build_data, samples_digest
+    from megasparse.megatron.data.batches import batches, build_data, samples_digest
     from megasparse.megatron.grid import make_grid
     from megasparse.sparsity.recipe import recipe_of
     from megasparse.train.build import build_engine

@@ -17,8 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
 from megasparse.config import ResolvedConfig
+from megasparse.megatron.graphs.layer_graphs import LayerGraphs
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.layer_graphs import LayerGraphs
 from megasparse.megatron.model import finish_model, transformer_config
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController

@@ -70,9 +70,16 @@ def matmul24(
         b = b.contiguous()
     out = b.new_empty((rows, columns + missing), dtype=out_dtype)
     problem = Problem(
-        rows, inner, columns + missing, packed.dtype, b.dtype, out_dtype, not transposed, True,
+        rows,
+        inner,
+        columns + missing,
+        packed.dtype,
+        b.dtype,
+        out_dtype,
+        not transposed,
+        True,
         algorithm,
-    )  # fmt: skip
+    )
     plan(problem, b.device).run(packed.buffer, b, out, _alpha(packed, alpha))
     return out[:, :columns] if missing else out
 

@@ -50,9 +50,15 @@ class _Norm(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         x_TH = x.reshape(-1, x.shape[-1])
         rows, x_HT, mean, rstd = norm_float8(
-            x_TH, weight, bias, centred=centred, eps=eps, scale=scale.scale, transposed=columns,
+            x_TH,
+            weight,
+            bias,
+            centred=centred,
+            eps=eps,
+            scale=scale.scale,
+            transposed=columns,
             amax=scale.amax if keep else None,
-        )  # fmt: skip
+        )
         ctx.eps, ctx.centred = eps, centred
         # The definition computes all again, so that its gradients are torch's.
         ctx.save_for_backward(x, weight, bias, *((mean, rstd) if x.is_cuda else (None, None)))

@@ -16,9 +16,9 @@ import torch
 from megasparse.config import ResolvedConfig, gradient_accumulation_steps
 from megasparse.distributed.events import NO_LISTENERS, Events
 from megasparse.log import log_once
-from megasparse.megatron import layer_graphs
+from megasparse.megatron.graphs import layer_graphs
+from megasparse.megatron.graphs.layer_graphs import LayerGraphs
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.layer_graphs import LayerGraphs
 from megasparse.sparsity.controller import SparsityController
 from megasparse.train.distillation import Distillation
 from megasparse.train.engine.step_guard import Batch, MicroBatch, Poison, StepGuard

@@ -10,7 +10,7 @@ import torch
 
 from megasparse.config.deepspeed import deepspeed_config
 from megasparse.log import is_logging_rank
-from megasparse.megatron.cuda_graphs import let_replays_recompute
+from megasparse.megatron.graphs.captured import let_replays_recompute
 from megasparse.megatron.grid import ModelParallelUnit
 from megasparse.megatron.loss import masked_mean
 from megasparse.megatron.pipeline import recomputed_layers
@@ -24,7 +24,7 @@ from megasparse.train.engine.step_guard import Batch, MicroBatch, samples_of
 class LanguageModelLoss(torch.nn.Module):
     """The model with its loss: the mean over the tokens that count.
 
-    A batch is what `megatron.batches.batches` yields.
+    A batch is what `megatron.data.batches.batches` yields.
 
     Args:
         model: the student, if there is a teacher.

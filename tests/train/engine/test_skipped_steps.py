@@ -29,7 +29,7 @@ def _states_after_each_step(
     from megasparse.distributed.events import Events
     from megasparse.distributed.faults import Faults, parse
     from megasparse.distributed.signals import StopRequest
-    from megasparse.megatron.batches import batches, build_data
+    from megasparse.megatron.data.batches import batches, build_data
     from megasparse.megatron.grid import make_grid
     from megasparse.train.engine.deepspeed import start_process
     from megasparse.train.engine.step_guard import NonFiniteStep

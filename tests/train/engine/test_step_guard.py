@@ -97,7 +97,7 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
     from megasparse.distributed.events import Events
     from megasparse.distributed.faults import Faults, parse
     from megasparse.distributed.signals import StopRequest
-    from megasparse.megatron.batches import batches, build_data
+    from megasparse.megatron.data.batches import batches, build_data
     from megasparse.megatron.grid import make_grid
     from megasparse.train import checkpoint
     from megasparse.train.engine.deepspeed import start_process

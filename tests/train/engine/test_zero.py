@@ -28,7 +28,7 @@ def _losses(rows):
 def _one_step(rank, world, flags):
     """Gradients as the optimizer gets them and as AdamW does, masked weights, masks, the norm."""
     from megasparse.config import load_config, resolve
-    from megasparse.megatron.batches import batches, build_data
+    from megasparse.megatron.data.batches import batches, build_data
     from megasparse.megatron.grid import make_grid
     from megasparse.sparsity.recipe import recipe_of
     from megasparse.train.build import build_engine

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megasparse.megatron.datasets import SampleOptions, Source, build_mock_stream, build_stream
+from megasparse.megatron.data.datasets import SampleOptions, Source, build_mock_stream, build_stream
 from tests.runs import VOCAB, make_dataset
 
 OPTIONS = SampleOptions(seq_length=16, seed=3, eod=0, vocab_size=VOCAB)

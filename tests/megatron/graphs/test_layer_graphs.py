@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megasparse.megatron.recorder import Replayed
+from megasparse.megatron.graphs.recorder import Replayed
 from tests import dist
 from tests.runs import LLAMA, TINY, train
 
@@ -82,7 +82,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
 
 def _train(rank: int, world: int, flags: list[str], emulated: bool) -> tuple[Any, dict, int]:
     """Rows of metrics, the weights, and how often anything was replayed."""
-    from megasparse.megatron import layer_graphs
+    from megasparse.megatron.graphs import layer_graphs
     from megasparse.train import loop
     from megasparse.train.engine import layout
 

@@ -17,7 +17,7 @@ from megasparse.metrics.schema import read_metrics
 from tests.dist import free_port
 from tests.transformer_engine import needs_transformer_engine
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Three micro-batches a step; masks are refreshed, metrics measured and losses validated on the way.
 GPT = [
     "--num-layers", "4", "--hidden-size", "512", "--num-attention-heads", "8", "--seq-length",

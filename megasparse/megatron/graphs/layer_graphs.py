@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from megasparse.log import logger, warn_once
-from megasparse.megatron.cuda_graphs import GraphedLayer, GraphSet
+from megasparse.megatron.graphs.captured import GraphedLayer, GraphSet
+from megasparse.megatron.graphs.recorder import CudaRecorder, Recorder, Replayed
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.recorder import CudaRecorder, Recorder, Replayed
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.seeds import DeviceSeeds
 

@@ -13,7 +13,7 @@ from megasparse.data.blend import SPLITS, parse_split
 from megasparse.data.check import CheckedData, check_amounts, check_data
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.distributed.signals import ignore_signals
-from megasparse.megatron.datasets import (
+from megasparse.megatron.data.datasets import (
     SampleOptions,
     SampleStream,
     Source,

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megasparse.megatron.recorder import Recorder
+from megasparse.megatron.graphs.recorder import Recorder
 
 # Beside the hidden state a layer is called with what stays the same, or with nothing.
 _CONSTANT = ("rotary_pos_emb",)

@@ -28,7 +28,7 @@ from megatron.core.datasets.utils import Split
 
 from megasparse.data.blend import SPLITS
 from megasparse.errors import DataError
-from megasparse.megatron.index_cache import VerifiedGPTDataset
+from megasparse.megatron.data.index_cache import VerifiedGPTDataset
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""CUDA graphs of Transformer layers: recording, capturing, and their life over a run."""

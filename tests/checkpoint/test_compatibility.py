@@ -67,8 +67,8 @@ def test_each_change_is_refused_and_has_its_flag(tmp_path, dataset, cut, flag, c
 
 
 def test_a_change_of_the_schedule_is_told_in_one_line(tmp_path, dataset, cut):
-    run = flags(dataset, tmp_path / "run", "--load", str(cut), "--override-schedule",
-                "--lr", "2e-3", "--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "5")  # fmt: skip
+    changes = ["--lr", "2e-3", "--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "5"]
+    run = _short(dataset, tmp_path / "run", "--load", str(cut), "--override-schedule", *changes)
     code, text = _continue(tmp_path, run)
     assert code == 0, text
     told = (

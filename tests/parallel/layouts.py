@@ -50,7 +50,7 @@ LAYOUTS = {
     "pp 2, dp 2, zero 1, selective": (4, [*PP2, *zero(1), *SELECTIVE]),
 }  # fmt: skip
 
-STEPS = 10
+STEPS = 12
 # 130 tokens are padded to 144: no multiple of the vocabulary's is shared by the ranks evenly.
 BASE = [
     *TINY, "--num-layers", "4", "--hidden-size", "32", "--vocab-size", "130",

@@ -34,10 +34,15 @@ def start(
     ranks = []
     for rank in range(world):
         variables = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
-            "TORCH_CPP_LOG_LEVEL": "ERROR", **(environment or {}),
-        }  # fmt: skip
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "DS_ACCELERATOR": "cpu",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            **(environment or {}),
+        }
         target = Path(f"{log}.{rank}")
         own = [*flags, *(more or {}).get(rank, [])]
         ranks.append(context().Process(target=serve, args=(own, variables, str(target))))

@@ -225,10 +225,23 @@ def test_tests_load_the_commands_as_modules():
 
 def test_top_level_shows_only_what_belongs_there():
     allowed = {
-        "README.md", "CHANGELOG.md", "Makefile", "setup.py", "LICENSE", "pyproject.toml",
-        "megasparse", "launch", "configs", "docs", "tools", "tests",
+        "README.md",
+        "CHANGELOG.md",
+        "Makefile",
+        "setup.py",
+        "LICENSE",
+        "pyproject.toml",
+        "megasparse",
+        "launch",
+        "configs",
+        "docs",
+        "tools",
+        "tests",
         # made by work, ignored by git
-        "megasparse.egg-info", "runs", "build", "dist",
-    }  # fmt: skip
+        "megasparse.egg-info",
+        "runs",
+        "build",
+        "dist",
+    }
     visible = {entry.name for entry in ROOT.iterdir() if not entry.name.startswith(".")}
     assert visible <= allowed, visible - allowed

@@ -95,8 +95,15 @@ def test_sequence_length_and_data_have_flags_of_their_own(tmp_path, dataset, cut
 
 
 def test_samples_go_on_where_they_were_after_a_change_of_the_batch(tmp_path, dataset, cut):
-    run = _short(dataset, tmp_path / "run", "--load", str(cut), "--global-batch-size", "8",
-                "--override-batch")  # fmt: skip
+    run = _short(
+        dataset,
+        tmp_path / "run",
+        "--load",
+        str(cut),
+        "--global-batch-size",
+        "8",
+        "--override-batch",
+    )
     assert _continue(tmp_path, run)[0] == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["consumed_samples"] for row in rows[:2]] == [32, 40]  # 24 were consumed
@@ -108,8 +115,16 @@ def test_dense_to_sparse_gives_two_of_four_everywhere(tmp_path, dataset, recipe)
     first = _short(dataset, tmp_path / "dense", *dense, "--exit-interval", "3")
     assert forked.run(first, 1, tmp_path / "first") == [75]
     decay = [] if recipe == "fst" else ["--masked-decay", "none"]
-    run = _short(dataset, tmp_path / "run", "--load", str(tmp_path / "dense" / "checkpoints"),
-                "--sparsity-recipe", recipe, *decay, "--override-recipe")  # fmt: skip
+    run = _short(
+        dataset,
+        tmp_path / "run",
+        "--load",
+        str(tmp_path / "dense" / "checkpoints"),
+        "--sparsity-recipe",
+        recipe,
+        *decay,
+        "--override-recipe",
+    )
     code, text = _continue(tmp_path, run)
     assert code == 0, text
     reader = newest_valid(tmp_path / "run" / "checkpoints")
@@ -159,8 +174,14 @@ def test_another_layout_goes_on_with_equal_samples_and_losses(
         if name == before:
             continue
         world = 1 if name == "one" else 2
-        run = [*plain, "--run-dir", str(tmp_path / name), "--load",
-               str(tmp_path / "cut" / "checkpoints"), *layout]  # fmt: skip
+        run = [
+            *plain,
+            "--run-dir",
+            str(tmp_path / name),
+            "--load",
+            str(tmp_path / "cut" / "checkpoints"),
+            *layout,
+        ]
         assert forked.run(run, world, tmp_path / name) == [0] * world
         rows = read_metrics(tmp_path / name / "metrics.jsonl")
         assert len(rows) == 4

@@ -39,8 +39,9 @@ def test_a_manifest_that_agrees_with_itself_is_still_checked(tmp_path, change, m
     version = manifest.pop("format")
     content = json.loads(encode_manifest(manifest))
     content["format"] = version
-    (folder / MANIFEST).write_bytes(encode_manifest(manifest) if version == 2 else
-                                    json.dumps(content).encode())  # fmt: skip
+    (folder / MANIFEST).write_bytes(
+        encode_manifest(manifest) if version == 2 else json.dumps(content).encode()
+    )
     with pytest.raises(CheckpointError, match=message):
         reader = CheckpointReader(folder)
         for key in list(reader.keys()):

@@ -23,16 +23,20 @@ def _config(tmp_path, text: str, *flags: str):
 
 def test_a_file_adds_what_the_flags_do_not_say(tmp_path):
     extra = {
-        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": 2,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
-        "wall_clock_breakdown": True, "flops_profiler": {"enabled": False},
-    }  # fmt: skip
+        "wall_clock_breakdown": True,
+        "flops_profiler": {"enabled": False},
+    }
     config = _config(tmp_path, json.dumps(extra), "--zero-stage", "1")
     plain = deepspeed_config(resolve(load_config([*MOCK, "--zero-stage", "1"]), 2), 2)
     expected = {
-        **plain, "wall_clock_breakdown": True, "flops_profiler": {"enabled": False},
+        **plain,
+        "wall_clock_breakdown": True,
+        "flops_profiler": {"enabled": False},
         "zero_optimization": {**plain["zero_optimization"], "reduce_bucket_size": 1000},
-    }  # fmt: skip
+    }
     assert deepspeed_config(config, 2) == expected
 
 

@@ -21,23 +21,42 @@ def make_model(kind: str, seed: int = 0):
     torch.manual_seed(seed)
     if kind.startswith("gpt2"):
         config = transformers.GPT2Config(
-            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64,
-            tie_word_embeddings=kind == "gpt2", bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
+            vocab_size=VOCAB,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            tie_word_embeddings=kind == "gpt2",
+            bos_token_id=0,
+            eos_token_id=0,
+        )
         model = transformers.GPT2LMHeadModel(config)
     else:
         rope = {"rope_type": "default", "rope_theta": 500000.0}
         if "scaled" in kind:
             rope.update(
-                rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                original_max_position_embeddings=8192, rope_theta=10000.0,
-            )  # fmt: skip
+                rope_type="llama3",
+                factor=32.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=8192,
+                rope_theta=10000.0,
+            )
         config = transformers.LlamaConfig(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-            rope_parameters=rope, tie_word_embeddings="tied" in kind, head_dim=12,
-            attention_bias="bias" in kind, mlp_bias="bias" in kind, rms_norm_eps=1e-6,
-        )  # fmt: skip
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            rope_parameters=rope,
+            tie_word_embeddings="tied" in kind,
+            head_dim=12,
+            attention_bias="bias" in kind,
+            mlp_bias="bias" in kind,
+            rms_norm_eps=1e-6,
+        )
         model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

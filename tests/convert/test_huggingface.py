@@ -22,9 +22,18 @@ def convert(*flags: object) -> int:
 
 def to_megasparse(source: Path, output: Path, *flags: object) -> int:
     return convert(
-        "--from", "huggingface", "--to", "megasparse", "--input", source, "--output", output,
-        "--make-vocab-size-divisible-by", 16, *flags,
-    )  # fmt: skip
+        "--from",
+        "huggingface",
+        "--to",
+        "megasparse",
+        "--input",
+        source,
+        "--output",
+        output,
+        "--make-vocab-size-divisible-by",
+        16,
+        *flags,
+    )
 
 
 def to_huggingface(source: Path, output: Path, *flags: object) -> int:
@@ -137,12 +146,32 @@ def _refusal(rank: int, world: int, flags: list[str]) -> str:
 
 def _flags(tmp_path: Path, dataset: str, name: str, *flags: str) -> list[str]:
     return [
-        "--config", str(tmp_path / "ours" / "config.yaml"), "--seq-length", "32",
-        "--train-iters", "3", "--global-batch-size", "4", "--micro-batch-size", "2",
-        "--lr", "1e-3", "--data-path", dataset, "--split", "90,10,0", "--eval-iters", "0",
-        "--sparsity-recipe", "fst", "--dense-tail-fraction", "0", "--run-dir", str(tmp_path / name),
+        "--config",
+        str(tmp_path / "ours" / "config.yaml"),
+        "--seq-length",
+        "32",
+        "--train-iters",
+        "3",
+        "--global-batch-size",
+        "4",
+        "--micro-batch-size",
+        "2",
+        "--lr",
+        "1e-3",
+        "--data-path",
+        dataset,
+        "--split",
+        "90,10,0",
+        "--eval-iters",
+        "0",
+        "--sparsity-recipe",
+        "fst",
+        "--dense-tail-fraction",
+        "0",
+        "--run-dir",
+        str(tmp_path / name),
         *flags,
-    ]  # fmt: skip
+    ]
 
 
 def test_training_starts_from_a_converted_model(tmp_path, dataset):

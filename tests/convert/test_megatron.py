@@ -55,28 +55,44 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
     a = argparse.Namespace(**arguments)
     silu = torch.nn.functional.silu
     config = TransformerConfig(
-        num_layers=a.num_layers, hidden_size=a.hidden_size, ffn_hidden_size=a.ffn_hidden_size,
-        num_attention_heads=a.num_attention_heads, kv_channels=a.kv_channels,
+        num_layers=a.num_layers,
+        hidden_size=a.hidden_size,
+        ffn_hidden_size=a.ffn_hidden_size,
+        num_attention_heads=a.num_attention_heads,
+        kv_channels=a.kv_channels,
         num_query_groups=a.num_query_groups if a.group_query_attention else a.num_attention_heads,
-        normalization=a.normalization, layernorm_epsilon=a.norm_epsilon,
-        gated_linear_unit=a.swiglu, activation_func=silu if a.swiglu else gelu_tanh,
-        add_bias_linear=a.add_bias_linear, hidden_dropout=0.0, attention_dropout=0.0,
-        tensor_model_parallel_size=world, use_cpu_initialization=True, perform_initialization=False,
-        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
-        apply_rope_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
-    )  # fmt: skip
+        normalization=a.normalization,
+        layernorm_epsilon=a.norm_epsilon,
+        gated_linear_unit=a.swiglu,
+        activation_func=silu if a.swiglu else gelu_tanh,
+        add_bias_linear=a.add_bias_linear,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=world,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
     spec = get_gpt_layer_local_spec(normalization=a.normalization)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TorchNorm
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     block = TransformerBlockSubmodules([spec] * a.num_layers, layer_norm=TorchNorm)
     model = GPTModel(
-        config=config, transformer_layer_spec=block, vocab_size=a.padded_vocab_size,
-        max_sequence_length=a.max_position_embeddings, parallel_output=True,
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=a.padded_vocab_size,
+        max_sequence_length=a.max_position_embeddings,
+        parallel_output=True,
         share_embeddings_and_output_weights=not a.untie_embeddings_and_output_weights,
         position_embedding_type=a.position_embedding_type,
         rotary_base=getattr(a, "rotary_base", 10000),
-    )  # fmt: skip
+    )
     _mark_vocabulary_shards(model)
     initialize_weights(model, 7, 0.1, 2, grid.tp_rank, grid.tp_size)
     with torch.no_grad():
@@ -88,9 +104,11 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
     state = {name: value for name, value in model.state_dict().items() if value is not None}
     content = {
         "args": argparse.Namespace(**arguments, attention_backend=Attention(5)),
-        "checkpoint_version": 3.0, "iteration": 7, "model": state,
+        "checkpoint_version": 3.0,
+        "iteration": 7,
+        "model": state,
         "rng_state": [{"np": __import__("numpy").random.get_state()}],
-    }  # fmt: skip
+    }
     sys.modules["megatron.core.transformer.enums"].Attention = Attention
     torch.save(content, path / "model_optim_rng.pt")
     del sys.modules["megatron.core.transformer.enums"].Attention
@@ -151,9 +169,10 @@ def load(saved, name: str, rank: int = 0) -> dict:
     arguments = vars(content["args"])
     assert type(arguments.pop("attention_backend")).__name__ == "Record"
     return {
-        "args": argparse.Namespace(**arguments), "checkpoint_version": 3.0,
+        "args": argparse.Namespace(**arguments),
+        "checkpoint_version": 3.0,
         "model": content["model"],
-    }  # fmt: skip
+    }
 
 
 def test_stages_and_fused_norms(saved, tmp_path):
@@ -198,10 +217,18 @@ def old_name(name: str) -> str:
 
 def deepspeed_arguments() -> argparse.Namespace:
     return argparse.Namespace(
-        **SIZES, kv_channels=12, num_key_value_heads=2, swiglu=True, normalization="rmsnorm",
-        layernorm_epsilon=1e-6, disable_bias_linear=True, use_rotary_position_embeddings=True,
-        rope_theta=5000, untie_embeddings_and_output_weights=True, add_position_embedding=False,
-    )  # fmt: skip
+        **SIZES,
+        kv_channels=12,
+        num_key_value_heads=2,
+        swiglu=True,
+        normalization="rmsnorm",
+        layernorm_epsilon=1e-6,
+        disable_bias_linear=True,
+        use_rotary_position_embeddings=True,
+        rope_theta=5000,
+        untie_embeddings_and_output_weights=True,
+        add_position_embedding=False,
+    )
 
 
 @pytest.mark.parametrize("pipeline", [False, True], ids=["whole", "PipelineModule"])

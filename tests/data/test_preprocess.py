@@ -67,9 +67,11 @@ def test_any_number_of_workers_writes_the_same_bytes(
     for workers in (1, 2, 3):
         run(tmp_path, model_file, corpus, corpus, workers=workers, name=f"w{workers}")
         outputs.append(
-            [(tmp_path / "out" / f"w{workers}_text_document{suffix}").read_bytes()
-             for suffix in (".bin", ".idx", ".json")]
-        )  # fmt: skip
+            [
+                (tmp_path / "out" / f"w{workers}_text_document{suffix}").read_bytes()
+                for suffix in (".bin", ".idx", ".json")
+            ]
+        )
     assert outputs[0] == outputs[1] == outputs[2]
 
 

@@ -96,9 +96,14 @@ def test_a_model_that_cannot_be_converted_exactly_is_not(texts: list[str], tmp_p
     unigram.write_bytes(tok.train_sentencepiece(texts[:5], 400, "unigram"))
     with open(prefixed, "wb") as stream:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts[:5]), model_writer=stream, model_type="bpe",
-            vocab_size=400, byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
-        )  # fmt: skip
+            sentence_iterator=iter(texts[:5]),
+            model_writer=stream,
+            model_type="bpe",
+            vocab_size=400,
+            byte_fallback=True,
+            minloglevel=2,
+            hard_vocab_limit=False,
+        )
     assert tokenizer_json(unigram) is None and tokenizer_json(prefixed) is None
 
 

@@ -72,8 +72,20 @@ def test_layout_gives_the_numbers_of_one_process(tmp_path, dataset, dense, singl
 
 
 def test_a_dense_student_of_its_own_weights_has_nothing_to_learn(tmp_path, dataset, dense):
-    flags = [*DENSE, "--finetune", "--load", dense, "--kd-loss-weight", "1", "--lm-loss-weight",
-             "0", "--train-iters", "2", "--weight-decay", "0"]  # fmt: skip
+    flags = [
+        *DENSE,
+        "--finetune",
+        "--load",
+        dense,
+        "--kd-loss-weight",
+        "1",
+        "--lm-loss-weight",
+        "0",
+        "--train-iters",
+        "2",
+        "--weight-decay",
+        "0",
+    ]
     rows = dist.run(train, 1, [*flags, "--data-path", dataset, "--run-dir", str(tmp_path)])[0]
     assert rows[0]["kd_loss"] == pytest.approx(0.0, abs=1e-6)
     assert rows[0]["grad_norm"] < 1e-5
@@ -138,9 +150,20 @@ def _poisoned(rank, world, fault, flags):
 def test_a_step_with_a_nan_is_left_out_of_every_figure(tmp_path, dataset, dense, layout):
     world, more = layout
     flags = [
-        *AST, *TEACHER, "--mask-metric", "wanda", "--max-skipped-steps", "1", "--load", dense,
-        "--data-path", dataset, "--run-dir", str(tmp_path), *more,
-    ]  # fmt: skip
+        *AST,
+        *TEACHER,
+        "--mask-metric",
+        "wanda",
+        "--max-skipped-steps",
+        "1",
+        "--load",
+        dense,
+        "--data-path",
+        dataset,
+        "--run-dir",
+        str(tmp_path),
+        *more,
+    ]
     rows = dist.run(_poisoned, world, f"nan@{world - 1}:3:loss", flags)[0]
     assert [row["step"] for row in rows if row["loss"] is None] == [4]
     assert rows[3]["kd_loss"] is None and rows[3]["lm_loss"] is None

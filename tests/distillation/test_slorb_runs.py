@@ -81,9 +81,18 @@ def test_it_starts_with_the_sums_of_the_dense_weights_and_is_trained(
 def test_sums_over_groups_and_fused_gates(tmp_path, dataset):
     """An untrained projection has no matrix; gate and up are split over ranks apart."""
     flags = [
-        *[f for f in AST if f != "--finetune"], *LLAMA, "--ffn-hidden-size", "64", "--slorb-k", "8",
-        "--no-slorb-train-projection", "--train-iters", "4", "--data-path", dataset,
-    ]  # fmt: skip
+        *[f for f in AST if f != "--finetune"],
+        *LLAMA,
+        "--ffn-hidden-size",
+        "64",
+        "--slorb-k",
+        "8",
+        "--no-slorb-train-projection",
+        "--train-iters",
+        "4",
+        "--data-path",
+        dataset,
+    ]
     one = dist.run(train, 1, [*flags, "--run-dir", str(tmp_path / "one")])[0]
     two = dist.run(train, 2, [*flags, *TP2, "--run-dir", str(tmp_path / "two")])[0]
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-5)

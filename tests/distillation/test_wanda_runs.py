@@ -17,9 +17,17 @@ LAYOUTS = {
 
 def _run(folder, dataset, dense, flags, world=1):
     arguments = [
-        *AST, "--mask-metric", "wanda", "--load", dense, "--data-path", dataset,
-        "--run-dir", str(folder), *flags,
-    ]  # fmt: skip
+        *AST,
+        "--mask-metric",
+        "wanda",
+        "--load",
+        dense,
+        "--data-path",
+        dataset,
+        "--run-dir",
+        str(folder),
+        *flags,
+    ]
     return dist.run(traced, world, arguments)[0]
 
 

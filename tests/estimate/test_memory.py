@@ -65,7 +65,7 @@ def _measure(rank: int, world: int, flags: list[str]) -> dict[str, Any]:
             "masks": nbytes(state.mask for state in states),
             "operands": sum(map(nbytes, operands)),
         },
-    }  # fmt: skip
+    }
 
 
 def _sparse_weights(model: Any) -> list[tuple[str, Any]]:
@@ -164,9 +164,12 @@ def test_operands_in_8_bits(name):
     estimated = footprint(config, recipe, 128, 1)
     w = torch.randn(128, 256).bfloat16()
     made = weight_pack24(
-        w, transposable24_mask(w), dtype=E4M3, scale=torch.tensor(1.0),
+        w,
+        transposable24_mask(w),
+        dtype=E4M3,
+        scale=torch.tensor(1.0),
         transposed="packed" if recipe.transposable else "dense",
-    )  # fmt: skip
+    )
     parts = [[m.values, m.metadata] if isinstance(m, Packed24) else [m] for m in made]
     nbytes = sum(t.nbytes for part in parts for t in part)
     assert estimated.state["operands"] * w.numel() == nbytes * estimated.sparse_parameters

@@ -48,14 +48,25 @@ def environment(**more: str) -> dict[str, str]:
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "PYTEST", "GLOO_", "NCCL_", "MEGASPARSE_"))
-        and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
-                         "TRITON_INTERPRET")
-    }  # fmt: skip
+        and name
+        not in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "TRITON_INTERPRET",
+        )
+    }
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
-        **kept, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu", "PYTHON": sys.executable, **more,
-    }  # fmt: skip
+        **kept,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHON": sys.executable,
+        **more,
+    }
 
 
 def wait_for(condition: Callable[[], bool], what: str, log: Path | None = None) -> None:
@@ -82,9 +93,18 @@ class Node:
         """
         script = " && ".join([f"hostname {self.host}", *mounts, 'exec "$@"'])
         return [
-            "nsenter", f"--net=/run/netns/{self.name}", "--",
-            "unshare", "--uts", "--mount", "bash", "-c", script, "-", *command,
-        ]  # fmt: skip
+            "nsenter",
+            f"--net=/run/netns/{self.name}",
+            "--",
+            "unshare",
+            "--uts",
+            "--mount",
+            "bash",
+            "-c",
+            script,
+            "-",
+            *command,
+        ]
 
     def run(self, command: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
         """Run to the end on this node."""
@@ -111,8 +131,20 @@ def make_nodes(count: int, tag: str) -> Iterator[list[Node]]:
         ip("-n", prefix, "link", "set", "br0", "up")
         for number, node in enumerate(nodes):
             port = f"port{number}"
-            ip("-n", prefix, "link", "add", port, "type", "veth", "peer", "name", "veth0",
-               "netns", node.name)  # fmt: skip
+            ip(
+                "-n",
+                prefix,
+                "link",
+                "add",
+                port,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "veth0",
+                "netns",
+                node.name,
+            )
             ip("-n", prefix, "link", "set", port, "master", "br0", "up")
             ip("-n", node.name, "addr", "add", f"{node.address}/24", "dev", "veth0")
             ip("-n", node.name, "link", "set", "veth0", "up")
@@ -124,9 +156,13 @@ def daemon(command: Sequence[str], log: Path, **options: object) -> Iterator[sub
     """A program that runs in the foreground until the end of the block, with all its children."""
     with open(log, "ab") as stream:
         process = subprocess.Popen(  # type: ignore[call-overload]
-            command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL,
-            start_new_session=True, **options,
-        )  # fmt: skip
+            command,
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            **options,
+        )
     try:
         yield process
     finally:
@@ -230,10 +266,15 @@ def make_slurm(folder: Path, nodes: list[Node]) -> Iterator[Slurm]:
     key.chmod(0o400)
     variables = environment(SLURM_CONF=str(conf))
     munge = [
-        "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
-        f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",
+        "munged",
+        "--foreground",
+        "--force",
+        f"--key-file={key}",
+        f"--socket={folder}/munge.socket",
+        f"--pid-file={folder}/munged.pid",
+        f"--log-file={folder}/munged.log",
         f"--seed-file={folder}/munged.seed",
-    ]  # fmt: skip
+    ]
     with ExitStack() as stack:
         stack.enter_context(daemon(nodes[0].command(munge), folder / "munged.out"))
         wait_for((folder / "munge.socket").exists, "munge", folder / "munged.out")
@@ -297,6 +338,7 @@ def make_ssh(folder: Path, nodes: list[Node]) -> Iterator[dict[str, str]]:
             probe = ["ssh", node.address, "true"]
             wait_for(
                 lambda probe=probe: nodes[0].run(probe, env=variables).returncode == 0,  # type: ignore[misc]
-                f"ssh to {node.host}", log,
-            )  # fmt: skip
+                f"ssh to {node.host}",
+                log,
+            )
         yield variables

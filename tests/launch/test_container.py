@@ -31,17 +31,26 @@ def run(tmp_path):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     environment = {
-        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "WRITTEN": str(tmp_path),
-        "PYTHON": str(tmp_path / "chosen"), "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "WRITTEN": str(tmp_path),
+        "PYTHON": str(tmp_path / "chosen"),
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
         "SLURM_CPUS_PER_TASK": "8",
-    }  # fmt: skip
+    }
 
     def submit(script: str, *arguments: str, **variables: str) -> dict[str, list[str]]:
         result = subprocess.run(
-            ["bash", f"launch/slurm/{script}", *arguments], cwd=ROOT, text=True,
-            env={**environment, **variables}, capture_output=True, timeout=60,
-        )  # fmt: skip
+            ["bash", f"launch/slurm/{script}", *arguments],
+            cwd=ROOT,
+            text=True,
+            env={**environment, **variables},
+            capture_output=True,
+            timeout=60,
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         files = [path for path in (tmp_path / "options", tmp_path / "ranks") if path.exists()]
         return {path.name: path.read_text().splitlines() for path in files}
@@ -55,9 +64,12 @@ def test_a_run_in_a_container_keeps_its_rendezvous_and_sees_its_folder(run, tmp_
     (tmp_path / "link").symlink_to(place)
     flags = ["configs/models/gpt2_124m.yaml", "--run-dir", str(tmp_path / "link")]
     found = run(
-        "pretrain.sbatch", *flags, CONTAINER_IMAGE="/images/a.sqsh", CONTAINER_MOUNTS="/d:/d:ro",
+        "pretrain.sbatch",
+        *flags,
+        CONTAINER_IMAGE="/images/a.sqsh",
+        CONTAINER_MOUNTS="/d:/d:ro",
         RANKS_PER_NODE="2",
-    )  # fmt: skip
+    )
     assert {
         "--container-image=/images/a.sqsh",
         f"--container-workdir={ROOT}",

@@ -52,9 +52,17 @@ def made(tmp_path_factory) -> dict[str, Path]:
     tokenizer.save(str(folder / "tokenizer.json"))
     make_dataset(folder / "data")
     flags = [
-        *TINY, *LLAMA, "--lr", "1e-2", "--data-path", str(folder / "data"),
-        "--run-dir", str(folder / "run"), "--tokenizer-model", str(folder / "tokenizer.json"),
-    ]  # fmt: skip
+        *TINY,
+        *LLAMA,
+        "--lr",
+        "1e-2",
+        "--data-path",
+        str(folder / "data"),
+        "--run-dir",
+        str(folder / "run"),
+        "--tokenizer-model",
+        str(folder / "tokenizer.json"),
+    ]
     dist.run(train, 1, flags)
     arguments = ["--input", str(folder / "run"), "--output", str(folder / "hf")]
     assert export_sparse.main(arguments) == 0

@@ -35,14 +35,24 @@ def test_the_exit_code_is_that_of_the_ranks(tmp_path, codes, expected, missing):
     (tmp_path / "sleep").write_text('#!/bin/sh\ncase $1 in 0.*) exec /bin/sleep "$1" ;; esac\n')
     (tmp_path / "sleep").chmod(0o755)
     done = subprocess.run(
-        ["bash", "launch/slurm/node.sh"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        ["bash", "launch/slurm/node.sh"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
         env={
-            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_NNODES": "1",
-            "SLURM_NODEID": "0", "SLURM_CPUS_PER_TASK": "8", "RANKS_PER_NODE": "2",
-            "LOGS": str(tmp_path), "PYTHON": str(tmp_path / "rank"), "CODES": codes,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+            "SLURM_NNODES": "1",
+            "SLURM_NODEID": "0",
+            "SLURM_CPUS_PER_TASK": "8",
+            "RANKS_PER_NODE": "2",
+            "LOGS": str(tmp_path),
+            "PYTHON": str(tmp_path / "rank"),
+            "CODES": codes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",
             **({"BASH_ENV": str(tmp_path / "missing")} if missing else {}),
         },
-    )  # fmt: skip
+    )
     assert done.returncode == expected, done.stdout + done.stderr
     assert ("had exit code" in done.stdout) == (expected != 0)

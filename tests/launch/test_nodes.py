@@ -30,8 +30,16 @@ def test_deepspeed_with_a_hostfile_trains_as_on_one_node(nodes, tmp_path):
         + "DS_ACCELERATOR=cpu\n"
     )
     assert "OMP_NUM_THREADS=" in carried.read_text()
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts),
-               "launch/pretrain.py", *flags, str(tmp_path / "run")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--hostfile",
+        str(hosts),
+        "launch/pretrain.py",
+        *flags,
+        str(tmp_path / "run"),
+    ]
     with make_ssh(tmp_path, nodes) as variables:
         done = nodes[0].run(
             command, env={**variables, "DS_ENV_FILE": str(carried)}, cwd=ROOT, timeout=SECONDS
@@ -50,22 +58,38 @@ def test_torchrun_and_a_preflight_that_finds_other_data_on_a_node(nodes, tmp_pat
     original = (tmp_path / "data.bin").read_bytes()
     (tmp_path / "other.bin").write_bytes(original[:-2] + b"\x01\x00")
     config = tmp_path / "run.yaml"
-    config.write_text(dump_yaml(load_config([*TINY, "--data-path", prefix, "--run-dir",
-                                             str(tmp_path / "run")])))  # fmt: skip
+    config.write_text(
+        dump_yaml(load_config([*TINY, "--data-path", prefix, "--run-dir", str(tmp_path / "run")]))
+    )
     started = []
     for number, node in enumerate(nodes):
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank",
-            str(number), "--master_addr", nodes[0].address, "--master_port", "29401",
-            "-m", "megasparse.preflight", str(config),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--node_rank",
+            str(number),
+            "--master_addr",
+            nodes[0].address,
+            "--master_port",
+            "29401",
+            "-m",
+            "megasparse.preflight",
+            str(config),
+        ]
         mounts = [f"mount --bind {tmp_path}/other.bin {tmp_path}/data.bin"] if number else []
         started.append(
             subprocess.Popen(
-                node.command(command, mounts), env=environment(), cwd=ROOT, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                node.command(command, mounts),
+                env=environment(),
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
-        )  # fmt: skip
+        )
     try:
         outputs = [process.communicate(timeout=SECONDS)[0] for process in started]
     finally:

@@ -33,8 +33,16 @@ def slurm(tmp_path_factory) -> Iterator[Slurm]:
 def config(tmp_path_factory) -> Path:
     """A tiny run's YAML: data parallel 2, everything random in it."""
     folder = tmp_path_factory.mktemp("run")
-    flags = [*TINY, *DROPOUT, "--train-iters", str(STEPS), "--data-path",
-             make_dataset(folder / "data"), "--log-interval", "100"]  # fmt: skip
+    flags = [
+        *TINY,
+        *DROPOUT,
+        "--train-iters",
+        str(STEPS),
+        "--data-path",
+        make_dataset(folder / "data"),
+        "--log-interval",
+        "100",
+    ]
     path = folder / "tiny.yaml"
     path.write_text(dump_yaml(load_config(flags)))
     return path
@@ -55,8 +63,10 @@ def test_stopped_by_the_signal_queued_again_and_resumed_bit_for_bit(slurm, confi
     assert text.count("told to stop") == 1 and "exit code 75: queued again" in text, text
     assert f"job {job}, start 1, run {run_dir}" in text, text
 
-    starts = [sorted(path.name for path in (run_dir / "logs" / f"{job}-{n}").glob(
-        "*.log")) for n in (0, 1)]  # fmt: skip
+    starts = [
+        sorted(path.name for path in (run_dir / "logs" / f"{job}-{n}").glob("*.log"))
+        for n in (0, 1)
+    ]
     assert starts == [["rank-0.log", "rank-1.log"]] * 2
     first, second = ((run_dir / "logs" / f"{job}-{n}") for n in (0, 1))
     words = (first / "rank-0.log").read_text()
@@ -76,9 +86,14 @@ def test_stopped_by_the_signal_queued_again_and_resumed_bit_for_bit(slurm, confi
 def test_a_killed_worker_ends_the_job_with_the_reason(slurm, config, tmp_path):
     log = tmp_path / "job.log"
     job = slurm.submit(
-        "--nodes=2", f"--output={log}", SCRIPT, str(config), "--run-dir", str(tmp_path / "run"),
+        "--nodes=2",
+        f"--output={log}",
+        SCRIPT,
+        str(config),
+        "--run-dir",
+        str(tmp_path / "run"),
         MEGASPARSE_FAULT="kill@1:5:step_end",
-    )  # fmt: skip
+    )
     # The list shows the job with its run.
     shown = rf"{job} +megasparse +RUNNING .*{tmp_path}/run"
     wait_for(lambda: bool(re.search(shown, slurm.run("launch/slurm/watch.sh"))), "list", log)
@@ -110,14 +125,26 @@ def test_array_dependency_and_hostfile(slurm, config, tmp_path):
     sweep.write_text("--lr 1e-4\n--lr 3e-4 --seed 5\n")
     run_id = f"array-{tmp_path.parent.name}-{tmp_path.name}"
     job = slurm.submit(
-        "--array=1-2", f"--output={tmp_path}/%a.log", "launch/slurm/array.sbatch", str(config),
-        str(sweep), "--num-workers", "1", RUN_ID=run_id, PYTHON="echo",
-    )  # fmt: skip
+        "--array=1-2",
+        f"--output={tmp_path}/%a.log",
+        "launch/slurm/array.sbatch",
+        str(config),
+        str(sweep),
+        "--num-workers",
+        "1",
+        RUN_ID=run_id,
+        PYTHON="echo",
+    )
     log = tmp_path / "convert.log"
     after = slurm.submit(
-        f"--dependency=afterok:{job}", "--cpus-per-task=1", f"--output={log}",
-        "launch/slurm/convert.sbatch", "--flag", "x", PYTHON="echo",
-    )  # fmt: skip
+        f"--dependency=afterok:{job}",
+        "--cpus-per-task=1",
+        f"--output={log}",
+        "launch/slurm/convert.sbatch",
+        "--flag",
+        "x",
+        PYTHON="echo",
+    )
     runs = [ROOT / "runs" / f"{run_id}-{task}" for task in (1, 2)]
     try:
         assert slurm.wait(after, {"COMPLETED", "FAILED"}, log)["JobState"] == "COMPLETED"

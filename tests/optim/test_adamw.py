@@ -60,8 +60,10 @@ def test_update_rule(name, rule):
         parameter_groups([("w", weight), ("b", bias)], {id(weight)}, WD),
         before_step=before,
         decoupled_decay=decay.term if name == "ast" else None,
-        lr=LR, betas=BETAS, eps=EPS,
-    )  # fmt: skip
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+    )
     w, m, v = weight.detach().double(), torch.zeros(8, 12).double(), torch.zeros(8, 12).double()
     bias_before = bias.detach().clone()
     plain = torch.nn.Parameter(bias.detach().clone())

@@ -68,9 +68,20 @@ CASES = {
 def test_a_flipped_bit_is_found_within_the_interval(tmp_path, dataset, case):
     world, flags, where, kind, name, expected = CASES[case]
     arguments = [
-        *BASE, *GPT, *flags, "--data-path", dataset, "--run-dir", str(tmp_path / "run"),
-        "--replica-check-interval", str(INTERVAL), "--train-iters", "10", "--eval-iters", "0",
-    ]  # fmt: skip
+        *BASE,
+        *GPT,
+        *flags,
+        "--data-path",
+        dataset,
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--replica-check-interval",
+        str(INTERVAL),
+        "--train-iters",
+        "10",
+        "--eval-iters",
+        "0",
+    ]
     results = dist.run(_corrupted_run, world, arguments, where, kind, name)
     for steps, error in results:
         assert error is not None and expected in error and "step 6" in error
@@ -81,8 +92,15 @@ def test_a_flipped_bit_is_found_within_the_interval(tmp_path, dataset, case):
 
 def test_an_undisturbed_run_passes_and_the_check_can_be_off(tmp_path, dataset):
     arguments = [
-        *BASE, *GPT, "--data-path", dataset, "--train-iters", "6", "--eval-iters", "0",
-    ]  # fmt: skip
+        *BASE,
+        *GPT,
+        "--data-path",
+        dataset,
+        "--train-iters",
+        "6",
+        "--eval-iters",
+        "0",
+    ]
     for name, interval, where in (("on", "1", -1), ("off", "0", 1)):
         flags = [*arguments, "--run-dir", str(tmp_path / name), "--replica-check-interval"]
         results = dist.run(_corrupted_run, 2, [*flags, interval], where, "parameter", FC2)

@@ -150,9 +150,18 @@ def _sampled(rank, world, flags):
 
 def test_sample_and_report_of_a_pipeline(tmp_path):
     base = [
-        *BASE, *LLAMA_STYLE, *SHORT, "--num-layers", "4", "--mock-data", "--sample-tokens", "5",
-        "--sample-prompt", "3 4 5", "--run-dir",
-    ]  # fmt: skip
+        *BASE,
+        *LLAMA_STYLE,
+        *SHORT,
+        "--num-layers",
+        "4",
+        "--mock-data",
+        "--sample-tokens",
+        "5",
+        "--sample-prompt",
+        "3 4 5",
+        "--run-dir",
+    ]
     ((step, sample, tensors),) = dist.run(_sampled, 1, [*base, str(tmp_path / "one")])[0]
     assert step == 6 and sample and len(tensors) == 8
     for name, flags in (("pp", PP2), ("tp", TP2), ("zero", zero(3))):

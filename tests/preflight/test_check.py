@@ -72,9 +72,12 @@ def test_host_memory_is_shared_by_its_ranks():
 def test_links_are_hosts_pairs_and_all():
     links = plan(["a", "a", "b", "b", "c"])
     assert [(link.name, link.ranks) for link in links] == [
-        ("the 2 ranks of a", (0, 1)), ("the 2 ranks of b", (2, 3)),
-        ("a - b", (0, 2)), ("b - c", (2, 4)), ("all 5 ranks", (0, 1, 2, 3, 4)),
-    ]  # fmt: skip
+        ("the 2 ranks of a", (0, 1)),
+        ("the 2 ranks of b", (2, 3)),
+        ("a - b", (0, 2)),
+        ("b - c", (2, 4)),
+        ("all 5 ranks", (0, 1, 2, 3, 4)),
+    ]
     for phase in range(4):  # run at the same time: no rank in two of them
         ranks = [rank for link in links if link.phase == phase for rank in link.ranks]
         assert len(ranks) == len(set(ranks))

@@ -46,9 +46,16 @@ def build(root: Path) -> list[Case]:
     """All cases, with the files that they need below `root`."""
     make_dataset(root / "data")
     return [
-        *_sizes(), *_values(), *_flags(), *_yaml(root), *_blends(root), *_index_files(root),
-        *_tokenizers(root), *_folders(root), *_environment(),
-    ]  # fmt: skip
+        *_sizes(),
+        *_values(),
+        *_flags(),
+        *_yaml(root),
+        *_blends(root),
+        *_index_files(root),
+        *_tokenizers(root),
+        *_folders(root),
+        *_environment(),
+    ]
 
 
 def _config(name: str, words: str, *flags: str, world: int = 2) -> Case:
@@ -60,8 +67,9 @@ def _sizes() -> list[Case]:
     return [
         _config("world", "world size 2 is not divisible by", "--tensor-model-parallel-size", "3"),
         _config("heads", "num_attention_heads 5", "--num-attention-heads", "5"),
-        _config("heads-tp", "num_query_groups 1 is not divisible by", "--num-query-groups", "1",
-                *tp2),
+        _config(
+            "heads-tp", "num_query_groups 1 is not divisible by", "--num-query-groups", "1", *tp2
+        ),
         _config("groups", "num_query_groups 3", "--num-query-groups", "3"),
         _config("hidden", "hidden_size 66", "--hidden-size", "66", "--kv-channels", "16"),
         _config("ffn", "ffn_hidden_size 90", "--ffn-hidden-size", "90"),
@@ -70,13 +78,25 @@ def _sizes() -> list[Case]:
         _config("batch", "global_batch_size 6", "--global-batch-size", "6"),
         _config("positions", "seq_length 32 is longer than", "--max-position-embeddings", "16"),
         _config("sp-alone", "sequence_parallel needs", "--sequence-parallel"),
-        _config("sp-length", "seq_length 31 is not divisible", "--sequence-parallel",
-                "--seq-length", "31", *tp2),
+        _config(
+            "sp-length",
+            "seq_length 31 is not divisible",
+            "--sequence-parallel",
+            "--seq-length",
+            "31",
+            *tp2,
+        ),
         _config("gqa", "group_query_attention needs", "--group-query-attention"),
         _config("zero-bf16", "zero_stage 0 with bf16", "--bf16", "--zero-stage", "0"),
-        _config("zero-3", "zero_stage 3 with pipeline_model_parallel_size 2", "--zero-stage", "3",
-                "--pipeline-model-parallel-size", "2"),
-    ]  # fmt: skip
+        _config(
+            "zero-3",
+            "zero_stage 3 with pipeline_model_parallel_size 2",
+            "--zero-stage",
+            "3",
+            "--pipeline-model-parallel-size",
+            "2",
+        ),
+    ]
 
 
 def _values() -> list[Case]:
@@ -109,24 +129,35 @@ def _values() -> list[Case]:
         _config("warmup", "lr_warmup_iters 30 is more than", "--lr-warmup-iters", "30"),
         _config("warmups", "expected one", "--lr-warmup-iters", "3", "--lr-warmup-fraction", "0.1"),
         _config("min-lr", "min_lr 1.0 is above lr", "--min-lr", "1"),
-        _config("dense", "expected at most 1", "--dense-warmup-fraction", "0.7",
-                "--dense-tail-fraction", "0.7"),
+        _config(
+            "dense",
+            "expected at most 1",
+            "--dense-warmup-fraction",
+            "0.7",
+            "--dense-tail-fraction",
+            "0.7",
+        ),
         _config("recipe", "found 'magic', expected one of dense", "--sparsity-recipe", "magic"),
         _config("norm", "found 'BatchNorm'", "--normalization", "BatchNorm"),
         _config("positions-kind", "found 'alibi'", "--position-embedding-type", "alibi"),
-    ]  # fmt: skip
+    ]
 
 
 def _flags() -> list[Case]:
     return [
-        _config("unknown-flag", "unknown flag --hiden-size, did you mean --hidden-size?",
-                "--hiden-size", "64"),
+        _config(
+            "unknown-flag",
+            "unknown flag --hiden-size, did you mean --hidden-size?",
+            "--hiden-size",
+            "64",
+        ),
         _config("unknown-word", "unexpected argument 'surplus'", "--lr=1e-3", "surplus"),
         _config("no-value", "expected one argument", "--lr"),
         _config("two-sources", "exactly one of data_path", "--mock-data"),
-        _config("decay-dense", "masked_decay", "--sparsity-recipe", "dense",
-                "--masked-decay", "1e-3"),
-    ]  # fmt: skip
+        _config(
+            "decay-dense", "masked_decay", "--sparsity-recipe", "dense", "--masked-decay", "1e-3"
+        ),
+    ]
 
 
 def _yaml(root: Path) -> list[Case]:
@@ -169,11 +200,12 @@ def _blends(root: Path) -> list[Case]:
         _data("double", "twice", "--data-path", data, data, code=CONFIG),
         _data("split", "expected up to three numbers", "--split", "a,b", code=CONFIG),
         _data("split-train", "expected a train part", "--split", "0,1,0", code=CONFIG),
-        _data("no-valid", "validation data holds no sample", "--split", "1,0,0",
-              "--eval-iters", "1"),
+        _data(
+            "no-valid", "validation data holds no sample", "--split", "1,0,0", "--eval-iters", "1"
+        ),
         _data("small", "expected at least one global batch", "--seq-length", "4000"),
         _data("vocab", "expected 0 to 63", "--vocab-size", "64"),
-    ]  # fmt: skip
+    ]
 
 
 def _index_files(root: Path) -> list[Case]:
@@ -211,7 +243,7 @@ def _index_files(root: Path) -> list[Case]:
         "bin-odd": ("bin", lambda b: b[:-1], "multiple of 2"),
         "bin-long": ("bin", lambda b: b + b"xx", "expected"),
         "token": ("bin", lambda b: b"\xff\xff" + b[2:], "found id 65535"),
-    }  # fmt: skip
+    }
     cases = []
     for name, (suffix, change, words) in damages.items():
         prefix = root / f"damaged-{name}"
@@ -250,14 +282,25 @@ def _tokenizers(root: Path) -> list[Case]:
         cases.append(_data(name, words, "--tokenizer-model", str(path), "--vocab-size", "none"))
     (root / "good.model").write_bytes(model)
     cases.append(
-        _data("tok-vocab", "is smaller than the tokenizer's", "--tokenizer-model",
-              str(root / "good.model"), code=CONFIG)
-    )  # fmt: skip
+        _data(
+            "tok-vocab",
+            "is smaller than the tokenizer's",
+            "--tokenizer-model",
+            str(root / "good.model"),
+            code=CONFIG,
+        )
+    )
     (root / "bad.json").write_text('{"version": "1.0"}')
     cases.append(
-        _data("tok-json", "no valid", "--tokenizer-model", str(root / "bad.json"), "--vocab-size",
-              "none")
-    )  # fmt: skip
+        _data(
+            "tok-json",
+            "no valid",
+            "--tokenizer-model",
+            str(root / "bad.json"),
+            "--vocab-size",
+            "none",
+        )
+    )
     return cases
 
 
@@ -275,25 +318,35 @@ def _folders(root: Path) -> list[Case]:
         Case(
             "load-is-save",
             ("--save", str(root / "empty"), "--load", str(root / "empty"), "--resume"),
-            CHECKPOINT, "holds no checkpoint",
+            CHECKPOINT,
+            "holds no checkpoint",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _environment() -> list[Case]:
     variable = "MEGASPARSE_FAULT"
     return [
-        Case(f"fault-{text}", (), CONFIG, "expected kind@rank:step:point",
-             environment=((variable, text),))
+        Case(
+            f"fault-{text}",
+            (),
+            CONFIG,
+            "expected kind@rank:step:point",
+            environment=((variable, text),),
+        )
         for text in ("nonsense", "kill@x:1:forward", "kill@0:1:nowhere")
-    ]  # fmt: skip
+    ]
 
 
 def environment_of(case: Case, rank: int) -> dict[str, str]:
     """Variables of a rank's process."""
     return {
         **os.environ,
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.world),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555", "DS_ACCELERATOR": "cpu",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(case.world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29555",
+        "DS_ACCELERATOR": "cpu",
         **dict(case.environment),
-    }  # fmt: skip
+    }

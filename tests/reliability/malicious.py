@@ -97,9 +97,17 @@ def prepare_base(root: Path) -> None:
 
 def _base(root: Path, *more: str) -> list[str]:
     return [
-        *TINY, "--train-iters", "4", "--data-path", str(root / "data"), "--run-dir",
-        str(root / "run"), "--data-cache-path", str(root / "cache"), *more,
-    ]  # fmt: skip
+        *TINY,
+        "--train-iters",
+        "4",
+        "--data-path",
+        str(root / "data"),
+        "--run-dir",
+        str(root / "run"),
+        "--data-cache-path",
+        str(root / "cache"),
+        *more,
+    ]
 
 
 def _resume(root: Path) -> list[str]:
@@ -177,8 +185,13 @@ def _yaml(text: str) -> tuple[Callable[[Path], Any], Callable[[Path], list[str]]
     def plant(root: Path) -> None:
         (root / "evil.yaml").write_text(text.replace("CMD", f"touch {root / 'marker'}"))
 
-    return plant, lambda root: [*_base(root), "--run-dir", str(root / "new"), "--config",
-                                str(root / "evil.yaml")]  # fmt: skip
+    return plant, lambda root: [
+        *_base(root),
+        "--run-dir",
+        str(root / "new"),
+        "--config",
+        str(root / "evil.yaml"),
+    ]
 
 
 def attacks() -> list[Attack]:
@@ -194,24 +207,51 @@ def attacks() -> list[Attack]:
         "header-2^62": (_replace_tensors(lambda _: (1 << 62).to_bytes(8, "little") * 9), refused),
         "header-sizes": (_replace_tensors(_safetensors(bad_header)), refused),
         "header-overlap": (_replace_tensors(_safetensors(overlap)), refused),
-        "name-parent": (_manifest(lambda m, r: m["files"].update(
-            {"../../../marker": {"size": 0, "header_sha256": ""}})), refused),
-        "name-absolute": (_manifest(lambda m, r: m["files"].update(
-            {str(r / "data.bin"): {"size": 0, "header_sha256": ""}})), refused),
-        "huge-shape": (_manifest(lambda m, r: m["pieces"][0]["shard"].update(
-            global_shape=[1 << 30, 1 << 30])), refused),
-        "config-class": (_manifest(lambda m, r: m["config"]["model"].update(
-            normalization="os.system")), (64,)),
-        "state-code": (_manifest(lambda m, r: m["state"].update(
-            flip_history="__import__('os').system('touch marker')")), (0, 66)),
+        "name-parent": (
+            _manifest(
+                lambda m, r: m["files"].update(
+                    {"../../../marker": {"size": 0, "header_sha256": ""}}
+                )
+            ),
+            refused,
+        ),
+        "name-absolute": (
+            _manifest(
+                lambda m, r: m["files"].update(
+                    {str(r / "data.bin"): {"size": 0, "header_sha256": ""}}
+                )
+            ),
+            refused,
+        ),
+        "huge-shape": (
+            _manifest(lambda m, r: m["pieces"][0]["shard"].update(global_shape=[1 << 30, 1 << 30])),
+            refused,
+        ),
+        "config-class": (
+            _manifest(lambda m, r: m["config"]["model"].update(normalization="os.system")),
+            (64,),
+        ),
+        "state-code": (
+            _manifest(
+                lambda m, r: m["state"].update(
+                    flip_history="__import__('os').system('touch marker')"
+                )
+            ),
+            (0, 66),
+        ),
         "dcp-metadata": (_write("run/checkpoints/step-00000002/.metadata", pickled), fresh),
         "deepspeed-states": (
             _write("run/checkpoints/step-00000002/mp_rank_00_model_states.pt", _torch_saved),
-            fresh),
+            fresh,
+        ),
         "rng-pickle": (_write("run/checkpoints/step-00000002/rng.pkl", pickled), fresh),
         "pointer-pickle": (_write("run/checkpoints/latest.json", pickled), fresh),
-        "pointer-path": (_write("run/checkpoints/latest.json",
-                                lambda r: b'{"step": 2, "folder": "../../../etc"}'), fresh),
+        "pointer-path": (
+            _write(
+                "run/checkpoints/latest.json", lambda r: b'{"step": 2, "folder": "../../../etc"}'
+            ),
+            fresh,
+        ),
         "deepspeed-latest": (_write("run/checkpoints/latest", lambda r: b"../../evil"), fresh),
         "lock-pickle": (_write("run/checkpoints/.lock", pickled), fresh),
         "metrics-pickle": (_write("run/metrics.jsonl", pickled), fresh),
@@ -222,7 +262,7 @@ def attacks() -> list[Attack]:
         "index-pickle": (_cache(pickled, "document_index"), fresh),
         "index-eval": (_cache(lambda r: pickled(r, "eval"), "shuffle_index"), fresh),
         "megatron-index": (_megatron_cache, fresh),
-    }  # fmt: skip
+    }
     found = [Attack(name, plant, _resume, codes) for name, (plant, codes) in checkpoint.items()]
     data = {
         "idx-pickle": (_write("data.idx", pickled), 65),
@@ -232,17 +272,24 @@ def attacks() -> list[Attack]:
     }
     found += [Attack(name, plant, _fresh(), (code,)) for name, (plant, code) in data.items()]
     for name, content in (
-        ("tok.model", pickled), ("tok-sub.model", lambda r: pickled(r, "subprocess")),
+        ("tok.model", pickled),
+        ("tok-sub.model", lambda r: pickled(r, "subprocess")),
         ("tok.json", lambda r: b'{"auto_map": {"AutoTokenizer": "evil.Evil"}}'),
-    ):  # fmt: skip
+    ):
         found.append(
             Attack(
-                name, _write(name, content),
-                lambda root, name=name: [*_base(root), "--run-dir", str(root / "new"),
-                                         "--tokenizer-model", str(root / name)],
+                name,
+                _write(name, content),
+                lambda root, name=name: [
+                    *_base(root),
+                    "--run-dir",
+                    str(root / "new"),
+                    "--tokenizer-model",
+                    str(root / name),
+                ],
                 (65,),
             )
-        )  # fmt: skip
+        )
     for number, text in enumerate(
         (
             "model: !!python/object/apply:os.system ['CMD']\n",

@@ -28,9 +28,16 @@ def flags(data: str, run_dir: Path, *more: str) -> list[str]:
     """A tiny run with everything random in it."""
     # A rank that is killed before all have met is missed after the time limit alone.
     return [
-        *TINY, *DROPOUT, "--data-path", data, "--run-dir", str(run_dir),
-        "--distributed-timeout-minutes", "0.25", *more,
-    ]  # fmt: skip
+        *TINY,
+        *DROPOUT,
+        "--data-path",
+        data,
+        "--run-dir",
+        str(run_dir),
+        "--distributed-timeout-minutes",
+        "0.25",
+        *more,
+    ]
 
 
 def differences(run_dir: Path, reference: Path) -> list[str]:
@@ -45,9 +52,10 @@ def differences(run_dir: Path, reference: Path) -> list[str]:
     if None in readers or readers[0].keys() != readers[1].keys():
         return [*found, "other tensors"]
     found += [
-        key for key in readers[0].keys()  # noqa: SIM118 (a method of the reader)
+        key
+        for key in readers[0].keys()  # noqa: SIM118 (a method of the reader)
         if not torch.equal(readers[0].read(key), readers[1].read(key))
-    ]  # fmt: skip
+    ]
     for name in ("state", "consumed_samples", "optimizer_steps", "step"):
         if readers[0].meta[name] != readers[1].meta[name]:
             found.append(name)
@@ -126,9 +134,13 @@ def soak(
     while total["strikes"] < strikes:
         run_dir = root / f"run-{total['runs']}"
         result = disturb(
-            flags(data, run_dir, *more), world, root / f"run-{total['runs']}.log", strike,
-            strikes - total["strikes"], seed + total["runs"],
-        )  # fmt: skip
+            flags(data, run_dir, *more),
+            world,
+            root / f"run-{total['runs']}.log",
+            strike,
+            strikes - total["strikes"],
+            seed + total["runs"],
+        )
         total["runs"] += 1
         total["differences"] += differences(run_dir, reference)
         total["longest"] = max(total["longest"], result["longest"])

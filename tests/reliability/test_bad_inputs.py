@@ -54,8 +54,12 @@ def test_the_launcher_prints_it_on_every_rank(root, cases, name):
     for rank in range(2):
         process = subprocess.run(
             [sys.executable, "launch/pretrain.py", *good_flags(root), *case.flags],
-            env=environment_of(case, rank), cwd=ROOT, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            env=environment_of(case, rank),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         errors = [line for line in process.stderr.splitlines() if "Error: " in line]
         assert process.returncode == case.code, process.stderr
         assert len(errors) == 1 and case.words in errors[0] and f"[rank {rank}]" in errors[0]

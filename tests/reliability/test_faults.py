@@ -62,9 +62,14 @@ def test_a_hanging_rank_is_named_with_what_the_others_wait_for(tmp_path, dataset
 def test_an_exception_on_one_rank_reaches_all(tmp_path, dataset, point):
     step = "*" if point == "build" else "4"
     codes, texts = _faulty(
-        dataset, tmp_path, f"exception@1:{step}:{point}", "--eval-iters", "1",
-        "--eval-interval", "4",
-    )  # fmt: skip
+        dataset,
+        tmp_path,
+        f"exception@1:{step}:{point}",
+        "--eval-iters",
+        "1",
+        "--eval-interval",
+        "4",
+    )
     assert codes == [1, 1]
     words = f"RuntimeError: exception injected by {VARIABLE} at {point}"
     assert f"rank 1 failed: {words}" in texts[0] and words in texts[1]

@@ -16,8 +16,19 @@ from tests.reliability.runs import flags
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(p for d in ("megasparse", "launch", "tools") for p in (ROOT / d).rglob("*.py"))
-MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "imp", "importlib", "code",
-           "codeop", "runpy", "joblib"}  # fmt: skip
+MODULES = {
+    "pickle",
+    "dill",
+    "cloudpickle",
+    "marshal",
+    "shelve",
+    "imp",
+    "importlib",
+    "code",
+    "codeop",
+    "runpy",
+    "joblib",
+}
 HARMLESS = {"importlib.metadata"}  # tells versions
 NAMES = {"eval", "exec", "compile", "__import__"}
 CALLS = {

@@ -53,9 +53,13 @@ def test_output_and_gradients_equal_those_of_the_folded_matrix(trained):
     x.requires_grad_()
     parts = [t.clone().requires_grad_() for t in (weight, adapter, projection)]
     z = linear(
-        x, parts[0], DenseGemms(effective), branch=LowRankBranch(k), adapter=parts[1],
+        x,
+        parts[0],
+        DenseGemms(effective),
+        branch=LowRankBranch(k),
+        adapter=parts[1],
         projection=parts[2] if trained else None,
-    )  # fmt: skip
+    )
     z.backward(dz)
     found = [x.grad, parts[1].grad] + ([parts[2].grad] if trained else [])
     x2 = x.detach().clone().requires_grad_()

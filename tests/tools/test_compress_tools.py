@@ -64,10 +64,25 @@ def test_one_shot_methods_prune_and_their_checkpoints_start_runs(tmp_path, datas
     assert is_24(reader.read(name)) and not is_24(newest_valid(dense["llama"]).read(name))
     # The saved model is the measured one: a run that starts from it has its loss.
     flags = [
-        *AST, *GATED, "--load", str(tmp_path / "sparsegpt"), "--train-iters", "1", "--lr", "1e-12",
-        "--eval-iters", "4", "--micro-batch-size", "4", "--global-batch-size", "4",
-        "--data-path", dataset, "--run-dir", str(tmp_path / "next"),
-    ]  # fmt: skip
+        *AST,
+        *GATED,
+        "--load",
+        str(tmp_path / "sparsegpt"),
+        "--train-iters",
+        "1",
+        "--lr",
+        "1e-12",
+        "--eval-iters",
+        "4",
+        "--micro-batch-size",
+        "4",
+        "--global-batch-size",
+        "4",
+        "--data-path",
+        dataset,
+        "--run-dir",
+        str(tmp_path / "next"),
+    ]
     rows = dist.run(train, 1, flags)[0]
     assert rows[-1]["valid_loss"] == pytest.approx(losses["sparsegpt"], rel=1e-4)
 
@@ -75,9 +90,17 @@ def test_one_shot_methods_prune_and_their_checkpoints_start_runs(tmp_path, datas
 @pytest.mark.parametrize("style", ["gpt", "llama"])
 def test_quantized_ast_with_slorb(tmp_path, dataset, dense, style):
     flags = [
-        *AST, *(GATED if style == "llama" else []), "--slorb-k", "8", "--data-path", dataset,
-        "--load", str(dense[style]), "--run-dir", str(tmp_path / "ast"),
-    ]  # fmt: skip
+        *AST,
+        *(GATED if style == "llama" else []),
+        "--slorb-k",
+        "8",
+        "--data-path",
+        dataset,
+        "--load",
+        str(dense[style]),
+        "--run-dir",
+        str(tmp_path / "ast"),
+    ]
     dist.run(train, 1, flags)
     losses = {}
     source = tmp_path / "ast" / "checkpoints"
@@ -85,9 +108,17 @@ def test_quantized_ast_with_slorb(tmp_path, dataset, dense, style):
         out = tmp_path / f"{kind}{len(losses)}"
         group = [] if "--group-size" in extra else ["--group-size", 32]
         report = _tool_run(
-            "quantize", "--load", source, "--output", out, "--format", kind, *extra, *group,
+            "quantize",
+            "--load",
+            source,
+            "--output",
+            out,
+            "--format",
+            kind,
+            *extra,
+            *group,
             *CALIBRATION,
-        )  # fmt: skip
+        )
         losses[(kind, *extra)] = report["loss_after"]
         assert report["loss_after"] == pytest.approx(report["loss_before"], abs=0.05)
         assert report["loss_after"] != report["loss_before"]

@@ -22,9 +22,20 @@ def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plot")
     dataset = make_dataset(folder / "data")
     dist.run(
-        train, 1, [*TINY, "--data-path", dataset, "--run-dir", str(folder / "run"),
-                   "--train-iters", "6", "--mask-update-interval", "2"],
-    )  # fmt: skip
+        train,
+        1,
+        [
+            *TINY,
+            "--data-path",
+            dataset,
+            "--run-dir",
+            str(folder / "run"),
+            "--train-iters",
+            "6",
+            "--mask-update-interval",
+            "2",
+        ],
+    )
     return folder / "run"
 
 

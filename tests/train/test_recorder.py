@@ -63,9 +63,16 @@ def test_layers_have_the_same_figures_in_every_layout(runs, name):
             assert a[figure] == pytest.approx(own * b[figure], **close), (b["layer"], figure)
     figures = {key for row in found if row["step"] == 5 for key in row}
     assert figures >= {
-        "density", "flip_rate", "retained_l1", "decay_ratio", "mvue_amplification",
-        "fp8_amax_x", "fp8_saturated_weight", "fp8_lost_grad_output", "fp8_amax_grad_output_mvue",
-    }  # fmt: skip
+        "density",
+        "flip_rate",
+        "retained_l1",
+        "decay_ratio",
+        "mvue_amplification",
+        "fp8_amax_x",
+        "fp8_saturated_weight",
+        "fp8_lost_grad_output",
+        "fp8_amax_grad_output_mvue",
+    }
 
 
 def test_rows_have_what_is_documented_at_log_steps(runs):

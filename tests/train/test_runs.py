@@ -77,25 +77,41 @@ def test_metrics_have_every_figure_and_the_run_dir_every_part(tmp_path, dataset)
     rows, run_dir = _run(tmp_path, dataset, "run", flags)
     for row in rows:
         assert {
-            "step", "loss", "grad_norm", "lr", "consumed_samples", "tokens_per_second",
-            "density", "masked_decay", "sparse", "samples",
-        } <= row.keys()  # fmt: skip
+            "step",
+            "loss",
+            "grad_norm",
+            "lr",
+            "consumed_samples",
+            "tokens_per_second",
+            "density",
+            "masked_decay",
+            "sparse",
+            "samples",
+        } <= row.keys()
         assert row["consumed_samples"] == 4 * row["step"]
     assert [row["step"] for row in rows if "valid_loss" in row] == [10, 20]
     assert {entry.name for entry in run_dir.iterdir()} >= {
-        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints",
-    }  # fmt: skip
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+    }
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(run_dir / "tensorboard"))
     board.Reload()
     tags = set(board.Tags()["scalars"])
     assert {
-        "loss/training", "loss/validation", "optimizer/learning_rate", "optimizer/grad_norm",
-        "sparsity/flip_rate", "sparsity/density", "throughput/tokens_per_second",
+        "loss/training",
+        "loss/validation",
+        "optimizer/learning_rate",
+        "optimizer/grad_norm",
+        "sparsity/flip_rate",
+        "sparsity/density",
+        "throughput/tokens_per_second",
         "layers_flip_rate/decoder.layers.1.mlp.linear_fc2.weight",
         "layers_density/decoder.layers.0.mlp.linear_fc1.weight",
-    } <= tags  # fmt: skip
+    } <= tags
     assert [e.value for e in board.Scalars("loss/training")] == pytest.approx(
         [row["loss"] for row in rows]
     )

@@ -78,9 +78,14 @@ def test_splits_share_no_document(prefixes):
 
 def test_masks_at_document_ends(prefixes):
     options = SampleOptions(
-        seq_length=64, seed=3, eod=0, vocab_size=VOCAB,
-        reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True,
-    )  # fmt: skip
+        seq_length=64,
+        seed=3,
+        eod=0,
+        vocab_size=VOCAB,
+        reset_position_ids=True,
+        reset_attention_mask=True,
+        eod_mask_loss=True,
+    )
     stream = _stream(prefixes[:1], options)
     item = next(stream[i] for i in range(50) if (stream[i]["tokens"][:-1] == 0).any())
     assert (

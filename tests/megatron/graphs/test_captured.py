@@ -26,8 +26,16 @@ GPT = [
     "8", "--log-interval", "5", "--mask-update-interval", "3", "--deterministic-mode",
     "--sparse-layers", "*.mlp.*", "*.self_attention.linear_*",
 ]  # fmt: skip
-LLAMA = ["--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu",
-         "--disable-bias-linear", "--ffn-hidden-size", "1024"]  # fmt: skip
+LLAMA = [
+    "--position-embedding-type",
+    "rope",
+    "--normalization",
+    "RMSNorm",
+    "--swiglu",
+    "--disable-bias-linear",
+    "--ffn-hidden-size",
+    "1024",
+]
 FP8 = ["--fp8-format", "e4m3"]
 PHASES = ["--dense-warmup-fraction", "0.2", "--dense-tail-fraction", "0.25"]
 RUNS = {
@@ -42,8 +50,14 @@ RUNS = {
     "fst, ZeRO 2": ["--sparsity-recipe", "fst", *LLAMA, "--zero-stage", "2"],
 }
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
-RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform",
-             "--recompute-num-layers", "1"]  # fmt: skip
+RECOMPUTE = [
+    "--recompute-granularity",
+    "full",
+    "--recompute-method",
+    "uniform",
+    "--recompute-num-layers",
+    "1",
+]
 LAYOUTS = {
     "fst, fp8, tp 2, sp": [*RUNS["fst, fp8"], *TP2],
     "s_ste, fp8, tp 2, sp": [*RUNS["s_ste, fp8"], *TP2],

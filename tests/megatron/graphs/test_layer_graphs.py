@@ -63,8 +63,14 @@ RUN = [
     "--mask-update-interval", "2", "--log-interval", "4", "--eval-iters", "1",
     "--eval-interval", "5", "--dense-warmup-fraction", "0.25", "--dense-tail-fraction", "0.25",
 ]  # fmt: skip
-RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform",
-             "--recompute-num-layers", "1"]  # fmt: skip
+RECOMPUTE = [
+    "--recompute-granularity",
+    "full",
+    "--recompute-method",
+    "uniform",
+    "--recompute-num-layers",
+    "1",
+]
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 S_STE = ["--sparsity-recipe", "s_ste"]

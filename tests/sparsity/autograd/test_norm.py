@@ -209,9 +209,15 @@ def test_what_is_gathered_travels_in_8_bits(device, packed):
         x.requires_grad_()
         if fused:
             y = norm_to_float8(
-                x, pair.norm_weight, None, centred=False, eps=EPS, scale=scale, trained=True,
+                x,
+                pair.norm_weight,
+                None,
+                centred=False,
+                eps=EPS,
+                scale=scale,
+                trained=True,
                 gathered=True,
-            )  # fmt: skip
+            )
             assert y.columns is None
         else:
             y = rms_norm(x, (H,), pair.norm_weight, EPS)

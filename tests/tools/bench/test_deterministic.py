@@ -10,9 +10,13 @@ from tools.bench import deterministic as bench
 
 def _run(losses: list[float], second: float) -> dict:
     return {
-        "losses": losses, "seconds": [9.0] * 5 + [second] * 3, "tokens": 600, "parameters": 2e6,
-        "hardware": "X", "torch": "0",
-    }  # fmt: skip
+        "losses": losses,
+        "seconds": [9.0] * 5 + [second] * 3,
+        "tokens": 600,
+        "parameters": 2e6,
+        "hardware": "X",
+        "torch": "0",
+    }
 
 
 def test_table_of_made_up_results() -> None:

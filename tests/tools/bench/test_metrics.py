@@ -14,8 +14,21 @@ def _bench(arguments: list[str]) -> None:
 
 def test_bench_metrics_runs_at_any_size(tmp_path):
     output = tmp_path / "metrics.md"
-    flags = ["--rounds", "1", "--output", str(output), "--", "--num-layers", "1",
-             "--hidden-size", "64", "--ffn-hidden-size", "64", "--seq-length", "32"]  # fmt: skip
+    flags = [
+        "--rounds",
+        "1",
+        "--output",
+        str(output),
+        "--",
+        "--num-layers",
+        "1",
+        "--hidden-size",
+        "64",
+        "--ffn-hidden-size",
+        "64",
+        "--seq-length",
+        "32",
+    ]
     process = context().Process(target=_bench, args=(flags,))
     process.start()
     process.join(200)

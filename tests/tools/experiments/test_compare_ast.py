@@ -22,8 +22,12 @@ ALL = [
     "dense", "dense_longer", "magnitude", "wanda", "sparsegpt", "sr_ste", "ast", "ast_slorb",
     "ast_slorb_int4",
 ]  # fmt: skip
-DATA = ("data_text_document.bin", "data_text_document.idx", "data_text_document.json",
-        "tokenizer.model")  # fmt: skip
+DATA = (
+    "data_text_document.bin",
+    "data_text_document.idx",
+    "data_text_document.json",
+    "tokenizer.model",
+)
 
 
 class _Ended:
@@ -184,8 +188,19 @@ def test_on_two_devices_with_the_flags_of_a_user(compared, tmp_path, capsys):
     """Real processes: dense on two ranks, then two variants beside each other."""
     for name in DATA:
         shutil.copy(compared[0] / name, tmp_path)
-    arguments = ["--output", str(tmp_path), "--jobs", "2", "--dense-iters", "20", "--only",
-                 "magnitude", "--discard-checkpoints", "--", *SMALL]  # fmt: skip
+    arguments = [
+        "--output",
+        str(tmp_path),
+        "--jobs",
+        "2",
+        "--dense-iters",
+        "20",
+        "--only",
+        "magnitude",
+        "--discard-checkpoints",
+        "--",
+        *SMALL,
+    ]
     code = tool.main(arguments)
     printed = capsys.readouterr()
     assert code == 0, printed.err

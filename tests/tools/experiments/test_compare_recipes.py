@@ -128,9 +128,14 @@ def test_the_sweep_names_the_rate_with_the_lowest_loss(compared):
 
 def _work(folder, start, *more, **options):
     return tool.Work(
-        folder, "compare_recipes_cpu.yaml", tool.corpus_data.Text(400, 300_000, False, 1),
-        NAMES, [1, 2], [*SMALL, *more], tool.RunQueue(start, **options),
-    )  # fmt: skip
+        folder,
+        "compare_recipes_cpu.yaml",
+        tool.corpus_data.Text(400, 300_000, False, 1),
+        NAMES,
+        [1, 2],
+        [*SMALL, *more],
+        tool.RunQueue(start, **options),
+    )
 
 
 def _never(arguments, extra, log):
@@ -208,8 +213,12 @@ def test_what_the_time_limit_leaves_out_is_named(compared, tmp_path, monkeypatch
 def test_two_runs_at_a_time_are_what_they_are_alone(compared, tmp_path, capsys):
     """Real processes, beside each other, with the flags of a user."""
     folder, _ = compared
-    for name in ("data_text_document.bin", "data_text_document.idx", "data_text_document.json",
-                 "tokenizer.model"):  # fmt: skip
+    for name in (
+        "data_text_document.bin",
+        "data_text_document.idx",
+        "data_text_document.json",
+        "tokenizer.model",
+    ):
         shutil.copy(folder / name, tmp_path)
     arguments = ["--output", str(tmp_path), "--jobs", "2", "--seeds", "1", "2", "--only", "dense"]
     assert tool.main([*arguments, "--discard-checkpoints", "--", *SMALL]) == 0
@@ -265,17 +274,22 @@ def test_the_paragraph_on_noise():
     assert one[-1] == "No variant has a gap to dense for two seeds: the noise is not known."
     two = noise(
         _rows(
-            dense=[0.0, 0.0], fst=[0.001, 0.0035], ste=[0.05, 0.052], s_ste=[0.0035], late=[None],
+            dense=[0.0, 0.0],
+            fst=[0.001, 0.0035],
+            ste=[0.05, 0.052],
+            s_ste=[0.0035],
+            late=[None],
             half=[0.05, 0.051],
         )
-    )  # fmt: skip
+    )
     text = "\n".join(two)
     assert "3 variants with two seeds or more) is 0.18 percentage points on average" in text
     assert "at most 0.25 (fst); the validation losses of dense itself lie 1.00 % apart" in text
     # fst is 0.002 above dense and varies by as much; ste is above half by less than that varies.
     assert two[-2:] == [
-        "- dense is lower than ste, half", "- fst is lower than ste, half",
-    ]  # fmt: skip
+        "- dense is lower than ste, half",
+        "- fst is lower than ste, half",
+    ]
     assert noise(_rows(dense=[0.0, 0.0], fst=[-0.01, 0.01]))[-1] == "- none"
 
 

@@ -70,10 +70,13 @@ def _state(trainer: Any) -> dict[str, str]:
     fp8, rest = trainer.controller.fp8, {}
     for state, _ in trainer.controller.weights:
         rest[state.name] = (
-            state.last_refresh, state.refreshes, state.prepared_step,
-            state.preparations_of_step, state.preparations,
+            state.last_refresh,
+            state.refreshes,
+            state.prepared_step,
+            state.preparations_of_step,
+            state.preparations,
             None if state.inputs is None else state.inputs.tokens,
-        )  # fmt: skip
+        )
     if hasattr(fp8, "history"):
         tensors |= {"history": fp8.history, "scale": fp8.scale, "scale_inv": fp8.scale_inv}
         rest["fp8"] = (fp8.initialized, fp8.assumed)

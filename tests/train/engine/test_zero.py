@@ -129,8 +129,12 @@ def _summed(rank, world):
     replicated.sequence_parallel = True
     flat = torch.arange(12.0) * (rank + 1)
     # A whole gradient, an empty piece, a view into ZeRO's flat tensor.
-    pieces = [(replicated, flat[:6].view(2, 3)), (other, flat[6:8]),
-              (replicated, flat[8:8]), (replicated, flat[8:])]  # fmt: skip
+    pieces = [
+        (replicated, flat[:6].view(2, 3)),
+        (other, flat[6:8]),
+        (replicated, flat[8:8]),
+        (replicated, flat[8:]),
+    ]
     sum_replicated(pieces, SimpleNamespace(sum_over_tp=sum_over_tp))
     sum_replicated([(other, flat)], SimpleNamespace(sum_over_tp=sum_over_tp))
     return flat, calls

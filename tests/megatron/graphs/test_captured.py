@@ -109,6 +109,8 @@ def test_a_captured_run_is_the_eager_one(tmp_path, flags):
 @pytest.mark.gpu
 @pytest.mark.parametrize("flags", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_captured_run_of_two_ranks_is_the_eager_one(tmp_path, flags):
+    """Needs a GPU for each rank. CPUs run such layouts with emulated replays
+    (`test_layer_graphs.py`)."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
     needs_transformer_engine(torch.device("cuda"))

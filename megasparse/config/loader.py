@@ -18,26 +18,12 @@ from typing import Any, NoReturn
 
 import yaml
 
+from megasparse.config.inputs import FieldInfo, locate, replace_sources
 from megasparse.config.schema import RunConfig
 from megasparse.errors import EXIT_CODES, ConfigError
 
 # Other spellings that Megatron-DeepSpeed and Megatron users type.
 ALIASES = {"num_key_value_heads": "num_query_groups"}
-
-
-@dataclasses.dataclass(frozen=True)
-class FieldInfo:
-    """One field: where it lives, its plain type, and its limits."""
-
-    group: str
-    name: str
-    kind: type  # int, float, bool, str, or list (of str)
-    optional: bool
-    metadata: dict[str, Any]
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
 
 
 def fields() -> Iterator[FieldInfo]:
@@ -77,8 +63,10 @@ def load_config(argv: Sequence[str], yaml_path: str | None = None) -> RunConfig:
         config.checkpoint.run_dir = "runs/" + "_".join(path.stem for path in paths)
     for path in paths:
         _apply_yaml(config, path)
+    replace_sources(config, flags)
     for name, value in flags.items():
         _assign(config, FIELDS[name], value, source=FIELDS[name].flag)
+    locate(config, FIELDS.values())
     return config
 
 
@@ -228,6 +216,8 @@ def _apply_tree(config: RunConfig, tree: dict[str, Any], source: str) -> None:
             raise ConfigError(f"{source}: unknown group {group!r}{hint}")
         if not isinstance(section, dict):
             raise ConfigError(f"{source}: group {group!r} holds {section!r}, expected settings")
+        if group == "data":
+            replace_sources(config, section)
         for key, value in section.items():
             info = FIELDS.get(ALIASES.get(str(key), str(key)))
             if info is None:
@@ -259,6 +249,10 @@ def _convert(info: FieldInfo, value: Any, source: str) -> Any:
         if not isinstance(value, bool):
             raise wrong
         return value
+    if isinstance(value, list) and "joined" in info.metadata:
+        if any(isinstance(item, (bool, dict, list)) or item is None for item in value):
+            raise wrong
+        value = info.metadata["joined"].join(str(item) for item in value)
     if isinstance(value, (bool, dict, list)):
         raise wrong
     try:

@@ -7,7 +7,12 @@ from typing import Any
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
-    """A dataclass field with its help text and limits (`choices`, `at_least`, `above`, `below`)."""
+    """A dataclass field with its help text and limits.
+
+    Args:
+        limits: `choices`, `at_least`, `above`, `below`; `joined`: between the items of a list in
+            YAML, which are one text; `path`: it names files that are "read" or "written".
+    """
     metadata = {"help": help, **limits}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

@@ -11,13 +11,19 @@ from megasparse.config.option import option
 class CheckpointConfig:
     """What a run leaves behind."""
 
-    run_dir: str = option("runs/default", "folder of everything that the run writes")
-    save: str | None = option(None, "folder of checkpoints; default RUN_DIR/checkpoints")
+    run_dir: str = option(
+        "runs/default", "folder of everything that the run writes", path="written"
+    )
+    save: str | None = option(
+        None, "folder of checkpoints; default RUN_DIR/checkpoints", path="written"
+    )
     load: str | None = option(
-        None, "folder of checkpoints to continue from; an error when it holds none"
+        None, "folder of checkpoints to continue from; an error when it holds none", path="read"
     )
     load_hf: str | None = option(
-        None, "folder of a Hugging Face model (LLaMA, GPT-2) whose weights the run starts from"
+        None,
+        "folder of a Hugging Face model (LLaMA, GPT-2) whose weights the run starts from",
+        path="read",
     )
     finetune: bool = option(
         False, "take the weights of --load alone: step 0, a new optimizer, other data or recipe"
@@ -65,12 +71,14 @@ class LoggingConfig:
         None, "steps between validations; default: one at the end", at_least=1
     )
     eval_iters: int = option(10, "global batches in a validation; 0: none", at_least=0)
-    tensorboard_dir: str | None = option(None, "default RUN_DIR/tensorboard")
+    tensorboard_dir: str | None = option(None, "default RUN_DIR/tensorboard", path="written")
     log_csv: bool = option(False, "write RUN_DIR/metrics.csv too")
     log_layers: bool = option(False, "write RUN_DIR/layers.jsonl: every layer's figures")
     wandb_project: str | None = option(None, "Weights & Biases: project; default: not used")
     wandb_exp_name: str | None = option(None, "its name of the run; default: the run folder's")
-    wandb_save_dir: str | None = option(None, "its local folder; default RUN_DIR/wandb")
+    wandb_save_dir: str | None = option(
+        None, "its local folder; default RUN_DIR/wandb", path="written"
+    )
     wandb_entity: str | None = option(None, "its team or user")
     peak_tflops: float | None = option(
         None,

@@ -52,6 +52,7 @@ class ParallelConfig:
         None,
         "JSON file with more of DeepSpeed's settings (buckets, profilers); it may not "
         "contradict the flags",
+        path="read",
     )
     preflight: str = option(
         "fast",
@@ -148,15 +149,21 @@ class DataConfig:
     """Where tokens come from."""
 
     data_path: list[str] = option(
-        [], "dataset prefixes, or pairs of weight and prefix: 0.7 a 0.3 b"
+        [], "dataset prefixes, or pairs of weight and prefix: 0.7 a 0.3 b", path="read"
     )
-    train_data_path: list[str] = option([], "like data-path, for training alone")
-    valid_data_path: list[str] = option([], "like data-path, for validation alone")
-    test_data_path: list[str] = option([], "like data-path, for testing alone")
-    split: str = option("969,30,1", "shares of training, validation and test in data-path")
-    mock_data: bool = option(False, "train on generated tokens (needs --vocab-size)")
+    train_data_path: list[str] = option([], "like data-path, for training alone", path="read")
+    valid_data_path: list[str] = option([], "like data-path, for validation alone", path="read")
+    test_data_path: list[str] = option([], "like data-path, for testing alone", path="read")
+    split: str = option(
+        "969,30,1", "shares of training, validation and test in data-path", joined=","
+    )
+    mock_data: bool = option(
+        False, "train on generated tokens (needs --vocab-size or --tokenizer-model)"
+    )
     data_cache_path: str | None = option(
-        None, "where sample indices are kept; default: a folder 'cache' beside the data"
+        None,
+        "where sample indices are kept; default: a folder 'cache' beside the data",
+        path="read",
     )
     tokenizer_type: str | None = option(
         None,
@@ -164,7 +171,7 @@ class DataConfig:
         choices=("SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"),
     )
     tokenizer_model: str | None = option(
-        None, "SentencePiece .model or Hugging Face tokenizer.json"
+        None, "SentencePiece .model or Hugging Face tokenizer.json", path="read"
     )
     num_workers: int = option(0, "processes that load data, per rank", at_least=0)
     reset_position_ids: bool = option(False, "positions start again after an end of document")
@@ -188,7 +195,9 @@ class DistillationConfig:
         2.0, "divides both logits; the divergence is multiplied by its square", above=0.0
     )
     teacher_load: str | None = option(
-        None, "folder of the teacher's checkpoints; default: the weights that the run starts from"
+        None,
+        "folder of the teacher's checkpoints; default: the weights that the run starts from",
+        path="read",
     )
     teacher_dtype: str | None = option(
         None,

@@ -225,8 +225,8 @@ def _check_data(data: DataConfig, model: ResolvedModel) -> None:
     if per_split and not data.train_data_path:
         raise ConfigError("valid_data_path or test_data_path is set without train_data_path")
     if data.mock_data:
-        if model.vocab_size is None:
-            raise ConfigError("mock_data needs vocab_size")
+        if model.vocab_size is None and data.tokenizer_model is None:
+            raise ConfigError("mock_data needs vocab_size, or tokenizer_model")
     elif data.tokenizer_model is None and model.vocab_size is None:
         raise ConfigError("neither tokenizer_model nor vocab_size is set; the model needs one")
 

@@ -5,6 +5,8 @@
     --data-path 0.7 prefix1 0.3 prefix2      (samples drawn in this proportion)
     --split 969,30,1                         (train, validation, test; by documents, in order)
 
+`data/mixture.py` says what each dataset can give.
+
 Megatron's own parsers take what they can find (a minus sign in `--split` is dropped, a blend of an
 odd form is read as prefixes); here every form but these is an error.
 """
@@ -36,7 +38,8 @@ def parse_data_path(value: str | Sequence[str], name: str = "--data-path") -> Bl
 
     Raises:
         ConfigError: no word; weights and prefixes that do not alternate; a weight that is not a
-            positive finite number; a prefix that is empty, comes twice, or ends in .bin or .idx.
+            positive finite number, or a sum that is not finite; a prefix that is empty, comes
+            twice, or ends in .bin or .idx.
     """
     words = value.split() if isinstance(value, str) else list(value)
     if not words:
@@ -57,6 +60,8 @@ def parse_data_path(value: str | Sequence[str], name: str = "--data-path") -> Bl
             raise ConfigError(
                 f"{name}: found weight {weight:g} for {prefix}, expected a number above 0"
             )
+    if not math.isfinite(sum(blend.weights or ())):
+        raise ConfigError(f"{name}: found weights whose sum is not finite")
     return blend
 
 
@@ -99,7 +104,7 @@ def _check_prefixes(prefixes: Sequence[str], name: str) -> None:
             raise ConfigError(f"{name}: found an empty prefix")
         if prefix.endswith((".bin", ".idx")):
             raise ConfigError(f"{name}: found {prefix}, expected it without {prefix[-4:]}")
-        normal = os.path.normpath(prefix)
+        normal = os.path.realpath(f"{prefix}.bin")  # another name or a link is the same file
         if normal in seen:
             raise ConfigError(f"{name}: found {prefix} twice, expected different datasets")
         seen.add(normal)

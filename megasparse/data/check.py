@@ -5,24 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import numpy as np
-
 from megasparse.config import ResolvedConfig
-from megasparse.data.blend import SPLITS, parse_data_path, parse_split
+from megasparse.data.blend import SPLITS, parse_data_path
 from megasparse.data.indexed import validate
+from megasparse.data.mixture import Source, check_shares, shares, tell_repeated
 from megasparse.data.sidecar import check_sidecar, idx_path
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
 from megasparse.errors import ConfigError, DataError
-
-
-@dataclass(frozen=True)
-class CheckedSource:
-    """A dataset whose files are as they were made: prefix, weight in the blend, digest."""
-
-    prefix: str
-    weight: float | None
-    digest: str
-    lengths: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -37,7 +26,11 @@ class CheckedData:
 
     tokenizer: Tokenizer | None
     vocab_size: int
-    sources: dict[str, list[CheckedSource]]
+    sources: dict[str, list[Source]]
+
+    def of_split(self, split: str) -> list[Source]:
+        """The datasets that a split comes from, if there are any."""
+        return self.sources.get("all") or self.sources.get(split, [])
 
     @property
     def digests(self) -> dict[str, str]:
@@ -84,8 +77,15 @@ def check_data(config: ResolvedConfig) -> CheckedData:
         ]
     checked = CheckedData(tokenizer, vocab_size, sources)
     if sources:
-        train, valid = (_samples(config, checked, split) for split in ("train", "valid"))
-        check_amounts(config, train, valid > 0)
+        tell_repeated(sources)
+        amounts = {}
+        for split in SPLITS:
+            found = shares(checked.of_split(split), split, config)
+            check_shares(found, split, config)
+            amounts[split] = sum(share.samples for share in found)
+            if split == "train":
+                check_amounts(config, amounts[split], True)
+        check_amounts(config, amounts["train"], amounts["valid"] > 0)
     return checked
 
 
@@ -114,25 +114,11 @@ def check_amounts(config: ResolvedConfig, train_samples: int, has_valid: bool) -
 
 def _check_source(
     prefix: str, weight: float | None, vocab_size: int, tokenizer: Tokenizer | None
-) -> CheckedSource:
+) -> Source:
     index = validate(prefix, vocab_size)
     sidecar = check_sidecar(prefix, tokenizer.digest if tokenizer else None)
     if sidecar is not None:
         digest = hashlib.sha256(f"{sidecar.idx_sha256}{sidecar.bin_sha256}".encode()).hexdigest()
     else:
         digest = hashlib.sha256(idx_path(prefix).read_bytes()).hexdigest()
-    return CheckedSource(prefix, weight, digest, index.lengths)
-
-
-def _samples(config: ResolvedConfig, checked: CheckedData, split: str) -> int:
-    """Samples of a split: each source's tokens, less one that only serves as a label."""
-    total = 0
-    for source in checked.sources.get("all") or checked.sources.get(split, []):
-        lengths = source.lengths
-        if "all" in checked.sources:
-            shares = parse_split(config.data.split)
-            bounds = np.round(np.cumsum([0.0, *shares]) * len(lengths)).astype(int)
-            number = SPLITS.index(split)
-            lengths = lengths[bounds[number] : bounds[number + 1]]
-        total += max(int(lengths.sum(dtype=np.int64)) - 1, 0) // config.model.seq_length
-    return total
+    return Source(prefix, weight, digest, index.lengths)

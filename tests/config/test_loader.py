@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megasparse.config import build_parser, dump_yaml, from_dict, load_config, to_dict
@@ -118,3 +120,46 @@ def test_bad_yaml(tmp_path, text, message):
         load_config(["--config", str(path)])
     assert message in str(caught.value)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_data_source_of_a_later_layer_replaces_an_earlier_one(tmp_path):
+    path, later = tmp_path / "run.yaml", tmp_path / "later.yaml"
+    path.write_text("data: {train_data_path: [a], valid_data_path: [b]}\n")
+    later.write_text("data: {data_path: [c]}\n")
+    argv = ["--config", str(path)]
+    data = load_config([*argv, "--mock-data"]).data
+    assert data.mock_data and not data.train_data_path and not data.valid_data_path
+    data = load_config([*argv, "--config", str(later)]).data
+    assert [Path(p).name for p in data.data_path] == ["c"] and not data.train_data_path
+    data = load_config([*argv, "--valid-data-path", "v"]).data  # a part of the same source
+    assert [Path(p).name for p in data.train_data_path + data.valid_data_path] == ["a", "v"]
+    path.write_text("data: {mock_data: true}\n")
+    data = load_config([*argv, "--data-path", "d", "--seed", "1"]).data
+    assert not data.mock_data and [Path(p).name for p in data.data_path] == ["d"]
+    assert load_config([*argv, "--no-mock-data"]).data == load_config([]).data
+    both = load_config(["--mock-data", "--data-path", "d"]).data  # refused by `resolve`
+    assert both.mock_data and both.data_path
+
+
+def test_a_split_may_be_a_list(tmp_path):
+    path = tmp_path / "run.yaml"
+    for text, split in (("[95, 5, 0]", "95,5,0"), ("[0.9, 0.1]", "0.9,0.1"), ("8", "8")):
+        path.write_text(f"data: {{split: {text}}}\n")
+        assert load_config(["--config", str(path)]).data.split == split
+    for text in ("[1, [2]]", "[true, 1]", "[1, null]", "{a: 1}"):
+        path.write_text(f"data: {{split: {text}}}\n")
+        with pytest.raises(ConfigError, match="data.split: found"):
+            load_config(["--config", str(path)])
+
+
+def test_paths_mean_the_same_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = load_config(
+        ["--data-path", "0.5", "a", "0.5", "~/b", "--tokenizer-model", "t.model"]
+        + ["--run-dir", "~/run", "--load-hf", "../x", "--save", "s"]
+    )
+    assert config.data.data_path == ["0.5", f"{tmp_path}/a", "0.5", f"{tmp_path}/home/b"]
+    assert config.data.tokenizer_model == f"{tmp_path}/t.model"
+    assert config.checkpoint.run_dir == f"{tmp_path}/home/run" and config.checkpoint.save == "s"
+    assert config.checkpoint.load_hf == str(tmp_path.parent / "x")

@@ -11,8 +11,10 @@ import torch
 from megasparse.config import ResolvedConfig
 from megasparse.data.blend import SPLITS, parse_split
 from megasparse.data.check import CheckedData, check_amounts, check_data
+from megasparse.data.mixture import describe, samples_wanted, shares
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.distributed.signals import ignore_signals
+from megasparse.log import logger
 from megasparse.megatron.data.datasets import (
     SampleOptions,
     SampleStream,
@@ -80,6 +82,7 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
         )
         if stream is not None:
             streams[split] = stream
+            _tell_mixture(stream, split, config, checked)
     found = streams["train"].epoch_length if "train" in streams else 0
     check_amounts(config, found, "valid" in streams)
     return RunData(tokenizer, vocab_size, streams, checked.digests)
@@ -124,6 +127,17 @@ class _MicroBatches:
         while True:
             yield list(range(start, start + self._size))
             start += self._grid.dp_size * self._size
+
+
+def _tell_mixture(
+    stream: SampleStream, split: str, config: ResolvedConfig, checked: CheckedData
+) -> None:
+    """What the run reads of each dataset, for the log."""
+    wanted = samples_wanted(split, config)
+    kept = [share for share in shares(checked.of_split(split), split, config) if share.samples]
+    if wanted:
+        for line in describe(kept, stream.samples_of_each(wanted), split):
+            logger.info("%s", line)
 
 
 def _only(number: int) -> tuple[float, ...]:

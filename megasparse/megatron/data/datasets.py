@@ -27,8 +27,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megasparse.data.blend import SPLITS
+from megasparse.data.mixture import document_bounds
 from megasparse.errors import DataError
 from megasparse.megatron.data.index_cache import VerifiedGPTDataset
+
+# Up to here samples of a blend are counted one by one.
+_EXACT_COUNT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,16 @@ class SampleStream(torch.utils.data.Dataset):
         source, count = self._interleave(index)
         epoch, position = divmod(count, len(self._datasets[source]))
         return source, int(self._permutation(source, epoch)[position])
+
+    def samples_of_each(self, count: int) -> list[int]:
+        """How many of the first `count` samples come from each source."""
+        if len(self._datasets) == 1:
+            return [count]
+        if count > _EXACT_COUNT:  # the greedy rule keeps every source within a sample of this
+            return [round(count * weight) for weight in self._weights]
+        self._interleave(count - 1)
+        assert self._blend is not None
+        return np.bincount(self._blend[0][:count], minlength=len(self._datasets)).tolist()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         source, sample = self.locate(index)
@@ -175,7 +189,7 @@ def _build(
     cache_dir: str | None,
 ) -> GPTDataset | None:
     low_level = IndexedDataset(source.prefix, multimodal=False, mmap=True)
-    bounds = np.round(np.cumsum([0.0, *fractions]) * len(low_level)).astype(int)
+    bounds = document_bounds(len(low_level), fractions)
     number = SPLITS.index(split)
     indices = np.arange(bounds[number], bounds[number + 1], dtype=np.int32)
     lengths = low_level.sequence_lengths[indices]

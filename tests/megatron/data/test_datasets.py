@@ -58,6 +58,8 @@ def test_blend_follows_the_weights(prefixes):
     stream = _stream(prefixes, weights=(0.7, 0.3))
     counts = Counter(stream.locate(i)[0] for i in range(10_000))
     assert abs(counts[0] - 7000) <= 1
+    assert stream.samples_of_each(10_000) == [counts[0], counts[1]]
+    assert stream.samples_of_each(1 << 40) == [round(0.7 * 2**40), round(0.3 * 2**40)]
     proportional = _stream(prefixes)
     sizes = [len(d) for d in proportional._datasets]
     counts = Counter(proportional.locate(i)[0] for i in range(sum(sizes)))

@@ -40,6 +40,9 @@ _default NCCL_DEBUG WARN
 # (4.096 us * 2^22 a try) rather than 1 s; a dead rank is found by the watchdog, not by this.
 _default NCCL_IB_TIMEOUT 22
 
+# gloo connects two ranks when they first talk: all with all would take N^2 messages at the start.
+_default TORCH_GLOO_LAZY_INIT 1
+
 # Not set here, since they depend on the cluster:
 #   GLOO_SOCKET_IFNAME      interface of gloo (agreements, watchdog). Found by itself: the one that
 #                           leads to MASTER_ADDR, loopback on one node. Give it where nodes have

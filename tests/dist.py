@@ -86,7 +86,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", TORCH_GLOO_LAZY_INIT="1")
     torch.set_num_threads(1)
     try:
         function, args = pipe.recv()

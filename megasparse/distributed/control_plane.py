@@ -2,10 +2,15 @@
 
 Where one rank checks something alone, its result or its error must reach all others, or they would
 wait for ever in the next collective.
+
+Values go up and down a binomial tree: a decision of N ranks takes 2 log N messages one after the
+other and 2 (N - 1) in all, and a rank is connected to log N others at most. Ranks of a host have
+neighbouring numbers, so most messages stay within a host.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +26,7 @@ _ERRORS = {
     for name, kind in vars(errors).items()
     if isinstance(kind, type) and issubclass(kind, MegasparseError)
 }
+Reduction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ControlPlane:
@@ -34,66 +40,135 @@ class ControlPlane:
         self._group = group
         self.rank = 0 if group is None else group.rank()
         self.world = 1 if group is None else group.size()
+        self._parent, self._children = tree(self.rank, self.world)
 
     def max_over_ranks(self, values: list[int]) -> list[int]:
         """The largest of every value over all ranks."""
-        if self._group is None:
-            return values
-        tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
-        return tensor.tolist()
+        return self._reduce(values, torch.maximum)
+
+    def sum_over_ranks(self, values: list[int]) -> list[int]:
+        """The sum of every value over all ranks."""
+        return self._reduce(values, torch.add)
 
     def barrier(self) -> None:
         """Returns once all ranks have called it."""
         self.max_over_ranks([0])
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON value, by rank, on every rank."""
-        if self._group is None:
-            return [value]
-        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        size = torch.tensor([len(content)])
-        sizes = [torch.zeros_like(size) for _ in range(self.world)]
-        dist.all_gather(sizes, size, group=self._group)
-        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-        padded[: len(content)] = content
-        parts = [torch.zeros_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded, group=self._group)
-        return [
-            json.loads(bytes(part[: int(n)].numpy())) for part, n in zip(parts, sizes, strict=True)
-        ]
+    def collect(self, value: Any) -> list[Any] | None:
+        """Every rank's JSON value, by rank, on rank 0; None on the others."""
+        values = [value]
+        for child in self._children:
+            values += self._receive(child)
+        if self._parent is None:
+            return values
+        self._send(values, self._parent)
+        return None
 
-    def on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
-        """`work()` on every rank and its JSON values by rank; an error anywhere is raised on all.
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's JSON value on every rank."""
+        if self._parent is not None:
+            value = self._receive(self._parent)
+        for child in reversed(self._children):
+            self._send(value, child)
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, by rank, on every rank: for little values, and seldom.
+
+        What one rank can judge is collected on it.
+        """
+        values: list[Any] = self.broadcast(self.collect(value))
+        return values
+
+    def first(self, value: Any) -> Any:
+        """The JSON value of the first rank that has one that is not None, on every rank."""
+        for child in self._children:  # in order of the ranks
+            other = self._receive(child)
+            value = other if value is None else value
+        if self._parent is not None:
+            self._send(value, self._parent)
+        return self.broadcast(value)
+
+    def on_all_ranks(self, work: Callable[[], object]) -> None:
+        """`work()` on every rank; an error anywhere is raised on all.
 
         Raises:
             MegasparseError: the first failing rank's, naming it.
         """
-        failure: Exception | None = None
-        try:
-            answer = {"value": work()}
-        except (MegasparseError, OSError) as error:
-            failure = error
-            kind = type(error).__name__ if isinstance(error, MegasparseError) else "StorageError"
-            answer = {"error": kind, "message": one_line(error)}
-        answers = self.gather(answer)
-        for rank, other in enumerate(answers):
-            if "error" in other:
-                where = f"rank {rank}: " if self.world > 1 else ""
-                raise _ERRORS.get(other["error"], MegasparseError)(
-                    where + other["message"]
-                ) from failure
-        return [other["value"] for other in answers]
+        failure, answer = self._try(work)
+        self._raise(self.first(answer if "error" in answer else None), failure)
 
     def on_rank_zero(self, work: Callable[[], Any]) -> Any:
         """`work()` on rank 0 alone; its JSON value, or its error, on every rank."""
-        return self.on_all_ranks(lambda: work() if self.rank == 0 else None)[0]
+        failure, answer = self._try(work) if self.rank == 0 else (None, {})
+        answer = self.broadcast(answer)
+        self._raise(answer if "error" in answer else None, failure)
+        return answer["value"]
+
+    def _try(self, work: Callable[[], object]) -> tuple[Exception | None, dict[str, Any]]:
+        try:
+            return None, {"value": work()}
+        except (MegasparseError, OSError) as error:
+            kind = type(error).__name__ if isinstance(error, MegasparseError) else "StorageError"
+            return error, {"error": kind, "message": one_line(error), "rank": self.rank}
+
+    def _raise(self, told: dict[str, Any] | None, failure: Exception | None) -> None:
+        if told is None:
+            return
+        where = f"rank {told['rank']}: " if self.world > 1 else ""
+        kind = _ERRORS.get(told["error"], MegasparseError)
+        raise kind(where + told["message"]) from failure
+
+    def _reduce(self, values: list[int], reduction: Reduction) -> list[int]:
+        mine = torch.tensor(values, dtype=torch.int64)
+        other = torch.empty_like(mine)
+        for child in self._children:
+            dist.recv(other, child, self._group)
+            mine = reduction(mine, other)
+        if self._parent is not None:
+            dist.send(mine, self._parent, self._group)
+            dist.recv(mine, self._parent, self._group)
+        for child in reversed(self._children):
+            dist.send(mine, child, self._group)
+        return mine.tolist()
+
+    def _send(self, value: Any, rank: int) -> None:
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        dist.send(torch.tensor([len(content)]), rank, self._group)
+        dist.send(content, rank, self._group)
+
+    def _receive(self, rank: int) -> Any:
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.recv(size, rank, self._group)
+        content = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(content, rank, self._group)
+        return json.loads(content.numpy().tobytes())
 
 
-def make_control_plane() -> ControlPlane:
-    """The control plane of all ranks of the process group; a collective call."""
+def tree(rank: int, world: int) -> tuple[int | None, list[int]]:
+    """A rank's place in the binomial tree over all ranks.
+
+    Returns:
+        The parent (None: rank 0), and the children, whose subtrees hold consecutive ranks that
+        follow each other and this one.
+    """
+    children = []
+    bit = 1
+    while bit < world and not rank & bit:
+        if rank | bit < world:
+            children.append(rank | bit)
+        bit <<= 1
+    return (rank & ~bit if rank else None), children
+
+
+def make_control_plane(timeout: datetime.timedelta | None = None) -> ControlPlane:
+    """The control plane of all ranks of the process group; a collective call.
+
+    Args:
+        timeout: of one message; None: gloo's own, half an hour.
+    """
     world = dist.get_world_size()
-    return ControlPlane(dist.new_group(backend="gloo") if world > 1 else None)
+    return ControlPlane(dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None)
 
 
 def as_user_error(error: OSError) -> StorageError:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from megasparse.distributed import descriptors
 from megasparse.distributed.interfaces import interface_towards, is_loopback
 from megasparse.errors import ConfigError, PeerError
 from megasparse.log import logger
@@ -79,6 +80,9 @@ def join_group(
     )
     host = os.environ["MASTER_ADDR"]
     _choose_interface(host, world)
+    descriptors.require(rank, world)
+    # gloo connects two ranks when they first talk, not all with all (read before the first group).
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     try:
         store = _store(host, port, rank, world, timeout)
         watch((host, store.port) if world > 1 else None)
@@ -92,6 +96,8 @@ def join_group(
         # Every rank is there: an error at this point is one line on each of them.
         dist.barrier()
     except (dist.DistError, RuntimeError) as error:
+        if descriptors.is_exhausted(error):
+            raise ConfigError(descriptors.message(rank, world)) from None
         reason = " ".join(str(error).split())
         raise PeerError(
             f"the {world} ranks did not meet at {host}:{port} (this one is on "

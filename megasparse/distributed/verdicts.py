@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megasparse.distributed.descriptors import is_exhausted
 from megasparse.errors import PeerError
 
 GRACE_SECONDS = 1.0  # between the first rank that is late and the one that it waits for
@@ -82,6 +83,8 @@ def place_of(frame: FrameType | None) -> tuple[str, str | None]:
 
 def is_communication_error(error: BaseException) -> bool:
     """Whether an exception comes from a lost connection, not from a fault of this rank."""
+    if is_exhausted(error):
+        return False
     text = str(error)
     signs = ("peer", "gloo", "NCCL", "Broken pipe", "Timed out", "Connection re", "timeout")
     return isinstance(error, dist.DistError) or (

@@ -143,6 +143,7 @@ def make_grid(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=False,  # nobody uses them; the control plane has its own
     )
     grid = Grid(
         rank=dist.get_rank(),

@@ -22,6 +22,7 @@ import torch
 
 from megasparse.config import ResolvedConfig
 from megasparse.data.check import CheckedData
+from megasparse.distributed import descriptors
 from megasparse.distributed.interfaces import interface_towards, local_address
 from megasparse.errors import MegasparseError
 
@@ -60,6 +61,7 @@ def facts(config: ResolvedConfig, data: CheckedData | None, full: bool) -> dict[
         "memory": available_memory(),
         "disk": free_disk(Path(config.checkpoint.save)),
         "data": data.digests if data is not None else {},
+        "descriptors": descriptors.raise_limit(),
     }
     if full and data is not None:
         found["data"] = {**found["data"], **_data_samples(data)}

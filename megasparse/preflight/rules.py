@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megasparse.distributed import descriptors
+
 Facts = dict[str, Any]
 GIB = 2**30
 SKEW_WARNING, SKEW_FAILURE = 1.0, 60.0  # seconds; folder locks are taken for stale after 120
@@ -66,6 +68,11 @@ def judge(ranks: Sequence[Facts], checkpoint_bytes: int) -> list[Finding]:
             lambda f, n=name: f["data"].get(n, "missing"),  # type: ignore[misc]
             "copy the data there again, or mount the same file system",
         )
+    for rank, f in enumerate(ranks):
+        limit = f.get("descriptors", -1)
+        if 0 <= limit < descriptors.needed(rank, len(ranks)):
+            text = descriptors.message(rank, len(ranks), limit)
+            findings.append(Finding(True, f["host"], text))
     for f in well:
         findings += [*_gpu_health(f), *_clock(f)]
         findings += [*_memory(f, well), *_disk(f, checkpoint_bytes)]

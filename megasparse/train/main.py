@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import traceback
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from megasparse import log
 from megasparse.config import ResolvedConfig, to_dict
-from megasparse.distributed import faults
+from megasparse.distributed import descriptors, faults
 from megasparse.distributed.control_plane import ControlPlane, as_user_error, make_control_plane
 from megasparse.distributed.events import Events
 from megasparse.distributed.rendezvous import attempt
@@ -41,9 +40,13 @@ def main(prepared: Prepared, stop: StopRequest) -> int:
     except MegasparseError as error:
         return run.failed(f"{type(error).__name__}: {one_line(error)}", error.exit_code)
     except OSError as error:
+        if descriptors.is_exhausted(error):
+            return run.failed(*_too_few_files())
         return run.failed(f"StorageError: {one_line(error)}", as_user_error(error).exit_code)
     except Exception as error:
         text = traceback.format_exc()
+        if descriptors.is_exhausted(error):
+            return run.failed(*_too_few_files())
         if is_communication_error(error):
             verdict = run.watch.explain() if run.watch is not None else None
             if verdict is not None:
@@ -54,6 +57,12 @@ def main(prepared: Prepared, stop: StopRequest) -> int:
                 return run.failed(message, PeerError.exit_code)
         log.logger.error("unexpected error, a bug\n%s", text)
         return run.failed(f"{type(error).__name__}: {one_line(error)}", 1)
+
+
+def _too_few_files() -> tuple[str, int]:
+    """Line and exit code of a process that can open no more files."""
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    return f"ConfigError: {descriptors.message(rank, world)}", ConfigError.exit_code
 
 
 class _Run:
@@ -108,17 +117,14 @@ class _Run:
 
 def _check_same_config(config: ResolvedConfig, control: ControlPlane) -> None:
     """Ranks started with different flags would train different models, or wait for ever."""
-    trees = to_dict(config)
-    text = json.dumps(trees, sort_keys=True).encode()
-    digests = control.gather(hashlib.sha256(text).hexdigest())
-    if len(set(digests)) == 1:
-        return
-    everyone = control.gather(trees)
-    for rank, other in enumerate(everyone):
-        for group, fields in other.items():
-            for name, value in fields.items():
-                if everyone[0][group][name] != value:
-                    raise ConfigError(
-                        f"{name} is {everyone[0][group][name]!r} on rank 0 and {value!r} on rank "
-                        f"{rank}; all ranks need the same configuration"
-                    )
+    mine = json.loads(json.dumps(to_dict(config)))
+    expected = control.broadcast(mine)
+    differences = (
+        f"{name} is {expected[group][name]!r} on rank 0 and {value!r} on rank {control.rank}"
+        for group, fields in mine.items()
+        for name, value in fields.items()
+        if expected[group][name] != value
+    )
+    found = control.first(next(differences, None))
+    if found is not None:
+        raise ConfigError(f"{found}; all ranks need the same configuration")

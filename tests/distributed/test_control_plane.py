@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megasparse.distributed.control_plane import ControlPlane
+import pytest
+
+from megasparse.distributed.control_plane import ControlPlane, tree
 from megasparse.errors import ConfigError, MegasparseError, one_line
 from tests import dist
 
@@ -25,8 +27,11 @@ def _decisions(rank: int, world: int) -> list[Any]:
         control.gather({"rank": rank, "text": "x" * rank}),
         control.max_over_ranks([rank, -rank]),
         control.on_rank_zero(lambda: f"of rank {rank}"),
-        control.on_all_ranks(lambda: 10 * rank),
+        control.sum_over_ranks([rank, 1]),
+        control.first(None if rank < world - 1 else {"last": rank}),
     ]
+    collected = control.collect(10 * rank)
+    assert collected == (None if rank else [10 * r for r in range(world)])
     for work in (lambda: _refuse(rank), Path(f"/nowhere/{rank}").read_text):
         try:
             control.on_all_ranks(work)
@@ -35,13 +40,15 @@ def _decisions(rank: int, world: int) -> list[Any]:
     return found
 
 
-def test_every_rank_gets_the_same():
-    for found in dist.run(_decisions, 2):
+@pytest.mark.parametrize("world", [2, 5])
+def test_every_rank_gets_the_same(world):
+    for found in dist.run(_decisions, world):
         assert found == [
-            [{"rank": 0, "text": ""}, {"rank": 1, "text": "x"}],
-            [1, 0],
+            [{"rank": rank, "text": "x" * rank} for rank in range(world)],
+            [world - 1, 0],
             "of rank 0",
-            [0, 10],
+            [world * (world - 1) // 2, world],
+            {"last": world - 1},
             ("ConfigError", "rank 1: found 1"),
             ("StorageError", "rank 0: /nowhere/0: No such file or directory"),
         ]
@@ -57,3 +64,18 @@ def test_one_rank_alone_needs_no_group():
 def test_an_error_is_one_line():
     assert one_line(ValueError("a\n  b")) == "a b" and one_line(ValueError()) == "ValueError"
     assert one_line(FileNotFoundError(2, "No such file", "x")) == "x: No such file"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 8, 100, 16_384])
+def test_the_tree_has_all_ranks_in_order_and_few_levels(world):
+    """Collected values come in the order of the ranks, over log N connections a rank."""
+    places = [tree(rank, world) for rank in range(world)]
+    for rank, (parent, children) in enumerate(places):
+        assert len(children) + 1 <= max(world - 1, 1).bit_length() + 1
+        assert all(places[child][0] == rank for child in children)
+        assert (parent is None) == (rank == 0)
+
+    def subtree(rank: int) -> list[int]:
+        return [rank, *(r for child in places[rank][1] for r in subtree(child))]
+
+    assert subtree(0) == list(range(world))

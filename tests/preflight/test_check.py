@@ -54,6 +54,7 @@ def test_hosts_that_are_well():
          "parameters and optimizer take 150.0 GiB, 139.0 GiB are there"),
         ({"wanted": {"state": 90 * GIB, "peak": 200 * GIB}}, False, "peak is estimated at 200.0"),
         ({"disk": {"path": "/runs", "free": 5 * GIB}}, True, "/runs has 5.00 GiB free"),
+        ({"descriptors": 200}, True, "rank 1 may have 200 open files, expected at least 272"),
         ({"disk": {"path": "/runs", "free": 15 * GIB}}, False, "make room or choose another"),
     ],
 )  # fmt: skip

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for tools.bench, which --measure uses
 
@@ -45,6 +47,7 @@ from megasparse.estimate import check as measured_points
 from megasparse.estimate.memory import Footprint, footprint
 from megasparse.estimate.time import GemmTable, StepTime, step_time
 from megasparse.sparsity.recipe import recipe_of
+from megasparse.train.precision import settle_fp8
 from tools.bench.short_runs import launch
 
 TABLE = ROOT / "tools" / "results" / "gemm-h200.json"
@@ -86,6 +89,7 @@ class Estimate:
 
 def estimate(config: ResolvedConfig, world: int, table: GemmTable, args: Any) -> Estimate:
     """Of a configuration for `world` ranks."""
+    config = settle_fp8(config, None if args.device == "cuda" else torch.device("cpu"))
     recipe, vocabulary = recipe_of(config), vocabulary_of(config)
     stages = [
         footprint(config, recipe, vocabulary, world, stage, gpu=args.device == "cuda")

@@ -18,7 +18,9 @@ GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
     ("override_batch", "train", ("global_batch_size",)),
     ("override_seed", "train", ("seed",)),
     ("override_precision", "train", ("bf16",)),
-    ("override_precision", "fp8", None),
+    ("override_precision", "fp8", (
+        "fp8_format", "fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo",
+    )),
     ("override_schedule", "train", (
         "train_iters", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters",
         "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_linear_to_zero_iters",

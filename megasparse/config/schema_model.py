@@ -140,13 +140,19 @@ class SparsityConfig:
 
 @dataclass
 class Fp8Config:
-    """FP8 GEMMs of the sparse layers (Hopper, with Transformer Engine)."""
+    """FP8 GEMMs of the blocks' linears (Hopper, with Transformer Engine; by definition on CPUs)."""
 
     fp8_format: str | None = option(
         None,
-        "compute the sparse layers' GEMMs in 8 bits: all operands e4m3 (e4m3), or output "
-        "gradients in e5m2 where their GEMM is dense (hybrid); default: in the model's precision",
+        "compute the GEMMs of the blocks' linears, sparse or not, in 8 bits: all operands e4m3 "
+        "(e4m3), or output gradients in e5m2 where their GEMM is dense (hybrid); default: in the "
+        "model's precision",
         choices=("e4m3", "hybrid"),
+    )
+    fp8_fallback: bool = option(
+        False,
+        "where FP8 cannot be had (no FP8 tensor cores, float32, a size), train in the model's "
+        "precision, and say why, instead of refusing",
     )
     fp8_recipe: str = option(
         "delayed",

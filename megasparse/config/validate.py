@@ -262,7 +262,7 @@ def _check_fp8(config: ResolvedConfig) -> None:
     wanted = config.fp8.fp8_format
     if wanted is None:
         return
-    if not config.train.bf16:
+    if not config.train.bf16 and not config.fp8.fp8_fallback:
         raise ConfigError(f"fp8_format {wanted} in float32, expected --bf16")
     if config.sparsity.simulate_fp8:
         raise ConfigError(f"fp8_format {wanted} with simulate_fp8, expected one of the two")

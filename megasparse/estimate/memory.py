@@ -3,7 +3,7 @@
 `config/shapes.py` lists every parameter; everything else follows:
 
     state         parameters, optimizer (ZeRO-1 and 2: float32 masters and moments over the data-
-                  parallel ranks), masks, packed or dense operands W~   exact, between two steps
+                  parallel ranks), masks, operands made of weights      exact, between two steps
     gradients     of the parameters, or ZeRO-2's share of them
     activations   what autograd keeps, from the operators of a layer, times micro-batches in flight
     workspace     reduce buckets, logits and their gradient, temporaries
@@ -23,7 +23,7 @@ from megasparse.config import (
     pipeline_split,
 )
 from megasparse.config.shapes import layer_parameters, stage_parameters
-from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
+from megasparse.sparsity.recipe import SparsityRecipe
 
 REDUCE_BUCKET = 500_000_000  # entries; DeepSpeed's default
 FLOAT32 = 4
@@ -31,11 +31,13 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of one rank: name in the whole model, local shape, and whether it is 2:4."""
+    """A parameter of one rank: name in the whole model, local shape, whether it is 2:4, and whether
+    it is a linear's of a block."""
 
     name: str
     shape: tuple[int, ...]
     sparse: bool = False
+    linear: bool = False
 
     @property
     def numel(self) -> int:
@@ -78,7 +80,12 @@ def stage_weights(
     """
     tp = config.parallel.tensor_model_parallel_size
     return [
-        Weight(one.name, one.local_shape(tp), one.is_linear and recipe.matches(one.module))
+        Weight(
+            one.name,
+            one.local_shape(tp),
+            one.is_linear and recipe.matches(one.module),
+            one.is_linear,
+        )
         for one in stage_parameters(config, vocabulary, stage)
     ]
 
@@ -109,7 +116,7 @@ def footprint(
         "parameters": size * numel,
         "optimizer": (3 if zero else 2) * FLOAT32 * shard,
         "masks": sparse if recipe.is_sparse else 0,
-        "operands": _operands(config, recipe, sparse, size, gpu and config.train.bf16),
+        "operands": _operands(config, recipe, weights, size, gpu and config.train.bf16),
     }
     transient = {
         # Of the micro-batches before; ZeRO's averages come when activations have gone.
@@ -179,12 +186,10 @@ def layer_activations(config: ResolvedConfig, gpu: bool = True) -> int:
 
 
 def fp8_linears(config: ResolvedConfig) -> set[str]:
-    """Names within a layer of the linears whose GEMMs are in 8 bits (as in the first layer)."""
+    """Names within a layer of the linears whose GEMMs are in 8 bits: all or none."""
     if config.fp8.fp8_format is None:
         return set()
-    recipe = recipe_of(config)
-    linears = [one.module for one in layer_parameters(config.model) if one.is_linear]
-    return {linear for linear in linears if recipe.matches(f"decoder.layers.0.{linear}")}
+    return {one.module for one in layer_parameters(config.model) if one.is_linear}
 
 
 def workspace(
@@ -213,14 +218,17 @@ def _groups(weights: list[Weight]) -> list[int]:
 
 
 def _operands(
-    config: ResolvedConfig, recipe: SparsityRecipe, sparse: int, size: int, packed: bool
+    config: ResolvedConfig, recipe: SparsityRecipe, weights: list[Weight], size: int, packed: bool
 ) -> int:
-    """W~ for the GEMMs of a step: packed values and metadata (9/16 of 16 bits, 5/8 of 8 bits; in
-    8 bits with a dense transpose where that is not 2:4), or dense."""
+    """Weights as the GEMMs of a step read them. W~: packed values and metadata (9/16 of 16 bits,
+    5/8 of 8 bits; in 8 bits with a dense transpose where that is not 2:4), or dense. Dense weights:
+    nothing beside the parameters, or both orders in 8 bits."""
+    sparse = sum(weight.numel for weight in weights if weight.sparse)
+    if config.fp8.fp8_format is not None:
+        dense = sum(weight.numel for weight in weights if weight.linear and not weight.sparse)
+        return sparse * (10 if recipe.transposable else 13) // 8 + 2 * dense
     if not recipe.is_sparse:
         return 0
-    if config.fp8.fp8_format is not None:
-        return sparse * (10 if recipe.transposable else 13) // 8
     if packed and not recipe.simulate_fp8:
         return (2 if recipe.transposable else 1) * sparse * size * 9 // 16
     return sparse * size

@@ -1,9 +1,9 @@
 """How long a training step takes on GPUs, from measured rates of its parts (BF16 and FP8).
 
 The parts of a micro-batch on one rank: the three GEMMs of every linear, by the nearest measured
-shape; attention; what runs at memory bandwidth (norms, activations, operands of the sparse layers,
-the loss); the collectives of tensor parallelism. While the device computes them the host launches
-them: a micro-batch takes as long as the slower of the two. Then the pipeline's bubble, the
+shape; attention; what runs at memory bandwidth (norms, activations, operands of sparse and of FP8
+layers, the loss); the collectives of tensor parallelism. While the device computes them the host
+launches them: a micro-batch takes as long as the slower of the two. Then the pipeline's bubble, the
 reduction of gradients, and the optimizer.
 """
 
@@ -42,7 +42,7 @@ LOGITS_BYTES = 12  # an entry, in the fused cross entropy, both ways
 # A weight's W~ made again for a dense grad_input of a row-wise recipe in BF16.
 REMAKE_BYTES = {"row": 5, "soft_threshold": 43}
 LAYER_LAUNCHES = 52  # of a dense layer in a micro-batch, both ways
-SPARSE_LAUNCHES = 2  # more for each linear that is sparse
+SPARSE_LAUNCHES = 2  # more for each linear that is sparse or in FP8
 WEIGHT_LAUNCHES = 8  # and for its weight, once a step
 # A collective costs the host about twice as much as a kernel: by steps of tensor parallelism with 4
 # sequences a micro-batch, where the device waits for the host (a layer 7.6 ms dense, 8.4 FST).
@@ -177,15 +177,19 @@ def layer_time(
     forward = 0.0
     for name, (n, k) in _linears(config):
         chosen = recipe.sparse_gemms if name in sparse else ()
-        dtype = "fp8" if config.fp8.fp8_format and name in sparse else "bf16"
+        dtype = "fp8" if config.fp8.fp8_format else "bf16"
         output = table.seconds(tokens, n, k, "output" in chosen, dtype)
         forward += output
         parts["GEMMs"] += output
         parts["GEMMs"] += table.seconds(tokens, k, n, "grad_input" in chosen, dtype)
         parts["GEMMs"] += table.seconds(k, n, tokens, "grad_weight" in chosen, dtype)
-        if name in sparse and dtype == "fp8":
-            apart = _quantized_apart(config, name, sparse)
-            parts["operands"] += _operands_fp8(recipe, (tokens, n, k), micro_batches, table, apart)
+        if dtype == "fp8":
+            apart, shape = _quantized_apart(config, name), (tokens, n, k)
+            parts["operands"] += (
+                _operands_fp8(recipe, shape, micro_batches, table, apart)
+                if name in sparse
+                else _operands_dense_fp8(shape, micro_batches, table, apart[0])
+            )
         elif name in sparse:
             parts["operands"] += _operands_bf16(recipe, (tokens, n, k), micro_batches, table)
     heads = model.num_attention_heads * model.kv_channels // tp
@@ -207,9 +211,9 @@ def layer_time(
 
 def layer_launches(config: ResolvedConfig, recipe: SparsityRecipe, micro_batches: int) -> float:
     """Launches of the host for one layer and micro-batch, both ways, in those of a kernel."""
-    count = LAYER_LAUNCHES + len(_sparse(config, recipe)) * (
-        SPARSE_LAUNCHES + WEIGHT_LAUNCHES / micro_batches
-    )
+    linears = {name for name, _ in _linears(config)}
+    made = linears if config.fp8.fp8_format else _sparse(config, recipe)
+    count = LAYER_LAUNCHES + len(made) * (SPARSE_LAUNCHES + WEIGHT_LAUNCHES / micro_batches)
     if config.parallel.tensor_model_parallel_size > 1:
         # Forward and backward of two pairs of linears: with sp X, z, dz, X again and dX of each,
         # otherwise z and dX.
@@ -249,10 +253,10 @@ def _operands_bf16(
     return seconds + table.moving(once + mask) / micro_batches
 
 
-def _quantized_apart(config: ResolvedConfig, name: str, sparse: set[str]) -> tuple[bool, bool]:
+def _quantized_apart(config: ResolvedConfig, name: str) -> tuple[bool, bool]:
     """Whether a linear's input, and the gradient of its output, are written in 16 bits first."""
     delayed = config.fp8.fp8_recipe == "delayed"
-    gated = delayed and config.model.swiglu and {FC1, FC2} <= sparse
+    gated = delayed and config.model.swiglu
     if name == FC2:
         return not gated, True
     norm = delayed and name in (QKV, FC1) and not config.parallel.sequence_parallel
@@ -282,6 +286,20 @@ def _operands_fp8(
     once = table.moving(n * k * (2 + recipe.has_mask + written), "weight_pack")
     mask = n * k * 5 / recipe.mask_update_interval if recipe.has_mask else 0.0
     return seconds + (once + table.moving(mask)) / micro_batches
+
+
+def _operands_dense_fp8(
+    shape: tuple[int, int, int], micro_batches: int, table: GemmTable, apart: bool
+) -> float:
+    """Seconds of an 8-bit dense linear's operands, for one micro-batch: each read in 16 bits and
+    written twice.
+
+    Args:
+        apart: whether the input is written in 16 bits first.
+    """
+    tokens, n, k = shape
+    seconds = table.moving(4 * tokens * (n + k * apart), "cast")
+    return seconds + table.moving(4 * n * k, "cast") / micro_batches
 
 
 def _output(config: ResolvedConfig, vocabulary: int, table: GemmTable) -> float:

@@ -74,13 +74,20 @@ class CurrentQuantizer:
         return Scale(saved[0], saved[1], self.assumed)
 
     def quantized(
-        self, x: torch.Tensor, *, rows: bool = True, columns: bool = False, record: bool = True
+        self,
+        x: torch.Tensor,
+        *,
+        rows: bool = True,
+        columns: bool = False,
+        record: bool = True,
+        dtype: torch.dtype = E4M3,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, Scale]:
         """See `Quantizer`; nothing is recorded."""
-        scale = self.scale_for(x)
+        scale = self.scale_for(x, dtype=dtype)
         if not x.is_cuda:
-            return *quantize_by_definition(x, scale.scale, rows, columns), scale
-        quantizer = transformer_engine.make_quantizer(scale.scale, _unused(x.device), columns)
+            return *quantize_by_definition(x, scale.scale, rows, columns, dtype), scale
+        unused = _unused(x.device)
+        quantizer = transformer_engine.make_quantizer(scale.scale, unused, columns, dtype)
         row, transposed = transformer_engine.quantize(x, quantizer)
         return row if rows else None, transposed, scale
 

@@ -49,7 +49,7 @@ class DelayedQuantizer:
     scale: torch.Tensor = field(init=False)
     scale_inv: torch.Tensor = field(init=False)
     amax: torch.Tensor = field(init=False)
-    _quantizers: dict[tuple[bool, bool], Any] = field(default_factory=dict)
+    _quantizers: dict[tuple[bool, bool, torch.dtype], Any] = field(default_factory=dict)
 
     @property
     def initialized(self) -> bool:
@@ -84,19 +84,26 @@ class DelayedQuantizer:
         return self._scale()
 
     def quantized(
-        self, x: torch.Tensor, *, rows: bool = True, columns: bool = False, record: bool = True
+        self,
+        x: torch.Tensor,
+        *,
+        rows: bool = True,
+        columns: bool = False,
+        record: bool = True,
+        dtype: torch.dtype = E4M3,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, Scale]:
         """See `Quantizer`. On a GPU there is no pass for columns alone."""
         scale = self.scale_for(x)
         if not x.is_cuda:
             if record:
                 self.amax.copy_(torch.maximum(self.amax, x.detach().float().abs().amax()))
-            return *quantize_by_definition(x, self.scale, rows, columns), scale
-        quantizer = self._quantizers.get((columns, record))
+            return *quantize_by_definition(x, self.scale, rows, columns, dtype), scale
+        key = (columns, record, dtype)
+        quantizer = self._quantizers.get(key)
         if quantizer is None:
-            quantizer = self._quantizers[columns, record] = transformer_engine.make_quantizer(
-                self.scale, self.amax if record else torch.zeros_like(self.amax), columns
-            )
+            amax = self.amax if record else torch.zeros_like(self.amax)
+            quantizer = transformer_engine.make_quantizer(self.scale, amax, columns, dtype)
+            self._quantizers[key] = quantizer
         row, transposed = transformer_engine.quantize(x, quantizer)
         return row if rows else None, transposed, scale
 

@@ -45,7 +45,7 @@ class Scale(NamedTuple):
 
 
 class Quantizer(Protocol):
-    """Scaling and quantizing of one operand of one layer, to e4m3.
+    """Scaling and quantizing of one operand of one layer, to e4m3 or (gradients) e5m2.
 
     Attributes:
         scaling: the DelayedScaling or CurrentScaling that it is of.
@@ -79,13 +79,20 @@ class Quantizer(Protocol):
         ...
 
     def quantized(
-        self, x: torch.Tensor, *, rows: bool = True, columns: bool = False, record: bool = True
+        self,
+        x: torch.Tensor,
+        *,
+        rows: bool = True,
+        columns: bool = False,
+        record: bool = True,
+        dtype: torch.dtype = E4M3,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, Scale]:
-        """x (T, K) as e4m3, row-major (T, K) and transposed (K, T), and its scale.
+        """x (T, K) in 8 bits, row-major (T, K) and transposed (K, T), and its scale.
 
         Args:
             rows, columns: which of the two are wanted; the others are None.
             record: let the magnitudes count for later scales.
+            dtype: of the copies.
         """
         ...
 
@@ -115,8 +122,8 @@ def assumed_inverse(scale_inv: float) -> float:
 
 
 def quantize_by_definition(
-    x: torch.Tensor, scale: torch.Tensor, rows: bool, columns: bool
+    x: torch.Tensor, scale: torch.Tensor, rows: bool, columns: bool, dtype: torch.dtype = E4M3
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """x (T, K) as e4m3 in plain torch, on any device."""
-    whole = definition(x.detach(), scale, E4M3)
+    """x (T, K) in 8 bits in plain torch, on any device."""
+    whole = definition(x.detach(), scale, dtype)
     return whole if rows else None, whole.t().contiguous() if columns else None

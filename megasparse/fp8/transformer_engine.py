@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.packed24 import E4M3
 
 try:  # not only ImportError: without a GPU, or with a broken cuDNN, it raises others
@@ -41,24 +42,27 @@ def refusal(device: torch.device) -> str | None:
     return None
 
 
-def make_quantizer(scale: torch.Tensor, amax: torch.Tensor, columns: bool) -> Any:
-    """Transformer Engine's quantizer to e4m3 with a scale and a maximum at fixed addresses.
+def make_quantizer(
+    scale: torch.Tensor, amax: torch.Tensor, columns: bool, dtype: torch.dtype = E4M3
+) -> Any:
+    """Transformer Engine's quantizer with a scale and a maximum at fixed addresses.
 
     Args:
         scale: float32 0-d, the multiplier.
         amax: float32 (1,), raised to the largest magnitude that is quantized.
         columns: also the transposed copy.
+        dtype: of the copies, e4m3 or e5m2.
     """
-    return Float8Quantizer(
-        scale.view(1), amax, tex.DType.kFloat8E4M3, rowwise=True, columnwise=columns
-    )
+    kind = tex.DType.kFloat8E4M3 if dtype == E4M3 else tex.DType.kFloat8E5M2
+    return Float8Quantizer(scale.view(1), amax, kind, rowwise=True, columnwise=columns)
 
 
 def quantize(x: torch.Tensor, quantizer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x (T, K) as e4m3, row-major (T, K), and transposed (K, T) if the quantizer has columns."""
+    """x (T, K) in 8 bits, row-major (T, K), and transposed (K, T) if the quantizer has columns."""
+    dtype = E4M3 if quantizer.dtype == tex.DType.kFloat8E4M3 else E5M2
     result = tex.quantize(x.detach().contiguous(), quantizer)
-    transposed = result._transpose.view(E4M3) if quantizer.columnwise_usage else None
-    return result._data.view(E4M3), transposed
+    transposed = result._transpose.view(dtype) if quantizer.columnwise_usage else None
+    return result._data.view(dtype), transposed
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:

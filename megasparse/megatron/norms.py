@@ -111,8 +111,8 @@ def _fits(norm: Any, linear: SparseColumnParallelLinear) -> bool:
 
 def _scale_comes_first(linear: SparseColumnParallelLinear) -> bool:
     """Current scales follow from the norm's whole output."""
-    assert linear.state is not None and linear.state.quantizers is not None
-    return linear.state.quantizers.x.scale_comes_first
+    assert linear.quantizers is not None
+    return linear.quantizers.x.scale_comes_first
 
 
 def _kinds() -> tuple[tuple[type[torch.nn.Module], ...], tuple[type[torch.nn.Module], ...]]:

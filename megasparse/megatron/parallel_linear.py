@@ -21,13 +21,17 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
+from megasparse.fp8.shapes import TILE
 from megasparse.kernels import prune24_mask
 from megasparse.kernels.random import SeedLike
+from megasparse.megatron.linear_comm import GatherOverSequence, SumOverTensorParallel
 from megasparse.megatron.slorb_comm import SplitOverRank, SumOfProjections
 from megasparse.sparsity.autograd.linear import LinearComm, NoComm, linear
 from megasparse.sparsity.autograd.norm import Float8Input
 from megasparse.sparsity.controller import SparsityController
+from megasparse.sparsity.dense_weight import DenseFp8Weight
 from megasparse.sparsity.gemms.dense import DenseGemms
+from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.gemms.frozen_fp8 import Fp8StoredGemms
 from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.shard import WeightShard
@@ -43,49 +47,6 @@ from megasparse.sparsity.slorb import (
 from megasparse.sparsity.state import SparseWeight
 
 
-class SumOverTensorParallel:
-    """Column-parallel without sp: every rank has the whole input; its gradients are summed."""
-
-    gathers = False
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-
-    def gather(self, x_local: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
-        return x_local, lambda: None
-
-    def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
-        dx = dx.contiguous()
-        work = dist.all_reduce(dx, group=self._group, async_op=True)
-        assert work is not None
-        return dx, work.wait
-
-
-class GatherOverSequence:
-    """Column-parallel with sp: inputs are gathered, their gradients summed and scattered."""
-
-    gathers = True
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-
-    def gather(self, x_local: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
-        shape = (x_local.shape[0] * self._group.size(), *x_local.shape[1:])
-        whole = torch.empty(shape, dtype=x_local.dtype, device=x_local.device)
-        work = dist.all_gather_into_tensor(
-            whole, x_local.contiguous(), group=self._group, async_op=True
-        )
-        assert work is not None
-        return whole, work.wait
-
-    def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
-        shape = (dx.shape[0] // self._group.size(), *dx.shape[1:])
-        part = torch.empty(shape, dtype=dx.dtype, device=dx.device)
-        work = dist.reduce_scatter_tensor(part, dx.contiguous(), group=self._group, async_op=True)
-        assert work is not None
-        return part, work.wait
-
-
 class ParallelLinear(torch.nn.Module):
     """Parameters and GEMMs that both kinds share.
 
@@ -94,6 +55,7 @@ class ParallelLinear(torch.nn.Module):
         bias: `(N_local,)` or None.
         shard: where the local weight lies in the whole.
         state: sparsity state, or None for a dense layer.
+        dense: the FP8 operands of a dense layer, or None where its GEMMs are not in FP8.
     """
 
     def __init__(
@@ -127,6 +89,7 @@ class ParallelLinear(torch.nn.Module):
             else:
                 self.bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
         self.state: SparseWeight | None = None
+        self.dense: DenseFp8Weight | None = None
         self._controller: SparsityController | None = None
         self._place = 0
         self._frozen: Fp8StoredGemms | None = None
@@ -180,6 +143,16 @@ class ParallelLinear(torch.nn.Module):
         self.state, self._controller = state, controller
         self._place = controller.register(state, self.weight, number)
 
+    def make_dense_fp8(self, weight: DenseFp8Weight, controller: SparsityController) -> None:
+        """Compute a layer that stays dense in FP8.
+
+        Args:
+            weight: the operands of this layer's weight.
+            controller: knows the step.
+        """
+        self.dense, self._controller = weight, controller
+        controller.dense.append((weight, self.weight))
+
     def freeze_in_fp8(self) -> int:
         """Keep the weight in FP8 alone, for a layer that is never trained; its bytes then."""
         self._frozen = Fp8StoredGemms(self.weight)
@@ -190,24 +163,27 @@ class ParallelLinear(torch.nn.Module):
         """The GEMMs of the current step, and the seed of this layer's draws."""
         if self._frozen is not None:
             return self._frozen, 0
-        if self.state is None or self._controller is None:
-            return DenseGemms(self.weight), 0
         controller = self._controller
+        if self.dense is not None and controller is not None:
+            return self.dense.gemms(self.weight, controller.clock.step), 0
+        if self.state is None or controller is None:
+            return DenseGemms(self.weight), 0
         clock = controller.clock
         gemms = self.state.gemms(self.weight, clock.step, controller.sparse_now, controller.monitor)
         return gemms, controller.seed(self._place)
 
     @property
+    def quantizers(self) -> OperandQuantizers | None:
+        """Of the operands, where the GEMMs are in FP8."""
+        owner = self.dense if self.dense is not None else self.state
+        return None if owner is None else owner.quantizers
+
+    @property
     def in_fp8_alone(self) -> bool:
-        """The layer is its FP8 GEMMs and nothing that wants its input in full."""
-        state = self.state
-        observed = state is not None and state.inputs is not None
-        return (
-            state is not None
-            and state.quantizers is not None
-            and not observed
-            and self._branch is None
-        )
+        """The layer is its FP8 GEMMs, of whole tiles, and nothing that wants its input in full."""
+        observed = self.state is not None and self.state.inputs is not None
+        tiles = not any(size % TILE for size in self.shard.local_shape)
+        return self.quantizers is not None and not observed and self._branch is None and tiles
 
     def _multiply(self, x: torch.Tensor | Float8Input, comm: LinearComm) -> torch.Tensor:
         gemms, seed = self.current_gemms()
@@ -233,6 +209,8 @@ class ParallelLinear(torch.nn.Module):
         """One line for `print(model)`, an audit of what is sparse."""
         n, k = self.shard.global_shape
         how = f"{self.state.recipe.name} 2:4" if self.state is not None else "dense"
+        if self.quantizers is not None:
+            how += " fp8"
         if self.slorb_adapter is not None:
             how += f" + rank {k // self._group_size}"
         return f"in={k}, out={n}, tp={self.shard.world}, {how}"

@@ -1,4 +1,4 @@
-"""Turn the linears of a built model sparse, by name."""
+"""Turn the linears of a built model sparse, by name, and those of its blocks to FP8."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from collections.abc import Sequence
 import torch
 
 from megasparse.errors import ConfigError
-from megasparse.fp8 import Scaling
-from megasparse.kernels.packed24 import ROW_MULTIPLE
+from megasparse.fp8 import Scaling, shapes
 from megasparse.megatron.mlp import fuse_gated_mlps
 from megasparse.megatron.norms import fuse_norms
 from megasparse.megatron.parallel_linear import ParallelLinear
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController
-from megasparse.sparsity.gemms.dense_fp8 import ALIGNMENT as FP8_ALIGNMENT
+from megasparse.sparsity.dense_weight import DenseFp8Weight
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.state import Reduce, SparseWeight
@@ -39,12 +38,12 @@ def sparsify(
     fp8: Scaling | None = None,
     fp8_hybrid: bool = False,
 ) -> SparsityController:
-    """Give every linear that the recipe makes sparse its state.
+    """Give every linear that the recipe makes sparse its state, and all linears their FP8 GEMMs.
 
     Args:
         model: built with `SparseSpecProvider`; the whole, or a pipeline stage with the whole's
             names.
-        recipe: a dense one leaves all layers as they are.
+        recipe: a dense one prunes nothing.
         clock: the run's; shared with the layers.
         reduce, reduce_max: sum and largest over the tensor-parallel group.
         monitor: keep masks and flips up to date in dense phases.
@@ -52,30 +51,36 @@ def sparsify(
         timer: of the run.
         slorb_k: add SLoRB's low-rank branch, of rank inputs / k; None: none.
         slorb_train_projection: whether its projection is a parameter.
-        fp8: compute the GEMMs of these layers in FP8, scaled by it; None: in the model's dtype.
+        fp8: compute the GEMMs of all linears, sparse or not, in FP8, scaled by it; None: in the
+            model's dtype.
         fp8_hybrid: output gradients in e5m2 where their GEMM is dense.
 
     Raises:
-        ConfigError: a pattern that matches nothing, or a shard that cuts a 4x4 block.
+        ConfigError: a pattern that matches nothing, a shard that cuts a 4x4 block, or one that FP8
+            GEMMs do not take.
     """
     controller = SparsityController(recipe, clock, monitor, timer=timer or StepTimer(), fp8=fp8)
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, ParallelLinear)
     }
-    if not recipe.is_sparse:
-        return controller
-    for pattern in recipe.unmatched(_in_all(linears, num_layers)):
+    unmatched = recipe.unmatched(_in_all(linears, num_layers)) if recipe.is_sparse else []
+    for pattern in unmatched:
         raise ConfigError(
             f"sparse_layers: no linear is named like {pattern!r}; "
             f"there are {', '.join(_kinds(linears))}"
         )
     for name, module in linears.items():
         if not recipe.matches(name):
+            if fp8 is not None:
+                _check_fp8(name, module, sparse=False)
+                quantizers = OperandQuantizers.of(fp8, module.shard.dim)
+                dense = DenseFp8Weight(f"{name}.weight", quantizers, fp8_hybrid)
+                module.make_dense_fp8(dense, controller)
             continue
         _check_blocks(name, module)
         state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce, reduce_max)
         if fp8 is not None:
-            _check_fp8(name, module)
+            _check_fp8(name, module, sparse=True)
             quantizers = OperandQuantizers.of(fp8, module.shard.dim)
             state.quantizers, state.fp8_hybrid = quantizers, fp8_hybrid
         module.make_sparse(state, controller, _draw_key(name))
@@ -129,16 +134,11 @@ def _check_blocks(name: str, module: ParallelLinear) -> None:
         )
 
 
-def _check_fp8(name: str, module: ParallelLinear) -> None:
+def _check_fp8(name: str, module: ParallelLinear, sparse: bool) -> None:
     shard = module.shard
-    rows, columns = shard.local_shape
-    parts = [piece.length for piece in shard.slices(0)]
-    if rows % FP8_ALIGNMENT or columns % FP8_ALIGNMENT or any(n % ROW_MULTIPLE for n in parts):
-        raise ConfigError(
-            f"{name}: FP8 with a shard of {rows} x {columns} (tensor_model_parallel_size "
-            f"{shard.world}, fused parts of {parts} rows), expected multiples of {FP8_ALIGNMENT}, "
-            f"and parts of {ROW_MULTIPLE}"
-        )
+    reason = shapes.refusal(name, shard.local_shape, shard.world, shard.parts, sparse)
+    if reason is not None:
+        raise ConfigError(reason)
 
 
 def _kinds(names: Sequence[str] | dict[str, ParallelLinear]) -> list[str]:

@@ -12,6 +12,7 @@ from megasparse.fp8 import Scaling
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity import schedule
 from megasparse.sparsity.clock import Clock
+from megasparse.sparsity.dense_weight import DenseFp8Weight
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.seeds import DeviceSeeds
@@ -28,6 +29,7 @@ class SparsityController:
         clock: shared with the layers.
         monitor: keep masks and flips in dense phases.
         weights: sparse weight states with their parameters, in model order.
+        dense: the FP8 operands of dense weights, with their parameters.
         timer: of the run.
         fp8: scaling of FP8 operands, where GEMMs are in FP8.
         layers: what tells the draws of each weight's layer from another's, in the same order.
@@ -42,6 +44,7 @@ class SparsityController:
     fp8: Scaling | None = None
     layers: list[int] = field(default_factory=list)
     seeds: DeviceSeeds | None = None
+    dense: list[tuple[DenseFp8Weight, torch.nn.Parameter]] = field(default_factory=list)
 
     def finish_step(self) -> None:
         """After the update of a step, on all ranks: FP8 scales of the next one."""
@@ -60,6 +63,8 @@ class SparsityController:
             self.fp8.restore(fp8)
         for (state, _), saved in zip(self.weights, states, strict=True):
             state.restore(saved)
+        for one, _ in self.dense:
+            one.invalidate()
 
     def register(self, state: SparseWeight, weight: torch.nn.Parameter, layer: int) -> int:
         """Add a layer's weight; its place among them.
@@ -101,6 +106,8 @@ class SparsityController:
                     state.refresh(weight)
         for (state, weight), refreshed in zip(stale, due, strict=True):
             state.begin_step(weight, step, sparse, refreshed)
+        for one, _ in self.dense:
+            one.begin_step(step)
 
     def refresh(self) -> None:
         """Search the masks of all weights anew; it can be captured."""
@@ -112,11 +119,19 @@ class SparsityController:
         sparse = self.sparse_now
         for state, weight in self.weights:
             state.refill(weight, sparse)
+        for one, weight in self.dense:
+            one.refill(weight)
+
+    @property
+    def has_operands(self) -> bool:
+        """Whether there is anything to be made of weights once a step."""
+        return bool(self.weights or self.dense)
 
     @property
     def moves(self) -> int:
         """Grows when tensors of the states may have got other addresses."""
-        return sum(state.moves for state, _ in self.weights)
+        sparse, dense = self.weights, self.dense
+        return sum(one.moves for one, _ in sparse) + sum(one.moves for one, _ in dense)
 
     def ask(self, wanted: bool) -> None:
         """Let the probes of all weights measure from here, or no longer."""
@@ -182,3 +197,5 @@ class SparsityController:
         """Rebuild all operands at their next use."""
         for state, _ in self.weights:
             state.invalidate()
+        for one, _ in self.dense:
+            one.invalidate()

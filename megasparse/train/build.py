@@ -47,7 +47,7 @@ def build_engine(
     """
     clock = Clock(config.train.seed, config.train.train_iters)
 
-    scales = _fp8_scales(config, grid)
+    scales = _fp8_scales(config, grid, recipe.is_sparse)
 
     def make_sparse(model: torch.nn.Module) -> SparsityController:
         return sparsify(
@@ -82,8 +82,8 @@ def build_engine(
     return Engine(config, grid, layout, controller)
 
 
-def _fp8_scales(config: ResolvedConfig, grid: Grid) -> Scaling | None:
-    """Scaling of the sparse layers' FP8 operands, or None when they are not in FP8.
+def _fp8_scales(config: ResolvedConfig, grid: Grid, sparse: bool) -> Scaling | None:
+    """Scaling of the linears' FP8 operands, or None when they are not in FP8.
 
     Raises:
         ConfigError: FP8 cannot run here.
@@ -91,11 +91,11 @@ def _fp8_scales(config: ResolvedConfig, grid: Grid) -> Scaling | None:
     settings = config.fp8
     if settings.fp8_format is None:
         return None
-    refusal = transformer_engine.refusal(grid.device)
-    if refusal is not None:
-        raise ConfigError(f"fp8_format {settings.fp8_format}: {refusal}")
-    if grid.device.type == "cuda" and (reason := packing_disagreement(grid.device, E4M3)):
-        warn_once("FP8 is not used, the sparse layers stay in bfloat16: %s", reason)
+    on_gpu = grid.device.type == "cuda"
+    if on_gpu and (reason := transformer_engine.refusal(grid.device)):
+        raise ConfigError(f"fp8_format {settings.fp8_format}: {reason}")
+    if on_gpu and sparse and (reason := packing_disagreement(grid.device, E4M3)):
+        warn_once("FP8 is not used, the linears stay in bfloat16: %s", reason)
         return None
     if settings.fp8_recipe == "tensorwise":
         return CurrentScaling(grid.max_over_tp if grid.tp_size > 1 else None)

@@ -10,6 +10,7 @@ What is stored, by key:
     sparsity/NAME/mask|scale|counters   pattern indices, S-STE's beta, refresh counters
     sparsity/NAME/input_square|_tokens  Wanda's sums over the input channels
     sparsity/NAME/flips                 per tensor-parallel rank, summed on reading
+    sparsity/NAME/fp8_*, fp8/NAME/fp8_* delayed FP8 scales of a sparse, of a dense weight's operands
     rng/RANK/NAME                       generator states
 
 Tensors are stored with their place in the whole, so another layout can read them.
@@ -104,8 +105,13 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
     _load_optimizer(engine, reader)
     for state, weight in controller.weights:
         if not _has_state(reader, state, engine.config):
-            continue  # the run has another recipe: masks begin with the next step
+            # The run has another recipe: masks begin with the next step.
+            if state.quantizers is not None:
+                state.quantizers.import_state(_fp8_state(reader, state.name))
+            continue
         state.import_state(sparsity_state(reader, state), weight.device)
+    for dense, _ in controller.dense:
+        dense.import_state(_fp8_state(reader, dense.name))
     controller.clock.step = reader.meta["step"]
     if check_same_layout(reader, engine.config, layout(engine)):
         prefix = f"rng/{grid.rank}/"
@@ -159,6 +165,11 @@ def collect(engine: Engine) -> Tensors:
     if grid.dp_rank == 0:
         for state, _ in engine.controller.weights:
             tensors.update(_collect_sparsity(state, grid.tp_rank))
+        if grid.tp_rank == 0:  # all ranks of a stage share them
+            for dense, _ in engine.controller.dense:
+                for kind, value in dense.export_state().items():
+                    key = f"fp8/{dense.name}/{kind}"
+                    tensors[key] = (Piece(key, WeightShard(tuple(value.shape))), value)
     for name, value in rng_state(grid).items():
         key = f"rng/{grid.rank}/{name}"
         tensors[key] = (Piece(key, WeightShard(tuple(value.shape))), value)
@@ -179,6 +190,17 @@ def _collect_sparsity(state: SparseWeight, tp_rank: int) -> dict[str, tuple[Piec
         elif tp_rank == 0:
             tensors[key] = (Piece(key, WeightShard(tuple(value.shape))), value)
     return tensors
+
+
+def _fp8_state(reader: CheckpointReader, name: str) -> dict[str, torch.Tensor]:
+    """Delayed FP8 scales of a weight's operands, stored by a sparse or by a dense layer; empty if
+    the run before was not in FP8, or was not for this layer."""
+    found = {}
+    for place in ("sparsity", "fp8"):
+        prefix = f"{place}/{name}/"
+        for key in reader.keys(f"{prefix}fp8_"):
+            found[key.removeprefix(prefix)] = reader.read(key)
+    return found
 
 
 def _has_state(reader: CheckpointReader, state: SparseWeight, config: ResolvedConfig) -> bool:

@@ -241,10 +241,12 @@ class Trainer:
         local = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         recipe = self.recipe
         logger.info(
-            "recipe %s: %d sparse layers here, 2:4 in %s; %s parameters here, tp %d, pp %d, dp %d",
+            "recipe %s: %d sparse layers here, 2:4 in %s%s; %s parameters here, "
+            "tp %d, pp %d, dp %d",
             recipe.name,
             len(self.controller.weights),
             ", ".join(recipe.sparse_gemms) or "no GEMM",
+            "" if self.controller.fp8 is None else ", all linears in FP8",
             f"{local:,}",
             self.grid.tp_size,
             self.grid.pp_size,

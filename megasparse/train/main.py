@@ -23,6 +23,7 @@ from megasparse.preflight.check import check_hosts, require_fit
 from megasparse.preflight.settings import Prepared, check
 from megasparse.train.engine.deepspeed import fix_order_of_sums, start_process, stop_process
 from megasparse.train.loop import RunServices, Trainer
+from megasparse.train.precision import settle_fp8
 
 
 def pretrain(config: ResolvedConfig) -> int:
@@ -79,6 +80,7 @@ class _Run:
             fix_order_of_sums()
         device = start_process(parallel.distributed_timeout_minutes, self._begin_watch)
         assert self.watch is not None
+        config = settle_fp8(config, device)
         control = make_control_plane()
         _check_same_config(config, control)
         if parallel.preflight != "off":

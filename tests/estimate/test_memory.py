@@ -17,6 +17,10 @@ FP8 = [
     "--num-attention-heads", "2", "--seq-length", "64", "--transformer-impl", "local",
     "--sparse-layers", "*.mlp.*", "*.self_attention.linear_*",
 ]  # fmt: skip
+DENSE_FP8 = [
+    "--bf16", "--fp8-format", "hybrid", "--sparsity-recipe", "dense", "--masked-decay", "none",
+    "--dense-tail-fraction", "none", "--hidden-size", "64", "--ffn-hidden-size", "192",
+]  # fmt: skip
 WIDE = ["--sparse-layers", "*.mlp.linear_fc1", "*.self_attention.linear_*"]
 
 
@@ -50,7 +54,9 @@ def _measure(rank: int, world: int, flags: list[str]) -> dict[str, Any]:
     flat = [t for group in engine.optimizer.param_groups for t in group["params"]]
     moments = [v for state in engine.optimizer.state.values() for v in state.values()]
     # Each tensor once: an implementation may know its operand by two names.
-    operands = [{id(v): v for v in vars(state._gemms[True]).values()}.values() for state in states]
+    made = [state._gemms[True] for state in states]
+    made += [dense._gemms for dense, _ in engine.controller.dense]
+    operands = [{id(v): v for v in vars(one).values()}.values() for one in made]
     estimated = footprint(config, recipe, vocabulary, world, grid.pp_rank, gpu=False)
     weights = stage_weights(config, recipe, vocabulary, grid.pp_rank)
     sparse = sum(weight.numel() for _, weight in engine.controller.weights)
@@ -80,13 +86,15 @@ def _sparse_weights(model: Any) -> list[tuple[str, Any]]:
         [*TP2, *LLAMA, "--bf16"],
         [*PP2, *WIDE],  # tied embeddings: a copy on the last stage
         ["--zero-stage", "2", "--bf16", "--sparsity-recipe", "fst"],
+        [*TP2, *DENSE_FP8],
     ],
-    ids=["tp 2 bf16", "pp 2 tied", "dp 2 zero 2"],
+    ids=["tp 2 bf16", "pp 2 tied", "dp 2 zero 2", "tp 2 dense fp8"],
 )
 def test_every_parameter_and_every_byte_of_the_state(flags):
     for rank, found in enumerate(dist.run(_measure, 2, [*BASE, *flags])):
         assert found["weights"] == found["built"], rank
-        assert found["sparse"][0] == found["sparse"][1] > 0, rank
+        assert found["sparse"][0] == found["sparse"][1], rank
+        assert (found["sparse"][0] == 0) == ("dense" in flags)
         assert found["estimated"] == found["found"], rank
 
 

@@ -18,7 +18,7 @@ MODEL = [
 ]  # fmt: skip
 
 
-def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
+def _mlp(world, flags, fused, patterns=None, **options):
     """The MLP of a layer, made sparse in FP8 (not of a run: that would ask for a GPU)."""
     from megatron.core.transformer.mlp import MLP
 
@@ -39,7 +39,9 @@ def _mlp(world, flags, fused, patterns=("*.mlp.*",), **options):
     initialize_weights(model, 3, 0.05, 1, grid.tp_rank, grid.tp_size)
     scales = DelayedScaling(device, reduce_max=grid.max_over_tp)
     clock = Clock(seed=5, train_iters=10)
-    recipe = dataclasses.replace(recipe_of(config), sparse_layers=tuple(patterns))
+    recipe = recipe_of(config)
+    if patterns is not None:
+        recipe = dataclasses.replace(recipe, sparse_layers=patterns)
     controller = sparsify(model, recipe, clock, grid.sum_over_tp, fp8=scales, **options)
     if not fused and isinstance(layer.mlp, mlp.Fp8GatedMLP):
         layer.mlp.__class__ = MLP
@@ -71,8 +73,14 @@ TWO = ["--tensor-model-parallel-size", "2"]
 
 @pytest.mark.parametrize(
     ("world", "flags"),
-    [(1, []), (2, TWO), (2, [*TWO, "--sequence-parallel"])],
-    ids=["one", "tp", "tp-sp"],
+    [
+        (1, []),
+        (1, ["--sparse-layers", "*.linear_fc2"]),
+        (1, ["--sparsity-recipe", "dense", "--dense-tail-fraction", "none"]),
+        (2, TWO),
+        (2, [*TWO, "--sequence-parallel"]),
+    ],
+    ids=["one", "fc1 dense", "dense", "tp", "tp-sp"],
 )
 def test_the_same_bits(world, flags):
     flags = [*flags, "--disable-bias-linear"]
@@ -106,5 +114,6 @@ def _kinds(rank, world):
 
 def test_what_wants_more_than_the_gemms_is_computed_one_by_one():
     ((names, shapes, same),) = dist.run(_kinds, 1)
-    assert names.pop("plain") == "Fp8GatedMLP" and set(names.values()) == {"MLP"}
+    assert names.pop("plain") == names.pop("fc1 alone") == "Fp8GatedMLP"
+    assert set(names.values()) == {"MLP"}
     assert shapes == [(S, B, F)] and same

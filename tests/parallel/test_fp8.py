@@ -27,6 +27,7 @@ CURRENT = ["--fp8-format", "e4m3", "--fp8-recipe", "tensorwise"]
 # With a dense tail: both kinds of FP8 GEMMs.
 FST = ["--sparsity-recipe", "fst", "--masked-decay", "1e-3", "--dense-tail-fraction", "0.25"]
 S_STE = ["--sparsity-recipe", "s_ste"]
+DENSE = ["--sparsity-recipe", "dense", "--mask-update-interval", "none"]
 TP2 = ["--tensor-model-parallel-size", "2"]
 
 
@@ -82,7 +83,12 @@ def runs(tmp_path_factory, dataset):
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe"), [("fst", [*FST, *FP8]), ("s_ste", [*S_STE, "--fp8-format", "hybrid"])]
+    ("name", "recipe"),
+    [
+        ("fst", [*FST, *FP8]),
+        ("s_ste", [*S_STE, "--fp8-format", "hybrid"]),
+        ("dense", [*DENSE, "--fp8-format", "hybrid"]),
+    ],
 )
 def test_tensor_parallel_ranks_scale_and_train_as_one(runs, tmp_path, dataset, name, recipe):
     rows, scales = runs(name, recipe)
@@ -129,7 +135,12 @@ def test_data_parallel_ranks_scale_alike(runs, tmp_path, dataset):
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe"), [("fst", [*FST, *FP8]), ("ste", ["--sparsity-recipe", "ste", *FP8])]
+    ("name", "recipe"),
+    [
+        ("fst", [*FST, *FP8]),
+        ("ste", ["--sparsity-recipe", "ste", *FP8]),
+        ("dense", [*DENSE, "--fp8-format", "hybrid"]),
+    ],
 )
 def test_a_resumed_run_repeats_it(runs, tmp_path, dataset, name, recipe):
     rows, scales = runs(name, recipe)
@@ -174,10 +185,12 @@ def test_the_curve_follows_bfloat16(runs, tmp_path, dataset, name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--fp8-format", "e4m3"], "expected a GPU"),
         (["--fp8-format", "e4m3", "--no-bf16"], "expected --bf16"),
-        (["--fp8-format", "e4m3", "--sparsity-recipe", "dense"], "expected a sparsity_recipe"),
         (["--fp8-format", "e4m3", "--simulate-fp8"], "expected one of the two"),
+        (
+            ["--fp8-format", "e4m3", "--num-attention-heads", "2", "--kv-channels", "20"],
+            "FP8 of a dense",
+        ),
     ],
 )
 def test_refusals(tmp_path, dataset, change, words):
@@ -185,6 +198,17 @@ def test_refusals(tmp_path, dataset, change, words):
     flags += ["--mask-update-interval", "none"]
     with pytest.raises(Exception, match=words):
         dist.run(traced, 1, flags)
+
+
+def test_the_dense_tail_is_the_recipe_dense_in_fp8(runs, tmp_path, dataset):
+    rows, scales = runs("fst", [*FST, *FP8])
+    assert [row["sparse"] for row in rows[8:]] == [True] + [False] * 3
+    flags = [*WIDE, *FP8, "--data-path", dataset, "--run-dir", str(tmp_path)]
+    dist.run(fp8_run, 1, [*flags, *FST, "--exit-interval", "9"])
+    tail, found = dist.run(fp8_run, 1, [*flags, *DENSE, "--resume", "--override-recipe"])[0]
+    assert [row["loss"] for row in tail] == [row["loss"] for row in rows[9:]]
+    # The recipe dense draws nothing, and knows no scale of draws.
+    assert {*found[-1]} <= {*scales[-1]}
 
 
 def test_a_shard_that_cuts_a_tile_is_refused(tmp_path, dataset):

@@ -123,7 +123,6 @@ def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
     ("recipe", "flags", "message"),
     [
         ("fst", {"slorb_k": 16}, "recipe fst, expected a row-wise mask: ste, sr_ste or ast"),
-        ("dense", {"fp8_format": "e4m3"}, "expected a sparsity_recipe"),
         ("s_ste", {"mask_metric": "wanda"}, "expected row-wise masks: ste, sr_ste or ast"),
         ("ste", {"s_ste_scale": "every_step"}, "expected s_ste"),
         ("ast", {"masked_decay_before_clipping": True}, "expected sr_ste or fst"),

@@ -75,6 +75,7 @@ VARIANTS = {
     "te bf16": ["--sparsity-recipe", "dense"],
     "te fp8": ["--sparsity-recipe", "dense"],
     "dense": ["--sparsity-recipe", "dense"],
+    "dense fp8": ["--sparsity-recipe", "dense", *FP8],
     "fst": FST,
     "fst fp8": [*FST, *FP8],
     "fst fp8 current": [*FST, *FP8, "--fp8-recipe", "tensorwise"],
@@ -83,7 +84,7 @@ VARIANTS = {
 }
 # Of what is freed between variants; libraries keep smaller things for good.
 LARGE_BYTES = 2**26
-DENSE = ("te bf16", "te fp8", "dense")
+DENSE = ("te bf16", "te fp8", "dense", "dense fp8")
 DEFAULT = ["dense", "te bf16", "te fp8", "fst fp8", "s_ste fp8"]
 
 

@@ -87,7 +87,7 @@ class LayerGraphs:
             self._refresh = Replayed(controller.refresh)
         with controller.timer.span("preparation"):
             controller.begin_step(lambda: self._refresh(self._recorder))
-            if controller.weights:
+            if controller.has_operands:
                 self._refill[controller.asked](self._recorder)
         self._phase = (controller.sparse_now, controller.moves)
         controller.seeds.begin_step(micro_batches)

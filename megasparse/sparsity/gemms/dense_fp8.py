@@ -1,7 +1,13 @@
-"""All three GEMMs dense in e4m3: layers of a dense phase, and what packed FP8 GEMMs share.
+"""All three GEMMs dense in FP8: dense layers, those of a dense phase, and what packed GEMMs share.
+
+| GEMM        | operands                                    |
+|-------------|---------------------------------------------|
+| output      | X e4m3, W e4m3                              |
+| grad_input  | dZ e4m3 (e5m2 with "hybrid"), W e4m3        |
+| grad_weight | dZ^T e4m3 (e5m2 with "hybrid"), X^T e4m3    |
 
 Each tensor is read once: x gives its row-major and its transposed copy, and so do the weight and
-dZ. Results are bfloat16.
+dZ. Transformer Engine quantizes, cuBLAS multiplies, as in its own linears. Results are bfloat16.
 """
 
 from __future__ import annotations
@@ -14,7 +20,8 @@ from torch.nn.functional import pad
 from megasparse.fp8.scale import Quantizer, Scale
 from megasparse.fp8.transformer_engine import transposed
 from megasparse.kernels import swiglu_float8, swiglu_fused, swiglu_fused_backward
-from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.float8 import E5M2
+from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.fp8_products import scaled_mm
 from megasparse.sparsity.gemms.protocol import SavedInput, kept_in_place
@@ -69,19 +76,21 @@ class Fp8GradOutput(NamedTuple):
 
 
 class DenseFp8Gemms:
-    """The GEMMs of a dense phase.
+    """The GEMMs of a dense layer, or of a dense phase.
 
     Args:
         quantizers: of the layer.
+        hybrid: dZ in e5m2.
     """
 
     _weight: Scale
     _w_NK: torch.Tensor | None = None
     _w_KN: torch.Tensor | None = None
 
-    def __init__(self, quantizers: OperandQuantizers) -> None:
+    def __init__(self, quantizers: OperandQuantizers, hybrid: bool = False) -> None:
         self.ran_sparse: set[str] = set()
         self._quantizers = quantizers
+        self._row_dtype = E5M2 if hybrid else E4M3
 
     def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
         row, column, scale = self._quantizers.weight.quantized(w_NK.detach(), columns=True)
@@ -149,7 +158,9 @@ class DenseFp8Gemms:
         return scaled_mm(row, self._w_NK, x, self._weight)
 
     def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> Fp8GradOutput:
-        row, dz_NT, dz = self._quantizers.gradient.quantized(whole_tiles(dz_TN), columns=True)
+        row, dz_NT, dz = self._quantizers.gradient.quantized(
+            whole_tiles(dz_TN), columns=True, dtype=self._row_dtype
+        )
         assert row is not None and dz_NT is not None
         return Fp8GradOutput(row, dz_NT, dz_TN.shape[0], dz, dz)
 

@@ -27,7 +27,6 @@ from megasparse.kernels import (
     swiglu_grad_pack24,
     weight_pack24,
 )
-from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
@@ -72,13 +71,12 @@ class PackedFp8Gemms(DenseFp8Gemms):
         probe: Probe | None = None,
         chooser: GemmChooser | None = None,
     ) -> None:
-        super().__init__(quantizers)
+        super().__init__(quantizers, hybrid and not recipe.transposable)
         self._recipe, self._probe = recipe, probe or Probe()
         self._channels = tuple((s.local_start, s.global_start, s.length) for s in channels)
         self._chooser = chooser
         self._choices: dict[tuple[str, int], Choice] = {}
         self._unpacked: dict[str, torch.Tensor] = {}  # where a dense GEMM is faster
-        self._row_dtype = E5M2 if hybrid and not recipe.transposable else E4M3
         self._error_flag: torch.Tensor | None = None
         self._operands: tuple[Packed24, Packed24 | torch.Tensor] | None = None
 

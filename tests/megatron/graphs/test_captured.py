@@ -47,6 +47,18 @@ RUNS = {
     "ast": ["--sparsity-recipe", "ast", *LLAMA],
     "ast, fp8": ["--sparsity-recipe", "ast", *LLAMA, *FP8],
     "dense": ["--sparsity-recipe", "dense", *LLAMA],
+    "dense, fp8": ["--sparsity-recipe", "dense", *LLAMA, "--fp8-format", "hybrid"],
+    # Linears of the attention dense, those of the MLP 2:4.
+    "mixed, fp8": [
+        "--sparsity-recipe",
+        "fst",
+        *LLAMA,
+        "--fp8-format",
+        "hybrid",
+        *PHASES,
+        "--sparse-layers",
+        "*.mlp.*",
+    ],
     "fst, ZeRO 2": ["--sparsity-recipe", "fst", *LLAMA, "--zero-stage", "2"],
 }
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -61,6 +73,7 @@ RECOMPUTE = [
 LAYOUTS = {
     "fst, fp8, tp 2, sp": [*RUNS["fst, fp8"], *TP2],
     "s_ste, fp8, tp 2, sp": [*RUNS["s_ste, fp8"], *TP2],
+    "dense, fp8, tp 2, sp": [*RUNS["dense, fp8"], *TP2],
     "ast, tp 2": [*RUNS["ast"], "--tensor-model-parallel-size", "2"],
     "fst, pp 2": [*RUNS["fst"], "--pipeline-model-parallel-size", "2"],
     "fst, fp8, pp 2, recomputed": [

@@ -76,6 +76,22 @@ PP2 = ["--pipeline-model-parallel-size", "2"]
 S_STE = ["--sparsity-recipe", "s_ste"]
 RUNS: dict[str, tuple[int, list[str]]] = {
     "fst": (1, LLAMA),
+    # The linears of the attention are dense, those of the MLP 2:4 between two dense phases.
+    "fst and dense, fp8": (
+        1,
+        [
+            *LLAMA,
+            "--bf16",
+            "--fp8-format",
+            "hybrid",
+            "--hidden-size",
+            "128",
+            "--ffn-hidden-size",
+            "128",
+            "--sparse-layers",
+            "*.mlp.*",
+        ],
+    ),
     "fst, recomputed": (1, [*LLAMA, *RECOMPUTE]),
     "s_ste, scale of every step": (1, [*S_STE, "--s-ste-scale", "every_step"]),
     "fst, ZeRO 1": (1, [*LLAMA, "--zero-stage", "1"]),

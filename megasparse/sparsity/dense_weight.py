@@ -1,0 +1,65 @@
+"""The FP8 operands of one dense weight: made anew for every optimizer step, at one place in memory.
+
+The counterpart of `SparseWeight` for linears that no recipe prunes. It has no mask and no phase; of
+a step it keeps the scaling of its operands alone, which checkpoints save.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
+from megasparse.sparsity.gemms.protocol import LinearGemms
+
+
+class DenseFp8Weight:
+    """A weight `(N, K)` whose three GEMMs are dense and in FP8.
+
+    Args:
+        name: the weight's name in the whole model.
+        quantizers: of the layer's operands.
+        hybrid: output gradients in e5m2.
+
+    Attributes:
+        moves: times that operands or scales may have got other addresses.
+    """
+
+    def __init__(self, name: str, quantizers: OperandQuantizers, hybrid: bool = False) -> None:
+        self.name, self.quantizers = name, quantizers
+        self.moves = 0
+        self._gemms = DenseFp8Gemms(quantizers, hybrid)
+        self._ready = -1  # step that the operands are of
+
+    def gemms(self, weight: torch.Tensor, step: int) -> LinearGemms:
+        """The GEMMs of `step`, with operands made at its first use.
+
+        Args:
+            weight: the local master weight `(N, K)`.
+            step: optimizer steps done so far.
+        """
+        if self._ready != step:
+            self.begin_step(step)
+            self.refill(weight)
+        return self._gemms
+
+    def begin_step(self, step: int) -> None:
+        """Note that the operands are of `step`, which `refill` makes them of."""
+        self._ready = step
+
+    def refill(self, weight: torch.Tensor) -> None:
+        """Make the operands of the step that has begun; the part that can be captured."""
+        self._gemms.refill(weight.detach(), None)
+
+    def invalidate(self) -> None:
+        """Forget the operands: the master weight was changed from outside."""
+        self._ready = -1
+
+    def export_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps: delayed scales and their history."""
+        return self.quantizers.export_state()
+
+    def import_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `export_state` gave; operands are made at the next use."""
+        self.quantizers.import_state(state)
+        self.moves += 1
+        self.invalidate()

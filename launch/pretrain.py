@@ -29,8 +29,11 @@ def run() -> int:
     try:
         prepared = prepare(sys.argv[1:], world)
     except MegasparseError as error:
-        log.logger.error("%s: %s", type(error).__name__, " ".join(str(error).split()))
+        tell(error)
         return error.exit_code
+    if not is_supervised():
+        for note in prepared.notes:
+            log.logger.info("%s", note)
     if prepared.config.checkpoint.max_restarts and not is_supervised():
         settings = prepared.config.checkpoint
         return supervise(
@@ -40,6 +43,14 @@ def run() -> int:
             lambda: max(list_steps(Path(settings.save)), default=-1),
         )
     return train(prepared)
+
+
+def tell(error: MegasparseError) -> None:
+    """What is wrong: a line for each problem."""
+    name, problems = type(error).__name__, error.problems or (str(error),)
+    for number, problem in enumerate(problems, 1):
+        which = f" {number} of {len(problems)}" if len(problems) > 1 else ""
+        log.logger.error("%s%s: %s", name, which, " ".join(problem.split()))
 
 
 def train(prepared: Prepared) -> int:

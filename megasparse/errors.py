@@ -10,6 +10,8 @@ queued again (75) from one that must be looked at. 0 is only ever a run that is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 EXIT_PREEMPTED = 75  # stopped by a signal or a time limit, saved; start again with --resume
 EXIT_NO_PROGRESS = 76  # restarted again and again without a new checkpoint
 EXIT_CODES = (
@@ -24,12 +26,20 @@ class MegasparseError(Exception):
     """Base of all errors with a message meant for the user."""
 
     exit_code = 1
+    problems: tuple[str, ...] = ()  # of several, found at once: one line each
 
 
 class ConfigError(MegasparseError):
     """A flag, YAML key or combination of them is wrong (sizes, names, unknown keys)."""
 
     exit_code = 64
+
+
+def together(problems: Sequence[str], kind: type[MegasparseError] = ConfigError) -> MegasparseError:
+    """One error for all that is wrong: `problems` of it has the lines."""
+    error = kind("; ".join(problems))
+    error.problems = tuple(problems)
+    return error
 
 
 class DataError(MegasparseError):

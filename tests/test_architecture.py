@@ -49,7 +49,11 @@ DOORS = {
         "tools/bench/kernels.py",
     ],
     "sentencepiece": ["megasparse/data/tokenizer.py", "megasparse/data/spm_json.py"],
-    "tokenizers": ["megasparse/data/tokenizer.py", "megasparse/data/spm_json.py"],
+    "tokenizers": [
+        "megasparse/data/tokenizer.py",
+        "megasparse/data/spm_json.py",
+        "megasparse/data/bpe_files.py",
+    ],
     "tqdm": ["megasparse/progress.py"],
     # Which linears are sparse is asked of the recipe: `recipe.matches(name)`.
     "fnmatch": ["megasparse/sparsity/recipe.py"],

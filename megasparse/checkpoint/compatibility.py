@@ -22,7 +22,8 @@ GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
         "fp8_format", "fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo",
     )),
     ("override_schedule", "train", (
-        "train_iters", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters",
+        "train_iters", "lr", "min_lr", "decoupled_lr", "decoupled_min_lr",
+        "lr_decay_style", "lr_decay_iters", "lr_warmup_iters",
         "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_linear_to_zero_iters",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
     )),

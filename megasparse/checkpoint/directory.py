@@ -41,6 +41,12 @@ def list_steps(root: Path) -> list[int]:
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
+def checkpoint_root(path: Path) -> Path:
+    """The folder that holds the checkpoints: itself, or `checkpoints/` in a run's folder."""
+    inside = path / "checkpoints"
+    return inside if not list_steps(path) and list_steps(inside) else path
+
+
 def read_pointer(root: Path) -> int | None:
     """The step that `latest.json` names; None if it says nothing that can be read."""
     try:
@@ -82,11 +88,16 @@ def set_aside(root: Path, step: int) -> Path:
     return aside
 
 
-def prune(root: Path, newest: int, keep_last: int) -> None:
-    """Delete all but the `keep_last` newest checkpoints up to the verified step `newest`."""
+def prune(root: Path, newest: int, keep_last: int, retain_interval: int | None = None) -> None:
+    """Delete all but the `keep_last` newest checkpoints up to the verified step `newest`.
+
+    Those of steps divisible by `retain_interval` stay too.
+    """
     if not keep_last:
         return
     for step in [step for step in list_steps(root) if step <= newest][keep_last:]:
+        if retain_interval and step % retain_interval == 0:
+            continue
         folder = step_folder(root, step)
         # Renamed first: a deletion that is cut off leaves no folder that looks published.
         doomed = folder.with_name(f"{folder.name}.tmp-0")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megasparse.checkpoint.directory import list_steps
+from megasparse.checkpoint.directory import checkpoint_root
 from megasparse.checkpoint.manifest import MANIFEST
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
@@ -158,12 +158,11 @@ def open_checkpoint(path: Path, control: ControlPlane) -> CheckpointReader:
     """
     if control.on_rank_zero(lambda: (path / MANIFEST).is_file()):
         return CheckpointReader(path)
-    for root in (path, path / "checkpoints"):
-        if control.on_rank_zero(lambda root=root: bool(list_steps(root))):  # type: ignore[misc]
-            reader = choose(root, control)
-            assert reader is not None
-            return reader
-    raise CheckpointError(f"{path}: holds no checkpoint")
+    root = control.on_rank_zero(lambda: checkpoint_root(path))
+    reader = choose(root, control)
+    if reader is None:
+        raise CheckpointError(f"{path}: holds no checkpoint")
+    return reader
 
 
 def effective_weight(reader: CheckpointReader, name: str, recipe: SparsityRecipe) -> torch.Tensor:

@@ -77,6 +77,7 @@ class RunFolder:
             control,
             control.on_rank_zero(lambda: secrets.token_hex(8)),
             keep_last=settings.keep_last,
+            retain_interval=settings.save_retain_interval,
             async_save=settings.async_save,
             max_failed_saves=settings.max_failed_saves,
             hook=hook,

@@ -54,6 +54,7 @@ class Saver:
         control: of all ranks.
         run_id: hex, of this start of the run; part of the names of its temporary folders.
         keep_last: newest checkpoints to keep; 0: all.
+        retain_interval: those of steps divisible by it are kept too.
         async_save: write in the background.
         max_failed_saves: saves in a row that may fail before the run ends.
         hook: called with the name of every point that a save passes (main or writer thread).
@@ -65,12 +66,14 @@ class Saver:
         control: ControlPlane,
         run_id: str,
         keep_last: int = 2,
+        retain_interval: int | None = None,
         async_save: bool = False,
         max_failed_saves: int = 0,
         hook: Hook = ignore,
     ) -> None:
         self._root, self._control, self._run_id = root, control, run_id
-        self._keep_last, self._async, self._hook = keep_last, async_save, hook
+        self._keep_last, self._retain = keep_last, retain_interval
+        self._async, self._hook = async_save, hook
         self._allowed_failures, self._failures = max_failed_saves, 0
         self._job: _Job | None = None
         self.saved_step: int | None = None
@@ -190,7 +193,7 @@ class Saver:
             # Older checkpoints go only when this one can be read.
             CheckpointReader(final, verify=False)
             self._hook("save:prune")
-            directory.prune(self._root, job.step, self._keep_last)
+            directory.prune(self._root, job.step, self._keep_last, self._retain)
             logger.info("saved %s", final)
 
         self._control.on_rank_zero(commit)

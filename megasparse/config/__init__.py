@@ -1,6 +1,7 @@
 """The typed run configuration: schema, loading, and what ties its fields together."""
 
-from megasparse.config.loader import build_parser, dump_yaml, from_dict, load_config, to_dict
+from megasparse.config.command_line import CommandLine, build_parser
+from megasparse.config.loader import dump_yaml, from_dict, load_config, read_config, to_dict
 from megasparse.config.resolved import (
     CompleteModel,
     ResolvedCheckpoint,
@@ -9,6 +10,7 @@ from megasparse.config.resolved import (
     ResolvedModel,
     ResolvedParallel,
     ResolvedTrain,
+    changed_settings,
     data_parallel_size,
     fill_defaults,
     narrowed,
@@ -26,11 +28,13 @@ from megasparse.config.validate import (
     gradient_accumulation_steps,
     padded_vocab_size,
     pipeline_split,
+    problems_of,
     resolve,
 )
 
 __all__ = [
     "CheckpointConfig",
+    "CommandLine",
     "CompleteModel",
     "DataConfig",
     "DistillationConfig",
@@ -48,6 +52,7 @@ __all__ = [
     "SparsityConfig",
     "TrainConfig",
     "build_parser",
+    "changed_settings",
     "data_parallel_size",
     "dump_yaml",
     "fill_defaults",
@@ -57,6 +62,8 @@ __all__ = [
     "narrowed",
     "padded_vocab_size",
     "pipeline_split",
+    "problems_of",
+    "read_config",
     "resolve",
     "to_dict",
 ]

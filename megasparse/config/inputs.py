@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable
 from typing import Any
 
+from megasparse.config.fields import FieldInfo
 from megasparse.config.schema import RunConfig
 from megasparse.config.schema_training import DataConfig
 
@@ -16,21 +16,6 @@ DATA_SOURCES = (
     ("train_data_path", "valid_data_path", "test_data_path"),
     ("mock_data",),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class FieldInfo:
-    """One field: where it lives, its plain type, and its limits."""
-
-    group: str
-    name: str
-    kind: type  # int, float, bool, str, or list (of str)
-    optional: bool
-    metadata: dict[str, Any]
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
 
 
 def replace_sources(config: RunConfig, given: dict[str, Any]) -> None:

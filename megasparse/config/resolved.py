@@ -8,6 +8,7 @@ otherwise be asserted where it is used.
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from typing import Any, TypeVar
@@ -80,7 +81,8 @@ class ResolvedConfig(RunConfig):
 def fill_defaults(config: RunConfig, world_size: int) -> ResolvedConfig:
     """A copy with every default filled in, and nothing refused: `resolve` does that.
 
-    It fills what is unset alone, so what has been filled once stays as it is.
+    It fills what is unset (`changed_settings` has what else), so what has been filled once stays as
+    it is.
 
     Args:
         config: as loaded, or a part of one: a model alone is enough.
@@ -96,6 +98,8 @@ def fill_defaults(config: RunConfig, world_size: int) -> ResolvedConfig:
     _fill_train(copy, world_size)
     run_dir = copy.checkpoint.run_dir
     copy.checkpoint.save = copy.checkpoint.save or f"{run_dir}/checkpoints"
+    if _is_continued(config):
+        copy.checkpoint.load, copy.checkpoint.resume = None, True
     copy.logging.tensorboard_dir = copy.logging.tensorboard_dir or f"{run_dir}/tensorboard"
     return ResolvedConfig(
         **{
@@ -142,8 +146,39 @@ def _fill_parallel(config: RunConfig) -> None:
     if parallel.recompute_granularity == "full":
         parallel.recompute_method = parallel.recompute_method or "uniform"
         parallel.recompute_num_layers = parallel.recompute_num_layers or 1
-    if parallel.zero_stage is None:
+    if parallel.zero_stage is None or _is_zero_without_masters(config):
         parallel.zero_stage = 1 if config.train.bf16 else 0
+    parallel.sequence_parallel &= not _is_nothing_to_split(config)
+
+
+def _is_zero_without_masters(config: RunConfig) -> bool:
+    # DeepSpeed's BF16 wrapper without ZeRO ends at a worse loss; ZeRO 1 is equal in cost.
+    return config.train.bf16 and config.parallel.zero_stage == 0
+
+
+def _is_nothing_to_split(config: RunConfig) -> bool:
+    return config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1
+
+
+def _is_continued(config: RunConfig) -> bool:
+    """Whether the run loads from where it saves, as Megatron's users continue one."""
+    settings = config.checkpoint
+    if settings.load is None or settings.finetune:
+        return False
+    own = (settings.save or f"{settings.run_dir}/checkpoints", settings.run_dir)
+    return os.path.abspath(settings.load) in [os.path.abspath(folder) for folder in own]
+
+
+def changed_settings(config: RunConfig) -> list[str]:
+    """What `fill_defaults` sets otherwise than it was given, as Megatron does; one line each."""
+    changed = []
+    if _is_zero_without_masters(config):
+        changed.append("zero_stage 0 becomes 1: BF16 needs its float32 masters")
+    if _is_nothing_to_split(config):
+        changed.append("sequence_parallel is off: tensor_model_parallel_size is 1")
+    if _is_continued(config) and not config.checkpoint.resume:
+        changed.append("load is save: the run continues from there, or starts (as with --resume)")
+    return changed
 
 
 def _fill_train(config: RunConfig, world_size: int) -> None:

@@ -12,13 +12,17 @@ class CheckpointConfig:
     """What a run leaves behind."""
 
     run_dir: str = option(
-        "runs/default", "folder of everything that the run writes", path="written"
+        "runs/default",
+        "folder of everything that the run writes; default: save, or runs/NAMES",
+        path="written",
     )
     save: str | None = option(
         None, "folder of checkpoints; default RUN_DIR/checkpoints", path="written"
     )
     load: str | None = option(
-        None, "folder of checkpoints to continue from; an error when it holds none", path="read"
+        None,
+        "folder of checkpoints, or of a run, to continue from; an error when it holds none",
+        path="read",
     )
     load_hf: str | None = option(
         None,
@@ -31,10 +35,16 @@ class CheckpointConfig:
     resume: bool = option(
         False, "continue from the newest checkpoint in --save, or start when there is none"
     )
+    exit_on_missing_checkpoint: bool = option(
+        False, "with --resume, or --load and --save of one folder: an error when it holds none"
+    )
     save_interval: int | None = option(
         None, "steps between checkpoints; default: one at the end", at_least=1
     )
     keep_last: int = option(2, "newest checkpoints to keep; 0: all", at_least=0)
+    save_retain_interval: int | None = option(
+        None, "checkpoints of steps divisible by this stay too, beside the newest", at_least=1
+    )
     async_save: bool = option(False, "write checkpoints in the background, from a copy on the host")
     max_failed_saves: int = option(
         0, "saves in a row that may fail (disk full) before the run ends", at_least=0

@@ -78,6 +78,12 @@ class TrainConfig:
     train_iters: int = option(100, "optimizer steps", at_least=1)
     lr: float = option(3e-4, "peak learning rate", above=0.0)
     min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0.0)
+    decoupled_lr: float | None = option(
+        None, "peak learning rate of word embedding and output layer; default: lr", above=0.0
+    )
+    decoupled_min_lr: float | None = option(
+        None, "theirs at the end of the decay; default: min-lr", at_least=0.0
+    )
     lr_decay_style: str = option(
         "cosine",
         "shape of the decay; WSD: warm-up, stable, and a decay over the last lr-wsd-decay-iters",
@@ -173,6 +179,10 @@ class DataConfig:
     tokenizer_model: str | None = option(
         None, "SentencePiece .model or Hugging Face tokenizer.json", path="read"
     )
+    vocab_file: str | None = option(
+        None, "GPT-2's vocab.json, with --merge-file; instead of tokenizer-model", path="read"
+    )
+    merge_file: str | None = option(None, "GPT-2's merges.txt, with --vocab-file", path="read")
     num_workers: int = option(0, "processes that load data, per rank", at_least=0)
     reset_position_ids: bool = option(False, "positions start again after an end of document")
     reset_attention_mask: bool = option(False, "no attention across documents")

@@ -26,7 +26,8 @@ Place = Literal["embedding", "layer", "output"]
 
 WORD_EMBEDDINGS = "embedding.word_embeddings"
 # Modules that have a row for every token; the rows are padded.
-_VOCABULARY = (WORD_EMBEDDINGS, "output_layer")
+OUTPUT_LAYER = "output_layer"
+_VOCABULARY = (WORD_EMBEDDINGS, OUTPUT_LAYER)
 VOCABULARY = tuple(f"{module}.weight" for module in _VOCABULARY)
 
 

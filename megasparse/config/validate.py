@@ -7,6 +7,7 @@ every rank finds the same error without talking to another.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from megasparse.config.resolved import (
     ResolvedConfig,
@@ -17,7 +18,7 @@ from megasparse.config.resolved import (
 from megasparse.config.schema import RunConfig
 from megasparse.config.schema_model import ModelConfig
 from megasparse.config.schema_training import DataConfig, ParallelConfig, TrainConfig
-from megasparse.errors import ConfigError
+from megasparse.errors import ConfigError, together
 
 # A 2:4 group, and the edge of a transposable block.
 BLOCK = 4
@@ -33,16 +34,28 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedConfig:
     Raises:
         ConfigError: sizes that do not divide, or settings that exclude each other.
     """
-    resolved = fill_defaults(config, world_size)
-    _check_model(config.model, resolved.model)
-    _check_parallel(config.parallel, resolved, world_size)
-    _check_train(config.train, resolved, world_size)
-    _check_data(resolved.data, resolved.model)
-    _check_start(resolved)
-    _check_slorb(resolved)
-    _check_fp8(resolved)
-    _check_divisible(resolved)
-    return resolved
+    if problems := problems_of(config, world_size):
+        raise together(problems)
+    return fill_defaults(config, world_size)
+
+
+def problems_of(config: RunConfig, world_size: int) -> list[str]:
+    """All that is wrong with the settings together, one line each; empty: nothing."""
+    try:
+        resolved = fill_defaults(config, world_size)
+    except ConfigError as error:
+        return [str(error)]
+    found = [
+        *_check_model(config.model, resolved.model),
+        *_check_parallel(config.parallel, resolved, world_size),
+        *_check_train(config.train, resolved, world_size),
+        *_check_data(resolved.data, resolved.model),
+        *_check_start(resolved),
+        *_check_slorb(resolved),
+        *_check_fp8(resolved),
+        *_check_divisible(config.model, resolved),
+    ]
+    return list(dict.fromkeys(found))
 
 
 def gradient_accumulation_steps(config: ResolvedConfig, world_size: int) -> int:
@@ -64,24 +77,24 @@ def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def _check_model(given: ModelConfig, model: ResolvedModel) -> None:
+def _check_model(given: ModelConfig, model: ResolvedModel) -> Iterator[str]:
     if given.kv_channels is None and model.hidden_size % model.num_attention_heads:
-        raise ConfigError(
+        yield (
             f"hidden_size {model.hidden_size} is not divisible by num_attention_heads "
             f"{model.num_attention_heads}; change one or set kv_channels"
         )
     activations = [name for name in ("swiglu", "geglu", "squared_relu") if getattr(model, name)]
     if len(activations) > 1:
-        raise ConfigError(f"{' and '.join(activations)} are both set, expected one activation")
+        yield f"{' and '.join(activations)} are both set, expected one activation"
     if given.group_query_attention and given.num_query_groups is None:
-        raise ConfigError("group_query_attention needs num_query_groups")
+        yield "group_query_attention needs num_query_groups"
     if model.num_attention_heads % model.num_query_groups:
-        raise ConfigError(
+        yield (
             f"num_attention_heads {model.num_attention_heads} is not divisible by "
             f"num_query_groups {model.num_query_groups}"
         )
     if model.seq_length > model.max_position_embeddings:
-        raise ConfigError(
+        yield (
             f"seq_length {model.seq_length} is longer than max_position_embeddings "
             f"{model.max_position_embeddings}"
         )
@@ -117,45 +130,45 @@ def pipeline_split(config: RunConfig) -> list[int]:
     return [given.get(stage, rest // max(others, 1)) for stage in range(stages)]
 
 
-def _check_parallel(given: ParallelConfig, config: ResolvedConfig, world_size: int) -> None:
+def _check_parallel(
+    given: ParallelConfig, config: ResolvedConfig, world_size: int
+) -> Iterator[str]:
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size % (tp * pp):
-        raise ConfigError(
+        yield (
             f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} x "
             f"pipeline_model_parallel_size {pp}"
         )
-    pipeline_split(config)
-    _check_recompute(given, config)
-    if config.train.bf16 and parallel.zero_stage == 0:
-        # DeepSpeed's bf16 wrapper without ZeRO ends at a worse loss; ZeRO-1 is equal in cost.
-        raise ConfigError("zero_stage 0 with bf16 is not supported, use zero_stage 1")
+    try:
+        smallest = min(pipeline_split(config))
+    except ConfigError as error:
+        yield str(error)
+    else:
+        yield from _check_recompute(given, config, smallest)
     if parallel.zero_stage >= 2 and pp > 1:
-        raise ConfigError(
+        yield (
             f"zero_stage {parallel.zero_stage} with pipeline_model_parallel_size {pp} is not "
             "supported (micro-batches need gradients that are whole), use zero_stage 1"
         )
-    if parallel.sequence_parallel and tp == 1:
-        raise ConfigError("sequence_parallel needs tensor_model_parallel_size above 1")
     if parallel.sequence_parallel and config.model.seq_length % tp:
-        raise ConfigError(
+        yield (
             f"sequence_parallel: seq_length {config.model.seq_length} is not divisible by "
             f"tensor_model_parallel_size {tp}"
         )
 
 
-def _check_recompute(given: ParallelConfig, config: ResolvedConfig) -> None:
+def _check_recompute(given: ParallelConfig, config: ResolvedConfig, smallest: int) -> Iterator[str]:
     parallel = config.parallel
     if parallel.recompute_granularity != "full":
         if given.recompute_method or given.recompute_num_layers:
-            raise ConfigError(
+            yield (
                 "recompute_method and recompute_num_layers need recompute_granularity full, "
                 f"found {parallel.recompute_granularity}"
             )
         return
-    smallest = min(pipeline_split(config))
     if parallel.recompute_chunk > smallest:
-        raise ConfigError(
+        yield (
             f"recompute_num_layers {parallel.recompute_chunk}, expected at most the "
             f"{smallest} layers of a stage"
         )
@@ -164,123 +177,132 @@ def _check_recompute(given: ParallelConfig, config: ResolvedConfig) -> None:
         and parallel.recompute_method == "uniform"
         and parallel.recompute_chunk > 1
     ):
-        raise ConfigError(
+        yield (
             f"recompute_num_layers {parallel.recompute_chunk} with recompute_method uniform "
             "and pipeline parallelism, expected 1 (each layer is a part of the pipeline)"
         )
 
 
-def _check_train(given: TrainConfig, config: ResolvedConfig, world_size: int) -> None:
+def _check_train(given: TrainConfig, config: ResolvedConfig, world_size: int) -> Iterator[str]:
     train = config.train
     per_step = train.micro_batch_size * data_parallel_size(config, world_size)
-    if train.global_batch_size % per_step:
-        raise ConfigError(
+    if per_step and train.global_batch_size % per_step:
+        yield (
             f"global_batch_size {train.global_batch_size} is not divisible by micro_batch_size "
             f"{train.micro_batch_size} x data parallel size "
             f"{data_parallel_size(config, world_size)}"
         )
     if given.lr_warmup_fraction is not None and given.lr_warmup_iters:
-        raise ConfigError("lr_warmup_iters and lr_warmup_fraction are both set, expected one")
+        yield "lr_warmup_iters and lr_warmup_fraction are both set, expected one"
     if train.lr_warmup_iters > train.lr_decay_iters:
-        raise ConfigError(
+        yield (
             f"lr_warmup_iters {train.lr_warmup_iters} is more than lr_decay_iters "
             f"{train.lr_decay_iters}"
         )
     longest = train.lr_decay_iters - train.lr_warmup_iters
     if train.lr_decay_style == "WSD" and train.lr_wsd_decay_iters is None:
-        raise ConfigError("lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its decay")
+        yield "lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its decay"
     if train.lr_wsd_decay_iters is not None and train.lr_decay_style != "WSD":
-        raise ConfigError(
+        yield (
             f"lr_wsd_decay_iters {train.lr_wsd_decay_iters} with lr_decay_style "
             f"{train.lr_decay_style}, expected WSD"
         )
     if train.lr_wsd_decay_iters is not None and train.lr_wsd_decay_iters > longest:
-        raise ConfigError(
+        yield (
             f"lr_wsd_decay_iters {train.lr_wsd_decay_iters}, expected at most the {longest} steps "
             "between lr_warmup_iters and lr_decay_iters"
         )
     if train.lr_linear_to_zero_iters > train.train_iters - train.lr_warmup_iters:
-        raise ConfigError(
+        yield (
             f"lr_linear_to_zero_iters {train.lr_linear_to_zero_iters}, expected at most the "
             f"{train.train_iters - train.lr_warmup_iters} steps after lr_warmup_iters"
         )
     if train.min_lr > train.lr:
-        raise ConfigError(f"min_lr {train.min_lr} is above lr {train.lr}")
+        yield f"min_lr {train.min_lr} is above lr {train.lr}"
+    if train.decoupled_lr is not None:
+        low = train.min_lr if train.decoupled_min_lr is None else train.decoupled_min_lr
+        if low > train.decoupled_lr:
+            yield f"decoupled_min_lr {low} is above decoupled_lr {train.decoupled_lr}"
+    elif train.decoupled_min_lr is not None:
+        yield f"decoupled_min_lr {train.decoupled_min_lr} needs decoupled_lr"
     sparsity = config.sparsity
     dense = (sparsity.dense_warmup_fraction or 0.0) + (sparsity.dense_tail_fraction or 0.0)
     if dense > 1.0:
-        raise ConfigError(
-            f"dense_warmup_fraction + dense_tail_fraction is {dense}, expected at most 1"
-        )
+        yield (f"dense_warmup_fraction + dense_tail_fraction is {dense}, expected at most 1")
 
 
-def _check_data(data: DataConfig, model: ResolvedModel) -> None:
+def _check_data(data: DataConfig, model: ResolvedModel) -> Iterator[str]:
     per_split = bool(data.train_data_path or data.valid_data_path or data.test_data_path)
     sources = [bool(data.data_path), per_split, data.mock_data]
     if sum(sources) != 1:
-        raise ConfigError(
+        yield (
             "the data must come from exactly one of data_path, train_data_path (with "
             f"valid_data_path, test_data_path) and mock_data; found {sum(sources)}"
         )
     if per_split and not data.train_data_path:
-        raise ConfigError("valid_data_path or test_data_path is set without train_data_path")
+        yield "valid_data_path or test_data_path is set without train_data_path"
     if data.mock_data:
         if model.vocab_size is None and data.tokenizer_model is None:
-            raise ConfigError("mock_data needs vocab_size, or tokenizer_model")
-    elif data.tokenizer_model is None and model.vocab_size is None:
-        raise ConfigError("neither tokenizer_model nor vocab_size is set; the model needs one")
+            yield "mock_data needs vocab_size, or tokenizer_model"
+    elif data.tokenizer_model is None and data.vocab_file is None and model.vocab_size is None:
+        yield "neither tokenizer_model nor vocab_size is set; the model needs one"
+
+    if (data.vocab_file is None) != (data.merge_file is None):
+        yield "vocab_file and merge_file go together, found one of them"
+    elif data.vocab_file is not None and data.tokenizer_model is not None:
+        yield "tokenizer_model and vocab_file are both set, expected one tokenizer"
 
 
-def _check_start(config: ResolvedConfig) -> None:
+def _check_start(config: ResolvedConfig) -> Iterator[str]:
     """What a run starts and learns from."""
     settings, teacher = config.checkpoint, config.distillation
     if settings.finetune and settings.load is None:
-        raise ConfigError("finetune needs load, the folder of the weights to start from")
+        yield "finetune needs load, the folder of the weights to start from"
     if not teacher.kd_loss_weight:
         for name in ("teacher_load", "teacher_dtype"):
             if getattr(teacher, name) is not None:
-                raise ConfigError(f"{name} is set, but kd_loss_weight is 0: there is no teacher")
+                yield f"{name} is set, but kd_loss_weight is 0: there is no teacher"
     if not teacher.kd_loss_weight and teacher.lm_loss_weight != 1.0:
-        raise ConfigError(
+        yield (
             f"lm_loss_weight {teacher.lm_loss_weight} without a teacher, expected 1; set "
             "kd_loss_weight"
         )
 
 
-def _check_slorb(config: ResolvedConfig) -> None:
+def _check_slorb(config: ResolvedConfig) -> Iterator[str]:
     """SLoRB makes up for what masks prune, from the first step to the last."""
     sparsity = config.sparsity
     if sparsity.slorb_k is None:
         return
     if config.parallel.zero_stage == 3:
-        raise ConfigError("slorb_k with zero_stage 3 is not supported, use zero_stage 2")
+        yield "slorb_k with zero_stage 3 is not supported, use zero_stage 2"
     if sparsity.dense_warmup_fraction or sparsity.dense_tail_fraction:
-        raise ConfigError("slorb_k needs a run without dense_warmup_fraction, dense_tail_fraction")
+        yield "slorb_k needs a run without dense_warmup_fraction, dense_tail_fraction"
 
 
-def _check_fp8(config: ResolvedConfig) -> None:
+def _check_fp8(config: ResolvedConfig) -> Iterator[str]:
     wanted = config.fp8.fp8_format
     if wanted is None:
         return
     if not config.train.bf16 and not config.fp8.fp8_fallback:
-        raise ConfigError(f"fp8_format {wanted} in float32, expected --bf16")
+        yield f"fp8_format {wanted} in float32, expected --bf16"
     if config.sparsity.simulate_fp8:
-        raise ConfigError(f"fp8_format {wanted} with simulate_fp8, expected one of the two")
+        yield f"fp8_format {wanted} with simulate_fp8, expected one of the two"
     if config.fp8.fp8_recipe == "tensorwise" and config.fp8.fp8_margin:
-        raise ConfigError(
+        yield (
             f"fp8_margin {config.fp8.fp8_margin} with fp8_recipe tensorwise, expected 0: a scale "
             "that follows from the tensor itself leaves no margin"
         )
 
 
-def _check_divisible(config: ResolvedConfig) -> None:
+def _check_divisible(given: ModelConfig, config: ResolvedConfig) -> Iterator[str]:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     for name, value in (
         ("num_attention_heads", model.num_attention_heads),
         ("num_query_groups", model.num_query_groups),
     ):
         if value % tp:
-            raise ConfigError(f"{name} {value} is not divisible by tensor_model_parallel_size {tp}")
+            yield f"{name} {value} is not divisible by tensor_model_parallel_size {tp}"
     # Every dimension of a shard that could be pruned; 4x4 blocks must not straddle ranks or the
     # logical matrices inside fused QKV and gate/up.
     for name, value, parts in (
@@ -288,8 +310,14 @@ def _check_divisible(config: ResolvedConfig) -> None:
         ("ffn_hidden_size", model.ffn_hidden_size, tp),
         ("kv_channels", model.kv_channels, 1),
     ):
+        if (
+            name == "kv_channels"
+            and given.kv_channels is None
+            and model.hidden_size % (model.num_attention_heads)
+        ):
+            continue  # of heads that do not divide, which is told already
         if value % (BLOCK * parts):
-            raise ConfigError(
+            yield (
                 f"{name} {value} over tensor_model_parallel_size {parts} leaves a shard that cuts "
                 f"a {BLOCK}x{BLOCK} block; expected a multiple of {BLOCK * parts}"
             )

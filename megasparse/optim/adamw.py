@@ -13,7 +13,7 @@ The decoupled form holds for masked weights; all others take torch's AdamW.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -127,17 +127,22 @@ def parameter_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     masked: set[int],
     weight_decay: float,
+    ends: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups for AdamW: masked matrices, other matrices, and vectors (no weight decay).
 
     Args:
         masked: ids of the parameters with a sparsity state; a group of their own, so that ZeRO's
             flat tensors hold either only masked weights or none.
+        ends: names of parameters with a learning rate of their own (the group `ends`).
     """
-    groups: dict[str, list[torch.nn.Parameter]] = {"masked": [], "matrices": [], "vectors": []}
-    for _, parameter in named_parameters:
+    groups: dict[str, list[torch.nn.Parameter]] = {}
+    groups |= {name: [] for name in ("masked", "matrices", "vectors", "ends")}
+    for name, parameter in named_parameters:
         if id(parameter) in masked:
             groups["masked"].append(parameter)
+        elif name in ends:
+            groups["ends"].append(parameter)
         else:
             groups["matrices" if parameter.dim() > 1 else "vectors"].append(parameter)
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from megasparse.config import ResolvedTrain
@@ -20,6 +21,14 @@ def learning_rate(train: ResolvedTrain, step: int) -> float:
     if last and step >= start:
         return _decayed(train, start) * max(train.train_iters - step, 0) / last
     return _decayed(train, step)
+
+
+def decoupled(train: ResolvedTrain) -> ResolvedTrain:
+    """The schedule of word embedding and output layer: the same shape between their rates."""
+    if train.decoupled_lr is None:
+        return train
+    low = train.min_lr if train.decoupled_min_lr is None else train.decoupled_min_lr
+    return dataclasses.replace(train, lr=train.decoupled_lr, min_lr=low)
 
 
 def _decayed(train: ResolvedTrain, step: int) -> float:

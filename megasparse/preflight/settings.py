@@ -6,25 +6,41 @@ Every rank does all of it, so a mistake is one clear line on every rank, and non
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from megasparse.checkpoint.directory import list_steps, make_private
-from megasparse.config import ResolvedConfig, load_config, resolve
+from megasparse.atomic_files import write_text
+from megasparse.checkpoint.directory import checkpoint_root, list_steps, make_private
+from megasparse.config import (
+    CommandLine,
+    ResolvedConfig,
+    RunConfig,
+    changed_settings,
+    problems_of,
+    read_config,
+    resolve,
+)
 from megasparse.config.deepspeed import deepspeed_config
+from megasparse.data.bpe_files import bpe_tokenizer_json
 from megasparse.data.check import CheckedData, check_data
 from megasparse.distributed.faults import from_environment
-from megasparse.errors import CheckpointError, ConfigError
+from megasparse.errors import CheckpointError, ConfigError, MegasparseError, one_line, together
 from megasparse.sparsity.recipe import recipe_of
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A configuration that has passed all checks, and the files that it names."""
+    """A configuration that has passed all checks, and the files that it names.
+
+    Attributes:
+        notes: what became of flags and settings that are not taken as they are.
+    """
 
     config: ResolvedConfig
     data: CheckedData
+    notes: tuple[str, ...] = ()
 
 
 def prepare(argv: Sequence[str], world_size: int) -> Prepared:
@@ -38,20 +54,84 @@ def prepare(argv: Sequence[str], world_size: int) -> Prepared:
         ConfigError: a flag, a key, or a combination of them, also with DeepSpeed's file.
         DataError: a dataset or tokenizer is missing, damaged, or does not fit the run.
         CheckpointError: `--load` or `--resume` names none, or a folder of another run.
+        All that is found is in the error's `problems`.
     """
-    config = resolve(load_config(argv), world_size)
-    deepspeed_config(config, world_size)
-    return check(config)
+    given, line = read_config(argv)
+    problems = [*line.problems, *problems_of(given, world_size)]
+    if len(problems) == len(line.problems):
+        # The settings are a run, so what it needs can be looked at, also when more is wrong.
+        config = resolve(given, world_size)
+        problems += _messages([lambda: deepspeed_config(config, world_size)])
+        if problems:
+            problems += _messages(_checks(config))
+    if problems:
+        raise together(list(dict.fromkeys(problems)))
+    return replace(check(config), notes=_notes(given, line))
 
 
 def check(config: ResolvedConfig) -> Prepared:
-    """Check a configuration.
+    """Check a configuration, and make the run's folders.
 
     Raises:
         ConfigError, DataError, CheckpointError: as of `prepare`.
     """
+    errors = _errors(_checks(config))
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise together([one_line(error) for error in errors], type(errors[0]))
+    if config.data.vocab_file is not None:
+        _make_tokenizer(config)
+    data = check_data(config)
+    make_private(config.checkpoint.run_dir)
+    make_private(config.checkpoint.save)
+    return Prepared(config, data)
+
+
+def _make_tokenizer(config: ResolvedConfig) -> None:
+    """The run's own tokenizer.json of GPT-2's two files, which exports and evaluations find."""
+    data, path = config.data, Path(config.checkpoint.run_dir) / "tokenizer.json"
+    assert data.vocab_file is not None and data.merge_file is not None
+    text = bpe_tokenizer_json(Path(data.vocab_file), Path(data.merge_file))
+    make_private(path.parent)
+    write_text(path, text)
+    data.tokenizer_model, data.vocab_file, data.merge_file = str(path), None, None
+
+
+def _notes(given: RunConfig, line: CommandLine) -> tuple[str, ...]:
+    notes = [*line.translated, *changed_settings(given)]
+    if line.nothing_to_do:
+        notes.append(
+            f"nothing to do for {', '.join(line.nothing_to_do)} (docs/megatron.md says why)"
+        )
+    return tuple(notes)
+
+
+def _checks(config: ResolvedConfig) -> list[Callable[[], object]]:
+    """What can be checked of a run apart from its neighbours; none of them writes."""
+    checks = [_check_recipe, _check_wandb, _check_save, _check_load, _check_load_hf, _check_teacher]
+    return [*(partial(one, config) for one in checks), lambda: from_environment(0)]
+
+
+def _errors(checks: list[Callable[[], object]]) -> list[MegasparseError]:
+    found = []
+    for one in checks:
+        try:
+            one()
+        except MegasparseError as error:
+            found.append(error)
+    return found
+
+
+def _messages(checks: list[Callable[[], object]]) -> list[str]:
+    return [line for error in _errors(checks) for line in error.problems or (one_line(error),)]
+
+
+def _check_recipe(config: ResolvedConfig) -> None:
     recipe_of(config)
-    from_environment(0)
+
+
+def _check_wandb(config: ResolvedConfig) -> None:
     if config.logging.wandb_project:
         try:
             importlib.metadata.version("wandb")
@@ -61,29 +141,42 @@ def check(config: ResolvedConfig) -> Prepared:
                 "installed; pip install wandb, or leave the flag out (TensorBoard files are always "
                 "written)"
             ) from None
+
+
+def _check_save(config: ResolvedConfig) -> None:
     settings = config.checkpoint
-    _check_folder_names(config)
     save = Path(settings.save)
     if list_steps(save) and not settings.resume:
         raise ConfigError(
             f"save: {save} already holds checkpoints of a run; continue it with --resume, or "
             "choose another --run-dir"
         )
-    if settings.load is not None and not (settings.resume and list_steps(save)):
-        if not Path(settings.load).is_dir():
-            raise CheckpointError(f"load: {settings.load} is no folder; it holds no checkpoint")
-        if not list_steps(Path(settings.load)):
-            raise CheckpointError(f"load: {settings.load} holds no checkpoint")
+    wanted = settings.exit_on_missing_checkpoint and settings.resume and settings.load is None
+    if wanted and not list_steps(save):
+        raise CheckpointError(f"exit_on_missing_checkpoint: {save} holds no checkpoint")
+
+
+def _check_load(config: ResolvedConfig) -> None:
+    settings = config.checkpoint
+    if settings.load is None:
+        return
+    settings.load = str(checkpoint_root(Path(settings.load)))
+    if Path(settings.load).resolve() == Path(settings.save).resolve():
+        raise ConfigError(f"finetune: load {settings.load} is the folder that this run saves to")
     if settings.load_hf is not None:
-        if settings.load is not None:
-            raise ConfigError("load and load_hf are both set, expected one")
-        if not (Path(settings.load_hf) / "config.json").is_file():
-            raise CheckpointError(f"load_hf: {settings.load_hf} holds no config.json of a model")
-    _check_teacher(config)
-    data = check_data(config)
-    make_private(settings.run_dir)
-    make_private(save)
-    return Prepared(config, data)
+        raise ConfigError("load and load_hf are both set, expected one")
+    if settings.resume and list_steps(Path(settings.save)):
+        return
+    if not Path(settings.load).is_dir():
+        raise CheckpointError(f"load: {settings.load} is no folder; it holds no checkpoint")
+    if not list_steps(Path(settings.load)):
+        raise CheckpointError(f"load: {settings.load} holds no checkpoint")
+
+
+def _check_load_hf(config: ResolvedConfig) -> None:
+    folder = config.checkpoint.load_hf
+    if folder is not None and not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"load_hf: {folder} holds no config.json of a model")
 
 
 def no_teacher(weight: float) -> str:
@@ -103,16 +196,6 @@ def _check_teacher(config: ResolvedConfig) -> None:
         if settings.load_hf is None and settings.load is None:
             raise ConfigError(no_teacher(wanted.kd_loss_weight))
         return
+    wanted.teacher_load = str(checkpoint_root(Path(wanted.teacher_load)))
     if not list_steps(Path(wanted.teacher_load)):
         raise CheckpointError(f"teacher_load: {wanted.teacher_load} holds no checkpoint")
-
-
-def _check_folder_names(config: ResolvedConfig) -> None:
-    settings = config.checkpoint
-    same = (
-        settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
-    )
-    if same and not settings.resume:
-        raise ConfigError(
-            f"load: {settings.load} is the folder that this run saves to; continue it with --resume"
-        )

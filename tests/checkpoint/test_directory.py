@@ -21,3 +21,12 @@ def test_a_replacement_that_was_cut_off_is_put_back(tmp_path):
     assert choose(tmp_path, ALONE).meta["step"] == 2
     assert not (tmp_path / "step-00000003.tmp-ab").exists()
     assert (tmp_path / "step-00000004.mine").exists()
+
+
+def test_the_newest_and_every_so_many_steps_stay(tmp_path):
+    for step in range(2, 22, 2):
+        directory.step_folder(tmp_path, step).mkdir()
+    directory.prune(tmp_path, newest=18, keep_last=2, retain_interval=6)
+    assert directory.list_steps(tmp_path) == [20, 18, 16, 12, 6]
+    directory.prune(tmp_path, newest=18, keep_last=2)
+    assert directory.list_steps(tmp_path) == [20, 18, 16]

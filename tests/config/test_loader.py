@@ -84,7 +84,7 @@ def test_launcher_rank_flag_and_alias_are_accepted():
         (["--hidden-dropout", "1.0"], "below 1"),
         (["--normalization", "rms"], "expected one of LayerNorm, RMSNorm"),
         (["3"], "unexpected argument '3'"),
-        (["--num-layers"], "expected one argument"),
+        (["--num-layers"], "--num-layers: found no value, expected a whole number"),
         (["--config", "/nonexistent.yaml"], "cannot be read"),
     ],
 )

@@ -80,13 +80,11 @@ def test_defaults_are_filled_in():
             1,
             "fp8_margin 2 with fp8_recipe tensorwise, expected 0",
         ),
-        (["--sequence-parallel"], 1, "needs tensor_model_parallel_size above 1"),
         (
             ["--sequence-parallel", "--tensor-model-parallel-size", "2", "--seq-length", "33"],
             2,
             "seq_length 33 is not divisible",
         ),
-        (["--bf16", "--zero-stage", "0"], 1, "zero_stage 0 with bf16"),
         (["--dense-warmup-fraction", "0.6", "--dense-tail-fraction", "0.6"], 1, "expected at most"),
         (["--data-path", "a"], 1, "exactly one of"),
     ],

@@ -77,7 +77,6 @@ def _sizes() -> list[Case]:
         _config("kv", "kv_channels 6", "--kv-channels", "6"),
         _config("batch", "global_batch_size 6", "--global-batch-size", "6"),
         _config("positions", "seq_length 32 is longer than", "--max-position-embeddings", "16"),
-        _config("sp-alone", "sequence_parallel needs", "--sequence-parallel"),
         _config(
             "sp-length",
             "seq_length 31 is not divisible",
@@ -87,7 +86,6 @@ def _sizes() -> list[Case]:
             *tp2,
         ),
         _config("gqa", "group_query_attention needs", "--group-query-attention"),
-        _config("zero-bf16", "zero_stage 0 with bf16", "--bf16", "--zero-stage", "0"),
         _config(
             "zero-3",
             "zero_stage 3 with pipeline_model_parallel_size 2",
@@ -152,7 +150,7 @@ def _flags() -> list[Case]:
             "64",
         ),
         _config("unknown-word", "unexpected argument 'surplus'", "--lr=1e-3", "surplus"),
-        _config("no-value", "expected one argument", "--lr"),
+        _config("no-value", "--lr: found no value, expected a number", "--lr"),
         _config("two-sources", "exactly one of data_path", "--mock-data"),
         _config(
             "decay-dense", "masked_decay", "--sparsity-recipe", "dense", "--masked-decay", "1e-3"
@@ -317,7 +315,8 @@ def _folders(root: Path) -> list[Case]:
         Case("taken", ("--run-dir", str(root / "taken")), CONFIG, "already holds checkpoints"),
         Case(
             "load-is-save",
-            ("--save", str(root / "empty"), "--load", str(root / "empty"), "--resume"),
+            ("--save", str(root / "empty"), "--load", str(root / "empty"))
+            + ("--exit-on-missing-checkpoint",),
             CHECKPOINT,
             "holds no checkpoint",
         ),

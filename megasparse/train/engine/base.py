@@ -15,15 +15,19 @@ from dataclasses import dataclass
 import torch
 
 from megasparse.config import ResolvedConfig
+from megasparse.config.shapes import OUTPUT_LAYER, WORD_EMBEDDINGS
 from megasparse.megatron.grid import Grid
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
-from megasparse.optim.lr import learning_rate
+from megasparse.optim.lr import decoupled, learning_rate
 from megasparse.optim.masked_decay import MaskedDecay
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.wanda import finish_step
 from megasparse.train.engine import zero
 from megasparse.train.engine.layout import Layout
 from megasparse.train.engine.step_guard import Batch
+
+# What `--decoupled-lr` is the learning rate of.
+ENDS = (f"{WORD_EMBEDDINGS}.weight", f"{OUTPUT_LAYER}.weight")
 
 
 @dataclass
@@ -64,15 +68,16 @@ class Engine:
         decay = MaskedDecay(controller)
         self._decay = decay if recipe.regulariser != "none" else None
         self._on_gradient = decay if recipe.regulariser == "masked_decay" else None
-        decoupled = recipe.regulariser == "decoupled_masked_decay"
+        on_moment = recipe.regulariser == "decoupled_masked_decay"
         self.optimizer = MaskedAdamW(
             parameter_groups(
                 model.named_parameters(),
                 {id(weight) for _, weight in controller.weights},
                 train.weight_decay,
+                ENDS if train.decoupled_lr is not None else (),
             ),
             before_step=self._before_step,
-            decoupled_decay=decay.term if decoupled else None,
+            decoupled_decay=decay.term if on_moment else None,
             lr=train.lr,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_eps,
@@ -100,8 +105,9 @@ class Engine:
         """
         clock = self.controller.clock
         lr = learning_rate(self.config.train, clock.step)
+        lr_of_ends = learning_rate(decoupled(self.config.train), clock.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr_of_ends if group["name"] == "ends" else lr
         guard = self.layout.guard
         guard.begin()
         loss = self.layout.compute_and_update(batches)

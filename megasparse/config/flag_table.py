@@ -1,0 +1,79 @@
+"""The table of Megatron's and Megatron-DeepSpeed's flags, one row a flag, and what a row says."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megasparse.config.megatron_flags import NOTHING, TRANSLATED
+from megasparse.config.megatron_missing import MISSING
+
+
+@dataclass(frozen=True)
+class Row:
+    """What becomes of one flag that is none of ours.
+
+    Attributes:
+        flag: with its dashes.
+        takes: how many values it has: "0", "1" or "*".
+        only: the values for which the row holds; empty: all.
+        becomes: flags of ours, `{}` for its value; None: there is nothing to do, or it is missing.
+        missing: whether a run without it would be another one.
+        says: the reason, or what helps instead.
+    """
+
+    flag: str
+    takes: str
+    only: tuple[str, ...]
+    becomes: str | None
+    missing: bool
+    says: str
+
+    def holds(self, values: Sequence[str]) -> bool:
+        """Whether the row speaks of these values."""
+        return not self.only or (len(values) == 1 and values[0] in self.only)
+
+
+@functools.cache
+def rows() -> dict[str, tuple[Row, ...]]:
+    """The rows by flag, in the order in which they are asked."""
+    table: dict[str, list[Row]] = {}
+    for row in _all():
+        table.setdefault(row.flag, []).append(row)
+    return {flag: tuple(found) for flag, found in table.items()}
+
+
+def _all() -> Iterator[Row]:
+    for form, becomes, says in TRANSLATED:
+        yield _row(form, becomes, False, says)
+    for says, forms in NOTHING:
+        for form in forms.split():
+            yield _row(form, None, False, says)
+    for says, forms in MISSING:
+        for form in forms.split():
+            yield _row(form, None, True, says)
+
+
+def _row(form: str, becomes: str | None, missing: bool, says: str) -> Row:
+    flag, equals, values = form.partition("=")
+    only = tuple(values.split("|")) if values not in ("", "*") else ()
+    takes = "*" if values == "*" else ("1" if equals else "0")
+    return Row(flag, takes, only, becomes, missing, says)
+
+
+# Fields that no Megatron has; all others mean there what they mean here.
+_OURS = """
+    geglu lr_linear_to_zero_iters max_skipped_steps
+    replica_check_interval hang_timeout preflight preflight_min_bandwidth
+    sparsity_recipe sparse_layers mask_update_interval masked_decay masked_decay_ramp_iters
+    masked_decay_before_clipping mvue dense_warmup_fraction dense_tail_fraction s_ste_scale
+    simulate_fp8 mask_metric slorb_k slorb_train_projection track_flip_rate
+    kd_loss_weight lm_loss_weight kd_temperature teacher_load teacher_dtype
+    run_dir load_hf resume keep_last max_failed_saves max_restarts max_restarts_without_progress
+    override_batch override_seq_length override_seed override_data override_tokenizer
+    override_schedule override_precision override_model override_recipe override_distillation
+    override_rng
+    log_csv log_layers peak_tflops sample_prompt sample_tokens
+"""
+OURS_ALONE = frozenset(_OURS.split())

@@ -20,14 +20,16 @@ def zero(stage: int) -> list[str]:
 # With tensor parallelism on four ranks a step has two micro-batches instead of four: each of its
 # many collectives takes milliseconds where four ranks share two cores.
 WIDE = ["--micro-batch-size", "4"]
+# Without a pipeline a third and a fourth layer are more of the same.
+SHALLOW = ["--num-layers", "2"]
 
 # name: (ranks, flags). The global batch is 8 of micro-batches of 2: one to four a rank and step.
 LAYOUTS = {
     "recompute full": (1, FULL),
     "recompute selective": (1, SELECTIVE),
     "zero 1": (1, zero(1)),
-    "tp 2": (2, TP2),
-    "tp 2, sp, selective": (2, [*TP2, *SP, *SELECTIVE]),
+    "tp 2": (2, [*TP2, *SHALLOW]),
+    "tp 2, sp, selective": (2, [*TP2, *SP, *SELECTIVE, *SHALLOW]),
     "pp 2": (2, PP2),
     "pp 2, uneven, zero 1": (2, [*PP2, "--decoder-first-pipeline-num-layers", "1", *zero(1)]),
     "pp 2, recompute block": (
@@ -36,31 +38,38 @@ LAYOUTS = {
     "dp 2": (2, []),
     "dp 2, zero 1": (2, zero(1)),
     "dp 2, zero 2, full": (2, [*zero(2), *FULL, "--recompute-num-layers", "2"]),
-    "dp 2, zero 3": (2, zero(3)),
-    "tp 4": (4, [*TP4, *WIDE]),
-    "tp 4, sp, full": (4, [*TP4, *SP, *FULL, *WIDE]),
+    "dp 2, zero 3": (2, [*zero(3), *SHALLOW]),
+    "tp 4": (4, [*TP4, *WIDE, *SHALLOW]),
+    "tp 4, sp, full": (4, [*TP4, *SP, *FULL, *WIDE, *SHALLOW]),
     "pp 4, zero 1": (4, [*PP4, *zero(1)]),
-    "dp 4, zero 2": (4, zero(2)),
-    "tp 2, pp 2": (4, [*TP2, *PP2, *WIDE]),
+    "dp 4, zero 2": (4, [*zero(2), *SHALLOW]),
+    "tp 2, pp 2": (4, [*TP2, *PP2, *WIDE, *SHALLOW]),
     "tp 2, sp, pp 2, zero 1, full": (4, [*TP2, *SP, *PP2, *zero(1), *FULL, *WIDE]),
-    "tp 2, dp 2, zero 2": (4, [*TP2, *zero(2)]),
-    "tp 2, sp, dp 2": (4, [*TP2, *SP]),
-    "tp 2, sp, dp 2, zero 3, full": (4, [*TP2, *SP, *zero(3), *FULL]),
+    "tp 2, dp 2, zero 2": (4, [*TP2, *zero(2), *SHALLOW]),
+    "tp 2, sp, dp 2": (4, [*TP2, *SP, *SHALLOW]),
+    "tp 2, sp, dp 2, zero 3, full": (4, [*TP2, *SP, *zero(3), *FULL, *SHALLOW]),
     "pp 2, dp 2": (4, PP2),
     "pp 2, dp 2, zero 1, selective": (4, [*PP2, *zero(1), *SELECTIVE]),
 }  # fmt: skip
 
-STEPS = 12
+STEPS = 8
 # 130 tokens are padded to 144: no multiple of the vocabulary's is shared by the ranks evenly.
 BASE = [
     *TINY, "--num-layers", "4", "--hidden-size", "32", "--vocab-size", "130",
     "--global-batch-size", "8", "--seq-length", "16",
     # Small steps: a 2:4 choice or an MVUE draw that falls the other way by rounding moves the loss
     # little, a wrong gradient still moves it by far more than the tolerance.
-    "--lr", "2e-4", "--eval-iters", "1", "--eval-interval", "5",
-    # Masks change before steps 0, 4 and 8; the learning rate falls over more steps than are made.
-    "--train-iters", str(STEPS), "--lr-decay-iters", "20",
+    "--lr", "2e-4", "--eval-iters", "1", "--eval-interval", "3",
+    # Masks change before steps 0, 3 and 6; the learning rate falls over more steps than are made.
+    "--mask-update-interval", "3", "--train-iters", str(STEPS), "--lr-decay-iters", "20",
 ]  # fmt: skip
+
+
+def shape(flags: list[str]) -> list[str]:
+    """Those of a layout's flags that its single process has too."""
+    return [*(WIDE if WIDE[0] in flags else []), *(SHALLOW if SHALLOW[0] in flags else [])]
+
+
 GPT = ["--ffn-hidden-size", "64"]
 LLAMA_STYLE = [*LLAMA, "--num-query-groups", "4", "--ffn-hidden-size", "64"]
 S_STE = [

@@ -77,6 +77,8 @@ def test_a_flipped_bit_is_found_within_the_interval(tmp_path, dataset, case):
         str(tmp_path / "run"),
         "--replica-check-interval",
         str(INTERVAL),
+        "--mask-update-interval",
+        "4",
         "--train-iters",
         "10",
         "--eval-iters",

@@ -34,6 +34,7 @@ class CommandLine:
         translated: "FLAG becomes FLAGS (why)", of each such flag.
         nothing_to_do: flags that are accepted without effect.
         problems: what is wrong, one line each.
+        given: fields that YAML files or flags set.
     """
 
     configs: list[str] = field(default_factory=list)
@@ -41,6 +42,7 @@ class CommandLine:
     translated: list[str] = field(default_factory=list)
     nothing_to_do: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    given: set[str] = field(default_factory=set)
 
 
 def read(argv: Sequence[str]) -> CommandLine:

@@ -1,32 +1,17 @@
 """DeepSpeed's configuration: derived from the ResolvedConfig, with what a file adds to it.
 
 `--deepspeed_config FILE` may say what megasparse does not own (buckets, profilers, communication),
-and may repeat what it does; it may not contradict it.
+and may repeat what it does; it may not contradict it (`deepspeed_json.py`).
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megasparse.config import ResolvedConfig, gradient_accumulation_steps
-from megasparse.errors import ConfigError
-
-# Set by flags, or of no use here.
-_REFUSED = {
-    "optimizer": "megasparse has its own (--lr, --weight-decay, --adam-beta1, ...)",
-    "scheduler": "the learning rate follows --lr-decay-style and its flags",
-    "fp16": "expected --bf16 or float32",
-    "amp": "expected --bf16 or float32",
-    "torch_autocast": "expected --bf16 or float32",
-    "activation_checkpointing": "expected --recompute-granularity",
-    "curriculum_learning": "the order of samples is a function of the seed",
-    "data_efficiency": "the order of samples is a function of the seed",
-    "compression_training": "expected --sparsity-recipe",
-    "zero_optimization.offload_optimizer": "masked decay needs masks and gradients on one device",
-    "zero_optimization.offload_param": "masks are made from weights on the device",
-}
+from megasparse.config.deepspeed_json import contradictions, passed_on, read_json
+from megasparse.errors import together
 
 
 def deepspeed_config(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
@@ -37,7 +22,12 @@ def deepspeed_config(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
     """
     derived = _derived(config, world_size)
     path = config.parallel.deepspeed_config
-    return derived if path is None else _merged(derived, _read(Path(path)), path, "")
+    if path is None:
+        return derived
+    tree = read_json(Path(path))
+    if problems := contradictions(tree, config, world_size):
+        raise together([f"deepspeed_config {path}: {problem}" for problem in problems])
+    return _merged(derived, passed_on(tree))
 
 
 def _derived(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
@@ -68,41 +58,11 @@ def _derived(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-# What the derived dict only prefers, so that a file may choose otherwise.
-_PREFERRED = (
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_optimization.stage3_param_persistence_threshold",
-)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        extra = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"deepspeed_config {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"deepspeed_config {path}: no JSON: {error}") from None
-    if not isinstance(extra, dict):
-        raise ConfigError(f"deepspeed_config {path}: found {type(extra).__name__}, expected {{}}")
-    return extra
-
-
-def _merged(
-    derived: dict[str, Any], extra: dict[str, Any], path: str, prefix: str
-) -> dict[str, Any]:
+def _merged(derived: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """The derived settings with those of a file, section by section."""
     merged = dict(derived)
     for key, value in extra.items():
-        name = prefix + key
-        if name in _REFUSED:
-            raise ConfigError(f"deepspeed_config {path}: {name}: {_REFUSED[name]}")
         ours = derived.get(key)
-        if isinstance(ours, dict) and isinstance(value, dict):
-            merged[key] = _merged(ours, value, path, f"{name}.")
-        elif key not in derived or name in _PREFERRED:
-            merged[key] = value
-        elif value not in (ours, "auto"):
-            raise ConfigError(
-                f"deepspeed_config {path}: {name} {value!r}, the run's flags say {ours!r}"
-            )
+        both = isinstance(ours, dict) and isinstance(value, dict)
+        merged[key] = _merged(ours, value) if both else value  # type: ignore[arg-type]
     return merged

@@ -16,6 +16,7 @@ import yaml
 
 from megasparse.config import command_line
 from megasparse.config.command_line import CommandLine
+from megasparse.config.deepspeed_json import take_over
 from megasparse.config.fields import ALIASES, FIELDS, FieldInfo, convert, nearest_field
 from megasparse.config.inputs import locate, replace_sources
 from megasparse.config.schema import RunConfig
@@ -44,8 +45,14 @@ def load_config(argv: Sequence[str], yaml_path: str | None = None) -> RunConfig:
     return config
 
 
-def read_config(argv: Sequence[str], yaml_path: str | None = None) -> tuple[RunConfig, CommandLine]:
-    """As `load_config`, but nothing is raised: what is wrong is left out, and in `problems`."""
+def read_config(
+    argv: Sequence[str], yaml_path: str | None = None, world_size: int | None = None
+) -> tuple[RunConfig, CommandLine]:
+    """As `load_config`, but nothing is raised: what is wrong is left out, and in `problems`.
+
+    Args:
+        world_size: ranks of the run, for a batch that DeepSpeed's JSON gives by its micro-batches.
+    """
     line = command_line.read(argv)
     paths = [Path(path) for path in line.configs or ([yaml_path] if yaml_path else [])]
     config = RunConfig()
@@ -54,15 +61,18 @@ def read_config(argv: Sequence[str], yaml_path: str | None = None) -> tuple[RunC
     named = config.checkpoint.run_dir
     for path in paths:
         try:
-            _apply_yaml(config, path, line.problems)
+            _apply_yaml(config, path, line)
         except ConfigError as error:
             line.problems.append(str(error))
     replace_sources(config, line.values)
     for name, value in line.values.items():
-        _assign(config, FIELDS[name], value, FIELDS[name].flag, line.problems)
+        _assign(config, FIELDS[name], value, FIELDS[name].flag, line)
     settings = config.checkpoint
     if settings.save is not None and settings.run_dir == named and "run_dir" not in line.values:
         settings.run_dir = settings.save  # Megatron's users give this folder alone
+    notes, problems = take_over(config, line.given, world_size)
+    line.translated += notes
+    line.problems += problems
     locate(config, FIELDS.values())
     return config, line
 
@@ -74,10 +84,10 @@ def from_dict(tree: dict[str, Any], source: str) -> RunConfig:
         ConfigError: unknown keys, wrong types, values out of their range.
     """
     config = RunConfig()
-    problems: list[str] = []
-    _apply_tree(config, tree, source, problems)
-    if problems:
-        raise together(problems)
+    line = CommandLine()
+    _apply_tree(config, tree, source, line)
+    if line.problems:
+        raise together(line.problems)
     return config
 
 
@@ -106,7 +116,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _apply_yaml(
-    config: RunConfig, path: Path, problems: list[str], including: tuple[Path, ...] = ()
+    config: RunConfig, path: Path, line: CommandLine, including: tuple[Path, ...] = ()
 ) -> None:
     """Apply a file; `base: OTHER.yaml` (beside it) is applied first."""
     if path.resolve() in including:
@@ -127,11 +137,11 @@ def _apply_yaml(
     if base is not None:
         if not isinstance(base, str):
             raise ConfigError(f"{path}: base: found {base!r}, expected the name of a YAML file")
-        _apply_yaml(config, path.parent / base, problems, (*including, path.resolve()))
-    _apply_tree(config, tree, str(path), problems)
+        _apply_yaml(config, path.parent / base, line, (*including, path.resolve()))
+    _apply_tree(config, tree, str(path), line)
 
 
-def _apply_tree(config: RunConfig, tree: dict[str, Any], source: str, problems: list[str]) -> None:
+def _apply_tree(config: RunConfig, tree: dict[str, Any], source: str, line: CommandLine) -> None:
     group_names = [group.name for group in dataclasses.fields(RunConfig)]
     for group, section in tree.items():
         if group not in group_names:
@@ -140,10 +150,10 @@ def _apply_tree(config: RunConfig, tree: dict[str, Any], source: str, problems: 
             else:
                 close = difflib.get_close_matches(str(group), group_names, n=1)
                 hint = f", did you mean {close[0]}?" if close else f", expected {group_names}"
-            problems.append(f"{source}: unknown group {group!r}{hint}")
+            line.problems.append(f"{source}: unknown group {group!r}{hint}")
             continue
         if not isinstance(section, dict):
-            problems.append(f"{source}: group {group!r} holds {section!r}, expected settings")
+            line.problems.append(f"{source}: group {group!r} holds {section!r}, expected settings")
             continue
         if group == "data":
             replace_sources(config, section)
@@ -151,19 +161,18 @@ def _apply_tree(config: RunConfig, tree: dict[str, Any], source: str, problems: 
             info = FIELDS.get(ALIASES.get(str(key), str(key)))
             if info is None:
                 near = nearest_field(str(key))
-                problems.append(f"{source}: unknown key {group}.{key}{near}")
+                line.problems.append(f"{source}: unknown key {group}.{key}{near}")
             elif info.group != group:
-                problems.append(
+                line.problems.append(
                     f"{source}: unknown key {group}.{key}, did you mean {info.group}.{key}?"
                 )
             else:
-                _assign(config, info, value, f"{source}: {group}.{key}", problems)
+                _assign(config, info, value, f"{source}: {group}.{key}", line)
 
 
-def _assign(
-    config: RunConfig, info: FieldInfo, value: Any, source: str, problems: list[str]
-) -> None:
+def _assign(config: RunConfig, info: FieldInfo, value: Any, source: str, line: CommandLine) -> None:
+    line.given.add(info.name)
     try:
         setattr(getattr(config, info.group), info.name, convert(info, value, source))
     except ConfigError as error:
-        problems.append(str(error))
+        line.problems.append(str(error))

@@ -56,7 +56,7 @@ def prepare(argv: Sequence[str], world_size: int) -> Prepared:
         CheckpointError: `--load` or `--resume` names none, or a folder of another run.
         All that is found is in the error's `problems`.
     """
-    given, line = read_config(argv)
+    given, line = read_config(argv, world_size=world_size)
     problems = [*line.problems, *problems_of(given, world_size)]
     if len(problems) == len(line.problems):
         # The settings are a run, so what it needs can be looked at, also when more is wrong.

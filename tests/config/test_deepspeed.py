@@ -97,14 +97,22 @@ def deepspeed_problems(tmp_path, tree, flags, world=2):
 
 def test_optimizer_and_scheduler_are_taken_over(tmp_path):
     tree = {
-        "optimizer": {"type": "AdamW", "params": {
-            "lr": 2e-4, "betas": [0.8, 0.9], "eps": 1e-7, "weight_decay": 0.01}},
-        "scheduler": {"type": "WarmupCosineLR", "params": {
-            "total_num_steps": 19, "warmup_num_steps": 3, "warmup_type": "linear",
-            "cos_min_ratio": 0.1}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 2e-4, "betas": [0.8, 0.9], "eps": 1e-7, "weight_decay": 0.01},
+        },
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {
+                "total_num_steps": 19,
+                "warmup_num_steps": 3,
+                "warmup_type": "linear",
+                "cos_min_ratio": 0.1,
+            },
+        },
         "activation_checkpointing": {"partition_activations": False, "number_checkpoints": 1},
         "zero_optimization": {"overlap_comm": True, "contiguous_gradients": True},
-    }  # fmt: skip
+    }
     config, line = _read(tmp_path, tree)
     assert not line.problems
     train, parallel = config.train, config.parallel
@@ -122,13 +130,20 @@ def test_optimizer_and_scheduler_are_taken_over(tmp_path):
 
 def test_all_that_is_wrong_with_a_json_is_told_at_once(tmp_path):
     tree = {
-        "gradient_cliping": 1.0, "bf16": True, "optimizer": {"type": "Lamb"},
+        "gradient_cliping": 1.0,
+        "bf16": True,
+        "optimizer": {"type": "Lamb"},
         "scheduler": {"type": "OneCycle", "params": {}},
-        "zero_optimization": {"stage": 1, "ofload_optimizer": {}, "offload_optimizer":
-                              {"device": "cpu"}, "reduce_bucket_size": 10},
-        "elasticity": {"enabled": True}, "hybrid_engine": {"enabled": False},
+        "zero_optimization": {
+            "stage": 1,
+            "ofload_optimizer": {},
+            "offload_optimizer": {"device": "cpu"},
+            "reduce_bucket_size": 10,
+        },
+        "elasticity": {"enabled": True},
+        "hybrid_engine": {"enabled": False},
         "activation_checkpointing": {"cpu_checkpointing": True},
-    }  # fmt: skip
+    }
     told = _read(tmp_path, tree)[1].problems
     for words in (
         "gradient_cliping is no setting of DeepSpeed, did you mean gradient_clipping?",

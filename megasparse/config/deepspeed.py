@@ -38,7 +38,7 @@ def _derived(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
         model = config.model
         longest = max(model.hidden_size, 2 * model.ffn_hidden_size)
         zero["stage3_param_persistence_threshold"] = longest + 1
-    return {
+    derived: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps(config, world_size),
@@ -56,6 +56,12 @@ def _derived(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
     }
+    if stage >= 2 and train.bf16:
+        # ZeRO 0 and 1 add up in `train/engine/gradients.py`.
+        full = config.parallel.accumulate_allreduce_grads_in_fp32
+        derived["communication_data_type"] = "fp32" if full else "bf16"
+        derived["data_types"] = {"grad_accum_dtype": "fp32" if full else "bf16"}
+    return derived
 
 
 def _merged(derived: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,11 @@ class ParallelConfig:
     zero_stage: int | None = option(
         None, "DeepSpeed ZeRO stage; default 0 in fp32, 1 in bf16", choices=(0, 1, 2, 3)
     )
+    accumulate_allreduce_grads_in_fp32: bool = option(
+        True,
+        "add gradients up over micro-batches and reduce them over data-parallel ranks in float32; "
+        "off: in the dtype of the weights",
+    )
     recompute_granularity: str | None = option(
         None,
         "what is computed again in the backward pass to save memory: whole layers (full) or "

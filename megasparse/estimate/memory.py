@@ -3,8 +3,9 @@
 `config/shapes.py` lists every parameter; everything else follows:
 
     state         parameters, optimizer (ZeRO-1 and 2: float32 masters and moments over the data-
-                  parallel ranks), masks, operands made of weights      exact, between two steps
-    gradients     of the parameters, or ZeRO-2's share of them
+                  parallel ranks), the tensors in which gradients are added up (ZeRO 0 and 1),
+                  masks, operands made of weights                       exact, between two steps
+    gradients     of ZeRO 2 and 3: a rank's share
     activations   what autograd keeps, from the operators of a layer, times micro-batches in flight
     workspace     reduce buckets, logits and their gradient, temporaries
 
@@ -112,15 +113,17 @@ def footprint(
     dp, zero = data_parallel_size(config, world), config.parallel.zero_stage
     size = 2 if config.train.bf16 else FLOAT32
     shard = sum(-(-group // (2 * dp)) * 2 for group in _groups(weights)) if zero else numel
+    added = FLOAT32 if config.parallel.accumulate_allreduce_grads_in_fp32 else size
     state = {
         "parameters": size * numel,
+        "gradients": 0 if zero >= 2 else added * (dp * shard if zero else numel),
         "optimizer": (3 if zero else 2) * FLOAT32 * shard,
         "masks": sparse if recipe.is_sparse else 0,
         "operands": _operands(config, recipe, weights, size, gpu and config.train.bf16),
     }
     transient = {
-        # Of the micro-batches before; ZeRO's averages come when activations have gone.
-        "gradients": size * (shard if zero >= 2 else numel),
+        # Or, of a sum that is not in float32, the copy for the update.
+        "gradients": added * shard if zero >= 2 else (FLOAT32 - added) * shard,
         "activations": activations(config, world, stage, gpu),
         "workspace": workspace(config, vocabulary, numel, stage, gpu),
     }
@@ -198,7 +201,8 @@ def workspace(
     """Buffers of a step: gradient buckets; on the last stage the logits."""
     parallel = config.parallel
     size = 2 if config.train.bf16 else FLOAT32
-    total = size * min(REDUCE_BUCKET, numel) if parallel.zero_stage else 0
+    added = FLOAT32 if parallel.accumulate_allreduce_grads_in_fp32 else size
+    total = added * min(REDUCE_BUCKET, numel) if parallel.zero_stage >= 2 else 0
     if stage == parallel.pipeline_model_parallel_size - 1:
         tokens = config.train.micro_batch_size * config.model.seq_length
         shard = tokens * vocabulary // parallel.tensor_model_parallel_size

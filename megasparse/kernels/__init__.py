@@ -23,6 +23,7 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | scale_from_sums(sums (2,))                     | 0-d float32: that quotient, 1 for 0 / 0      |
 | mvue24(g (R, C), seed, dim=-1, offsets, exact) | like g: unbiased, at most 2 of 4 along dim   |
 | masked_decay_(grad, w, mask, decay)            | grad, in place: += decay * (1 - mask) * w    |
+| masked_adamw_(weight, grad, m, v, numbers)     | one AdamW step with masked decay, in place   |
 | count_flips(mask_a, mask_b)                    | 0-d int64: entries that differ               |
 | swiglu(x, gate), geglu(x, gate)                | like x: act(gate) * x, with autograd         |
 | swiglu_fused(fused (..., 2 F))                 | (..., F): swiglu of [gate | x], autograd     |
@@ -53,6 +54,8 @@ from megasparse.kernels.current_scaling import rescale_ as rescale_
 from megasparse.kernels.current_scaling import scale_inv_of as scale_inv_of
 from megasparse.kernels.current_scaling import scales_of_amax as scales_of_amax
 from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
+from megasparse.kernels.masked_adamw import AdamW as AdamW
+from megasparse.kernels.masked_adamw import masked_adamw_ as masked_adamw_
 from megasparse.kernels.masked_decay import count_flips as count_flips
 from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
 from megasparse.kernels.mvue24 import mvue24 as mvue24
@@ -89,6 +92,7 @@ from megasparse.kernels.weight_pack24 import effective_weight as effective_weigh
 from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
 
 __all__ = [
+    "AdamW",
     "AmaxScales",
     "Heads",
     "Packed24",
@@ -101,6 +105,7 @@ __all__ = [
     "geglu_fused",
     "grad_pack24",
     "is_24",
+    "masked_adamw_",
     "masked_decay_",
     "matmul24",
     "mvue24",

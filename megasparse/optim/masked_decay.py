@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from megasparse.kernels import masked_decay_
 from megasparse.optim.fragments import Fragment
 from megasparse.sparsity.controller import SparsityController
+
+
+class Piece(NamedTuple):
+    """Consecutive entries of one of the optimizer's tensors.
+
+    Attributes:
+        start, length: in the flattened tensor.
+        mask: bool, 1-D, of the entries; None: they are not decayed.
+    """
+
+    start: int
+    length: int
+    mask: torch.Tensor | None
 
 
 class MaskedDecay:
@@ -54,47 +68,29 @@ class MaskedDecay:
         )
         return total
 
-    def add_to_gradients(self, optimizer: torch.optim.Optimizer, factor: float = 1.0) -> None:
-        """`grad += factor lambda (1 - M) o W` for every masked piece of the optimizer's tensors.
+    def pieces(self, tensor: torch.Tensor) -> list[Piece]:
+        """One of the optimizer's tensors in pieces, with the masks that they are decayed by."""
+        masks, found, end = self._masks(), [], 0
+        fragments = self._by_tensor.get(id(tensor), [])
+        for fragment in sorted(fragments, key=lambda one: one.tensor_start):
+            mask = masks.get(id(fragment.parameter))
+            if mask is None:
+                continue
+            if fragment.tensor_start > end:
+                found.append(Piece(end, fragment.tensor_start - end, None))
+            own = fragment.of_parameter(mask)
+            found.append(Piece(fragment.tensor_start, fragment.length, own))
+            end = fragment.tensor_start + fragment.length
+        if tensor.numel() > end:
+            found.append(Piece(end, tensor.numel() - end, None))
+        return found
+
+    def measure(self, optimizer: torch.optim.Optimizer, strength: float) -> None:
+        """Tell the probes how strong the decay of this step is beside the gradients.
 
         Args:
-            factor: that the gradients were clipped by, if the decay is to be clipped with them.
+            strength: lambda, in the units of the optimizer's gradients.
         """
-        strength = factor * self._controller.masked_decay()
-        if strength == 0.0:
-            return
-        masks = self._masks()
-        for group in optimizer.param_groups:
-            for tensor in group["params"]:
-                for fragment in self._by_tensor.get(id(tensor), []):
-                    mask = masks.get(id(fragment.parameter))
-                    if mask is not None and tensor.grad is not None:
-                        masked_decay_(
-                            fragment.of(tensor.grad),
-                            fragment.of(tensor.data),
-                            fragment.of_parameter(mask),
-                            strength,
-                        )
-
-    def term(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """`lambda (1 - M) o W` in the shape of one of the optimizer's tensors, or None."""
-        strength, masks = self._controller.masked_decay(), self._masks()
-        pieces = [f for f in self._by_tensor.get(id(tensor), []) if id(f.parameter) in masks]
-        if not pieces:
-            return None
-        decay = torch.zeros_like(tensor)
-        for fragment in pieces:
-            masked_decay_(
-                fragment.of(decay),
-                fragment.of(tensor.data),
-                fragment.of_parameter(masks[id(fragment.parameter)]),
-                strength,
-            )
-        return decay
-
-    def measure(self, optimizer: torch.optim.Optimizer, factor: float = 1.0) -> None:
-        """Tell the probes how strong the decay of this step is beside the gradients."""
-        strength = factor * self._controller.masked_decay()
         states = {id(weight): state for state, weight in self._controller.weights}
         if strength == 0.0:
             return

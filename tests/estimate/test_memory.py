@@ -68,6 +68,7 @@ def _measure(rank: int, world: int, flags: list[str]) -> dict[str, Any]:
         "found": {
             "parameters": nbytes(engine.model.parameters()),
             "optimizer": nbytes(moments) + (nbytes(flat) if parallel.zero_stage else 0),
+            "gradients": nbytes(engine.layout.gradients.flat if engine.layout.gradients else ()),
             "masks": nbytes(state.mask for state in states),
             "operands": sum(map(nbytes, operands)),
         },

@@ -14,7 +14,7 @@ from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 
-LR, WD, EPS, BETAS, LAMBDA = 0.01, 0.1, 1e-8, (0.9, 0.95), 0.05
+LR, WD, EPS, BETAS, LAMBDA, CLIP = 0.01, 0.1, 1e-8, (0.9, 0.95), 0.05, 0.5
 
 
 def _controller(recipe, weight):
@@ -51,32 +51,32 @@ def test_update_rule(name, rule):
     decay = MaskedDecay(controller)
     decay.attach([Fragment("w", weight, weight, 0, 0, weight.numel())])
 
-    def before(optimizer):
-        if name == "fst":
-            decay.add_to_gradients(optimizer)
-        return True
-
     optimizer = MaskedAdamW(
         parameter_groups([("w", weight), ("b", bias)], {id(weight)}, WD),
-        before_step=before,
-        decoupled_decay=decay.term if name == "ast" else None,
+        before_step=lambda _: True,
+        pieces=decay.pieces,
+        decoupled=name == "ast",
         lr=LR,
         betas=BETAS,
         eps=EPS,
     )
+    optimizer.decay, optimizer.clip = LAMBDA, CLIP
+    copy = torch.zeros(96, dtype=torch.bfloat16)
+    optimizer.copies[id(weight)] = copy
     w, m, v = weight.detach().double(), torch.zeros(8, 12).double(), torch.zeros(8, 12).double()
     bias_before = bias.detach().clone()
-    plain = torch.nn.Parameter(bias.detach().clone())
+    plain = torch.nn.Parameter(bias.detach().clone())  # torch's AdamW is the same to the last bit
     reference = torch.optim.AdamW([plain], lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0)
     for t in range(1, 5):
         g = torch.randn(8, 12)
         weight.grad, bias.grad = g.clone(), torch.full((8,), float(t))
-        plain.grad = bias.grad.clone()
-        w, m, v = rule(w, g.double(), mask, m, v, t)
+        plain.grad = bias.grad * CLIP
+        w, m, v = rule(w, CLIP * g.double(), mask, m, v, t)
         optimizer.step()
         reference.step()
         torch.testing.assert_close(weight.detach().double(), w, rtol=1e-5, atol=1e-6)
-        assert weight.grad is not None
+        assert torch.equal(weight.grad, g)
+        assert torch.equal(copy, weight.detach().flatten().bfloat16())
     assert torch.equal(bias, plain) and not torch.equal(bias, bias_before)
 
 
@@ -88,38 +88,29 @@ def test_decay_finds_its_place_in_a_flat_shard():
     state_b = SparseWeight("b", recipe, WeightShard((8, 8)))
     controller.register(state_b, b, 1)
     state_b.gemms(b, 0, True, True)
-    flat = torch.cat([a.detach().flatten()[40:], b.detach().flatten()[:50]]).requires_grad_()
-    flat.grad = torch.zeros_like(flat)
+    flat = torch.cat([torch.randn(3), a.detach().flatten()[40:], b.detach().flatten()[:50]])
     decay = MaskedDecay(controller)
-    decay.attach([Fragment("a", a, flat, 0, 40, 24), Fragment("b", b, flat, 24, 0, 50)])
-    optimizer = torch.optim.SGD([flat], lr=0.1)
-    decay.add_to_gradients(optimizer)
-    expected = torch.cat(
-        [
-            (LAMBDA * ~mask_a * a.detach()).flatten()[40:],
-            (LAMBDA * ~state_b.mask * b.detach()).flatten()[:50],
-        ]
-    )
-    torch.testing.assert_close(flat.grad, expected)
-    assert torch.equal(decay.term(flat), flat.grad)
-    other = torch.zeros(3)
-    assert decay.term(other) is None
+    decay.attach([Fragment("b", b, flat, 27, 0, 50), Fragment("a", a, flat, 3, 40, 24)])
+    pieces = decay.pieces(flat)
+    assert [(p.start, p.length) for p in pieces] == [(0, 3), (3, 24), (27, 50)]
+    assert pieces[0].mask is None
+    assert torch.equal(pieces[1].mask, mask_a.flatten()[40:])
+    assert torch.equal(pieces[2].mask, state_b.mask.flatten()[:50])
+    decay.attach([Fragment("b", b, flat, 2, 0, 50)])  # a tail without an owner: padding
+    assert [(p.start, p.length) for p in decay.pieces(flat)] == [(0, 2), (2, 50), (52, 25)]
+    assert decay.pieces(torch.zeros(3)) == [(0, 3, None)]
 
 
 @pytest.mark.parametrize("name", ["fst", "ast"])
 def test_a_mask_that_only_measures_flips_decays_nothing(name):
-    """In a dense phase torch's AdamW steps, which is not AST's without a decay."""
     recipe = make_recipe(name, masked_decay=LAMBDA, dense_tail_fraction=0.5)
     weight = torch.nn.Parameter(torch.randn(8, 8))
     controller, mask = _controller(recipe, weight)
     decay = MaskedDecay(controller)
     decay.attach([Fragment("w", weight, weight, 0, 0, weight.numel())])
-    assert mask is not None and decay.term(weight) is not None
+    assert mask is not None and decay.pieces(weight)[0].mask is not None
     controller.clock.step = 60
-    weight.grad = torch.randn(8, 8)
-    before = weight.grad.clone()
-    decay.add_to_gradients(torch.optim.SGD([weight]))
-    assert decay.term(weight) is None and torch.equal(weight.grad, before)
+    assert decay.pieces(weight) == [(0, 64, None)]
 
 
 def test_before_step_can_hold_everything_back():

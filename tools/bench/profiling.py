@@ -21,7 +21,7 @@ CLASSES = {
     "2:4 GEMM": r"spmma|sparse|cusparselt|sp_gemm",
     "preparing operands": r"mvue|pack|transposable|prune24|threshold|quanti[sz]e|masked_decay|flip",
     "dense GEMM": r"gemm|nvjet|cutlass|cublas|s884|s16816|xmma",
-    "casts and amax of FP8": r"rescale|cast|amax|fp8|transpose|scale_kernel|scales_kernel",
+    "casts and amax of FP8": r"rescale|(?<!no)cast|amax|fp8|transpose|scale_kernel|scales_kernel",
     "norm": r"norm",
     "gated activation": r"swiglu|geglu|gated",
     "optimizer": r"adam|multi_tensor|foreach",

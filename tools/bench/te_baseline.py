@@ -89,11 +89,9 @@ class BaselineLayout(PlainLayout):
             FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
         return loss
 
-    def _graphs(
-        self, layers: Sequence[tuple[torch.nn.Module, bool]], adds_up: bool, slots: int
-    ) -> LayerGraphs:
+    def _graphs(self, layers: Sequence[tuple[torch.nn.Module, bool]], slots: int) -> LayerGraphs:
         assert isinstance(self.model, GPTModel)
-        return BaselineGraphs(self.model, layers, self.controller, self.grid, adds_up)
+        return BaselineGraphs(self.model, layers, self.controller, self.grid, self._places())
 
 
 class BaselineGraphs(LayerGraphs):
@@ -103,8 +101,8 @@ class BaselineGraphs(LayerGraphs):
     graphs of its own: two slots.
     """
 
-    def __init__(self, model: GPTModel, layers: Any, controller: Any, grid: Grid, adds_up: bool):
-        super().__init__(layers, controller, grid, adds_up, slots=2 if model.config.fp8 else 1)
+    def __init__(self, model: GPTModel, layers: Any, controller: Any, grid: Grid, places: Any):
+        super().__init__(layers, controller, grid, places, slots=2 if model.config.fp8 else 1)
         self._model = model
 
     def slot_of(self, number: int) -> int:

@@ -3,8 +3,8 @@
 A layer's forward pass is one graph and its backward pass another, cut at the residual stream. What
 changes from micro-batch to micro-batch (seeds of draws) or from step to step (masks, packed
 operands, scales) lies at fixed addresses and is filled in outside. Weight gradients are added up
-inside the backward graphs, in buffers that DeepSpeed is given with the last micro-batch; where it
-wants every micro-batch's (ZeRO 2), they leave the graphs as autograd's results.
+inside the backward graphs, where the step's gradients are; where DeepSpeed wants every
+micro-batch's (ZeRO 2), they leave the graphs as autograd's results.
 
 torch's `make_graphed_callables` and Transformer Engine's take functions of tensors, capture them
 with their parameters' hooks, and know one set of graphs; megatron-core's manager expects its own
@@ -14,7 +14,7 @@ gradient buffers and data parallelism. None has phases, seeds or a pipeline of D
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,8 @@ class LayerPair:
                 of the layer behind.
         """
         self._grad_output = grad_output
-        (self._grad_hidden, *grads), self._backward = recorder.record(self._backward_pass, pool)
+        (self._grad_hidden, *grads), replay = recorder.record(self._backward_pass, pool)
+        self._backward = recorder.leaving_generator(replay) if self._recompute else replay
         self._grads = tuple(grads)
         return self._grad_hidden
 
@@ -213,7 +214,7 @@ class GraphSet:
     def __init__(
         self,
         layers: Sequence[GraphedLayer],
-        buffers: dict[torch.nn.Parameter, torch.Tensor] | None,
+        buffers: Mapping[torch.nn.Parameter, torch.Tensor] | None,
         recorder: Recorder,
         around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:

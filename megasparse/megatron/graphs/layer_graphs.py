@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ class LayerGraphs:
         layers: Transformer layers, in the order of execution, and whether each is recomputed.
         controller: of their sparsity.
         grid: this rank's place.
-        adds_up: gradients are added up in buffers over the micro-batches of a step; else they
-            leave every micro-batch's backward pass.
+        places: where each parameter's gradients are added up over the micro-batches of a step;
+            None: they leave every micro-batch's backward pass.
         slots: micro-batches that are under way at a time.
         make_recorder: of graphs on a device.
     """
@@ -50,13 +50,13 @@ class LayerGraphs:
         layers: Sequence[tuple[torch.nn.Module, bool]],
         controller: SparsityController,
         grid: Grid,
-        adds_up: bool,
+        places: Mapping[torch.nn.Parameter, torch.Tensor] | None,
         slots: int = 1,
         make_recorder: Callable[[torch.device], Recorder] = CudaRecorder,
     ) -> None:
         self._layers = [GraphedLayer(layer, recompute) for layer, recompute in layers]
         self._slots = slots
-        self._controller, self._grid, self._adds_up = controller, grid, adds_up
+        self._controller, self._grid, self._places = controller, grid, places
         self._make_recorder = make_recorder
         self._recorder = make_recorder(grid.device)
         # By whether metrics are measured, of each slot.
@@ -66,7 +66,6 @@ class LayerGraphs:
         self._refresh = Replayed(controller.refresh)
         self._phase: tuple[bool, int] | None = None  # sparse, and moves of the states
         self._active: list[GraphSet] | None = None
-        self._buffers: dict[torch.nn.Parameter, torch.Tensor] | None = None
         self._look_at, self._patience = 0, FIRST_PATIENCE
         self._refusal: str | None = None
         controller.seeds = DeviceSeeds(controller.clock, controller.layers, grid.device, slots)
@@ -97,8 +96,6 @@ class LayerGraphs:
         if kind not in self._warm:
             self.let_go()  # an eager step needs the memory
         self._active = self._sets.get(kind)
-        if self._active is not None and self._buffers is not None:
-            torch._foreach_zero_(list(self._buffers.values()))
 
     def begin_micro_batch(self, number: int) -> None:
         """Before the forward pass of this rank's `number`-th micro-batch of the step."""
@@ -107,13 +104,6 @@ class LayerGraphs:
         controller.clock.slot = slot
         controller.seeds.begin_micro_batch(number, slot)
         self._use(None if self._active is None else self._active[slot])
-
-    def hand_over_gradients(self) -> None:
-        """Before the backward pass of a step's last micro-batch: sums become `grad`."""
-        if self._active is None or self._buffers is None:
-            return
-        for parameter, buffer in self._buffers.items():
-            parameter.grad = buffer.detach()  # DeepSpeed points it elsewhere: a new one every time
 
     def end_step(self) -> None:
         """After a step; a collective call of the stage where scales are looked at."""
@@ -145,7 +135,6 @@ class LayerGraphs:
         if not self._sets:
             return
         self._sets.clear()
-        self._buffers = None
         self._recorder = self._make_recorder(self._grid.device)
         if self._controller.fp8 is not None:
             self._controller.fp8.host_follows = True
@@ -173,16 +162,13 @@ class LayerGraphs:
             if not self._sets:
                 controller.fp8.assume()
             controller.fp8.host_follows = False
-        if self._adds_up and self._buffers is None:
-            parameters = [p for layer in self._layers for p in layer.parameters]
-            self._buffers = {p: torch.zeros_like(p) for p in parameters}
         timed, controller.timer.measuring = controller.timer.measuring, False
         try:
             with self._recorder.prepared():
                 before = torch.cuda.memory_reserved()
                 sets = []
                 for controller.clock.slot in range(self._slots):
-                    sets.append(GraphSet(self._layers, self._buffers, self._recorder, self.around))
+                    sets.append(GraphSet(self._layers, self._places, self._recorder, self.around))
                 self._sets[kind] = sets
         finally:
             controller.timer.measuring = timed

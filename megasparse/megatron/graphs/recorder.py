@@ -39,6 +39,11 @@ class Recorder(Protocol):
         """
         ...
 
+    def leaving_generator(self, replay: Callable[[], None]) -> Callable[[], None]:
+        """A replay that leaves the device's generator as it was: of a pass that is computed again,
+        as attention counts as drawing even where nothing is dropped."""
+        ...
+
 
 class CudaRecorder:
     """CUDA graphs of a GPU."""
@@ -78,6 +83,17 @@ class CudaRecorder:
         finally:
             graph.capture_end()
         return outputs, graph.replay
+
+    def leaving_generator(self, replay: Callable[[], None]) -> Callable[[], None]:
+        with torch.cuda.device(self.device):
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+
+        def run() -> None:
+            offset = generator.get_offset()
+            replay()
+            generator.set_offset(offset)
+
+        return run
 
 
 class Replayed:

@@ -25,6 +25,7 @@ from megasparse.sparsity.wanda import finish_step
 from megasparse.train.engine import zero
 from megasparse.train.engine.layout import Layout
 from megasparse.train.engine.step_guard import Batch
+from megasparse.train.engine.zero1 import Zero1
 
 # What `--decoupled-lr` is the learning rate of.
 ENDS = (f"{WORD_EMBEDDINGS}.weight", f"{OUTPUT_LAYER}.weight")
@@ -67,8 +68,6 @@ class Engine:
         recipe = controller.recipe
         decay = MaskedDecay(controller)
         self._decay = decay if recipe.regulariser != "none" else None
-        self._on_gradient = decay if recipe.regulariser == "masked_decay" else None
-        on_moment = recipe.regulariser == "decoupled_masked_decay"
         self.optimizer = MaskedAdamW(
             parameter_groups(
                 model.named_parameters(),
@@ -77,7 +76,8 @@ class Engine:
                 ENDS if train.decoupled_lr is not None else (),
             ),
             before_step=self._before_step,
-            decoupled_decay=decay.term if on_moment else None,
+            pieces=None if self._decay is None else decay.pieces,
+            decoupled=recipe.regulariser == "decoupled_masked_decay",
             lr=train.lr,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_eps,
@@ -86,7 +86,18 @@ class Engine:
         self._measured = decay.with_decay if together else zero.gradient_alone
         self._norm_without_zero: float | None = None
         self._engine = layout.start(self.optimizer)
-        if config.parallel.zero_stage:
+        zero1 = None
+        if config.parallel.zero_stage == 1:
+            assert layout.gradients is not None
+            zero1 = Zero1(
+                self._engine.optimizer,
+                layout.gradients,
+                grid,
+                train.clip_grad,
+                self._measured,
+                lambda norm: layout.guard.read(norm)[0],
+            )
+        elif config.parallel.zero_stage:
             zero.install_norm(self._engine.optimizer, grid, self._measured)
         # Where the parameters lie in the optimizer's tensors, now that ZeRO has made its own.
         self.fragments = (
@@ -95,6 +106,8 @@ class Engine:
             else zero.fragments(model.named_parameters(), self.optimizer)
         )
         decay.attach(self.fragments)
+        if zero1 is not None:
+            zero1.fragments = self.fragments
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
         """Forward, backward and update over one global batch; advances the clock.
@@ -130,19 +143,19 @@ class Engine:
         ]
         finish_step(layers, self.grid.sum_over_dp, self.grid.sum_over_tp)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Runs inside the optimizer, on final gradients: clip without ZeRO, then masked decay."""
-        if not self.layout.guard.loss_is_finite:
-            return False
+    def _before_step(self, _: torch.optim.Optimizer) -> bool:
+        """Runs inside the optimizer, on final gradients: clipping without ZeRO, masked decay."""
         if not self.config.parallel.zero_stage and not self._clip():
             return False
-        factor = 1.0
-        if self.controller.recipe.masked_decay_before_clipping:
-            factor = self._clipped_by()
-        if self._decay is not None and self.controller.asked:
-            self._decay.measure(optimizer, factor)
-        if self._on_gradient is not None:
-            self._on_gradient.add_to_gradients(optimizer, factor)
+        if not self.layout.guard.loss_is_finite:
+            return False
+        if self._decay is not None:
+            optimizer, strength = self.optimizer, self.controller.masked_decay()
+            if self.controller.recipe.masked_decay_before_clipping:
+                strength *= self._clipped_by()
+            optimizer.decay = strength
+            if self.controller.asked:
+                self._decay.measure(optimizer, strength / optimizer.clip)
         return True
 
     def _clipped_by(self) -> float:
@@ -161,14 +174,14 @@ class Engine:
             if parameter.grad is not None
         ]
         zero.sum_replicated(gradients, self.grid)
-        norm = float(zero.global_norm(gradients, self.grid, measured=self._measured))
+        (norm,) = self.layout.guard.read(
+            zero.global_norm(gradients, self.grid, measured=self._measured)
+        )
         self._norm_without_zero = norm
         limit = self.config.train.clip_grad
         if not math.isfinite(norm):
             return False
-        if limit and norm > limit:
-            for _, gradient in gradients:
-                gradient.mul_(limit / (norm + 1e-6))
+        self.optimizer.clip = limit / (norm + 1e-6) if limit and norm > limit else 1.0
         return True
 
     def _grad_norm(self) -> float:

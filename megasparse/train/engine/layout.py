@@ -21,7 +21,9 @@ from megasparse.megatron.graphs.layer_graphs import LayerGraphs
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.controller import SparsityController
 from megasparse.train.distillation import Distillation
+from megasparse.train.engine.gradients import GradientBuffers, one_after_the_other
 from megasparse.train.engine.step_guard import Batch, MicroBatch, Poison, StepGuard
+from megasparse.train.engine.zero1 import zero1_buffers
 
 
 class Layout(ABC):
@@ -39,6 +41,7 @@ class Layout(ABC):
     Attributes:
         guard: checks each step for values that are not finite.
         graphs: of the layers; None: they run eagerly.
+        gradients: in which they are added up; None: DeepSpeed's own (ZeRO 2 and 3).
         accumulation_steps: micro-batches of a rank in an optimizer step.
     """
 
@@ -57,6 +60,7 @@ class Layout(ABC):
         self.accumulation_steps = gradient_accumulation_steps(config, grid.world)
         self.guard = StepGuard(grid, model, controller, poison)
         self.graphs: LayerGraphs | None = None
+        self.gradients: GradientBuffers | None = None
         self._events = events
         self._engine: Any = None
 
@@ -129,15 +133,31 @@ class Layout(ABC):
             slots is not None,
         )
         if reason is None:
-            adds_up = (config.parallel.zero_stage or 0) < 2
-            self.graphs = self._graphs(layers, adds_up, slots or 1)
+            self.graphs = self._graphs(layers, slots or 1)
         elif self.grid.device.type == "cuda":
             log_once("CUDA graphs are not used: %s", reason)
 
-    def _graphs(
-        self, layers: Sequence[tuple[torch.nn.Module, bool]], adds_up: bool, slots: int
-    ) -> LayerGraphs:
-        return LayerGraphs(layers, self.controller, self.grid, adds_up, slots)
+    def _graphs(self, layers: Sequence[tuple[torch.nn.Module, bool]], slots: int) -> LayerGraphs:
+        return LayerGraphs(layers, self.controller, self.grid, self._places(), slots)
+
+    def _places(self) -> dict[torch.nn.Parameter, torch.Tensor] | None:
+        """Where gradients are added up; None: each micro-batch's are DeepSpeed's."""
+        return None if self.gradients is None else self.gradients.views
+
+    def _make_gradients(self) -> None:
+        """Where gradients are added up, once DeepSpeed has put the parameters where they stay."""
+        stage, optimizer = self.config.parallel.zero_stage, self._engine.optimizer
+        if stage == 1:
+            full = self.config.parallel.accumulate_allreduce_grads_in_fp32
+            dtype = torch.float32 if full else next(self.model.parameters()).dtype
+            self.gradients = zero1_buffers(optimizer, dtype)
+        elif stage == 0:
+            groups = [group["params"] for group in optimizer.param_groups]
+            self.gradients = one_after_the_other(groups, torch.float32)
+
+    def _begin_gradients(self) -> None:
+        if self.gradients is not None:
+            self.gradients.begin_step()
 
     def close(self) -> None:
         """At the end of a run: communicators cannot be left while graphs refer to them."""

@@ -85,6 +85,7 @@ class PipelineLayout(Layout):
             for kind, run in engine._INSTRUCTION_MAP.items()
         }
         self._engine = engine
+        self._make_gradients()
         slots = schedule.TrainSchedule(
             self.accumulation_steps, self.grid.pp_size, self.grid.pp_rank
         ).num_pipe_buffers()
@@ -125,8 +126,6 @@ class PipelineLayout(Layout):
     def _before_backward(self) -> None:
         self._passed("backward", self._backwards)
         self._backwards += 1
-        if self.graphs is not None and self._backwards == self.accumulation_steps:
-            self.graphs.hand_over_gradients()
 
     def _before_optimizer(self) -> None:
         """Once a step on every rank, when all gradients are there."""
@@ -135,7 +134,7 @@ class PipelineLayout(Layout):
             torch.zeros((), device=self.grid.device) if total is None else total.detach()
         )
         if self._findings is not None:
-            self.guard.loss_is_finite = False  # a step computed again updates nothing
+            self.guard.refuse_update()  # a step computed again updates nothing
         self._passed("optimizer")
 
     def _on_loss(self, loss: torch.Tensor) -> torch.Tensor:
@@ -156,6 +155,7 @@ class PipelineLayout(Layout):
 
     def _train_batch(self, batches: Iterator[Batch]) -> float:
         self._forwards = self._backwards = 0
+        self._begin_gradients()
         loss = float(self._engine.train_batch(_pairs(batches)))
         self._release()
         return loss

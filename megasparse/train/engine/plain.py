@@ -69,6 +69,7 @@ class PlainLayout(Layout):
             dist_init_required=False,
         )
         # After DeepSpeed has put the parameters where they stay.
+        self._make_gradients()
         block: Any = self.model.decoder
         let_replays_recompute(block)
         recomputed = recomputed_layers(self.config)
@@ -83,6 +84,7 @@ class PlainLayout(Layout):
     def compute_and_update(self, batches: Iterator[Batch]) -> float:
         self._engine.train()
         total = torch.zeros((), device=self.grid.device)
+        self._begin_gradients()
         if self.graphs is not None:
             self.graphs.begin_step([self._number(n) for n in range(self.accumulation_steps)])
         for number in range(self.accumulation_steps):
@@ -97,8 +99,6 @@ class PlainLayout(Layout):
                 loss = self.guard.poisoned(self._engine(batch))
             total += loss.detach()
             self._passed("backward", number)
-            if self.graphs is not None and number == self.accumulation_steps - 1:
-                self.graphs.hand_over_gradients()
             with self.controller.timer.span("backward"):
                 self._engine.backward(loss)
             if number == self.accumulation_steps - 1:

@@ -73,7 +73,8 @@ class StepGuard:
         self._kept: list[MicroBatch] = []
         self._rng: dict[str, torch.Tensor] = {}
         self._sparsity: list[Any] = []
-        self.loss_is_finite = True
+        self._loss_is_finite: bool | None = True  # None: the device knows
+        self._bad = torch.zeros((), device=grid.device)
         for part in poison.poisoned_gradients() if poison is not None else ():
             for name, parameter in model.named_parameters():
                 if part in name:
@@ -82,7 +83,7 @@ class StepGuard:
     def begin(self) -> None:
         """Remember what a step changes before its update."""
         self._kept.clear()
-        self.loss_is_finite = True
+        self._loss_is_finite = True
         self._rng = rng_state(self._grid)
         self._sparsity = self._controller.snapshot()
 
@@ -96,11 +97,33 @@ class StepGuard:
         return self._scaled(loss, "loss")
 
     def check_loss(self, total: torch.Tensor) -> None:
-        """Before the update: whether the loss is finite on all ranks; a collective call."""
-        bad = (~torch.isfinite(total)).float()
+        """Before the update: whether the loss is finite on all ranks; a collective call.
+
+        The answer is waited for when it is asked for (`loss_is_finite`, `read`).
+        """
+        self._bad = (~torch.isfinite(total)).float()
         if self._grid.world > 1:
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        self.loss_is_finite = not bool(bad.item())
+            dist.all_reduce(self._bad, op=dist.ReduceOp.MAX)
+        self._loss_is_finite = None
+
+    def refuse_update(self) -> None:
+        """Take the loss of this step for one that is not finite."""
+        self._loss_is_finite = False
+
+    @property
+    def loss_is_finite(self) -> bool:
+        """Whether the loss that was checked is finite on all ranks."""
+        if self._loss_is_finite is None:
+            self.read()
+        return bool(self._loss_is_finite)
+
+    def read(self, *values: torch.Tensor) -> list[float]:
+        """0-d tensors on the host, in one transfer with what is to be known of the loss."""
+        if self._loss_is_finite is not None:
+            return torch.stack([v.float() for v in values]).tolist() if values else []
+        bad, *rest = torch.stack([self._bad, *(v.float() for v in values)]).tolist()
+        self._loss_is_finite = not bad
+        return rest
 
     def end(
         self, lr: float, norm: float, compute_again: Callable[[list[MicroBatch]], list[str]]

@@ -1,0 +1,110 @@
+"""AdamW with a masked decay: four tensors and a mask are read once, three and a copy written."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from megasparse.kernels.device.groups import from_fp32
+from megasparse.kernels.launches import KINDS, Launch, Launches
+from megasparse.kernels.masked_adamw.arguments import AdamW
+
+LAUNCHES = Launches(wide=Launch(block=1024, num_warps=4), narrow=Launch(block=1024, num_warps=4))
+
+
+@triton.jit
+def _masked_adamw_kernel(
+    weight,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    mask,
+    copy,
+    size,
+    clip,
+    decay,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    kept,
+    step_size,
+    correction,
+    DECAYS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < size
+    w = tl.load(weight + at, mask=live, other=0.0)
+    g = tl.load(grad + at, mask=live, other=0.0) * clip
+    m = tl.load(exp_avg + at, mask=live, other=0.0)
+    v = tl.load(exp_avg_sq + at, mask=live, other=0.0)
+    if DECAYS:
+        stays = tl.load(mask + at, mask=live, other=0) != 0
+        term = w * decay
+        if not DECOUPLED:
+            g = tl.where(stays, g, g + term)
+    m = m + rest1 * (g - m)
+    update = m
+    squared = g
+    if DECAYS and DECOUPLED:
+        update = tl.where(stays, m, m + term)
+        squared = update
+    v = v * beta2 + rest2 * squared * squared
+    denominator = tl.div_rn(tl.sqrt_rn(v), correction) + eps
+    w = w * kept - step_size * tl.div_rn(update, denominator)
+    tl.store(weight + at, w, mask=live)
+    tl.store(exp_avg + at, m, mask=live)
+    tl.store(exp_avg_sq + at, v, mask=live)
+    if COPY == "fp32":
+        tl.store(copy + at, w, mask=live)
+    elif COPY != "none":
+        bits = tl.where(w != w, 0x7FC00000 if COPY == "bf16" else 0x7E000000, from_fp32(w, COPY))
+        tl.store(copy + at, (bits >> 16).to(tl.int16), mask=live)
+
+
+def masked_adamw_(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    numbers: AdamW,
+    mask: torch.Tensor | None,
+    copy: torch.Tensor | None,
+) -> None:
+    """`reference.masked_adamw`, in place."""
+    size = weight.numel()
+    if size == 0:
+        return
+    decayed = None if numbers.decay == 0.0 else mask
+    kind = "none" if copy is None else KINDS[copy.dtype]
+    narrow = kind in ("bf16", "fp16")
+    launch = LAUNCHES.pick(weight)
+    _masked_adamw_kernel[(triton.cdiv(size, launch.block),)](
+        weight,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        weight if decayed is None else decayed.view(torch.uint8),
+        weight if copy is None else copy.view(torch.int16) if narrow else copy,
+        size,
+        float(numbers.clip),
+        float(numbers.decay),
+        1 - numbers.beta1,
+        float(numbers.beta2),
+        1 - numbers.beta2,
+        float(numbers.eps),
+        1 - numbers.lr * numbers.weight_decay,
+        numbers.lr / (1 - numbers.beta1**numbers.step),
+        math.sqrt(1 - numbers.beta2**numbers.step),
+        DECAYS=decayed is not None,
+        DECOUPLED=numbers.decoupled,
+        COPY=kind,
+        BLOCK=launch.block,
+        num_warps=launch.num_warps,
+    )

@@ -1,0 +1,119 @@
+"""ZeRO 1 on flat gradients: one reduction a group, one norm, one update.
+
+DeepSpeed's own copies every gradient into a bucket, reduces the bucket, flattens this rank's part,
+converts it and clips it: six passes over the gradients and hundreds of launches. Here gradients are
+added up in the order in which DeepSpeed's ZeRO 1 has flattened the parameters
+(`gradients.py`), so that a rank's part is a slice. The parameters' flat tensors, the optimizer's
+float32 shards and their checkpoints stay DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megasparse.megatron.grid import Grid
+from megasparse.optim.fragments import Fragment
+from megasparse.train.engine.gradients import GradientBuffers
+from megasparse.train.engine.zero import Measured, global_norm, sum_replicated
+
+# Newer versions of torch call it differently, and warn of the old name.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def zero1_buffers(optimizer: Any, dtype: torch.dtype) -> GradientBuffers:
+    """Buffers in the order of DeepSpeed's flat parameters, padding included.
+
+    Args:
+        optimizer: DeepSpeed's, of ZeRO 1.
+        dtype: in which gradients are added up.
+    """
+    groups = []
+    for flat, parameters in zip(optimizer.bit16_groups_flat, optimizer.bit16_groups, strict=True):
+        base, size = flat.data_ptr(), flat.element_size()
+        groups.append({p: (p.data_ptr() - base) // size for p in parameters})
+    return GradientBuffers(groups, [flat.numel() for flat in optimizer.bit16_groups_flat], dtype)
+
+
+class Zero1:
+    """Takes the place of a ZeRO 1 optimizer's reduction and update.
+
+    Args:
+        optimizer: DeepSpeed's, of ZeRO 1; its methods are replaced.
+        gradients: from `zero1_buffers`.
+        grid: this rank's place.
+        clip_grad: limit of the gradient's norm; 0: none.
+
+    Attributes:
+        norm: of the last gradient before clipping, NaN or infinite if the step was skipped for it.
+        fragments: where the parameters lie in the optimizer's tensors; to be set.
+        measured: what of a gradient the norm is taken of.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        gradients: GradientBuffers,
+        grid: Grid,
+        clip_grad: float,
+        measured: Measured,
+        read: Callable[[torch.Tensor], float],
+    ) -> None:
+        self._zero, self._gradients, self._grid = optimizer, gradients, grid
+        self._clip_grad, self._measured, self._read = clip_grad, measured, read
+        self.fragments: Sequence[Fragment] = ()
+        rank = grid.dp_rank
+        self._shares = [
+            flat.narrow(0, rank * size, size)
+            for flat, size in zip(gradients.flat, map(int, optimizer.partition_size), strict=True)
+        ]
+        adamw, partitions = optimizer.optimizer, optimizer.parallel_partitioned_bit16_groups
+        for shard, parts in zip(optimizer.single_partition_of_fp32_groups, partitions, strict=True):
+            adamw.copies[id(shard)] = parts[rank].data
+        for hook in optimizer._grad_acc_hooks:
+            hook.remove()  # they would hand gradients to DeepSpeed's buckets
+        optimizer.reduce_gradients = self._reduce
+        optimizer.step = self._step
+        optimizer.zero_grad = lambda set_to_none=True: None  # `GradientBuffers.begin_step`
+
+    def _reduce(self, pipeline_parallel: bool = False) -> None:
+        """Every rank's share becomes the mean over data-parallel ranks, in the buffers' dtype."""
+        if self._grid.dp_size == 1:
+            return
+        for flat, share in zip(self._gradients.flat, self._shares, strict=True):
+            flat.div_(self._grid.dp_size)
+            _reduce_scatter(share, flat, group=self._grid.dp_group)
+
+    @torch.no_grad()
+    def _step(self, closure: Any = None) -> None:
+        """Clip, update this rank's shards, and gather the parameters from all ranks."""
+        zero = self._zero
+        shards = zero.single_partition_of_fp32_groups
+        for shard, share in zip(shards, self._shares, strict=True):
+            shard.grad = share.to(shard.dtype)  # the share itself if it is float32
+        gradients = {id(shard): shard.grad for shard in shards}
+        pieces = [(f.parameter, f.of(gradients[id(f.tensor)])) for f in self.fragments]
+        sum_replicated(pieces, self._grid)
+        norm = global_norm(pieces, self._grid, over_dp=True, measured=self._measured)
+        zero._global_grad_norm = self._read(norm)
+        zero.overflow = not math.isfinite(zero._global_grad_norm)
+        if not zero.overflow:
+            self._update(min(1.0, self._clip_by(zero._global_grad_norm)))
+        for shard in shards:
+            shard.grad = None
+
+    def _clip_by(self, norm: float) -> float:
+        return self._clip_grad / (norm + 1e-6) if self._clip_grad else 1.0
+
+    def _update(self, factor: float) -> None:
+        zero, rank = self._zero, self._grid.dp_rank
+        zero.optimizer.clip = factor
+        for number, parts in enumerate(zero.parallel_partitioned_bit16_groups):
+            zero._optimizer_step(number)
+            if self._grid.dp_size > 1:
+                whole, own = zero.bit16_groups_flat[number].data, parts[rank].data
+                dist.all_gather_into_tensor(whole, own, group=self._grid.dp_group)

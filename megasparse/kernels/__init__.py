@@ -23,7 +23,9 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | scale_from_sums(sums (2,))                     | 0-d float32: that quotient, 1 for 0 / 0      |
 | mvue24(g (R, C), seed, dim=-1, offsets, exact) | like g: unbiased, at most 2 of 4 along dim   |
 | masked_decay_(grad, w, mask, decay)            | grad, in place: += decay * (1 - mask) * w    |
+| accumulate_(total, value)                      | total, in place: += value, of another dtype  |
 | masked_adamw_(weight, grad, m, v, numbers)     | one AdamW step with masked decay, in place   |
+| replace_mask_(mask, new, before)               | mask, in place: = new; 0-d int64: flips      |
 | count_flips(mask_a, mask_b)                    | 0-d int64: entries that differ               |
 | swiglu(x, gate), geglu(x, gate)                | like x: act(gate) * x, with autograd         |
 | swiglu_fused(fused (..., 2 F))                 | (..., F): swiglu of [gate | x], autograd     |
@@ -49,11 +51,13 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | derive_seed(*words)                            | int: one seed from several integers          |
 """
 
+from megasparse.kernels.accumulate import accumulate_ as accumulate_
 from megasparse.kernels.current_scaling import AmaxScales as AmaxScales
 from megasparse.kernels.current_scaling import rescale_ as rescale_
 from megasparse.kernels.current_scaling import scale_inv_of as scale_inv_of
 from megasparse.kernels.current_scaling import scales_of_amax as scales_of_amax
 from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
+from megasparse.kernels.mask_update import replace_mask_ as replace_mask_
 from megasparse.kernels.masked_adamw import AdamW as AdamW
 from megasparse.kernels.masked_adamw import masked_adamw_ as masked_adamw_
 from megasparse.kernels.masked_decay import count_flips as count_flips
@@ -96,6 +100,7 @@ __all__ = [
     "AmaxScales",
     "Heads",
     "Packed24",
+    "accumulate_",
     "count_flips",
     "decode_patterns",
     "derive_seed",
@@ -113,6 +118,7 @@ __all__ = [
     "norm_float8",
     "pack24",
     "prune24_mask",
+    "replace_mask_",
     "rescale_",
     "rotary_qkv",
     "s_ste_scale",

@@ -33,15 +33,17 @@ def transposable_rows() -> tuple[tuple[int, ...], ...]:
     )
 
 
-def pack_fours(mask: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def pack_fours(mask: torch.Tensor) -> torch.Tensor:
     """bool (N, K), K a multiple of 4, as uint8 (N, K/4), a bit each; any mask, nothing is checked.
 
     Nothing waits for the device.
     """
-    fours = mask.contiguous().view(torch.int32)  # a byte of 0 or 1 each
+    mask = mask.contiguous()
+    whole = mask.clone() if mask.storage_offset() % 4 else mask
+    fours = whole.view(torch.int32)  # a byte of 0 or 1 each
     packed = fours | fours >> 7 | fours >> 14 | fours >> 21
     packed.bitwise_and_(15)
-    return packed.to(torch.uint8) if out is None else out.copy_(packed)
+    return packed.to(torch.uint8)
 
 
 def unpack_fours(packed: torch.Tensor) -> torch.Tensor:

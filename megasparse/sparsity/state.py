@@ -17,13 +17,8 @@ import torch
 
 from megasparse.errors import CheckpointError
 from megasparse.fp8.scale import Reduce
-from megasparse.kernels import count_flips, prune24_mask, s_ste_scale, transposable24_mask
-from megasparse.kernels.patterns import (
-    decode_patterns,
-    encode_patterns,
-    pack_fours,
-    unpack_fours,
-)
+from megasparse.kernels import prune24_mask, replace_mask_, s_ste_scale, transposable24_mask
+from megasparse.kernels.patterns import decode_patterns, encode_patterns, unpack_fours
 from megasparse.sparsity import operands, schedule
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.gemms.protocol import LinearGemms
@@ -223,18 +218,17 @@ class SparseWeight(torch.nn.Module):
         if self.mask is None:
             self.mask = mask
             return
-        flips = count_flips(mask, self.mask)
-        known = flips if self.flips is None else self.flips
         if self._before is None:
-            self._before = pack_fours(self.mask), known.clone()
-        else:
-            pack_fours(self.mask, out=self._before[0])
-            self._before[1].copy_(known)
+            rows, columns = mask.shape
+            packed = torch.empty((rows, columns // 4), dtype=torch.uint8, device=mask.device)
+            self._before = packed, torch.zeros((), dtype=torch.int64, device=mask.device)
+        packed, known = self._before
+        flips = replace_mask_(self.mask, mask.contiguous(), packed)
+        known.copy_(flips if self.flips is None else self.flips)
         if self.flips is None:
             self.flips = flips
         else:
             self.flips.copy_(flips)
-        self.mask.copy_(mask)
 
     def _count_refresh(self, step: int) -> None:
         self.last_refresh = step

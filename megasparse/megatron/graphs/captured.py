@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from megasparse.kernels import accumulate_
 from megasparse.megatron.graphs.recorder import Recorder
 
 # Beside the hidden state a layer is called with what stays the same, or with nothing.
@@ -106,8 +107,9 @@ class LayerPair:
             found = torch.autograd.grad(output, inputs, self._grad_output, allow_unused=True)
         if self._buffers is None:
             return found
-        pairs = [(b, g) for b, g in zip(self._buffers, found[1:]) if g is not None]
-        torch._foreach_add_([b for b, _ in pairs], [g for _, g in pairs])
+        for buffer, gradient in zip(self._buffers, found[1:], strict=True):
+            if gradient is not None:
+                accumulate_(buffer, gradient)
         return found[:1]
 
     def _compute(self) -> torch.Tensor:

@@ -1,0 +1,47 @@
+"""A sum in float32 of tensors in 16 bits, such as the gradients of micro-batches."""
+
+from __future__ import annotations
+
+import torch
+
+from megasparse.errors import KernelError
+from megasparse.kernels import dispatch
+from megasparse.kernels.accumulate import reference, triton
+from megasparse.kernels.checks import WIDE_DTYPES
+
+
+@torch.no_grad()
+def accumulate_(
+    total: torch.Tensor, value: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
+    """`total += value` in place, rounded once; returns `total`.
+
+    torch's own addition of two dtypes reaches 60 % of the memory's bandwidth on an H200.
+
+    Args:
+        total: float32, bfloat16 or float16, contiguous, any shape.
+        value: of that shape, float32, bfloat16 or float16.
+        backend: None, "reference" or "triton".
+
+    Raises: KernelError for other dtypes, shapes, devices or layouts, or a backend that cannot run.
+    """
+    for name, tensor in (("total", total), ("value", value)):
+        if tensor.dtype not in WIDE_DTYPES:
+            raise KernelError(
+                f"accumulate_: {name} is {tensor.dtype}, expected float32, bfloat16 or float16"
+            )
+    if value.shape != total.shape or value.device != total.device or not total.is_contiguous():
+        raise KernelError(
+            f"accumulate_: value of shape {tuple(value.shape)} on {value.device}, expected "
+            f"{tuple(total.shape)} on {total.device}, and a contiguous total"
+        )
+    add = dispatch.implementation(
+        "accumulate_", total, backend, reference=_by_definition, triton=triton.accumulate_
+    )
+    with torch.cuda.device_of(total):
+        add(total, value)
+    return total
+
+
+def _by_definition(total: torch.Tensor, value: torch.Tensor) -> None:
+    total.copy_(reference.accumulated(total, value))

@@ -98,7 +98,7 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     if isinstance(loaded.source, StoredModel):
         source = loaded.source
-        tensors = check_sparsity(source.reader, source.recipe, source.config.train.train_iters)
+        tensors = check_sparsity(source.reader, source.recipe, source.train_iters)
         figures["sparsity"] = [vars(tensor) for tensor in tensors]
         lines += format_tensors(tensors) if tensors else [f"{source.where}: no sparse layer"]
     print("\n".join(lines), flush=True)

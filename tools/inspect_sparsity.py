@@ -156,7 +156,7 @@ def inspect(path: Path, output: Path | None) -> None:
             f"{reader.folder}: no layer is sparse (sparsity_recipe {recipe.name})"
         )
     step = reader.meta["step"]
-    sparse = schedule.is_sparse_step(recipe, step, config.train.train_iters)
+    sparse = schedule.is_sparse_step(recipe, step, reader.meta["config"]["train"]["train_iters"])
     layers = [
         inspect_layer(reader, name, recipe, sparse)
         for name in progress(names, desc="masks", unit="layer")

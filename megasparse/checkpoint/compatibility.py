@@ -15,7 +15,7 @@ from megasparse.log import logger
 
 # Override flag -> (group, fields); None: all fields of the group that no other flag has.
 GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
-    ("override_batch", "train", ("global_batch_size",)),
+    ("override_batch", "train", ("global_batch_size", "rampup_batch_size")),
     ("override_seed", "train", ("seed",)),
     ("override_precision", "train", ("bf16",)),
     ("override_precision", "fp8", (
@@ -25,6 +25,8 @@ GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
         "train_iters", "lr", "min_lr", "decoupled_lr", "decoupled_min_lr",
         "lr_decay_style", "lr_decay_iters", "lr_warmup_iters",
         "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_linear_to_zero_iters",
+        "train_samples", "lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples",
+        "lr_linear_to_zero_samples",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
     )),
     ("override_seq_length", "model", ("seq_length", "max_position_embeddings")),
@@ -62,6 +64,8 @@ def check_same_run(
         for field in dataclasses.fields(section):
             if field.name not in names if names is not None else field.name in taken:
                 continue
+            if field.name == "train_iters" and config.train.train_samples is not None:
+                continue  # they follow from the samples
             given = getattr(section, field.name)
             # A field that the writer did not have yet had its default.
             before = saved.get(group, {}).get(field.name, getattr(type(section)(), field.name))

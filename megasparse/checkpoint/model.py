@@ -41,7 +41,7 @@ class StoredModel:
             alone (`low_rank` has the rest). Dense master weights never have it.
 
     Attributes:
-        recipe, step: of the run.
+        recipe, step, train_iters: of the run.
         boosted: names of the parameters that SLoRB adds to.
         sparse: names of the parameters that are 2:4 at this step.
 
@@ -80,8 +80,8 @@ class StoredModel:
         )
         self._check()
         names = [key.split("/")[1] for key in reader.keys("sparsity/") if key.endswith("/counters")]
-        iterations = self.config.train.train_iters
-        sparse_now = schedule.is_sparse_step(self.recipe, self.step, iterations)
+        self.train_iters: int = reader.meta["config"]["train"]["train_iters"]
+        sparse_now = schedule.is_sparse_step(self.recipe, self.step, self.train_iters)
         self._pruned = frozenset(names if sparse_now else ())
         self.sparse = self._pruned - self.boosted if fold else self._pruned
 

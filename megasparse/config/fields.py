@@ -61,7 +61,7 @@ def convert(info: FieldInfo, value: Any, source: str) -> Any:
     Raises:
         ConfigError: it is not; names `source`, what was found and what is expected.
     """
-    if value is None or (info.optional and value in ("none", "None")):
+    if value is None or (info.optional and value in ("none", "None", ["none"])):
         if info.optional:
             return None
         raise ConfigError(f"{source}: found no value, expected {info.kind.__name__}")

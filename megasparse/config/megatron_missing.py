@@ -69,9 +69,8 @@ MISSING = (
      "--no-weight-decay-cond-type= --apply-wd-to-qk-layernorm"),
     ("warm-up starts from 0: --lr-warmup-iters or --lr-warmup-fraction",
      "--lr-warmup-init= --warmup="),
-    ("a run is as long as its steps: --train-iters, --lr-decay-iters, --lr-warmup-iters",
-     "--train-samples= --lr-decay-samples= --lr-warmup-samples= --lr-wsd-decay-samples= "
-     "--rampup-batch-size=* --train-tokens= --lr-decay-tokens= --lr-warmup-tokens= "
+    ("a run is as long as its steps or its samples: --train-iters, --train-samples",
+     "--train-tokens= --lr-decay-tokens= --lr-warmup-tokens= "
      "--train-data-exact-num-epochs= --iterations-to-skip=* --phase-transition-iterations="),
     ("attention is plain (grouped-query attention and rotary embeddings included)",
      "--multi-latent-attention --q-lora-rank= --kv-lora-rank= --qk-head-dim= "

@@ -13,6 +13,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
+from megasparse.config.batches import fill_train
 from megasparse.config.schema import RunConfig
 from megasparse.config.schema_model import ModelConfig
 from megasparse.config.schema_output import CheckpointConfig, LoggingConfig
@@ -50,10 +51,10 @@ class ResolvedParallel(ParallelConfig):
 
 
 class ResolvedTrain(TrainConfig):
-    """Training with batch and decay known; `lr_warmup_iters` follows from the fraction."""
+    """Training with batch, length and schedule known (`config/batches.py`)."""
 
     global_batch_size: int
-    lr_decay_iters: int
+    train_iters: int
 
 
 class ResolvedCheckpoint(CheckpointConfig):
@@ -95,7 +96,7 @@ def fill_defaults(config: RunConfig, world_size: int) -> ResolvedConfig:
     copy = RunConfig(**groups)
     _fill_model(copy.model)
     _fill_parallel(copy)
-    _fill_train(copy, world_size)
+    fill_train(copy.train, copy.train.micro_batch_size * data_parallel_size(copy, world_size))
     run_dir = copy.checkpoint.run_dir
     copy.checkpoint.save = copy.checkpoint.save or f"{run_dir}/checkpoints"
     if _is_continued(config):
@@ -179,13 +180,3 @@ def changed_settings(config: RunConfig) -> list[str]:
     if _is_continued(config) and not config.checkpoint.resume:
         changed.append("load is save: the run continues from there, or starts (as with --resume)")
     return changed
-
-
-def _fill_train(config: RunConfig, world_size: int) -> None:
-    train = config.train
-    per_step = train.micro_batch_size * data_parallel_size(config, world_size)
-    train.global_batch_size = train.global_batch_size or per_step
-    if train.lr_decay_iters is None:
-        train.lr_decay_iters = max(train.train_iters - train.lr_linear_to_zero_iters, 1)
-    if train.lr_warmup_fraction is not None:
-        train.lr_warmup_iters = int(train.lr_warmup_fraction * train.lr_decay_iters)

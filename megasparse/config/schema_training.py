@@ -80,7 +80,20 @@ class TrainConfig:
     global_batch_size: int | None = option(
         None, "sequences in an optimizer step; default micro-batch x data parallel", at_least=1
     )
-    train_iters: int = option(100, "optimizer steps", at_least=1)
+    rampup_batch_size: list[str] | None = option(
+        None,
+        "START INCREMENT SAMPLES: the batch grows from START by INCREMENT at a time over the first "
+        "SAMPLES samples; default: it does not",
+    )
+    train_iters: int | None = option(
+        None, "optimizer steps; default 100, or those of train-samples", at_least=1
+    )
+    train_samples: int | None = option(
+        None,
+        "length of the run in sequences, instead of train-iters; the learning rate's schedule is "
+        "in samples too, by lr-decay-samples and its like",
+        at_least=1,
+    )
     lr: float = option(3e-4, "peak learning rate", above=0.0)
     min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0.0)
     decoupled_lr: float | None = option(
@@ -112,9 +125,19 @@ class TrainConfig:
         at_least=0,
     )
     lr_warmup_iters: int = option(0, "steps of linear warm-up", at_least=0)
+    lr_decay_samples: int | None = option(
+        None, "like lr-decay-iters, with train-samples", at_least=1
+    )
+    lr_wsd_decay_samples: int | None = option(
+        None, "like lr-wsd-decay-iters, with train-samples", at_least=1
+    )
+    lr_linear_to_zero_samples: int = option(
+        0, "like lr-linear-to-zero-iters, with train-samples", at_least=0
+    )
+    lr_warmup_samples: int = option(0, "like lr-warmup-iters, with train-samples", at_least=0)
     lr_warmup_fraction: float | None = option(
         None,
-        "warm-up as a share of lr-decay-iters, instead of lr-warmup-iters",
+        "warm-up as a share of lr-decay-iters (or -samples), instead of lr-warmup-iters",
         at_least=0.0,
         below=1.0,
     )

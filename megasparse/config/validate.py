@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from megasparse.config.batches import check_train
 from megasparse.config.resolved import (
     ResolvedConfig,
     ResolvedModel,
@@ -192,31 +193,7 @@ def _check_train(given: TrainConfig, config: ResolvedConfig, world_size: int) ->
             f"{train.micro_batch_size} x data parallel size "
             f"{data_parallel_size(config, world_size)}"
         )
-    if given.lr_warmup_fraction is not None and given.lr_warmup_iters:
-        yield "lr_warmup_iters and lr_warmup_fraction are both set, expected one"
-    if train.lr_warmup_iters > train.lr_decay_iters:
-        yield (
-            f"lr_warmup_iters {train.lr_warmup_iters} is more than lr_decay_iters "
-            f"{train.lr_decay_iters}"
-        )
-    longest = train.lr_decay_iters - train.lr_warmup_iters
-    if train.lr_decay_style == "WSD" and train.lr_wsd_decay_iters is None:
-        yield "lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its decay"
-    if train.lr_wsd_decay_iters is not None and train.lr_decay_style != "WSD":
-        yield (
-            f"lr_wsd_decay_iters {train.lr_wsd_decay_iters} with lr_decay_style "
-            f"{train.lr_decay_style}, expected WSD"
-        )
-    if train.lr_wsd_decay_iters is not None and train.lr_wsd_decay_iters > longest:
-        yield (
-            f"lr_wsd_decay_iters {train.lr_wsd_decay_iters}, expected at most the {longest} steps "
-            "between lr_warmup_iters and lr_decay_iters"
-        )
-    if train.lr_linear_to_zero_iters > train.train_iters - train.lr_warmup_iters:
-        yield (
-            f"lr_linear_to_zero_iters {train.lr_linear_to_zero_iters}, expected at most the "
-            f"{train.train_iters - train.lr_warmup_iters} steps after lr_warmup_iters"
-        )
+    yield from check_train(given, train, per_step)
     if train.min_lr > train.lr:
         yield f"min_lr {train.min_lr} is above lr {train.lr}"
     if train.decoupled_lr is not None:

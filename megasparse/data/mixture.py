@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megasparse.config import DataConfig, ResolvedConfig
+from megasparse.config.batches import samples_after
 from megasparse.data.blend import SPLITS, parse_split
 from megasparse.errors import DataError
 from megasparse.log import logger
@@ -140,8 +141,9 @@ def _is_asked(split: str, config: ResolvedConfig) -> bool:
 
 def samples_wanted(split: str, config: ResolvedConfig) -> int:
     """Samples that the run reads of a split: all steps, or one validation."""
-    steps = {"train": config.train.train_iters, "valid": config.logging.eval_iters}
-    return steps.get(split, 0) * config.train.global_batch_size
+    if split == "train":
+        return samples_after(config.train, config.train.train_iters)
+    return config.train.global_batch_size * (config.logging.eval_iters if split == "valid" else 0)
 
 
 def describe(found: Sequence[Share], given: Sequence[int], split: str) -> list[str]:

@@ -45,6 +45,7 @@ _STEP = (
     ("sparse", None, "-", "whether the step is in the sparse phase"),
     ("preparations", None, "1", "most times a weight's operands were built in the step"),
     ("consumed_samples", None, "sequences", "since the first step"),
+    ("global_batch_size", "training/global_batch_size", "sequences", "of this step"),
     ("samples", None, "-", "digest of the ids of the step's samples"),
     ("tokens_per_second", "throughput/tokens_per_second", "token/s", "of this step, all ranks"),
 )
@@ -100,14 +101,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class ProgressLine:
     """One line an interval: loss, lr, tokens/s, flip rate, time left."""
 
-    def __init__(self, train_iters: int, start_step: int) -> None:
+    def __init__(self, train_iters: int, start_samples: int, end_samples: int) -> None:
         self._train_iters = train_iters
-        self._start, self._begin = start_step, time.monotonic()
+        self._start, self._end, self._begin = start_samples, end_samples, time.monotonic()
 
     def show(self, row: dict[str, Any]) -> None:
         """Log a row as one line."""
-        done = row["step"] - self._start
-        left = (time.monotonic() - self._begin) / max(done, 1) * (self._train_iters - row["step"])
+        # By samples: a step takes longer when its batch has grown.
+        done, to_do = row["consumed_samples"] - self._start, self._end - row["consumed_samples"]
+        left = (time.monotonic() - self._begin) / max(done, 1) * to_do
         parts = [
             f"step {row['step']:>{len(str(self._train_iters))}}/{self._train_iters}",
             f"loss {row['loss']:.4f}" if row["loss"] is not None else "skipped",

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step (Megatron's shapes)."""
+"""The learning rate as a function of the step, or of the samples before it (Megatron's shapes)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ import dataclasses
 import math
 
 from megasparse.config import ResolvedTrain
+from megasparse.config.batches import LrSchedule, batch_size, lr_schedule, samples_after
 
 
-def learning_rate(train: ResolvedTrain, step: int) -> float:
+def learning_rate(train: ResolvedTrain, step: int, consumed: int | None = None) -> float:
     """Learning rate of optimizer step `step` (0 is the first).
 
-    Linear from 0 over `lr_warmup_iters` (the first step already moves: (step + 1) / warm-up), then
-    from `lr` to `min_lr` until step `lr_decay_iters` by the chosen shape, then `min_lr`. In the
-    last `lr_linear_to_zero_iters` steps it falls from where it was to 0, which it would have after
-    the last one.
+    Linear from 0 over the warm-up (the first step already moves: by what is done after it), then
+    from `lr` to `min_lr` until the end of the decay by the chosen shape, then `min_lr`. In the last
+    stretch (`lr_linear_to_zero_iters`) it falls from where it was to 0, which it would have after
+    the last step. A run of `train_samples` has its schedule in samples.
+
+    Args:
+        consumed: samples before the step; default: of a run whose batch has not been changed.
     """
-    last = train.lr_linear_to_zero_iters
-    start = train.train_iters - last
-    if last and step >= start:
-        return _decayed(train, start) * max(train.train_iters - step, 0) / last
-    return _decayed(train, step)
+    turns = lr_schedule(train)
+    done, after = step, step + 1
+    if train.train_samples is not None:
+        done = samples_after(train, step) if consumed is None else consumed
+        after = min(done + batch_size(train, done), turns.warmup)
+    last = turns.linear_to_zero
+    start = turns.end - last
+    if last and done >= start:
+        return _decayed(train, turns, start, start + 1) * max(turns.end - done, 0) / last
+    return _decayed(train, turns, done, after)
 
 
 def decoupled(train: ResolvedTrain) -> ResolvedTrain:
@@ -31,28 +40,31 @@ def decoupled(train: ResolvedTrain) -> ResolvedTrain:
     return dataclasses.replace(train, lr=train.decoupled_lr, min_lr=low)
 
 
-def _decayed(train: ResolvedTrain, step: int) -> float:
-    """By warm-up and decay alone."""
-    if step < train.lr_warmup_iters:
-        return train.lr * (step + 1) / train.lr_warmup_iters
+def _decayed(train: ResolvedTrain, turns: LrSchedule, done: int, after: int) -> float:
+    """By warm-up and decay alone.
+
+    Args:
+        done, after: before and after the step, in the unit of the schedule.
+    """
+    if done < turns.warmup:
+        return train.lr * after / turns.warmup
     if train.lr_decay_style == "constant":
         return train.lr
-    if step >= train.lr_decay_iters:
+    if done >= turns.decay:
         return train.min_lr
     if train.lr_decay_style == "inverse-square-root":
-        shrunk = train.lr * math.sqrt(max(train.lr_warmup_iters, 1) / max(step, 1))
+        shrunk = train.lr * math.sqrt(max(turns.warmup, 1) / max(done, 1))
         return max(train.min_lr, shrunk)
-    return train.min_lr + _coefficient(train, step) * (train.lr - train.min_lr)
+    return train.min_lr + _coefficient(train, turns, done) * (train.lr - train.min_lr)
 
 
-def _coefficient(train: ResolvedTrain, step: int) -> float:
-    """What is left of the decay between warm-up and `lr_decay_iters`, from 1 to 0."""
+def _coefficient(train: ResolvedTrain, turns: LrSchedule, done: int) -> float:
+    """What is left of the decay between warm-up and its end, from 1 to 0."""
     if train.lr_decay_style != "WSD":
-        span = train.lr_decay_iters - train.lr_warmup_iters
-        return _shape(train.lr_decay_style, (step - train.lr_warmup_iters) / span)
-    assert train.lr_wsd_decay_iters is not None
-    into = step - (train.lr_decay_iters - train.lr_wsd_decay_iters)
-    return 1.0 if into <= 0 else _shape(train.lr_wsd_decay_style, into / train.lr_wsd_decay_iters)
+        return _shape(train.lr_decay_style, (done - turns.warmup) / (turns.decay - turns.warmup))
+    assert turns.wsd_decay is not None
+    into = done - (turns.decay - turns.wsd_decay)
+    return 1.0 if into <= 0 else _shape(train.lr_wsd_decay_style, into / turns.wsd_decay)
 
 
 def _shape(style: str, progress: float) -> float:

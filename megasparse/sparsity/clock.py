@@ -17,6 +17,8 @@ class Clock:
         seed: the run's seed.
         train_iters: length of the run, for the schedule.
         step: optimizer steps done.
+        samples: sequences trained on in them.
+        batch: sequences of the step under way.
         micro_batch: number of the micro-batch within the step, over all data-parallel ranks, so
             that a micro-batch draws the same random numbers whichever rank computes it.
         slot: place of the micro-batch among those that are under way on this rank (a pipeline has
@@ -26,8 +28,15 @@ class Clock:
     seed: int
     train_iters: int
     step: int = 0
+    samples: int = 0
+    batch: int = 0
     micro_batch: int = 0
     slot: int = 0
+
+    def advance(self) -> None:
+        """The step under way is over, trained or skipped."""
+        self.step += 1
+        self.samples += self.batch
 
     def mvue_seed(self, layer: int) -> int:
         """Seed of one layer's MVUE draws in the current micro-batch."""

@@ -66,14 +66,14 @@ def describe(engine: Engine, digests: dict[str, str], state: dict[str, Any]) -> 
     """
     clock, train = engine.controller.clock, engine.config.train
     return {
-        "consumed_samples": clock.step * train.global_batch_size,
+        "consumed_samples": clock.samples,
         "layout": layout(engine),
         "optimizer_steps": _optimizer_steps(engine),
         "digests": digests,
         "config": to_dict(engine.config),
         "state": {
             # Functions of the step; written down so that a reader need not compute them.
-            "lr": learning_rate(train, clock.step),
+            "lr": learning_rate(train, clock.step, clock.samples),
             "loss_scale": 1.0,
             "seed": train.seed,
             **state,
@@ -113,6 +113,7 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
     for dense, _ in controller.dense:
         dense.import_state(_fp8_state(reader, dense.name))
     controller.clock.step = reader.meta["step"]
+    controller.clock.samples = reader.meta["consumed_samples"]
     if check_same_layout(reader, engine.config, layout(engine)):
         prefix = f"rng/{grid.rank}/"
         states = {key.removeprefix(prefix): reader.read(key) for key in reader.keys(prefix)}

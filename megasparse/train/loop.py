@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.run_directory import RunFolder
-from megasparse.config import ResolvedConfig, padded_vocab_size
+from megasparse.config import ResolvedConfig, gradient_accumulation_steps, padded_vocab_size
+from megasparse.config.batches import batch_size, steps_within
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.distributed.events import Events
 from megasparse.distributed.signals import StopRequest, describe
@@ -64,6 +67,8 @@ class Trainer:
         self.recipe = recipe_of(config)
         self.folder = RunFolder(config, services.control)
         reader = self.folder.find_checkpoint(data.digests)
+        if reader is not None and not reader.imported:
+            config = self.config = _from_where_it_is(config, reader)
         vocabulary = padded_vocab_size(data.vocab_size, config)
         sources = WeightSources(config, services.control, data.digests, data.vocab_size, reader)
         self.engine = build_engine(
@@ -73,7 +78,7 @@ class Trainer:
         self.state = LoopState()
         if reader is not None and not reader.imported:
             checkpoint.load(self.engine, reader)
-            self.state = LoopState.of(reader, config)
+            self.state = LoopState.of(reader)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
         put_initial_weights(self.engine, sources, vocabulary)
         self.saver = self.folder.make_saver(self._passed)
@@ -107,9 +112,8 @@ class Trainer:
     def _train(self) -> str:
         """Steps until the end or a reason to stop, in words."""
         train, clock = self.config.train, self.controller.clock
-        first = clock.step * train.global_batch_size + self.state.sample_offset
         stream = self.engine.timer.waiting_for(
-            batches(self.data.streams["train"], self.config, self.grid, first)
+            batches(self.data.streams["train"], self.config, self.grid, clock.samples)
         )
         if self.state.pending_row is not None and not self._complete():
             return "an evaluation was interrupted"
@@ -160,13 +164,13 @@ class Trainer:
     def _step(self, stream: Any) -> Row:
         """One optimizer step and everything recorded about it."""
         train, clock = self.config.train, self.controller.clock
-        first_sample = clock.step * train.global_batch_size + self.state.sample_offset
+        batch = batch_size(train, clock.samples)
+        if clock.batch not in (0, batch):
+            logger.info("global batch size %d -> %d at step %d", clock.batch, batch, clock.step + 1)
         known: Row = {
             "sparse": self.controller.sparse_now,
             "masked_decay": self.controller.masked_decay(),
-            "samples": samples_digest(
-                self.data.streams["train"], first_sample, train.global_batch_size
-            ),
+            "samples": samples_digest(self.data.streams["train"], clock.samples, batch),
         }
         self.recorder.begin()
         begin = time.monotonic()
@@ -175,7 +179,7 @@ class Trainer:
         if (teaching := self.engine.layout.distillation) is not None:
             parts = teaching.take_parts()  # of a skipped step they say nothing
             known |= dict.fromkeys(parts) if result.loss is None else parts
-        row = self.recorder.end(result, seconds, first_sample, known)
+        row = self.recorder.end(result, seconds, known)
         interval = self.config.parallel.replica_check_interval
         if interval and clock.step % interval == 0:
             check_replicas(self.engine.model, self.controller, self.grid, clock.step)
@@ -201,7 +205,7 @@ class Trainer:
             logger.warning(
                 "%s; skipped (%d in a row, %d allowed)", error, self.state.skipped_steps, allowed
             )
-            self.controller.clock.step += 1
+            self.controller.clock.advance()
             return StepResult(None, None, error.lr)
         self.state.skipped_steps = 0
         return result
@@ -212,7 +216,9 @@ class Trainer:
         None when the run is to stop: an evaluation may be long, the time to save is short.
         """
         stream = batches(self.data.streams["valid"], self.config, self.grid, 0)
-        iterations = self.config.logging.eval_iters * self.engine.layout.accumulation_steps
+        # Of whole batches, whatever the size of the step before.
+        steps = gradient_accumulation_steps(self.config, self.grid.world)
+        iterations = self.config.logging.eval_iters * steps
         stop = self.services.stop
         return self.engine.layout.evaluate(
             stream,
@@ -228,7 +234,6 @@ class Trainer:
         clock = self.controller.clock
         self._passed("save")
         meta = checkpoint.describe(self.engine, self.data.digests, self.state.to_json())
-        meta["consumed_samples"] += self.state.sample_offset
         meta["state"]["vocab_size"] = self.data.vocab_size
         self.saver.save(clock.step, checkpoint.collect(self.engine), meta, final)
         self._passed("saved")
@@ -267,3 +272,13 @@ class Trainer:
             self.config.train.seed,
             self.grid.device,
         )
+
+
+def _from_where_it_is(config: ResolvedConfig, reader: CheckpointReader) -> ResolvedConfig:
+    """The steps of a run of `train_samples` from its checkpoint on, whatever the batches before."""
+    train, meta = config.train, reader.meta
+    if train.train_samples is None:
+        return config
+    more = steps_within(train, meta["consumed_samples"], train.train_samples)
+    train = dataclasses.replace(train, train_iters=meta["step"] + more)
+    return dataclasses.replace(config, train=train)

@@ -15,6 +15,7 @@ import torch
 
 from megasparse.atomic_files import write_text
 from megasparse.config import ResolvedConfig, dump_yaml, to_dict
+from megasparse.config.batches import samples_after
 from megasparse.estimate import flops
 from megasparse.log import logger
 from megasparse.metrics.schema import ProgressLine
@@ -67,9 +68,11 @@ class Recorder:
         self.only_log: tuple[int, ...] | None = None
         self._split: list[Any] = []
         self._seconds = 0.0  # of the steps since the log step before
-        self._steps = 0
+        self._tokens = 0
         self._writer: MetricsWriter | None = None
-        self._line = ProgressLine(config.train.train_iters, self._controller.clock.step)
+        clock, train = self._controller.clock, config.train
+        end = samples_after(train, train.train_iters - clock.step, clock.samples)
+        self._line = ProgressLine(train.train_iters, clock.samples, end)
         logger.info(
             "a token takes %.4g GFLOP as a dense model, %.4g by the recipe in its sparse phase",
             self._flops.dense / 1e9,
@@ -94,28 +97,29 @@ class Recorder:
         if self._is_logged(number + 1):
             self._timer.start()
 
-    def end(self, result: StepResult, seconds: float, first_sample: int, known: Row) -> Row:
+    def end(self, result: StepResult, seconds: float, known: Row) -> Row:
         """After a step: its row.
 
         Args:
             result: of the engine.
             seconds: that it took, until its loss was known.
-            first_sample: of the step.
             known: columns that the loop fills in.
         """
         self._timer.stop()
         self._controller.ask(False)
-        train, step = self._config.train, self._controller.clock.step
+        clock = self._controller.clock
+        step, tokens = clock.step, clock.batch * self._config.model.seq_length
         row: Row = {
             "step": step,
             **dataclasses.asdict(result),
-            "consumed_samples": first_sample + train.global_batch_size,
+            "consumed_samples": clock.samples,
+            "global_batch_size": clock.batch,
             **known,
             "preparations": self._controller.preparations(step - 1),
-            "tokens_per_second": self._tokens_per_step / seconds,
+            "tokens_per_second": tokens / seconds,
         }
         self._seconds += seconds
-        self._steps += 1
+        self._tokens += tokens
         row |= self._layer_metrics(step)
         return row
 
@@ -137,10 +141,6 @@ class Recorder:
         """The end of the run."""
         if self._writer is not None:
             self._writer.close()
-
-    @property
-    def _tokens_per_step(self) -> int:
-        return self._config.train.global_batch_size * self._config.model.seq_length
 
     def _is_logged(self, step: int) -> bool:
         if self.only_log is not None:
@@ -187,8 +187,8 @@ class Recorder:
         if not self._is_logged(step):
             return layers, {}
         world = self._grid.world
-        each = self._tokens_per_step * self._steps / self._seconds / world
-        self._seconds, self._steps = 0.0, 0
+        each = self._tokens / self._seconds / world
+        self._seconds, self._tokens = 0.0, 0
         executed = self._flops.dense + self._flops.recomputed - sums[-1] / self._grid.dp_size
         row: Row = {
             "tokens_per_second_per_gpu": each,

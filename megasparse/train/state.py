@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megasparse.checkpoint.reader import CheckpointReader
-from megasparse.config import ResolvedConfig
 from megasparse.errors import CheckpointError
 
 
@@ -18,7 +17,6 @@ class LoopState:
         flip_history: (step, flip rate over all sparse layers) at every mask refresh.
         refreshes: masks computed by then.
         skipped_steps: steps skipped in a row, for a NaN or an infinity.
-        sample_offset: samples consumed beyond steps x batch; not 0 after a change of the batch.
         density: of the sparse layers when it was last measured; None: never.
         pending_row: metrics of the last step, whose evaluation was interrupted.
     """
@@ -26,7 +24,6 @@ class LoopState:
     flip_history: list[list[float]] = field(default_factory=list)
     refreshes: int = 0
     skipped_steps: int = 0
-    sample_offset: int = 0
     density: float | None = None
     pending_row: dict[str, Any] | None = None
 
@@ -54,20 +51,18 @@ class LoopState:
         }
 
     @classmethod
-    def of(cls, reader: CheckpointReader, config: ResolvedConfig) -> LoopState:
+    def of(cls, reader: CheckpointReader) -> LoopState:
         """As a checkpoint left it.
 
         Raises:
             CheckpointError: the manifest lacks it.
         """
-        saved, meta = reader.meta["state"], reader.meta
-        batch = config.train.global_batch_size
+        saved = reader.meta["state"]
         try:
             return cls(
                 flip_history=[list(entry) for entry in saved["flip_history"]],
                 refreshes=int(saved["refreshes"]),
                 skipped_steps=int(saved["skipped_steps"]),
-                sample_offset=meta["consumed_samples"] - meta["step"] * batch,
                 density=saved.get("density"),
                 pending_row=saved["pending_row"],
             )

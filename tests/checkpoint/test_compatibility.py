@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megasparse.checkpoint.compatibility import check_same_run
 from megasparse.checkpoint.model import effective_weight
+from megasparse.config import load_config, resolve, to_dict
+from megasparse.errors import ConfigError
 from megasparse.kernels import is_24
+from megasparse.log import logger
 from megasparse.metrics.schema import read_metrics
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.train.checkpoint import newest_valid
@@ -76,6 +83,54 @@ def test_a_change_of_the_schedule_is_told_in_one_line(tmp_path, dataset, cut):
         "lr_wsd_decay_iters None -> 5\n"
     )
     assert told in text
+
+
+# What may change without a word; a new field is decided on here or in GUARDED.
+FREE = {
+    "parallel": None, "checkpoint": None, "logging": None,
+    "train": {
+        "micro_batch_size", "lr_warmup_fraction", "deterministic_mode", "cuda_graph_impl",
+        "transformer_impl", "exit_interval", "exit_duration_in_mins", "max_skipped_steps",
+    },
+    "fp8": {"fp8_fallback"},
+    "distillation": {"teacher_load"},
+    "data": {
+        # Their digests are compared.
+        "data_path", "train_data_path", "valid_data_path", "test_data_path", "tokenizer_model",
+        "tokenizer_type", "data_cache_path", "num_workers",
+    },
+}  # fmt: skip
+
+
+def _other(value):
+    """A value of the same kind."""
+    kinds = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.5}
+    return kinds.get(type(value), lambda v: f"{v}x" if isinstance(v, str) else 7)(value)
+
+
+def test_every_setting_may_change_or_is_told_old_and_new(caplog, monkeypatch):
+    config = resolve(load_config([*TINY, "--mock-data"]), 1)
+    monkeypatch.setattr(logger, "propagate", True)
+    for group in dataclasses.fields(config):
+        section = getattr(config, group.name)
+        for field in dataclasses.fields(section):
+            tree, before = to_dict(config), getattr(section, field.name)
+            tree[group.name][field.name] = other = _other(before)
+            meta = {"config": tree, "digests": {}}
+            reader = SimpleNamespace(folder="there", imported=False, meta=meta)
+            free = FREE.get(group.name, set())
+            if free is None or field.name in free:
+                check_same_run(reader, config, {})
+                continue
+            with pytest.raises(ConfigError, match=f"{field.name} .*continues with") as refused:
+                check_same_run(reader, config, {})
+            flag = str(refused.value).split("; --")[1].split()[0].replace("-", "_")
+            overridden = dataclasses.replace(config.checkpoint, **{flag: True})
+            caplog.clear()
+            with caplog.at_level(logging.INFO, logger=logger.name):
+                allowed = dataclasses.replace(config, checkpoint=overridden)
+                check_same_run(reader, allowed, {})
+            assert f"{field.name} {other!r} -> {before!r}" in caplog.text, field.name
 
 
 def test_sequence_length_and_data_have_flags_of_their_own(tmp_path, dataset, cut):

@@ -89,7 +89,6 @@ PUBLISHED = {
         """,
         world=1024,
         layers=96,
-        missing=("--rampup-batch-size",),
     ),
     "llama3_8b_h100_fp8": Script(
         """
@@ -116,8 +115,7 @@ PUBLISHED = {
         """,
         world=8,
         layers=32,
-        missing=("--train-samples", "--lr-decay-samples", "--lr-warmup-samples", "--profile")
-        + ("--profile-step-start", "--profile-step-end"),
+        missing=("--profile", "--profile-step-start", "--profile-step-end"),
     ),
     "gpt3_15b": Script(
         """
@@ -143,8 +141,6 @@ PUBLISHED = {
         """,
         world=256,
         layers=32,
-        missing=("--rampup-batch-size", "--train-samples", "--lr-decay-samples")
-        + ("--lr-warmup-samples",),
     ),
     "megatron_deepspeed_llama2": Script(
         """

@@ -12,7 +12,9 @@ from megasparse.optim.lr import learning_rate
 
 
 def _train(**values):
-    return TrainConfig(**{"lr": 1.0, "min_lr": 0.1, "lr_decay_iters": 110, **values})
+    return TrainConfig(
+        **{"lr": 1.0, "min_lr": 0.1, "lr_decay_iters": 110, "train_iters": 100, **values}
+    )
 
 
 def test_warmup_is_linear_and_ends_at_the_peak():

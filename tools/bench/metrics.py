@@ -99,7 +99,7 @@ def measure(flags: Sequence[str], rounds: int, run_dir: Path) -> tuple[dict[str,
         begin, clock = now(), time.monotonic()
         recorder.begin()
         result = engine.train_step(stream)
-        recorder.write(recorder.end(result, time.monotonic() - clock, 0, {}))
+        recorder.write(recorder.end(result, time.monotonic() - clock, {}))
         if number >= 6:
             seconds[kind].append(now() - begin)
     recorder.close()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megasparse.compress.oneshot import METHODS
 from megasparse.config import load_config
+from megasparse.config.batches import DEFAULT_ITERS
 from tools.experiments.ast_variants import INT4, ORDER, RETRAINED, Work
 
 # Shares of a dense run's tokens/s: 2:4 as measured on an H200 (GPT-2 124M); with a teacher's
@@ -41,7 +42,9 @@ def stages(work: Work, jobs: int, rate: float) -> list[Stage]:
     """
     config = load_config(work.training("dense").arguments)
     tokens = _tokens(work, "dense")
-    saves = config.train.train_iters // (config.checkpoint.save_interval or 10**9) + 1
+    saves = (config.train.train_iters or DEFAULT_ITERS) // (
+        config.checkpoint.save_interval or 10**9
+    ) + 1
     together = rate if jobs == 1 else DATA_PARALLEL * jobs * rate
     data = work.scale.data_seconds
     dense = data + START + tokens / together + SAVE * saves
@@ -62,7 +65,7 @@ def stages(work: Work, jobs: int, rate: float) -> list[Stage]:
 def _tokens(work: Work, variant: str) -> int:
     config = load_config(work.training(variant).arguments)
     batch = config.train.global_batch_size or config.train.micro_batch_size
-    return config.train.train_iters * batch * config.model.seq_length
+    return (config.train.train_iters or DEFAULT_ITERS) * batch * config.model.seq_length
 
 
 def _variant(work: Work, name: str, rate: float) -> tuple[float, str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from megasparse.config import ResolvedConfig
+from megasparse.config.batches import batch_size
 from megasparse.config.shapes import OUTPUT_LAYER, WORD_EMBEDDINGS
 from megasparse.megatron.grid import Grid
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
@@ -117,8 +118,10 @@ class Engine:
                 generators are as before the step, and so is the clock.
         """
         clock = self.controller.clock
-        lr = learning_rate(self.config.train, clock.step)
-        lr_of_ends = learning_rate(decoupled(self.config.train), clock.step)
+        clock.batch = batch_size(self.config.train, clock.samples)
+        self.layout.set_batch(clock.batch)
+        lr = learning_rate(self.config.train, clock.step, clock.samples)
+        lr_of_ends = learning_rate(decoupled(self.config.train), clock.step, clock.samples)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_of_ends if group["name"] == "ends" else lr
         guard = self.layout.guard
@@ -129,7 +132,7 @@ class Engine:
         self._finish_inputs()
         self.controller.finish_step()
         self.layout.end_step()
-        clock.step += 1
+        clock.advance()
         return StepResult(loss, norm, lr)
 
     def _finish_inputs(self) -> None:

@@ -42,7 +42,7 @@ class Layout(ABC):
         guard: checks each step for values that are not finite.
         graphs: of the layers; None: they run eagerly.
         gradients: in which they are added up; None: DeepSpeed's own (ZeRO 2 and 3).
-        accumulation_steps: micro-batches of a rank in an optimizer step.
+        accumulation_steps: micro-batches of a rank in the optimizer step under way.
     """
 
     def __init__(
@@ -67,6 +67,15 @@ class Layout(ABC):
     @abstractmethod
     def start(self, optimizer: torch.optim.Optimizer) -> Any:
         """Make the DeepSpeed engine around the model and its optimizer, once; returns it."""
+
+    def set_batch(self, sequences: int) -> None:
+        """Of the step that begins, over all data-parallel ranks; the micro-batch stays."""
+        per_step = self.config.train.micro_batch_size * self.grid.dp_size
+        if sequences == self.accumulation_steps * per_step:
+            return
+        self.accumulation_steps = sequences // per_step
+        self._engine.set_train_batch_size(sequences)
+        self._engine.micro_steps = 0  # of which DeepSpeed takes the remainder by the new number
 
     @abstractmethod
     def compute_and_update(self, batches: Iterator[Batch]) -> float:

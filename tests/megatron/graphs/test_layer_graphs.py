@@ -97,10 +97,21 @@ RUNS: dict[str, tuple[int, list[str]]] = {
     ),
     "fst, recomputed": (1, [*LLAMA, *RECOMPUTE]),
     "s_ste, scale of every step": (1, [*S_STE, "--s-ste-scale", "every_step"]),
-    "fst, ZeRO 1": (1, [*LLAMA, "--zero-stage", "1"]),
+    "fst, ZeRO 1, ramp-up": (
+        1,
+        [
+            *LLAMA,
+            "--zero-stage",
+            "1",
+            "--rampup-batch-size",
+            "4",
+            "4",
+            "30",
+        ],
+    ),
     "fst, dp 2, ZeRO 2": (2, ["--zero-stage", "2", "--global-batch-size", "24"]),
     "s_ste, tp 2, sp": (2, [*LLAMA, *S_STE, *TP2, "--sequence-parallel"]),
-    "fst, pp 2": (2, [*LLAMA, *PP2]),
+    "fst, pp 2, ramp-up": (2, [*LLAMA, *PP2, "--rampup-batch-size", "4", "4", "30"]),
     "fst, pp 2, recomputed": (2, [*LLAMA, *PP2, *RECOMPUTE]),
 }
 

@@ -97,7 +97,7 @@ FREE = {
     "data": {
         # Their digests are compared.
         "data_path", "train_data_path", "valid_data_path", "test_data_path", "tokenizer_model",
-        "tokenizer_type", "data_cache_path", "num_workers",
+        "tokenizer_type", "vocab_file", "merge_file", "data_cache_path", "num_workers",
     },
 }  # fmt: skip
 

@@ -29,6 +29,7 @@ from megasparse.checkpoint.proof import check_sparsity, format_tensors
 from megasparse.cli import guarded
 from megasparse.data.indexed import validate
 from megasparse.data.sidecar import bin_path, check_sidecar
+from megasparse.data.tokenizer import begin, token_rules
 from megasparse.errors import ConfigError, DataError
 from megasparse.inference.loading import LoadedModel, add_model_flags, leave, open_model
 from megasparse.inference.perplexity import perplexity
@@ -57,14 +58,20 @@ def read_tokens(args: argparse.Namespace, loaded: LoadedModel) -> np.ndarray:
     """The tokens of the data, in order."""
     if args.data_path is not None:
         index = validate(args.data_path, loaded.vocab_size)
-        check_sidecar(args.data_path, loaded.tokenizer.digest if loaded.tokenizer else None)
+        tokenizer = loaded.tokenizer
+        check_sidecar(
+            args.data_path,
+            tokenizer.digest if tokenizer else None,
+            rules=token_rules(tokenizer) if tokenizer else None,
+        )
         tokens: np.ndarray = np.memmap(bin_path(args.data_path), dtype=index.dtype, mode="r")
     else:
         try:
             text = args.text.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{args.text}: cannot read: {error}") from None
-        tokens = np.array(loaded.require_tokenizer().encode(text), dtype=np.int64)
+        tokenizer = loaded.require_tokenizer()
+        tokens = np.array(begin(tokenizer) + tokenizer.encode(text), dtype=np.int64)
         if len(tokens) and int(tokens.max()) >= loaded.vocab_size:
             raise DataError(f"{args.text}: the tokenizer gives ids beyond {loaded.vocab_size}")
     return tokens[: args.max_tokens] if args.max_tokens else tokens

@@ -18,7 +18,9 @@ from megasparse.megatron.import_without_compile import import_megatron
 
 import_megatron()  # before the imports that need it
 
+from megasparse import log
 from megasparse.cli import guarded
+from megasparse.data.tokenizer import begin
 from megasparse.errors import ConfigError
 from megasparse.inference.loading import add_model_flags, leave, open_model
 from megasparse.inference.sampling import Sampling, generate_text
@@ -60,12 +62,20 @@ def generate(args: argparse.Namespace) -> None:
     loaded = open_model(args)
     tokenizer = loaded.require_tokenizer()
     for prompt in prompts:
-        length = max(len(tokenizer.encode(prompt)), 1)
+        length = max(len(begin(tokenizer)) + len(tokenizer.encode(prompt)), 1)
         if length >= loaded.context_length:
             raise ConfigError(
                 f"the prompt has {length} tokens, the model a context of {loaded.context_length}"
             )
         room = min(length + args.max_new_tokens, loaded.context_length)
+        if room < length + args.max_new_tokens:
+            log.logger.warning(
+                "%d of %d new tokens: the prompt has %d, the model a context of %d",
+                room - length,
+                args.max_new_tokens,
+                length,
+                loaded.context_length,
+            )
         decoder = CachedDecoder(loaded.model, room)
         text = generate_text(
             decoder, loaded.grid, tokenizer, prompt, room - length, sampling, args.seed

@@ -48,9 +48,9 @@ DOORS = {
         "megasparse/kernels/*/triton*.py",
         "tools/bench/kernels.py",
     ],
-    "sentencepiece": ["megasparse/data/tokenizer.py", "megasparse/data/spm_json.py"],
+    "sentencepiece": ["megasparse/data/tokenizer.py", "megasparse/data/spm_*.py"],
     "tokenizers": [
-        "megasparse/data/tokenizer.py",
+        "megasparse/data/hf_tokenizer.py",
         "megasparse/data/spm_json.py",
         "megasparse/data/bpe_files.py",
     ],

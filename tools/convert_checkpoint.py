@@ -34,7 +34,7 @@ from megasparse.convert.megatron_model import MegatronModel
 from megasparse.convert.source import Source
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import ConfigError, StorageError
-from megasparse.inference.tokenizer_files import carried_files, export_options
+from megasparse.inference.tokenizer_files import carried_files, run_options
 
 HUGGINGFACE, MEGASPARSE, MEGATRON = "huggingface", "megasparse", "megatron"
 
@@ -112,7 +112,7 @@ def convert(args: argparse.Namespace) -> None:
         print(f"{written}: {describe(source)}; start with {start}")
         return
     if isinstance(source, StoredModel):
-        options = export_options(source, args.max_shard_size, args.reference, bar=True)
+        options = run_options(source, args)
     else:
         options = ExportOptions(args.max_shard_size, bar=True)
         if args.reference is not None:

@@ -32,7 +32,7 @@ from megasparse.convert.flags import DTYPES, add_common
 from megasparse.convert.packed import FORMATS
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import ConfigError, StorageError
-from megasparse.inference.tokenizer_files import export_options
+from megasparse.inference.tokenizer_files import run_options
 from megasparse.log import logger
 
 DENSE = "dense"
@@ -77,7 +77,7 @@ def export(args: argparse.Namespace) -> None:
         )
     if stored.recipe.simulate_fp8:
         logger.warning("the run simulated FP8 (--simulate-fp8); the export has its weights in full")
-    options = export_options(stored, args.max_shard_size, args.reference, bar=True)
+    options = run_options(stored, args)
     options.sparse, options.transposable = stored.sparse, stored.recipe.transposable
     options.packing = None if args.format == DENSE else args.format
     if stored.boosted and not fold:

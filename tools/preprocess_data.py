@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megasparse.cli import guarded
 from megasparse.data.preprocess import PreprocessOptions, preprocess
+from megasparse.data.token_flags import add_token_flags, token_flags
 from megasparse.data.tokenizer import HUGGINGFACE, SENTENCEPIECE
 
 
@@ -50,6 +51,7 @@ def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
         default=True,
         help="end each document with the end-of-document token (default: on)",
     )
+    add_token_flags(parser)
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     args = parser.parse_args(argv)
@@ -58,6 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
         output_prefix=args.output_prefix,
         tokenizer_model=args.tokenizer_model,
         tokenizer_type=args.tokenizer_type,
+        tokens=token_flags(args),
         json_keys=tuple(args.json_keys),
         append_eod=args.append_eod,
         workers=args.workers,

@@ -77,9 +77,10 @@ def check_same_run(
     before, given = (_in_order(d) for d in (reader.meta["digests"], digests))
     if before != given:
         _refuse(reader, config, "override_data", "data with digests", before, given)
-    before, given = (d.get("tokenizer") for d in (reader.meta["digests"], digests))
-    if before != given:
-        _refuse(reader, config, "override_tokenizer", "the tokenizer", before, given)
+    for key, name in (("tokenizer", "the tokenizer"), ("tokens", "the tokens")):
+        before, given = (d.get(key) for d in (reader.meta["digests"], digests))
+        if before != given and not (key == "tokens" and before is None):  # not kept before
+            _refuse(reader, config, "override_tokenizer", name, before, given)
 
 
 def check_same_layout(
@@ -103,7 +104,9 @@ def check_same_layout(
 def _in_order(digests: dict[str, str]) -> list[str]:
     """Digests without the paths: data that has moved is the same data."""
     return [
-        f"{name.split('.')[0]}:{digest}" for name, digest in digests.items() if name != "tokenizer"
+        f"{name.split('.')[0]}:{digest}"
+        for name, digest in digests.items()
+        if name not in ("tokenizer", "tokens")
     ]
 
 

@@ -211,6 +211,16 @@ class DataConfig:
         None, "GPT-2's vocab.json, with --merge-file; instead of tokenizer-model", path="read"
     )
     merge_file: str | None = option(None, "GPT-2's merges.txt, with --vocab-file", path="read")
+    eod_token: str | None = option(
+        None, "token that ends a document; default: as the files beside the tokenizer say"
+    )
+    bos_token: str | None = option(None, "token that begins a document; default: likewise")
+    add_bos: bool | None = option(
+        None, "documents and prompts begin with bos-token; default: as the tokenizer's files say"
+    )
+    parse_special: bool = option(
+        False, "control tokens that are written in a text become those tokens"
+    )
     num_workers: int = option(0, "processes that load data, per rank", at_least=0)
     reset_position_ids: bool = option(False, "positions start again after an end of document")
     reset_attention_mask: bool = option(False, "no attention across documents")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megasparse.atomic_files import new_folder, replacing, write_json
+from megasparse.atomic_files import new_folder, replacing, write_json, write_text
 from megasparse.config.shapes import VOCABULARY
 from megasparse.convert.architecture import (
     GPT2,
@@ -23,14 +23,17 @@ from megasparse.convert.architecture import (
 )
 from megasparse.convert.huggingface import CONFIG, SCALES, read_json
 from megasparse.convert.layout import Rule, rules
+from megasparse.convert.model_card import CARD, Facts, model_card
 from megasparse.convert.packed import FORMATS, pack_checked
 from megasparse.convert.shards import Group, write_model
 from megasparse.convert.source import Source, check_model
+from megasparse.data.special_tokens import GENERATION_CONFIG
 from megasparse.errors import CheckpointError, ConfigError, StorageError
 from megasparse.kernels import is_24
 from megasparse.tensor_files import Entry, write_tensors
 
 SIDE_FILE = "sparsity.json"
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FORMAT = 1
 
 
@@ -44,7 +47,9 @@ class ExportOptions:
         carried: other small files to copy, by their name in the output.
         extra_files: other small files to write, JSON by name.
         extra_tensors: files of tensors beside the model, by name.
-        eod: token that ends a document, for a `config.json` that is made here.
+        special: ids of bos, eos and pad by their names in `config.json` and
+            `generation_config.json`; empty: as they come with `config`, or unknown.
+        facts: of the run, for the model card.
         sparse: parameters that must be 2:4.
         transposable: they must be so along both dimensions.
         packing: one of `packed.FORMATS` for those; None: dense with the zeros in place.
@@ -56,7 +61,8 @@ class ExportOptions:
     carried: dict[str, Path] = field(default_factory=dict)
     extra_files: dict[str, Any] = field(default_factory=dict)
     extra_tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    eod: int | None = None
+    special: dict[str, int | None] = field(default_factory=dict)
+    facts: Facts | None = None
     sparse: frozenset[str] = frozenset()
     transposable: bool = False
     packing: str | None = None
@@ -100,6 +106,7 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
         for name, path in options.carried.items():
             with replacing(folder / name) as stream:
                 stream.write(path.read_bytes())
+        _write_generation_config(folder, config, options)
         if scales := source.frozen_scales():
             write_json(folder / SCALES, scales, indent=2)
         for name, content in options.extra_files.items():
@@ -112,6 +119,11 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
             packing = options.packing or "dense"
             side = {"format": _FORMAT, "packing": packing, "source": source.origin}
             write_json(folder / SIDE_FILE, {**side, "tensors": tensors}, indent=2)
+        has_tokenizer = (folder / "tokenizer.json").is_file()
+        card = model_card(
+            source.model, source.origin, tensors, options.packing, options.facts, has_tokenizer
+        )
+        write_text(folder / CARD, card)
     return tensors
 
 
@@ -121,14 +133,30 @@ def _config(source: Source, options: ExportOptions, entries: dict[str, Entry]) -
     dtype = kinds.pop() if len(kinds) == 1 else "float32"
     if options.config is None:
         made = huggingface_config(source.model, dtype)
-        return {**made, "bos_token_id": None, "eos_token_id": options.eod}
+        return {**made, **dict.fromkeys(_SPECIAL), **options.special}
     config = read_json(options.config)
     described = model_config(config, str(options.config))
     check_model(source, described, described.vocab_size)
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype
-    return config
+    return config | _kept_lists(config, options.special)
+
+
+def _write_generation_config(folder: Path, config: dict[str, Any], options: ExportOptions) -> None:
+    """As it came with the model, with the tokens that the run used."""
+    path = folder / GENERATION_CONFIG
+    before = read_json(path) if path.is_file() else {}
+    known = {name: config[name] for name in _SPECIAL if config.get(name) is not None}
+    write_json(path, {**known, **before, **_kept_lists(before, options.special)}, indent=2)
+
+
+def _kept_lists(before: dict[str, Any], special: dict[str, int | None]) -> dict[str, Any]:
+    """The run's tokens; where several end a text and the run's is among them, all stay."""
+    return {
+        name: value if not isinstance(now := before.get(name), list) or value not in now else now
+        for name, value in special.items()
+    }
 
 
 def _stored_entries(rule: Rule, dtype: torch.dtype, options: ExportOptions) -> list[Entry]:

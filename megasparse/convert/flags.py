@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megasparse.cli import byte_count
+from megasparse.data.token_flags import add_token_flags
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -39,6 +40,19 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face folder whose config.json and tokenizer go with the output (default: "
         "the one that the weights came from; else made from the run)",
     )
+    parser.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        metavar="FILE",
+        help="where the run's tokenizer is now (default: where it was)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write the run's tokenizer too (default: on)",
+    )
+    add_token_flags(parser)
 
 
 def vocabulary_multiple(args: argparse.Namespace) -> int:

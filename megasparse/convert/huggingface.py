@@ -26,7 +26,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CARRIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "LICENSE", "LICENSE.txt", "USE_POLICY.md",
+    "chat_template.jinja", "tokenizer_original.json", "sentencepiece.model",
+    "LICENSE", "LICENSE.txt", "USE_POLICY.md",
 )  # fmt: skip
 _MAX_JSON_BYTES = 1 << 28
 _DTYPES = {name: dtype for dtype, name in DTYPES.items() if name in ("F32", "BF16", "F16")}

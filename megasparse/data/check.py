@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 
-from megasparse.config import ResolvedConfig
+from megasparse.config import DataConfig, ResolvedConfig
 from megasparse.data.blend import SPLITS, parse_data_path
 from megasparse.data.indexed import validate
 from megasparse.data.mixture import Source, check_shares, shares, tell_repeated
 from megasparse.data.sidecar import check_sidecar, idx_path
-from megasparse.data.tokenizer import Tokenizer, load_tokenizer
+from megasparse.data.special_tokens import TokenOptions
+from megasparse.data.tokenizer import Tokenizer, load_tokenizer, token_rules
 from megasparse.errors import ConfigError, DataError
 
 
@@ -33,12 +35,34 @@ class CheckedData:
         return self.sources.get("all") or self.sources.get(split, [])
 
     @property
+    def eod(self) -> int:
+        """The token that ends a document: the tokenizer's, the datasets', or the last one.
+
+        Raises:
+            DataError: a run on token ids alone, whose datasets differ.
+        """
+        if self.tokenizer is not None:
+            return self.tokenizer.eod
+        found = {s.eod: s.prefix for group in self.sources.values() for s in group}
+        found.pop(None, None)
+        if len(found) > 1:
+            told = " and ".join(f"{eod} in {prefix}" for eod, prefix in found.items())
+            raise DataError(f"documents end with other tokens: {told}; expected one")
+        return next((eod for eod in found if eod is not None), self.vocab_size - 1)
+
+    @property
     def digests(self) -> dict[str, str]:
         """Of data (by split and prefix) and tokenizer, to be kept with the run."""
         found = {f"{split}.{s.prefix}": s.digest for split, g in self.sources.items() for s in g}
         if self.tokenizer is not None:
             found["tokenizer"] = self.tokenizer.digest
+            found["tokens"] = json.dumps(token_rules(self.tokenizer))
         return found
+
+
+def token_options(data: DataConfig) -> TokenOptions:
+    """What the flags of a run say of its tokenizer's tokens."""
+    return TokenOptions(data.eod_token, data.bos_token, data.add_bos, data.parse_special)
 
 
 def check_data(config: ResolvedConfig) -> CheckedData:
@@ -51,7 +75,10 @@ def check_data(config: ResolvedConfig) -> CheckedData:
     tokenizer: Tokenizer | None = None
     if data.tokenizer_model is not None or data.mock_data:
         tokenizer = load_tokenizer(
-            data.tokenizer_model, data.tokenizer_type, vocab_size=model.vocab_size
+            data.tokenizer_model,
+            data.tokenizer_type,
+            vocab_size=model.vocab_size,
+            options=token_options(data),
         )
     if tokenizer and model.vocab_size and model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
@@ -77,6 +104,7 @@ def check_data(config: ResolvedConfig) -> CheckedData:
         ]
     checked = CheckedData(tokenizer, vocab_size, sources)
     if sources:
+        _ = checked.eod
         tell_repeated(sources)
         amounts = {}
         for split in SPLITS:
@@ -116,9 +144,13 @@ def _check_source(
     prefix: str, weight: float | None, vocab_size: int, tokenizer: Tokenizer | None
 ) -> Source:
     index = validate(prefix, vocab_size)
-    sidecar = check_sidecar(prefix, tokenizer.digest if tokenizer else None)
+    if tokenizer is None:
+        sidecar = check_sidecar(prefix)
+    else:
+        sidecar = check_sidecar(prefix, tokenizer.digest, rules=token_rules(tokenizer))
     if sidecar is not None:
         digest = hashlib.sha256(f"{sidecar.idx_sha256}{sidecar.bin_sha256}".encode()).hexdigest()
     else:
         digest = hashlib.sha256(idx_path(prefix).read_bytes()).hexdigest()
-    return Source(prefix, weight, digest, index.lengths)
+    eod = sidecar.eod if sidecar is not None else None
+    return Source(prefix, weight, digest, index.lengths, eod)

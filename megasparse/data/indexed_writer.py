@@ -209,9 +209,12 @@ class IndexedDatasetWriter:
             tokenizer_type=tokenizer.tokenizer_type,
             tokenizer_digest=tokenizer.digest,
             vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
             append_eod=provenance.append_eod,
             source=provenance.source,
+            eod=tokenizer.eod,
+            bos=tokenizer.bos,
+            add_bos=tokenizer.add_bos,
+            parse_special=tokenizer.parse_special,
         )
 
     def _publish(self, idx: _HashedFile) -> None:

@@ -29,12 +29,14 @@ class Source:
         weight: as given in the blend; None: as many as it holds.
         digest: of its files.
         lengths: int32 (documents,) tokens of each.
+        eod: token that ends a document, by its sidecar.
     """
 
     prefix: str
     weight: float | None
     digest: str
     lengths: np.ndarray
+    eod: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from megasparse.data.indexed import optimal_dtype
 from megasparse.data.indexed_writer import IndexedDatasetWriter, Provenance
 from megasparse.data.jsonl import parse_line, read_lines
 from megasparse.data.sidecar import Sidecar, bin_path, idx_path, sidecar_path
-from megasparse.data.tokenizer import Tokenizer, load_tokenizer
+from megasparse.data.special_tokens import BY_THE_FILES, TokenOptions
+from megasparse.data.tokenizer import Tokenizer, begin, load_tokenizer
 from megasparse.data.workers import ordered_map
 from megasparse.errors import DataError
 from megasparse.progress import progress
@@ -37,6 +38,7 @@ class PreprocessOptions:
         output_prefix: `<output_prefix>_<key>_document` is the dataset of each key.
         tokenizer_model: path as `load_tokenizer` takes it.
         tokenizer_type: to insist on a type; inferred when None.
+        tokens: which tokens begin and end a document.
         json_keys: keys of the texts.
         append_eod: end each document with the tokenizer's end-of-document token.
         workers: number of processes that tokenize; 1 does it in this process.
@@ -47,6 +49,7 @@ class PreprocessOptions:
     output_prefix: str
     tokenizer_model: Path
     tokenizer_type: str | None = None
+    tokens: TokenOptions = BY_THE_FILES
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = True
     workers: int = 1
@@ -97,7 +100,9 @@ def preprocess(options: PreprocessOptions) -> list[PreprocessSummary]:
             like a dataset is left then.
     """
     total = _check(options)
-    tokenizer = load_tokenizer(options.tokenizer_model, options.tokenizer_type)
+    tokenizer = load_tokenizer(
+        options.tokenizer_model, options.tokenizer_type, options=options.tokens
+    )
     empty = dict.fromkeys(options.json_keys, 0)
     with ExitStack() as stack:
         writers = {
@@ -177,6 +182,7 @@ def _tokenize(
     ids: list[list[int]] = [[] for _ in keys]
     lengths: list[list[int]] = [[] for _ in keys]
     empty = [0] * len(keys)
+    before, after = begin(tokenizer), [tokenizer.eod] if append_eod else []
     for number, line in batch.lines:
         where = f"{batch.path}:{number}"
         for slot, text in enumerate(parse_line(line, keys, where)):
@@ -184,10 +190,8 @@ def _tokenize(
             if not document:
                 empty[slot] += 1
                 continue
-            if append_eod:
-                document.append(tokenizer.eod)
-            ids[slot].extend(document)
-            lengths[slot].append(len(document))
+            ids[slot] += [*before, *document, *after]
+            lengths[slot].append(len(before) + len(document) + len(after))
     dtype = optimal_dtype(tokenizer.vocab_size)
     return [
         _Tokens(np.array(ids[slot], dtype=dtype), lengths[slot], empty[slot])
@@ -227,7 +231,9 @@ def _work_with(options: PreprocessOptions, tokenizer: Tokenizer) -> _Work:
 
 def _start_worker(options: PreprocessOptions, digest: str) -> _Work:
     """What a worker process does with a batch; the parent has just probed the tokenizer."""
-    tokenizer = load_tokenizer(options.tokenizer_model, options.tokenizer_type, probe=False)
+    tokenizer = load_tokenizer(
+        options.tokenizer_model, options.tokenizer_type, probe=False, options=options.tokens
+    )
     if tokenizer.digest != digest:
         raise DataError(f"{options.tokenizer_model}: changed while it was in use")
     return _work_with(options, tokenizer)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from megasparse.data.file_errors import read_error
@@ -19,11 +20,14 @@ from megasparse.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Fields that version 1 did not have, with what its datasets were made by.
+_SINCE_2 = {"bos": None, "add_bos": False, "parse_special": False}
 VERIFY_MODES = ("auto", "index", "full")
 # "auto" hashes the .bin up to this size: about a second of work.
 AUTO_VERIFY_BYTES = 1 << 30
 _CHUNK_BYTES = 1 << 22
+TOKEN_FLAGS = "--eod-token, --bos-token, --add-bos, --parse-special"
 
 
 def bin_path(prefix: str | os.PathLike) -> Path:
@@ -43,7 +47,10 @@ def sidecar_path(prefix: str | os.PathLike) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
-    """The sidecar's content; digests are SHA-256 in hex, sizes are in bytes."""
+    """The sidecar's content; digests are SHA-256 in hex, sizes are in bytes.
+
+    `eod`, `bos`, `add_bos` and `parse_special` are those of `tokenizer.token_rules`.
+    """
 
     bin_sha256: str
     bin_size: int
@@ -58,6 +65,9 @@ class Sidecar:
     eod: int
     append_eod: bool
     source: str
+    bos: int | None = None
+    add_bos: bool = False
+    parse_special: bool = False
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> bytes:
@@ -86,7 +96,9 @@ def read_sidecar(prefix: str | os.PathLike) -> Sidecar | None:
     if not isinstance(values, dict):
         raise DataError(f"{path}: found a JSON {type(values).__name__}, expected an object")
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
+    if version == 1:
+        values = {**_SINCE_2, **values, "format_version": FORMAT_VERSION}
+    elif version != FORMAT_VERSION:
         raise DataError(f"{path}: format_version: found {version!r}, expected {FORMAT_VERSION}")
     fields = {field.name: field.type for field in dataclasses.fields(Sidecar)}
     if values.keys() != fields.keys():
@@ -94,19 +106,24 @@ def read_sidecar(prefix: str | os.PathLike) -> Sidecar | None:
         raise DataError(f"{path}: missing or unknown fields: {', '.join(map(repr, difference))}")
     for name, kind in fields.items():
         found = values[name]
-        if type(found).__name__ != kind:
+        if type(found).__name__.replace("NoneType", "None") not in kind.split(" | "):
             raise DataError(f"{path}: {name}: found {found!r}, expected a value of type {kind}")
     return Sidecar(**values)
 
 
 def check_sidecar(
-    prefix: str | os.PathLike, tokenizer_digest: str | None = None, *, verify: str = "auto"
+    prefix: str | os.PathLike,
+    tokenizer_digest: str | None = None,
+    *,
+    rules: Mapping[str, int | bool | None] | None = None,
+    verify: str = "auto",
 ) -> Sidecar | None:
     """Compare a dataset's files with its sidecar; returns it, or None (with a warning) if missing.
 
     Args:
         prefix: path of the dataset without `.bin`.
         tokenizer_digest: of the tokenizer that the run uses; None to leave that out.
+        rules: its `token_rules`, likewise.
         verify: sizes and the digest of the `.idx` are always compared; "full" also hashes the
             `.bin`, "auto" does so below 1 GiB, "index" never.
 
@@ -130,6 +147,14 @@ def check_sidecar(
             f"{os.fspath(prefix)}: made with the tokenizer of sha256 {sidecar.tokenizer_digest} "
             f"({sidecar.tokenizer_type}), but the run's tokenizer has sha256 {tokenizer_digest}"
         )
+    for name, value in (rules or {}).items():
+        made_with = getattr(sidecar, name)
+        # Which token would begin a document matters only where one does.
+        if made_with != value and (name != "bos" or sidecar.add_bos):
+            raise DataError(
+                f"{os.fspath(prefix)}: made with {name} {made_with}, but the run's tokenizer has "
+                f"{name} {value} ({TOKEN_FLAGS})"
+            )
     return sidecar
 
 

@@ -1,11 +1,11 @@
 """Tokenizers: SentencePiece `.model`, Hugging Face `tokenizer.json`, and none for mock data.
 
-Only this module and `spm_json` import sentencepiece and tokenizers. Three rules hold for all:
+Only the modules of tokenizers import sentencepiece and tokenizers. Three rules hold for all:
 
 - a model file is first loaded in a child process, because a crafted or damaged SentencePiece
   model can corrupt memory (CVE-2026-1260 and before): the child may crash, the run may not;
 - text is only text: `<eod>` or `<|endoftext|>` written in a document never becomes the control
-  token, and nothing is added, cut or padded around a document;
+  token, unless `parse_special` says so, and nothing is cut or padded;
 - `digest` is the SHA-256 of the model file, kept with each dataset made with it.
 """
 
@@ -21,27 +21,22 @@ from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
-import tokenizers
 
 from megasparse.data.file_errors import read_error
+from megasparse.data.hf_tokenizer import HuggingFaceTokenizer
+from megasparse.data.special_tokens import (
+    BY_THE_FILES,
+    EOD_PIECE,
+    TokenOptions,
+    read_declared,
+)
+from megasparse.data.spm_tokenizer import SentencePieceTokenizer
 from megasparse.errors import DataError
 
-SENTENCEPIECE = "SentencePieceTokenizer"
-HUGGINGFACE = "HuggingFaceTokenizer"
+SENTENCEPIECE = SentencePieceTokenizer.tokenizer_type
+HUGGINGFACE = HuggingFaceTokenizer.tokenizer_type
 NULL = "NullTokenizer"
 TOKENIZER_TYPES = (SENTENCEPIECE, HUGGINGFACE, NULL)
-
-EOD_PIECE = "<eod>"
-# Names of the token that ends a document, in the order in which they are looked for.
-EOD_PIECES = (
-    EOD_PIECE,
-    "<EOD>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<｜end▁of▁sentence｜>",
-    "</s>",
-    "<eos>",
-)
 
 PROBE_TIMEOUT_SECONDS = 60
 # Runs isolated (-I), with the parent's import path: a file in the current directory that is
@@ -70,14 +65,22 @@ class Tokenizer(Protocol):
     """What the data tools and the launcher need of a tokenizer.
 
     `tokenizer_type` is Megatron's name of the kind, `vocab_size` is one more than the largest id,
-    `eod` is the id that ends a document, `eod_piece` its name, `digest` is the SHA-256 (hex) of the
-    model file.
+    `eod` is the id that ends a document, `bos` the one that begins it (None: there is none), `pad`
+    one that fills batches; `eod_piece`, `bos_piece` and `pad_piece` are their names. With `add_bos`
+    documents and prompts begin with `bos`; with `parse_special` control tokens that are written in
+    a text become those tokens. `digest` is the SHA-256 (hex) of the model file.
     """
 
     tokenizer_type: str
     vocab_size: int
     eod: int
     eod_piece: str
+    bos: int | None
+    bos_piece: str | None
+    pad: int | None
+    pad_piece: str | None
+    add_bos: bool
+    parse_special: bool
     digest: str
 
     def encode(self, text: str) -> list[int]:
@@ -87,67 +90,6 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""
         ...
-
-
-class SentencePieceTokenizer:
-    """A SentencePiece model from the bytes of its `.model` file.
-
-    U+2581 in a text is how SentencePiece writes a space and decodes as one; all else comes back
-    exactly when the model was trained by `train_sentencepiece`.
-    """
-
-    tokenizer_type = SENTENCEPIECE
-
-    def __init__(self, model: bytes, name: str) -> None:
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = self._processor.vocab_size()
-        self.digest = hashlib.sha256(model).hexdigest()
-        self.eod = self._find_eod(name)
-        self.eod_piece = self._processor.id_to_piece(self.eod)
-
-    def _find_eod(self, name: str) -> int:
-        for piece in EOD_PIECES:
-            index = self._processor.piece_to_id(piece)
-            if self._processor.id_to_piece(index) == piece:  # an unknown piece gives the id of unk
-                return index
-        if self._processor.eos_id() >= 0:
-            return self._processor.eos_id()
-        raise _no_eod(name)
-
-    def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode(list(ids))
-
-
-class HuggingFaceTokenizer:
-    """A `tokenizer.json` from its bytes; needs no `transformers` and runs no code of the model."""
-
-    tokenizer_type = HUGGINGFACE
-
-    def __init__(self, model: bytes, name: str) -> None:
-        self._tokenizer = tokenizers.Tokenizer.from_str(model.decode("utf-8"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
-        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        if not ids:
-            raise DataError(f"{name}: found an empty vocabulary, expected at least one token")
-        self.vocab_size = max(ids) + 1  # ids may have holes
-        self.digest = hashlib.sha256(model).hexdigest()
-        found = (self._tokenizer.token_to_id(piece) for piece in EOD_PIECES)
-        eod = next((index for index in found if index is not None), None)
-        if eod is None:
-            raise _no_eod(name)
-        self.eod: int = eod
-        self.eod_piece = self._tokenizer.id_to_token(eod) or ""
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 class NullTokenizer:
@@ -165,6 +107,11 @@ class NullTokenizer:
         self.vocab_size = vocab_size
         self.eod = vocab_size - 1
         self.eod_piece = str(self.eod)
+        self.bos: int | None = None
+        self.bos_piece: str | None = None
+        self.pad: int | None = None
+        self.pad_piece: str | None = None
+        self.add_bos = self.parse_special = False
         self.digest = hashlib.sha256(f"{NULL}:{vocab_size}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -180,6 +127,7 @@ def load_tokenizer(
     *,
     vocab_size: int | None = None,
     probe: bool = True,
+    options: TokenOptions = BY_THE_FILES,
 ) -> Tokenizer:
     """Load a tokenizer, deciding its kind by the file's name or content.
 
@@ -190,10 +138,12 @@ def load_tokenizer(
         vocab_size: the size of a `NullTokenizer`.
         probe: load the file in a child process first. Only a process whose parent has just done
             so may say False.
+        options: which tokens begin and end a document; by default what the files beside the model
+            say.
 
     Raises:
         DataError: the file is missing, empty, damaged, not of that type, or has no token that
-            ends a document.
+            ends a document, or not one that was asked for.
     """
     if tokenizer_type is not None and tokenizer_type not in TOKENIZER_TYPES:
         expected = ", ".join(TOKENIZER_TYPES)
@@ -214,7 +164,7 @@ def load_tokenizer(
         _probe(kind, model, file)
     build = SentencePieceTokenizer if kind == SENTENCEPIECE else HuggingFaceTokenizer
     try:
-        return build(model, str(file))
+        return build(model, str(file), read_declared(file.parent), options)
     except DataError:
         raise
     except Exception as error:  # tokenizers raises plain exceptions
@@ -309,6 +259,16 @@ def _damaged(file: Path, kind: str, reason: str) -> DataError:
     return DataError(f"{file}: found a file that is no valid {kind} model, expected one ({reason})")
 
 
-def _no_eod(name: str) -> DataError:
-    expected = ", ".join(EOD_PIECES)
-    return DataError(f"{name}: found no token that ends a document, expected one of {expected}")
+def begin(tokenizer: Tokenizer) -> list[int]:
+    """The ids before a document's or a prompt's own: one that begins it, or none."""
+    return [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
+
+
+def token_rules(tokenizer: Tokenizer) -> dict[str, int | bool | None]:
+    """What of a tokenizer flags can change, as it is kept with datasets and runs."""
+    return {
+        "eod": tokenizer.eod,
+        "bos": tokenizer.bos,
+        "add_bos": tokenizer.add_bos,
+        "parse_special": tokenizer.parse_special,
+    }

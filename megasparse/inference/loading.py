@@ -26,6 +26,9 @@ from megasparse.config import (
 )
 from megasparse.convert.huggingface import HuggingFaceModel
 from megasparse.convert.source import Source, pad_vocabulary
+from megasparse.data.check import token_options
+from megasparse.data.special_tokens import TokenOptions
+from megasparse.data.token_flags import add_token_flags, token_flags
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer
 from megasparse.distributed.control_plane import ControlPlane, make_control_plane
 from megasparse.distributed.rendezvous import join_group, own_device
@@ -89,6 +92,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="compute in bfloat16 (default: if the weights are 16-bit)",
     )
     group.add_argument("--tokenizer-model", help="default: the run's, or that of the folder")
+    add_token_flags(group)
     group.add_argument("--vocab-size", type=int, help="where the checkpoint does not say it")
     group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
@@ -108,12 +112,14 @@ def open_model(args: argparse.Namespace) -> LoadedModel:
         source = StoredModel(open_checkpoint(args.load, control), vocab_size=args.vocab_size)
     else:
         source = HuggingFaceModel(args.load_hf)
+    run = token_options(source.config.data) if isinstance(source, StoredModel) else None
+    tokens = token_flags(args, run)
     if args.tokenizer_model is not None:
-        tokenizer = load_tokenizer(args.tokenizer_model)
+        tokenizer = load_tokenizer(Path(args.tokenizer_model).expanduser(), options=tokens)
     elif isinstance(source, StoredModel):
-        tokenizer, _ = tokenizer_of(source)
+        tokenizer, _ = tokenizer_of(source, tokens, same_tokens=False)
     elif isinstance(source, HuggingFaceModel):
-        tokenizer = _tokenizer_beside(source)
+        tokenizer = _tokenizer_beside(source, tokens)
     model, grid = load_model(source, device, args.tensor_model_parallel_size, args.bf16)
     return LoadedModel(source, model, grid, control, tokenizer)
 
@@ -172,6 +178,6 @@ def leave(code: int) -> None:
         dist.destroy_process_group()
 
 
-def _tokenizer_beside(source: HuggingFaceModel) -> Tokenizer | None:
+def _tokenizer_beside(source: HuggingFaceModel, tokens: TokenOptions) -> Tokenizer | None:
     file = tokenizer_file_of(source.folder)
-    return load_tokenizer(file) if file is not None else None
+    return load_tokenizer(file, options=tokens) if file is not None else None

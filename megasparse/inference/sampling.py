@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megasparse.data.tokenizer import Tokenizer
+from megasparse.data.tokenizer import Tokenizer, begin
 from megasparse.errors import ConfigError
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.inference import CachedDecoder
@@ -69,7 +69,7 @@ def generate_text(
     """
     device = grid.device
     generator = torch.Generator(device).manual_seed(seed)
-    ids = tokenizer.encode(prompt) or [tokenizer.eod]
+    ids = begin(tokenizer) + tokenizer.encode(prompt) or [tokenizer.eod]
     fed, written = ids, []
     for _ in range(num_tokens):
         logits = decoder.feed(torch.tensor([fed], device=device))[0, : tokenizer.vocab_size]
@@ -106,7 +106,7 @@ def sample_text(
     """
     generator = torch.Generator(device).manual_seed(seed)
     sampling = Sampling(temperature)
-    ids = tokenizer.encode(prompt) or [tokenizer.eod]
+    ids = begin(tokenizer) + tokenizer.encode(prompt) or [tokenizer.eod]
     for _ in range(num_tokens):
         context = ids[-max_length:]
         length = min(-(-len(context) // pad_to) * pad_to, max_length)
@@ -118,4 +118,5 @@ def sample_text(
         if choice == tokenizer.eod and len(ids) > 1:
             break
         ids.append(choice)
-    return tokenizer.decode([token for token in ids if token != tokenizer.eod])
+    begins = len(begin(tokenizer))
+    return tokenizer.decode([token for token in ids[begins:] if token != tokenizer.eod])

@@ -271,3 +271,19 @@ def test_save_load_save_gives_the_same_bytes(tmp_path, dataset):
         {p["entry"]: p["sha256"] for p in reader.meta["pieces"]} for reader in (first, second)
     ]
     assert pieces[0] == pieces[1]
+
+
+def test_other_tokens_of_the_same_tokenizer_are_refused():
+    config = resolve(load_config([*TINY, "--data-path", "d"]), 1)
+    tokens = {"tokenizer": "t", "tokens": '{"eod": 3}'}
+    meta = {"config": to_dict(config), "digests": {"all.d": "x", **tokens}}
+    reader: Any = SimpleNamespace(imported=False, folder="run", meta=meta)
+    check_same_run(reader, config, {"all.elsewhere": "x", **tokens})
+    other = {"all.d": "x", **tokens, "tokens": '{"eod": 2}'}
+    with pytest.raises(ConfigError, match="the tokens .*3.*--override-tokenizer"):
+        check_same_run(reader, config, other)
+    config.checkpoint.override_tokenizer = True
+    check_same_run(reader, config, other)
+    del meta["digests"]["tokens"]  # by a version that did not keep them
+    config.checkpoint.override_tokenizer = False
+    check_same_run(reader, config, other)

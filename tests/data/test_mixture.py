@@ -10,8 +10,9 @@ import pytest
 
 from megasparse.config import load_config, resolve
 from megasparse.data.check import check_data
-from megasparse.data.indexed_writer import IndexedDatasetWriter
+from megasparse.data.indexed_writer import IndexedDatasetWriter, Provenance
 from megasparse.data.mixture import describe, shares
+from megasparse.data.tokenizer import NullTokenizer
 from megasparse.errors import ConfigError, DataError
 
 BASE = ["--seq-length", "64", "--global-batch-size", "4", "--train-iters", "25"]
@@ -118,3 +119,16 @@ def test_the_same_file_is_told(tmp_path: Path, big: str, caplog) -> None:
     with caplog.at_level(logging.WARNING, "megasparse"):
         checked("--train-data-path", big, "--valid-data-path", big)
     assert f"{big} (train) and {big} (valid)" in caplog.text
+
+
+def test_a_run_on_ids_takes_the_end_of_documents_from_the_datasets(tmp_path: Path) -> None:
+    prefixes = []
+    for size in (100, 101):
+        prefixes.append(str(tmp_path / str(size)))
+        with IndexedDatasetWriter(prefixes[-1], np.uint16) as writer:
+            writer.add_document(np.arange(size).repeat(7))
+            writer.finish(Provenance(NullTokenizer(size), True, "test"))
+    flags = ["--split", "1", "--data-path"]
+    assert checked(*flags, prefixes[0])[1].eod == 99
+    with pytest.raises(DataError, match="99 in .* and 100 in"):
+        checked(*flags, *prefixes)

@@ -13,7 +13,8 @@ from megasparse.data import preprocess as pre
 from megasparse.data.indexed import validate
 from megasparse.data.preprocess import PreprocessOptions, preprocess
 from megasparse.data.sidecar import check_sidecar
-from megasparse.data.tokenizer import load_tokenizer
+from megasparse.data.special_tokens import TokenOptions
+from megasparse.data.tokenizer import load_tokenizer, token_rules
 from megasparse.errors import DataError
 
 
@@ -239,3 +240,25 @@ def test_text_that_the_tokenizer_refuses_is_named(
     monkeypatch.setattr("megasparse.data.tokenizer.SentencePieceTokenizer.encode", refuse)
     with pytest.raises(DataError, match="input0.jsonl:1: the tokenizer cannot.*internal problem"):
         run(tmp_path, model_file, GOOD)
+
+
+def test_tokens_of_flags_are_in_documents_and_sidecar(tmp_path: Path, model_file: Path) -> None:
+    tokens = TokenOptions(eod_token="</s>", bos_token="<s>", add_bos=True)
+    tokenizer = load_tokenizer(model_file, options=tokens, probe=False)
+    texts = ["one", "</s> <s>", "<eod>"]
+    content = lines(*({"text": text} for text in texts), {"text": ""})
+    for workers in (1, 2):
+        (summary,) = run(
+            tmp_path, model_file, content, tokens=tokens, workers=workers, overwrite=True
+        )
+        found = documents(summary.prefix)
+        assert [(ids[0], ids[-1]) for ids in found] == [(tokenizer.bos, tokenizer.eod)] * 3
+        assert [tokenizer.decode(ids[1:-1]) for ids in found] == texts
+        assert all(not {tokenizer.bos, tokenizer.eod} & set(ids[1:-1]) for ids in found)
+        check_sidecar(summary.prefix, tokenizer.digest, rules=token_rules(tokenizer))
+    with pytest.raises(DataError, match="made with eod"):
+        check_sidecar(summary.prefix, rules=token_rules(load_tokenizer(model_file, probe=False)))
+    tokens = TokenOptions(parse_special=True)
+    (summary,) = run(tmp_path, model_file, lines({"text": "a<eod>b"}), tokens=tokens, name="p")
+    ids = documents(summary.prefix)[0]
+    assert ids.count(load_tokenizer(model_file, probe=False).eod) == 2

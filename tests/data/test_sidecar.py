@@ -14,7 +14,7 @@ from megasparse.data import sidecar as side
 from megasparse.data.indexed import validate
 from megasparse.data.indexed_writer import IndexedDatasetWriter, Provenance
 from megasparse.data.sidecar import Sidecar, check_sidecar, read_sidecar
-from megasparse.data.tokenizer import NullTokenizer
+from megasparse.data.tokenizer import NullTokenizer, token_rules
 from megasparse.errors import DataError
 
 TOKENIZER = NullTokenizer(100)
@@ -110,8 +110,8 @@ def test_what_each_mode_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version: found 2, expected 1"),
-        ({"format_version": None}, "format_version: found None, expected 1"),
+        ({"format_version": 3}, "format_version: found 3, expected 2"),
+        ({"format_version": None}, "format_version: found None, expected 2"),
         ({"bin_size": "10"}, "bin_size: found '10', expected a value of type int"),
         ({"bin_size": True}, "bin_size: found True, expected a value of type int"),
         ({"append_eod": 1}, "append_eod: found 1, expected a value of type bool"),
@@ -145,3 +145,23 @@ def test_no_sidecar_at_all(tmp_path: Path, content: bytes, message: str) -> None
     with pytest.raises(DataError) as caught:
         read_sidecar(tmp_path / "d")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sidecar_of_version_1_is_read(tmp_path: Path) -> None:
+    sidecar = write(tmp_path / "d")
+    path = tmp_path / "d.json"
+    old = {**json.loads(path.read_text()), "format_version": 1}
+    for name in ("bos", "add_bos", "parse_special"):
+        del old[name]
+    path.write_text(json.dumps(old))
+    assert read_sidecar(tmp_path / "d") == sidecar and sidecar.format_version == 2
+
+
+def test_other_tokens_than_the_datasets_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "d")
+    rules = token_rules(TOKENIZER)
+    check_sidecar(tmp_path / "d", TOKENIZER.digest, rules=rules)
+    check_sidecar(tmp_path / "d", rules={**rules, "bos": 5})  # it begins no document
+    for change in ({"eod": 5}, {"add_bos": True}, {"parse_special": True}):
+        with pytest.raises(DataError, match=f"made with {next(iter(change))}.*--eod-token"):
+            check_sidecar(tmp_path / "d", rules={**rules, **change})

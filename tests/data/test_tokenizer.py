@@ -72,7 +72,7 @@ def test_every_document_of_the_corpus_comes_back(model_file: Path, texts: list[s
 
 @pytest.fixture(scope="module")
 def converted(model_file: Path) -> tokenizers.Tokenizer:
-    content = tokenizer_json(model_file)
+    content = tokenizer_json(model_file.read_bytes())
     assert content is not None
     made = tokenizers.Tokenizer.from_str(json.dumps(content))
     made.encode_special_tokens = True  # what `split_special_tokens` of transformers sets
@@ -104,7 +104,8 @@ def test_a_model_that_cannot_be_converted_exactly_is_not(texts: list[str], tmp_p
             minloglevel=2,
             hard_vocab_limit=False,
         )
-    assert tokenizer_json(unigram) is None and tokenizer_json(prefixed) is None
+    assert tokenizer_json(unigram.read_bytes()) is None
+    assert tokenizer_json(prefixed.read_bytes()) is None
 
 
 def test_empty_text_has_no_tokens(model_file: Path, json_file: Path) -> None:

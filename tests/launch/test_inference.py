@@ -103,6 +103,43 @@ def test_a_seed_draws_the_same_text_on_one_rank_and_two(made):
     assert one == two != other and len(one.split()) > 10
 
 
+def test_the_export_has_tokenizer_tokens_and_card(made, tmp_path, caplog):
+    import transformers
+
+    folder = made["hf"]
+    engine = transformers.AutoTokenizer.from_pretrained(folder)
+    assert engine("0 7 <eod> 42")["input_ids"] == [0, 7, 0, 0, 42]  # text is no control token
+    assert engine.eos_token_id == engine.pad_token_id == 127 and engine.bos_token_id is None
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text())
+        assert content["eos_token_id"] == content["pad_token_id"] == 127, name
+    card = (folder / "README.md").read_text()
+    for words in (
+        "recipe: `fst`, step 20",
+        "80 sequences of 32 tokens",
+        "data: `data`",
+        "training loss: ",
+        "6 of 21 tensors, 6 of them along both dimensions",
+        "model.layers.1.mlp.down_proj.weight",
+        "AutoTokenizer",
+    ):
+        assert words in card, card
+    export = ["--input", str(made["run"]), "--output"]
+    assert export_sparse.main([*export, str(tmp_path / "a"), "--eod-token", "5"]) == 65
+    moved = made["tokenizer.json"].rename(tmp_path / "tokenizer.json")
+    try:
+        assert export_sparse.main([*export, str(tmp_path / "a")]) == 65
+        assert not (tmp_path / "a").exists()
+        assert export_sparse.main([*export, str(tmp_path / "b"), "--no-tokenizer"]) == 0
+        where = ["--tokenizer-model", str(moved)]
+        assert export_sparse.main([*export, str(tmp_path / "c"), *where]) == 0
+    finally:
+        moved.rename(made["tokenizer.json"])
+    assert not (tmp_path / "b" / "tokenizer.json").exists()
+    same = "tokenizer.json"
+    assert (tmp_path / "c" / same).read_bytes() == (folder / same).read_bytes()
+
+
 def test_a_prompt_beyond_the_context_is_refused(made):
     flags = ["--load", str(made["run"]), "--prompt", "1 " * 40]
     assert "40 tokens, the model a context of 32" in dist.run(refusal, 1, "generate", flags)[0]

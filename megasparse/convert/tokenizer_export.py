@@ -1,0 +1,137 @@
+"""A run's tokenizer as transformers loads it: the ids of the training for every text.
+
+    add_special_tokens=False    the ids of the text
+    add_special_tokens=True     before them the token that begins a document, if the run adds it
+
+which is how a document of the training begins; the token that ends it is the model's to give.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megasparse.convert.huggingface import read_json
+from megasparse.data.hf_tokenizer import HuggingFaceTokenizer, post_processor
+from megasparse.data.special_tokens import TOKENIZER_CONFIG, TOKENS_MAP
+from megasparse.data.spm_json import tokenizer_json
+from megasparse.data.spm_tokenizer import SentencePieceTokenizer
+from megasparse.data.tokenizer import Tokenizer
+from megasparse.log import logger
+
+TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
+# What a tokenizer.json was made from, where it is not the run's file as it was.
+ORIGINAL_JSON = "tokenizer_original.json"
+# A name that no engine takes for a tokenizer that it would read in its own way.
+ORIGINAL_MODEL = "sentencepiece.model"
+MADE_FROM = "made_from"
+_NAMED = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
+# Of the original's tokenizer_config.json: code, and what tokenizer.json says itself.
+_DROPPED = (
+    "auto_map", "tokenizer_file", "name_or_path", "added_tokens_decoder", "legacy",
+    "add_prefix_space", "sp_model_kwargs", "use_default_system_prompt", "backend",
+)  # fmt: skip
+
+
+@dataclass
+class TokenizerFiles:
+    """Files of a tokenizer by their names in the output: JSON to write, others to copy."""
+
+    written: dict[str, Any] = field(default_factory=dict)
+    copied: dict[str, Path] = field(default_factory=dict)
+
+
+def exported_tokenizer(tokenizer: Tokenizer, file: Path, max_length: int) -> TokenizerFiles:
+    """The files of a run's tokenizer.
+
+    Args:
+        tokenizer: as the run used it.
+        file: that it was loaded from; what lies beside it (chat template, other special tokens)
+            goes along.
+        max_length: of a text in tokens.
+    """
+    found = TokenizerFiles()
+    beside = file.parent / TOKENIZER_CONFIG
+    given = read_json(beside) if beside.is_file() else {}
+    config = {key: value for key, value in given.items() if key not in _DROPPED}
+    config.pop(MADE_FROM, None)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        content: dict[str, Any] | None = tokenizer.content
+        unchanged = json.loads(file.read_bytes()) == content
+        original = TOKENIZER_JSON if unchanged else ORIGINAL_JSON
+    else:
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        content = tokenizer_json(tokenizer.model)
+        original = TOKENIZER_MODEL if content is not None else ORIGINAL_MODEL
+        if content is not None:
+            before = tokenizer.bos_piece if tokenizer.add_bos else None
+            content["post_processor"] = post_processor(None, before, tokenizer.bos)
+    found.copied[original] = file
+    if original != TOKENIZER_JSON:
+        config[MADE_FROM] = original
+        if content is not None:
+            found.written[TOKENIZER_JSON] = content
+    if content is None:
+        logger.warning(
+            "%s: no tokenizer.json gives exactly its ids (%s); the output has it as %s, which "
+            "sentencepiece reads and transformers does not",
+            file,
+            "only BPE models without normalisation are converted",
+            original,
+        )
+    template = file.parent / "chat_template.jinja"
+    if template.is_file():
+        found.copied[template.name] = template
+    ids = _vocabulary(content, tokenizer)
+    tokens = _named_tokens(config, tokenizer, ids)
+    config |= tokens
+    config |= {
+        "add_bos_token": tokenizer.add_bos,
+        "add_eos_token": False,
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": not tokenizer.parse_special,
+    }
+    if content is not None:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    found.written[TOKENIZER_CONFIG] = config
+    found.written[TOKENS_MAP] = {name: value for name, value in tokens.items() if value}
+    return found
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The token that fills batches: its own, or the one that ends a document."""
+    return tokenizer.eod if tokenizer.pad is None else tokenizer.pad
+
+
+def _named_tokens(
+    config: dict[str, Any], tokenizer: Tokenizer, exists: Callable[[str], bool]
+) -> dict[str, Any]:
+    """The special tokens by name; those that the vocabulary lacks, transformers would add."""
+    named: dict[str, Any] = {}
+    for name in _NAMED:
+        value = config.get(f"{name}_token")
+        piece = value.get("content") if isinstance(value, dict) else value
+        named[f"{name}_token"] = piece if isinstance(piece, str) and exists(piece) else None
+    named["eos_token"], named["bos_token"] = tokenizer.eod_piece, tokenizer.bos_piece
+    named["pad_token"] = tokenizer.pad_piece or tokenizer.eod_piece
+    more = config.get("additional_special_tokens")
+    if isinstance(more, list):
+        pieces = (one.get("content") if isinstance(one, dict) else one for one in more)
+        named["additional_special_tokens"] = [
+            piece for piece in pieces if isinstance(piece, str) and exists(piece)
+        ]
+    config.pop("extra_special_tokens", None)
+    return named
+
+
+def _vocabulary(content: dict[str, Any] | None, tokenizer: Tokenizer) -> Callable[[str], bool]:
+    if content is None:
+        return lambda piece: piece in (tokenizer.eod_piece, tokenizer.bos_piece)
+    vocabulary = content["model"].get("vocab", {})
+    names = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+    names |= {token["content"] for token in content["added_tokens"]}
+    return names.__contains__

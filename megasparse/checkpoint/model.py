@@ -158,7 +158,7 @@ def open_checkpoint(path: Path, control: ControlPlane) -> CheckpointReader:
     """
     if control.on_rank_zero(lambda: (path / MANIFEST).is_file()):
         return CheckpointReader(path)
-    root = control.on_rank_zero(lambda: checkpoint_root(path))
+    root = Path(control.on_rank_zero(lambda: str(checkpoint_root(path))))  # JSON travels
     reader = choose(root, control)
     if reader is None:
         raise CheckpointError(f"{path}: holds no checkpoint")

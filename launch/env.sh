@@ -53,7 +53,8 @@ _default TORCH_GLOO_LAZY_INIT 1
 #   MASTER_ADDR             an address of rank 0's host that all others reach. Launchers set it.
 #   MEGASPARSE_LISTEN_ADDR  address that rank 0 binds its store to, if not MASTER_ADDR's: in a
 #                           container or behind a NAT. 0.0.0.0 listens on every interface, which
-#                           lets everyone on the network talk to the run: only where that is safe.
+#                           lets everyone on the network talk to the run: only where that is safe,
+#                           and only with --listen-on-all-interfaces.
 #   MEGASPARSE_FAULT        injects faults, for tests (megasparse/distributed/faults.py).
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

@@ -8,41 +8,74 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+from megasparse.distributed.signals import StopRequest
+
+if __name__ == "__main__":
+    # First of all: a signal at any moment from here on ends in the run's own exit code.
+    stop = StopRequest().install()
 
 # Before torch: a lost peer is one line of ours, not a stack of its store's.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from megasparse import log
 from megasparse.checkpoint.directory import list_steps
-from megasparse.config import build_parser
-from megasparse.distributed.signals import StopRequest
+from megasparse.checkpoint.lock import RunLock
+from megasparse.config import ResolvedConfig, build_parser
+from megasparse.distributed.environment import attempt, rank_for_log, settle_environment
+from megasparse.distributed.launchers import watch_launchers
+from megasparse.distributed.start_notes import StartNotes
 from megasparse.distributed.supervise import is_supervised, supervise
-from megasparse.errors import MegasparseError
-from megasparse.preflight.settings import Prepared, prepare
+from megasparse.errors import MegasparseError, one_line
+from megasparse.preflight.settings import Prepared, prepare, require_own_folders
 
 
-def run() -> int:
+def run(stop: StopRequest) -> int:
     """The exit code of this rank."""
-    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    log.setup(rank)
+    log.setup(rank_for_log())
+    notes: StartNotes | None = None
+
+    def begin_notes(config: ResolvedConfig) -> None:
+        nonlocal notes
+        notes = StartNotes(Path(config.checkpoint.run_dir), rank, attempt())
+        notes.clear()
+
     try:
-        prepared = prepare(sys.argv[1:], world)
+        rank, world = settle_environment()
+        watch_launchers()
+        prepared = prepare(sys.argv[1:], world, begin_notes)
+        if not is_supervised():
+            for note in prepared.notes:
+                log.logger.info("%s", note)
+        if prepared.config.checkpoint.max_restarts and not is_supervised():
+            return restarting(prepared, rank, stop)
     except MegasparseError as error:
         tell(error)
+        if notes is not None:
+            notes.leave(f"{type(error).__name__}: {one_line(error)}", error.exit_code)
         return error.exit_code
-    if not is_supervised():
-        for note in prepared.notes:
-            log.logger.info("%s", note)
-    if prepared.config.checkpoint.max_restarts and not is_supervised():
-        settings = prepared.config.checkpoint
+    return train(prepared, stop, notes)
+
+
+def restarting(prepared: Prepared, rank: int, stop: StopRequest) -> int:
+    """The training as a child of this process, which has the run's folders all the time."""
+    settings = prepared.config.checkpoint
+    folders = [Path(settings.run_dir), Path(settings.save)]
+    lock = RunLock(folders) if rank == 0 else None
+    try:
         return supervise(
             settings,
             [sys.executable, *sys.argv],
             rank,
             lambda: max(list_steps(Path(settings.save)), default=-1),
+            lambda: require_own_folders(prepared.config),
+            stop,
         )
-    return train(prepared)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def tell(error: MegasparseError) -> None:
@@ -53,23 +86,24 @@ def tell(error: MegasparseError) -> None:
         log.logger.error("%s%s: %s", name, which, " ".join(problem.split()))
 
 
-def train(prepared: Prepared) -> int:
+def train(prepared: Prepared, stop: StopRequest, notes: StartNotes | None) -> int:
     """The training itself; its imports take seconds, so a mistake is told before."""
     from megasparse.megatron.import_without_compile import import_megatron
 
     import_megatron()
     from megasparse.train.main import main
 
-    return main(prepared, stop)
+    return main(prepared, stop, notes)
 
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         build_parser().print_help()
         sys.exit(0)
-    stop = StopRequest().install()
-    code = run()
-    sys.stderr.flush()
+    code = run(stop)
+    stop.no_more()
+    with suppress(OSError):  # the terminal may be gone
+        sys.stderr.flush()
     if code:
         # Other ranks may wait in a collective: leave without their goodbye.
         os._exit(code)

@@ -92,6 +92,8 @@ def serve(
     import torch
 
     from megasparse import log
+    from megasparse.distributed.environment import attempt, settle_environment
+    from megasparse.distributed.start_notes import StartNotes
     from megasparse.errors import MegasparseError
     from megasparse.preflight.settings import prepare
     from megasparse.train.main import main
@@ -99,10 +101,18 @@ def serve(
     torch.set_num_threads(1)
     before()
     log.setup(int(variables.get("RANK", 0)))
+    notes = None
     try:
-        code = main(prepare(flags, int(variables.get("WORLD_SIZE", 1))), stop)
+        rank, world = settle_environment()
+        run_dir = flags[flags.index("--run-dir") + 1]
+        notes = StartNotes(Path(run_dir), rank, attempt())
+        notes.clear()
+        code = main(prepare(flags, world), stop, notes)
     except MegasparseError as error:
-        log.logger.error("%s: %s", type(error).__name__, error)
+        message = f"{type(error).__name__}: {error}"
+        log.logger.error("%s", message)
+        if notes is not None:
+            notes.leave(message, error.exit_code)
         code = error.exit_code
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints, from its lock at the start to the report at the end."""
+"""The folder of a run's checkpoints, from what an earlier start left to the report at the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megasparse.checkpoint.compatibility import check_same_run
 from megasparse.checkpoint.directory import clean, list_steps, make_private, set_aside
-from megasparse.checkpoint.lock import FolderLock
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import Saver, choose
 from megasparse.checkpoint.writer import Hook
@@ -18,29 +17,17 @@ from megasparse.log import logger
 
 
 class RunFolder:
-    """The right to write checkpoints, held by rank 0; a collective call.
+    """The checkpoints of a run whose folders are its own (`RunLock`); a collective call.
 
     Raises:
-        StorageError: on all ranks: another run writes there, or nothing can be written.
+        StorageError: on all ranks: nothing can be written.
     """
 
     def __init__(self, config: ResolvedConfig, control: ControlPlane) -> None:
         self._config, self._control = config, control
         self._root = Path(config.checkpoint.save)
-        self._lock: FolderLock | None = None
         self._loaded: CheckpointReader | None = None
         control.on_rank_zero(self._take)
-
-    def refresh(self) -> None:
-        """Renew the lock's time, see `FolderLock.refresh`."""
-        if self._lock is not None:
-            self._lock.refresh()
-
-    def release(self) -> None:
-        """Let others write."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
 
     def find_checkpoint(self, digests: dict[str, str]) -> CheckpointReader | None:
         """What the run starts from: nothing, or a verified checkpoint of the same run.
@@ -87,9 +74,8 @@ class RunFolder:
         return saver
 
     def _take(self) -> None:
-        """Rank 0: nobody else writes here, and nothing half-written is left."""
+        """Rank 0: nothing half-written is left."""
         make_private(self._root)
-        self._lock = FolderLock(self._root)
         clean(self._root)
 
     def _set_damaged_aside(self, reader: CheckpointReader | None) -> None:

@@ -53,6 +53,11 @@ class ParallelConfig:
     hang_timeout: float = option(
         60.0, "seconds without progress after which a rank is taken to hang; 0: never", at_least=0.0
     )
+    listen_on_all_interfaces: bool = option(
+        False,
+        "let rank 0's store listen on every interface of its host, for whoever reaches it, in "
+        "place of MASTER_ADDR's or MEGASPARSE_LISTEN_ADDR's alone",
+    )
     deepspeed_config: str | None = option(
         None,
         "JSON file with more of DeepSpeed's settings (buckets, profilers); it may not "

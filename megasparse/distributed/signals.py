@@ -10,9 +10,21 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+class StoppedEarly(Exception):
+    """A signal came before the ranks had met: there is no step to save.
+
+    Args:
+        reason: the signal's name.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"stopped before the ranks had met ({reason}); there is nothing to save")
 
 
 class StopRequest:
@@ -28,9 +40,22 @@ class StopRequest:
 
     def install(self) -> StopRequest:
         """Handle the signals from now on (main thread)."""
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        handle(self._note)
         return self
+
+    def no_more(self) -> None:
+        """The run is over and saved: a signal now must not change its exit code."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def raise_if_asked(self) -> None:
+        """For waits before the ranks have met.
+
+        Raises:
+            StoppedEarly: a signal has come.
+        """
+        if self._signal is not None:
+            raise StoppedEarly(describe(self._signal))
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._signal = self._signal or number
@@ -43,6 +68,17 @@ class StopRequest:
             minutes = (time.monotonic() - self._started) / 60.0
             return -1 if minutes >= exit_duration_in_mins else 0
         return 0
+
+
+def handle(handler: Callable[[int, FrameType | None], object]) -> None:
+    """Have the signals that ask a run to stop handled; SIGHUP not under `nohup`, which ignores it.
+
+    Args:
+        handler: called with the signal's number and the frame, in the main thread.
+    """
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def describe(reason: int) -> str:

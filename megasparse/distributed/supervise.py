@@ -23,7 +23,8 @@ from typing import Any
 
 from megasparse.atomic_files import write_json
 from megasparse.config import ResolvedCheckpoint
-from megasparse.distributed.signals import SIGNALS
+from megasparse.distributed.environment import ATTEMPT, LAUNCH, launch_number
+from megasparse.distributed.signals import StopRequest, handle
 from megasparse.errors import (
     EXIT_NO_PROGRESS,
     EXIT_PREEMPTED,
@@ -33,6 +34,7 @@ from megasparse.errors import (
     KernelError,
     PeerError,
     PreflightError,
+    StorageError,
 )
 from megasparse.log import logger
 
@@ -58,6 +60,8 @@ def supervise(
     command: Sequence[str],
     rank: int,
     newest_step: Callable[[], int],
+    require_own: Callable[[], object] = lambda: None,
+    stop: StopRequest | None = None,
 ) -> int:
     """Run the command as a child, again while that makes sense.
 
@@ -66,11 +70,14 @@ def supervise(
         command: this rank's own; `--resume` is added.
         rank: of this process; rank 0 decides.
         newest_step: of the checkpoints so far; -1: none.
+        require_own: raises if another run has the folders by now: notes of restarts are its own.
+        stop: signals that came before this.
 
     Returns:
         The exit code of the last attempt, or EXIT_NO_PROGRESS.
     """
-    return _Supervisor(settings, command, rank, newest_step).run()
+    stopped = stop is not None and stop.reason(None) != 0
+    return _Supervisor(settings, command, rank, newest_step, require_own, stopped).run()
 
 
 class _Supervisor:
@@ -80,16 +87,17 @@ class _Supervisor:
         command: Sequence[str],
         rank: int,
         newest_step: Callable[[], int],
+        require_own: Callable[[], object],
+        stopped: bool,
     ) -> None:
         self._settings, self._rank = settings, rank
         self._command = [*command, "--resume"]
-        self._newest = newest_step
+        self._newest, self._require_own = newest_step, require_own
         self._board = Path(settings.run_dir) / ".attempt.json"
         self._child: subprocess.Popen[bytes] | None = None
-        self._stopped = False
+        self._stopped = stopped
         self._libc = ctypes.CDLL(None)
-        for number in SIGNALS:
-            signal.signal(number, self._forward)
+        handle(self._forward)
 
     def run(self) -> int:
         stale = self._read()
@@ -102,6 +110,11 @@ class _Supervisor:
         attempt, idle, newest = 0, 0, self._newest()
         while True:
             code = self._run_child(attempt, stale)
+            if self._rank and code not in FINAL_CODES:
+                try:
+                    self._require_own()
+                except StorageError:  # the child has said so
+                    return code
             if code not in FINAL_CODES:
                 self._note(attempt).touch()
             if code in FINAL_CODES:
@@ -144,7 +157,8 @@ class _Supervisor:
         return None
 
     def _run_child(self, attempt: int, stale: dict[str, Any]) -> int:
-        environment = {**os.environ, _SUPERVISED: "1", "MEGASPARSE_ATTEMPT": str(attempt)}
+        environment = {**os.environ, _SUPERVISED: "1", ATTEMPT: str(attempt)}
+        environment[LAUNCH] = str(launch_number())
         parent = os.getpid()
 
         def die_with_parent() -> None:

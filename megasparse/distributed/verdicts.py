@@ -50,8 +50,8 @@ def hang(beats: list[dict[str, Any]]) -> Verdict | None:
         return None
     busy = [rank for rank in late if beats[rank]["collective"] is None]
     late_for = max(beats[rank]["late_for"] for rank in late)
-    if not busy and len(late) < len(beats) and late_for < GRACE_SECONDS:
-        return None  # they wait for one that is about to be late itself
+    if len(late) < len(beats) and late_for < GRACE_SECONDS:
+        return None  # the others are about to be late, too: who waits for whom is known then
     busy = busy or late
     culprit = min(busy, key=lambda rank: beats[rank]["ticks"])
     beat = beats[culprit]

@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ class Watchdog:
         self._decided = threading.Event()
         self._seen: dict[int, tuple[Any, float]] = {}
         self._store: dist.Store | None = None
+        # Called before this process ends on a verdict.
+        self.before_end: Callable[[], object] = lambda: None
         if address is None:
             return
         # The store has just answered: a connection that fails now means that rank 0 is gone.
@@ -209,6 +212,7 @@ class Watchdog:
         assert self._verdict is not None
         logger.error("PeerError: %s; this rank was in %s", self._verdict.message, self._phase)
         self.dump_stacks()
+        self.before_end()
         sys.stderr.flush()
         os._exit(self._verdict.exit_code)
 

@@ -6,13 +6,16 @@ Every rank does all of it, so a mistake is one clear line on every rank, and non
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megasparse.atomic_files import write_text
 from megasparse.checkpoint.directory import checkpoint_root, list_steps, make_private
+from megasparse.checkpoint.lock import require_free
 from megasparse.config import (
     CommandLine,
     ResolvedConfig,
@@ -25,7 +28,9 @@ from megasparse.config import (
 from megasparse.config.deepspeed import deepspeed_config
 from megasparse.data.bpe_files import bpe_tokenizer_json
 from megasparse.data.check import CheckedData, check_data
+from megasparse.distributed.environment import is_same_launch
 from megasparse.distributed.faults import from_environment
+from megasparse.distributed.supervise import is_supervised
 from megasparse.errors import CheckpointError, ConfigError, MegasparseError, one_line, together
 from megasparse.sparsity.recipe import recipe_of
 
@@ -43,14 +48,20 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
-def prepare(argv: Sequence[str], world_size: int) -> Prepared:
+def prepare(
+    argv: Sequence[str],
+    world_size: int,
+    known: Callable[[ResolvedConfig], object] = lambda _: None,
+) -> Prepared:
     """Flags to a checked run, before any process group or model is built.
 
     Args:
         argv: flags, `--config` among them.
         world_size: ranks of the launch.
+        known: called with the settings once they are a run, before its files are looked at.
 
     Raises:
+        StorageError: another run writes into its folders; that alone counts then.
         ConfigError: a flag, a key, or a combination of them, also with DeepSpeed's file.
         DataError: a dataset or tokenizer is missing, damaged, or does not fit the run.
         CheckpointError: `--load` or `--resume` names none, or a folder of another run.
@@ -61,6 +72,8 @@ def prepare(argv: Sequence[str], world_size: int) -> Prepared:
     if len(problems) == len(line.problems):
         # The settings are a run, so what it needs can be looked at, also when more is wrong.
         config = resolve(given, world_size)
+        known(config)
+        require_own_folders(config)
         problems += _messages([lambda: deepspeed_config(config, world_size)])
         if problems:
             problems += _messages(_checks(config))
@@ -74,7 +87,9 @@ def check(config: ResolvedConfig) -> Prepared:
 
     Raises:
         ConfigError, DataError, CheckpointError: as of `prepare`.
+        StorageError: a folder cannot be written, or another run writes into it.
     """
+    require_own_folders(config)
     errors = _errors(_checks(config))
     if len(errors) == 1:
         raise errors[0]
@@ -146,6 +161,7 @@ def _check_wandb(config: ResolvedConfig) -> None:
 def _check_save(config: ResolvedConfig) -> None:
     settings = config.checkpoint
     save = Path(settings.save)
+    require_own_folders(config)
     if list_steps(save) and not settings.resume:
         raise ConfigError(
             f"save: {save} already holds checkpoints of a run; continue it with --resume, or "
@@ -177,6 +193,23 @@ def _check_load_hf(config: ResolvedConfig) -> None:
     folder = config.checkpoint.load_hf
     if folder is not None and not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"load_hf: {folder} holds no config.json of a model")
+
+
+def require_own_folders(config: ResolvedConfig) -> None:
+    """Refuse folders that another run writes into; for ranks of the run that does, nothing.
+
+    Raises:
+        StorageError: names the other run.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+
+    def ours(owner: dict[str, Any]) -> bool:
+        if rank == 0:  # a supervisor has the lock for its child
+            return is_supervised() and owner.get("pid") == os.getppid()
+        return is_same_launch(owner)
+
+    settings = config.checkpoint
+    require_free([Path(settings.run_dir), Path(settings.save)], ours)
 
 
 def no_teacher(weight: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +43,14 @@ class RunServices:
         stop: reasons to stop.
         events: called at every point of the run.
         poison: values to be made NaN or infinite; none but in tests.
+        require_own: raises when another run has taken over the folders; on rank 0.
     """
 
     control: ControlPlane
     stop: StopRequest
     events: Events
     poison: Poison | None = None
+    require_own: Callable[[], object] = lambda: None
 
 
 class Trainer:
@@ -107,7 +110,6 @@ class Trainer:
             return EXIT_PREEMPTED
         finally:
             self.engine.layout.close()
-            self.folder.release()
 
     def _train(self) -> str:
         """Steps until the end or a reason to stop, in words."""
@@ -146,7 +148,7 @@ class Trainer:
         )
         if self.saver.pending and not writing:
             self.saver.finish()
-        self.folder.refresh()
+        self.services.require_own()
         return number or -timed_out
 
     def _complete(self) -> bool:
@@ -233,6 +235,7 @@ class Trainer:
     def _save(self, final: bool = False) -> None:
         clock = self.controller.clock
         self._passed("save")
+        self.services.require_own()
         meta = checkpoint.describe(self.engine, self.data.digests, self.state.to_json())
         meta["state"]["vocab_size"] = self.data.vocab_size
         self.saver.save(clock.step, checkpoint.collect(self.engine), meta, final)

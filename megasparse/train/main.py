@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import traceback
 from pathlib import Path
 
-from megasparse import log
+from megasparse.checkpoint.lock import RunLock
 from megasparse.config import ResolvedConfig, to_dict
 from megasparse.distributed import descriptors, faults
 from megasparse.distributed.control_plane import ControlPlane, as_user_error, make_control_plane
+from megasparse.distributed.environment import attempt
 from megasparse.distributed.events import Events
-from megasparse.distributed.rendezvous import attempt
-from megasparse.distributed.signals import StopRequest
+from megasparse.distributed.signals import StoppedEarly, StopRequest
+from megasparse.distributed.start_notes import Note, StartNotes
+from megasparse.distributed.supervise import is_supervised
 from megasparse.distributed.verdicts import is_communication_error
 from megasparse.distributed.watchdog import Watchdog
-from megasparse.errors import ConfigError, MegasparseError, PeerError, one_line
+from megasparse.errors import EXIT_PREEMPTED, ConfigError, MegasparseError, PeerError, one_line
+from megasparse.log import logger
 from megasparse.megatron.data.batches import build_data
 from megasparse.megatron.grid import make_grid
 from megasparse.preflight.check import check_hosts, require_fit
-from megasparse.preflight.settings import Prepared, check
+from megasparse.preflight.settings import Prepared, check, require_own_folders
 from megasparse.train.engine.deepspeed import fix_order_of_sums, start_process, stop_process
 from megasparse.train.loop import RunServices, Trainer
 from megasparse.train.precision import settle_fp8
@@ -31,13 +35,24 @@ def pretrain(config: ResolvedConfig) -> int:
     return _Run(check(config), StopRequest()).run()
 
 
-def main(prepared: Prepared, stop: StopRequest) -> int:
-    """Run to the end; the exit code of this rank, after one line of what went wrong."""
-    run = _Run(prepared, stop)
+def main(prepared: Prepared, stop: StopRequest, notes: StartNotes | None = None) -> int:
+    """Run to the end; the exit code of this rank, after one line of what went wrong.
+
+    Args:
+        notes: between ranks that have not met yet.
+    """
+    run = _Run(prepared, stop, notes)
     try:
         code = run.run()
         stop_process()
         return code
+    except StoppedEarly as error:
+        logger.warning("%s", error)
+        run.leave_note(f"another rank was {error}", EXIT_PREEMPTED)
+        return EXIT_PREEMPTED
+    except _NoMeeting as error:
+        logger.error("%s", error)
+        return error.exit_code
     except MegasparseError as error:
         return run.failed(f"{type(error).__name__}: {one_line(error)}", error.exit_code)
     except OSError as error:
@@ -51,12 +66,12 @@ def main(prepared: Prepared, stop: StopRequest) -> int:
         if is_communication_error(error):
             verdict = run.watch.explain() if run.watch is not None else None
             if verdict is not None:
-                log.logger.error("PeerError: %s", verdict.message)
+                logger.error("PeerError: %s", verdict.message)
                 return verdict.exit_code
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # after the watch has ended
                 message = f"PeerError: the connection to the other ranks broke: {one_line(error)}"
                 return run.failed(message, PeerError.exit_code)
-        log.logger.error("unexpected error, a bug\n%s", text)
+        logger.error("unexpected error, a bug\n%s", text)
         return run.failed(f"{type(error).__name__}: {one_line(error)}", 1)
 
 
@@ -66,19 +81,50 @@ def _too_few_files() -> tuple[str, int]:
     return f"ConfigError: {descriptors.message(rank, world)}", ConfigError.exit_code
 
 
+class _NoMeeting(Exception):
+    """Another rank cannot come to the meeting of all ranks; it has left a note."""
+
+    def __init__(self, note: Note) -> None:
+        super().__init__(f"PeerError: rank {note['rank']} failed: {note['message']}")
+        self.exit_code: int = note["code"]
+
+
 class _Run:
     """One run on this rank, from the process group to the last step."""
 
-    def __init__(self, prepared: Prepared, stop: StopRequest) -> None:
-        self._prepared, self._stop = prepared, stop
+    def __init__(
+        self, prepared: Prepared, stop: StopRequest, notes: StartNotes | None = None
+    ) -> None:
+        self._prepared, self._stop, self._notes = prepared, stop, notes
+        self._lock: RunLock | None = None
+        self._looked = 0.0
         self.watch: Watchdog | None = None
 
     def run(self) -> int:
+        """Train with the run's folders to itself; leaves no lock, however it ends."""
+        settings = self._prepared.config.checkpoint
+        if os.environ.get("RANK", "0") == "0" and not is_supervised():
+            self._lock = RunLock([Path(settings.run_dir), Path(settings.save)])
+        try:
+            return self._run()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _run(self) -> int:
         config = self._prepared.config
         parallel = config.parallel
         if config.train.deterministic_mode:
             fix_order_of_sums()
-        device = start_process(parallel.distributed_timeout_minutes, self._begin_watch)
+        device = start_process(
+            parallel.distributed_timeout_minutes,
+            self._begin_watch,
+            self._waiting,
+            parallel.listen_on_all_interfaces,
+        )
         assert self.watch is not None
         config = settle_fp8(config, device)
         control = make_control_plane()
@@ -95,7 +141,8 @@ class _Run:
         )
         injected = faults.from_environment(int(os.environ["RANK"]))
         events = Events(self.watch.passed, injected.passed)
-        services = RunServices(control, self._stop, events, injected)
+        own = self._lock.check if self._lock is not None else lambda: None
+        services = RunServices(control, self._stop, events, injected, own)
         events("build")
         with_data = build_data(config, grid, self._prepared.data)
         code = Trainer(config, grid, with_data, services).run()
@@ -108,10 +155,35 @@ class _Run:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         folder = Path(config.checkpoint.run_dir)
         self.watch = Watchdog(address, attempt(), rank, world, config.parallel.hang_timeout, folder)
+        self.watch.before_end = self._release
+
+    def _waiting(self) -> None:
+        """While this rank waits for the others to come: is there a reason why they do not?
+
+        Raises:
+            StoppedEarly: a signal.
+            StorageError: another run has the folders; its ranks will not come here.
+            _NoMeeting: one has left a note.
+        """
+        self._stop.raise_if_asked()
+        if self._notes is None or time.monotonic() - self._looked < 1.0:
+            return
+        self._looked = time.monotonic()
+        if self._lock is None:
+            require_own_folders(self._prepared.config)
+        note = self._notes.find()
+        if note is not None:
+            raise _NoMeeting(note)
+
+    def leave_note(self, message: str, exit_code: int) -> None:
+        """Tell ranks that wait for this one at the meeting why it does not come."""
+        if self.watch is None and self._notes is not None:
+            self._notes.leave(message, exit_code)
 
     def failed(self, message: str, exit_code: int) -> int:
         """Log why this rank ends, and record it for the other ranks; returns the exit code."""
-        log.logger.error("%s", message)
+        logger.error("%s", message)
+        self.leave_note(message, exit_code)
         if self.watch is not None:
             self.watch.fail(message, exit_code)
         return exit_code

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import time
 
 import pytest
 
-from megasparse.checkpoint.lock import FolderLock
+from megasparse.checkpoint import lock as lock_module
+from megasparse.checkpoint.lock import FolderLock, RunLock, owner_of, require_free
+from megasparse.distributed.environment import is_same_launch
 from megasparse.errors import StorageError
 
 
@@ -48,3 +52,120 @@ def test_a_job_that_was_queued_again_takes_over_its_own_lock_on_another_host(tmp
         FolderLock(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     FolderLock(tmp_path).release()
+
+
+def _child(work) -> tuple[int, int]:
+    """A process that does `work` and then waits; its id, and a pipe that says when it has."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        kept = work()
+        os.write(writing, b"x")
+        time.sleep(60)
+        del kept
+        os._exit(0)
+    assert os.read(reading, 1)
+    return child, reading
+
+
+def _end(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_the_line_says_who_how_long_silent_and_when_it_is_free(tmp_path):
+    child, _ = _child(lambda: FolderLock(tmp_path))
+    try:
+        os.utime(tmp_path / ".lock", (time.time() - 500,) * 2)  # suspended for long, but alive
+        with pytest.raises(StorageError) as refused:
+            FolderLock(tmp_path)
+    finally:
+        _end(child)
+    line = str(refused.value)
+    assert re.search(rf"process {child} on \S+, since \S+, last seen [45]\d\d s ago; its", line)
+    assert "its process is alive, the folder is free once it has ended" in line
+
+
+def test_a_lock_that_is_deleted_still_counts_and_is_put_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "REFRESH_SECONDS", 0.05)
+    child, _ = _child(lambda: FolderLock(tmp_path))
+    try:
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(StorageError, match="another run writes here"):
+            FolderLock(tmp_path)
+        end = time.monotonic() + 30
+        while not (tmp_path / ".lock").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        with pytest.raises(StorageError, match=f"process {child} on "):
+            FolderLock(tmp_path)
+    finally:
+        _end(child)
+    FolderLock(tmp_path).release()
+
+
+@pytest.mark.parametrize("ahead", [10.0, 86400.0, 1e9])
+def test_a_time_stamp_in_the_future_is_said_and_counts_from_now(tmp_path, monkeypatch, ahead):
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    os.utime(path, (time.time() + ahead,) * 2)
+    with pytest.raises(StorageError) as refused:
+        FolderLock(tmp_path)
+    line = str(refused.value)
+    assert "last seen 0 s ago" in line and "-" not in re.sub(r"\S*/\S*", "", line)
+    assert re.search(r"lay \d+ s in the future\); the folder may be taken over after 120 s", line)
+    assert path.stat().st_mtime <= time.time() + 1
+    monkeypatch.setattr(lock_module, "STALE_SECONDS", 0.0)
+    FolderLock(tmp_path).release()
+
+
+def test_nothing_is_left_after_the_end(tmp_path):
+    lock = FolderLock(tmp_path)
+    with pytest.raises(StorageError):  # also of the same process
+        FolderLock(tmp_path)
+    lock.release()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_taken_over_is_told(tmp_path):
+    lock = FolderLock(tmp_path)
+    lock.check()
+    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "nonce": "x"}))
+    with pytest.raises(StorageError, match="taken over by process 7 on elsewhere"):
+        lock.check()
+    lock.release()
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == 7  # it is the other's now
+
+
+@pytest.mark.parametrize("shared", ["run", "checkpoints"])
+def test_a_run_has_all_of_its_folders_or_none(tmp_path, shared):
+    folders = [tmp_path / name for name in ("run", "checkpoints", "other")]
+    for folder in folders:
+        folder.mkdir()
+    child, _ = _child(lambda: RunLock(folders[:2]))
+    try:
+        for order in ([tmp_path / shared, folders[2]], [folders[2], tmp_path / shared]):
+            with pytest.raises(StorageError, match=f"{shared}: another run writes here"):
+                RunLock(order)
+            assert owner_of(folders[2]) is None
+    finally:
+        _end(child)
+    RunLock([*folders, tmp_path / "run" / ".." / "run"]).release()
+
+
+def test_ranks_of_one_start_know_their_own_lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "5000")
+    child, _ = _child(lambda: FolderLock(tmp_path))
+    try:
+        monkeypatch.setenv("MEGASPARSE_LAUNCH", str(os.getpid()))  # what the child's parent is
+        require_free([tmp_path], is_same_launch)
+        for name, value in (("MEGASPARSE_LAUNCH", "1"), ("MASTER_PORT", "5001")):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, value)
+                with pytest.raises(StorageError, match=f"process {child} on "):
+                    require_free([tmp_path], is_same_launch)
+        # Looking does not take the lock from its owner.
+        with pytest.raises(StorageError):
+            FolderLock(tmp_path)
+    finally:
+        _end(child)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,9 @@ from megasparse.checkpoint.directory import list_steps
 from megasparse.config import CheckpointConfig
 from megasparse.distributed import supervise as supervise_module
 from megasparse.distributed.supervise import supervise
+from tests.runs import TINY
+
+ROOT = Path(__file__).parents[2]
 
 # A training in miniature: MODE says how each attempt of each rank ends.
 _CHILD = """
@@ -119,3 +124,38 @@ def test_what_an_earlier_job_left_is_not_taken_for_an_order(tmp_path):
     (root / "starts").unlink()
     assert _run(root, {"0": ["71", "0"], "1": ["kill", "0"]}, max_restarts=3) == {0: 0, 1: 0}
     assert {"0:0:True", "0:1:True", "1:1:True"} <= _starts(root)
+
+
+def test_a_second_start_leaves_a_supervised_run_alone(tmp_path, dataset):
+    run_dir = tmp_path / "run"
+    flags = [*TINY, "--data-path", dataset, "--run-dir", str(run_dir), "--max-restarts", "5"]
+    command = [sys.executable, "launch/pretrain.py", *flags, "--resume"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*command, *more], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    first = start("--train-iters", "1000000")
+    try:
+        end = time.monotonic() + 120
+        while not (run_dir / "metrics.jsonl").exists():
+            assert time.monotonic() < end and first.poll() is None
+            time.sleep(0.1)
+        board = (run_dir / ".attempt.json").read_bytes()
+        for more in ((), ("--max-restarts", "0"), ("--save", str(tmp_path / "other"))):
+            second = start(*more)
+            _, text = second.communicate(timeout=60)
+            assert second.returncode == 74
+            (line,) = [line for line in text.splitlines() if "Error" in line]
+            assert f"another run writes here: process {first.pid} on " in line
+            assert "last seen" in line and "is free once it has ended" in line
+        assert (run_dir / ".attempt.json").read_bytes() == board
+        assert not list(run_dir.glob(".attempt.json.failed-*")) and first.poll() is None
+        first.terminate()
+        assert first.wait(60) == 75
+        assert not list(run_dir.rglob(".lock"))
+    finally:
+        first.kill()
+        first.communicate()

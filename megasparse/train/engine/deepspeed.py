@@ -69,17 +69,20 @@ def fix_order_of_sums() -> None:
 
 
 def start_process(
-    timeout_minutes: float, watch: Callable[[tuple[str, int] | None], object] = lambda _: None
+    timeout_minutes: float,
+    watch: Callable[[tuple[str, int] | None], object] = lambda _: None,
+    waiting: Callable[[], object] = lambda: None,
+    listen_everywhere: bool = False,
 ) -> torch.device:
     """Join the process group that the launcher described.
 
     Args:
-        watch: called with where the group's store listens (`join_group`).
+        watch, waiting, listen_everywhere: as of `join_group`.
 
     Returns:
         The device of this rank.
     """
     device = own_device()
-    join_group(device, collective_timeout(timeout_minutes), watch)
+    join_group(device, collective_timeout(timeout_minutes), watch, waiting, listen_everywhere)
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)  # finds the group
     return device

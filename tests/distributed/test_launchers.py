@@ -1,0 +1,75 @@
+"""A rank whose launcher is gone is asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from megasparse.distributed.launchers import launchers
+
+_RANK = """
+import sys, time
+from megasparse.distributed import launchers
+launchers.INTERVAL_SECONDS = 0.05
+launchers.watch_launchers()
+print(len(launchers.launchers()), flush=True)
+time.sleep(60)
+"""
+_LAUNCHER = """
+import subprocess, sys
+script, *inner = sys.argv[1:]
+command = [*inner, script] if inner else ["-c", script]
+sys.exit(subprocess.Popen([sys.executable, *command]).wait())
+"""
+
+
+@pytest.mark.parametrize("killed", ["outer", "inner"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_rank_ends_when_either_launcher_does(tmp_path, killed, number):
+    # As DeepSpeed's: the outer process starts the inner one, which starts the ranks.
+    for name in ("deepspeed", "launch.py"):
+        (tmp_path / name).write_text(textwrap.dedent(_LAUNCHER))
+    outer, inner = (str(tmp_path / name) for name in ("deepspeed", "launch.py"))
+    process = subprocess.Popen(
+        [sys.executable, outer, _RANK, inner], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"2\n"
+    above = _children(process.pid)
+    (rank,) = _children(above[0])
+    os.kill(process.pid if killed == "outer" else above[0], number)
+    end = time.monotonic() + 30
+    while _alive(rank) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not _alive(rank)
+    process.kill()
+    process.wait()
+
+
+def test_shells_and_other_parents_are_no_launchers(tmp_path):
+    assert launchers() == {}
+    command = f"{sys.executable} -c '{_RANK}' ; true # deepspeed torchrun"
+    process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"0\n"
+    for child in _children(process.pid):
+        os.kill(child, signal.SIGKILL)
+    process.wait()
+
+
+def _children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as stream:
+        return [int(child) for child in stream.read().split()]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stream:
+            return stream.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -10,84 +10,27 @@ time of its last sign of life decide; both times are read from the file system's
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import secrets
-import socket
-import struct
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megasparse.distributed.environment import launch_identity
+from megasparse.checkpoint.lock_owner import (
+    NAME,
+    REFRESH_SECONDS,
+    Owner,
+    Record,
+    describe,
+    look,
+    own_record,
+    owner_of,
+    read,
+    same_file,
+    write,
+)
 from megasparse.errors import StorageError
 from megasparse.log import logger
-
-NAME = ".lock"
-STALE_SECONDS = 120.0
-REFRESH_SECONDS = 2.0
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
-_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
-
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who writes into a folder.
-
-    Attributes:
-        record: what `.lock` says; may be empty.
-        silent: seconds since its last sign of life.
-        alive: its process certainly exists.
-        ahead: seconds by which its time stamp lies in the future; 0 if it does not.
-    """
-
-    record: Record
-    silent: float
-    alive: bool
-    ahead: float = 0.0
-
-    def refusal(self, folder: Path) -> str:
-        """The line for a second writer: who, silent for how long, and when it may take over."""
-        line = f"{folder}: another run writes here: {describe(self.record)}"
-        if self.record.get("since"):
-            line += f", since {self.record['since']}"
-        line += f", last seen {self.silent:.0f} s ago"
-        if self.ahead:
-            line += f" (its time stamp lay {self.ahead:.0f} s in the future)"
-        if self.alive:
-            return f"{line}; its process is alive, the folder is free once it has ended"
-        left = max(STALE_SECONDS - self.silent, 1.0)
-        return (
-            f"{line}; the folder may be taken over after {STALE_SECONDS:.0f} s without a sign of "
-            f"life, in {left:.0f} s"
-        )
-
-
-def describe(record: Record) -> str:
-    """An owner in words."""
-    job = f", job {record['job']}" if record.get("job") else ""
-    return f"process {record.get('pid', '?')} on {record.get('host', '?')}{job}"
-
-
-def owner_of(folder: Path) -> Owner | None:
-    """Who writes into a folder now, without taking or disturbing its lock; None: nobody.
-
-    Not to be called by a process that holds the lock: closing the file would drop it.
-    """
-    try:
-        descriptor = os.open(folder / NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        return _look(descriptor, folder)
-    finally:
-        os.close(descriptor)
 
 
 class FolderLock:
@@ -113,8 +56,8 @@ class FolderLock:
         except BaseException:
             self._close_folder()
             raise
-        self._record = _own_record()
-        _write(self._descriptor, self._record)
+        self._record = own_record()
+        write(self._descriptor, self._record)
         self._thread = threading.Thread(target=self._refresh, name="lock", daemon=True)
         self._thread.start()
 
@@ -138,7 +81,7 @@ class FolderLock:
             self._over.set()
             if self._lost is None:
                 with suppress(OSError):
-                    if _same_file(self._descriptor, self.path):
+                    if same_file(self._descriptor, self.path):
                         self.path.unlink()
             os.close(self._descriptor)
             self._close_folder()
@@ -182,24 +125,24 @@ class FolderLock:
             except BaseException:
                 os.close(descriptor)
                 raise
-            if _same_file(descriptor, self.path):
+            if same_file(descriptor, self.path):
                 return descriptor
             os.close(descriptor)  # its owner has just let it go, and deleted it
 
     def _take(self, descriptor: int) -> None:
-        owner = _look(descriptor, self._folder)
+        owner = look(descriptor, self._folder)
         if owner is None:
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                owner = _look(descriptor, self._folder) or Owner(_read(descriptor), 0.0, True)
+                owner = look(descriptor, self._folder) or Owner(read(descriptor), 0.0, True)
         if owner is not None:
             if owner.ahead:
                 # The owner's time counts from now, or the lock of a dead one would never be free.
                 with suppress(OSError):
                     os.utime(descriptor)
             raise StorageError(owner.refusal(self._folder))
-        if gone := _read(descriptor):
+        if gone := read(descriptor):
             logger.warning(
                 "%s: taking over the lock of a run that is gone: %s", self._folder, describe(gone)
             )
@@ -217,8 +160,8 @@ class FolderLock:
         """Show a sign of life, unless another run has taken the folder over."""
         if self._lost is not None:
             return
-        if _same_file(self._descriptor, self.path):
-            found = _read(self._descriptor)
+        if same_file(self._descriptor, self.path):
+            found = read(self._descriptor)
             if found and found.get("nonce") != self._record["nonce"]:
                 self._lost = (
                     f"taken over by {describe(found)}, while this run showed no sign of life"
@@ -234,93 +177,7 @@ class FolderLock:
         logger.warning("%s was deleted or exchanged; put back", self.path)
         os.close(self._descriptor)
         self._descriptor = descriptor
-        _write(descriptor, self._record)
-
-
-def _look(descriptor: int, folder: Path) -> Owner | None:
-    """Who holds an open `.lock`, if anybody does or may."""
-    record = _read(descriptor)
-    age = _now(folder) - os.fstat(descriptor).st_mtime
-    ahead = -age if age < -REFRESH_SECONDS else 0.0
-    silent = max(age, 0.0)
-    request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    try:
-        held = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, request))
-    except OSError:  # no locks here at all: the record decides
-        held = (fcntl.F_UNLCK,)
-    if held[0] != fcntl.F_UNLCK:
-        return Owner(record, silent, True, ahead)
-    if not record or _is_here(record) or _is_earlier_start(record) or silent >= STALE_SECONDS:
-        return None
-    return Owner(record, silent, False, ahead)
-
-
-def _is_here(record: Record) -> bool:
-    """Whether the owner is of this host; its process is gone then, or it would hold the lock."""
-    if record.get("boot"):
-        return record["boot"] == _boot()
-    return record.get("host") in (None, socket.gethostname())
-
-
-def _is_earlier_start(record: Record) -> bool:
-    """Whether it is this Slurm job before it was queued again, perhaps on other nodes."""
-    job = os.environ.get("SLURM_JOB_ID")
-    start = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return job is not None and record.get("job") == job and record.get("start") != start
-
-
-def _own_record() -> Record:
-    return {
-        "host": socket.gethostname(),
-        "boot": _boot(),
-        "pid": os.getpid(),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "start": os.environ.get("SLURM_RESTART_COUNT", "0"),
-        "since": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "nonce": secrets.token_hex(8),
-        **launch_identity(),
-    }
-
-
-def _boot() -> str | None:
-    try:
-        return _BOOT.read_text().strip()
-    except OSError:
-        return None
-
-
-def _now(folder: Path) -> float:
-    """The time by the clock of the file system that a folder is on, which other hosts use too."""
-    probe = folder / f".probe-{os.getpid()}-{threading.get_ident()}"
-    try:
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
-    except OSError:
-        return time.time()
-    return now
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except OSError:
-        return False
-
-
-def _read(descriptor: int) -> Record:
-    try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def _write(descriptor: int, record: Record) -> None:
-    # A full disk takes the note of who it is, not the lock.
-    with suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(record).encode(), 0)
+        write(descriptor, self._record)
 
 
 class RunLock:

@@ -11,7 +11,9 @@ import time
 import pytest
 
 from megasparse.checkpoint import lock as lock_module
-from megasparse.checkpoint.lock import FolderLock, RunLock, owner_of, require_free
+from megasparse.checkpoint import lock_owner
+from megasparse.checkpoint.lock import FolderLock, RunLock, require_free
+from megasparse.checkpoint.lock_owner import owner_of
 from megasparse.distributed.environment import is_same_launch
 from megasparse.errors import StorageError
 
@@ -114,7 +116,7 @@ def test_a_time_stamp_in_the_future_is_said_and_counts_from_now(tmp_path, monkey
     assert "last seen 0 s ago" in line and "-" not in re.sub(r"\S*/\S*", "", line)
     assert re.search(r"lay \d+ s in the future\); the folder may be taken over after 120 s", line)
     assert path.stat().st_mtime <= time.time() + 1
-    monkeypatch.setattr(lock_module, "STALE_SECONDS", 0.0)
+    monkeypatch.setattr(lock_owner, "STALE_SECONDS", 0.0)
     FolderLock(tmp_path).release()
 
 

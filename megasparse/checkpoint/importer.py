@@ -12,7 +12,7 @@ import torch
 import megasparse
 from megasparse.atomic_files import check_free_space, new_folder, replacing, write_text
 from megasparse.checkpoint.directory import step_folder, write_pointer
-from megasparse.checkpoint.manifest import Piece
+from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.writer import Tensors, publish, write_rank_file
 from megasparse.config import RunConfig, dump_yaml, to_dict
 from megasparse.config.shapes import VOCABULARY
@@ -67,7 +67,7 @@ def write_imported(
                 stream.write(path.read_bytes())
         temporary = folder / "step-00000000.tmp-0"
         temporary.mkdir(mode=0o700)
-        files = []
+        files: dict[str, dict[str, Any]] = {}
         with progress(desc="converting", total=total, unit="B", enabled=bar) as shown:
 
             def read(entry: str) -> torch.Tensor:
@@ -77,7 +77,7 @@ def write_imported(
                 return value
 
             for rank, shard in enumerate(_divide(entries, max_shard_bytes)):
-                files.append(write_rank_file(temporary, rank, shard, binding, read=read))
+                files |= write_rank_file(temporary, rank, shard, binding, read=read)
         meta = _describe(source, config, binding)
         publish(temporary, step_folder(folder, 0), files, meta)
         write_pointer(folder, 0)

@@ -1,4 +1,9 @@
-"""The manifest of a checkpoint: what it says, how it is written, and the check of every field."""
+"""The manifest of a checkpoint: what it says, how it is written, and the check of every field.
+
+It says of each rank's file no more than size and digest of the header, about 150 bytes. The list
+of the pieces that a file holds is in its own header (`rank_file.py`), so a manifest stays small
+however many ranks and parameters there are.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,13 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megasparse.errors import CheckpointError, ConfigError
-from megasparse.sparsity.shard import WeightShard
+from megasparse.errors import CheckpointError, StorageError
 
-FORMAT = 2
+FORMAT = 3
+OLD_FORMAT = 2  # lists the pieces of all files; still read
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
 
@@ -21,109 +25,98 @@ MAX_MANIFEST_BYTES = 1 << 30
 _MANIFEST: dict[str, type] = {
     "format": int, "run_id": str, "step": int, "consumed_samples": int, "layout": dict,
     "optimizer_steps": int, "digests": dict, "config": dict, "state": dict, "versions": dict,
-    "files": dict, "pieces": list,
+    "files": dict,
 }  # fmt: skip
 _FILE_NAME = re.compile(r"rank-\d{5,}\.safetensors")
 FILE_FIELDS: dict[str, type] = {"size": int, "header_sha256": str}
-_PIECE: dict[str, type] = {"file": str, "entry": str, "key": str, "shard": dict, "sha256": str}
-_SHARD: dict[str, type] = {"global_shape": list, "rank": int, "world": int, "parts": int}
+# The end of a manifest: the digest of all before it.
+_ENDS = {FORMAT: (b',"sha256":"%s"}', b"}"), OLD_FORMAT: (b',\n "sha256": "%s"\n}', b"\n}")}
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One stored tensor: which part of the whole `key` it is.
-
-    Attributes:
-        key: name of the whole tensor.
-        shard: tensor-parallel part.
-        start, stop: range of the flattened part (ZeRO); None: all of it.
-    """
-
-    key: str
-    shard: WeightShard
-    start: int | None = None
-    stop: int | None = None
-
-    def to_json(self, file: str, entry: str) -> dict[str, Any]:
-        return {"file": file, "entry": entry, **asdict(self)}
+def file_name(rank: int) -> str:
+    """Of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 def encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """The one way to write a manifest: its own digest comes last."""
-    body = {"format": FORMAT, **manifest}
-    digest = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
-    return json.dumps({**body, "sha256": digest}, indent=1).encode()
+    """The one way to write a manifest: its own digest comes last.
+
+    Raises:
+        StorageError: longer than readers take.
+    """
+    body = json.dumps({"format": FORMAT, **manifest}, separators=(",", ":")).encode()
+    digest = hashlib.sha256(body).hexdigest().encode()
+    content = body[:-1] + _ENDS[FORMAT][0] % digest
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise StorageError(
+            f"the manifest would have {len(content)} bytes, readers take {MAX_MANIFEST_BYTES}"
+        )
+    return content
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest at `path`, every field checked, and its own digest.
+def read_manifest(path: Path) -> bytes:
+    """The content of a manifest, not checked.
+
+    Raises:
+        CheckpointError: cannot be read.
+    """
+    try:
+        if path.is_symlink() or os.stat(path).st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path}: a link, or longer than {MAX_MANIFEST_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def decode_manifest(content: bytes, path: Path) -> dict[str, Any]:
+    """What a manifest says: its digest is of the bytes as they are, every field is checked.
+
+    Args:
+        path: where it was read, for messages.
 
     Raises:
         CheckpointError: names what was found and expected.
     """
     try:
-        if path.is_symlink() or os.stat(path).st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{path}: a link, or longer than {MAX_MANIFEST_BYTES} bytes")
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
         manifest = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CheckpointError(f"{path}: format {found!r}, expected {FORMAT}")
-    manifest.pop("sha256", None)
-    if encode_manifest({k: v for k, v in manifest.items() if k != "format"}) != content:
+    version = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if type(version) is not int or version not in _ENDS:
+        raise CheckpointError(f"{path}: format {version!r}, expected {FORMAT}")
+    end, closing = _ENDS[version]
+    body = content[: -len(end % (b"0" * 64))] + closing
+    if content != body[: -len(closing)] + end % hashlib.sha256(body).hexdigest().encode():
         raise CheckpointError(f"{path}: damaged: wrong sha256")
+    del manifest["sha256"]
     _check_manifest(manifest, path)
     return manifest
 
 
 def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
-    _check_fields(manifest, _MANIFEST, str(path))
-    if unknown := sorted(manifest.keys() - _MANIFEST.keys()):
+    fields = _MANIFEST if manifest["format"] == FORMAT else {**_MANIFEST, "pieces": list}
+    check_fields(manifest, fields, str(path))
+    if unknown := sorted(manifest.keys() - fields.keys()):
         raise CheckpointError(f"{path}: unknown keys {unknown}")
     for name, entry in manifest["files"].items():
         if not _FILE_NAME.fullmatch(name):
             raise CheckpointError(f"{path}: file {name!r}, expected rank-00000.safetensors")
-        _check_fields(entry, FILE_FIELDS, f"{path}: {name}")
-    for piece in manifest["pieces"]:
-        _check_fields(piece, _PIECE, f"{path}: a piece")
-        _check_fields(piece["shard"], _SHARD, f"{path}: {piece['key']}")
-        for bound in ("start", "stop"):
-            if not isinstance(piece.get(bound), (int, type(None))):
-                raise CheckpointError(f"{path}: {piece['key']}: {bound} {piece[bound]!r}")
+        check_fields(entry, FILE_FIELDS, f"{path}: {name}")
+    for piece in manifest.get("pieces", ()):
+        check_fields(piece, {"file": str}, f"{path}: a piece")
         if piece["file"] not in manifest["files"]:
-            raise CheckpointError(f"{path}: {piece['key']}: unknown file {piece['file']!r}")
+            raise CheckpointError(f"{path}: unknown file {piece['file']!r}")
 
 
-def _check_fields(record: Any, expected: dict[str, type], where: str) -> None:
+def check_fields(record: Any, expected: dict[str, type], where: str) -> None:
+    """Refuse a record without these fields, or with others' types in them.
+
+    Raises:
+        CheckpointError: names field, found and expected type.
+    """
     if not isinstance(record, dict):
         raise CheckpointError(f"{where}: found {type(record).__name__}, expected an object")
     for key, kind in expected.items():
         if type(record.get(key)) is not kind:
             found = "nothing" if key not in record else type(record[key]).__name__
             raise CheckpointError(f"{where}: {key}: found {found}, expected {kind.__name__}")
-
-
-def shard_of(record: dict[str, Any], key: str) -> WeightShard:
-    """The shard that a piece of the tensor `key` is.
-
-    Raises:
-        CheckpointError: the record describes no shard.
-    """
-    shape = record["global_shape"]
-    dim, world = record.get("dim"), record["world"]
-    if (
-        any(type(size) is not int or size < 0 for size in shape)
-        or not (dim is None or (type(dim) is int and 0 <= dim < len(shape)))
-        or not 0 <= record["rank"] < world
-        or record["parts"] < 1
-    ):
-        raise CheckpointError(f"{key}: no part of a tensor: {record}")
-    try:
-        return WeightShard(tuple(shape), dim, record["rank"], world, record["parts"])
-    except ConfigError as error:
-        raise CheckpointError(f"{key}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 from megasparse.checkpoint.directory import checkpoint_root
 from megasparse.checkpoint.manifest import MANIFEST
+from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.reader import CheckpointReader
-from megasparse.checkpoint.saver import choose
+from megasparse.checkpoint.saver import choose, open_together
 from megasparse.config import CompleteModel, RunConfig, from_dict, narrowed
 from megasparse.config.shapes import VOCABULARY
 from megasparse.convert.layout import parameter_shapes
@@ -21,11 +23,10 @@ from megasparse.sparsity import schedule, slorb
 from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
-from megasparse.tensor_files import DTYPES, Entry
+from megasparse.tensor_files import Entry
 
 # SLoRB's S and P beside a layer's `.weight`.
 ADAPTER, PROJECTION = ".slorb_adapter", ".slorb_projection"
-_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class StoredModel:
@@ -131,7 +132,7 @@ class StoredModel:
         )
 
     def _stored_dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self.reader.dtype(f"param/{name}")]
+        return self.reader.dtype(f"param/{name}")
 
     def _check(self) -> None:
         stored = {key.removeprefix("param/") for key in self.reader.keys("param/")}
@@ -157,7 +158,7 @@ def open_checkpoint(path: Path, control: ControlPlane) -> CheckpointReader:
         CheckpointError: none is there, or it is damaged.
     """
     if control.on_rank_zero(lambda: (path / MANIFEST).is_file()):
-        return CheckpointReader(path)
+        return open_together(path, control)
     root = Path(control.on_rank_zero(lambda: str(checkpoint_root(path))))  # JSON travels
     reader = choose(root, control)
     if reader is None:
@@ -186,19 +187,32 @@ def sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, t
         CheckpointError: there is none.
     """
     prefix = f"sparsity/{state.name}/"
-    loaded = {key.removeprefix(prefix): reader.read(key) for key in reader.keys(prefix)}
-    if "counters" not in loaded:
+    counters = f"{prefix}counters"
+    if counters not in reader:
         raise CheckpointError(f"{reader.folder}: holds no sparsity state of {state.name}")
-    if "mask" in loaded:
-        loaded["mask"] = mask_shard(state).slice_of(loaded["mask"])
-    if "input_square" in loaded and state.shard.dim == 1:
-        loaded["input_square"] = input_shard(state).slice_of(loaded["input_square"])
-    if "flips" in loaded:
-        # Counts of other ranks cannot be told apart in another layout: the first takes them all.
-        same = loaded["flips"].numel() == state.shard.world
-        total = loaded["flips"][state.shard.rank] if same else loaded["flips"].sum()
-        loaded["flips"] = total if same or state.shard.rank == 0 else torch.zeros_like(total)
+    loaded = {}
+    for key in reader.keys_beside(counters, prefix):
+        kind = key.removeprefix(prefix)
+        if kind == "flips":
+            loaded[kind] = _own_flips(reader, key, state.shard)
+            continue
+        shard = WeightShard(reader.shape(key))
+        if kind == "mask":
+            shard = mask_shard(state)
+        elif kind == "input_square" and state.shard.dim == 1:
+            shard = input_shard(state)
+        loaded[kind] = reader.read_part(Piece(key, shard)).view(shard.local_shape)
     return loaded
+
+
+def _own_flips(reader: CheckpointReader, key: str, shard: WeightShard) -> torch.Tensor:
+    """Counts of other ranks cannot be told apart in another layout: the first takes them all."""
+    (world,) = reader.shape(key)
+    if world == shard.world:
+        own = WeightShard((world,), 0, shard.rank, world)
+        return reader.read_part(Piece(key, own)).view(())
+    total = reader.read(key).sum()
+    return total if shard.rank == 0 else torch.zeros_like(total)
 
 
 def mask_shard(state: SparseWeight) -> WeightShard:
@@ -227,16 +241,15 @@ def _vocab_size(reader: CheckpointReader, config: RunConfig) -> int:
     return size
 
 
-def check_shape(value: torch.Tensor, shard: WeightShard, name: str, where: str) -> None:
-    """Refuse a tensor of another size than the model's parameter.
+def check_shape(found: Sequence[int], shard: WeightShard, name: str, where: str) -> None:
+    """Refuse a tensor of another shape than the model's parameter.
 
     Raises:
         CheckpointError: names both shapes.
     """
-    if tuple(value.shape) == shard.global_shape:
+    if tuple(found) == shard.global_shape:
         return
     hint = " (--make-vocab-size-divisible-by)" if name in VOCABULARY else ""
     raise CheckpointError(
-        f"{where}: {name} has shape {tuple(value.shape)}, the model expects "
-        f"{shard.global_shape}{hint}"
+        f"{where}: {name} has shape {tuple(found)}, the model expects {shard.global_shape}{hint}"
     )

@@ -1,68 +1,74 @@
 """Checkpoint files: safetensors and JSON, every byte under a checksum, verified before use.
 
 A checkpoint is a folder `step-00000100` with one safetensors file a rank and `manifest.json`. The
-manifest holds size and header digest of every file and, for every tensor, its SHA-256 and which
-piece of the whole it is. So a reader can take any tensor whole, whatever the layout that wrote it,
-and damage is found by the name of tensor and file.
+manifest has size and header digest of every file; the header says, for every tensor of the file,
+its SHA-256 and which piece of the whole it is. So a reader can take any part of any tensor,
+whatever the layout that wrote it, and damage is found by the name of tensor and file.
+
+Headers are read when they are needed. A rank of a resumed run names the files that its state is
+most likely in (`search_first`), and opens no others if it finds all there.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
-import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megasparse.checkpoint.manifest import FILE_FIELDS, MANIFEST, read_manifest, shard_of
+from megasparse.checkpoint.manifest import MANIFEST, decode_manifest, read_manifest
+from megasparse.checkpoint.pieces import Piece, Stored
+from megasparse.checkpoint.rank_file import RankFile
 from megasparse.errors import CheckpointError
 from megasparse.log import is_logging_rank
 from megasparse.progress import progress
 from megasparse.sparsity.shard import WeightShard
-from megasparse.tensor_files import SafetensorError, raw_bytes, safe_open
+
+_OPEN_FILES = 16  # at a time; a checkpoint may have more than a process can open
 
 
 class CheckpointReader:
-    """A verified checkpoint: whole tensors by key.
+    """A checkpoint: tensors by key, whole or in part.
 
     Args:
         folder: of one checkpoint.
-        verify: compare the digest of every tensor now (one pass over the bytes); `read` does so
-            for what it reads in any case.
+        verify: compare the digest of every tensor now (one pass over the bytes). `read_part`
+            does so for the pieces that it reads whole in any case.
+        manifest: content of the manifest, if it was read before (by rank 0, for all).
 
     Raises:
         CheckpointError: names the damaged file and tensor.
     """
 
-    def __init__(self, folder: Path, verify: bool = True) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, verify: bool = True, manifest: bytes | None = None) -> None:
         if folder.is_symlink():
             raise CheckpointError(f"{folder}: found a link, expected a folder")
-        self._index(read_manifest(folder / MANIFEST))
+        path = folder / MANIFEST
+        content = manifest if manifest is not None else read_manifest(path)
+        self._begin(folder, decode_manifest(content, path))
         if verify:
             self.verify(self.files)
 
     @classmethod
-    def of_files(cls, folder: Path, records: list[dict[str, Any]]) -> CheckpointReader:
+    def of_files(cls, folder: Path, files: dict[str, dict[str, Any]]) -> CheckpointReader:
         """The files of a checkpoint in the making, by what their writers said of them."""
         reader = cls.__new__(cls)
-        reader.folder = folder
-        files = {r["file"]: {k: r[k] for k in FILE_FIELDS} for r in records}
-        reader._index({"files": files, "pieces": [p for r in records for p in r["pieces"]]})
+        reader._begin(folder, {"files": files})
         return reader
 
-    def _index(self, meta: dict[str, Any]) -> None:
-        self.meta = meta
-        self._pieces: dict[str, list[dict[str, Any]]] = {}
-        self._by_file: dict[str, list[dict[str, Any]]] = {name: [] for name in self.meta["files"]}
-        for piece in self.meta["pieces"]:
-            self._pieces.setdefault(piece["key"], []).append(piece)
-            self._by_file[piece["file"]].append(piece)
-        for name in self._by_file:
-            self._check_file(name)
+    def _begin(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.folder, self.meta = folder, meta
+        self._known: dict[str, RankFile] = {}
+        self._open: list[RankFile] = []
+        self._pieces: dict[str, list[tuple[RankFile, Stored]]] = {}
+        self._to_search: list[list[str]] = [list(meta["files"])]
+        self._indexed: set[str] = set()
+        self._records: dict[str, list[Any]] | None = None
+        if "pieces" in meta:  # the old format
+            self._records = {name: [] for name in meta["files"]}
+            for record in meta["pieces"]:
+                self._records[record["file"]].append(record)
 
     @property
     def imported(self) -> bool:
@@ -72,9 +78,9 @@ class CheckpointReader:
     @property
     def files(self) -> list[str]:
         """Names of the files with tensors."""
-        return list(self._by_file)
+        return list(self.meta["files"])
 
-    def verify(self, files: list[str]) -> None:
+    def verify(self, files: Sequence[str]) -> None:
         """Compare the digests of all tensors in these files.
 
         Raises:
@@ -84,36 +90,47 @@ class CheckpointReader:
         desc = f"verifying {self.folder.name}"
         with progress(desc=desc, total=total, unit="B", enabled=is_logging_rank()) as bar:
             for name in files:
-                path = self.folder / name
-                try:
-                    with safe_open(path, framework="pt") as stream:
-                        for record in self._by_file[name]:
-                            bar.update(self._take(stream, record).nbytes)
-                except (SafetensorError, OSError) as error:
-                    raise CheckpointError(f"{path}: {error}") from None
+                self._file(name).verify(bar.update)
+
+    def search_first(self, groups: Sequence[Sequence[str]]) -> None:
+        """Say where tensors probably are.
+
+        Args:
+            groups: of files, those of the first group first; all others come after the last.
+        """
+        known = self.meta["files"].keys()
+        self._to_search = [[name for name in group if name in known] for group in groups]
+        self._to_search.append(self.files)
 
     def keys(self, prefix: str = "") -> list[str]:
         """Keys of the stored tensors that start with `prefix`."""
+        self._search_all()
         return [key for key in self._pieces if key.startswith(prefix)]
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._pieces
+    def keys_beside(self, key: str, prefix: str) -> list[str]:
+        """Keys that start with `prefix`, from the files searched until `key` was found."""
+        self._find(key)
+        return [other for other in self._pieces if other.startswith(prefix)]
 
-    def dtype(self, key: str) -> str:
-        """safetensors' name of a stored tensor's type, from the header of its file.
+    def __contains__(self, key: str) -> bool:
+        return self._find(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Of a stored tensor.
 
         Raises:
             CheckpointError: no such tensor, or damaged.
         """
-        if key not in self._pieces:
-            raise CheckpointError(f"{self.folder}: holds no tensor {key!r}")
-        record = self._pieces[key][0]
-        path = self.folder / record["file"]
-        try:
-            with safe_open(path, framework="pt") as stream:
-                return stream.get_slice(record["entry"]).get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {error}") from None
+        file, stored = self._require(key)[0]
+        return file.dtype(stored)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of the whole tensor.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        return self._require(key)[0][1].piece.shard.global_shape
 
     def read(self, key: str) -> torch.Tensor:
         """The whole tensor, put together from its pieces, on the CPU.
@@ -121,74 +138,104 @@ class CheckpointReader:
         Raises:
             CheckpointError: no such tensor, damaged, or the pieces do not make it up.
         """
-        if key not in self._pieces:
-            raise CheckpointError(f"{self.folder}: holds no tensor {key!r}")
-        parts: dict[WeightShard, torch.Tensor] = {}
-        covered, numel = 0, 0
-        for record in self._pieces[key]:
-            shard = shard_of(record["shard"], key)
-            value = self._load(record)
-            covered, numel = covered + value.numel(), math.prod(shard.global_shape)
-            try:
-                if record["start"] is None:
-                    parts[shard] = value.reshape(shard.local_shape)
+        return self.read_part(Piece(key, WeightShard(self.shape(key)))).view(self.shape(key))
+
+    def read_part(self, wanted: Piece) -> torch.Tensor:
+        """A part of a tensor, 1-D, on the CPU; only its own bytes are read.
+
+        Raises:
+            CheckpointError: no such tensor, damaged, of another shape, or the pieces do not make
+                the part up.
+        """
+        key, target = wanted.key, None
+        found: list[tuple[int, int]] = []
+        read: set[tuple[str, str]] = set()
+        while True:
+            for file, stored in self._require(key):
+                if (file.path.name, stored.entry) in read:
                     continue
-                if covered > numel:
-                    break
-                part = parts.setdefault(shard, torch.empty(shard.local_shape, dtype=value.dtype))
-                part.view(-1)[record["start"] : record["stop"]] = value
-            except (RuntimeError, TypeError) as error:
-                raise CheckpointError(f"{self.folder}: {key}: {error}") from None
-        if covered != numel:
+                read.add((file.path.name, stored.entry))
+                if stored.piece.shard.global_shape != wanted.shard.global_shape:
+                    raise CheckpointError(
+                        f"{file.path}: {key} is of a tensor of shape "
+                        f"{stored.piece.shard.global_shape}, expected {wanted.shard.global_shape}"
+                    )
+                if target is None:
+                    target = self._room(key, wanted, file.dtype(stored))
+                if file.dtype(stored) != target.dtype:
+                    raise CheckpointError(f"{self.folder}: {key}: its pieces disagree on the type")
+                self._touch(file)
+                runs = file.read_common(stored, wanted, target)
+                found += [(run.wanted, run.length) for run in runs]
+            have = sum(length for _, length in found)
+            if have >= wanted.numel or not self._search_more():
+                break
+        position = 0
+        for start, length in sorted(found):
+            if start != position:
+                break
+            position += length
+        if position != wanted.numel or have != wanted.numel:
+            twice = ", some of them twice" if have > position else ""
             raise CheckpointError(
-                f"{self.folder}: {key}: its pieces hold {covered} of {numel} values"
+                f"{self.folder}: {key}: its pieces hold {have} of {wanted.numel} values{twice}"
             )
-        first = next(iter(parts.values()))
-        whole = torch.empty(next(iter(parts)).global_shape, dtype=first.dtype)
-        for shard, part in parts.items():
-            if shard.global_shape != tuple(whole.shape):
-                raise CheckpointError(f"{self.folder}: {key}: its pieces disagree on the shape")
-            shard.write_into(whole, part)
-        return whole
+        assert target is not None
+        return target
 
-    def _load(self, record: dict[str, Any]) -> torch.Tensor:
-        """One stored tensor, its own copy, with the digest that the manifest says."""
-        path = self.folder / record["file"]
-        try:
-            with safe_open(path, framework="pt") as stream:
-                return self._take(stream, record)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {error}") from None
+    def close(self) -> None:
+        """Close all files; they are opened again when they are read."""
+        for file in self._open:
+            file.close()
+        self._open.clear()
 
-    def _take(self, stream: Any, record: dict[str, Any]) -> torch.Tensor:
-        path = self.folder / record["file"]
-        try:
-            value = stream.get_tensor(record["entry"]).clone()
-        except (SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: {record['entry']}: {error}") from None
-        if hashlib.sha256(raw_bytes(value)).hexdigest() != record["sha256"]:
-            raise CheckpointError(f"{path}: damaged: tensor {record['entry']}: wrong sha256")
-        return value
-
-    def _check_file(self, name: str) -> None:
-        """Size and header; the size before anything is mapped, since a short file kills then."""
-        path, expected = self.folder / name, self.meta["files"][name]
-        try:
-            status = os.lstat(path)
-        except OSError:
-            raise CheckpointError(f"{path}: missing, expected {expected['size']} bytes") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        if status.st_size != expected["size"]:
+    def _room(self, key: str, wanted: Piece, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for the part, once it is known that the files can hold as much."""
+        if wanted.numel > sum(entry["size"] for entry in self.meta["files"].values()):
             raise CheckpointError(
-                f"{path}: found {status.st_size} bytes, expected {expected['size']}"
+                f"{self.folder}: {key}: {wanted.numel} values are more than its files hold"
             )
-        try:
-            with open(path, "rb") as stream:
-                prefix = stream.read(8)
-                length = int.from_bytes(prefix, "little")
-                header = stream.read(length) if length <= status.st_size else b""
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-        if hashlib.sha256(prefix + header).hexdigest() != expected["header_sha256"]:
-            raise CheckpointError(f"{path}: damaged: wrong sha256 of the header")
+        return torch.empty(wanted.numel, dtype=dtype)
+
+    def _file(self, name: str) -> RankFile:
+        if name not in self._known:
+            records = None if self._records is None else self._records[name]
+            self._known[name] = RankFile(self.folder / name, self.meta["files"][name], records)
+        self._touch(self._known[name])
+        return self._known[name]
+
+    def _touch(self, file: RankFile) -> None:
+        """A file is about to be read: of those that stay open it is the newest."""
+        if file in self._open:
+            self._open.remove(file)
+        self._open.append(file)
+        if len(self._open) > _OPEN_FILES:
+            self._open.pop(0).close()
+
+    def _require(self, key: str) -> list[tuple[RankFile, Stored]]:
+        if not self._find(key):
+            raise CheckpointError(f"{self.folder}: holds no tensor {key!r}")
+        return self._pieces[key]
+
+    def _find(self, key: str) -> bool:
+        while key not in self._pieces:
+            if not self._search_more():
+                return False
+        return True
+
+    def _search_all(self) -> None:
+        while self._search_more():
+            pass
+
+    def _search_more(self) -> bool:
+        """Read the headers of the next group of files; False: all are known."""
+        if not self._to_search:
+            return False
+        for name in self._to_search.pop(0):
+            if name in self._indexed:
+                continue
+            self._indexed.add(name)
+            file = self._file(name)
+            for stored in file.pieces:
+                self._pieces.setdefault(stored.piece.key, []).append((file, stored))
+        return True

@@ -1,11 +1,13 @@
 """The protocol of a save: snapshot, write, read back, agree, publish, prune.
 
     every rank   writes its file into `step-N.tmp-RUN`, syncs it, reads it back
-    all ranks    say whether they could; one failure and nothing is published
-    rank 0       manifest, one rename, pointer; then deletes what `keep_last` gives up
+    all ranks    tell rank 0 size and digest of their file, or why they have none
+    rank 0       if all have: manifest, one rename, pointer; and tells the others
+                 then deletes what `keep_last` gives up, while training goes on
 
-With `async_save` a thread writes a copy in host memory while training goes on, and the agreement
-takes place at the first step boundary at which all ranks have finished. No thread communicates.
+With `async_save` threads write a copy in host memory and publish it while training goes on. The
+ranks agree at the first step boundary at which all writers have finished, and again when rank 0 has
+published. No thread communicates.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from __future__ import annotations
 import copy
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megasparse.atomic_files import check_free_space
 from megasparse.checkpoint import directory
-from megasparse.checkpoint.manifest import encode_manifest
+from megasparse.checkpoint.manifest import MANIFEST, read_manifest
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.writer import (
     Hook,
@@ -44,6 +47,8 @@ class _Job:
     tensors: Tensors
     answer: dict[str, Any] = field(default_factory=dict)
     thread: threading.Thread | None = None
+    told: bool = False  # rank 0 has heard of all files
+    failure: Exception | None = None  # of publishing, on rank 0
 
 
 class Saver:
@@ -76,11 +81,12 @@ class Saver:
         self._async, self._hook = async_save, hook
         self._allowed_failures, self._failures = max_failed_saves, 0
         self._job: _Job | None = None
+        self._pruner: threading.Thread | None = None
         self.saved_step: int | None = None
 
     @property
     def writing(self) -> bool:
-        """Whether this rank's background writer is still at work."""
+        """Whether a background save is still at work on this rank."""
         return (
             self._job is not None and self._job.thread is not None and self._job.thread.is_alive()
         )
@@ -108,41 +114,66 @@ class Saver:
         except CheckpointError as error:
             self._failed(error, final)
             return
-        if self._async and not final:
-            # Daemon: a run that dies of something else does not wait for its disk.
-            self._job.thread = threading.Thread(
-                target=self._write, args=(self._job,), name="save", daemon=True
-            )
-            self._job.thread.start()
-        else:
-            self._write(self._job)
-            self.finish(final)
+        background = self._async and not final
+        _run(self._job, self._write, background)
+        while not background and self.pending:
+            self._go_on(final, background=False)
 
-    def finish(self, final: bool = False) -> None:
-        """Wait for a save that has begun, and publish it; all ranks together.
+    def advance(self) -> None:
+        """Go on with a background save, once no rank is `writing`; all ranks together.
 
         Raises:
             CheckpointError: on every rank, as `save`.
         """
-        job, self._job = self._job, None
-        if job is None:
-            return
+        if self.pending:
+            self._go_on(final=False, background=True)
+
+    def finish(self, final: bool = False) -> None:
+        """Wait until a save that has begun is published and older ones are pruned; all ranks.
+
+        Raises:
+            CheckpointError: on every rank, as `save`.
+        """
+        while self.pending:
+            self._go_on(final, background=False)
+        if self._pruner is not None:
+            self._pruner.join()
+            self._pruner = None
+
+    def _go_on(self, final: bool, background: bool) -> None:
+        """The next part of a save: publish it, or tell all ranks how that went."""
+        job = self._job
+        assert job is not None
         if job.thread is not None:
             job.thread.join()
+            job.thread = None
+        if not job.told:
+            answers = self._control.collect(job.answer)
+            job.told = True
+            if answers is not None:
+                _run(job, lambda job: self._publish(job, answers), background)
+            if background:
+                return
+        self._job = None
         try:
-            self._publish(job)
+            self._control.on_rank_zero(lambda: _raise(job.failure))
         except CheckpointError as error:
             self._failed(error, final)
             return
         self._failures = 0
         self.saved_step = job.step
+        if self._control.rank == 0:
+            self._pruner = threading.Thread(
+                target=self._prune, args=(job.step,), name="prune", daemon=True
+            )
+            self._pruner.start()
 
     def _begin(self, step: int, tensors: Tensors, meta: dict[str, Any]) -> _Job:
         """Check the room, make the temporary folder, and take a copy if training goes on."""
         self._hook("save:begin")
         name = f"{directory.step_folder(self._root, step).name}.tmp-{self._run_id}"
         temporary = self._root / name
-        needed = sum(self._control.gather(byte_size(tensors)))
+        (needed,) = self._control.sum_over_ranks([byte_size(tensors)])
         needed += needed // 50 + (1 << 16)  # headers, manifest, blocks
 
         def prepare() -> None:
@@ -168,35 +199,36 @@ class Saver:
             record = write_rank_file(
                 job.temporary, self._control.rank, job.tensors, binding, self._hook
             )
-            _read_back(job.temporary, record)
-            job.answer = {"record": record}
-        except Exception as error:  # any: `_publish` raises it on all ranks
+            # Verify what was just written, as readers will, before anything relies on it.
+            CheckpointReader.of_files(job.temporary, record).verify(list(record))
+            job.answer = {"files": record}
+        except Exception as error:  # any: `_publish` makes it known to all ranks
             job.answer = {"error": one_line(error)}
 
-    def _publish(self, job: _Job) -> None:
-        answers = self._control.gather(job.answer)
-        failures = [
-            f"rank {rank}: {answer['error']}"
-            for rank, answer in enumerate(answers)
-            if "error" in answer
-        ]
-        records = [answer.get("record") for answer in answers]
-
-        def commit() -> None:
+    def _publish(self, job: _Job, answers: list[dict[str, Any]]) -> None:
+        """Rank 0: give the checkpoint its name; never raises."""
+        failures = [f"rank {n}: {a['error']}" for n, a in enumerate(answers) if "error" in a]
+        try:
             if failures:
                 shutil.rmtree(job.temporary, ignore_errors=True)
-                raise StorageError(f"{job.temporary.name}: {'; '.join(failures)}")
+                more = f"; and {len(failures) - 4} more ranks" if len(failures) > 4 else ""
+                raise StorageError(f"{job.temporary.name}: {'; '.join(failures[:4])}{more}")
+            files = {name: entry for a in answers for name, entry in a["files"].items()}
             final = directory.step_folder(self._root, job.step)
-            publish(job.temporary, final, records, job.meta, self._hook)
+            publish(job.temporary, final, files, job.meta, self._hook)
             self._hook("save:pointer")
             directory.write_pointer(self._root, job.step)
-            # Older checkpoints go only when this one can be read.
-            CheckpointReader(final, verify=False)
-            self._hook("save:prune")
-            directory.prune(self._root, job.step, self._keep_last, self._retain)
             logger.info("saved %s", final)
+        except Exception as error:  # any: raised by the thread that trains
+            job.failure = error
 
-        self._control.on_rank_zero(commit)
+    def _prune(self, step: int) -> None:
+        """Rank 0, in the background: delete what is too old, now that `step` can be read."""
+        try:
+            self._hook("save:prune")
+            directory.prune(self._root, step, self._keep_last, self._retain)
+        except OSError as error:
+            logger.warning("old checkpoints stay: %s", one_line(error))
 
     def _failed(self, error: CheckpointError, final: bool) -> None:
         self._failures += 1
@@ -206,45 +238,75 @@ class Saver:
             logger.warning("save failed (%d in a row), training goes on: %s", self._failures, error)
 
 
-def _read_back(folder: Path, record: dict[str, Any]) -> None:
-    """Verify a file just written, before anything relies on it."""
-    reader = CheckpointReader.of_files(folder, [record])
-    reader.verify(reader.files)
+def _run(job: _Job, work: Callable[[_Job], None], background: bool) -> None:
+    """A part of a save, now or in a thread."""
+    if not background:
+        work(job)
+        return
+    # Daemon: a run that dies of something else does not wait for its disk.
+    job.thread = threading.Thread(target=work, args=(job,), name="save", daemon=True)
+    job.thread.start()
 
 
-def manifest_digest(reader: CheckpointReader) -> str:
-    """The end of the encoded manifest, with its digest; equal for readers of one checkpoint."""
-    meta = {key: value for key, value in reader.meta.items() if key != "format"}
-    return encode_manifest(meta)[-70:].decode()
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def open_together(folder: Path, control: ControlPlane) -> CheckpointReader:
+    """A checkpoint whose every byte is as written; a collective call.
+
+    Rank 0 reads the manifest for all. The files are shared out among the ranks for verification:
+    with as many ranks as files each verifies the one that is most probably its own.
+
+    Raises:
+        CheckpointError: on every rank: what the first rank that found damage says of it.
+    """
+
+    def read() -> str:
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder}: found a link, expected a folder")
+        return read_manifest(folder / MANIFEST).decode("latin-1")  # any bytes, in JSON
+
+    error: str | None = None
+    content: str | None = None
+    try:
+        content = read() if control.rank == 0 else None
+    except CheckpointError as problem:
+        error = one_line(problem)
+    content = control.broadcast(content)
+    reader: CheckpointReader | None = None
+    try:
+        if content is not None:
+            reader = CheckpointReader(folder, verify=False, manifest=content.encode("latin-1"))
+            reader.verify(reader.files[control.rank :: control.world])
+    except CheckpointError as problem:
+        error = one_line(problem)
+    error = control.first(error)
+    if error is not None:
+        raise CheckpointError(error)
+    assert reader is not None
+    return reader
 
 
 def choose(root: Path, control: ControlPlane) -> CheckpointReader | None:
     """The newest checkpoint whose every byte is as written, the same on all ranks.
 
-    The files are shared out among the ranks for verification; what one finds damaged, none takes.
+    What one rank finds damaged, none takes.
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
     """
     steps = control.on_rank_zero(lambda: directory.list_steps(root))
     for step in steps:
-        reader: CheckpointReader | None = None
-        answer = {}
         try:
-            reader = CheckpointReader(directory.step_folder(root, step), verify=False)
-            reader.verify(reader.files[control.rank :: control.world])
-            answer["digest"] = manifest_digest(reader)
+            reader = open_together(directory.step_folder(root, step), control)
         except CheckpointError as error:
-            answer["error"] = one_line(error)
-        answers = control.gather(answer)
-        errors = [other["error"] for other in answers if "error" in other]
-        if not errors and any(other != answers[0] for other in answers):
-            errors = [f"{directory.step_folder(root, step)}: ranks read different manifests"]
-        if not errors:
-            _look_at_pointer(root, step, control)
-            return reader
-        if control.rank == 0:
-            logger.warning("%s; trying the checkpoint before it", errors[0])
+            if control.rank == 0:
+                logger.warning("%s; trying the checkpoint before it", error)
+            continue
+        _look_at_pointer(root, step, control)
+        return reader
     if steps:
         raise CheckpointError(f"{root}: none of its {len(steps)} checkpoints is intact")
     return None

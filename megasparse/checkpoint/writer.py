@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from megasparse.atomic_files import rename, sync, sync_folder, synced
-from megasparse.checkpoint.manifest import MANIFEST, Piece, encode_manifest
+from megasparse.checkpoint.manifest import MANIFEST, decode_manifest, encode_manifest, file_name
+from megasparse.checkpoint.pieces import Piece
+from megasparse.checkpoint.rank_file import describe
 from megasparse.tensor_files import Entry, write_tensors
 
 Tensors = dict[str, tuple[Piece, torch.Tensor]]
@@ -50,19 +52,20 @@ def write_rank_file(
         read: gives the values, if those in `tensors` have only dtype and shape (meta device).
 
     Returns:
-        What the manifest says of the file.
+        What the manifest says of the file, by the file's name.
 
     Raises:
-        OSError: cannot be written.
+        OSError: cannot be written. SafetensorError: more pieces than readers take.
     """
-    name = f"rank-{rank:05d}.safetensors"
+    name = file_name(rank)
     with open(folder / name, "wb") as stream:
-        header_digest, digests = write_tensors(
+        header_digest, _ = write_tensors(
             stream,
             [Entry.of(entry, value) for entry, (_, value) in tensors.items()],
             read or (lambda entry: tensors[entry][1]),
             {**binding, "rank": rank},
             lambda: hook("save:file"),
+            describe({entry: piece for entry, (piece, _) in tensors.items()}),
         )
         stream.flush()
         hook("save:sync")
@@ -70,32 +73,30 @@ def write_rank_file(
         size = stream.tell()
         # What is read back shall come from the disk.
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    pieces = [
-        {**tensors[entry][0].to_json(name, entry), "sha256": digest}
-        for entry, digest in digests.items()
-    ]
-    return {"file": name, "size": size, "header_sha256": header_digest, "pieces": pieces}
+    return {name: {"size": size, "header_sha256": header_digest}}
 
 
 def publish(
     temporary: Path,
     final: Path,
-    files: list[dict[str, Any]],
+    files: dict[str, dict[str, Any]],
     meta: dict[str, Any],
     hook: Hook = ignore,
 ) -> None:
     """Write the manifest and give the checkpoint its name (one rank, after all files are written).
 
-    A checkpoint of the same step is set aside until the new one has its name.
+    Every writer has read its own file back; what the manifest says is checked here as a reader
+    does, before anything is published. A checkpoint of the same step is set aside until the new one
+    has its name.
+
+    Raises:
+        OSError: cannot be written. CheckpointError: readers would refuse it.
     """
-    manifest = {
-        **meta,
-        "files": {f["file"]: {k: f[k] for k in ("size", "header_sha256")} for f in files},
-        "pieces": [piece for f in files for piece in f["pieces"]],
-    }
     hook("save:manifest")
+    content = encode_manifest({**meta, "files": files})
+    decode_manifest(content, temporary / MANIFEST)
     with synced(temporary / MANIFEST) as stream:
-        stream.write(encode_manifest(manifest))
+        stream.write(content)
     sync_folder(temporary)
     hook("save:rename")
     replaced: Path | None = None

@@ -158,7 +158,7 @@ def load_model(
     for name, parameter in model.named_parameters():
         whole = pad_vocabulary(name, source.read(name), rows)
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
-        check_shape(whole, shard, name, source.where)
+        check_shape(whole.shape, shard, name, source.where)
         with torch.no_grad():
             parameter.copy_(shard.slice_of(whole))
     return model.eval(), grid

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse.checkpoint.manifest import Piece
 from megasparse.checkpoint.model import ADAPTER, PROJECTION, StoredModel
+from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import Saver, choose
 from megasparse.config import (

@@ -85,6 +85,12 @@ class Grid:
             dist.broadcast(tensor, src=self.rank - self.tp_rank, group=self.tp_group)
         return tensor
 
+    def from_dp_rank(self, tensor: torch.Tensor, dp_rank: int) -> torch.Tensor:
+        """The values of one data-parallel rank, in place."""
+        if self.dp_size > 1:
+            dist.broadcast(tensor, group=self.dp_group, group_src=dp_rank)
+        return tensor
+
     def sum_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the data-parallel group, in place."""
         if self.dp_size > 1:

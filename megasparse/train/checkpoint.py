@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it comes back.
+"""What a checkpoint holds; `resume.py` puts it back.
 
 Parameters, float32 masters, moments, sparsity state, generators; the position is in the manifest.
 
@@ -13,7 +13,8 @@ What is stored, by key:
     sparsity/NAME/fp8_*, fp8/NAME/fp8_* delayed FP8 scales of a sparse, of a dense weight's operands
     rng/RANK/NAME                       generator states
 
-Tensors are stored with their place in the whole, so another layout can read them.
+Tensors are stored with their place in the whole, so another layout can read them. What all
+data-parallel ranks have alike they write in equal shares, each value once.
 """
 
 from __future__ import annotations
@@ -24,17 +25,14 @@ from typing import Any
 import torch
 
 import megasparse
-from megasparse.checkpoint.compatibility import check_same_layout
-from megasparse.checkpoint.manifest import Piece
-from megasparse.checkpoint.model import check_shape, input_shard, mask_shard, sparsity_state
+from megasparse.checkpoint.model import input_shard, mask_shard
+from megasparse.checkpoint.pieces import Piece, Share, divide, owners
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
 from megasparse.checkpoint.writer import Tensors
-from megasparse.config import ResolvedConfig, to_dict
+from megasparse.config import to_dict
 from megasparse.distributed.control_plane import ControlPlane
-from megasparse.errors import CheckpointError
-from megasparse.log import logger
-from megasparse.megatron.grid import rng_state, set_rng_state
+from megasparse.megatron.grid import rng_state
 from megasparse.megatron.init import parameter_shard
 from megasparse.optim.lr import learning_rate
 from megasparse.sparsity.shard import WeightShard
@@ -43,6 +41,7 @@ from megasparse.train.engine import zero
 from megasparse.train.engine.base import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DENSE_FP8_OWNER = 0  # data-parallel rank that writes the scales of all dense weights, a few numbers
 
 
 def layout(engine: Engine) -> dict[str, int]:
@@ -93,84 +92,77 @@ def newest_valid(root: Path) -> CheckpointReader | None:
     return choose(root, ControlPlane(None))
 
 
-def load(engine: Engine, reader: CheckpointReader) -> None:
-    """Put a verified checkpoint into model, optimizer, sparsity state and generators."""
-    grid, controller = engine.grid, engine.controller
-    for name, parameter in engine.model.named_parameters():
-        whole = reader.read(f"param/{name}")
-        shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
-        check_shape(whole, shard, name, str(reader.folder))
-        with torch.no_grad(), engine.layout.gathered_parameters([parameter], write=True):
-            parameter.copy_(shard.slice_of(whole))
-    _load_optimizer(engine, reader)
-    for state, weight in controller.weights:
-        if not _has_state(reader, state, engine.config):
-            # The run has another recipe: masks begin with the next step.
-            if state.quantizers is not None:
-                state.quantizers.import_state(_fp8_state(reader, state.name))
-            continue
-        state.import_state(sparsity_state(reader, state), weight.device)
-    for dense, _ in controller.dense:
-        dense.import_state(_fp8_state(reader, dense.name))
-    controller.clock.step = reader.meta["step"]
-    controller.clock.samples = reader.meta["consumed_samples"]
-    if check_same_layout(reader, engine.config, layout(engine)):
-        prefix = f"rng/{grid.rank}/"
-        states = {key.removeprefix(prefix): reader.read(key) for key in reader.keys(prefix)}
-        if states.keys() != rng_state(grid).keys():
-            raise CheckpointError(
-                f"{reader.folder}: generators {sorted(states)}, expected {sorted(rng_state(grid))}"
-            )
-        set_rng_state(grid, states)
-    else:
-        logger.warning("the checkpoint was written by another layout (%s)", reader.meta["layout"])
+def parameter_shares(engine: Engine) -> dict[str, list[Share]]:
+    """How the data-parallel ranks divide what each of them has whole, by parameter.
+
+    They write it once, in equal shares, and read it so. Parameters of ZeRO 3 are no such thing.
+    """
+    named = [(n, p) for n, p in engine.model.named_parameters() if zero.partition(p) is None]
+    shares = divide([p.numel() for _, p in named], engine.grid.dp_size)
+    return {name: own for (name, _), own in zip(named, shares, strict=True)}
+
+
+def state_owners(engine: Engine) -> list[int]:
+    """The data-parallel rank that writes each sparse weight's state, in order of the weights."""
+    sizes = [weight.numel() for _, weight in engine.controller.weights]
+    return owners(sizes, engine.grid.dp_size)
 
 
 def collect(engine: Engine) -> Tensors:
     """This rank's share of the checkpoint."""
-    grid = engine.grid
-    tensors: dict[str, tuple[Piece, torch.Tensor]] = {}
-    shards = {
-        name: parameter_shard(parameter, grid.tp_rank, grid.tp_size)
-        for name, parameter in engine.model.named_parameters()
+    grid, tensors = engine.grid, Tensors()
+    parameters = dict(engine.model.named_parameters())
+    shards = {n: parameter_shard(p, grid.tp_rank, grid.tp_size) for n, p in parameters.items()}
+    # Of replicas one writes; a replicated parameter is the same on all tensor-parallel ranks.
+    mine = {
+        name
+        for name, parameter in parameters.items()
+        if not zero.is_copy(parameter) and (shards[name].dim is not None or grid.tp_rank == 0)
     }
-    # Of replicas the first writes; a replicated parameter is the same on all tensor-parallel ranks.
-    copies = {name for name, p in engine.model.named_parameters() if zero.is_copy(p)}
-    for name, parameter in engine.model.named_parameters():
-        if name in copies:
-            continue
-        whole = zero.partition(parameter) is None
-        if whole and grid.dp_rank == 0 and (shards[name].dim is not None or grid.tp_rank == 0):
-            key = f"param/{name}"
-            tensors[key] = (Piece(key, shards[name]), parameter)
+    own = {
+        name: share
+        for name, shares in parameter_shares(engine).items()
+        for share in shares
+        if name in mine and share.rank == grid.dp_rank
+    }
+
+    def add(key: str, name: str, start: int, flat: torch.Tensor) -> None:
+        tensors[key] = (Piece(key, shards[name], start, start + flat.numel()), flat)
+
+    for name, share in own.items():
+        key, value = f"param/{name}", parameters[name].detach()
+        if share.stop - share.start == value.numel():
+            tensors[key] = (Piece(key, shards[name]), value)
+        else:
+            add(key, name, share.start, value.reshape(-1)[share.start : share.stop])
     for fragment in engine.fragments:
-        shard = shards[fragment.name]
-        if fragment.name in copies:
+        if fragment.name not in mine:
             continue
         part = zero.partition(fragment.parameter)
-        if part is not None and (shard.dim is not None or grid.tp_rank == 0):
-            key = f"param/{fragment.name}"
-            piece = Piece(key, shard, fragment.start, fragment.start + fragment.length)
-            tensors[key] = (piece, part.view(-1).narrow(0, 0, fragment.length))
+        if part is not None:
+            values = part.view(-1).narrow(0, 0, fragment.length)
+            add(f"param/{fragment.name}", fragment.name, fragment.start, values)
         whole_here = fragment.parameter is fragment.tensor
-        if (whole_here and grid.dp_rank) or (shard.dim is None and grid.tp_rank):
+        if whole_here and fragment.name not in own:
             continue
         moments = engine.optimizer.state.get(fragment.tensor, {})
-        values = {m: moments[m] for m in MOMENTS if m in moments}
+        state = {m: moments[m] for m in MOMENTS if m in moments}
         if not whole_here:  # without ZeRO the parameter is its own master
-            values["master"] = fragment.tensor.data
-        for kind, value in values.items():
-            key = f"optim/{fragment.name}/{kind}"
-            piece = Piece(key, shard, fragment.start, fragment.start + fragment.length)
-            tensors[key] = (piece, fragment.of(value))
-    if grid.dp_rank == 0:
-        for state, _ in engine.controller.weights:
-            tensors.update(_collect_sparsity(state, grid.tp_rank))
-        if grid.tp_rank == 0:  # all ranks of a stage share them
-            for dense, _ in engine.controller.dense:
-                for kind, value in dense.export_state().items():
-                    key = f"fp8/{dense.name}/{kind}"
-                    tensors[key] = (Piece(key, WeightShard(tuple(value.shape))), value)
+            state["master"] = fragment.tensor.data
+        for kind, value in state.items():
+            start, flat = fragment.start, fragment.of(value)
+            if whole_here:
+                share = own[fragment.name]
+                start, flat = share.start, flat[share.start : share.stop]
+            add(f"optim/{fragment.name}/{kind}", fragment.name, start, flat)
+    for (state_of, _), owner in zip(engine.controller.weights, state_owners(engine), strict=True):
+        if owner == grid.dp_rank:
+            tensors.update(_collect_sparsity(state_of, grid.tp_rank))
+    if grid.dp_rank == DENSE_FP8_OWNER and grid.tp_rank == 0:  # all ranks of a stage share them
+        for dense, _ in engine.controller.dense:
+            for kind, value in dense.export_state().items():
+                key = f"fp8/{dense.name}/{kind}"
+                tensors[key] = (Piece(key, WeightShard(tuple(value.shape))), value)
     for name, value in rng_state(grid).items():
         key = f"rng/{grid.rank}/{name}"
         tensors[key] = (Piece(key, WeightShard(tuple(value.shape))), value)
@@ -191,49 +183,6 @@ def _collect_sparsity(state: SparseWeight, tp_rank: int) -> dict[str, tuple[Piec
         elif tp_rank == 0:
             tensors[key] = (Piece(key, WeightShard(tuple(value.shape))), value)
     return tensors
-
-
-def _fp8_state(reader: CheckpointReader, name: str) -> dict[str, torch.Tensor]:
-    """Delayed FP8 scales of a weight's operands, stored by a sparse or by a dense layer; empty if
-    the run before was not in FP8, or was not for this layer."""
-    found = {}
-    for place in ("sparsity", "fp8"):
-        prefix = f"{place}/{name}/"
-        for key in reader.keys(f"{prefix}fp8_"):
-            found[key.removeprefix(prefix)] = reader.read(key)
-    return found
-
-
-def _has_state(reader: CheckpointReader, state: SparseWeight, config: ResolvedConfig) -> bool:
-    """Whether the saved state of a weight is to be taken over."""
-    if not config.checkpoint.override_recipe:
-        return True  # if it is missing, reading it is an error
-    before, now = reader.meta["config"]["sparsity"], to_dict(config)["sparsity"]
-    same = before["sparsity_recipe"] == now["sparsity_recipe"]
-    return same and f"sparsity/{state.name}/counters" in reader
-
-
-def _load_optimizer(engine: Engine, reader: CheckpointReader) -> None:
-    steps = reader.meta["optimizer_steps"]
-    optimizer, grid = engine.optimizer, engine.grid
-    cache: dict[str, torch.Tensor] = {}
-    for fragment in engine.fragments:
-        shard = parameter_shard(fragment.parameter, grid.tp_rank, grid.tp_size)
-        for kind in ("master", *MOMENTS):
-            key = f"optim/{fragment.name}/{kind}"
-            if key not in reader:
-                if kind != "master":
-                    continue
-                key = f"param/{fragment.name}"
-            cache = {key: cache.get(key, reader.read(key))}
-            local = fragment.of_parameter(shard.slice_of(cache[key]))
-            if kind == "master":
-                target = fragment.tensor.data
-            else:
-                state = optimizer.state[fragment.tensor]
-                state.setdefault("step", torch.tensor(float(steps)))
-                target = state.setdefault(kind, torch.zeros_like(fragment.tensor))
-            fragment.of(target).copy_(local.to(target.dtype))
 
 
 def _optimizer_steps(engine: Engine) -> int:

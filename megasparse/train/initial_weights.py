@@ -186,7 +186,7 @@ def put_weights(
             continue
         value = pad_vocabulary(name, source.read(name), rows)
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
-        check_shape(value, shard, name, source.where)
+        check_shape(value.shape, shard, name, source.where)
         with gathered([parameter], write=True):
             set_parameter(parameter, shard.slice_of(value), fragments or [])
 

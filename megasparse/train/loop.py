@@ -31,6 +31,7 @@ from megasparse.train.engine.step_guard import NonFiniteStep, Poison
 from megasparse.train.initial_weights import WeightSources, put_initial_weights
 from megasparse.train.recorder import Recorder, Row
 from megasparse.train.report import finish
+from megasparse.train.resume import load
 from megasparse.train.state import LoopState
 
 
@@ -80,7 +81,7 @@ class Trainer:
         self.controller = self.engine.controller
         self.state = LoopState()
         if reader is not None and not reader.imported:
-            checkpoint.load(self.engine, reader)
+            load(self.engine, reader, services.control)
             self.state = LoopState.of(reader)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
         put_initial_weights(self.engine, sources, vocabulary)
@@ -147,7 +148,7 @@ class Trainer:
             [int(reason < 0), max(reason, 0), int(self.saver.writing)]
         )
         if self.saver.pending and not writing:
-            self.saver.finish()
+            self.saver.advance()
         self.services.require_own()
         return number or -timed_out
 

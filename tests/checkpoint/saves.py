@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 
 from megasparse.checkpoint import directory
-from megasparse.checkpoint.manifest import MANIFEST, Piece
+from megasparse.checkpoint.manifest import MANIFEST, encode_manifest
+from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import Saver, choose
 from megasparse.checkpoint.writer import Tensors, ignore, publish, write_rank_file
@@ -53,17 +56,45 @@ def write_checkpoint(root: Path, step: int, ranks: int = 2, run_id: str = "ab") 
     temporary = root / f"step-{step:08d}.tmp-{run_id}"
     temporary.mkdir(parents=True)
     binding = {"run_id": run_id, "step": step}
-    files = []
+    files: dict[str, Any] = {}
     for rank in range(ranks):
         tensors: Tensors = {}
         for name, (_, whole) in tensors_of(step).items():
             shard = WeightShard((40, 30), 0, rank, ranks)
             tensors[name] = (Piece(name, shard), shard.slice_of(whole))
-        files.append(write_rank_file(temporary, rank, tensors, binding))
+        files |= write_rank_file(temporary, rank, tensors, binding)
     final = directory.step_folder(root, step)
     publish(temporary, final, files, {**META, "run_id": run_id, "step": step})
     directory.write_pointer(root, step)
     return final
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Another manifest, in order and with its own digest, but for the change."""
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    for key in ("format", "sha256"):
+        manifest.pop(key)
+    change(manifest)
+    (folder / MANIFEST).write_bytes(encode_manifest(manifest))
+
+
+def rewrite_pieces(folder: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    """Another list of pieces in the first file, with the digests to match, but for the change."""
+    path = folder / "rank-00000.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    pieces = json.loads(header["__metadata__"]["pieces"])
+    change(pieces)
+    header["__metadata__"]["pieces"] = json.dumps(pieces)
+    text = json.dumps(header).encode()
+    text = len(text).to_bytes(8, "little") + text
+    path.write_bytes(text + content[end:])
+    entry = {
+        "size": len(text) + len(content) - end,
+        "header_sha256": hashlib.sha256(text).hexdigest(),
+    }
+    rewrite(folder, lambda manifest: manifest["files"].update({path.name: entry}))
 
 
 def save_until_killed(root: Path, pipe: int, hook: Callable[[str], None], async_save: bool) -> None:

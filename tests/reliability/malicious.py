@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megasparse.checkpoint.manifest import MANIFEST, encode_manifest
+from megasparse.checkpoint.manifest import MANIFEST
 from tests import forked, forkserver
+from tests.checkpoint.saves import rewrite, rewrite_pieces
 from tests.runs import TINY, make_dataset
 
 # Nothing of this happens in a run after its imports.
@@ -130,12 +131,7 @@ def _manifest(change: Callable[[dict[str, Any], Path], Any]) -> Callable[[Path],
     """A manifest that is in order, with its own digest, but for the change."""
 
     def plant(root: Path) -> None:
-        path = _step(root) / MANIFEST
-        manifest = json.loads(path.read_bytes())
-        for key in ("format", "sha256"):
-            manifest.pop(key)
-        change(manifest, root)
-        path.write_bytes(encode_manifest(manifest))
+        rewrite(_step(root), lambda manifest: change(manifest, root))
 
     return plant
 
@@ -224,7 +220,9 @@ def attacks() -> list[Attack]:
             refused,
         ),
         "huge-shape": (
-            _manifest(lambda m, r: m["pieces"][0]["shard"].update(global_shape=[1 << 30, 1 << 30])),
+            lambda root: rewrite_pieces(
+                _step(root), lambda p: p[0]["shard"].update(global_shape=[1 << 30, 1 << 30])
+            ),
             refused,
         ),
         "config-class": (

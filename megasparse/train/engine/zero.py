@@ -122,6 +122,18 @@ def partition(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     return getattr(parameter, "ds_tensor", None)
 
 
+def put_partition(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+    """Replace the first entries of this rank's part of a parameter under ZeRO 3.
+
+    A whole copy of it, which DeepSpeed keeps of small parameters, is dropped, and made anew from
+    the parts when it is needed.
+    """
+    part = partition(parameter)
+    assert part is not None
+    part.view(-1)[: values.numel()].copy_(values)
+    parameter.partition()  # type: ignore[attr-defined]
+
+
 def partition_fragments(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Any, dp_rank: int
 ) -> list[Fragment]:

@@ -1,0 +1,201 @@
+"""Pieces of tensors: which part of a whole one is, and where two parts meet.
+
+A tensor-parallel shard is a part of the whole along one dimension; a piece is a range of a shard's
+flattened entries (all of it, or what one data-parallel rank holds). `common` finds what a stored
+piece and a wanted one share, as runs of entries that follow each other in both.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megasparse.checkpoint.manifest import check_fields
+from megasparse.errors import CheckpointError, ConfigError
+from megasparse.sparsity.shard import WeightShard
+
+_PIECE: dict[str, type] = {"entry": str, "key": str, "shard": dict, "sha256": str}
+_SHARD: dict[str, type] = {"global_shape": list, "rank": int, "world": int, "parts": int}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor, or a part of one.
+
+    Attributes:
+        key: name of the whole tensor.
+        shard: tensor-parallel part.
+        start, stop: range of the flattened part (ZeRO); None: all of it.
+    """
+
+    key: str
+    shard: WeightShard
+    start: int | None = None
+    stop: int | None = None
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Start and stop of the range, whole shards too."""
+        if self.start is None or self.stop is None:
+            return 0, math.prod(self.shard.local_shape)
+        return self.start, self.stop
+
+    @property
+    def numel(self) -> int:
+        """Entries of the piece."""
+        start, stop = self.range
+        return stop - start
+
+    def to_json(self, entry: str, sha256: str) -> dict[str, Any]:
+        """The record of the piece, stored under the name `entry`."""
+        shard = {k: v for k, v in asdict(self.shard).items() if k != "dim" or v is not None}
+        record = {"entry": entry, "key": self.key, "shard": shard, "sha256": sha256}
+        return record if self.start is None else {**record, "start": self.start, "stop": self.stop}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A piece in a file: the name of its entry, and the digest of its values."""
+
+    piece: Piece
+    entry: str
+    sha256: str
+
+    @classmethod
+    def of(cls, record: Any, where: str) -> Stored:
+        """A record, every field checked.
+
+        Raises:
+            CheckpointError: names `where`, and what was found and expected.
+        """
+        check_fields(record, _PIECE, f"{where}: a piece")
+        key = record["key"]
+        check_fields(record["shard"], _SHARD, f"{where}: {key}")
+        shard = _shard_of(record["shard"], f"{where}: {key}")
+        bounds = record.get("start"), record.get("stop")
+        if bounds != (None, None):
+            start, stop = bounds
+            whole = math.prod(shard.local_shape)
+            if type(start) is not int or type(stop) is not int or not 0 <= start <= stop <= whole:
+                raise CheckpointError(f"{where}: {key}: entries {start} to {stop} of {whole}")
+        return cls(Piece(key, shard, *bounds), record["entry"], record["sha256"])
+
+
+def _shard_of(record: dict[str, Any], where: str) -> WeightShard:
+    shape = record["global_shape"]
+    dim, world = record.get("dim"), record["world"]
+    if (
+        any(type(size) is not int or size < 0 for size in shape)
+        or not (dim is None or (type(dim) is int and 0 <= dim < len(shape)))
+        or not 0 <= record["rank"] < world
+        or record["parts"] < 1
+    ):
+        raise CheckpointError(f"{where}: no part of a tensor: {record}")
+    try:
+        return WeightShard(tuple(shape), dim, record["rank"], world, record["parts"])
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Run:
+    """`length` entries that follow each other in two pieces, from these positions on."""
+
+    wanted: int
+    stored: int
+    length: int
+
+
+def common(wanted: Piece, stored: Piece) -> Iterator[Run]:
+    """What two pieces of one whole tensor share; positions count from the pieces' own starts."""
+    (first, last), (begin, end) = wanted.range, stored.range
+    if wanted.shard == stored.shard:
+        start, stop = max(first, begin), min(last, end)
+        if start < stop:
+            yield Run(start - first, start - begin, stop - start)
+        return
+    theirs = list(_runs(stored.shard, begin, end))
+    if not theirs:
+        return
+    places = [place for _, place, _ in theirs]
+    span = places[0], theirs[-1][1] + theirs[-1][2]
+    for local, place, length in _runs(wanted.shard, first, last, span):
+        number = max(bisect_right(places, place) - 1, 0)
+        while number < len(theirs) and places[number] < place + length:
+            other_local, other, other_length = theirs[number]
+            start, stop = max(place, other), min(place + length, other + other_length)
+            if start < stop:
+                ours = local + start - place - first
+                yield Run(ours, other_local + start - other - begin, stop - start)
+            number += 1
+
+
+def _runs(
+    shard: WeightShard, start: int, stop: int, span: tuple[int, int] | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """Entries `start` to `stop` of a flattened shard as (position, place in the whole, length).
+
+    Args:
+        span: places in the whole, outside of which nothing is wanted.
+    """
+    shape = shard.global_shape
+    if shard.dim is None:
+        if start < stop:
+            yield start, start, stop - start
+        return
+    inner = math.prod(shape[shard.dim + 1 :])
+    slices = shard.slices(shard.dim)
+    row = shape[shard.dim] // shard.world * inner  # entries of the shard for each outer index
+    if not row:
+        return
+    first, last = start // row, -(-stop // row)
+    if span is not None:
+        across = shape[shard.dim] * inner
+        first, last = max(first, span[0] // across), min(last, -(-span[1] // across))
+    for outer in range(first, last):
+        for part in slices:
+            local = outer * row + part.local_start * inner
+            begin, end = max(start, local), min(stop, local + part.length * inner)
+            if begin < end:
+                place = outer * shape[shard.dim] * inner + part.global_start * inner
+                yield begin, place + begin - local, end - begin
+
+
+@dataclass(frozen=True)
+class Share:
+    """Entries `start` to `stop` of an item, which fall to one rank."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+def divide(sizes: list[int], world: int) -> list[list[Share]]:
+    """Items laid end to end and cut into equal shares: the shares of each item, in order.
+
+    Args:
+        sizes: entries of each item.
+        world: ranks that share; each gets `total / world` entries, rounded.
+    """
+    total, begin = sum(sizes), 0
+    bounds = [total * rank // world for rank in range(world + 1)]
+    shares: list[list[Share]] = []
+    for size in sizes:
+        rank, end = bisect_right(bounds, begin) - 1, begin + size
+        found = []
+        while rank < world and bounds[rank] < end:
+            low, high = max(begin, bounds[rank]), min(end, bounds[rank + 1])
+            if low < high:
+                found.append(Share(rank, low - begin, high - begin))
+            rank += 1
+        shares.append(found)
+        begin = end
+    return shares
+
+
+def owners(sizes: list[int], world: int) -> list[int]:
+    """The rank that each item falls to, when items are not cut."""
+    return [shares[0].rank if shares else 0 for shares in divide(sizes, world)]

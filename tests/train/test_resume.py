@@ -1,0 +1,130 @@
+"""A resume reads its own share, from few files, and puts back every bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests import dist
+from tests.parallel.layouts import PP2, TP2, zero
+from tests.runs import TINY
+
+LAYOUTS = {
+    "zero 0": ["--zero-stage", "0"],
+    "zero 1, tp 2": [*TP2, *zero(1)],
+    "zero 1, pp 2": [*PP2, *zero(1)],
+    "zero 3": zero(3),
+}
+WORLD = 4
+
+
+def _saved_and_resumed(rank: int, world: int, run: list[str], data: str) -> dict[str, Any]:
+    """Steps, a save, and a resume in each layout: what it opened and read, and what differs."""
+    import os
+
+    import torch
+
+    from megasparse.config import load_config, resolve
+    from megasparse.distributed.control_plane import make_control_plane
+    from megasparse.distributed.events import Events
+    from megasparse.distributed.signals import StopRequest
+    from megasparse.megatron.data.batches import batches, build_data
+    from megasparse.megatron.grid import make_grid
+    from megasparse.train import checkpoint
+    from megasparse.train.build import build_engine
+    from megasparse.train.engine.deepspeed import start_process
+    from megasparse.train.loop import RunServices, Trainer
+
+    device = start_process(2.0)
+    services = RunServices(make_control_plane(), StopRequest(), Events())
+
+    def trainer(flags: list[str]) -> Trainer:
+        config = resolve(load_config(flags), world)
+        parallel = config.parallel
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        grid = make_grid(tp, device, config.train.seed, pipeline_model_parallel_size=pp)
+        return Trainer(config, grid, build_data(config, grid), services)
+
+    def state(of: Trainer) -> dict[str, torch.Tensor]:
+        tensors = checkpoint.collect(of.engine).items()
+        return {key: value.detach().clone() for key, (_, value) in tensors}
+
+    found: dict[str, Any] = {}
+    for name, layout in LAYOUTS.items():
+        flags = [*run, *layout, "--data-path", data, "--run-dir", f"{run[-1]}-{name}"]
+        first = trainer(flags)
+        stream = batches(first.data.streams["train"], first.config, first.grid, 0)
+        for _ in range(2):
+            first.engine.train_step(stream)
+        first._save()
+        first.saver.finish()
+        before = state(first)
+        first.folder.release()
+
+        opened: list[str] = []
+        read: list[int] = []
+        real_open, real_read = os.open, os.preadv
+
+        def note_open(path, *more, opened=opened, real=real_open, **named):
+            if str(path).endswith(".safetensors"):
+                opened.append(Path(path).name)
+            return real(path, *more, **named)
+
+        def note_read(descriptor, buffers, at, read=read, real=real_read):
+            read.append(real(descriptor, buffers, at))
+            return read[-1]
+
+        verified: list[int] = []
+
+        def note_built(*a, verified=verified, read=read, **named):
+            verified.append(sum(read))
+            return build_engine(*a, **named)
+
+        with (
+            mock.patch("megasparse.tensor_files.os.open", note_open),
+            mock.patch("megasparse.tensor_files.os.preadv", note_read),
+            mock.patch("megasparse.train.loop.build_engine", note_built),
+        ):
+            second = trainer([*flags, "--resume"])
+        after = state(second)
+        folder = Path(second.config.checkpoint.save) / "step-00000002"
+        found[name] = {
+            "opened": opened,
+            "verified": verified[0],
+            "loaded": sum(read) - verified[0],
+            "total": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            "step": second.controller.clock.step,
+            "differs": [k for k in before if not torch.equal(before[k], after[k])]
+            + sorted(before.keys() ^ after.keys()),
+        }
+        second.folder.release()
+    return found
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, dataset) -> list[dict[str, Any]]:
+    run = [*TINY, "--sparsity-recipe", "fst", "--global-batch-size", "8", "--run-dir"]
+    return dist.run(
+        _saved_and_resumed, WORLD, [*run, str(tmp_path_factory.mktemp("resume") / "run")], dataset
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_bit_comes_back(resumed, layout):
+    for rank, found in enumerate(resumed):
+        assert found[layout]["step"] == 2
+        assert found[layout]["differs"] == [], rank
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_reads_its_share_and_no_more(resumed, layout):
+    """Of the bytes of the checkpoint, in its layout; every file is verified by one rank before."""
+    results = [found[layout] for found in resumed]
+    total = results[0]["total"]
+    assert sum(result["verified"] for result in results) == pytest.approx(total, rel=0.02)
+    for result in results:
+        assert result["loaded"] <= 1.5 * total / WORLD, results
+    assert sum(len(result["opened"]) for result in results) <= 2 * WORLD, results

@@ -62,7 +62,6 @@ def _saved_and_resumed(rank: int, world: int, run: list[str], data: str) -> dict
         first._save()
         first.saver.finish()
         before = state(first)
-        first.folder.release()
 
         opened: list[str] = []
         read: list[int] = []
@@ -100,7 +99,6 @@ def _saved_and_resumed(rank: int, world: int, run: list[str], data: str) -> dict
             "differs": [k for k in before if not torch.equal(before[k], after[k])]
             + sorted(before.keys() ^ after.keys()),
         }
-        second.folder.release()
     return found
 
 

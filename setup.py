@@ -1,6 +1,29 @@
 """Packaging: pins are the versions that were run together (README, "Status")."""
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+
+
+class WithCommands(build_py):
+    """In a wheel the configurations and scripts lie in `megasparse/commands/`."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for name in ("configs", "launch", "tools"):
+            shutil.copytree(
+                ROOT / name,
+                Path(self.build_lib) / "megasparse" / "commands" / name,
+                ignore=shutil.ignore_patterns("__pycache__", "*.png", "experiments", "*.md"),
+                dirs_exist_ok=True,
+            )
+
 
 setup(
     name="megasparse",
@@ -8,7 +31,20 @@ setup(
     description="Pre-train Transformer language models with 2:4 sparse linear layers",
     license="Apache-2.0",
     python_requires=">=3.10",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords="2:4 sparsity, pre-training, Megatron, DeepSpeed, FP8, language models",
     packages=find_packages(include=["megasparse", "megasparse.*"]),
+    package_data={"megasparse": ["py.typed"]},
+    cmdclass={"build_py": WithCommands},
+    entry_points={"console_scripts": ["megasparse = megasparse.__main__:main"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed==0.19.8",

@@ -29,6 +29,7 @@ from megasparse.distributed.launchers import watch_launchers
 from megasparse.distributed.start_notes import StartNotes
 from megasparse.distributed.supervise import is_supervised, supervise
 from megasparse.errors import MegasparseError, one_line
+from megasparse.preflight.plan import answer
 from megasparse.preflight.settings import Prepared, prepare, require_own_folders
 
 
@@ -43,9 +44,14 @@ def run(stop: StopRequest) -> int:
         notes.clear()
 
     try:
+        if (told := answer(sys.argv[1:])) is not None:
+            if rank_for_log() == 0:
+                print(told)
+            return 0
         rank, world = settle_environment()
         watch_launchers()
         prepared = prepare(sys.argv[1:], world, begin_notes)
+        log.setup(rank, prepared.config.logging.log_level)
         if not is_supervised():
             for note in prepared.notes:
                 log.logger.info("%s", note)

@@ -3,30 +3,60 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+import textwrap
 
 logger = logging.getLogger("megasparse")
+_first_rank = False  # once `setup` was called
 
 
 class _RankFormatter(logging.Formatter):
-    def __init__(self, rank: int) -> None:
+    """Lines with the time, and the rank's number where there is trouble.
+
+    Args:
+        width: of the terminal: longer lines go on below, between words; None: lines stay whole.
+    """
+
+    def __init__(self, rank: int, width: int | None = None) -> None:
         super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
-        self._rank = rank
+        self._rank, self._width = rank, width
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        if record.levelno < logging.WARNING:
+        if record.levelno >= logging.WARNING:
+            line = f"[rank {self._rank}] {record.levelname.lower()}: {line}"
+        if self._width is None:
             return line
-        return f"[rank {self._rank}] {record.levelname.lower()}: {line}"
+        return "\n".join(_folded(part, self._width) for part in line.split("\n"))
 
 
-def setup(rank: int) -> None:
-    """Send the package's messages to stderr: all of rank 0's, warnings and worse of the others."""
+def _folded(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) or len("00:00:00 "))
+    return "\n".join(
+        textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    )
+
+
+def setup(rank: int, level: str = "info") -> None:
+    """Send the package's messages to stderr: rank 0's of a level, warnings and worse of the others.
+
+    Args:
+        level: debug, info, warning or error.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_RankFormatter(rank))
+    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
+    handler.setFormatter(_RankFormatter(rank, width))
+    global _first_rank
+    _first_rank = rank == 0
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    least = getattr(logging, level.upper())
+    logger.setLevel(least if rank == 0 else max(least, logging.WARNING))
 
 
 def is_logging_rank() -> bool:
@@ -44,7 +74,7 @@ def log_once(message: str, *values: object) -> None:
 
 def warn_once(message: str, *values: object) -> None:
     """A warning, likewise; from the first rank alone, for it is the same on all."""
-    if is_logging_rank():
+    if _first_rank or is_logging_rank():
         _once(logging.WARNING, message % values)
 
 

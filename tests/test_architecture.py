@@ -25,7 +25,7 @@ LEVELS = {
     "checkpoint": 6,
     "preflight": 7, "inference": 7,
     "train": 8,
-    "tools": 9, "launch": 9,
+    "tools": 9, "launch": 9, "__main__": 9,
 }  # fmt: skip
 
 # Only these files (or folders) may import the dependency. Benchmarks measure the libraries' own

@@ -19,6 +19,12 @@ from megasparse.config.megatron_flags import VALUES
 from megasparse.config.schema import RunConfig
 from megasparse.errors import EXIT_CODES
 
+# Questions that `megasparse.preflight.plan` answers instead of a run.
+QUESTIONS = {
+    "--version": "print the versions of megasparse and of what it stands on",
+    "--print-config": "print every setting as YAML, defaults filled in",
+    "--dry-run": "check everything, print sizes, layout and memory; nothing is written",
+}
 # Beside the fields: given by launchers, or read before the fields are.
 _OF_LAUNCHERS = ("--local_rank", "--local-rank")
 _BOTH_SPELLINGS = {"deepspeed_config": "--deepspeed_config"}  # as DeepSpeed spells it
@@ -77,6 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="YAML file, e.g. configs/quickstart.yaml; may be repeated, later files win "
         "(one of configs/models, one of configs/recipes)",
     )
+    for flag, text in QUESTIONS.items():
+        parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument("--gpus", type=int, metavar="N", help="ranks that the two above plan for")
     groups: dict[str, Any] = {}
     for info in FIELDS.values():
         if info.group not in groups:
@@ -85,6 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
             *_spellings(info), dest=info.name, default=argparse.SUPPRESS, **_argument(info)
         )
     return parser
+
+
+def completion_words() -> list[str]:
+    """Every flag of ours, for a shell's completion."""
+    return sorted([*_known(), *QUESTIONS, "--config", "--gpus", "--help"])
 
 
 def _flags(argv: Sequence[str], line: CommandLine) -> list[tuple[str, list[str]]]:
@@ -162,7 +176,9 @@ def _shown(flag: str, values: list[str]) -> str:
 
 
 def _nearest(flag: str) -> str:
-    matches = difflib.get_close_matches(flag, [*_known(), *rows(), "--config"], n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(
+        flag, [*_known(), *rows(), *QUESTIONS, "--gpus", "--config"], n=1, cutoff=0.6
+    )
     return f", did you mean {matches[0]}?" if matches else ""
 
 

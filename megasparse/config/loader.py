@@ -19,6 +19,7 @@ from megasparse.config.command_line import CommandLine
 from megasparse.config.deepspeed_json import take_over
 from megasparse.config.fields import ALIASES, FIELDS, FieldInfo, convert, nearest_field
 from megasparse.config.inputs import locate, replace_sources
+from megasparse.config.packaged import find_config
 from megasparse.config.schema import RunConfig
 from megasparse.errors import ConfigError, together
 
@@ -55,6 +56,7 @@ def read_config(
     """
     line = command_line.read(argv)
     paths = [Path(path) for path in line.configs or ([yaml_path] if yaml_path else [])]
+    paths = [find_config(path) for path in paths]
     config = RunConfig()
     if paths:
         config.checkpoint.run_dir = "runs/" + "_".join(path.stem for path in paths)

@@ -42,6 +42,10 @@ TRANSLATED = (
     ("--no-position-embedding", "--position-embedding-type rope", "as Megatron asks for"),
     ("--enable-cuda-graph", "--cuda-graph-impl local", "its newer name"),
     ("--external-cuda-graph", "--cuda-graph-impl local", "one kind of graphs"),
+    ("--logging-level=10", "--log-level debug", "a name for the number"),
+    ("--logging-level=20", "--log-level info", "a name for the number"),
+    ("--logging-level=30", "--log-level warning", "a name for the number"),
+    ("--logging-level=40", "--log-level error", "a name for the number"),
     ("--override-opt-param-scheduler", "--override-schedule", "the flags' values win"),
 )  # fmt: skip
 

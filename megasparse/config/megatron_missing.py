@@ -155,7 +155,6 @@ MISSING = (
     ("profiles come from nsys around the command, and the time_* metrics",
      "--profile --profile-ranks=* --profile-step-start= --profile-step-end= --profile-steps= "
      "--use-pytorch-profiler --record-memory-history --memory-snapshot-path= --log-straggler"),
-    ("messages are those of the run", "--logging-level="),
     ("a YAML file is given by --config", "--yaml-cfg="),
     ("a teacher is given by --teacher-load, its loss by --kd-loss-weight and --lm-loss-weight",
      "--kd --kd-alpha-ce= --kd-beta-ce= --hidden-size-teacher= --num-attention-heads-teacher= "

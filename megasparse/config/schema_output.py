@@ -76,6 +76,11 @@ class CheckpointConfig:
 class LoggingConfig:
     """What a person sees."""
 
+    log_level: str = option(
+        "info",
+        "what rank 0 says on the screen; the others say warnings and errors",
+        choices=("debug", "info", "warning", "error"),
+    )
     log_interval: int = option(10, "steps between lines on the screen", at_least=1)
     eval_interval: int | None = option(
         None, "steps between validations; default: one at the end", at_least=1

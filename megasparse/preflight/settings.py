@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +54,7 @@ def prepare(
     argv: Sequence[str],
     world_size: int,
     known: Callable[[ResolvedConfig], object] = lambda _: None,
+    write: bool = True,
 ) -> Prepared:
     """Flags to a checked run, before any process group or model is built.
 
@@ -59,6 +62,7 @@ def prepare(
         argv: flags, `--config` among them.
         world_size: ranks of the launch.
         known: called with the settings once they are a run, before its files are looked at.
+        write: make the run's folders; without, nothing is written.
 
     Raises:
         StorageError: another run writes into its folders; that alone counts then.
@@ -79,11 +83,11 @@ def prepare(
             problems += _messages(_checks(config))
     if problems:
         raise together(list(dict.fromkeys(problems)))
-    return replace(check(config), notes=_notes(given, line))
+    return replace(check(config, write), notes=_notes(given, line))
 
 
-def check(config: ResolvedConfig) -> Prepared:
-    """Check a configuration, and make the run's folders.
+def check(config: ResolvedConfig, write: bool = True) -> Prepared:
+    """Check a configuration, and make the run's folders if it is to `write`.
 
     Raises:
         ConfigError, DataError, CheckpointError: as of `prepare`.
@@ -95,22 +99,34 @@ def check(config: ResolvedConfig) -> Prepared:
         raise errors[0]
     if errors:
         raise together([one_line(error) for error in errors], type(errors[0]))
-    if config.data.vocab_file is not None:
-        _make_tokenizer(config)
-    data = check_data(config)
-    make_private(config.checkpoint.run_dir)
-    make_private(config.checkpoint.save)
+    with _tokenizer_made(config, write):
+        data = check_data(config)
+    if write:
+        make_private(config.checkpoint.run_dir)
+        make_private(config.checkpoint.save)
     return Prepared(config, data)
 
 
-def _make_tokenizer(config: ResolvedConfig) -> None:
-    """The run's own tokenizer.json of GPT-2's two files, which exports and evaluations find."""
-    data, path = config.data, Path(config.checkpoint.run_dir) / "tokenizer.json"
-    assert data.vocab_file is not None and data.merge_file is not None
+@contextmanager
+def _tokenizer_made(config: ResolvedConfig, write: bool) -> Iterator[None]:
+    """The run's own tokenizer.json of GPT-2's two files, which exports and evaluations find.
+
+    Without `write` it is there for the checks alone, and the settings stay.
+    """
+    data = config.data
+    if data.vocab_file is None or data.merge_file is None:
+        yield
+        return
     text = bpe_tokenizer_json(Path(data.vocab_file), Path(data.merge_file))
-    make_private(path.parent)
-    write_text(path, text)
-    data.tokenizer_model, data.vocab_file, data.merge_file = str(path), None, None
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_private(config.checkpoint.run_dir) if write else Path(scratch)
+        write_text(folder / "tokenizer.json", text)
+        before = data.vocab_file, data.merge_file
+        data.tokenizer_model = str(folder / "tokenizer.json")
+        data.vocab_file = data.merge_file = None
+        yield
+        if not write:
+            data.tokenizer_model, (data.vocab_file, data.merge_file) = None, before
 
 
 def _notes(given: RunConfig, line: CommandLine) -> tuple[str, ...]:

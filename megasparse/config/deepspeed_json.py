@@ -132,6 +132,10 @@ def _settings(
     if isinstance(betas, list) and len(betas) == 2:
         for number, value in enumerate(betas, 1):
             yield "optimizer.params.betas", f"adam_beta{number}", value
+    dtype = leaves.get("data_types.grad_accum_dtype", AUTO)
+    if dtype in ("fp32", "bf16", "fp16"):
+        field = "accumulate_allreduce_grads_in_fp32"
+        yield "data_types.grad_accum_dtype", field, dtype == "fp32"
     yield from _schedule(leaves)
     yield from _recomputation(leaves, config)
 
@@ -197,11 +201,8 @@ def _misfits(leaves: dict[str, Any]) -> Iterator[str]:
     if betas != AUTO and not (isinstance(betas, list) and len(betas) == 2):
         yield f"optimizer.params.betas {betas!r}, expected two numbers"
     dtype = leaves.get("data_types.grad_accum_dtype")
-    if dtype not in (None, AUTO, "bf16") and (bf16 := _is_16_bit(leaves)):
-        yield (
-            f"data_types.grad_accum_dtype {dtype!r} with {bf16}, expected bf16: gradients are "
-            "accumulated in the model's precision"
-        )
+    if dtype not in (None, AUTO, "fp32", "bf16", "fp16"):
+        yield f"data_types.grad_accum_dtype {dtype!r}, expected fp32 or bf16"
     kind, params = leaves.get("scheduler.type"), leaves.get("scheduler.params", {})
     if kind is not None and kind not in _SCHEDULES:
         yield f"scheduler.type {kind!r}, expected one of {', '.join(_SCHEDULES)}"
@@ -211,10 +212,6 @@ def _misfits(leaves: dict[str, Any]) -> Iterator[str]:
         for key in ("warmup_min_lr", "warmup_min_ratio"):
             if params.get(key, 0) not in (0, 0.0, AUTO):
                 yield f"scheduler.params.{key} {params[key]!r}, expected 0, where warm-up starts"
-
-
-def _is_16_bit(leaves: dict[str, Any]) -> str | None:
-    return next((key for key in ("bf16.enabled", "fp16.enabled") if leaves.get(key) is True), None)
 
 
 def _is_off(value: Any) -> bool:

@@ -46,6 +46,8 @@ TRANSLATED = (
     ("--logging-level=20", "--log-level info", "a name for the number"),
     ("--logging-level=30", "--log-level warning", "a name for the number"),
     ("--logging-level=40", "--log-level error", "a name for the number"),
+    ("--grad-reduce-in-bf16", "--no-accumulate-allreduce-grads-in-fp32", "its opposite"),
+    ("--main-grads-dtype=bf16", "--no-accumulate-allreduce-grads-in-fp32", "its opposite"),
     ("--override-opt-param-scheduler", "--override-schedule", "the flags' values win"),
 )  # fmt: skip
 
@@ -78,7 +80,6 @@ NOTHING = (
      "--apply-layernorm-1p"),
     ("every sample has --seq-length tokens, so the mean over micro-batches is that over tokens",
      "--calculate-per-token-loss"),
-    ("gradients are reduced in the model's precision", "--grad-reduce-in-bf16"),
     ("communication is hidden where that is possible",
      "--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step "
      "--no-align-grad-reduce --no-align-param-gather --overlap-p2p-communication "

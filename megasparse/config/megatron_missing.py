@@ -57,8 +57,6 @@ MISSING = (
      "--suggested-communication-unit-size= --num-distributed-optimizer-instances= "
      "--no-strict-fsdp-dtensor-load --disable-strict-fsdp-dtensor-load "
      "--ddp-reduce-scatter-with-fp32-accumulation"),
-    ("gradients are accumulated and reduced in the model's precision; leave --bf16 out for float32",
-     "--accumulate-allreduce-grads-in-fp32 --main-grads-dtype="),
     ("the optimizer is AdamW, with float32 moments and masters",
      "--optimizer= --use-precision-aware-optimizer --main-params-dtype= --exp-avg-dtype= "
      "--exp-avg-sq-dtype= --muon-extra-scale-factor= --muon-fp32-matmul-prec= --muon-momentum= "

@@ -34,9 +34,16 @@ def test_a_dry_run_tells_the_run_and_writes_nothing(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     told = answer(argv) or ""
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    for words in ("4 ranks: tensor 2 x pipeline 1 x data 2, ZeRO 1", "2 micro-batches of 1",
-                  "500,000 steps, 64,000,000 tokens", "mlp.linear_fc1", "at the peak", "(all)",
-                  "--fp16 becomes --bf16", "without --dry-run it starts"):  # fmt: skip
+    for words in (
+        "4 ranks: tensor 2 x pipeline 1 x data 2, ZeRO 1",
+        "2 micro-batches of 1",
+        "500,000 steps, 64,000,000 tokens",
+        "mlp.linear_fc1",
+        "at the peak",
+        "(all)",
+        "--fp16 becomes --bf16",
+        "without --dry-run it starts",
+    ):
         assert words in told, (words, told)
     long = [line for line in told.splitlines() if len(line) > 80 and str(tmp_path) not in line]
     assert not long

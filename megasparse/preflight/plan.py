@@ -22,6 +22,7 @@ from megasparse.config import (
     padded_vocab_size,
     read_config,
 )
+from megasparse.config.batches import samples_after
 from megasparse.config.shapes import layer_parameters, parameter_count
 from megasparse.errors import ConfigError
 from megasparse.estimate.memory import footprint
@@ -124,7 +125,7 @@ def _layout(config: ResolvedConfig, world: int) -> list[tuple[str, str]]:
 
 def _schedule(config: ResolvedConfig) -> list[tuple[str, str]]:
     train = config.train
-    tokens = train.train_iters * train.global_batch_size * config.model.seq_length
+    tokens = samples_after(train, train.train_iters) * config.model.seq_length
     sparse = sparse_range(recipe_of(config), train.train_iters)
     rows = [("length", f"{train.train_iters:,} steps, {tokens:,} tokens")]
     if len(sparse):

@@ -71,7 +71,7 @@ SMALL = [
     "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1",
     "--micro-batch-size", "1", "--global-batch-size", "4", "--eval-iters", "1",
     "--make-vocab-size-divisible-by", "16", "--transformer-impl", "local", "--log-interval", "1",
-    "--split", "90,10,0",
+    "--split", "90,10,0", "--rampup-batch-size", "2", "2", "4",
 ]  # fmt: skip
 
 PUBLISHED = {

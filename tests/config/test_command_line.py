@@ -9,10 +9,33 @@ import pytest
 from megasparse.config import command_line, load_config, resolve
 from megasparse.config.command_line import CommandLine
 from megasparse.config.fields import FIELDS
-from megasparse.config.flag_table import Row, rows
+from megasparse.config.flag_table import OURS_ALONE, Row, rows
 from megasparse.errors import ConfigError
 from tests.config.published import PUBLISHED
 
+# Fields that are flags of Megatron-LM's (core 0.16.1) or Megatron-DeepSpeed's parser.
+THEIRS = """
+    num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention
+    num_query_groups kv_channels seq_length max_position_embeddings position_embedding_type
+    rotary_base rotary_percent use_rope_scaling rope_scaling_factor normalization norm_epsilon
+    swiglu squared_relu disable_bias_linear untie_embeddings_and_output_weights vocab_size
+    make_vocab_size_divisible_by hidden_dropout attention_dropout init_method_std
+    tensor_model_parallel_size pipeline_model_parallel_size decoder_first_pipeline_num_layers
+    decoder_last_pipeline_num_layers sequence_parallel zero_stage
+    accumulate_allreduce_grads_in_fp32 recompute_granularity recompute_method
+    recompute_num_layers distributed_timeout_minutes deepspeed_config micro_batch_size
+    global_batch_size rampup_batch_size train_iters train_samples lr min_lr decoupled_lr
+    decoupled_min_lr lr_decay_style lr_decay_iters lr_wsd_decay_style lr_wsd_decay_iters
+    lr_warmup_iters lr_decay_samples lr_wsd_decay_samples lr_warmup_samples lr_warmup_fraction
+    weight_decay adam_beta1 adam_beta2 adam_eps clip_grad seed bf16 deterministic_mode
+    cuda_graph_impl transformer_impl exit_interval exit_duration_in_mins data_path
+    train_data_path valid_data_path test_data_path split mock_data data_cache_path
+    tokenizer_type tokenizer_model vocab_file merge_file num_workers reset_position_ids
+    reset_attention_mask eod_mask_loss fp8_format fp8_recipe fp8_margin fp8_amax_history_len
+    fp8_amax_compute_algo save load finetune exit_on_missing_checkpoint save_interval
+    save_retain_interval async_save log_interval eval_interval eval_iters tensorboard_dir
+    wandb_project wandb_exp_name wandb_save_dir wandb_entity
+"""
 ALL = [row for found in rows().values() for row in found]
 
 
@@ -31,6 +54,12 @@ def test_a_flag_has_one_meaning():
 def _words(row: Row) -> list[str]:
     values = {"0": [], "1": ["7"], "*": ["7", "8"]}[row.takes]
     return [row.flag, *(row.only[:1] or values)]
+
+
+def test_a_field_is_megatrons_or_ours_alone():
+    """A new field is named in `OURS_ALONE` of flag_table.py, or above."""
+    theirs = set(THEIRS.split())
+    assert not theirs & OURS_ALONE and theirs | OURS_ALONE == FIELDS.keys()
 
 
 def test_every_row_does_what_it_says():

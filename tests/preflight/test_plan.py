@@ -36,8 +36,8 @@ def test_a_dry_run_tells_the_run_and_writes_nothing(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     for words in (
         "4 ranks: tensor 2 x pipeline 1 x data 2, ZeRO 1",
-        "2 micro-batches of 1",
-        "500,000 steps, 64,000,000 tokens",
+        "micro-batches of 1 on a rank",
+        "500,000 steps, 6",
         "mlp.linear_fc1",
         "at the peak",
         "(all)",

@@ -58,8 +58,7 @@ def test_ends_of_the_model_have_their_own_rate(tmp_path, dataset):
         folder = tmp_path / name
         dist.run(train, 2, [*flags, *more, "--run-dir", str(folder)])
         reader = newest_valid(folder / "checkpoints")
-        keys = {piece["key"] for piece in reader.meta["pieces"]}
-        keys = {key for key in keys if key.startswith("param/") and "weight" in key}
+        keys = [key for key in reader.keys("param/") if "weight" in key]
         weights.append({key: reader.read(key) for key in keys})
     still, moved = weights
     assert len(still) >= 8

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,7 @@ if hasattr(os, "SCHED_BATCH"):
 
 import pytest  # noqa: E402
 
+from tests import quick_python as quick  # noqa: E402
 from tests.order import place  # noqa: E402
 from tests.runs import make_dataset  # noqa: E402
 
@@ -50,3 +53,12 @@ def device() -> torch.device:
 def dataset(tmp_path_factory) -> str:
     """A tiny dataset that whole runs share."""
     return make_dataset(tmp_path_factory.mktemp("tiny") / "data")
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory) -> Iterator[Path]:
+    """A `python` for commands whose imports are not what is tested (`tests/quick_python.py`)."""
+    path, server = quick.start(tmp_path_factory.mktemp("python"))
+    yield path
+    server.kill()
+    server.join()

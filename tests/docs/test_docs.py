@@ -57,7 +57,7 @@ ENVIRONMENT = {
 }
 
 
-def test_the_tutorial_runs(tmp_path):
+def test_the_tutorial_runs(tmp_path, quick_python):
     import transformers
 
     script = "".join(blocks("tutorial.md", "sh"))
@@ -67,7 +67,7 @@ def test_the_tutorial_runs(tmp_path):
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, "PATH": f"{quick_python.parent}:{ENVIRONMENT['PATH']}"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -98,11 +98,11 @@ def test_the_tutorial_runs(tmp_path):
         assert (tmp_path / "pictures" / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_spec_provider_example_trains(tmp_path):
+def test_the_spec_provider_example_trains(tmp_path, quick_python):
     (code,) = blocks("spec_provider.md", "python")
     (tmp_path / "example.py").write_text(code)
     # torchrun, as the page says.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [str(quick_python), "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*command, "--nproc-per-node", "1", "example.py"],
         cwd=tmp_path,

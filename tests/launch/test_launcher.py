@@ -18,8 +18,8 @@ SCRIPT = str(ROOT / "launch" / "pretrain.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def _deepspeed() -> list[str]:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+def _deepspeed(python: str = sys.executable) -> list[str]:
+    command = [python, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     return [*command, "--master_port", str(free_port())]  # several launches on one machine
 
 
@@ -50,9 +50,9 @@ def test_a_run_ends_with_the_table(tmp_path, launcher):
 
 
 @pytest.mark.slow
-def test_bad_input_ends_the_launch_with_an_error(tmp_path):
+def test_bad_input_ends_the_launch_with_an_error(tmp_path, quick_python):
     flags = [*TINY, "--data-path", str(tmp_path / "missing"), "--run-dir", str(tmp_path / "run")]
-    done = _launch([*_deepspeed(), SCRIPT, *flags])
+    done = _launch([*_deepspeed(str(quick_python)), SCRIPT, *flags])
     output = done.stdout + done.stderr
     assert done.returncode != 0
     # DeepSpeed's launcher ends the other ranks as soon as one has gone, perhaps before they have
@@ -61,8 +61,8 @@ def test_bad_input_ends_the_launch_with_an_error(tmp_path):
     assert "Traceback" not in output and "missing" in output
 
 
-def test_help_lists_flags_by_group():
-    done = _launch([sys.executable, SCRIPT, "--help"])
+def test_help_lists_flags_by_group(quick_python):
+    done = _launch([str(quick_python), SCRIPT, "--help"])
     assert done.returncode == 0
     for text in ("--tensor-model-parallel-size", "sparsity:", "--sparsity-recipe", "data:"):
         assert text in done.stdout

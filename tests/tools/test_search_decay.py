@@ -92,9 +92,10 @@ def test_a_run_that_was_cut_off_is_run_again(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_runs_and_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
+def test_a_search_runs_and_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys, quick_python):
     """The real training: dense, a decay that changes little, one that freezes the masks."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("sys.executable", str(quick_python))
     flags = [*TINY, "--data-path", make_dataset(tmp_path / "data"), "--steps", "9"]
     flags += ["--output", str(tmp_path / "search")]
     assert tool.main([*flags, "--grid", "1e-3"]) == 1

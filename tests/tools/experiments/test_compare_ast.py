@@ -184,8 +184,11 @@ def test_a_variant_that_fails_leaves_the_others(compared, tmp_path, monkeypatch)
     assert "Not made yet: sparsegpt." in table and "| wanda | - |" in table
 
 
-def test_on_two_devices_with_the_flags_of_a_user(compared, tmp_path, capsys):
+def test_on_two_devices_with_the_flags_of_a_user(
+    compared, tmp_path, capsys, monkeypatch, quick_python
+):
     """Real processes: dense on two ranks, then two variants beside each other."""
+    monkeypatch.setattr("sys.executable", str(quick_python))
     for name in DATA:
         shutil.copy(compared[0] / name, tmp_path)
     arguments = [

@@ -210,8 +210,11 @@ def test_what_the_time_limit_leaves_out_is_named(compared, tmp_path, monkeypatch
     assert not (tmp_path / "tokenizer.model").exists()  # for nothing that begins no data are made
 
 
-def test_two_runs_at_a_time_are_what_they_are_alone(compared, tmp_path, capsys):
+def test_two_runs_at_a_time_are_what_they_are_alone(
+    compared, tmp_path, capsys, monkeypatch, quick_python
+):
     """Real processes, beside each other, with the flags of a user."""
+    monkeypatch.setattr("sys.executable", str(quick_python))
     folder, _ = compared
     for name in (
         "data_text_document.bin",

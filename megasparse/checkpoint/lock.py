@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,9 @@ from megasparse.checkpoint.lock_owner import (
 )
 from megasparse.errors import StorageError
 from megasparse.log import logger
+
+# Within this time an owner has written who it is.
+NOTE_SECONDS = 1.0
 
 
 class FolderLock:
@@ -219,10 +223,12 @@ def require_free(folders: list[Path], ours: Callable[[Record], bool]) -> None:
     Raises:
         StorageError: names owner, silence, and when the folder is free.
     """
+    end = time.monotonic() + NOTE_SECONDS
     for folder in _different(folders):
-        owner = owner_of(folder)
-        if owner is not None and not ours(owner.record):
-            raise StorageError(owner.refusal(folder))
+        while (owner := owner_of(folder)) is not None and not ours(owner.record):
+            if not owner.alive or time.monotonic() > end:
+                raise StorageError(owner.refusal(folder))
+            time.sleep(0.02)  # our rank 0 may have the lock, and not have written yet that it has
 
 
 def _different(folders: list[Path]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -171,3 +172,30 @@ def test_ranks_of_one_start_know_their_own_lock(tmp_path, monkeypatch):
             FolderLock(tmp_path)
     finally:
         _end(child)
+
+
+@pytest.mark.parametrize("before", ["", '{"pid": 7, "host": "elsewhere"}'])
+def test_a_rank_waits_for_the_note_of_its_own_rank_0(tmp_path, monkeypatch, before):
+    """Between lock and note `.lock` is empty, or tells of the launch before."""
+    monkeypatch.setattr(lock_module, "NOTE_SECONDS", 60.0)
+    path = tmp_path / ".lock"
+    path.write_text(before)
+    seen = []
+
+    def lock():
+        own = os.open(path, os.O_RDWR)
+        fcntl.lockf(own, fcntl.LOCK_EX)
+        return own
+
+    def ours(record):
+        seen.append(record)
+        if len(seen) == 3:
+            path.write_text('{"mine": true}')
+        return record.get("mine", False)
+
+    child, _ = _child(lock)
+    try:
+        require_free([tmp_path], ours)
+    finally:
+        _end(child)
+    assert len(seen) == 4 and not seen[0].get("mine")

@@ -35,6 +35,7 @@ GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
     ("override_distillation", "distillation", (
         "kd_loss_weight", "lm_loss_weight", "kd_temperature", "teacher_dtype",
     )),
+    ("override_tokenizer", "data", ("eod_token", "bos_token", "add_bos", "parse_special")),
     ("override_data", "data", (
         "split", "mock_data", "reset_position_ids", "reset_attention_mask", "eod_mask_loss",
     )),

@@ -226,6 +226,13 @@ class DataConfig:
     parse_special: bool = option(
         False, "control tokens that are written in a text become those tokens"
     )
+    calibration_samples: int = option(
+        128,
+        "with mask-metric wanda, in a run that starts from given weights: first samples of the "
+        "training data whose inputs choose the first masks, in whole global batches; 0: none, the "
+        "first masks are magnitude's",
+        at_least=0,
+    )
     num_workers: int = option(0, "processes that load data, per rank", at_least=0)
     reset_position_ids: bool = option(False, "positions start again after an end of document")
     reset_attention_mask: bool = option(False, "no attention across documents")

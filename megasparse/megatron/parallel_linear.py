@@ -164,9 +164,9 @@ class ParallelLinear(torch.nn.Module):
         if self._frozen is not None:
             return self._frozen, 0
         controller = self._controller
-        if self.dense is not None and controller is not None:
+        if self.dense is not None and controller is not None and not controller.calibrating:
             return self.dense.gemms(self.weight, controller.clock.step), 0
-        if self.state is None or controller is None:
+        if self.state is None or controller is None or controller.calibrating:
             return DenseGemms(self.weight), 0
         clock = controller.clock
         gemms = self.state.gemms(self.weight, clock.step, controller.sparse_now, controller.monitor)
@@ -187,7 +187,11 @@ class ParallelLinear(torch.nn.Module):
 
     def _multiply(self, x: torch.Tensor | Float8Input, comm: LinearComm) -> torch.Tensor:
         gemms, seed = self.current_gemms()
-        if self.state is not None and self.state.inputs is not None and self.training:
+        calibrating = self._controller is not None and self._controller.calibrating
+        observed = self.state is not None and self.state.inputs is not None
+        # A layer that is recomputed runs twice, without gradients first: it counts once.
+        if observed and (calibrating or (self.training and torch.is_grad_enabled())):
+            assert self.state is not None and self.state.inputs is not None
             assert isinstance(x, torch.Tensor)  # see in_fp8_alone
             self.state.inputs.observe(x)
         return linear(
@@ -196,7 +200,7 @@ class ParallelLinear(torch.nn.Module):
             gemms,
             comm,
             seed,
-            self._branch,
+            None if calibrating else self._branch,
             self.slorb_adapter,
             self.slorb_projection,
         )

@@ -34,6 +34,8 @@ class SparsityController:
         fp8: scaling of FP8 operands, where GEMMs are in FP8.
         layers: what tells the draws of each weight's layer from another's, in the same order.
         seeds: of the draws, on the device; None: taken from the host.
+        calibrating: layers compute with their dense weights, in the model's precision, and their
+            inputs are observed in evaluation too.
     """
 
     recipe: SparsityRecipe
@@ -45,6 +47,7 @@ class SparsityController:
     layers: list[int] = field(default_factory=list)
     seeds: DeviceSeeds | None = None
     dense: list[tuple[DenseFp8Weight, torch.nn.Parameter]] = field(default_factory=list)
+    calibrating: bool = False
 
     def finish_step(self) -> None:
         """After the update of a step, on all ranks: FP8 scales of the next one."""

@@ -116,11 +116,14 @@ class WeightSources:
         return StoredModel(reader, effective=effective)
 
 
-def put_initial_weights(engine: Engine, sources: WeightSources, rows: int) -> None:
+def put_initial_weights(engine: Engine, sources: WeightSources, rows: int) -> bool:
     """Give a fresh model its initial weights, and any teacher its own.
 
     Args:
         rows: of the padded vocabulary.
+
+    Returns:
+        Whether a run begins with weights that were given.
     """
     grid = engine.grid
     source = sources.initial() if sources.fresh else None
@@ -146,6 +149,7 @@ def put_initial_weights(engine: Engine, sources: WeightSources, rows: int) -> No
         put_weights(engine.layout.distillation.teacher.view, teacher, rows, grid)
         engine.layout.distillation.teacher.freeze()
         engine.layout.distillation.describe(teacher.where)
+    return source is not None
 
 
 def keep_frozen_scales(controller: SparsityController, source: Source) -> None:

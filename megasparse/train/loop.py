@@ -84,10 +84,23 @@ class Trainer:
             load(self.engine, reader, services.control)
             self.state = LoopState.of(reader)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
-        put_initial_weights(self.engine, sources, vocabulary)
+        if put_initial_weights(self.engine, sources, vocabulary):
+            self._calibrate()
         self.saver = self.folder.make_saver(self._passed)
         self._describe(self.engine.model)
         self.recorder = Recorder(config, self.engine, self.recipe, vocabulary, self.state)
+
+    def _calibrate(self) -> None:
+        """Let Wanda's first masks know the inputs of the weights that the run starts from."""
+        wanted, batch = self.config.data.calibration_samples, self.config.train.global_batch_size
+        if self.recipe.mask_metric != "wanda" or not wanted:
+            return
+        # Whole global batches, so that every layout sees the same samples.
+        count = -(-wanted // batch)
+        stream = batches(self.data.streams["train"], self.config, self.grid, 0)
+        steps = gradient_accumulation_steps(self.config, self.grid.world)
+        self.engine.calibrate(stream, count * steps)
+        logger.info("Wanda's input norms start from %d training samples", count * batch)
 
     def run(self) -> int:
         """Train until the end or a reason to stop; metrics, checkpoint and report stay behind.

@@ -36,10 +36,16 @@ def single(tmp_path_factory, dataset, dense):
     return _run(tmp_path_factory.mktemp("single"), dataset, dense, [])
 
 
-def test_masks_are_other_than_those_by_magnitude(tmp_path, dataset, dense, single):
-    other = _run(tmp_path, dataset, dense, ["--mask-metric", "magnitude"])
-    assert other[0]["masks"] == single[0]["masks"]  # no inputs were seen before the first step
+def test_the_first_masks_know_the_inputs_of_the_given_weights(tmp_path, dataset, dense, single):
+    """Without a calibration they are magnitude's, and many entries flip at the second refresh."""
+    blind = _run(tmp_path / "blind", dataset, dense, ["--calibration-samples", "0"])
+    other = _run(tmp_path / "other", dataset, dense, ["--mask-metric", "magnitude"])
+    assert blind[0]["masks"] == other[0]["masks"] != single[0]["masks"]
     assert other[4]["masks"] != single[4]["masks"]
+    # The training data itself begins with its first sample all the same.
+    assert [row["samples"] for row in single] == [row["samples"] for row in other]
+    second, before = (rows[4]["flip_rate"] for rows in (single, blind))
+    assert second < 0.4 * before and before > 0.05
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

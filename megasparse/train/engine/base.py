@@ -135,6 +135,19 @@ class Engine:
         clock.advance()
         return StepResult(loss, norm, lr)
 
+    def calibrate(self, batches: Iterator[Batch], iterations: int) -> None:
+        """Observe what the dense weights' linears see (for Wanda's first masks); collective.
+
+        Args:
+            batches: micro-batches of this rank; `iterations`: how many.
+        """
+        self.controller.calibrating = True
+        try:
+            self.layout.evaluate(batches, iterations)
+        finally:
+            self.controller.calibrating = False
+        self._finish_inputs()
+
     def _finish_inputs(self) -> None:
         """Add up the input norms of the step over all replicas (for Wanda's masks)."""
         split = self.config.parallel.sequence_parallel

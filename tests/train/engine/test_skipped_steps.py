@@ -17,12 +17,13 @@ STEPS = 6  # masks are refreshed at steps 0 and 4; the history of amax is 3 step
 
 
 def _states_after_each_step(
-    rank: int, world: int, run: list[str], fault: str | None, step: int
+    rank: int, world: int, run: list[str], skipped: dict[int, str], injected: bool
 ) -> list[dict[str, str]]:
     """Digests of the whole state after every step.
 
     Args:
-        fault: kind and point that end step `step`; None: this run does not compute that step.
+        skipped: kind and point of the fault that ends each of some steps.
+        injected: by them; else this run does not compute those steps.
     """
     from megasparse.config import load_config, resolve
     from megasparse.distributed.control_plane import make_control_plane
@@ -38,28 +39,31 @@ def _states_after_each_step(
     with mock.patch("megasparse.fp8.transformer_engine.refusal", return_value=None):
         config = resolve(load_config(run), world)
         device = start_process(1.0)
-        grid = make_grid(config.parallel.tensor_model_parallel_size, device, config.train.seed)
-        kind, _, point = (fault or "nan:nowhere").partition(":")
-        faults = Faults(parse(f"{kind}@*:{step}:{point}") if fault else [], rank)
+        parallel = config.parallel
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        grid = make_grid(tp, device, config.train.seed, pipeline_model_parallel_size=pp)
+        wanted = [(step, *fault.split(":", 1)) for step, fault in skipped.items() if injected]
+        text = ",".join(f"{kind}@*:{step}:{point}" for step, kind, point in wanted)
+        faults = Faults(parse(text), rank)
         services = RunServices(make_control_plane(), StopRequest(), Events(faults.passed), faults)
         trainer = Trainer(config, grid, build_data(config, grid), services)
         stream = batches(trainer.data.streams["train"], config, grid, 0)
         clock, states = trainer.controller.clock, []
         trainer.controller.ask(True)
         for number in range(STEPS):
-            if number == step and fault is None:
+            if number in skipped and not injected:
                 for _ in range(trainer.engine.layout.accumulation_steps):
                     next(stream)
-                clock.step += 1
+                clock.batch = config.train.global_batch_size
+                clock.advance()
             else:
                 try:
                     trainer.engine.train_step(stream)
-                    assert number != step, f"{fault}: nothing was skipped"
+                    assert number not in skipped, f"{skipped[number]}: nothing was skipped"
                 except NonFiniteStep:
-                    assert number == step
-                    clock.step += 1
+                    assert number in skipped
+                    clock.advance()
             states.append(_state(trainer))
-        trainer.folder.release()
         return states
 
 
@@ -67,7 +71,8 @@ def _state(trainer: Any) -> dict[str, str]:
     from megasparse.train import checkpoint
 
     tensors = {name: v for name, (_, v) in checkpoint.collect(trainer.engine).items()}
-    fp8, rest = trainer.controller.fp8, {}
+    clock = trainer.controller.clock
+    fp8, rest = trainer.controller.fp8, {"clock": (clock.step, clock.samples)}
     for state, _ in trainer.controller.weights:
         rest[state.name] = (
             state.last_refresh,
@@ -96,6 +101,7 @@ RUNS = {
     "fst": ([], 1),
     "fst, zero 1": (["--bf16"], 2),
     "fst, zero 3": (["--bf16", "--zero-stage", "3"], 2),
+    "fst, pp 2": (["--pipeline-model-parallel-size", "2"], 2),
     "fst, tp 2": (["--tensor-model-parallel-size", "2"], 2),
     "s_ste": (["--sparsity-recipe", "s_ste", "--masked-decay", "none"], 1),
     "s_ste, scale of every step": (
@@ -107,38 +113,30 @@ RUNS = {
     "s_ste, fp8": ([*FP8_RUN, *FP8, *S_STE, "--masked-decay", "none"], 1),
     "fst, current scaling": ([*FP8_RUN, *CURRENT, *FST], 1),
 }  # fmt: skip
-# All kinds of faults where there is most to put back, the hardest one elsewhere. What a first step
-# makes (masks, scales) must be unmade.
-CASES = [
-    *((name, "huge:loss", 4) for name in RUNS),
-    *((name, "huge:loss", 0) for name in ("fst", "s_ste", "ast, wanda", "fst, fp8")),
-    *(("fst, fp8", fault, 4) for fault in ("nan:loss", "inf:loss", "huge:grad/linear_fc2")),
-    ("ast, wanda", "nan:loss", 4),
-]
+# All kinds of faults in every run, by turns: in the first step, which makes masks and scales that
+# must be unmade, in one between, and in one whose masks are refreshed.
+KINDS = ("huge:loss", "nan:loss", "inf:loss")
+CASES = {
+    name: {step: KINDS[(number + turn) % 3] for turn, step in enumerate((0, 2, 4))}
+    for number, name in enumerate(RUNS)
+}
+# Of gradients alone, after a finite loss.
+GRADIENTS = {1: "huge:grad/linear_fc2", 3: "inf:grad/linear_qkv", 4: "nan:grad/linear_fc2"}
 
 
-@pytest.fixture(scope="module")
-def never_saw(dataset, tmp_path_factory):
-    """States of a run that does not compute a step, made once for each run and step."""
-    root, known = tmp_path_factory.mktemp("never"), {}
-
-    def states(name, step):
-        if (name, step) not in known:
-            run, world = RUNS[name]
-            folder = root / f"{len(known)}"
-            known[name, step] = dist.run(
-                _states_after_each_step, world, flags(dataset, folder, *run), None, step
-            )
-        return known[name, step]
-
-    return states
-
-
-@pytest.mark.parametrize(("name", "fault", "step"), CASES)
-def test_a_skipped_step_leaves_nothing(tmp_path, dataset, never_saw, name, fault, step):
+@pytest.mark.parametrize(
+    ("name", "skipped"),
+    [*CASES.items(), ("fst, fp8", GRADIENTS), ("ast, wanda", GRADIENTS)],
+    ids=[*CASES, "fst, fp8, gradients", "ast, wanda, gradients"],
+)
+def test_a_skipped_step_leaves_nothing(tmp_path, dataset, name, skipped):
     run, world = RUNS[name]
-    run = flags(dataset, tmp_path / "run", *run)
-    found = dist.run(_states_after_each_step, world, run, fault, step)
-    for mine, expected in zip(found, never_saw(name, step), strict=True):
+    found, never_saw = (
+        dist.run(
+            _states_after_each_step, world, flags(dataset, tmp_path / how, *run), skipped, injected
+        )
+        for how, injected in (("injected", True), ("never", False))
+    )
+    for mine, expected in zip(found, never_saw, strict=True):
         for number, (a, b) in enumerate(zip(mine, expected, strict=True)):
             assert sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k)) == [], number

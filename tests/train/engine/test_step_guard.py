@@ -136,7 +136,6 @@ def _state_around_a_bad_step(rank: int, world: int, run: list[str], point: str) 
     trainer.controller.clock.step += 1
     trainer.engine.train_step(stream)
     moved = sum(before.get(name) != value for name, value in digests().items())
-    trainer.folder.release()
     return [*changed, *(after.keys() ^ before.keys()), moved > len(before) // 2]
 
 

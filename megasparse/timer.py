@@ -38,11 +38,13 @@ class StepTimer:
 
     Attributes:
         measuring: between `start` and `stop`.
+        named: give phases names that a profiler shows.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._cuda = device is not None and device.type == "cuda"
-        self.measuring = False
+        self.measuring = self.named = False
+        self._names: list[contextlib.AbstractContextManager[Any]] = []
         self._stack: list[str] = []
         self._marks: list[tuple[str, Any]] = []
         self._finished: list[tuple[str, Any]] = []
@@ -107,6 +109,9 @@ class StepTimer:
 
     def enter(self, phase: str) -> None:
         """From here on time belongs to `phase`, until `leave` (see `span`)."""
+        if self.named:
+            self._names.append(named(phase))
+            self._names[-1].__enter__()
         self._stack.append(phase)
         self._mark()
 
@@ -114,6 +119,8 @@ class StepTimer:
         """Back to the phase before the last `enter`."""
         self._stack.pop()
         self._mark()
+        if self._names:
+            self._names.pop().__exit__(None, None, None)
 
     def _mark(self) -> None:
         if self._cuda:
@@ -141,6 +148,20 @@ class _Span:
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """A range that torch's profiler and, on a GPU, nsys show under this name."""
+    nvtx = torch.cuda.is_available()
+    if nvtx:
+        torch.cuda.nvtx.range_push(name)
+    try:
+        with torch.profiler.record_function(name):
+            yield
+    finally:
+        if nvtx:
+            torch.cuda.nvtx.range_pop()
 
 
 def _timed(timer: StepTimer, owner: type, name: str) -> Callable[[], None]:

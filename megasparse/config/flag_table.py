@@ -74,7 +74,7 @@ _OURS = """
     run_dir load_hf resume keep_last max_failed_saves max_restarts max_restarts_without_progress
     override_batch override_seq_length override_seed override_data override_tokenizer
     override_schedule override_precision override_model override_recipe override_distillation
-    override_rng fp8_fallback calibration_samples
-    log_level log_csv log_layers peak_tflops sample_prompt sample_tokens
+    override_rng fp8_fallback calibration_samples log_level log_csv log_layers peak_tflops
+    sample_prompt sample_tokens profile_eager
 """
 OURS_ALONE = frozenset(_OURS.split())

@@ -150,7 +150,7 @@ NOTHING = (
      "--log-batch-size-to-tensorboard --log-world-size-to-tensorboard "
      "--log-validation-ppl-to-tensorboard --log-device-memory-used --tensorboard-log-interval= "
      "--tensorboard-queue-size= --timing-log-level= --timing-log-option= "
-     "--no-barrier-with-level-1-timing --straggler-minmax-count="),
+     "--no-barrier-with-level-1-timing --log-straggler --straggler-minmax-count="),
     ("it is not measured; docs/metrics.md has what is",
      "--log-energy --log-num-zeros-in-grad --log-params-norm --log-max-attention-logit "
      "--log-optimizer-states-to-tensorboard --no-log-learnig-rate-to-tensorboard"),

@@ -150,9 +150,6 @@ MISSING = (
     ("ranks are numbered tensor first, then data, then pipeline", "--use-tp-pp-dp-mapping"),
     ("--distributed-timeout-minutes holds from start to end",
      "--distributed-timeout-seconds-after-init="),
-    ("profiles come from nsys around the command, and the time_* metrics",
-     "--profile --profile-ranks=* --profile-step-start= --profile-step-end= --profile-steps= "
-     "--use-pytorch-profiler --record-memory-history --memory-snapshot-path= --log-straggler"),
     ("a YAML file is given by --config", "--yaml-cfg="),
     ("a teacher is given by --teacher-load, its loss by --kd-loss-weight and --lm-loss-weight",
      "--kd --kd-alpha-ce= --kd-beta-ce= --hidden-size-teacher= --num-attention-heads-teacher= "

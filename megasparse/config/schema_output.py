@@ -95,6 +95,24 @@ class LoggingConfig:
         None, "its local folder; default RUN_DIR/wandb", path="written"
     )
     wandb_entity: str | None = option(None, "its team or user")
+    profile: bool = option(
+        False,
+        "profile the steps after profile-step-start up to profile-step-end: a trace by torch in "
+        "RUN_DIR/profile, or ranges for nsys where it runs",
+    )
+    profile_step_start: int = option(10, "steps done when the profile starts", at_least=0)
+    profile_step_end: int = option(12, "steps done when it ends", at_least=1)
+    profile_ranks: list[str] = option(["0"], "ranks that are profiled")
+    profile_eager: bool = option(
+        True, "run layers without CUDA graphs in these steps, so that their GEMMs have names"
+    )
+    use_pytorch_profiler: bool = option(False, "torch's profiler also where nsys runs")
+    record_memory_history: bool = option(
+        False, "keep the history of GPU memory of the profiled ranks, until profile-step-end"
+    )
+    memory_snapshot_path: str | None = option(
+        None, "where; default RUN_DIR/profile/memory.rankN.pickle", path="written"
+    )
     peak_tflops: float | None = option(
         None,
         "dense peak of a GPU (or CPU) for MFU; default: known GPUs' in the precision in use",

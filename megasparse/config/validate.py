@@ -18,6 +18,7 @@ from megasparse.config.resolved import (
 )
 from megasparse.config.schema import RunConfig
 from megasparse.config.schema_model import ModelConfig
+from megasparse.config.schema_output import LoggingConfig
 from megasparse.config.schema_training import DataConfig, ParallelConfig, TrainConfig
 from megasparse.errors import ConfigError, together
 
@@ -51,6 +52,7 @@ def problems_of(config: RunConfig, world_size: int) -> list[str]:
         *_check_parallel(config.parallel, resolved, world_size),
         *_check_train(config.train, resolved, world_size),
         *_check_data(resolved.data, resolved.model),
+        *_check_profile(resolved.logging),
         *_check_start(resolved),
         *_check_slorb(resolved),
         *_check_fp8(resolved),
@@ -206,6 +208,15 @@ def _check_train(given: TrainConfig, config: ResolvedConfig, world_size: int) ->
     dense = (sparsity.dense_warmup_fraction or 0.0) + (sparsity.dense_tail_fraction or 0.0)
     if dense > 1.0:
         yield (f"dense_warmup_fraction + dense_tail_fraction is {dense}, expected at most 1")
+
+
+def _check_profile(logging: LoggingConfig) -> Iterator[str]:
+    first, last = logging.profile_step_start, logging.profile_step_end
+    if logging.profile and last <= first:
+        yield f"profile_step_end {last}, expected more than profile_step_start {first}"
+    wrong = [rank for rank in logging.profile_ranks if not rank.isdigit()]
+    if wrong:
+        yield f"profile_ranks: found {wrong[0]!r}, expected numbers of ranks"
 
 
 def _check_data(data: DataConfig, model: ResolvedModel) -> Iterator[str]:

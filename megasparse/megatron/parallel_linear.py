@@ -33,6 +33,7 @@ from megasparse.sparsity.dense_weight import DenseFp8Weight
 from megasparse.sparsity.gemms.dense import DenseGemms
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.gemms.frozen_fp8 import Fp8StoredGemms
+from megasparse.sparsity.gemms.named import under_name
 from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.slorb import (
@@ -93,6 +94,7 @@ class ParallelLinear(torch.nn.Module):
         self._controller: SparsityController | None = None
         self._place = 0
         self._frozen: Fp8StoredGemms | None = None
+        self.profiled_as: str | None = None  # its name, while a profiler runs
         self._branch: LowRankBranch | None = None
         self.slorb_adapter: torch.nn.Parameter | None = None
         self.slorb_projection: torch.nn.Parameter | None = None
@@ -161,6 +163,10 @@ class ParallelLinear(torch.nn.Module):
 
     def current_gemms(self) -> tuple[LinearGemms, SeedLike]:
         """The GEMMs of the current step, and the seed of this layer's draws."""
+        gemms, seed = self._gemms_of_step()
+        return under_name(gemms, self.profiled_as), seed
+
+    def _gemms_of_step(self) -> tuple[LinearGemms, SeedLike]:
         if self._frozen is not None:
             return self._frozen, 0
         controller = self._controller

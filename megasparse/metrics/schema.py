@@ -64,6 +64,9 @@ _LOG_STEP = (
      "peak so far: allocated on the GPU, or resident on a CPU; largest rank"),
     *((f"time_{phase}", f"time/{phase}", "s", "of the step before, mean over ranks")
       for phase in PHASES),
+    ("time_slowest_rank", None, "-", "rank whose own work takes longest, compared with its stage"),
+    ("time_slowest_ratio", "time/slowest_ratio", "1",
+     "time of its own work in the step before / median of its stage; without communication"),
     ("retained_l1", "sparsity/retained_l1", "1", "sum abs(W o M) / sum abs(W), mean over layers"),
     ("decay_ratio", "sparsity/decay_ratio", "1",
      "norm of lambda (1 - M) o W / norm of the clipped gradient, mean over layers"),

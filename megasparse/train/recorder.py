@@ -23,9 +23,10 @@ from megasparse.metrics.writers import MetricsWriter
 from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.timer import PHASES, StepTimer
-from megasparse.train import layer_metrics
+from megasparse.train import layer_metrics, stragglers
 from megasparse.train.engine.base import Engine, StepResult
 from megasparse.train.layer_metrics import LayerMetrics
+from megasparse.train.profiler import Profiler
 from megasparse.train.state import LoopState
 
 Row = dict[str, Any]
@@ -65,6 +66,8 @@ class Recorder:
         self._entries = layer_metrics.entries(self._controller, self._grid)
         # Whether the step under way, and the one before it, are in the sparse phase.
         self._sparse, self._sparse_before = False, self._phase_before()
+        self._stragglers = stragglers.StragglerWatch()
+        self.profiler = Profiler(config, engine)
         self.only_log: tuple[int, ...] | None = None
         self._split: list[Any] = []
         self._seconds = 0.0  # of the steps since the log step before
@@ -94,7 +97,8 @@ class Recorder:
         self._sparse = self._controller.sparse_now
         self._split = self._timer.take()
         self._controller.ask(self._is_logged(number))
-        if self._is_logged(number + 1):
+        self.profiler.begin(number)
+        if self._is_logged(number + 1) or self.profiler.running:
             self._timer.start()
 
     def end(self, result: StepResult, seconds: float, known: Row) -> Row:
@@ -106,6 +110,7 @@ class Recorder:
             known: columns that the loop fills in.
         """
         self._timer.stop()
+        self.profiler.end(self._controller.clock.step)
         self._controller.ask(False)
         clock = self._controller.clock
         step, tokens = clock.step, clock.batch * self._config.model.seq_length
@@ -139,6 +144,7 @@ class Recorder:
 
     def close(self) -> None:
         """The end of the run."""
+        self.profiler.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -181,7 +187,7 @@ class Recorder:
         layers, sums, memory = layer_metrics.measure_all(
             self._engine,
             self._sparse,
-            [*(seconds.get(phase, 0.0) for phase in PHASES), saved],
+            [*(seconds.get(phase, 0.0) for phase in PHASES), saved, *self._own_work(seconds)],
             layer_metrics.peak_memory_gib(self._grid.device),
         )
         if not self._is_logged(step):
@@ -189,7 +195,8 @@ class Recorder:
         world = self._grid.world
         each = self._tokens / self._seconds / world
         self._seconds, self._tokens = 0.0, 0
-        executed = self._flops.dense + self._flops.recomputed - sums[-1] / self._grid.dp_size
+        of_phases, saved, own = sums[: len(PHASES)], sums[len(PHASES)], sums[len(PHASES) + 1 :]
+        executed = self._flops.dense + self._flops.recomputed - saved / self._grid.dp_size
         row: Row = {
             "tokens_per_second_per_gpu": each,
             "tflops": each * self._flops.dense / 1e12,
@@ -199,8 +206,18 @@ class Recorder:
         if self._peak is not None:
             row["mfu"] = row["tflops"] / self._peak
         if seconds:
-            row |= {f"time_{p}": total / world for p, total in zip(PHASES, sums[:-1], strict=True)}
+            row |= {f"time_{p}": total / world for p, total in zip(PHASES, of_phases, strict=True)}
+            found = stragglers.slowest(own, world // self._grid.pp_size)
+            self._stragglers.look(step, found)
+            if found is not None:
+                row |= {"time_slowest_rank": found.rank, "time_slowest_ratio": found.ratio}
         return layers, row
+
+    def _own_work(self, seconds: dict[str, float]) -> list[float]:
+        """Seconds of this rank's own work at its place among all ranks."""
+        every = [0.0] * self._grid.world
+        every[self._grid.rank] = sum(seconds.get(phase, 0.0) for phase in stragglers.OWN_WORK)
+        return every
 
     def _phase_before(self) -> bool | None:
         """Whether the step before this start was sparse; None: there was none."""

@@ -115,7 +115,6 @@ PUBLISHED = {
         """,
         world=8,
         layers=32,
-        missing=("--profile", "--profile-step-start", "--profile-step-end"),
     ),
     "gpt3_15b": Script(
         """

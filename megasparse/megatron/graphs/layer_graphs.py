@@ -68,6 +68,7 @@ class LayerGraphs:
         self._active: list[GraphSet] | None = None
         self._look_at, self._patience = 0, FIRST_PATIENCE
         self._refusal: str | None = None
+        self.paused = False  # steps run eagerly, as a profiler asks for
         controller.seeds = DeviceSeeds(controller.clock, controller.layers, grid.device, slots)
 
     def begin_step(self, micro_batches: Sequence[int]) -> None:
@@ -91,9 +92,10 @@ class LayerGraphs:
         self._phase = (controller.sparse_now, controller.moves)
         controller.seeds.begin_step(micro_batches)
         kind = controller.asked
-        if self._refusal is None and kind not in self._sets and kind in self._warm:
+        ready = self._refusal is None and not self.paused
+        if ready and kind not in self._sets and kind in self._warm:
             self._capture(kind)
-        if kind not in self._warm:
+        if kind not in self._warm or self.paused:
             self.let_go()  # an eager step needs the memory
         self._active = self._sets.get(kind)
 

@@ -65,6 +65,9 @@ def run(stop: StopRequest) -> int:
     return train(prepared, stop, notes)
 
 
+MAX_TOLD = 30  # problems of one start
+
+
 def restarting(prepared: Prepared, rank: int, stop: StopRequest) -> int:
     """The training as a child of this process, which has the run's folders all the time."""
     settings = prepared.config.checkpoint
@@ -87,7 +90,7 @@ def restarting(prepared: Prepared, rank: int, stop: StopRequest) -> int:
 def tell(error: MegasparseError) -> None:
     """What is wrong: a line for each problem."""
     name, problems = type(error).__name__, error.problems or (str(error),)
-    for number, problem in enumerate(problems, 1):
+    for number, problem in enumerate(problems[:MAX_TOLD], 1):
         which = f" {number} of {len(problems)}" if len(problems) > 1 else ""
         log.logger.error("%s%s: %s", name, which, " ".join(problem.split()))
 

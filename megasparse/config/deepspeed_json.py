@@ -17,6 +17,7 @@ from megasparse.config.fields import FIELDS, convert
 from megasparse.config.resolved import ResolvedConfig, data_parallel_size
 from megasparse.config.schema import RunConfig
 from megasparse.errors import ConfigError
+from megasparse.input_files import read_regular
 
 AUTO = "auto"
 _ADAM = ("adam", "adamw", "fusedadam", "cpuadam")
@@ -36,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read or is no JSON object.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_regular(path))
     except OSError as error:
         raise ConfigError(f"deepspeed_config {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

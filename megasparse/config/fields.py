@@ -12,6 +12,7 @@ from typing import Any
 
 from megasparse.config.schema import RunConfig
 from megasparse.errors import ConfigError
+from megasparse.input_files import shown
 
 # Other spellings that Megatron-DeepSpeed and Megatron users type.
 ALIASES = {"num_key_value_heads": "num_query_groups"}
@@ -46,6 +47,9 @@ def fields() -> Iterator[FieldInfo]:
             yield FieldInfo(group.name, item.name, kind, optional, dict(item.metadata))
 
 
+# Beyond it a number is not exact as a float, and no size of a run.
+MAX_INTEGER = 1 << 53
+
 FIELDS = {info.name: info for info in fields()}
 
 
@@ -65,12 +69,15 @@ def convert(info: FieldInfo, value: Any, source: str) -> Any:
         if info.optional:
             return None
         raise ConfigError(f"{source}: found no value, expected {info.kind.__name__}")
-    wrong = ConfigError(f"{source}: found {value!r}, expected {expected(info)}")
+    wrong = ConfigError(f"{source}: found {shown(value)}, expected {expected(info)}")
     if info.kind is list:
         items = value if isinstance(value, list) else [value]
         if any(isinstance(item, (dict, list)) or item is None for item in items):
             raise wrong
-        return [str(item) for item in items]
+        texts = [str(item) for item in items]
+        if any(not _is_text(text) for text in texts):
+            raise wrong
+        return texts
     if info.kind is bool:
         if not isinstance(value, bool):
             raise wrong
@@ -90,6 +97,8 @@ def convert(info: FieldInfo, value: Any, source: str) -> Any:
     limits = info.metadata
     if (
         (isinstance(converted, float) and not math.isfinite(converted))
+        or (isinstance(converted, int) and abs(converted) > MAX_INTEGER)
+        or (isinstance(converted, str) and not _is_text(converted, info.metadata.get("empty")))
         or ("choices" in limits and converted not in limits["choices"])
         or ("at_least" in limits and converted < limits["at_least"])
         or ("above" in limits and converted <= limits["above"])
@@ -99,12 +108,22 @@ def convert(info: FieldInfo, value: Any, source: str) -> Any:
     return converted
 
 
+def _is_text(text: str, may_be_empty: bool | None = False) -> bool:
+    """Whether the system can take a text as a name: an empty one is an unset shell variable."""
+    return (bool(text.strip()) or bool(may_be_empty)) and "\0" not in text and len(text) < 4096
+
+
 def expected(info: FieldInfo) -> str:
     """What a value of the field has to be, in words."""
     limits = info.metadata
     if "choices" in limits:
         return "one of " + ", ".join(str(choice) for choice in limits["choices"])
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+    }
     bounds = [
         f"{words} {limits[key]}"
         for key, words in (("at_least", "at least"), ("above", "above"), ("below", "below"))

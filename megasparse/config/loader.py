@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megasparse.config.inputs import locate, replace_sources
 from megasparse.config.packaged import find_config
 from megasparse.config.schema import RunConfig
 from megasparse.errors import ConfigError, together
+from megasparse.input_files import read_regular, shown
 
 __all__ = ["ALIASES", "FIELDS", "FieldInfo", "dump_yaml", "from_dict", "load_config", "read_config"]
 
@@ -104,66 +106,107 @@ def dump_yaml(config: RunConfig, groups: Sequence[str] | None = None) -> str:
     return yaml.safe_dump({name: tree[name] for name in groups or tree}, sort_keys=False)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML without silent overrides: a key written twice is an error."""
+# No configuration that a person writes comes near these.
+MAX_YAML_BYTES = 1 << 20
+MAX_KEYS = 10_000
+MAX_BASES = 20
+MAX_PROBLEMS = 50
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without silent overrides: keys are text, each once, and no merge makes them many."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"line {line}: a key is a {key_node.id}, expected a name")
             if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise ConfigError(f"key {key_node.value!r} is given twice (line {line})")
+                raise ConfigError(f"key {shown(key_node.value)} is given twice (line {line})")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_KEYS:
+            raise ConfigError(f"line {node.start_mark.line + 1}: more than {MAX_KEYS} keys")
 
-def _apply_yaml(
-    config: RunConfig, path: Path, line: CommandLine, including: tuple[Path, ...] = ()
-) -> None:
-    """Apply a file; `base: OTHER.yaml` (beside it) is applied first."""
-    if path.resolve() in including:
-        raise ConfigError(f"{path}: includes itself by 'base'")
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    """The tree of a file, whatever is in its place.
+
+    Raises:
+        ConfigError: one line: cannot be read, or is no YAML of groups.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read: {error}") from None
+        text = read_regular(path, MAX_YAML_BYTES).decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # no UTF-8; a NUL in the name
+        raise ConfigError(f"--config {shown(str(path))}: cannot be read: {error}") from None
     try:
-        tree = yaml.load(text, Loader=_UniqueKeyLoader)
+        tree = yaml.load(text, Loader=_StrictLoader)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deep") from None
+    except Exception as error:  # PyYAML lets out what its constructors meet in odd scalars
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: found {type(tree).__name__}, expected groups of settings")
+    return tree
+
+
+def _apply_yaml(
+    config: RunConfig, path: Path, line: CommandLine, including: tuple[str, ...] = ()
+) -> None:
+    """Apply a file; `base: OTHER.yaml` (beside it) is applied first."""
+    own = os.path.realpath(path)
+    if own in including:
+        raise ConfigError(f"{path}: includes itself by 'base'")
+    if len(including) >= MAX_BASES:
+        raise ConfigError(f"{path}: the {MAX_BASES}th file in a row that is a 'base' of another")
+    tree = _read_yaml(path)
     base = tree.pop("base", None)
     if base is not None:
         if not isinstance(base, str):
-            raise ConfigError(f"{path}: base: found {base!r}, expected the name of a YAML file")
-        _apply_yaml(config, path.parent / base, line, (*including, path.resolve()))
+            raise ConfigError(
+                f"{path}: base: found {shown(base)}, expected the name of a YAML file"
+            )
+        _apply_yaml(config, path.parent / base, line, (*including, own))
     _apply_tree(config, tree, str(path), line)
 
 
 def _apply_tree(config: RunConfig, tree: dict[str, Any], source: str, line: CommandLine) -> None:
     group_names = [group.name for group in dataclasses.fields(RunConfig)]
     for group, section in tree.items():
+        if len(line.problems) >= MAX_PROBLEMS:
+            return
         if group not in group_names:
             if group in FIELDS:
                 hint = f", it belongs into the group {FIELDS[group].group!r}"
             else:
                 close = difflib.get_close_matches(str(group), group_names, n=1)
                 hint = f", did you mean {close[0]}?" if close else f", expected {group_names}"
-            line.problems.append(f"{source}: unknown group {group!r}{hint}")
+            line.problems.append(f"{source}: unknown group {shown(group)}{hint}")
             continue
         if not isinstance(section, dict):
-            line.problems.append(f"{source}: group {group!r} holds {section!r}, expected settings")
+            line.problems.append(
+                f"{source}: group {group!r} holds {shown(section)}, expected settings"
+            )
             continue
         if group == "data":
             replace_sources(config, section)
         for key, value in section.items():
-            info = FIELDS.get(ALIASES.get(str(key), str(key)))
+            if len(line.problems) >= MAX_PROBLEMS:
+                return
+            name = shown(key).strip("'")
+            info = FIELDS.get(ALIASES.get(name, name))
             if info is None:
-                near = nearest_field(str(key))
-                line.problems.append(f"{source}: unknown key {group}.{key}{near}")
+                near = nearest_field(name)
+                line.problems.append(f"{source}: unknown key {group}.{name}{near}")
             elif info.group != group:
                 line.problems.append(
                     f"{source}: unknown key {group}.{key}, did you mean {info.group}.{key}?"

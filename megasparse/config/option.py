@@ -11,7 +11,8 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
     Args:
         limits: `choices`, `at_least`, `above`, `below`; `joined`: between the items of a list in
-            YAML, which are one text; `path`: it names files that are "read" or "written".
+            YAML, which are one text; `empty`: a text may be empty; `path`: it names files that are
+            "read" or "written".
     """
     metadata = {"help": help, **limits}
     if isinstance(default, list):

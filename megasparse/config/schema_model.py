@@ -21,7 +21,7 @@ SPARSE_LAYERS = ("*.mlp.linear_fc1", "*.mlp.linear_fc2")
 class ModelConfig:
     """Size and style of the Transformer."""
 
-    num_layers: int = option(4, "Transformer layers", at_least=1)
+    num_layers: int = option(4, "Transformer layers", at_least=1, below=10_001)
     hidden_size: int = option(256, "width of the residual stream", at_least=4)
     ffn_hidden_size: int | None = option(
         None,

@@ -118,5 +118,5 @@ class LoggingConfig:
         "dense peak of a GPU (or CPU) for MFU; default: known GPUs' in the precision in use",
         above=0.0,
     )
-    sample_prompt: str = option("", "text that the sample at the end continues")
+    sample_prompt: str = option("", "text that the sample at the end continues", empty=True)
     sample_tokens: int = option(0, "length of the sample at the end; 0: none", at_least=0)

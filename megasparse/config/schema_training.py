@@ -48,7 +48,7 @@ class ParallelConfig:
         100, "steps between comparisons of replicas over ranks; 0: never", at_least=0
     )
     distributed_timeout_minutes: float = option(
-        10.0, "a collective that takes longer ends the run", above=0.0
+        10.0, "a collective that takes longer ends the run", above=0.0, below=1e6
     )
     hang_timeout: float = option(
         60.0, "seconds without progress after which a rank is taken to hang; 0: never", at_least=0.0

@@ -18,6 +18,7 @@ from megasparse.convert.architecture import BASE_PREFIXES, architecture_of, mode
 from megasparse.convert.layout import Rule, rules
 from megasparse.convert.source import require_finite
 from megasparse.errors import CheckpointError
+from megasparse.input_files import open_regular, read_regular, refuse_links
 from megasparse.tensor_files import DTYPES, Entry, SafetensorError, safe_open
 
 CONFIG = "config.json"
@@ -54,6 +55,7 @@ class HuggingFaceModel:
         self.folder, self._dtype = folder, dtype
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: is no folder, expected a Hugging Face model")
+        refuse_links(folder, CheckpointError)
         self.config = read_json(folder / CONFIG)
         self.where = str(folder)
         self.model = model_config(self.config, str(folder / CONFIG))
@@ -102,7 +104,7 @@ class HuggingFaceModel:
     def _tensor(self, part: str) -> torch.Tensor:
         file, key, _, _ = self._found[part]
         try:
-            with safe_open(file, framework="pt") as stream:
+            with open_regular(file), safe_open(file, framework="pt") as stream:
                 value = stream.get_tensor(key).clone()
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{file}: {key}: {_line(error)}") from None
@@ -229,7 +231,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: longer than {_MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

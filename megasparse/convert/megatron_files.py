@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from megasparse.errors import CheckpointError
+from megasparse.input_files import refuse_links
 
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _DEEPSPEED = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -61,6 +62,7 @@ class MegatronFiles:
 
     def __init__(self, path: Path) -> None:
         self.folder = _iteration(path)
+        refuse_links(self.folder, CheckpointError)
         names = sorted(entry.name for entry in self.folder.iterdir())
         if any(name.endswith(".distcp") for name in names):
             raise CheckpointError(

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megasparse.data.file_errors import read_error
 from megasparse.errors import DataError
+from megasparse.input_files import read_regular
 
 
 def bpe_tokenizer_json(vocab_file: Path, merge_file: Path) -> str:
@@ -58,7 +59,7 @@ def _merges(path: Path) -> list[tuple[str, str]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path).decode("utf-8")
     except OSError as error:
         raise read_error(path, error) from error
     except UnicodeDecodeError as error:

@@ -151,6 +151,6 @@ def _check_source(
     if sidecar is not None:
         digest = hashlib.sha256(f"{sidecar.idx_sha256}{sidecar.bin_sha256}".encode()).hexdigest()
     else:
-        digest = hashlib.sha256(idx_path(prefix).read_bytes()).hexdigest()
+        digest = file_sha256(idx_path(prefix))
     eod = sidecar.eod if sidecar is not None else None
     return Source(prefix, weight, digest, index.lengths, eod)

@@ -28,6 +28,7 @@ import numpy as np
 from megasparse.data.file_errors import read_error
 from megasparse.data.sidecar import bin_path, idx_path
 from megasparse.errors import DataError
+from megasparse.input_files import open_regular
 from megasparse.log import is_logging_rank
 from megasparse.progress import progress
 
@@ -112,7 +113,7 @@ def read_index(prefix: str | os.PathLike) -> Index:
     bin_size = _size(bin_path(prefix))
     path = idx_path(prefix)
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             dtype, sequences, boundaries = _parse_header(stream.read(HEADER.size), size, path)
             buffer = np.memmap(stream, dtype=np.uint8, mode="r", shape=(size,))
@@ -166,7 +167,7 @@ def validate(prefix: str | os.PathLike, vocab_size: int | None = None) -> Index:
 
 def _size(path: Path) -> int:
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             return os.fstat(stream.fileno()).st_size
     except OSError as error:
         raise read_error(path, error) from error

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megasparse.data.file_errors import read_error
 from megasparse.errors import DataError
+from megasparse.input_files import open_regular, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def read_sidecar(prefix: str | os.PathLike) -> Sidecar | None:
     """
     path = sidecar_path(prefix)
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -161,7 +162,7 @@ def check_sidecar(
 def _check_file(path: Path, size: int, sha256: str | None) -> None:
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             found = os.fstat(stream.fileno()).st_size
             if found != size:
                 raise DataError(f"{path}: found {found} bytes, expected {size} (its sidecar)")

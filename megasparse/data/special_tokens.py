@@ -14,6 +14,7 @@ from typing import Any
 
 from megasparse.data.file_errors import read_error
 from megasparse.errors import DataError
+from megasparse.input_files import read_regular
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENS_MAP = "special_tokens_map.json"
@@ -183,7 +184,7 @@ def _read(path: Path) -> dict[str, Any]:
             return {}
         if path.stat().st_size > _MAX_BYTES:
             raise DataError(f"{path}: found more than {_MAX_BYTES} bytes, expected a small file")
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
     except OSError as error:
         raise read_error(path, error) from error
     except (ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,7 @@ from megasparse.data.special_tokens import (
 )
 from megasparse.data.spm_tokenizer import SentencePieceTokenizer
 from megasparse.errors import DataError
+from megasparse.input_files import read_regular
 
 SENTENCEPIECE = SentencePieceTokenizer.tokenizer_type
 HUGGINGFACE = HuggingFaceTokenizer.tokenizer_type
@@ -154,7 +156,7 @@ def load_tokenizer(
         return NullTokenizer(vocab_size)
     file = _model_file(Path(path))
     try:
-        model = file.read_bytes()
+        model = read_regular(file)
     except OSError as error:
         raise read_error(file, error) from error
     if not model:
@@ -243,10 +245,18 @@ def _probe(kind: str, model: bytes, file: Path) -> None:
     command = [sys.executable, "-I", "-c", _PROBE, kind, os.pathsep.join(sys.path)]
     try:
         child = subprocess.run(
-            command, input=model, capture_output=True, timeout=PROBE_TIMEOUT_SECONDS, check=False
+            command,
+            input=model,
+            capture_output=True,
+            timeout=PROBE_TIMEOUT_SECONDS,
+            check=False,
+            start_new_session=True,  # signals for the run's group are no fault of the file
         )
     except subprocess.TimeoutExpired:
         raise _damaged(file, kind, f"no answer in {PROBE_TIMEOUT_SECONDS} s") from None
+    if -child.returncode in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        # Somebody ended it by hand: that says nothing of the file.
+        return _probe(kind, model, file)
     if child.returncode < 0:
         raise _damaged(file, kind, f"loading it ends with signal {-child.returncode}")
     if child.returncode:

@@ -25,6 +25,7 @@ from megasparse.data.special_tokens import TOKENIZER_CONFIG, TokenOptions
 from megasparse.data.token_flags import token_flags
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer, token_rules
 from megasparse.errors import CheckpointError, DataError
+from megasparse.input_files import refuse_links
 from megasparse.log import logger
 from megasparse.metrics.schema import read_metrics
 
@@ -61,6 +62,7 @@ def export_options(
         raise CheckpointError(f"{reference}: holds no {CONFIG}")
     options = ExportOptions(max_shard_bytes, bar=bar, facts=_facts(stored))
     if folder is not None:
+        refuse_links(folder, CheckpointError)
         options.config = folder / CONFIG
     names: tuple[str, ...] = _NO_TOKENIZER
     if with_tokenizer:
@@ -149,7 +151,12 @@ def tokenizer_file_of(folder: Path) -> Path | None:
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """Files of a Hugging Face model that hold no weights, but its config.json."""
+    """Files of a Hugging Face model that hold no weights, but its config.json.
+
+    Raises:
+        CheckpointError: a link to a file outside of the folder.
+    """
+    refuse_links(folder, CheckpointError)
     return [folder / name for name in CARRIED if (folder / name).is_file()]
 
 

@@ -86,18 +86,26 @@ METRICS = STEP_METRICS + TEACHER_METRICS + LOG_METRICS
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
+    """The rows of a metrics.jsonl or layers.jsonl; a damaged line costs that line, and is told.
+
+    A last line that was cut off, as a killed process leaves it, is left out without a word.
+    """
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    rows, damaged = [], []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        elif line.strip() and number < len(lines):
+            damaged.append(number)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        logger.warning("%s: %d damaged lines are left out: %s", path, len(damaged), shown)
     return rows
 
 

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import secrets
+import threading
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,6 +51,7 @@ class MetricsWriter:
         if logging.log_csv:
             lines = [_csv_line({m.key: m.key for m in METRICS}), *map(_csv_line, kept)]
             self._csv = _reopen(run_dir / "metrics.csv", lines)
+        _leave_disk_errors_to_the_run()
         self._board = SummaryWriter(logging.tensorboard_dir, purge_step=resume_step + 1)
         self._wandb: Any = None
         if logging.wandb_project:
@@ -91,6 +93,21 @@ class MetricsWriter:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _leave_disk_errors_to_the_run() -> None:
+    """TensorBoard's thread must not print a traceback when the disk is full.
+
+    The error is raised by the next `add_scalar` as well, and is one line of the run's there.
+    """
+    before = threading.excepthook
+
+    def hook(what: threading.ExceptHookArgs) -> None:
+        board = type(what.thread).__name__ == "_AsyncWriterThread"
+        if not (board and isinstance(what.exc_value, OSError)):
+            before(what)
+
+    threading.excepthook = hook
 
 
 def _start_wandb(

@@ -33,7 +33,15 @@ from megasparse.data.check import CheckedData, check_data
 from megasparse.distributed.environment import is_same_launch
 from megasparse.distributed.faults import from_environment
 from megasparse.distributed.supervise import is_supervised
-from megasparse.errors import CheckpointError, ConfigError, MegasparseError, one_line, together
+from megasparse.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MegasparseError,
+    StorageError,
+    one_line,
+    together,
+)
 from megasparse.sparsity.recipe import recipe_of
 
 
@@ -100,7 +108,10 @@ def check(config: ResolvedConfig, write: bool = True) -> Prepared:
     if errors:
         raise together([one_line(error) for error in errors], type(errors[0]))
     with _tokenizer_made(config, write):
-        data = check_data(config)
+        try:
+            data = check_data(config, every_byte=config.parallel.preflight == "full")
+        except OSError as error:
+            raise DataError(one_line(error)) from None
     if write:
         make_private(config.checkpoint.run_dir)
         make_private(config.checkpoint.save)
@@ -151,6 +162,8 @@ def _errors(checks: list[Callable[[], object]]) -> list[MegasparseError]:
             one()
         except MegasparseError as error:
             found.append(error)
+        except OSError as error:  # a name too long, a loop of links
+            found.append(StorageError(one_line(error)))
     return found
 
 

@@ -110,6 +110,8 @@ class Trainer:
         """
         try:
             self.recorder.open()
+            if self._is_past_the_end():
+                return 0
             reason = self._train()
             if self.saver.saved_step != self.controller.clock.step:
                 self._save(final=True)
@@ -124,6 +126,17 @@ class Trainer:
             return EXIT_PREEMPTED
         finally:
             self.engine.layout.close()
+
+    def _is_past_the_end(self) -> bool:
+        """Whether the checkpoint has more steps than this run is to have; says so."""
+        step, end = self.controller.clock.step, self.config.train.train_iters
+        if step <= end:
+            return False
+        self.recorder.close()
+        logger.info(
+            "nothing to do: at step %d the run is past its end (--train-iters %d)", step, end
+        )
+        return True
 
     def _train(self) -> str:
         """Steps until the end or a reason to stop, in words."""

@@ -14,6 +14,7 @@ from megasparse.data.check import CheckedData, check_amounts, check_data
 from megasparse.data.mixture import describe, samples_wanted, shares
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.distributed.signals import ignore_signals
+from megasparse.errors import PeerError
 from megasparse.log import logger
 from megasparse.megatron.data.datasets import (
     SampleOptions,
@@ -106,7 +107,16 @@ def batches(
         # Its own: an iterator draws a seed at its start, and dropout must not notice.
         generator=torch.Generator(),
     )
-    for batch in loader:
+    stored = iter(loader)
+    while True:
+        try:
+            batch = next(stored)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            # Killed from outside, most often for want of memory: another start may do better.
+            reason = " ".join(str(error).split())
+            raise PeerError(f"a data worker (--num-workers) was lost: {reason}") from None
         yield {name: tensor.to(grid.device, non_blocking=True) for name, tensor in batch.items()}
 
 

@@ -78,6 +78,13 @@ def check_same_run(
     before, given = (_in_order(d) for d in (reader.meta["digests"], digests))
     if before != given:
         _refuse(reader, config, "override_data", "data with digests", before, given)
+    before, given = (_of_tokens(d) for d in (reader.meta["digests"], digests))
+    # Digests of all bytes are there only where both runs have read them.
+    for name in sorted(before.keys() & given.keys()):
+        if before[name] != given[name]:
+            kind, split, number = name.split(":")
+            what = f"tokens ({split} dataset {number}, {kind}) with digest"
+            _refuse(reader, config, "override_data", what, before[name], given[name])
     for key, name in (("tokenizer", "the tokenizer"), ("tokens", "the tokens")):
         before, given = (d.get(key) for d in (reader.meta["digests"], digests))
         if before != given and not (key == "tokens" and before is None):  # not kept before
@@ -107,8 +114,13 @@ def _in_order(digests: dict[str, str]) -> list[str]:
     return [
         f"{name.split('.')[0]}:{digest}"
         for name, digest in digests.items()
-        if name not in ("tokenizer", "tokens")
+        if name not in ("tokenizer", "tokens") and ":" not in name.split(".")[0]
     ]
+
+
+def _of_tokens(digests: dict[str, str]) -> dict[str, str]:
+    """Digests of the datasets' tokens: "sampled:train:0" and so on."""
+    return {name: d for name, d in digests.items() if name.startswith(("sampled:", "sha256:"))}
 
 
 def _refuse(

@@ -67,6 +67,7 @@ _OURS = """
     listen_on_all_interfaces geglu lr_linear_to_zero_iters lr_linear_to_zero_samples
     eod_token bos_token add_bos parse_special max_skipped_steps
     replica_check_interval hang_timeout preflight preflight_min_bandwidth
+    verify_data
     sparsity_recipe sparse_layers mask_update_interval masked_decay masked_decay_ramp_iters
     masked_decay_before_clipping mvue dense_warmup_fraction dense_tail_fraction s_ste_scale
     simulate_fp8 mask_metric slorb_k slorb_train_projection track_flip_rate

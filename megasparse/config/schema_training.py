@@ -233,6 +233,12 @@ class DataConfig:
         "first masks are magnitude's",
         at_least=0,
     )
+    verify_data: str = option(
+        "auto",
+        "bytes of the datasets that are compared with their checksums and with those of the "
+        "checkpoint: all of files up to 1 GiB and samples of larger ones (auto), or all (full)",
+        choices=("auto", "full"),
+    )
     num_workers: int = option(0, "processes that load data, per rank", at_least=0)
     reset_position_ids: bool = option(False, "positions start again after an end of document")
     reset_attention_mask: bool = option(False, "no attention across documents")

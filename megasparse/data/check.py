@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from megasparse.config import DataConfig, ResolvedConfig
 from megasparse.data.blend import SPLITS, parse_data_path
+from megasparse.data.fingerprint import sampled_digest, whole_digest
 from megasparse.data.indexed import validate
 from megasparse.data.mixture import Source, check_shares, shares, tell_repeated
-from megasparse.data.sidecar import check_sidecar, idx_path
+from megasparse.data.sidecar import AUTO_VERIFY_BYTES, bin_path, check_sidecar, idx_path
 from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer, token_rules
 from megasparse.errors import ConfigError, DataError
@@ -52,8 +53,14 @@ class CheckedData:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of data (by split and prefix) and tokenizer, to be kept with the run."""
+        """Of data (by split and prefix) and tokenizer, to be kept with the run.
+
+        Those of the tokens are by kind, split and place: "sampled:train:0".
+        """
         found = {f"{split}.{s.prefix}": s.digest for split, g in self.sources.items() for s in g}
+        for split, group in self.sources.items():
+            for number, source in enumerate(group):
+                found |= {f"{kind}:{split}:{number}": d for kind, d in source.tokens.items()}
         if self.tokenizer is not None:
             found["tokenizer"] = self.tokenizer.digest
             found["tokens"] = json.dumps(token_rules(self.tokenizer))
@@ -65,13 +72,17 @@ def token_options(data: DataConfig) -> TokenOptions:
     return TokenOptions(data.eod_token, data.bos_token, data.add_bos, data.parse_special)
 
 
-def check_data(config: ResolvedConfig) -> CheckedData:
+def check_data(config: ResolvedConfig, every_byte: bool = False) -> CheckedData:
     """Check tokenizer and datasets.
+
+    Args:
+        every_byte: of datasets of any size, as with `verify_data` full.
 
     Raises:
         DataError, ConfigError: one line that names file, found and expected.
     """
     data, model = config.data, config.model
+    every_byte = every_byte or data.verify_data == "full"
     tokenizer: Tokenizer | None = None
     if data.tokenizer_model is not None or data.mock_data:
         tokenizer = load_tokenizer(
@@ -99,7 +110,7 @@ def check_data(config: ResolvedConfig) -> CheckedData:
         blend = parse_data_path(arguments)
         weights = blend.weights or (None,) * len(blend.prefixes)
         sources[split] = [
-            _check_source(prefix, weight, vocab_size, tokenizer)
+            _check_source(prefix, weight, vocab_size, tokenizer, every_byte)
             for prefix, weight in zip(blend.prefixes, weights, strict=True)
         ]
     checked = CheckedData(tokenizer, vocab_size, sources)
@@ -141,16 +152,27 @@ def check_amounts(config: ResolvedConfig, train_samples: int, has_valid: bool) -
 
 
 def _check_source(
-    prefix: str, weight: float | None, vocab_size: int, tokenizer: Tokenizer | None
+    prefix: str,
+    weight: float | None,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    every_byte: bool,
 ) -> Source:
     index = validate(prefix, vocab_size)
+    whole = every_byte or index.bin_size < AUTO_VERIFY_BYTES
+    verify = "full" if whole else "index"
     if tokenizer is None:
-        sidecar = check_sidecar(prefix)
+        sidecar = check_sidecar(prefix, verify=verify)
     else:
-        sidecar = check_sidecar(prefix, tokenizer.digest, rules=token_rules(tokenizer))
+        rules = token_rules(tokenizer)
+        sidecar = check_sidecar(prefix, tokenizer.digest, rules=rules, verify=verify)
+    tokens = {"sampled": sampled_digest(bin_path(prefix))}
+    if whole:
+        own = sidecar.bin_sha256 if sidecar is not None else whole_digest(bin_path(prefix))
+        tokens["sha256"] = own
     if sidecar is not None:
         digest = hashlib.sha256(f"{sidecar.idx_sha256}{sidecar.bin_sha256}".encode()).hexdigest()
     else:
-        digest = file_sha256(idx_path(prefix))
+        digest = whole_digest(idx_path(prefix))
     eod = sidecar.eod if sidecar is not None else None
-    return Source(prefix, weight, digest, index.lengths, eod)
+    return Source(prefix, weight, digest, index.lengths, eod, tokens)

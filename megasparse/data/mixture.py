@@ -7,7 +7,7 @@ a mixture vanishes without a word. Here a dataset that cannot give what was aske
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class Source:
         digest: of its files.
         lengths: int32 (documents,) tokens of each.
         eod: token that ends a document, by its sidecar.
+        tokens: digests of the `.bin`, by kind: "sampled", "sha256" where all bytes were read.
     """
 
     prefix: str
@@ -37,6 +38,7 @@ class Source:
     digest: str
     lengths: np.ndarray
     eod: int | None = None
+    tokens: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         config = resolve(loaded, world)
         data, error = None, None
         try:
-            data = check_data(config)
+            data = check_data(config, every_byte=True)
         except MegasparseError as problem:
             error = problem
         timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)

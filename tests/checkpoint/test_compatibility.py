@@ -100,6 +100,7 @@ FREE = {
         "data_path", "train_data_path", "valid_data_path", "test_data_path", "tokenizer_model",
         "tokenizer_type", "vocab_file", "merge_file", "data_cache_path", "num_workers",
         "calibration_samples",
+        "verify_data",
     },
 }  # fmt: skip
 

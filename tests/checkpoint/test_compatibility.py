@@ -65,11 +65,10 @@ CHANGES = [
 @pytest.mark.parametrize(("flag", "change", "words"), CHANGES)
 def test_each_change_is_refused_and_has_its_flag(tmp_path, dataset, cut, flag, change, words):
     run = _short(dataset, tmp_path / "run", "--load", str(cut), *change)
-    code, text = _continue(tmp_path, run)
-    assert code == 64 and words in text and f"--{flag} continues with the change" in text
     others = {name for name, _, _ in CHANGES} - {flag}
-    code, _ = _continue(tmp_path, [*run, *(f"--{name}" for name in sorted(others))])
-    assert code == 64  # no other flag allows it
+    code, text = _continue(tmp_path, [*run, *(f"--{name}" for name in sorted(others))])
+    # No other flag allows it, so it is refused without any too.
+    assert code == 64 and words in text and f"--{flag} continues with the change" in text
     code, text = _continue(tmp_path, [*run, f"--{flag}", "--override-rng"])
     assert code == 0, text
 
@@ -252,13 +251,13 @@ def test_another_layout_goes_on_with_equal_samples_and_losses(
 def whole(tmp_path_factory, dataset) -> Path:
     """A folder with an undisturbed run of two ranks, `reference`."""
     root = tmp_path_factory.mktemp("whole")
-    assert forked.run(flags(dataset, root / "reference"), 2, root / "log") == [0, 0]
+    assert forked.run(_short(dataset, root / "reference"), 2, root / "log") == [0, 0]
     return root
 
 
-@pytest.mark.parametrize("step", [1, 4, 9, 19])
+@pytest.mark.parametrize("step", [1, 4, 9])
 def test_a_resume_is_exact_at_any_step(dataset, whole, step):
-    assert resume_at(dataset, whole, step, 2) == []
+    assert resume_at(dataset, whole, step, 2, *STEPS) == []
 
 
 def test_save_load_save_gives_the_same_bytes(tmp_path, dataset):

@@ -132,17 +132,6 @@ def test_dense_tail_switches_at_its_step_and_ends_dense(tmp_path, dataset, plain
     assert rows[15]["loss"] != plain[15]["loss"]
 
 
-@pytest.mark.parametrize("style", [[], LLAMA], ids=["gpt", "llama"])
-def test_tensor_parallel_ranks_give_the_losses_of_one_rank(tmp_path, dataset, plain, style):
-    single = _run(tmp_path, dataset, "tp1", style)[0] if style else plain
-    double, _ = _run(tmp_path, dataset, "tp2", [*style, *TP2], 2)
-    for a, b in zip(single, double, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-        assert b["samples"] == a["samples"]
-        assert b.get("flip_rate") == pytest.approx(a.get("flip_rate"), abs=1e-4)
-
-
 DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
 
 
@@ -157,6 +146,7 @@ DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
     ids=["one", "tp2", "zero1-bf16", "zero3-bf16"],
 )
 def test_resume_repeats_the_run_bit_for_bit(tmp_path, dataset, flags, world):
+    flags = [*flags, "--train-iters", "12"]
     whole, whole_dir = _run(tmp_path, dataset, "whole", flags, world)
     _run(tmp_path, dataset, "cut", [*flags, "--exit-interval", "7"], world)
     resumed, cut_dir = _run(tmp_path, dataset, "cut", [*flags, "--resume"], world)

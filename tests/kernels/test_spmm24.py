@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import matmul24, pack24, spmm24
+from megasparse.kernels.spmm24 import binding
 from megasparse.kernels.spmm24.agreement import difference, packing_disagreement
 from tests.kernels.test_pack24 import E4M3, sparse
 
@@ -131,3 +134,30 @@ def test_another_packed_layout_is_told(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, E4M3])
 def test_the_library_packs_as_we_do(device, dtype):
     assert packing_disagreement(device, dtype) is None
+
+
+def test_a_captured_product_keeps_its_workspace(monkeypatch):
+    """It is a stream's own, lies outside of graphs' memory, and what it has outgrown stays."""
+    monkeypatch.setattr(binding, "_workspaces", {})
+    monkeypatch.setattr(binding, "_outgrown", [])
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    cpu = torch.device("cpu")
+    assert binding._workspace(cpu, 1, 0) is None
+    first = binding._workspace(cpu, 1, 1000)
+    assert binding._workspace(cpu, 1, 400) == first
+    assert binding._workspace(cpu, 2, 400) != first
+    capturing = True
+    assert binding._workspace(cpu, 1, 1000) == first
+    for stream in (1, 3):
+        with pytest.raises(KernelError, match="while a step is captured"):
+            binding._workspace(cpu, stream, 1001)
+    capturing = False
+    binding.reserve_workspace(SimpleNamespace(device=cpu, cuda_stream=3))
+    grown = binding._workspace(cpu, 1, 5000)
+    # A graph still writes to the first: its memory is nobody else's.
+    (kept,) = binding._outgrown
+    assert kept.data_ptr() == first != grown
+    capturing = True
+    assert binding._workspace(cpu, 3, 1000) not in (None, first, grown)
+    assert binding._workspace(cpu, 1, 5000) == grown

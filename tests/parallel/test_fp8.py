@@ -215,3 +215,27 @@ def test_a_shard_that_cuts_a_tile_is_refused(tmp_path, dataset):
     flags = [*WIDE, *FST, *FP8, "--ffn-hidden-size", "192", "--data-path", dataset]
     with pytest.raises(Exception, match="expected multiples of 128"):
         dist.run(fp8_run, 1, [*flags, "--run-dir", str(tmp_path)])
+
+
+def fused_run(rank: int, world: int, flags: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Rows of a run, and how often MLPs and norms took their fused paths."""
+    from megasparse.megatron import mlp, norms
+
+    with (
+        mock.patch.object(mlp, "gated_feed_forward", wraps=mlp.gated_feed_forward) as one,
+        mock.patch.object(norms, "norm_to_float8", wraps=norms.norm_to_float8) as other,
+    ):
+        return traced(rank, world, flags), [one.call_count, other.call_count]
+
+
+def test_what_is_fused_stays_so_under_zero_3(tmp_path, dataset):
+    """ZeRO 3 gathers weights by hooks, which are nobody who looks at the linears' inputs."""
+    results = []
+    for stage in ("1", "3"):
+        flags = [*WIDE, *FST, *FP8, "--train-iters", "4", "--zero-stage", stage]
+        flags += ["--data-path", dataset, "--run-dir", str(tmp_path / stage)]
+        results.append(dist.run(fused_run, 2, flags))
+    for (rows, fused), (expected, as_often) in zip(*results, strict=True):
+        assert fused == as_often and min(fused) > 0
+        for row, one in zip(rows, expected, strict=True):
+            assert row["loss"] == pytest.approx(one["loss"], rel=2e-3)

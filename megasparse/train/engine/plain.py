@@ -61,6 +61,13 @@ class PlainLayout(Layout):
     """Micro-batch after micro-batch through the whole model."""
 
     def start(self, optimizer: torch.optim.Optimizer) -> Any:
+        block: Any = self.model.decoder
+        if self.config.parallel.zero_stage == 3 and self.controller.fp8 is not None:
+            # What is fused reaches over modules, so their weights have to be there together; and
+            # hooks of ZeRO 3 on each of them would look like someone's who wants its input.
+            for layer in block.layers:
+                deepspeed.utils.set_z3_leaf_module(layer, True)
+                layer.register_forward_pre_hook(_hidden_state_first, with_kwargs=True)
         self._engine, *_ = deepspeed.initialize(
             model=LanguageModelLoss(self.model, self.distillation),
             optimizer=optimizer,
@@ -70,7 +77,6 @@ class PlainLayout(Layout):
         )
         # After DeepSpeed has put the parameters where they stay.
         self._make_gradients()
-        block: Any = self.model.decoder
         let_replays_recompute(block)
         recomputed = recomputed_layers(self.config)
         self._make_graphs([(layer, n in recomputed) for n, layer in enumerate(block.layers)])
@@ -152,3 +158,13 @@ class PlainLayout(Layout):
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self._engine.eval()
         return self._engine({"tokens": tokens, "position_ids": positions})
+
+
+def _hidden_state_first(
+    _: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's hidden state as a positional argument: of those alone torch knows when their
+    gradients are there, which is when ZeRO 3 lets go of the layer's weights."""
+    if "hidden_states" in named:
+        arguments = (named["hidden_states"], *arguments)
+    return arguments, {k: v for k, v in named.items() if k != "hidden_states"}

@@ -60,8 +60,9 @@ DOORS = {
     "fnmatch": ["megasparse/sparsity/recipe.py"],
     "yaml": ["megasparse/config/loader.py"],
     "safetensors": ["megasparse/tensor_files.py"],
-    "tensorboard": ["megasparse/metrics/writers.py"],
-    "wandb": ["megasparse/metrics/writers.py"],
+    "tensorboard": ["megasparse/metrics/trackers.py"],
+    "wandb": ["megasparse/metrics/trackers.py"],
+    "mlflow": ["megasparse/metrics/trackers.py"],
     "matplotlib": ["megasparse/metrics/plots.py"],
 }
 

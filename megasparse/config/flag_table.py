@@ -76,6 +76,7 @@ _OURS = """
     override_batch override_seq_length override_seed override_data override_tokenizer
     override_schedule override_precision override_model override_recipe override_distillation
     override_rng fp8_fallback calibration_samples log_level log_csv log_layers peak_tflops
-    sample_prompt sample_tokens profile_eager
+    sample_prompt sample_tokens profile_eager mlflow_experiment mlflow_run_name
+    mlflow_tracking_uri
 """
 OURS_ALONE = frozenset(_OURS.split())

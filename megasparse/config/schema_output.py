@@ -95,6 +95,11 @@ class LoggingConfig:
         None, "its local folder; default RUN_DIR/wandb", path="written"
     )
     wandb_entity: str | None = option(None, "its team or user")
+    mlflow_experiment: str | None = option(None, "MLflow: experiment; default: not used")
+    mlflow_run_name: str | None = option(None, "its name of the run; default: the run folder's")
+    mlflow_tracking_uri: str | None = option(
+        None, "its server or folder; default: file:RUN_DIR/mlflow"
+    )
     profile: bool = option(
         False,
         "profile the steps after profile-step-start up to profile-step-end: a trace by torch in "

@@ -35,10 +35,15 @@ class Metric:
 
 _STEP = (
     ("step", None, "1", "optimizer steps done"),
-    ("loss", "loss/training", "nat/token", "mean over the global batch"),
-    ("valid_loss", "loss/validation", "nat/token", "after `--eval-interval` steps and at the end"),
-    ("lr", "optimizer/learning_rate", "1", "of this step"),
-    ("grad_norm", "optimizer/grad_norm", "1", "of the whole model before clipping"),
+    ("loss", "curves/loss", "nat/token", "mean over the global batch"),
+    (
+        "valid_loss",
+        "curves/validation_loss",
+        "nat/token",
+        "after `--eval-interval` steps and at the end",
+    ),
+    ("lr", "curves/learning_rate", "1", "of this step"),
+    ("grad_norm", "curves/grad_norm", "1", "of the whole model before clipping"),
     ("masked_decay", "sparsity/masked_decay", "1", "lambda of this step"),
     ("flip_rate", "sparsity/flip_rate", "1", "of the latest mask refresh, all flips / all entries"),
     ("density", "sparsity/density", "1", "non-zeros of the weights in use, mean over layers"),
@@ -47,8 +52,8 @@ _STEP = (
     ("consumed_samples", None, "sequences", "since the first step"),
     ("global_batch_size", "training/global_batch_size", "sequences", "of this step"),
     ("samples", None, "-", "digest of the ids of the step's samples"),
-    ("tokens_per_second", "throughput/tokens_per_second", "token/s", "of this step, all ranks"),
-)
+    ("tokens_per_second", "curves/tokens_per_second", "token/s", "of this step, all ranks"),
+)  # fmt: skip
 _TEACHER = (
     ("kd_loss", "loss/kl_to_teacher", "nat/token", "KL to the teacher"),
     ("lm_loss", "loss/cross_entropy", "nat/token", "beside it; loss is their weighted sum"),
@@ -59,7 +64,7 @@ _LOG_STEP = (
     ("tflops", "throughput/tflops", "TFLOP/s", "dense-equivalent, of a GPU, same interval"),
     ("tflops_true", "throughput/tflops_true", "TFLOP/s",
      "executed by a GPU: with recomputation, without what sparse tensor cores saved"),
-    ("mfu", "throughput/mfu", "1", "tflops / dense peak of the GPU in the precision in use"),
+    ("mfu", "curves/mfu", "1", "tflops / dense peak of the GPU in the precision in use"),
     ("memory_gib", "memory/peak_gib", "GiB",
      "peak so far: allocated on the GPU, or resident on a CPU; largest rank"),
     *((f"time_{phase}", f"time/{phase}", "s", "of the step before, mean over ranks")

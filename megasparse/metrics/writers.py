@@ -1,4 +1,4 @@
-"""Where rows go: metrics.jsonl and TensorBoard always; CSV, layers and Weights & Biases by flag.
+"""Where rows go: metrics.jsonl and the trackers; CSV and the figures of layers by a flag.
 
 Only rank 0 writes. A run that continues drops what was recorded after its checkpoint, so that no
 step appears twice.
@@ -9,16 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import secrets
-import threading
 from pathlib import Path
 from typing import Any, TextIO
-
-from torch.utils.tensorboard import SummaryWriter
 
 from megasparse.atomic_files import write_text
 from megasparse.config import ResolvedLogging
 from megasparse.metrics.schema import METRICS, read_metrics
+from megasparse.metrics.trackers import open_trackers
 
 Row = dict[str, Any]
 Layers = dict[str, dict[str, float]]
@@ -31,7 +28,7 @@ class MetricsWriter:
         run_dir: folder of the run.
         logging: which files.
         resume_step: steps already recorded that stay.
-        settings: of the run, for Weights & Biases.
+        settings: of the run by group, for the trackers.
     """
 
     def __init__(
@@ -51,11 +48,7 @@ class MetricsWriter:
         if logging.log_csv:
             lines = [_csv_line({m.key: m.key for m in METRICS}), *map(_csv_line, kept)]
             self._csv = _reopen(run_dir / "metrics.csv", lines)
-        _leave_disk_errors_to_the_run()
-        self._board = SummaryWriter(logging.tensorboard_dir, purge_step=resume_step + 1)
-        self._wandb: Any = None
-        if logging.wandb_project:
-            self._wandb = _start_wandb(run_dir, logging, resume_step > 0, settings)
+        self._trackers = open_trackers(run_dir, logging, resume_step, settings)
 
     def write(self, row: Row, layers: Layers | None = None) -> None:
         """Record one step.
@@ -72,64 +65,30 @@ class MetricsWriter:
                 self._layers.write(_line({"step": row["step"], "layer": name, **figures}))
         scalars = {m.tag: row[m.key] for m in METRICS if m.tag and row.get(m.key) is not None}
         for name, figures in (layers or {}).items():
-            scalars |= {f"layers_{figure}/{name}": value for figure, value in figures.items()}
-        for tag, value in scalars.items():
-            self._board.add_scalar(tag, value, row["step"])
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=row["step"])
+            scalars |= {f"z_layers_{figure}/{name}": value for figure, value in figures.items()}
+        for tracker in self._trackers:
+            tracker.scalars(row["step"], scalars)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Show a text with the curves."""
+        for tracker in self._trackers:
+            tracker.text(step, tag, text)
 
     def flush(self) -> None:
         """Hand everything to the system, so that a killed process loses nothing up to here."""
         for stream in (self._rows, self._layers, self._csv):
             if stream is not None:
                 stream.flush()
-        self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
         """Flush everything to disk."""
         for stream in (self._rows, self._layers, self._csv):
             if stream is not None:
                 stream.close()
-        self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _leave_disk_errors_to_the_run() -> None:
-    """TensorBoard's thread must not print a traceback when the disk is full.
-
-    The error is raised by the next `add_scalar` as well, and is one line of the run's there.
-    """
-    before = threading.excepthook
-
-    def hook(what: threading.ExceptHookArgs) -> None:
-        board = type(what.thread).__name__ == "_AsyncWriterThread"
-        if not (board and isinstance(what.exc_value, OSError)):
-            before(what)
-
-    threading.excepthook = hook
-
-
-def _start_wandb(
-    run_dir: Path, logging: ResolvedLogging, resumed: bool, settings: dict[str, Any] | None
-) -> Any:
-    """A run of Weights & Biases; one that is continued there when this one is."""
-    import wandb  # optional: `preflight.settings` refuses the flag without it
-
-    folder = Path(logging.wandb_save_dir or run_dir / "wandb")
-    folder.mkdir(parents=True, exist_ok=True)
-    known = folder / "run_id"
-    if not (resumed and known.exists()):
-        write_text(known, secrets.token_hex(8))
-    return wandb.init(
-        id=known.read_text(),
-        project=logging.wandb_project,
-        entity=logging.wandb_entity,
-        name=logging.wandb_exp_name or run_dir.name,
-        dir=str(folder),
-        config=settings,
-        resume="allow",
-    )
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _rows_until(path: Path, step: int) -> list[Row]:

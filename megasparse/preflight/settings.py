@@ -5,7 +5,7 @@ Every rank does all of it, so a mistake is one clear line on every rank, and non
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +43,9 @@ from megasparse.errors import (
     together,
 )
 from megasparse.sparsity.recipe import recipe_of
+
+# Settings that want a package that megasparse does not bring (`megasparse.metrics.trackers`).
+_TRACKERS = {"wandb_project": "wandb", "mlflow_experiment": "mlflow"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,14 @@ def _notes(given: RunConfig, line: CommandLine) -> tuple[str, ...]:
 
 def _checks(config: ResolvedConfig) -> list[Callable[[], object]]:
     """What can be checked of a run apart from its neighbours; none of them writes."""
-    checks = [_check_recipe, _check_wandb, _check_save, _check_load, _check_load_hf, _check_teacher]
+    checks = [
+        _check_recipe,
+        _check_trackers,
+        _check_save,
+        _check_load,
+        _check_load_hf,
+        _check_teacher,
+    ]
     return [*(partial(one, config) for one in checks), lambda: from_environment(0)]
 
 
@@ -175,16 +185,14 @@ def _check_recipe(config: ResolvedConfig) -> None:
     recipe_of(config)
 
 
-def _check_wandb(config: ResolvedConfig) -> None:
-    if config.logging.wandb_project:
-        try:
-            importlib.metadata.version("wandb")
-        except importlib.metadata.PackageNotFoundError:
+def _check_trackers(config: ResolvedConfig) -> None:
+    for name, package in _TRACKERS.items():
+        value = getattr(config.logging, name)
+        if value and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"wandb_project {config.logging.wandb_project!r}: the package wandb is not "
-                "installed; pip install wandb, or leave the flag out (TensorBoard files are always "
-                "written)"
-            ) from None
+                f"{name} {value!r}: the package {package} is not installed; pip install {package}, "
+                "or leave the flag out (TensorBoard files are always written)"
+            )
 
 
 def _check_save(config: ResolvedConfig) -> None:

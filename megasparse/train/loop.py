@@ -116,12 +116,14 @@ class Trainer:
             if self.saver.saved_step != self.controller.clock.step:
                 self._save(final=True)
             self.saver.finish(final=True)
-            self.recorder.close()
             done = self.controller.clock.step == self.config.train.train_iters
             if done and self.state.pending_row is None:
                 self._passed("report")
-                finish(self.config, self.recipe, self.grid.rank, self._sample())
+                sample = self._sample()
+                self.recorder.close(sample)
+                finish(self.config, self.recipe, self.grid.rank, sample)
                 return 0
+            self.recorder.close()
             logger.info("stopped at step %d (%s)", self.controller.clock.step, reason)
             return EXIT_PREEMPTED
         finally:

@@ -142,10 +142,12 @@ class Recorder:
         if self._writer is not None:
             self._writer.flush()
 
-    def close(self) -> None:
-        """The end of the run."""
+    def close(self, sample: str | None = None) -> None:
+        """The end of the run, with a text of the model."""
         self.profiler.close()
         if self._writer is not None:
+            if sample is not None:
+                self._writer.text(self._controller.clock.step, "sample", sample)
             self._writer.close()
 
     def _is_logged(self, step: int) -> bool:

@@ -102,17 +102,17 @@ def test_metrics_have_every_figure_and_the_run_dir_every_part(tmp_path, dataset)
     board.Reload()
     tags = set(board.Tags()["scalars"])
     assert {
-        "loss/training",
-        "loss/validation",
-        "optimizer/learning_rate",
-        "optimizer/grad_norm",
+        "curves/loss",
+        "curves/validation_loss",
+        "curves/learning_rate",
+        "curves/grad_norm",
         "sparsity/flip_rate",
         "sparsity/density",
-        "throughput/tokens_per_second",
-        "layers_flip_rate/decoder.layers.1.mlp.linear_fc2.weight",
-        "layers_density/decoder.layers.0.mlp.linear_fc1.weight",
+        "curves/tokens_per_second",
+        "z_layers_flip_rate/decoder.layers.1.mlp.linear_fc2.weight",
+        "z_layers_density/decoder.layers.0.mlp.linear_fc1.weight",
     } <= tags
-    assert [e.value for e in board.Scalars("loss/training")] == pytest.approx(
+    assert [e.value for e in board.Scalars("curves/loss")] == pytest.approx(
         [row["loss"] for row in rows]
     )
 

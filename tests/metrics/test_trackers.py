@@ -1,0 +1,73 @@
+"""Trackers: what a person sees first, and the same values in each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megasparse.config import LoggingConfig
+from megasparse.metrics.schema import METRICS
+from megasparse.metrics.trackers import TRACKERS
+from megasparse.metrics.writers import MetricsWriter
+from megasparse.preflight.settings import _TRACKERS
+
+SETTINGS = {"train": {"lr": 1.0, "bf16": True, "exit_interval": None}, "data": {"split": "9,1,0"}}
+FIRST = {"loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+
+
+def _write(folder: Path, **settings: object) -> None:
+    """Two starts of a run: three steps, the last of them anew, with layers and a text."""
+    logging = LoggingConfig(tensorboard_dir=str(folder / "tb"), **settings)  # type: ignore[arg-type]
+    for resume_step, steps in ((0, (1, 2)), (1, (2, 3))):
+        writer = MetricsWriter(folder, logging, resume_step, SETTINGS)  # type: ignore[arg-type]
+        for step in steps:
+            every = {m.key: 0.5 * step for m in METRICS if m.tag}
+            writer.write({**every, "step": step}, {"w": {"density": 0.5}})
+        writer.text(steps[-1], "sample", "def <main>")
+        writer.flush()
+        writer.close()
+
+
+def test_tensorboards_first_screen_is_the_run_and_layers_come_last(tmp_path):
+    _write(tmp_path)
+    board = EventAccumulator(str(tmp_path / "tb"))
+    board.Reload()
+    tags = board.Tags()["scalars"]
+    groups = list(dict.fromkeys(tag.split("/")[0] for tag in sorted(tags)))
+    assert groups[0] == "curves" and groups[-1] == "z_layers_density"
+    assert {tag.split("/")[1] for tag in tags if tag.startswith("curves/")} == FIRST
+    assert [event.value for event in board.Scalars("curves/loss")][-3:] == [0.5, 1.0, 1.5]
+    plugins = board.summary_metadata
+    assert "sample/text_summary" in plugins and "settings/text_summary" in plugins
+    assert any("hparams" in name for name in plugins)
+
+
+def test_weights_and_biases_offline_gets_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    _write(tmp_path, wandb_project="p", wandb_exp_name="mine")
+    runs = list((tmp_path / "wandb").glob("wandb/offline-run-*/*.wandb"))
+    assert len(runs) == 2  # two starts of one run, which `wandb sync` joins
+    ident = (tmp_path / "wandb" / "run_id").read_text()
+    for run in runs:
+        content = run.read_bytes()
+        for word in (ident, "curves/loss", "z_layers_density/w", "mine"):
+            assert word.encode() in content, word
+
+
+def test_mlflow_gets_them(tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    _write(tmp_path, mlflow_experiment="e", mlflow_run_name="mine")
+    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
+    run = client.get_run((tmp_path / "mlflow" / "run_id").read_text())
+    assert run.info.run_name == "mine" and run.info.status == "FINISHED"
+    assert run.data.params == {"lr": "1.0", "bf16": "True", "split": "9,1,0"}
+    history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "curves/loss")}
+    assert history == {1: 0.5, 2: 1.0, 3: 1.5}
+    assert run.data.metrics["z_layers_density/w"] == 0.5
+
+
+def test_the_list_and_the_checks_name_the_same_packages():
+    assert {name: package for name, package, _ in TRACKERS if name} == _TRACKERS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,12 @@ def test_weights_and_biases_offline_gets_them(tmp_path, monkeypatch):
     runs = list((tmp_path / "wandb").glob("wandb/offline-run-*/*.wandb"))
     assert len(runs) == 2  # two starts of one run, which `wandb sync` joins
     ident = (tmp_path / "wandb" / "run_id").read_text()
+    wanted = [w.encode() for w in (ident, "curves/loss", "z_layers_density/w", "mine")]
     for run in runs:
-        content = run.read_bytes()
-        for word in (ident, "curves/loss", "z_layers_density/w", "mine"):
-            assert word.encode() in content, word
+        end = time.monotonic() + 60  # its own process writes
+        while any(word not in run.read_bytes() for word in wanted) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not [word for word in wanted if word not in run.read_bytes()]
 
 
 def test_mlflow_gets_them(tmp_path):

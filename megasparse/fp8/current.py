@@ -88,7 +88,7 @@ class CurrentQuantizer:
             return *quantize_by_definition(x, scale.scale, rows, columns, dtype), scale
         unused = _unused(x.device)
         quantizer = transformer_engine.make_quantizer(scale.scale, unused, columns, dtype)
-        row, transposed = transformer_engine.quantize(x, quantizer)
+        row, transposed = transformer_engine.quantize(x, quantizer, dtype)
         return row if rows else None, transposed, scale
 
     def assume(self) -> None:

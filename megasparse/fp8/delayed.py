@@ -104,7 +104,7 @@ class DelayedQuantizer:
             amax = self.amax if record else torch.zeros_like(self.amax)
             quantizer = transformer_engine.make_quantizer(self.scale, amax, columns, dtype)
             self._quantizers[key] = quantizer
-        row, transposed = transformer_engine.quantize(x, quantizer)
+        row, transposed = transformer_engine.quantize(x, quantizer, dtype)
         return row if rows else None, transposed, scale
 
     def _scale(self) -> Scale:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.packed24 import E4M3
 
 try:  # not only ImportError: without a GPU, or with a broken cuDNN, it raises others
@@ -57,9 +56,14 @@ def make_quantizer(
     return Float8Quantizer(scale.view(1), amax, kind, rowwise=True, columnwise=columns)
 
 
-def quantize(x: torch.Tensor, quantizer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x (T, K) in 8 bits, row-major (T, K), and transposed (K, T) if the quantizer has columns."""
-    dtype = E4M3 if quantizer.dtype == tex.DType.kFloat8E4M3 else E5M2
+def quantize(
+    x: torch.Tensor, quantizer: Any, dtype: torch.dtype = E4M3
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x (T, K) in 8 bits, row-major (T, K), and transposed (K, T) if the quantizer has columns.
+
+    Args:
+        dtype: that the quantizer was made for.
+    """
     result = tex.quantize(x.detach().contiguous(), quantizer)
     transposed = result._transpose.view(dtype) if quantizer.columnwise_usage else None
     return result._data.view(dtype), transposed

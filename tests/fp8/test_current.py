@@ -62,7 +62,8 @@ def test_three_gemms_of_a_layer(device, name, hybrid, tokens):
         drawn = dz64
         if recipe.mvue != "off":
             drawn = mvue24((dz * size).float(), seed=5, dim=0).double()
-        assert error(dw, drawn.t() @ x64) < FP8_ERROR
+            loose = 1.0  # drawn in e4m3
+        assert error(dw, drawn.t() @ x64) < loose * FP8_ERROR
     sparse = set(recipe.sparse_gemms)
     assert gemms.ran_sparse == sparse or x.is_cuda  # there a dense one may be faster
 

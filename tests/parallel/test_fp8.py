@@ -168,13 +168,16 @@ def test_a_resumed_run_of_scales_of_the_moment_repeats_it(runs, tmp_path, datase
     assert len(more) == len(scales) == 1 and more[0]["loss"] < rows[0]["loss"]
 
 
-@pytest.mark.parametrize("name", ["fst", "current"])
+@pytest.mark.parametrize("name", ["fst", "current", "dense"])
 def test_the_curve_follows_bfloat16(runs, tmp_path, dataset, name):
+    recipe = DENSE if name == "dense" else FST
     if name == "fst":
         rows, _ = runs("fst", [*FST, *FP8])
+    elif name == "dense":
+        rows, _ = runs("dense", [*DENSE, "--fp8-format", "hybrid"])
     else:
         rows, _ = runs("current", [*FST, *CURRENT], current_run)
-    flags = [*WIDE, *FST, "--data-path", dataset, "--run-dir", str(tmp_path)]
+    flags = [*WIDE, *recipe, "--data-path", dataset, "--run-dir", str(tmp_path)]
     plain = dist.run(traced, 1, flags)[0]
     for row, expected in zip(rows, plain, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-2)

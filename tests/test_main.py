@@ -11,7 +11,7 @@ import pytest
 
 from megasparse.__main__ import COMMANDS, main
 from megasparse.config import load_config
-from megasparse.config.packaged import commands_folder, find_config
+from megasparse.config.packaged import SCRIPTS, commands_folder, find_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,6 +21,10 @@ def test_every_command_is_a_script_that_says_what_it_is():
         assert what
         if not script.startswith("-m "):
             assert (commands_folder() / script).read_text().startswith('"""')
+
+
+def test_scripts_that_a_report_names_are_the_commands():
+    assert all(COMMANDS[name][0] == script for name, script in SCRIPTS.items())
 
 
 def test_usage_and_mistakes(capsys):

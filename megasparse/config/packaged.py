@@ -7,6 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# The scripts that other parts name to people, by their command.
+SCRIPTS = {
+    "generate": "launch/generate.py",
+    "plot": "tools/plot_runs.py",
+    "export": "tools/export_sparse.py",
+    "convert": "tools/convert_checkpoint.py",
+}
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megasparse.checkpoint.proof import (
 )
 from megasparse.checkpoint.saver import choose
 from megasparse.config import ResolvedConfig
+from megasparse.config.packaged import SCRIPTS, commands_folder
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.log import logger
 from megasparse.metrics.schema import read_metrics
@@ -49,6 +51,8 @@ def format_report(
     flips = [row["flip_rate"] for row in rows if row.get("flip_rate") is not None]
     if flips:
         facts.append(("flip rate, start and end", f"{flips[0]:.4f} -> {flips[-1]:.4f}"))
+        highest = max((row for row in rows if row.get("flip_rate") is not None), key=_flip_rate)
+        facts.append(("flip rate, highest", f"{_flip_rate(highest):.4f} at step {highest['step']}"))
     facts += [(name, str(path)) for name, path in places.items()]
     width = max(len(name) for name, _ in facts)
     lines += [f"  {name:<{width}}  {value}" for name, value in facts]
@@ -58,6 +62,33 @@ def format_report(
     if sample is not None:
         lines += ["", "  Sample of the model:", *(f"  | {line}" for line in sample.splitlines())]
     return "\n".join(lines)
+
+
+def _flip_rate(row: dict[str, Any]) -> float:
+    return float(row["flip_rate"])
+
+
+def next_commands(config: ResolvedConfig, recipe: SparsityRecipe) -> list[str]:
+    """What people do next with a finished run: look at it, try it, take it away."""
+    run, shell = config.checkpoint.run_dir, shlex.quote
+    if config.data.tokenizer_model is not None:
+        prompt = shell(config.logging.sample_prompt or "The")
+        second = f"{_command('generate')} --load {shell(run)} --prompt {prompt}"
+    else:
+        second = f"{_command('plot')} {shell(run)} --output {shell(run + '/curves')}"
+    output = f"--input {shell(run)} --output {shell(run + '/exported')}"
+    if recipe.is_sparse:
+        third = f"{_command('export')} {output}"
+    else:
+        third = f"{_command('convert')} --from megasparse --to huggingface {output}"
+    return [f"tensorboard --logdir {shell(config.logging.tensorboard_dir)}", second, third]
+
+
+def _command(name: str) -> str:
+    """As it is typed here: in a checkout the script, else the command of the package."""
+    if commands_folder().name == "commands":
+        return f"megasparse {name}"
+    return f"python {SCRIPTS[name]}"
 
 
 def finish(config: ResolvedConfig, recipe: SparsityRecipe, rank: int, sample: str | None) -> None:
@@ -85,4 +116,6 @@ def finish(config: ResolvedConfig, recipe: SparsityRecipe, rank: int, sample: st
     rows = read_metrics(run_dir / "metrics.jsonl")
     step = reader.meta["step"]
     logger.info(format_report(step, rows, tensors, recipe, places, sample))
+    lines = [f"    {command}" for command in next_commands(config, recipe)]
+    logger.info("%s", "\n".join(["", "  Next:", *lines]))
     require_sparsity(tensors, recipe, step, steps)

@@ -234,6 +234,9 @@ def test_top_level_shows_only_what_belongs_there():
     allowed = {
         "README.md",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "CITATION.cff",
+        "containers",
         "Makefile",
         "setup.py",
         "LICENSE",

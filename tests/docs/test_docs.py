@@ -24,7 +24,7 @@ from tools.flag_table import BEGIN, END, with_table
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-FRONT = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+FRONT = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 
 
 def blocks(page: str, language: str) -> list[str]:

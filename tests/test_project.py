@@ -1,0 +1,54 @@
+"""Files around the code agree with it: citation, containers, hosted checks, hooks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+import megasparse
+
+ROOT = Path(__file__).parents[1]
+SETUP = (ROOT / "setup.py").read_text()
+
+
+def _pin(package: str) -> str:
+    """The version that setup.py pins."""
+    return re.findall(rf'"{re.escape(package)}==([\d.]+)"', SETUP)[0]
+
+
+def test_one_version_everywhere():
+    assert f'version="{megasparse.__version__}"' in SETUP
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == megasparse.__version__
+    assert len(citation["references"]) == 3
+
+
+def test_the_container_has_the_pinned_versions():
+    text = (ROOT / "containers" / "Dockerfile").read_text()
+    assert f"transformer-engine[pytorch]=={_pin('transformer-engine[pytorch]')}" in text
+    low, high = re.findall(r'"torch>=([\d.]+),<([\d.]+)"', SETUP)[0]
+    torch = re.findall(r"torch==([\d.]+)", text)[0]
+    numbers = [tuple(map(int, version.split("."))) for version in (low, torch, high)]
+    assert numbers[0] <= numbers[1] < numbers[2]
+    recipe = (ROOT / "containers" / "megasparse.def").read_text()
+    assert recipe.index("Bootstrap: docker") < recipe.index("%runscript") and "megasparse" in recipe
+
+
+def test_hosted_checks_call_targets_that_are_there():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    commands = "\n".join(step.get("run", "") for step in steps)
+    targets = re.findall(r"^make (\w+)$", commands, re.M)
+    makefile = (ROOT / "Makefile").read_text()
+    assert set(targets) == {"check", "test"}
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+    assert "megasparse pretrain --config quickstart" in commands
+
+
+def test_hooks_have_the_linters_version():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks["repos"][0]["rev"] == f"v{_pin('ruff')}"
+    names = {hook["id"] for repo in hooks["repos"] for hook in repo["hooks"]}
+    assert {"ruff", "ruff-format", "mypy", "architecture"} <= names

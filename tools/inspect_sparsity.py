@@ -27,7 +27,7 @@ import_megatron()  # before the imports that need it
 
 import torch
 
-from megasparse.checkpoint.model import effective_weight
+from megasparse.checkpoint.model import effective_weight, run_length
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.cli import guarded
 from megasparse.config import from_dict
@@ -156,7 +156,7 @@ def inspect(path: Path, output: Path | None) -> None:
             f"{reader.folder}: no layer is sparse (sparsity_recipe {recipe.name})"
         )
     step = reader.meta["step"]
-    sparse = schedule.is_sparse_step(recipe, step, reader.meta["config"]["train"]["train_iters"])
+    sparse = schedule.is_sparse_step(recipe, step, run_length(reader))
     layers = [
         inspect_layer(reader, name, recipe, sparse)
         for name in progress(names, desc="masks", unit="layer")

@@ -14,6 +14,7 @@ from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose, open_together
 from megasparse.config import CompleteModel, RunConfig, from_dict, narrowed
+from megasparse.config.batches import DEFAULT_ITERS
 from megasparse.config.shapes import VOCABULARY
 from megasparse.convert.layout import parameter_shapes
 from megasparse.convert.source import require_finite
@@ -81,7 +82,7 @@ class StoredModel:
         )
         self._check()
         names = [key.split("/")[1] for key in reader.keys("sparsity/") if key.endswith("/counters")]
-        self.train_iters: int = reader.meta["config"]["train"]["train_iters"]
+        self.train_iters = run_length(reader)
         sparse_now = schedule.is_sparse_step(self.recipe, self.step, self.train_iters)
         self._pruned = frozenset(names if sparse_now else ())
         self.sparse = self._pruned - self.boosted if fold else self._pruned
@@ -171,9 +172,15 @@ def effective_weight(reader: CheckpointReader, name: str, recipe: SparsityRecipe
     whole = reader.read(f"param/{name}")
     state = SparseWeight(name, recipe, WeightShard(tuple(whole.shape)))
     state.import_state(sparsity_state(reader, state), torch.device("cpu"))
-    iterations = reader.meta["config"]["train"]["train_iters"]
+    iterations = run_length(reader)
     state.first_sparse_step = schedule.sparse_range(recipe, iterations).start
     return state.effective_at(whole, reader.meta["step"])
+
+
+def run_length(reader: CheckpointReader) -> int:
+    """Steps of the run that a checkpoint is of; what was imported says nothing of them."""
+    iterations: int | None = reader.meta["config"]["train"]["train_iters"]
+    return iterations or DEFAULT_ITERS
 
 
 def sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, torch.Tensor]:

@@ -132,7 +132,7 @@ def test_figures_are_what_they_say():
     weight.grad = torch.randn(16, 32)
     decay = MaskedDecay(controller)
     decay.attach([Fragment("w", weight, weight, 0, 0, weight.numel())])
-    decay.measure(torch.optim.SGD([weight]))
+    decay.measure(torch.optim.SGD([weight]), controller.masked_decay())
     found = _figures(controller)
 
     mask = transposable24_mask(weight.detach())

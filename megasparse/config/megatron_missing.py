@@ -154,7 +154,7 @@ MISSING = (
     ("a teacher is given by --teacher-load, its loss by --kd-loss-weight and --lm-loss-weight",
      "--kd --kd-alpha-ce= --kd-beta-ce= --hidden-size-teacher= --num-attention-heads-teacher= "
      "--num-layers-teacher="),
-    ("--eval-iters batches are validated on", "--full-validation --multiple-validation-sets"),
+    ("--eval-iters batches are validated on", "--full-validation"),
     ("the fault injector is set by an environment variable, in tests",
      "--error-injection-rate= --error-injection-type="),
     ("launch/generate.py and launch/evaluate.py compute with a trained model",

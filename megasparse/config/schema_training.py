@@ -192,6 +192,9 @@ class DataConfig:
     )
     train_data_path: list[str] = option([], "like data-path, for training alone", path="read")
     valid_data_path: list[str] = option([], "like data-path, for validation alone", path="read")
+    multiple_validation_sets: bool = option(
+        False, "validate on each dataset of valid-data-path by itself; each has its curve"
+    )
     test_data_path: list[str] = option([], "like data-path, for testing alone", path="read")
     split: str = option(
         "969,30,1", "shares of training, validation and test in data-path", joined=","

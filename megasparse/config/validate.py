@@ -229,6 +229,8 @@ def _check_data(data: DataConfig, model: ResolvedModel) -> Iterator[str]:
         )
     if per_split and not data.train_data_path:
         yield "valid_data_path or test_data_path is set without train_data_path"
+    if data.multiple_validation_sets and not data.valid_data_path:
+        yield "multiple_validation_sets needs valid_data_path"
     if data.mock_data:
         if model.vocab_size is None and data.tokenizer_model is None:
             yield "mock_data needs vocab_size, or tokenizer_model"

@@ -139,6 +139,8 @@ class ProgressLine:
             parts.append(f"flip rate {row['flip_rate']:.4f}")
         if row.get("valid_loss") is not None:
             parts.append(f"validation {row['valid_loss']:.4f}")
+        for name, loss in (row.get("valid_losses") or {}).items():
+            parts.append(f"{name} {loss:.4f}")
         logger.info("%s", " | ".join([*parts, f"ETA {_clock(int(left))}"]))
 
 

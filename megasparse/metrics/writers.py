@@ -64,6 +64,8 @@ class MetricsWriter:
             if self._layers is not None:
                 self._layers.write(_line({"step": row["step"], "layer": name, **figures}))
         scalars = {m.tag: row[m.key] for m in METRICS if m.tag and row.get(m.key) is not None}
+        for name, loss in (row.get("valid_losses") or {}).items():
+            scalars[f"curves/validation_loss_{name}"] = loss
         for name, figures in (layers or {}).items():
             scalars |= {f"z_layers_{figure}/{name}": value for figure, value in figures.items()}
         for tracker in self._trackers:

@@ -21,7 +21,7 @@ from megasparse.errors import EXIT_PREEMPTED
 from megasparse.inference.sampling import sample_text
 from megasparse.log import logger
 from megasparse.megatron.consistency import check_replicas
-from megasparse.megatron.data.batches import RunData, batches, samples_digest
+from megasparse.megatron.data.batches import VALID_SET, RunData, batches, samples_digest
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train import checkpoint
@@ -184,8 +184,7 @@ class Trainer:
         """Make up for the evaluation that the run before this one had no time for."""
         row, self.state.pending_row = self.state.pending_row, None
         assert row is not None
-        row["valid_loss"] = self._validate()
-        if row["valid_loss"] is None:
+        if not self._validate(row):
             self.state.pending_row = row
             return False
         self.saver.saved_step = None  # the checkpoint of this step still has the row
@@ -218,8 +217,7 @@ class Trainer:
         last = clock.step == train.train_iters
         due = logging.eval_interval and clock.step % logging.eval_interval == 0
         if logging.eval_iters and (due or last):
-            row["valid_loss"] = self._validate()
-            if row["valid_loss"] is None:
+            if not self._validate(row):
                 self.state.pending_row = row
             self._passed("evaluated")
         return row
@@ -241,12 +239,27 @@ class Trainer:
         self.state.skipped_steps = 0
         return result
 
-    def _validate(self) -> float | None:
-        """Mean loss over the same first samples of the validation split every time.
+    def _validate(self, row: Row) -> bool:
+        """Put the validation loss into a row; of several sets also each one's, and their mean.
 
-        None when the run is to stop: an evaluation may be long, the time to save is short.
+        False when the run is to stop: an evaluation may be long, the time to save is short.
         """
-        stream = batches(self.data.streams["valid"], self.config, self.grid, 0)
+        row["valid_loss"] = None
+        sets = [name for name in self.data.streams if name.startswith(VALID_SET)]
+        losses: dict[str, float] = {}
+        for name in sets or ["valid"]:
+            loss = self._loss_on(name)
+            if loss is None:
+                return False
+            losses[name.removeprefix(VALID_SET)] = loss
+        row["valid_loss"] = sum(losses.values()) / len(losses)
+        if sets:
+            row["valid_losses"] = losses
+        return True
+
+    def _loss_on(self, name: str) -> float | None:
+        """Mean loss over the same first samples of a validation stream every time; None: stop."""
+        stream = batches(self.data.streams[name], self.config, self.grid, 0)
         # Of whole batches, whatever the size of the step before.
         steps = gradient_accumulation_steps(self.config, self.grid.world)
         iterations = self.config.logging.eval_iters * steps

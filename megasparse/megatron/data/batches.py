@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,8 @@ from megasparse.megatron.data.datasets import (
 )
 from megasparse.megatron.grid import Grid
 
+VALID_SET = "valid:"  # before the name of one of several validation sets
+
 
 @dataclass
 class RunData:
@@ -33,7 +36,8 @@ class RunData:
     Attributes:
         tokenizer: None when the run has only token ids (`vocab_size` without a tokenizer).
         vocab_size: tokens before padding.
-        streams: samples by split; a split may be missing.
+        streams: samples by split; a split may be missing. "valid:NAME" is one of several
+            validation sets.
         digests: of data and tokenizer, to be kept with the run.
     """
 
@@ -84,9 +88,27 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
         if stream is not None:
             streams[split] = stream
             _tell_mixture(stream, split, config, checked)
+    if config.data.multiple_validation_sets:
+        for name, source in named_sets(sources["valid"]).items():
+            stream = grid.first_rank_first(
+                lambda source=source: build_stream(  # type: ignore[misc]
+                    [source], "valid", _only(1), options, config.data.data_cache_path
+                )
+            )
+            if stream is not None:
+                streams[VALID_SET + name] = stream
     found = streams["train"].epoch_length if "train" in streams else 0
     check_amounts(config, found, "valid" in streams)
     return RunData(tokenizer, vocab_size, streams, checked.digests)
+
+
+def named_sets(sources: Sequence[Source]) -> dict[str, Source]:
+    """Validation sets by the names of their files; a name that two have gets its place."""
+    names = [Path(source.prefix).name for source in sources]
+    return {
+        name if names.count(name) == 1 else f"{name}_{place}": source
+        for place, (name, source) in enumerate(zip(names, sources, strict=True))
+    }
 
 
 def batches(

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from megasparse import log
-from megasparse.checkpoint.directory import list_steps
+from megasparse.checkpoint.identity import newest_step
 from megasparse.checkpoint.lock import RunLock
 from megasparse.config import ResolvedConfig, build_parser
 from megasparse.distributed.environment import attempt, rank_for_log, settle_environment
@@ -78,7 +78,7 @@ def restarting(prepared: Prepared, rank: int, stop: StopRequest) -> int:
             settings,
             [sys.executable, *sys.argv],
             rank,
-            lambda: max(list_steps(Path(settings.save)), default=-1),
+            lambda: newest_step(Path(settings.save)),
             lambda: require_own_folders(prepared.config),
             stop,
         )

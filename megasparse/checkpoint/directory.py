@@ -4,6 +4,7 @@ step-00000100              published: complete, by one rename
 step-00000100.tmp-RUN      being written, or left by a writer that was killed
 step-00000100.old-RUN      set aside while its successor of the same step takes its name
 step-00000100.damaged-N    failed verification; kept to be looked at, never read again
+step-00000100.kept-N       held another checkpoint than its name said when that name was needed
 latest.json                a hint for people; readers scan and verify
 """
 
@@ -16,11 +17,10 @@ import shutil
 from pathlib import Path
 
 from megasparse.atomic_files import rename, sync_folder, temporaries_of, write_json
+from megasparse.checkpoint.identity import POINTER, STEP, checked, entries
 from megasparse.errors import StorageError
 from megasparse.log import logger
 
-POINTER = "latest.json"
-_STEP = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"(step-\d{8,})\.(tmp|old)-[0-9a-f]+")
 
 
@@ -34,7 +34,7 @@ def list_steps(root: Path) -> list[int]:
     if not root.is_dir():
         return []
     matches = (
-        _STEP.fullmatch(entry.name)
+        STEP.fullmatch(entry.name)
         for entry in root.iterdir()
         if entry.is_dir() and not entry.is_symlink()
     )
@@ -57,9 +57,10 @@ def read_pointer(root: Path) -> int | None:
     return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
-def write_pointer(root: Path, step: int) -> None:
-    """Name the newest checkpoint, by replacing the file."""
-    write_json(root / POINTER, {"step": step, "folder": step_folder(root, step).name})
+def write_pointer(root: Path, step: int, run: str | None = None) -> None:
+    """Name the newest checkpoint and the run (`identity.run_of`), by replacing the file."""
+    pointer = {"step": step, "folder": step_folder(root, step).name}
+    write_json(root / POINTER, pointer if run is None else {**pointer, "run": checked(run)})
 
 
 def clean(root: Path) -> None:
@@ -79,10 +80,10 @@ def clean(root: Path) -> None:
     sync_folder(root)
 
 
-def set_aside(root: Path, step: int) -> Path:
-    """Rename a damaged checkpoint so that no reader takes it again."""
-    folder, number = step_folder(root, step), 0
-    while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
+def set_aside(folder: Path, why: str = "damaged") -> Path:
+    """Rename a folder so that no reader takes it for a checkpoint again."""
+    number = 0
+    while (aside := folder.with_name(f"{folder.name}.{why}-{number}")).exists():
         number += 1
     rename(folder, aside)
     return aside
@@ -91,11 +92,14 @@ def set_aside(root: Path, step: int) -> Path:
 def prune(root: Path, newest: int, keep_last: int, retain_interval: int | None = None) -> None:
     """Delete all but the `keep_last` newest checkpoints up to the verified step `newest`.
 
-    Those of steps divisible by `retain_interval` stay too.
+    Those of steps divisible by `retain_interval` stay too, and so does what is not, by its
+    manifest, this run's checkpoint of the step that its folder is called by: it may be the only
+    copy of something else.
     """
     if not keep_last:
         return
-    for step in [step for step in list_steps(root) if step <= newest][keep_last:]:
+    own = [entry.step for entry in entries(root) if entry.is_own and entry.step <= newest]
+    for step in own[keep_last:]:
         if retain_interval and step % retain_interval == 0:
             continue
         folder = step_folder(root, step)

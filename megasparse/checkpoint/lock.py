@@ -100,8 +100,7 @@ class FolderLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            owner = owner_of(self._folder) or Owner({}, 0.0, True)
-            raise StorageError(owner.refusal(self._folder)) from None
+            raise StorageError(_owner_by_name(self._folder).refusal(self._folder)) from None
         except OSError:  # network file systems lock no folders
             os.close(descriptor)
             return None
@@ -182,6 +181,18 @@ class FolderLock:
         os.close(self._descriptor)
         self._descriptor = descriptor
         write(descriptor, self._record)
+
+
+def _owner_by_name(folder: Path) -> Owner:
+    """Who has a folder's lock; an owner whose note was deleted writes it anew within a moment."""
+    end = time.monotonic() + 2 * REFRESH_SECONDS
+    while True:
+        owner = owner_of(folder)
+        if owner is not None and owner.record:
+            return owner
+        if time.monotonic() > end:
+            return owner or Owner({}, 0.0, True)
+        time.sleep(0.05)
 
 
 class RunLock:

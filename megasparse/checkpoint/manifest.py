@@ -33,6 +33,11 @@ FILE_FIELDS: dict[str, type] = {"size": int, "header_sha256": str}
 _ENDS = {FORMAT: (b',"sha256":"%s"}', b"}"), OLD_FORMAT: (b',\n "sha256": "%s"\n}', b"\n}")}
 
 
+def newer_format(version: int) -> str:
+    """The words for a manifest that a newer version wrote: it is not damaged."""
+    return f"format {version}, expected {FORMAT}; a newer version of megasparse wrote it"
+
+
 def file_name(rank: int) -> str:
     """Of a rank's file."""
     return f"rank-{rank:05d}.safetensors"
@@ -82,6 +87,8 @@ def decode_manifest(content: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     version = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if type(version) is int and version > FORMAT:
+        raise CheckpointError(f"{path}: {newer_format(version)}")
     if type(version) is not int or version not in _ENDS:
         raise CheckpointError(f"{path}: format {version!r}, expected {FORMAT}")
     end, closing = _ENDS[version]

@@ -6,9 +6,10 @@ import secrets
 from pathlib import Path
 
 from megasparse.checkpoint.compatibility import check_same_run
-from megasparse.checkpoint.directory import clean, list_steps, make_private, set_aside
+from megasparse.checkpoint.directory import clean, make_private, set_aside
+from megasparse.checkpoint.identity import own_run, run_of
 from megasparse.checkpoint.reader import CheckpointReader
-from megasparse.checkpoint.saver import Saver, choose
+from megasparse.checkpoint.saver import Saver, choose, choose_and_tell
 from megasparse.checkpoint.writer import Hook
 from megasparse.config import ResolvedConfig
 from megasparse.distributed.control_plane import ControlPlane
@@ -45,8 +46,9 @@ class RunFolder:
         settings, control = self._config.checkpoint, self._control
         reader = None
         if settings.resume:
-            reader = choose(self._root, control)
-            control.on_rank_zero(lambda: self._set_damaged_aside(reader))
+            reader, damaged = choose_and_tell(self._root, control)
+            if reader is not None:
+                control.on_rank_zero(lambda: _set_aside(damaged))
         if reader is None and settings.load is not None and not settings.finetune:
             reader = choose(Path(settings.load), control)
             if reader is None:
@@ -62,7 +64,7 @@ class RunFolder:
         saver = Saver(
             self._root,
             control,
-            control.on_rank_zero(lambda: secrets.token_hex(8)),
+            control.on_rank_zero(self._run_id),
             keep_last=settings.keep_last,
             retain_interval=settings.save_retain_interval,
             async_save=settings.async_save,
@@ -78,8 +80,15 @@ class RunFolder:
         make_private(self._root)
         clean(self._root)
 
-    def _set_damaged_aside(self, reader: CheckpointReader | None) -> None:
-        """Rank 0: newer checkpoints that failed verification must not be found again."""
-        for step in list_steps(self._root):
-            if reader is not None and step > reader.meta["step"]:
-                logger.warning("damaged, kept as %s", set_aside(self._root, step))
+    def _run_id(self) -> str:
+        """Rank 0: the run's name, the same over all of its starts, and this start's."""
+        run = own_run(self._root)
+        if run is None and self._loaded is not None and self._loaded.folder.parent == self._root:
+            run = run_of(self._loaded.meta["run_id"])
+        return (run or secrets.token_hex(8)) + secrets.token_hex(8)
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    """Rank 0: newer checkpoints that failed verification must not be found again."""
+    for folder in damaged:
+        logger.warning("damaged, kept as %s", set_aside(folder))

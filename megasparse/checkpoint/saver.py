@@ -16,13 +16,14 @@ import copy
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megasparse.atomic_files import check_free_space
 from megasparse.checkpoint import directory
-from megasparse.checkpoint.manifest import MANIFEST, read_manifest
+from megasparse.checkpoint.identity import Entry, entries, run_of
+from megasparse.checkpoint.manifest import MANIFEST, newer_format, read_manifest
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.writer import (
     Hook,
@@ -217,7 +218,7 @@ class Saver:
             final = directory.step_folder(self._root, job.step)
             publish(job.temporary, final, files, job.meta, self._hook)
             self._hook("save:pointer")
-            directory.write_pointer(self._root, job.step)
+            directory.write_pointer(self._root, job.step, run_of(self._run_id))
             logger.info("saved %s", final)
         except Exception as error:  # any: raised by the thread that trains
             job.failure = error
@@ -292,24 +293,47 @@ def open_together(folder: Path, control: ControlPlane) -> CheckpointReader:
 def choose(root: Path, control: ControlPlane) -> CheckpointReader | None:
     """The newest checkpoint whose every byte is as written, the same on all ranks.
 
-    What one rank finds damaged, none takes.
+    What one rank finds damaged, none takes. The manifests say which is the newest.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+        CheckpointError: there are checkpoints, and none is an intact one of this run; or the newest
+            was written by a newer version.
     """
-    steps = control.on_rank_zero(lambda: directory.list_steps(root))
-    for step in steps:
-        try:
-            reader = open_together(directory.step_folder(root, step), control)
-        except CheckpointError as error:
-            if control.rank == 0:
-                logger.warning("%s; trying the checkpoint before it", error)
+    return choose_and_tell(root, control)[0]
+
+
+def choose_and_tell(
+    root: Path, control: ControlPlane
+) -> tuple[CheckpointReader | None, list[Path]]:
+    """As `choose`; and the folders that were newer and are damaged."""
+    found = control.on_rank_zero(lambda: [asdict(entry) for entry in entries(root)])
+    damaged: list[Path] = []
+    for entry in (Entry(**fields) for fields in found):
+        folder = root / entry.name
+        if entry.is_newer:
+            assert entry.format is not None
+            raise CheckpointError(f"{folder}: {newer_format(entry.format)}")
+        if entry.foreign:
+            _warn(control, f"{folder}: passed over, another run wrote it (it is not damaged)")
             continue
-        _look_at_pointer(root, step, control)
-        return reader
-    if steps:
-        raise CheckpointError(f"{root}: none of its {len(steps)} checkpoints is intact")
-    return None
+        try:
+            reader = open_together(folder, control)
+        except CheckpointError as error:
+            _warn(control, f"{error}; trying the checkpoint before it")
+            damaged.append(folder)
+            continue
+        if not entry.is_named_rightly:
+            _warn(control, f"{folder}: holds step {entry.step}: it was renamed or copied")
+        _look_at_pointer(root, entry.step, control)
+        return reader, damaged
+    if found:
+        raise CheckpointError(f"{root}: none of its {len(found)} checkpoints is intact")
+    return None, []
+
+
+def _warn(control: ControlPlane, line: str) -> None:
+    if control.rank == 0:
+        logger.warning("%s", line)
 
 
 def _look_at_pointer(root: Path, step: int, control: ControlPlane) -> None:

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 
 from megasparse.atomic_files import rename, sync, sync_folder, synced
+from megasparse.checkpoint.directory import set_aside
+from megasparse.checkpoint.identity import entry_at
 from megasparse.checkpoint.manifest import MANIFEST, decode_manifest, encode_manifest, file_name
 from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.rank_file import describe
+from megasparse.log import logger
 from megasparse.tensor_files import Entry, write_tensors
 
 Tensors = dict[str, tuple[Piece, torch.Tensor]]
@@ -87,7 +90,7 @@ def publish(
 
     Every writer has read its own file back; what the manifest says is checked here as a reader
     does, before anything is published. A checkpoint of the same step is set aside until the new one
-    has its name.
+    has its name; another one that was given this name by hand is kept under a further one.
 
     Raises:
         OSError: cannot be written. CheckpointError: readers would refuse it.
@@ -100,7 +103,11 @@ def publish(
     sync_folder(temporary)
     hook("save:rename")
     replaced: Path | None = None
-    if final.exists():
+    there = entry_at(final)
+    if there is not None and there.format is not None and not there.is_own:
+        kept = set_aside(final, "kept")
+        logger.warning("%s: held another checkpoint than its name says, kept as %s", final, kept)
+    elif final.exists():
         replaced = final.with_name(f"{final.name}.old-{secrets.token_hex(4)}")
         os.rename(final, replaced)
     rename(temporary, final)

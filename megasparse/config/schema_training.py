@@ -51,7 +51,12 @@ class ParallelConfig:
         10.0, "a collective that takes longer ends the run", above=0.0, below=1e6
     )
     hang_timeout: float = option(
-        60.0, "seconds without progress after which a rank is taken to hang; 0: never", at_least=0.0
+        60.0,
+        "seconds without progress after which a rank is taken to hang in a step or an evaluation; "
+        "5 times as long in a save, 20 times while indices and model are built, a checkpoint is "
+        "loaded, in the first step and in the report; 0: never. Time in which all are suspended "
+        "does not count",
+        at_least=0.0,
     )
     listen_on_all_interfaces: bool = option(
         False,

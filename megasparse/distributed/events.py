@@ -3,7 +3,10 @@
 Listeners are the watchdog (what begins now, and how long it may take) and, in tests, the fault
 injector. The points, in the order of a run:
 
-    build               the model is about to be built
+    build               the ranks have met
+    index               the indices of the samples are about to be built
+    load                a checkpoint is about to be looked for, and later to be read
+    model               the model is about to be built
     first_step          the first step of this start of the run
     micro_batch         a micro-batch of a step or, in a pipeline, its forward pass
     data, forward, backward, optimizer

@@ -28,7 +28,8 @@ VARIABLE = "MEGASPARSE_FAULT"
 POISONS = {"nan": math.nan, "inf": math.inf, "huge": 1e30}
 KINDS = ("kill", "stop", "term", "hang", "exception", "enospc", *POISONS, "nan-once")
 POINTS = (
-    "build", "data", "forward", "backward", "optimizer", "step_end", "evaluate",
+    "build", "index", "load", "model", "report",
+    "data", "forward", "backward", "optimizer", "step_end", "evaluate",
     "save:begin", "save:file", "save:sync", "save:manifest", "save:rename", "save:pointer",
     "save:prune", "loss",
 )  # fmt: skip

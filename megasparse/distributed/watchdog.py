@@ -23,6 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megasparse.distributed.running_clock import RunningClock
 from megasparse.distributed.verdicts import Verdict, hang, longest, place_of
 from megasparse.errors import PeerError
 from megasparse.log import logger
@@ -33,19 +34,24 @@ SUSPECT_SECONDS = 1.2  # the same, once a rank has seen its connections break
 CONNECT_TIME = datetime.timedelta(seconds=10)
 ANSWER_TIME = datetime.timedelta(seconds=30)
 LINGER_SECONDS = 3.0  # rank 0 keeps the store for the others to read why it failed
-STARTING = 20.0  # allowance of phases that compile, build or write
+STARTING = 20.0  # allowance of phases that compile, build or read everything
+WRITING = 5.0  # allowance of a save's parts, and of what follows one
 
 # What begins at a point of the run: its words in messages, and the time that it may take, as a
-# multiple of the hang timeout (0: any).
+# multiple of the hang timeout; the help of `hang_timeout` states these limits.
 PHASES = {
+    "build": ("build", STARTING),
+    "index": ("index of the samples", STARTING),
+    "load": ("load of a checkpoint", STARTING),
+    "model": ("build of the model", STARTING),
     "first_step": ("the first step", STARTING),
     "micro_batch": ("step {next}, micro-batch {micro_batch}", 1.0),
     "backward": ("step {next}, backward of micro-batch {micro_batch}", 1.0),
     "evaluate": ("evaluation, micro-batch {micro_batch}", 1.0),
-    "evaluated": ("after an evaluation", STARTING),
-    "save": ("save of step {step}", STARTING),
-    "saved": ("after a save", STARTING),
-    "report": ("final report", 0.0),
+    "evaluated": ("after an evaluation", WRITING),
+    "save": ("save of step {step}", WRITING),
+    "saved": ("after a save", WRITING),
+    "report": ("final report", STARTING),
 }
 
 
@@ -53,8 +59,8 @@ class Watchdog:
     """Reports this rank's progress to the other ranks, and watches theirs.
 
     Args:
-        address: host and port of the store; None: one rank alone, or ranks that someone else
-            watches; nothing runs then.
+        address: host and port of the store; None: one rank alone (`watch_alone`), or ranks that
+            someone else watches; nothing runs then.
         prefix: of the keys, different for every start of the job.
         rank, world: of this process.
         hang_timeout: seconds without progress of the training thread; 0: any.
@@ -74,8 +80,9 @@ class Watchdog:
         self._silent = min(SILENT_SECONDS, hang_timeout or SILENT_SECONDS)
         self._dump_dir = dump_dir
         self._main = threading.main_thread().ident
-        self._ticks, self._phase, self._allowance = 0, "build", 0.0
-        self._ticked = self._contact = time.monotonic()
+        self._clock = RunningClock()
+        self._ticks, self._phase, self._allowance = 0, "build", STARTING
+        self._ticked = self._contact = self._clock.now()
         self._suspects = self._closing = self._stopped = False
         self._threads: list[threading.Thread] = []
         self._verdict: Verdict | None = None
@@ -95,10 +102,18 @@ class Watchdog:
                 self._store.set(key, "")
         self._store.add("suspects", 0)
         self._store.set(f"beat/{rank}", json.dumps(self._beat()))
-        for target in (self._exchange, self._await_verdict):
+        self._start(self._exchange, self._await_verdict)
+
+    def _start(self, *targets: Callable[[], object]) -> None:
+        for target in targets:
             name = f"watchdog{target.__name__}"
             self._threads.append(threading.Thread(target=target, name=name, daemon=True))
             self._threads[-1].start()
+
+    def watch_alone(self) -> None:
+        """One rank alone watches only itself."""
+        if self._limit:
+            self._start(self._look_at_itself, self._await_verdict)
 
     def passed(self, point: str, step: int, micro_batch: int = 0) -> None:
         """The training thread has come to a point; a listener of `Events`.
@@ -107,13 +122,13 @@ class Watchdog:
         """
         phase, allowance = PHASES.get(point, (None, 0.0))
         if point.startswith("save:"):
-            phase, allowance = point, STARTING
+            phase, allowance = point, WRITING
         if phase is None:
             return
         self._ticks += 1
         self._phase = phase.format(step=step, next=step + 1, micro_batch=micro_batch)
         self._allowance = allowance
-        self._ticked = time.monotonic()
+        self._ticked = self._clock.now()
 
     def fail(self, message: str, exit_code: int) -> None:
         """Record for all ranks that this one fails; the verdict names the first that did."""
@@ -139,6 +154,11 @@ class Watchdog:
             self._linger(self._world - 2)  # without the one that is lost
         return self._verdict
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are no other ranks that read a failure of this one."""
+        return self._store is None
+
     def stop(self) -> None:
         """The run ends well: the threads end, so that none is in the store at the process's end."""
         self._closing = self._stopped = True
@@ -159,7 +179,7 @@ class Watchdog:
             time.sleep(0.05)
 
     def _beat(self) -> dict[str, Any]:
-        now = time.monotonic()
+        now = self._clock.now()
         overdue = now - self._ticked if self._limit and self._allowance else 0.0
         late = overdue > self._limit * self._allowance
         beat = {"time": now, "ticks": self._ticks, "phase": self._phase, "late": late}
@@ -168,6 +188,12 @@ class Watchdog:
             beat["seconds"] = round(overdue, 1)
             beat["late_for"] = overdue - self._limit * self._allowance
         return beat
+
+    def _look_at_itself(self) -> None:
+        """Thread of a run of one rank: the verdict on itself."""
+        while self._verdict is None and not self._stopped:
+            self._decide(hang([self._beat()]))
+            self._decided.wait(BEAT_SECONDS)
 
     def _exchange(self) -> None:
         """Thread: write this rank's beat and read the others', until there is a verdict."""
@@ -180,12 +206,15 @@ class Watchdog:
                     told = bool(self._store.add("suspects", 1))
                 self._decide(self._look_at_all() if self._rank == 0 else self._look_at_first())
             except (RuntimeError, dist.DistError):
+                if self._clock.resumed_within(SILENT_SECONDS) and not self._closing:
+                    self._decided.wait(BEAT_SECONDS)  # an answer was due while all were suspended
+                    continue
                 if not self._closing or self._suspects:
                     self._decide(
                         Verdict(0, "rank 0 was lost: its store is gone", PeerError.exit_code)
                     )
                 return
-            self._contact = time.monotonic()
+            self._contact = self._clock.now()
             self._decided.wait(BEAT_SECONDS)
         if self._rank and not self._stopped:
             try:
@@ -198,7 +227,7 @@ class Watchdog:
         while not self._decided.wait(0.1):
             if self._stopped:
                 return
-            silence = time.monotonic() - self._contact
+            silence = self._clock.now() - self._contact
             if silence > self._silent + BEAT_SECONDS and self._rank:
                 self._decide(
                     Verdict(0, f"rank 0 does not answer for {silence:.0f} s", PeerError.exit_code)
@@ -262,7 +291,7 @@ class Watchdog:
         self, rank: int, beat: dict[str, Any], limit: float
     ) -> tuple[float, Verdict] | None:
         """How long a rank has been silent, if that is too long."""
-        now = time.monotonic()
+        now = self._clock.now()
         last, since = self._seen.get(rank, (None, now))
         if beat["time"] != last:
             self._seen[rank] = (beat["time"], now)

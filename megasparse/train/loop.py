@@ -68,13 +68,16 @@ class Trainer:
         self, config: ResolvedConfig, grid: Grid, data: RunData, services: RunServices
     ) -> None:
         self.config, self.grid, self.data, self.services = config, grid, data, services
+        self._events = services.events
         self.recipe = recipe_of(config)
         self.folder = RunFolder(config, services.control)
+        self._events("load")
         reader = self.folder.find_checkpoint(data.digests)
         if reader is not None and not reader.imported:
             config = self.config = _from_where_it_is(config, reader)
         vocabulary = padded_vocab_size(data.vocab_size, config)
         sources = WeightSources(config, services.control, data.digests, data.vocab_size, reader)
+        self._events("model")
         self.engine = build_engine(
             config, grid, self.recipe, vocabulary, services.events, services.poison, data.vocab_size
         )

@@ -108,6 +108,8 @@ class _Run:
         try:
             return self._run()
         finally:
+            if self.watch is not None and self.watch.is_alone:
+                self.watch.stop()
             self._release()
 
     def _release(self) -> None:
@@ -144,6 +146,7 @@ class _Run:
         own = self._lock.check if self._lock is not None else lambda: None
         services = RunServices(control, self._stop, events, injected, own)
         events("build")
+        events("index")
         with_data = build_data(config, grid, self._prepared.data)
         code = Trainer(config, grid, with_data, services).run()
         self.watch.stop()
@@ -156,6 +159,8 @@ class _Run:
         folder = Path(config.checkpoint.run_dir)
         self.watch = Watchdog(address, attempt(), rank, world, config.parallel.hang_timeout, folder)
         self.watch.before_end = self._release
+        if world == 1:
+            self.watch.watch_alone()
 
     def _waiting(self) -> None:
         """While this rank waits for the others to come: is there a reason why they do not?

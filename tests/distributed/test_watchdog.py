@@ -26,11 +26,11 @@ def test_the_watchdog_says_what_begins(tmp_path, point, phase):
     assert beat["phase"] == phase and beat["ticks"] == 1
 
 
-def test_only_phases_without_a_limit_may_take_for_ever(tmp_path, monkeypatch):
+def test_no_phase_may_take_for_ever(tmp_path, monkeypatch):
     watch = Watchdog(None, "", 0, 1, 0.001, tmp_path)
     late = {}
     for point in (*PHASES, "save:sync"):
         watch.passed(point, 0)
         watch._ticked -= 3600.0
         late[point] = watch._beat()["late"]
-    assert late == {point: point != "report" for point in late}
+    assert late == dict.fromkeys(late, True) and len(late) > 10

@@ -160,3 +160,42 @@ def test_the_time_limit_is_decided_together(tmp_path, dataset):
     assert forked.run(run, 2, tmp_path / "log") == [75, 75]
     assert "(--exit-duration-in-mins is over)" in _texts(tmp_path / "log")[0]
     assert len(list_steps(tmp_path / "run" / "checkpoints")) == 1
+
+
+@pytest.mark.parametrize("point", ["build", "index", "load", "model", "save:file", "evaluate"])
+def test_a_hang_of_one_rank_alone_is_found_in_every_phase(tmp_path, dataset, point):
+    more = ["--eval-iters", "1", "--eval-interval", "2", "--save-interval", "2"]
+    step = "2" if point in ("save:file", "evaluate") else "*"
+    codes, (text,) = _faulty(
+        dataset, tmp_path, f"hang@0:{step}:{point}", "--hang-timeout", "0.3", *more, world=1
+    )
+    assert codes == [71]
+    words = {"save:file": "save:file", "evaluate": "evaluation, micro-batch 0", "load": "load of a"}
+    words["model"] = "build of the model"
+    assert f"PeerError: rank 0 hangs in {words.get(point, point)}" in text and "_strike" in text
+    assert not list((tmp_path / "run").rglob(".lock"))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_that_is_suspended_goes_on(tmp_path, dataset, world):
+    """All ranks stopped for longer than a silent or hanging rank may take."""
+    run = flags(dataset, tmp_path / "run", "--hang-timeout", "3", "--train-iters", "100000")
+    ranks = forked.start(run, world, tmp_path / "log")
+    rows = tmp_path / "run" / "metrics.jsonl"
+    end = time.monotonic() + 60
+    while len(read_metrics(rows)) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGSTOP)
+    time.sleep(8)
+    before = len(read_metrics(rows))
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGCONT)
+        time.sleep(0.5)
+    end = time.monotonic() + 60
+    while len(read_metrics(rows)) < before + 3:
+        assert time.monotonic() < end and all(rank.is_alive() for rank in ranks)
+        time.sleep(0.05)
+    os.kill(ranks[0].pid, signal.SIGHUP)  # a closed terminal
+    assert forked.wait(ranks) == [75] * world

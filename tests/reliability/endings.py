@@ -1,0 +1,334 @@
+"""How runs end: second starts, signals, suspension, hangs, folders with wrong names, odd input.
+
+Each function tries one of these many times and gives counts, for `tools.bench.soak`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megasparse.checkpoint.identity import run_of
+from megasparse.checkpoint.saver import Saver, choose_and_tell
+from megasparse.distributed.control_plane import ControlPlane
+from megasparse.errors import MegasparseError
+from megasparse.metrics.schema import read_metrics
+from tests import forked
+from tests.checkpoint.saves import META, check_content, tensors_of
+from tests.dist import free_port
+from tests.reliability.runs import flags
+from tests.runs import TINY
+
+ROOT = Path(__file__).parents[2]
+LONG = ["--train-iters", "1000000"]
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Where a run can hang: points of `distributed.faults`.
+HANGS = (
+    "build", "index", "model", "load", "data", "forward", "backward", "optimizer", "step_end",
+    "evaluate", "save:begin", "save:file", "save:sync", "save:rename", "report",
+)  # fmt: skip
+
+
+def start_script(run: list[str], log: Path, *launcher: str, **options: Any) -> subprocess.Popen:
+    """`launch/pretrain.py` as a user starts it, alone or below a launcher, in its own session."""
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, *launcher, str(ROOT / "launch" / "pretrain.py"), *run]
+    with open(log, "ab") as stream:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            **options,
+        )
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 180.0) -> None:
+    """Until something is so.
+
+    Raises:
+        TimeoutError: it did not come.
+    """
+    end = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > end:
+            raise TimeoutError("what was waited for did not come")
+        time.sleep(0.02)
+
+
+def second_starts(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
+    """Second starts of all kinds in the folder of runs that go on; one supervised, one not."""
+    generator = random.Random(seed)
+    result: dict[str, Any] = {"starts": 0, "wrong": 0, "longest_seconds": 0.0, "codes": Counter()}
+    for restarts in ("0", "5"):
+        run_dir = root / f"run-{restarts}"
+        run = [*TINY, "--data-path", data, "--run-dir", str(run_dir), "--max-restarts", restarts]
+        run += ["--resume", "--save-interval", "20"]
+        first = start_script([*run, *LONG], root / f"first-{restarts}")
+        try:
+            wait_for(lambda f=run_dir: read_metrics(f / "metrics.jsonl"))  # type: ignore[misc]
+            for _ in range(count // 2):
+                more = generator.choice(
+                    [[], ["--max-restarts", "3"], ["--save", str(root / "other")], ["--lr", "1"]]
+                )
+                if generator.random() < 0.1:
+                    with contextlib.suppress(OSError):
+                        (run_dir / ".lock").unlink()
+                log, begin = root / "second", time.monotonic()
+                log.unlink(missing_ok=True)
+                code = start_script([*run, *more], log).wait(120)
+                seconds = time.monotonic() - begin
+                lines = [line for line in log.read_text().splitlines() if "Error" in line]
+                named = len(lines) == 1 and f"process {first.pid} on " in lines[0]
+                result["starts"] += 1
+                result["codes"][code] += 1
+                result["wrong"] += not (code == 74 and named and first.poll() is None)
+                result["longest_seconds"] = max(result["longest_seconds"], round(seconds, 1))
+            first.send_signal(signal.SIGTERM)
+            result[f"first, max-restarts {restarts}"] = first.wait(120)
+            result["wrong"] += first.returncode != 75 or bool(list(run_dir.rglob(".lock")))
+        finally:
+            first.kill()
+            first.wait()
+    return {**result, "codes": dict(result["codes"])}
+
+
+def signals(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
+    """Signals to a rank, the group or the launcher at random instants from the first line on."""
+    generator = random.Random(seed)
+    places = ("rank", "group", "launcher")
+    result: dict[str, Any] = {"signals": 0, "not_saved": 0, "launcher_codes": Counter()}
+    for trial in range(count):
+        launcher = ("deepspeed", "torchrun", "none")[trial % 3]
+        place, number = generator.choice(places), generator.choice(SIGNALS)
+        run_dir, log = root / f"run-{trial}", root / f"log-{trial}"
+        run = [*TINY, "--data-path", data, "--run-dir", str(run_dir), "--resume", *LONG]
+        port = str(free_port())
+        command = {
+            "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2",
+                          "--master_port", port],
+            "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2",
+                         "--master-port", port],
+            "none": [],
+        }[launcher]  # fmt: skip
+        process = start_script(run, log, *command)
+        try:
+            wait_for(lambda p=process: ranks_of(p.pid))  # type: ignore[misc]
+            if trial % 2:
+                rows = run_dir / "metrics.jsonl"
+                wait_for(lambda f=rows: read_metrics(f))  # type: ignore[misc]
+            time.sleep(generator.uniform(0.3, 1.5))
+            ranks = ranks_of(process.pid)
+            with contextlib.suppress(ProcessLookupError):
+                if place == "group":
+                    os.killpg(process.pid, number)
+                else:
+                    chosen = generator.choice(ranks) if place == "rank" and ranks else process.pid
+                    os.kill(chosen, number)
+            wait_for(lambda r=ranks: not any(map(_alive, r)), 120)  # type: ignore[misc]
+            code = process.wait(120)
+            result["signals"] += 1
+            result["launcher_codes"][f"{launcher} {place} {number.name}: {code}"] += 1
+            trained = bool(read_metrics(run_dir / "metrics.jsonl"))
+            saved = bool(list(run_dir.glob("checkpoints/step-*")))
+            result["not_saved"] += (trained and not saved) or bool(list(run_dir.rglob(".lock")))
+        finally:
+            for pid in (*ranks_of(process.pid), process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+            shutil.rmtree(run_dir, ignore_errors=True)
+    return {**result, "launcher_codes": dict(sorted(result["launcher_codes"].items()))}
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The processes below one that run `launch/pretrain.py`; it itself if it has none below."""
+    below = []
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            below += ranks_of(int(child))
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        script = next((n for n, w in enumerate(words) if w.endswith(b"launch/pretrain.py")), 99)
+        if not below and script <= 2:  # python [-u] launch/pretrain.py
+            return [pid]
+    return below
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def suspensions(data: str, root: Path, count: int, seconds: float, seed: int) -> dict[str, Any]:
+    """All ranks of runs stopped for some time, at random instants, then continued: all end well."""
+    generator = random.Random(seed)
+    result: dict[str, Any] = {"suspensions": 0, "seconds_each": seconds, "codes": Counter()}
+    while result["suspensions"] < count:
+        group = []
+        for number in range(min(4, count - result["suspensions"])):
+            place = root / f"run-{result['suspensions'] + number}"
+            run = flags(data, place, "--train-iters", "60", "--save-interval", "10")
+            run += ["--distributed-timeout-minutes", "10"]
+            world = 1 + number % 2
+            ranks = forked.start(run, world, Path(f"{place}.log"))
+            wait_for(lambda p=place: read_metrics(p / "metrics.jsonl"))  # type: ignore[misc]
+            time.sleep(generator.uniform(0.0, 0.5))
+            for rank in ranks:
+                if rank.pid and rank.is_alive():
+                    os.kill(rank.pid, signal.SIGSTOP)
+            group.append(ranks)
+        time.sleep(seconds)
+        for ranks in group:
+            for rank in ranks:
+                if rank.pid and rank.is_alive():
+                    os.kill(rank.pid, signal.SIGCONT)
+                    time.sleep(generator.uniform(0.0, 1.0))  # not all at the same moment
+        for ranks in group:
+            result["codes"].update(forked.wait(ranks))
+            result["suspensions"] += 1
+    return {**result, "codes": dict(result["codes"])}
+
+
+def hangs(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
+    """A rank that hangs at each phase, in runs of one rank and of two: found and named."""
+    result: dict[str, Any] = {"hangs": 0, "unnamed": [], "seconds": {}}
+    limit = 1.0
+    cases = [(point, world) for point in HANGS for world in (1, 2)]
+    for number, (point, world) in enumerate(itertools.islice(itertools.cycle(cases), count)):
+        place = root / f"run-{number}"
+        more = [
+            "--eval-iters",
+            "1",
+            "--eval-interval",
+            "3",
+            "--save-interval",
+            "4",
+            "--train-iters",
+            "6",
+        ]
+        run = flags(data, place, "--hang-timeout", str(limit), *more)
+        if point == "load":
+            forked.run([*run, "--exit-interval", "2"], world, Path(f"{place}.before"))
+            run.append("--resume")
+        step = {"evaluate": "3"}.get(point, "4" if point.startswith("save") else "*")
+        begin = time.monotonic()
+        fault = {"MEGASPARSE_FAULT": f"hang@{world - 1}:{step}:{point}"}
+        if point == "save:rename":
+            fault = {"MEGASPARSE_FAULT": f"hang@0:{step}:{point}"}
+        if point == "index":
+            fault = {"MEGASPARSE_FAULT": f"hang@0:*:{point}"}
+        codes = forked.wait(forked.start(run, world, Path(f"{place}.log"), fault), 180)
+        text = "".join(Path(f"{place}.log.{rank}").read_text() for rank in range(world))
+        if set(codes) != {71} or "hangs in " not in text:
+            result["unnamed"].append(f"{point}, {world} ranks: {codes}")
+        result["hangs"] += 1
+        result["seconds"][point] = round(time.monotonic() - begin)
+    return result
+
+
+def renamed(root: Path, count: int, seed: int) -> dict[str, Any]:
+    """Folders of checkpoints renamed, copied and swapped, also with another run's."""
+    generator = random.Random(seed)
+    alone, runs = ControlPlane(None), ("a" * 16, "b" * 16)
+
+    def make(folder: Path, run: str) -> None:
+        folder.mkdir(parents=True)
+        saver = Saver(folder, alone, run + os.urandom(8).hex(), 0)
+        for step in range(1, 6):
+            saver.save(step, tensors_of(step), META)
+
+    make(root / "other", runs[1])
+    make(root / "base", runs[0])
+    result: dict[str, Any] = {"folders": 0, "lost": 0, "set_aside": 0}
+    while result["folders"] < count:
+        folder = root / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(root / "base", folder)
+        for _ in range(generator.randint(1, 5)):
+            result["folders"] += disturb(folder, root / "other", generator)
+        names = sorted(folder.glob("step-*"))
+        reader, damaged = choose_and_tell(folder, alone)
+        good = reader is not None and reader.meta["step"] == 5
+        result["lost"] += not (good and reader and run_of(reader.meta["run_id"]) == runs[0])
+        result["set_aside"] += len(damaged) + (sorted(folder.glob("step-*")) != names)
+        if reader is not None:
+            check_content(reader)
+    return result
+
+
+def disturb(root: Path, other: Path, generator: random.Random) -> int:
+    """Rename, copy or swap one folder of checkpoints; how many were."""
+    source = generator.choice([*sorted(root.glob("step-*")), *sorted(other.glob("step-*"))])
+    target = root / f"step-{generator.randint(1, 9):08d}"
+    if not target.exists():
+        rename = source.parent == root and generator.random() < 0.5
+        (os.rename if rename else shutil.copytree)(source, target)
+        return 1
+    if source.parent != root or source == target:
+        return 0
+    swap = root / "swap"
+    for old, new in ((source, swap), (target, source), (swap, target)):
+        os.rename(old, new)
+    return 2
+
+
+def fuzz(kind: str, read: Callable[[bytes], object], seeds: list[bytes], count: int, seed: int):
+    """Inputs made of good ones by hypothesis: each is read, or refused by one of our errors.
+
+    Returns:
+        Inputs, those accepted, the slowest one's seconds, and what was neither.
+    """
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import seed as hypothesis_seed
+    from hypothesis import strategies as st
+
+    result: dict[str, Any] = {"inputs": 0, "accepted": 0, "slowest": 0.0, "wrong": []}
+    odd = st.sampled_from(
+        [b"", b"\0", b"\xff\xfe", b"[" * 3000, b"{" * 3000, b"9" * 5000, b"1e999"]
+    )
+    edit = st.tuples(st.integers(0, 1 << 20), st.integers(0, 64), st.binary(max_size=8) | odd)
+
+    @hypothesis_seed(seed)
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.sampled_from(seeds), st.lists(edit, max_size=4))
+    def one(content: bytes, edits: list[tuple[int, int, bytes]]) -> None:
+        for place, length, insert in edits:
+            start = place % (len(content) + 1)
+            content = content[:start] + insert + content[start + length :]
+        begin = time.monotonic()
+        result["inputs"] += 1
+        try:
+            read(content)
+            result["accepted"] += 1
+        except MegasparseError as error:
+            if "\n" in str(error):
+                result["wrong"].append(f"{kind}: {str(error)[:200]!r}")
+        except Exception as error:  # what a user would see as a traceback
+            result["wrong"].append(f"{kind}: {type(error).__name__}: {str(error)[:200]}")
+        result["slowest"] = max(result["slowest"], round(time.monotonic() - begin, 2))
+
+    one()
+    return result

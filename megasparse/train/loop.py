@@ -84,6 +84,7 @@ class Trainer:
         self.controller = self.engine.controller
         self.state = LoopState()
         if reader is not None and not reader.imported:
+            self._events("load")
             load(self.engine, reader, services.control)
             self.state = LoopState.of(reader)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)

@@ -118,14 +118,13 @@ def signals(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
         place, number = generator.choice(places), generator.choice(SIGNALS)
         run_dir, log = root / f"run-{trial}", root / f"log-{trial}"
         run = [*TINY, "--data-path", data, "--run-dir", str(run_dir), "--resume", *LONG]
-        port = str(free_port())
         command = {
-            "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2",
-                          "--master_port", port],
-            "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2",
-                         "--master-port", port],
-            "none": [],
-        }[launcher]  # fmt: skip
+            "deepspeed": "-m deepspeed.launcher.runner --num_accelerators 2 --master_port",
+            "torchrun": "-m torch.distributed.run --nproc-per-node 2 --master-port",
+            "none": "",
+        }[launcher].split()
+        if command:
+            command.append(str(free_port()))
         process = start_script(run, log, *command)
         try:
             wait_for(lambda p=process: ranks_of(p.pid))  # type: ignore[misc]

@@ -36,6 +36,7 @@ DOORS = {
         "megasparse/megatron",
         "tools/bench/te_baseline.py",
         "tools/bench/single_layer.py",
+        "tools/bench/preprocess.py",
     ],
     "deepspeed": ["megasparse/train/engine/deepspeed.py"],
     "transformer_engine": [
@@ -55,6 +56,8 @@ DOORS = {
         "megasparse/data/spm_json.py",
         "megasparse/data/bpe_files.py",
     ],
+    "pyarrow": ["megasparse/data/inputs.py"],
+    "zstandard": ["megasparse/data/inputs.py"],
     "tqdm": ["megasparse/progress.py"],
     # Which linears are sparse is asked of the recipe: `recipe.matches(name)`.
     "fnmatch": ["megasparse/sparsity/recipe.py"],

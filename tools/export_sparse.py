@@ -10,8 +10,7 @@ is not ends the export.
     python tools/export_sparse.py --input runs/first --output packed --format hopper
 
 packs the 2:4 matrices into about half the space (with --dtype bfloat16 if they are float32):
-`hopper` for megasparse's own kernels, `torch` for torch's semi-structured tensors, `bitmask` for
-compressed-tensors (its sparse-24-bitmask, removed since; pin a version that has it).
+`hopper` for megasparse's own kernels, `torch` for torch's semi-structured tensors.
 """
 
 from __future__ import annotations
@@ -102,6 +101,11 @@ def summary(output: Path, tensors: dict[str, Any], stored: StoredModel) -> str:
     """What was written and what of it is 2:4, in words."""
     sparse = [record for record in tensors.values() if record["parameter"] in stored.sparse]
     transposable = sum(record["transposable"] for record in sparse)
+    if stored.boosted and not sparse:
+        logger.warning(
+            "SLoRB's matrices are folded in, so no weight is 2:4 any more; --slorb separate keeps "
+            "the weights 2:4 and writes the matrices beside them"
+        )
     return (
         f"{output}: step {stored.step} of {stored.recipe.name}; {len(sparse)} of {len(tensors)} "
         f"tensors are 2:4, {transposable} transposable; see {SIDE_FILE}"

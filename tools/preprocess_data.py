@@ -1,23 +1,29 @@
-"""Tokenize JSONL into Megatron's indexed datasets: PREFIX_KEY_document.{bin,idx,json}.
+"""Tokenize text into Megatron's indexed datasets: PREFIX_KEY_document.{bin,idx,json}.
 
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
         --tokenizer-model tokenizer.model --workers 8
 
+Inputs are JSON lines (plain, gzip or zstd, from files, folders and pipes) and Parquet:
+
+    python tools/preprocess_data.py --input shards/ more.jsonl.zst <(zcat old.jsonl.gz) ...
+
 Give `data/corpus_text_document` to `--data-path` then. The .json holds checksums of the other two
-files and of the tokenizer; keep the three together.
+files and of the tokenizer; keep the three together. PREFIX_manifest.json says what was read.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megasparse.cli import guarded
-from megasparse.data.preprocess import PreprocessOptions, preprocess
+from megasparse.data.preprocess import ERROR, ON_BAD_LINE, PreprocessOptions, preprocess
 from megasparse.data.token_flags import add_token_flags, token_flags
 from megasparse.data.tokenizer import HUGGINGFACE, SENTENCEPIECE
+from megasparse.log import logger
 
 
 def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
@@ -25,13 +31,17 @@ def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--input", type=Path, nargs="+", required=True, help="JSONL files, read in this order"
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="files, folders and pipes, read in this order; '-' is standard input",
     )
     parser.add_argument(
         "--json-keys",
         nargs="+",
         default=["text"],
-        help="keys of the texts, one dataset each (default: text)",
+        help="keys (Parquet: columns) of the texts, one dataset each (default: text)",
     )
     parser.add_argument("--output-prefix", required=True, help="path and begin of the names")
     parser.add_argument(
@@ -53,24 +63,39 @@ def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
     )
     add_token_flags(parser)
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument(
+        "--on-bad-line",
+        choices=ON_BAD_LINE,
+        default=ERROR,
+        help="a line or row that holds no text ends the work, or is left out and counted "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     args = parser.parse_args(argv)
     return PreprocessOptions(
         input=tuple(args.input),
-        output_prefix=args.output_prefix,
-        tokenizer_model=args.tokenizer_model,
+        output_prefix=os.path.expanduser(args.output_prefix),
+        tokenizer_model=args.tokenizer_model.expanduser(),
         tokenizer_type=args.tokenizer_type,
         tokens=token_flags(args),
         json_keys=tuple(args.json_keys),
         append_eod=args.append_eod,
         workers=args.workers,
         overwrite=args.overwrite,
+        on_bad_line=args.on_bad_line,
     )
 
 
 def run(options: PreprocessOptions) -> None:
     """Preprocess, and say what was written."""
-    for summary in preprocess(options):
+    summaries = preprocess(options)
+    bad = summaries[0].bad
+    if bad.first:
+        count = bad.of_input.total()
+        logger.warning("%d bad lines left out, the first %d:", count, len(bad.first))
+        for place in bad.first:
+            logger.warning("  %s", place)
+    for summary in summaries:
         sidecar = summary.sidecar
         print(
             f"{summary.prefix}: {sidecar.num_documents} documents, {sidecar.num_tokens} tokens "

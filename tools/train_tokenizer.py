@@ -1,4 +1,6 @@
-"""Train a SentencePiece tokenizer on JSONL text; the result decodes source code exactly.
+"""Train a SentencePiece tokenizer; the result decodes source code exactly.
+
+Inputs are those of tools/preprocess_data.py: JSON lines (plain, gzip, zstd), folders, Parquet.
 
 python tools/train_tokenizer.py --input corpus.jsonl --output tokenizer.model --vocab-size 4096
 """
@@ -26,7 +28,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSONL files")
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help="files and folders")
     parser.add_argument("--json-key", default="text", help="key of the text (default: text)")
     parser.add_argument("--output", type=Path, required=True, help=".model file to write")
     parser.add_argument("--vocab-size", type=int, default=4096, help="default: %(default)s")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megasparse.config import CompleteModel, ModelConfig, narrowed
+from megasparse.config import CompleteModel, ModelConfig, ResolvedModel, narrowed
 from megasparse.errors import CheckpointError, ConfigError
 
 LLAMA, GPT2 = "LlamaForCausalLM", "GPT2LMHeadModel"
@@ -23,8 +23,23 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Fields that say what function the weights compute. The rest (sequence length, dropout, initial
+# weights, padding) may differ from run to run.
+DEFINING = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "kv_channels", "position_embedding_type", "normalization", "norm_epsilon", "swiglu", "geglu",
+    "squared_relu", "disable_bias_linear", "untie_embeddings_and_output_weights",
+)  # fmt: skip
+ROTARY = ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor")
 # Sequences to train on by default: contexts of 128k tokens are no sensible start.
 _MAX_SEQ_LENGTH = 4096
+
+
+def defining_fields(model: ResolvedModel) -> list[str]:
+    """Names of the settings that say what function a model's weights compute."""
+    if model.position_embedding_type == "rope":
+        return [*DEFINING, *ROTARY]
+    return [*DEFINING, "max_position_embeddings"]
 
 
 def architecture_of(config: dict[str, Any], where: str) -> str:
@@ -122,7 +137,8 @@ def _llama(config: _Reader) -> ModelConfig:
     heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
     bias = config.get("attention_bias", bool, False)
     config.require("mlp_bias", (bias,), False)
-    base, factor = _rope(config)
+    positions = config.size("max_position_embeddings", 2048)
+    base, factor = _rope(config, positions)
     return ModelConfig(
         num_layers=config.size("num_hidden_layers"),
         hidden_size=hidden,
@@ -130,7 +146,7 @@ def _llama(config: _Reader) -> ModelConfig:
         num_attention_heads=heads,
         num_query_groups=config.size("num_key_value_heads", heads),
         kv_channels=config.size("head_dim", hidden // heads),
-        max_position_embeddings=config.size("max_position_embeddings", 2048),
+        max_position_embeddings=positions,
         position_embedding_type="rope",
         rotary_base=base,
         use_rope_scaling=factor is not None,
@@ -144,21 +160,34 @@ def _llama(config: _Reader) -> ModelConfig:
     )
 
 
-def _rope(config: _Reader) -> tuple[int, float | None]:
-    """Base, and Llama 3's scaling factor or None; in version 5's form or the one before."""
+def _rope(config: _Reader, positions: int) -> tuple[int, float | None]:
+    """Base, and Llama 3's scaling factor or None; in version 5's form or the one before.
+
+    Keys that are not there are what transformers takes for them, or missing there too.
+    """
     new = config.get("rope_parameters", dict, {})
     old = config.get("rope_scaling", dict, {})
     scaling = _Reader({**old, **new}, f"{config.where}: rope")
     base = scaling.get("rope_theta", float, config.get("rope_theta", float, 10000.0))
     if base != int(base):
         raise CheckpointError(f"{config.where}: rope_theta: found {base}, expected a whole number")
-    kind = new.get("rope_type", old.get("rope_type", old.get("type", "default")))
+    config.require("partial_rotary_factor", (1.0, None), None)
+    scaling.require("partial_rotary_factor", (1.0, None), None)
+    kind = new.get("rope_type", new.get("type", old.get("rope_type", old.get("type", "default"))))
     if kind == "default":
         return int(base), None
     scaling.require("rope_type", ("llama3",), kind)
+    factor = scaling.get("factor", float)
+    trained = config.get("original_max_position_embeddings", int, 0)
+    trained = trained or scaling.get("original_max_position_embeddings", int, positions)
+    found = {"original_max_position_embeddings": trained}
+    found |= {name: scaling.get(name, float) for name in ("low_freq_factor", "high_freq_factor")}
     for name, value in _LLAMA3_ROPE.items():
-        scaling.require(name, (value,), value)
-    return int(base), scaling.get("factor", float)
+        if found[name] != value:
+            raise CheckpointError(
+                f"{scaling.where}: {name}: found {found[name]!r}, expected {value!r}"
+            )
+    return int(base), factor
 
 
 def _gpt2(config: _Reader) -> ModelConfig:

@@ -16,7 +16,6 @@ import torch
 from megasparse.atomic_files import new_folder, replacing, write_json, write_text
 from megasparse.config.shapes import VOCABULARY
 from megasparse.convert.architecture import (
-    GPT2,
     architecture_of,
     huggingface_config,
     model_config,
@@ -84,8 +83,6 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
     entries = {entry.name: entry for entry in source.entries()}
     config = _config(source, options, entries)
     architecture = architecture_of(config, str(output))
-    if options.packing == "bitmask" and architecture == GPT2:
-        raise ConfigError("bitmask: compressed-tensors packs Linear layers; GPT-2 has none")
     tensors: dict[str, Any] = {}
     groups = []
     for rule in rules(source.model, architecture):
@@ -100,8 +97,6 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
                 record["stored"] = {name: written[name] for name in names}
             else:
                 record.update(written[names[0]])
-        if options.packing == "bitmask":
-            config["quantization_config"] = _compressed_tensors(tensors)
         write_json(folder / CONFIG, config, indent=2)
         for name, path in options.carried.items():
             with replacing(folder / name) as stream:
@@ -218,23 +213,3 @@ def _prove(part: str, name: str, rows_24: bool, columns_24: bool, transposable: 
         raise CheckpointError(f"{part} (of {name}) is not 2:4 along its input dimension")
     if transposable and not columns_24:
         raise CheckpointError(f"{part} (of {name}) is 2:4, but not transposable")
-
-
-def _compressed_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
-    """What compressed-tensors wants in `config.json`."""
-    dense = [
-        part.removesuffix(".weight")
-        for part, record in tensors.items()
-        if "stored" not in record and len(record["shape"]) == 2 and "embed" not in part
-    ]
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "dense",
-        "quantization_status": "frozen",
-        "sparsity_config": {
-            "format": "sparse-24-bitmask",
-            "sparsity_structure": "2:4",
-            "targets": ["Linear"],
-            "ignore": dense if "lm_head" in dense else [*dense, "lm_head"],
-        },
-    }

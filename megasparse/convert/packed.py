@@ -4,8 +4,6 @@
               `kernels.packed24`
     torch     NAME.weight.packed (N, K/2), NAME.weight.meta (N, K/16) int16: torch's
               SparseSemiStructuredTensor in its CUTLASS layout
-    bitmask   NAME.compressed (N, K/2), NAME.bitmask (N, K/8) uint8, bit 0 first, NAME.shape (2, 1)
-              int64: compressed-tensors' `sparse-24-bitmask`
 
 NAME.weight is (N, K), and (out, in) also where the architecture stores it the other way round. All
 that is packed is unpacked again and compared, so what is written is known to be the weight.
@@ -22,7 +20,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from megasparse.errors import CheckpointError
-from megasparse.kernels import pack24, prune24_mask, unpack24
+from megasparse.kernels import pack24, unpack24
 from megasparse.kernels.packed24 import COLUMN_MULTIPLE, ROW_MULTIPLE, Packed24
 from megasparse.tensor_files import Entry
 
@@ -101,42 +99,9 @@ class TorchSemiStructured:
         return unpack_torch(stored[f"{name}.packed"], stored[f"{name}.meta"])
 
 
-class Bitmask:
-    """compressed-tensors' `sparse-24-bitmask`."""
-
-    def refusal(self, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-        return None if shape[1] % 8 == 0 else f"has shape {shape}, expected columns in eights"
-
-    def entries(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Entry, ...]:
-        rows, columns = shape
-        module = name.removesuffix(".weight")
-        return (
-            Entry(f"{module}.compressed", dtype, (rows, columns // 2)),
-            Entry(f"{module}.bitmask", torch.uint8, (rows, columns // 8)),
-            Entry(f"{module}.shape", torch.int64, (2, 1)),
-        )
-
-    def pack(self, name: str, w: torch.Tensor) -> Tensors:
-        rows, columns = w.shape
-        kept = prune24_mask(w)  # two of every four, zeros too
-        weights = (1 << torch.arange(8)).to(torch.uint8)
-        bits = (kept.view(rows, columns // 8, 8).to(torch.uint8) * weights).sum(-1)
-        module = name.removesuffix(".weight")
-        return {
-            f"{module}.compressed": w[kept].view(rows, columns // 2),
-            f"{module}.bitmask": bits.to(torch.uint8),
-            f"{module}.shape": torch.tensor([[rows], [columns]]),
-        }
-
-    def unpack(self, name: str, stored: Tensors) -> torch.Tensor:
-        module = name.removesuffix(".weight")
-        return unpack_bitmask(stored[f"{module}.compressed"], stored[f"{module}.bitmask"])
-
-
 FORMATS: dict[str, Packing] = {
     "hopper": Hopper(),
     "torch": TorchSemiStructured(),
-    "bitmask": Bitmask(),
 }
 
 
@@ -166,12 +131,3 @@ def unpack_torch(packed: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
     None, None)`.
     """
     return sparse_semi_structured_to_dense_cutlass(packed, meta)
-
-
-def unpack_bitmask(compressed: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
-    """The (N, K) matrix of the bitmask format."""
-    rows, columns = compressed.shape[0], compressed.shape[1] * 2
-    kept = (bitmask[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    w = compressed.new_zeros(rows, columns)
-    w[kept.bool().view(rows, columns)] = compressed.reshape(-1)
-    return w

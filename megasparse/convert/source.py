@@ -8,17 +8,9 @@ import torch
 
 from megasparse.config import CompleteModel, ResolvedModel
 from megasparse.config.shapes import VOCABULARY
+from megasparse.convert.architecture import DEFINING, ROTARY
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.tensor_files import Entry
-
-# Fields that say what function the weights compute. The rest (sequence length, dropout, initial
-# weights, padding) may differ from run to run.
-DEFINING = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-    "kv_channels", "position_embedding_type", "normalization", "norm_epsilon", "swiglu", "geglu",
-    "squared_relu", "disable_bias_linear", "untie_embeddings_and_output_weights",
-)  # fmt: skip
-_ROTARY = ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor")
 
 _CHUNK = 1 << 22
 
@@ -83,7 +75,7 @@ def check_model(source: Source, model: ResolvedModel, vocab_size: int) -> None:
     found = source.model
     names = list(DEFINING)
     if found.position_embedding_type == "rope":
-        names += _ROTARY if found.use_rope_scaling or model.use_rope_scaling else _ROTARY[:3]
+        names += ROTARY if found.use_rope_scaling or model.use_rope_scaling else ROTARY[:3]
     else:
         names.append("max_position_embeddings")
     for name in names:

@@ -14,20 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megasparse.convert.huggingface import read_json
 from megasparse.data.hf_tokenizer import HuggingFaceTokenizer, post_processor
-from megasparse.data.special_tokens import TOKENIZER_CONFIG, TOKENS_MAP
+from megasparse.data.special_tokens import TOKENIZER_CONFIG, TOKENS_MAP, read_json_object
 from megasparse.data.spm_json import tokenizer_json
 from megasparse.data.spm_tokenizer import SentencePieceTokenizer
-from megasparse.data.tokenizer import Tokenizer
+from megasparse.data.tokenizer import (
+    MADE_FROM,
+    ORIGINAL_JSON,
+    ORIGINAL_MODEL,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    Tokenizer,
+)
 from megasparse.log import logger
 
-TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
-# What a tokenizer.json was made from, where it is not the run's file as it was.
-ORIGINAL_JSON = "tokenizer_original.json"
-# A name that no engine takes for a tokenizer that it would read in its own way.
-ORIGINAL_MODEL = "sentencepiece.model"
-MADE_FROM = "made_from"
 _NAMED = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
 # Of the original's tokenizer_config.json: code, and what tokenizer.json says itself.
 _DROPPED = (
@@ -54,8 +54,7 @@ def exported_tokenizer(tokenizer: Tokenizer, file: Path, max_length: int) -> Tok
         max_length: of a text in tokens.
     """
     found = TokenizerFiles()
-    beside = file.parent / TOKENIZER_CONFIG
-    given = read_json(beside) if beside.is_file() else {}
+    given = read_json_object(file.parent / TOKENIZER_CONFIG)
     config = {key: value for key, value in given.items() if key not in _DROPPED}
     config.pop(MADE_FROM, None)
     if isinstance(tokenizer, HuggingFaceTokenizer):

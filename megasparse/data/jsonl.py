@@ -1,56 +1,37 @@
-"""JSON lines: one object a line, UTF-8, LF or CRLF; each error names the file and the line."""
+"""The texts of a record: of a JSON object in one line of UTF-8, or of a row of Parquet."""
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from megasparse.data.file_errors import read_error
+from megasparse.data.inputs import Payload, find_inputs, read_records
 from megasparse.errors import DataError
 
-MAX_LINE_BYTES = 1 << 30
 
-
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of each line that is not blank, without its line end.
-
-    A byte-order mark at the start of the file is dropped.
-
-    Raises:
-        DataError: the file cannot be read or holds nothing, or a line exceeds `MAX_LINE_BYTES`.
-    """
-    number = 0
-    try:
-        with open(path, "rb") as stream:
-            while raw := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(raw) > MAX_LINE_BYTES:
-                    raise DataError(f"{path}:{number}: found a line above {MAX_LINE_BYTES} bytes")
-                if number == 1:
-                    raw = raw.removeprefix(codecs.BOM_UTF8)
-                line = raw.strip(b"\r\n\t ")
-                if line:
-                    yield number, line
-    except OSError as error:
-        raise read_error(path, error) from error
-    if number == 0:
-        raise DataError(f"{path}: found an empty file, expected JSON lines")
-
-
-def parse_line(line: bytes, keys: Sequence[str], where: str) -> list[str]:
-    """The strings under `keys` of one JSON object.
+def texts_of(payload: Payload, keys: Sequence[str], where: str) -> list[str]:
+    """The strings under `keys` of one record.
 
     Args:
-        line: the line's bytes.
-        keys: names that the object must have.
+        payload: of `inputs.read_records`.
+        keys: names that the record must have.
         where: "file:line", for the errors.
 
     Raises:
         DataError: no UTF-8, no JSON, no object, a key is missing or is no string, or the string
             has half of a surrogate pair (which UTF-8 cannot hold).
     """
+    if isinstance(payload, DataError):
+        raise payload
+    if isinstance(payload, tuple):
+        return [_text(value, key, where) for key, value in zip(keys, payload, strict=True)]
+    return parse_line(payload, keys, where)
+
+
+def parse_line(line: bytes, keys: Sequence[str], where: str) -> list[str]:
+    """The strings under `keys` of one JSON object; raises as `texts_of`."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -73,7 +54,10 @@ def _text_under(record: dict, key: str, where: str) -> str:
     if key not in record:
         found = ", ".join(repr(name)[:40] for name in list(record)[:8]) or "none"
         raise DataError(f"{where}: key {key!r} is missing, found {found}")
-    text = record[key]
+    return _text(record[key], key, where)
+
+
+def _text(text: Any, key: str, where: str) -> str:
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
         raise DataError(f"{where}: key {key!r}: found {kind}, expected a string")
@@ -88,6 +72,7 @@ def _text_under(record: dict, key: str, where: str) -> str:
 
 
 def read_texts(path: Path, key: str = "text") -> Iterator[str]:
-    """The texts under `key` of a JSONL file, in order; raises as the functions above do."""
-    for number, line in read_lines(path):
-        yield parse_line(line, [key], f"{path}:{number}")[0]
+    """The texts under `key` of an input, in order; raises as the functions above do."""
+    for source in find_inputs([path]):
+        for number, payload in read_records(source, [key]):
+            yield texts_of(payload, [key], f"{source.path}:{number}")[0]

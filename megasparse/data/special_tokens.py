@@ -87,7 +87,8 @@ def read_declared(folder: Path) -> Declared:
         DataError: one of them cannot be read or is no JSON object.
     """
     config, tokens, generation = (
-        _read(folder / name) for name in (TOKENIZER_CONFIG, TOKENS_MAP, GENERATION_CONFIG)
+        read_json_object(folder / name)
+        for name in (TOKENIZER_CONFIG, TOKENS_MAP, GENERATION_CONFIG)
     )
 
     def piece(*names: str) -> str | int | None:
@@ -178,7 +179,12 @@ def choose(
     return SpecialTokens(eod, bos, find(declared.pad, own.pad, *_PAD_PIECES), adds)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A small JSON file; empty if there is none.
+
+    Raises:
+        DataError: it cannot be read, is too large, or is no JSON object.
+    """
     try:
         if not path.is_file():
             return {}

@@ -28,8 +28,10 @@ from megasparse.data.hf_tokenizer import HuggingFaceTokenizer
 from megasparse.data.special_tokens import (
     BY_THE_FILES,
     EOD_PIECE,
+    TOKENIZER_CONFIG,
     TokenOptions,
     read_declared,
+    read_json_object,
 )
 from megasparse.data.spm_tokenizer import SentencePieceTokenizer
 from megasparse.errors import DataError
@@ -38,6 +40,12 @@ from megasparse.input_files import read_regular
 SENTENCEPIECE = SentencePieceTokenizer.tokenizer_type
 HUGGINGFACE = HuggingFaceTokenizer.tokenizer_type
 NULL = "NullTokenizer"
+# Of a folder. An export that had to change its tokenizer.json names the original.
+TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
+ORIGINAL_JSON = "tokenizer_original.json"
+# A name that no engine takes for a tokenizer that it would read in its own way.
+ORIGINAL_MODEL = "sentencepiece.model"
+MADE_FROM = "made_from"  # in tokenizer_config.json
 TOKENIZER_TYPES = (SENTENCEPIECE, HUGGINGFACE, NULL)
 
 PROBE_TIMEOUT_SECONDS = 60
@@ -223,13 +231,28 @@ def train_sentencepiece(
     return model.getvalue()
 
 
+def tokenizer_file_of(folder: Path) -> Path | None:
+    """The tokenizer of a folder: what its tokenizer.json was made from, or that; None: none.
+
+    Datasets are made with the original, and compare digests with it.
+
+    Raises:
+        DataError: tokenizer_config.json is damaged.
+    """
+    names = [TOKENIZER_JSON, TOKENIZER_MODEL]
+    made_from = read_json_object(folder / TOKENIZER_CONFIG).get(MADE_FROM)
+    if made_from in (TOKENIZER_MODEL, ORIGINAL_JSON, ORIGINAL_MODEL):
+        names.insert(0, made_from)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
 def _model_file(path: Path) -> Path:
     if not path.is_dir():
         return path
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (path / name).is_file():
-            return path / name
-    raise DataError(f"{path}: found no tokenizer.json or tokenizer.model in this directory")
+    file = tokenizer_file_of(path)
+    if file is None:
+        raise DataError(f"{path}: found no {TOKENIZER_JSON} or {TOKENIZER_MODEL} in this directory")
+    return file
 
 
 def _infer_type(file: Path, model: bytes) -> str:

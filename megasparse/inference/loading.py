@@ -29,11 +29,11 @@ from megasparse.convert.source import Source, pad_vocabulary
 from megasparse.data.check import token_options
 from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.token_flags import add_token_flags, token_flags
-from megasparse.data.tokenizer import Tokenizer, load_tokenizer
+from megasparse.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_of
 from megasparse.distributed.control_plane import ControlPlane, make_control_plane
 from megasparse.distributed.rendezvous import join_group, own_device
 from megasparse.errors import ConfigError, DataError
-from megasparse.inference.tokenizer_files import tokenizer_file_of, tokenizer_of
+from megasparse.inference.tokenizer_files import tokenizer_of
 from megasparse.megatron.grid import Grid, collective_timeout, make_grid
 from megasparse.megatron.init import parameter_shard
 from megasparse.megatron.model import build_model, hide_padding

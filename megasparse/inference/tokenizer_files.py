@@ -9,21 +9,13 @@ from pathlib import Path
 from megasparse.checkpoint.importer import CARRIED_FOLDER
 from megasparse.checkpoint.model import StoredModel
 from megasparse.convert.export import ExportOptions
-from megasparse.convert.huggingface import CARRIED, CONFIG, read_json
+from megasparse.convert.huggingface import CARRIED, CONFIG
 from megasparse.convert.model_card import Facts
-from megasparse.convert.tokenizer_export import (
-    MADE_FROM,
-    ORIGINAL_JSON,
-    ORIGINAL_MODEL,
-    TOKENIZER_JSON,
-    TOKENIZER_MODEL,
-    exported_tokenizer,
-    pad_id,
-)
+from megasparse.convert.tokenizer_export import exported_tokenizer, pad_id
 from megasparse.data.check import token_options
-from megasparse.data.special_tokens import TOKENIZER_CONFIG, TokenOptions
+from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.token_flags import token_flags
-from megasparse.data.tokenizer import Tokenizer, load_tokenizer, token_rules
+from megasparse.data.tokenizer import Tokenizer, load_tokenizer, token_rules, tokenizer_file_of
 from megasparse.errors import CheckpointError, DataError
 from megasparse.input_files import refuse_links
 from megasparse.log import logger
@@ -131,23 +123,6 @@ def _facts(stored: StoredModel) -> Facts | None:
         stored.model.seq_length,
         losses,
     )
-
-
-def tokenizer_file_of(folder: Path) -> Path | None:
-    """The tokenizer of a Hugging Face folder: what its tokenizer.json was made from, or that.
-
-    Datasets are made with the original, and compare digests with it.
-
-    Raises:
-        CheckpointError: tokenizer_config.json is damaged.
-    """
-    names = [TOKENIZER_JSON, TOKENIZER_MODEL]
-    config = folder / TOKENIZER_CONFIG
-    if config.is_file():
-        made_from = read_json(config).get(MADE_FROM)
-        if made_from in (TOKENIZER_MODEL, ORIGINAL_JSON, ORIGINAL_MODEL):
-            names.insert(0, made_from)
-    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def carried_files(folder: Path) -> list[Path]:

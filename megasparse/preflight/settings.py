@@ -42,6 +42,7 @@ from megasparse.errors import (
     one_line,
     together,
 )
+from megasparse.preflight.load_hf import take_over
 from megasparse.sparsity.recipe import recipe_of
 
 # Settings that want a package that megasparse does not bring (`megasparse.metrics.trackers`).
@@ -83,6 +84,7 @@ def prepare(
         All that is found is in the error's `problems`.
     """
     given, line = read_config(argv, world_size=world_size)
+    line.problems += take_over(given, line.given)
     problems = [*line.problems, *problems_of(given, world_size)]
     if len(problems) == len(line.problems):
         # The settings are a run, so what it needs can be looked at, also when more is wrong.

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megasparse.checkpoint.model import StoredModel, open_checkpoint
-from megasparse.convert.packed import unpack_bitmask, unpack_hopper, unpack_torch
+from megasparse.convert.packed import unpack_hopper, unpack_torch
 from megasparse.data.sidecar import bin_path
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.kernels import is_24
@@ -139,7 +139,6 @@ def test_scale_of_s_ste_is_folded_in(runs):
 PACKED = {
     "hopper": ("weight.values", "weight.metadata", unpack_hopper),
     "torch": ("weight.packed", "weight.meta", unpack_torch),
-    "bitmask": ("compressed", "bitmask", unpack_bitmask),
 }
 
 
@@ -159,12 +158,12 @@ def test_packed_matrices_hold_the_same_weights(runs, tmp_path, layout):
         assert torch.equal(unpack(packed[base + first], packed[base + second]), dense[key])
         names = side["tensors"][key]["stored"]
         taken = sum(raw_bytes(packed[name]).nbytes for name in names)
-        # 1/2 for the values; 1/16 (2 bits) or 1/16 (a bit) of 16 bits for where they are.
+        # 1/2 for the values, 1/16 (2 of 16 bits) for where they are.
         assert taken <= 0.5 * dense[key].nbytes + dense[key].nbytes / 8 + 16
     for key in dense.keys() - set(sparse):
         assert torch.equal(packed[key], dense[key])
     config = json.loads((tmp_path / "p" / "config.json").read_text())
-    assert ("quantization_config" in config) == (layout == "bitmask")
+    assert "quantization_config" not in config
 
 
 def wide_run(folder: Path) -> Path:
@@ -187,8 +186,6 @@ def test_what_cannot_be_exported_is_refused(runs, tmp_path, monkeypatch, capsys)
 
     error = refused(64, "--input", runs / "fst", "--format", "hopper")
     assert "expected bfloat16 or float16" in error
-    error = refused(64, "--input", runs / "s_ste", "--format", "bitmask")
-    assert "GPT-2 has none" in error
     assert "holds no checkpoint" in refused(66, "--input", tmp_path)
     # Weights that are not what the recipe promises.
     monkeypatch.setattr(SparseWeight, "effective_at", lambda self, weight, step: weight)

@@ -15,9 +15,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from megasparse.atomic_files import write_json
 from megasparse.convert.tokenizer_export import exported_tokenizer, pad_id
 from megasparse.data.special_tokens import TokenOptions
-from megasparse.data.tokenizer import begin, load_tokenizer, train_sentencepiece
+from megasparse.data.tokenizer import begin, load_tokenizer, tokenizer_file_of, train_sentencepiece
 from megasparse.errors import DataError
-from megasparse.inference.tokenizer_files import tokenizer_file_of
 
 SAMPLE = ["the cat sat on the mat and the dog ran", "def f(x):\n    return x  # café", "aaaa abab"]
 # What tokenizers treat in ways of their own: control tokens, added ones, spaces, joiners.

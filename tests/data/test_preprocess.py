@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megasparse.data import jsonl
+from megasparse.data import inputs as inputs_module
 from megasparse.data import preprocess as pre
 from megasparse.data.indexed import validate
+from megasparse.data.inputs import find_inputs, read_records
 from megasparse.data.preprocess import PreprocessOptions, preprocess
 from megasparse.data.sidecar import check_sidecar
 from megasparse.data.special_tokens import TokenOptions
@@ -80,8 +81,8 @@ def test_batches_hold_all_lines_in_order_and_few_bytes(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pre, "BATCH_BYTES", 5000)
-    batches = list(pre._batches([corpus, corpus]))
-    once = list(jsonl.read_lines(corpus))
+    batches = list(pre._batches(find_inputs([corpus, corpus]), ["text"]))
+    once = list(read_records(find_inputs([corpus])[0], ["text"]))
     assert [line for batch in batches for line in batch.lines] == once + once
     assert sum(batch.num_bytes for batch in batches) == 2 * corpus.stat().st_size
     assert all(sum(len(line) + 1 for _, line in batch.lines[:-1]) < 5000 for batch in batches)
@@ -169,7 +170,8 @@ def test_bad_line_in_a_worker_process_is_the_first_of_the_input(
         (b"\n \r\n", "input0.jsonl: found no documents with text under 'text' (0 empty)"),
         (lines({"text": ""}, {"text": ""}), "found no documents with text under 'text' (2 empty)"),
         (Path("missing.jsonl"), "missing.jsonl: cannot read: No such file"),
-        (Path("/"), "/: cannot read: Is a directory"),
+        (Path("/dev/null"), "/dev/null: found a device, expected a file, a folder or a pipe"),
+        (Path(__file__).parent, "found no input in this folder, expected files that end with"),
     ],
 )
 def test_no_input(tmp_path: Path, model_file: Path, content: bytes | Path, message: str) -> None:
@@ -182,7 +184,7 @@ def test_no_input(tmp_path: Path, model_file: Path, content: bytes | Path, messa
 def test_line_above_the_bound(
     tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(inputs_module, "MAX_LINE_BYTES", 100)
     with pytest.raises(DataError, match=r"input0.jsonl:2: found a line above 100 bytes"):
         run(tmp_path, model_file, GOOD + lines({"text": "x" * 100}))
 
@@ -221,7 +223,7 @@ def test_failing_overwrite_keeps_the_old_dataset(tmp_path: Path, model_file: Pat
     with pytest.raises(DataError, match="broken JSON"):
         run(tmp_path, model_file, GOOD + b"{", overwrite=True)
     assert check_sidecar(summary.prefix, verify="full") == summary.sidecar
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").iterdir())) == 4
 
 
 def test_bad_tokenizer_is_found_before_any_output(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ import pytest
 
 from megasparse import errors
 from megasparse.config.fields import ALIASES, FIELDS
-from megasparse.data.tokenizer import load_tokenizer
-from megasparse.inference.tokenizer_files import tokenizer_file_of
+from megasparse.data.tokenizer import load_tokenizer, tokenizer_file_of
 from megasparse.metrics.schema import METRICS
 from tests.test_architecture import LEVELS
 from tools.flag_table import BEGIN, END, with_table

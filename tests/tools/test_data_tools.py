@@ -94,6 +94,7 @@ def test_from_sources_to_a_dataset_that_megatron_reads(
     assert tool.main(arguments(made, tmp_path / "new" / "d")) == 0
     prefix = tmp_path / "new" / "d_text_document"
     assert sorted(path.name for path in prefix.parent.iterdir()) == [
+        "d_manifest.json",
         "d_text_document.bin",
         "d_text_document.idx",
         "d_text_document.json",

@@ -5,8 +5,8 @@
 Megatron's logic is: a pool of processes takes 32 lines at a time, parses and tokenizes each, and
 the parent adds one document after the other to megatron-core's IndexedDatasetBuilder. Here it gets
 the same tokenizer objects. Both sides run as commands, in turns, round after round, on the same
-file and on a small one, and their .bin and .idx must be equal byte by byte. CPU seconds are those of
-all processes of a command: on a machine that others use too they say more than the clock. Rates
+file and on a small one, and their .bin and .idx must be equal byte by byte. CPU seconds are those
+of all processes of a command: on a machine that others use too they say more than the clock. Rates
 without start are of the difference between the two files.
 """
 

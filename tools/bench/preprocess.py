@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -151,13 +152,16 @@ def _cpu_seconds() -> float:
 
 def report(rows: list[list[str]], argv: Sequence[str], megabytes: float, rounds: int) -> str:
     """The result in markdown."""
+    libraries = ("sentencepiece", "tokenizers", "megatron-core", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
     columns = ["tokenizer", "side", "MB/s", "MB per CPU second", "the same without start", "ratio"]
     return "\n".join(
         [
             "# Preprocessing beside Megatron's logic",
             "",
             f"{datetime.date.today()}, CPU machine with {os.cpu_count()} cores "
-            f"({platform.machine()}), Python {platform.python_version()}. {megabytes:.1f} MB of "
+            f"({platform.machine()}), Python {platform.python_version()}, {versions}. "
+            f"{megabytes:.1f} MB of "
             f"JSON lines, medians of {rounds} rounds in turns, equal .bin and .idx. Command: "
             f"`{shlex.join(['python', '-m', 'tools.bench.preprocess', *argv])}`",
             "",

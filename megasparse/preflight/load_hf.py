@@ -13,30 +13,30 @@ from megasparse.config import CompleteModel, RunConfig
 from megasparse.convert.architecture import defining_fields, model_config
 from megasparse.data.special_tokens import read_json_object
 from megasparse.data.tokenizer import NULL, tokenizer_file_of
-from megasparse.errors import MegasparseError
+from megasparse.errors import CheckpointError
 
 # Of the model's settings those that a run may choose otherwise.
 _PREFERRED = ("seq_length", "max_position_embeddings")
 
 
 def take_over(config: RunConfig, given: Collection[str]) -> list[str]:
-    """Fill in what the folder of `load_hf` says; the problems.
+    """Fill in what the folder of `load_hf` says; what contradicts it.
 
     Args:
         config: as loaded; its model and tokenizer are changed.
         given: names of the settings that flags or files set.
+
+    Raises:
+        CheckpointError, DataError: the folder is no model, or not one that can be trained.
     """
     if config.checkpoint.load_hf is None:
         return []
     folder = Path(config.checkpoint.load_hf)
     path = folder / "config.json"
     if not path.is_file():
-        return [f"load_hf: {folder} holds no config.json of a model"]
-    try:
-        found = model_config(read_json_object(path), str(path))
-        _take_tokenizer(config, given, folder)
-    except MegasparseError as error:
-        return [str(error)]
+        raise CheckpointError(f"load_hf: {folder} holds no config.json of a model")
+    found = model_config(read_json_object(path), str(path))
+    _take_tokenizer(config, given, folder)
     differences = []
     for name in (*defining_fields(found), "vocab_size"):
         here, there = getattr(config.model, name), getattr(found, name)

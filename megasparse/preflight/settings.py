@@ -84,7 +84,12 @@ def prepare(
         All that is found is in the error's `problems`.
     """
     given, line = read_config(argv, world_size=world_size)
-    line.problems += take_over(given, line.given)
+    try:
+        line.problems += take_over(given, line.given)
+    except MegasparseError as error:
+        if line.problems:
+            raise together([*line.problems, one_line(error)]) from None
+        raise
     problems = [*line.problems, *problems_of(given, world_size)]
     if len(problems) == len(line.problems):
         # The settings are a run, so what it needs can be looked at, also when more is wrong.

@@ -16,6 +16,7 @@ from megasparse.cli import guarded, markdown_table
 from megasparse.config.fields import ALIASES, FIELDS
 from megasparse.config.flag_table import OURS_ALONE, Row, rows
 from megasparse.config.megatron_flags import VALUES
+from megasparse.config.megatron_missing import FAMILIES
 from megasparse.errors import ConfigError
 
 BEGIN, END = "<!-- flags: begin -->", "<!-- flags: end -->"
@@ -40,6 +41,9 @@ def table() -> str:
     lines += [*markdown_table(header, [*cells, *values, *aliases], 3), ""]
     lines += ["### Nothing to do here", "", *_reasons(("accepted, because", "flags"), idle), ""]
     lines += ["### Missing", "", *_reasons(("refused; what there is instead", "flags"), missing)]
+    families = [(f"`{start}...`", says) for start, says in FAMILIES]
+    lines += ["", "Of newer versions, every other flag that begins so is missing too:", ""]
+    lines += markdown_table(("begins with", "what there is instead"), families, 2)
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megasparse.config.fields import ALIASES, FIELDS, FieldInfo, expected
-from megasparse.config.flag_table import Row, rows
+from megasparse.config.flag_table import Row, family, rows
 from megasparse.config.megatron_flags import VALUES
 from megasparse.config.schema import RunConfig
 from megasparse.errors import EXIT_CODES
@@ -137,6 +137,8 @@ def _foreign(line: CommandLine, flag: str, values: list[str]) -> list[str]:
     if row is None and flag in rows():
         allowed = [value for row in rows()[flag] for value in row.only]
         line.problems.append(f"{_shown(flag, values)}: expected one of {', '.join(allowed)}")
+    elif row is None and (why := family(flag)) is not None:
+        line.problems.append(f"{_shown(flag, values)} is not supported: {why}")
     elif row is None:
         line.problems.append(f"unknown flag {flag}{_nearest(flag)}")
     elif row.missing:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megasparse.config.megatron_flags import NOTHING, TRANSLATED
-from megasparse.config.megatron_missing import MISSING
+from megasparse.config.megatron_missing import FAMILIES, MISSING
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ def rows() -> dict[str, tuple[Row, ...]]:
     for row in _all():
         table.setdefault(row.flag, []).append(row)
     return {flag: tuple(found) for flag, found in table.items()}
+
+
+def family(flag: str) -> str | None:
+    """What is said of every flag that begins as this one does, if there is such a row."""
+    return next((says for start, says in FAMILIES if flag.startswith(start)), None)
 
 
 def _all() -> Iterator[Row]:

@@ -111,7 +111,8 @@ NOTHING = (
      "--pipeline-model-parallel-split-rank=0 --num-virtual-stages-per-pipeline-rank=1"),
     ("it is what this optimizer does",
      "--optimizer=adam --main-grads-dtype=fp32 --main-params-dtype=fp32 --exp-avg-dtype=fp32 "
-     "--exp-avg-sq-dtype=fp32 --ds-fused-adam --weight-decay-incr-style=constant "
+     "--exp-avg-sq-dtype=fp32 --ds-fused-adam --optimizer-cuda-graph "
+     "--weight-decay-incr-style=constant "
      "--lr-warmup-init=0|0.0 --sgd-momentum="),
     ("BF16 needs no loss scale",
      "--loss-scale= --initial-loss-scale= --min-loss-scale= --loss-scale-window= --hysteresis= "
@@ -126,6 +127,7 @@ NOTHING = (
      "--ckpt-format= --dist-ckpt-format= --use-dist-ckpt --auto-detect-ckpt-format "
      "--ckpt-fully-parallel-save --ckpt-fully-parallel-load --no-ckpt-fully-parallel-save "
      "--disable-ckpt-fully-parallel-save --ckpt-assume-constant-structure "
+     "--ckpt-drop-redundant-extra-state --dist-ckpt-workers= "
      "--dist-ckpt-strictness= --dist-ckpt-optim-fully-reshardable "
      "--distrib-optim-fully-reshardable-mem-efficient --dist-ckpt-save-pre-mcore-014 "
      "--use-persistent-ckpt-worker --universal-checkpoint --load-main-params-from-ckpt"),

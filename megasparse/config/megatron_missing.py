@@ -56,12 +56,15 @@ MISSING = (
      "--enable-full-sharding-in-hsdp --fsdp-double-buffer --fsdp-manual-registration "
      "--suggested-communication-unit-size= --num-distributed-optimizer-instances= "
      "--no-strict-fsdp-dtensor-load --disable-strict-fsdp-dtensor-load "
-     "--ddp-reduce-scatter-with-fp32-accumulation"),
+     "--ddp-reduce-scatter-with-fp32-accumulation "
+     "--ddp-param-name-patterns-for-fp32-local-accumulation=* "
+     "--fsdp-db-use-persist-buf-on-alloc-fail --no-use-layer-wise-param-layout"),
     ("the optimizer is AdamW, with float32 moments and masters",
      "--optimizer= --use-precision-aware-optimizer --main-params-dtype= --exp-avg-dtype= "
      "--exp-avg-sq-dtype= --muon-extra-scale-factor= --muon-fp32-matmul-prec= --muon-momentum= "
      "--muon-no-split-qkv --muon-num-ns-steps= --muon-scale-mode= --muon-tp-mode= "
-     "--muon-use-nesterov --qk-clip --qk-clip-alpha= --qk-clip-threshold= --head-lr-mult="),
+     "--muon-use-nesterov --qk-clip --qk-clip-alpha= --qk-clip-threshold= --head-lr-mult= "
+     "--lion-beta1= --lion-beta2="),
     ("weight decay is constant, and not on norms and biases: --weight-decay",
      "--start-weight-decay= --end-weight-decay= --weight-decay-incr-style= "
      "--no-weight-decay-cond-type= --apply-wd-to-qk-layernorm"),
@@ -84,7 +87,8 @@ MISSING = (
      "--relative-attention-num-buckets= --no-rope-freq= --rotary-interleaved "
      "--rotary-seq-len-interpolation-factor= --attention-backend= "
      "--apply-query-key-layer-scaling --add-qkv-bias --qk-layernorm "
-     "--qk-l2-norm"),
+     "--qk-l2-norm "
+     "--mla-down-proj-fusion --dataloader-inter-document-masking"),
     ("activations are GELU, --swiglu, --geglu or --squared-relu",
      "--quick-geglu --openai-gelu --onnx-safe= --activation-func-clamp-value= "
      "--glu-linear-offset="),
@@ -99,21 +103,24 @@ MISSING = (
      "--hybrid-override-pattern= --mamba-head-dim= --mamba-num-groups= --mamba-num-heads= "
      "--mamba-state-dim= --disable-mamba-mem-eff-path --use-legacy-models "
      "--padded-vocab-size= --symmetric-ar-type= --batch-invariant-mode "
-     "--disable-bf16-reduced-precision-matmul --random-ltd"),
+     "--disable-bf16-reduced-precision-matmul --random-ltd "
+     "--hybrid-layer-pattern= --output-logit-dtype="),
     ("8 bits are for the GEMMs of chosen layers: --fp8-format, --sparse-layers",
      "--fp4-format= --fp4-param-gather --fp4-quantizer-factory= --fp4-recipe= "
      "--fp8-quantizer-factory= --first-last-layers-bf16 --num-layers-at-start-in-bf16= "
      "--num-layers-at-end-in-bf16= --no-fp8-wgrad --disable-fp8-wgrad "
      "--te-precision-config-file= --reuse-grad-buf-for-mxfp8-param-ag"),
     ("CUDA graphs hold the passes of layers: --cuda-graph-impl local",
-     "--cuda-graph-scope=*"),
+     "--cuda-graph-scope=* "
+     "--cuda-graph-modules=*"),
     ("what is recomputed is chosen by --recompute-granularity", "--recompute-modules=*"),
     ("name datasets and weights with --data-path, or --train-data-path and --valid-data-path",
      "--data-args-path= --per-split-data-args-path= --per-dataset-sequences-path= "
      "--data-impl= --dataloader-type= --object-storage-cache-path= "
      "--aml-data-download-path= --train-desc-path= --train-doc-idx-path= --train-idx-path= "
      "--train-sample-idx-path= --train-shuffle-idx-path= --return-data-index "
-     "--use-dataset-only= --disable-msc"),
+     "--use-dataset-only= --disable-msc "
+     "--enable-msc"),
     ("the order of samples is a function of --seed",
      "--data-efficiency-curriculum-learning --sample-rate= --data-per-class-fraction= "
      "--classes-fraction= --iter-per-epoch="),
@@ -128,7 +135,8 @@ MISSING = (
     ("a run starts from the newest checkpoint of --load; --finetune takes its weights alone",
      "--ckpt-step= --load-tag= --no-load-optim --no-load-rng --no-load-lr-state --no-save-optim "
      "--no-save-rng "
-     "--reset-iteration --skip-train"),
+     "--reset-iteration --skip-train "
+     "--override-ckpt-iteration= --freeze-all-layers"),
     ("python tools/convert_checkpoint.py converts checkpoints",
      "--ckpt-convert-format= --ckpt-convert-save= --ckpt-convert-update-legacy-dist-opt-format"),
     ("--keep-last says how many checkpoints stay, --async-save writes them in the background",
@@ -170,7 +178,8 @@ MISSING = (
      "--inference-logging-step-interval= --inference-wandb-logging --no-inference-wandb-logging "
      "--decode-only-cuda-graphs --enable-chunked-prefill --disable-chunked-prefill "
      "--mlp-chunks-for-prefill= --nccl-all-reduce-for-prefill --use-legacy-static-engine "
-     "--output-bert-embeddings --bert-embedder-type="),
+     "--output-bert-embeddings --bert-embedder-type= "
+     "--num-speculative-tokens= --use-same-sampling-seed-across-dp-ranks"),
     ("models are pre-trained here, not trained by reinforcement",
      "--perform-rl-step --grpo-clamp-eps-lower= --grpo-clamp-eps-upper= "
      "--grpo-entropy-term-weight= --grpo-filter-groups-with-same-reward --grpo-group-size= "
@@ -209,3 +218,24 @@ MISSING = (
      "--swin-backbone-type= --vision-backbone-type= --vision-pretraining "
      "--vision-pretraining-type="),
 )  # fmt: skip
+
+# The same for every flag that begins so and is not in the table: newer versions have more of them.
+FAMILIES = (
+    ("--moe-", "there are no mixtures of experts here; dense models alone"),
+    ("--gtp-", "there are no mixtures of experts here; dense models alone"),
+    ("--inference-", "launch/generate.py and launch/evaluate.py compute with a trained model"),
+    ("--rl-", "models are pre-trained here, not trained by reinforcement"),
+    ("--grpo-", "models are pre-trained here, not trained by reinforcement"),
+    ("--langrl-", "models are pre-trained here, not trained by reinforcement"),
+    ("--muon-", "the optimizer is AdamW, with float32 moments and masters"),
+    ("--mamba-", "layers are those of GPT and LLaMA, one like the other"),
+    ("--megatron-fsdp-", "DeepSpeed's ZeRO divides the state: --zero-stage"),
+    ("--logits-", "a teacher is given by --teacher-load and computes beside the student"),
+    ("--yarn-", "attention is plain (grouped-query attention and rotary embeddings included)"),
+    ("--no-yarn-", "attention is plain (grouped-query attention and rotary embeddings included)"),
+    ("--kitchen-", "8 bits are for the GEMMs of chosen layers: --fp8-format, --sparse-layers"),
+    ("--otel-", "metrics go to files, TensorBoard, --wandb-project and --mlflow-experiment"),
+    ("--step-batch-size-", "the batch grows by --rampup-batch-size"),
+    ("--retro-", "models are GPT and LLaMA alone (no BERT, T5, Retro, retrieval, vision)"),
+    ("--dino-", "models are GPT and LLaMA alone (no BERT, T5, Retro, retrieval, vision)"),
+)

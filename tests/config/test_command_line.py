@@ -10,6 +10,7 @@ from megasparse.config import command_line, load_config, resolve
 from megasparse.config.command_line import CommandLine
 from megasparse.config.fields import FIELDS
 from megasparse.config.flag_table import OURS_ALONE, Row, rows
+from megasparse.config.megatron_missing import FAMILIES
 from megasparse.errors import ConfigError
 from tests.config.published import PUBLISHED
 
@@ -79,6 +80,14 @@ def test_every_row_does_what_it_says():
             assert row.flag in told and row.says in told
         spare = command_line.read([*_words(row), "more"])
         assert spare.problems or row.takes == "*", row
+
+
+def test_newer_flags_of_a_family_are_told_what_there_is_instead():
+    own = {info.flag for info in FIELDS.values()}
+    for start, says in FAMILIES:
+        assert not [flag for flag in own if flag.startswith(start)], start
+        (problem,) = command_line.read([f"{start}of-tomorrow", "1", "2"]).problems
+        assert problem == f"{start}of-tomorrow 1 2 is not supported: {says}"
 
 
 def test_translations_are_flags_that_load():

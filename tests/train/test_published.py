@@ -38,12 +38,14 @@ def test_gpt3_starts_and_the_same_command_continues(tmp_path):
     assert made.eod == 95 and made.decode(made.encode("ab ba")) == "ab ba".replace(" ", "")
 
 
-@pytest.mark.parametrize("name", ["gpt3_15b", "megatron_deepspeed_bf16"])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "gpt3_175b"])
 def test_others_start(name, tmp_path):
     steps = ["--train-iters", "2", "--lr-decay-iters", "2", "--lr-warmup-iters", "0"]
     if "--train-samples" in PUBLISHED[name].words:
         steps = ["--train-samples", "4", "--lr-decay-samples", "4", "--lr-warmup-samples", "0"]
-    argv = _argv(name, tmp_path, *steps, "--num-workers", "0")
+    steps += ["--num-workers", "0"]
+    steps += ["--vocab-size", "128"] if "NullTokenizer" in PUBLISHED[name].words else []
+    argv = _argv(name, tmp_path, *steps)
     assert len(dist.run(train, 1, argv)[0]) == 2
     assert (tmp_path / "c" / "step-00000002").is_dir()
 

@@ -32,6 +32,7 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | geglu_fused(fused (..., 2 F))                  | (..., F): geglu of [gate | x], autograd      |
 | swiglu_fused_backward(dy (..., F), fused)      | (..., 2 F): its gradient                     |
 | rotary_qkv(fused (S, B, width), angles, heads) | q, k, v of a projection, rotated; autograd    |
+| split_qkv(fused, heads)                        | the same, not rotated: views; autograd       |
 | scale_inv_of(w (N, K))                         | 0-d float32: amax / 448, undoes e4m3's scale |
 | scales_of_amax(amax (1,), maximum=448)         | AmaxScales: current scaling's, of MVUE too   |
 | rescale_(z, a, b)                              | z, in place: *= a * b, device scalars        |
@@ -76,6 +77,7 @@ from megasparse.kernels.prune24 import prune24_mask as prune24_mask
 from megasparse.kernels.random import derive_seed as derive_seed
 from megasparse.kernels.rotary_qkv import Heads as Heads
 from megasparse.kernels.rotary_qkv import rotary_qkv as rotary_qkv
+from megasparse.kernels.rotary_qkv import split_qkv as split_qkv
 from megasparse.kernels.soft_threshold24 import s_ste_scale as s_ste_scale
 from megasparse.kernels.soft_threshold24 import scale_from_sums as scale_from_sums
 from megasparse.kernels.soft_threshold24 import soft_threshold24 as soft_threshold24
@@ -127,6 +129,7 @@ __all__ = [
     "scales_of_amax",
     "soft_threshold24",
     "soft_threshold24_with_sums",
+    "split_qkv",
     "spmm24",
     "swiglu",
     "swiglu_float8",

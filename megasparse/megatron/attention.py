@@ -8,17 +8,20 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 
-from megasparse.kernels import Heads, rotary_qkv
+from megasparse.kernels import Heads, rotary_qkv, split_qkv
 
 
 class RotaryQkvAttention(SelfAttention):
     """megatron-core's SelfAttention with one pass in place of split, copies and two rotations.
+
+    Without rotation the split is views, and its gradient one pass.
 
     Where something else is wanted of queries and keys (a cache, packed sequences, norms of their
     own, rotation of a part of the channels) it is megatron-core's alone.
     """
 
     _angles: torch.Tensor | None = None
+    _plain = False
 
     def forward(  # type: ignore[override]
         self,
@@ -33,19 +36,19 @@ class RotaryQkvAttention(SelfAttention):
         Args:
             rotary_pos_emb: angles, float32 (S, 1, 1, D).
         """
-        if args or not self._rotates(rotary_pos_emb, rest):
+        self._plain = not args and self._is_plain(rest)
+        if self._plain and self._rotates(rotary_pos_emb):
+            self._angles, rotary_pos_emb = rotary_pos_emb, None
+        try:
             return super().forward(
                 hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **rest
             )
-        self._angles = rotary_pos_emb
-        try:
-            return super().forward(hidden_states, attention_mask, **rest)
         finally:
-            self._angles = None
+            self._angles, self._plain = None, False
 
     def get_query_key_value_tensors(self, *args: Any, **rest: Any) -> Any:
         """q (S, B, heads, D), k and v (S, B, groups, D) of this rank."""
-        if self._angles is None:
+        if not self._plain:
             return super().get_query_key_value_tensors(*args, **rest)
         fused, _ = self.linear_qkv(*args[:1])
         groups = self.num_query_groups_per_partition
@@ -54,19 +57,24 @@ class RotaryQkvAttention(SelfAttention):
             self.num_attention_heads_per_partition // groups,
             self.hidden_size_per_attention_head,
         )
+        if self._angles is None:
+            return split_qkv(fused, heads)
         return rotary_qkv(fused, self._angles, heads)
 
-    def _rotates(self, angles: Any, rest: dict[str, Any]) -> bool:
-        plain = (type(None), IdentityOp)
+    def _rotates(self, angles: Any) -> bool:
         return (
             isinstance(angles, torch.Tensor)
             and angles.shape[-1] == self.hidden_size_per_attention_head
             and not self.config.rotary_interleaved
-            and not any(
-                rest.get(name) is not None
-                for name in ("inference_context", "inference_params", "packed_seq_params")
-            )
-            and rest.get("key_value_states") is None
+        )
+
+    def _is_plain(self, rest: dict[str, Any]) -> bool:
+        """Whether q, k and v are what leaves the projection, and nothing else is asked of them."""
+        names = ("inference_context", "inference_params", "packed_seq_params", "key_value_states")
+        plain = (type(None), IdentityOp)
+        return (
+            all(rest.get(name) is None for name in names)
             and isinstance(self.q_layernorm, plain)
             and isinstance(self.k_layernorm, plain)
+            and self.hidden_size_per_attention_head % 2 == 0
         )

@@ -191,7 +191,9 @@ class ParallelLinear(torch.nn.Module):
         tiles = not any(size % TILE for size in self.shard.local_shape)
         return self.quantizers is not None and not observed and self._branch is None and tiles
 
-    def _multiply(self, x: torch.Tensor | Float8Input, comm: LinearComm) -> torch.Tensor:
+    def _multiply(
+        self, x: torch.Tensor | Float8Input, comm: LinearComm, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         gemms, seed = self.current_gemms()
         calibrating = self._controller is not None and self._controller.calibrating
         observed = self.state is not None and self.state.inputs is not None
@@ -209,7 +211,14 @@ class ParallelLinear(torch.nn.Module):
             None if calibrating else self._branch,
             self.slorb_adapter,
             self.slorb_projection,
+            bias,
         )
+
+    def _bias_of_gemm(self) -> torch.Tensor | None:
+        """The bias, where the GEMM is to add it: on GPUs, unless the result is a sum over ranks or
+        the caller adds it in a fused activation."""
+        fused = self.skip_bias_add and getattr(self.config, "bias_activation_fusion", False)
+        return self.bias if self.weight.is_cuda and not fused else None
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Not used: checkpoints are `megasparse/train/checkpoint.py`'s."""
@@ -263,12 +272,13 @@ class SparseColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(S, B, K)` or, with sp, `(S/p, B, K)` -> `(S, B, N/p)` (N with gather_output), bias."""
-        z = self._multiply(x, self.comm)
-        if self.bias is not None and not self.skip_bias_add:
+        added = self._bias_of_gemm()
+        z = self._multiply(x, self.comm, added)
+        if self.bias is not None and not self.skip_bias_add and added is None:
             z = z + self.bias
         if self.gather_output:
             z = mappings.gather_from_tensor_model_parallel_region(z, group=self.tp_group)
-        return z, self.bias if self.skip_bias_add else None
+        return z, self.bias if self.skip_bias_add and added is None else None
 
 
 class SparseRowParallelLinear(ParallelLinear):
@@ -302,6 +312,8 @@ class SparseRowParallelLinear(ParallelLinear):
         """`(S, B, K/p)` -> `(S, B, N)` or, with sp, `(S/p, B, N)`, and the bias if skipped."""
         if not self.input_is_parallel:
             x = mappings.scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
+        if self.tp_group.size() == 1 and (added := self._bias_of_gemm()) is not None:
+            return self._multiply(x, NoComm(), added), None
         return self.finish(self._multiply(x, NoComm()))
 
     def finish(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

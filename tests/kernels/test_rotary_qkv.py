@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megasparse.errors import KernelError
-from megasparse.kernels import Heads, rotary_qkv
+from megasparse.kernels import Heads, rotary_qkv, split_qkv
 from tests.kernels.poison import poison_new_tensors
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -92,6 +92,30 @@ def test_gradients_of_other_strides_and_parts_without_one(device):
     assert not fused.grad.view(3, 2, 2, 4, 4)[..., 2:, :].any() and k.requires_grad
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_split_is_a_rotation_by_nothing(device, backend, shape):
+    length, batch, heads = shape
+    generator = torch.Generator().manual_seed(length)
+    fused = torch.randn(length, batch, heads.width, generator=generator).to(device)
+    results = []
+    for split in (True, False):
+        own = fused.clone().requires_grad_()
+        angles = torch.zeros(length, heads.channels, device=device)
+        parts = (
+            split_qkv(own, heads, backend=backend)
+            if split
+            else rotary_qkv(own, angles, heads, backend=backend)
+        )
+        weights = [torch.arange(p.numel(), device=device).view_as(p) + 1.0 for p in parts]
+        sum((p * w).sum() for p, w in zip(parts, weights, strict=True)).backward()
+        results.append((*parts, own.grad))
+    for ours, right in zip(*results, strict=True):
+        assert torch.equal(ours, right)
+    if heads.queries == 1:  # nothing is copied
+        assert results[0][0].untyped_storage().nbytes() == fused.untyped_storage().nbytes()
+
+
 def test_refusals(device):
     heads, angles = Heads(2, 2, 4), angles_of(3, 4).to(device)
     fused = torch.zeros(3, 2, heads.width, device=device)
@@ -106,3 +130,5 @@ def test_refusals(device):
             rotary_qkv(*wrong)
     with pytest.raises(KernelError, match="backend='cuda'"):
         rotary_qkv(fused, angles, heads, backend="cuda")
+    with pytest.raises(KernelError, match="heads have 3 channels, expected an even number"):
+        split_qkv(torch.zeros(2, 1, 9, device=device), Heads(1, 1, 3))

@@ -73,6 +73,24 @@ def test_matmul24_of_e4m3_takes_alpha_instead_of_the_scale(device, dtype):
     assert relative_error(spmm24(packed, x, alpha=0.25), plain * 0.25, x.float()) < 4e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3])
+def test_a_bias_is_added_before_the_sum_is_rounded(device, dtype):
+    w, x = operands(48, (128, 256), dtype, device)
+    packed = pack24((w.float() * 0.02).to(torch.bfloat16), dtype)
+    bias = torch.linspace(-5, 5, 128, device=device).bfloat16()
+    exact = x.double() @ packed.dense().double().t()
+    for alpha in (None, 0.5):
+        factor = 1.0 if alpha is None else alpha / float(packed.scale)
+        out = spmm24(packed, x, alpha=alpha, bias=bias).double()
+        expected = exact * factor + bias.double()
+        assert float((out - expected).norm() / expected.norm()) < 4e-3
+        other = spmm24(packed, x, alpha=alpha, bias=-bias).double()  # not the one of before
+        expected = exact * factor - bias.double()
+        assert float((other - expected).norm() / expected.norm()) < 4e-3
+    with pytest.raises(KernelError, match=r"bias of shape \(64,\).*expected \(128,\)"):
+        spmm24(packed, x, bias=bias[:64])
+
+
 def test_no_tokens(device):
     w, x = operands(3, (64, 64), torch.bfloat16, device)
     assert spmm24(pack24(w), x[:0]).shape == (0, 64)

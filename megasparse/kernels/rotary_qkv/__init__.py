@@ -50,6 +50,37 @@ class _RotaryQkv(torch.autograd.Function):
         return ctx.chosen.backward(*gradients, angles, ctx.heads), None, None, None
 
 
+class _SplitQkv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, fused: torch.Tensor, heads: Heads, chosen: ModuleType
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.heads, ctx.chosen = heads, chosen
+        return reference.split(fused, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.chosen.backward(*gradients, None, ctx.heads), None, None
+
+
+def split_qkv(
+    fused: torch.Tensor, heads: Heads, *, backend: str | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of a fused projection as they are: `rotary_qkv` without angles.
+
+    They are views of `fused` where groups have one query. The gradient of `fused` is written whole
+    in one pass, so nothing is joined after.
+
+    Raises: KernelError as `rotary_qkv`.
+    """
+    _check("split_qkv", fused, heads)
+    chosen = dispatch.implementation(
+        "split_qkv", fused, backend, reference=reference, triton=triton
+    )
+    return _SplitQkv.apply(fused, heads, chosen)
+
+
 def rotary_qkv(
     fused: torch.Tensor, angles: torch.Tensor, heads: Heads, *, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,11 +103,7 @@ def rotary_qkv(
 
     Raises: KernelError for shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
-    if fused.dtype not in DTYPES or fused.dim() != 3 or fused.shape[2] != heads.width:
-        raise KernelError(
-            f"rotary_qkv: fused is {fused.dtype} {tuple(fused.shape)}, expected float32, bfloat16 "
-            f"or float16 (S, B, {heads.width}) for {heads}"
-        )
+    _check("rotary_qkv", fused, heads)
     length, channels = fused.shape[0], heads.channels
     plain = angles.numel() == angles.shape[0] * channels and angles.is_contiguous()
     if (
@@ -93,3 +120,13 @@ def rotary_qkv(
         "rotary_qkv", fused, backend, reference=reference, triton=triton
     )
     return _RotaryQkv.apply(fused, angles.view(-1, channels), heads, chosen)
+
+
+def _check(op: str, fused: torch.Tensor, heads: Heads) -> None:
+    if fused.dtype not in DTYPES or fused.dim() != 3 or fused.shape[2] != heads.width:
+        raise KernelError(
+            f"{op}: fused is {fused.dtype} {tuple(fused.shape)}, expected float32, bfloat16 "
+            f"or float16 (S, B, {heads.width}) for {heads}"
+        )
+    if heads.channels % 2:
+        raise KernelError(f"{op}: heads have {heads.channels} channels, expected an even number")

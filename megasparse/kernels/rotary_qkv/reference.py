@@ -17,20 +17,27 @@ def forward(
 
     angles: float32 (S', D).
     """
-    length, batch, _ = fused.shape
-    groups, queries, channels = heads
-    parts = fused.reshape(length, batch, groups, queries + 2, channels).split([queries, 1, 1], 3)
-    q, k, v = (part.reshape(length, batch, -1, channels) for part in parts)
+    q, k, v = split(fused, heads)
     v = v.clone(memory_format=torch.contiguous_format)
     return _turned(q, angles, 1.0), _turned(k, angles, 1.0), v
 
 
+def split(fused: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
+    """q, k and v as they lie in `fused`."""
+    length, batch, _ = fused.shape
+    groups, queries, channels = heads
+    parts = fused.reshape(length, batch, groups, queries + 2, channels).split([queries, 1, 1], 3)
+    return tuple(part.reshape(length, batch, -1, channels) for part in parts)
+
+
 def backward(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, angles: torch.Tensor, heads: Heads
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, angles: torch.Tensor | None, heads: Heads
 ) -> torch.Tensor:
     """The gradient of `fused` (S, B, width): q's and k's turned back, in their places."""
     length, batch = dq.shape[:2]
-    parts = (_turned(dq, angles, -1.0), _turned(dk, angles, -1.0), dv)
+    parts = (dq, dk, dv)
+    if angles is not None:
+        parts = (_turned(dq, angles, -1.0), _turned(dk, angles, -1.0), dv)
     whole = [part.reshape(length, batch, heads.groups, -1, heads.channels) for part in parts]
     return torch.cat(whole, 3).reshape(length, batch, heads.width)
 

@@ -41,15 +41,18 @@ def _move(source, target, half, live):
 
 
 @triton.jit
-def _turn(source, target, half, cos, sin, live, KIND: tl.constexpr):
+def _turn(source, target, half, cos, sin, live, TURNS: tl.constexpr, KIND: tl.constexpr):
     """Copy both halves of heads, turned."""
-    a = widen(tl.load(source, mask=live, other=0.0))
-    b = widen(tl.load(source + half, mask=live, other=0.0))
-    first, second = a * cos - b * sin, b * cos + a * sin
-    first = tl.where(first == first, rounded(first, KIND), first)
-    second = tl.where(second == second, rounded(second, KIND), second)
-    tl.store(target, first.to(target.dtype.element_ty), mask=live)
-    tl.store(target + half, second.to(target.dtype.element_ty), mask=live)
+    if TURNS:
+        a = widen(tl.load(source, mask=live, other=0.0))
+        b = widen(tl.load(source + half, mask=live, other=0.0))
+        first, second = a * cos - b * sin, b * cos + a * sin
+        first = tl.where(first == first, rounded(first, KIND), first)
+        second = tl.where(second == second, rounded(second, KIND), second)
+        tl.store(target, first.to(target.dtype.element_ty), mask=live)
+        tl.store(target + half, second.to(target.dtype.element_ty), mask=live)
+    else:
+        _move(source, target, half, live)
 
 
 @triton.jit
@@ -67,15 +70,18 @@ def _rotary_qkv_kernel(
     QUERY_ROWS: tl.constexpr,
     KEY_ROWS: tl.constexpr,
     FORWARD: tl.constexpr,
+    TURNS: tl.constexpr,
     KIND: tl.constexpr,
 ):
     position = tl.program_id(0)
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < HALF
-    angle = tl.load(angles_ptr + position * (2 * HALF) + column, mask=inside, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
-    if not FORWARD:
-        sin = -sin
+    cos, sin = 1.0, 0.0
+    if TURNS:
+        angle = tl.load(angles_ptr + position * (2 * HALF) + column, mask=inside, other=0.0)
+        cos, sin = tl.cos(angle), tl.sin(angle)
+        if not FORWARD:
+            sin = -sin
     WIDTH: tl.constexpr = 2 * HALF
     heads = groups * QUERIES
     for sequence in range(0, batch):
@@ -87,19 +93,19 @@ def _rotary_qkv_kernel(
             in_fused = fused + (head + (head // QUERIES) * 2) * WIDTH
             own = q_ptr + (place * heads + head) * WIDTH + column
             if FORWARD:
-                _turn(in_fused, own, HALF, cos, sin, live, KIND)
+                _turn(in_fused, own, HALF, cos, sin, live, TURNS, KIND)
             else:
-                _turn(own, in_fused, HALF, cos, sin, live, KIND)
+                _turn(own, in_fused, HALF, cos, sin, live, TURNS, KIND)
         for first in range(0, groups, KEY_ROWS):
             group = first + tl.arange(0, KEY_ROWS)[:, None]
             live = (group < groups) & inside
             in_fused = fused + (group * (QUERIES + 2) + QUERIES) * WIDTH
             own = (place * groups + group) * WIDTH + column
             if FORWARD:
-                _turn(in_fused, k_ptr + own, HALF, cos, sin, live, KIND)
+                _turn(in_fused, k_ptr + own, HALF, cos, sin, live, TURNS, KIND)
                 _move(in_fused + WIDTH, v_ptr + own, HALF, live)
             else:
-                _turn(k_ptr + own, in_fused, HALF, cos, sin, live, KIND)
+                _turn(k_ptr + own, in_fused, HALF, cos, sin, live, TURNS, KIND)
                 _move(v_ptr + own, in_fused + WIDTH, HALF, live)
 
 
@@ -117,7 +123,7 @@ def forward(
 
 
 def backward(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, angles: torch.Tensor, heads: Heads
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, angles: torch.Tensor | None, heads: Heads
 ) -> torch.Tensor:
     """See reference.py."""
     parts = dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -129,7 +135,7 @@ def backward(
 def _rotate(
     fused: torch.Tensor,
     parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    angles: torch.Tensor,
+    angles: torch.Tensor | None,
     heads: Heads,
     forward: bool,
 ) -> None:
@@ -141,7 +147,7 @@ def _rotate(
         _rotary_qkv_kernel[(fused.shape[0],)](
             fused,
             *parts,
-            angles,
+            fused if angles is None else angles,
             fused.shape[1],
             groups,
             HALF=channels // 2,
@@ -150,6 +156,7 @@ def _rotate(
             QUERY_ROWS=min(triton.next_power_of_2(groups * queries), LAUNCH.rows),
             KEY_ROWS=min(triton.next_power_of_2(groups), LAUNCH.rows),
             FORWARD=forward,
+            TURNS=angles is not None,
             KIND=KINDS[fused.dtype],
             num_warps=LAUNCH.num_warps,
             enable_fp_fusion=False,

@@ -20,9 +20,10 @@ def spmm24(
     out_dtype: torch.dtype | None = None,
     algorithm: int = 0,
     alpha: float | None = None,
+    bias: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """x @ W^T with W (N, K) packed 2:4, its scale included; accumulation in float32.
+    """x @ W^T + bias with W (N, K) packed 2:4, its scale included; accumulation in float32.
 
     Args:
         packed: W as `pack24` made it.
@@ -34,6 +35,7 @@ def spmm24(
         algorithm: of cuSPARSELt; one that it does not have raises RuntimeError.
         alpha: factor of `values @ x^T` in place of the packed scale. cuSPARSELt takes it from the
             host: without it an 8-bit product waits for the device, to read `packed.scale`.
+        bias: (N,), added before the sum is rounded; on cuSPARSELt of `out_dtype`.
         backend: None, "reference" or "cusparselt" (CUDA tensors).
 
     Returns: (T, N), row-major, outside autograd.
@@ -53,9 +55,14 @@ def spmm24(
     multiply = dispatch.implementation(
         "spmm24", x, backend, reference=reference.spmm24, cusparselt=cusparselt.spmm24
     )
+    if bias is not None and (bias.shape != packed.shape[:1] or bias.device != x.device):
+        raise KernelError(
+            f"spmm24: bias of shape {tuple(bias.shape)} on {bias.device}, expected "
+            f"({packed.shape[0]},) on {x.device}"
+        )
     if x.shape[0] == 0:
         return x.new_empty((0, packed.shape[0]), dtype=out_dtype)
-    return multiply(packed, x, out_dtype, algorithm, alpha)
+    return multiply(packed, x, out_dtype, algorithm, alpha, bias)
 
 
 @torch.no_grad()

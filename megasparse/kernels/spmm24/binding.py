@@ -6,7 +6,7 @@ foreign-function call.
 
 The library multiplies a sparse A (N, K), row-major and packed, by a dense B (K, M):
 
-    D (N, M) = alpha * A @ B          alpha on the host
+    D (N, M) = alpha * A @ B + bias   alpha on the host, bias (N,) on the device
 
 What it was seen to do on an H200 (0.8.0): 16-bit operands of one type in any order of B and D;
 e4m3 x e4m3 and e5m2 x e5m2 with both running along K (mixed pairs: "operation not supported"),
@@ -38,6 +38,7 @@ _ORDER_COLUMN, _ORDER_ROW = 1, 2
 _ALIGNMENT = 16
 _STRUCT_BYTES = 512
 _ALGORITHM_ID = 0  # of cusparseLtMatmulAlgAttribute_t
+_BIAS_POINTER = 8  # of cusparseLtMatmulDescAttribute_t
 
 
 class Problem(NamedTuple):
@@ -49,6 +50,7 @@ class Problem(NamedTuple):
         b_rows: B is row-major; else column-major, that is a row-major (M, K).
         d_rows: D is row-major; else column-major, that is a row-major (M, N).
         algorithm: id of the library's.
+        biased: a bias is added.
     """
 
     rows: int
@@ -60,6 +62,7 @@ class Problem(NamedTuple):
     b_rows: bool
     d_rows: bool
     algorithm: int
+    biased: bool = False
 
 
 class Library:
@@ -161,6 +164,10 @@ class Plan:
         self._handle = _handle(device)
         self._matrices = [_Struct() for _ in range(3)]
         self._matmul, self._selection, self._plan = _Struct(), _Struct(), _Struct()
+        # A plan knows the address of its bias: products copy theirs there.
+        self._bias: torch.Tensor | None = None
+        if problem.biased:
+            self._bias = torch.zeros(problem.rows, dtype=problem.out_type, device=device)
         with torch.cuda.device(device):
             self._describe_matrices()
             self._describe_product()
@@ -194,6 +201,15 @@ class Plan:
         lib.MatmulDescriptorInit(
             self._handle, self._matmul, none, none, a, b, d, d, ctypes.c_int(_COMPUTE_32F)
         )
+        if self._bias is not None:
+            address = ctypes.c_void_p(self._bias.data_ptr())
+            lib.MatmulDescSetAttribute(
+                self._handle,
+                self._matmul,
+                ctypes.c_int(_BIAS_POINTER),
+                ctypes.byref(address),
+                ctypes.c_size_t(ctypes.sizeof(address)),
+            )
         lib.MatmulAlgSelectionInit(self._handle, self._selection, self._matmul, none)
         algorithm = ctypes.c_int(p.algorithm)
         lib.MatmulAlgSetAttribute(
@@ -205,9 +221,19 @@ class Plan:
         )
         lib.MatmulPlanInit(self._handle, self._plan, self._matmul, self._selection)
 
-    def run(self, packed: torch.Tensor, b: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
-        """`out = alpha * A @ B` on the current stream."""
+    def run(
+        self,
+        packed: torch.Tensor,
+        b: torch.Tensor,
+        out: torch.Tensor,
+        alpha: float,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        """`out = alpha * A @ B + bias` on the current stream."""
         self._alpha.value = alpha
+        if bias is not None:
+            assert self._bias is not None
+            self._bias.copy_(bias)
         address = torch._C._cuda_getCurrentRawStream(self._device.index)
         workspace = _workspace(self._device, address, self._workspace_bytes)
         stream = ctypes.c_void_p(address)

@@ -21,6 +21,7 @@ def spmm24(
     out_dtype: torch.dtype,
     algorithm: int,
     alpha: float | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """x (T, K) times W^T as (T, N) of `out_dtype`; see `megasparse.kernels.spmm24`."""
     if x.dtype != packed.dtype:
@@ -37,9 +38,18 @@ def spmm24(
         x = x.contiguous()
     out = x.new_empty((tokens + missing, rows), dtype=out_dtype)
     problem = Problem(
-        rows, columns, tokens + missing, packed.dtype, x.dtype, out_dtype, False, False, algorithm
+        rows,
+        columns,
+        tokens + missing,
+        packed.dtype,
+        x.dtype,
+        out_dtype,
+        False,
+        False,
+        algorithm,
+        bias is not None,
     )
-    plan(problem, x.device).run(packed.buffer, x, out, _alpha(packed, alpha))
+    plan(problem, x.device).run(packed.buffer, x, out, _alpha(packed, alpha), bias)
     return out[:tokens] if missing else out
 
 

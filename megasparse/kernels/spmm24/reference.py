@@ -13,9 +13,11 @@ def spmm24(
     out_dtype: torch.dtype,
     algorithm: int,
     alpha: float | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """x (T, K) times W^T as (T, N) of `out_dtype`; see `megasparse.kernels.spmm24`."""
-    return (x.float() @ _scaled(packed, alpha).t()).to(out_dtype)
+    product = x.float() @ _scaled(packed, alpha).t()
+    return (product if bias is None else product + bias.float()).to(out_dtype)
 
 
 def matmul24(

@@ -8,7 +8,8 @@ A low-rank branch (SLoRB) joins where the GEMMs are: `z += (x P^T) S^T` before, 
 after, so that it shares their communication.
 
 X travels while `dX` is computed, and `dX` while `dW` is: that is why communication surrounds the
-GEMMs and is not a separate autograd node. Biases are the callers' business.
+GEMMs and is not a separate autograd node. A bias is added by the GEMM, before its result is
+rounded; one that is to be added to a sum over ranks is the caller's business.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class _Linear(torch.autograd.Function):
         seed: SeedLike,
         recorded: bool,
         quantized: Float8Input | None,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.gemms, ctx.comm, ctx.branch, ctx.seed = gemms, comm, branch, seed
         local = local_input(x_local, comm, quantized)
@@ -79,7 +81,8 @@ class _Linear(torch.autograd.Function):
         arrived()
         x_TK = x.reshape(-1, x.shape[-1])
         h_TR = None
-        z_TN, saved = output(gemms, x_TK, recorded and ctx.needs_input_grad[1], comm, quantized)
+        save = recorded and ctx.needs_input_grad[1]
+        z_TN, saved = output(gemms, x_TK, save, comm, quantized, bias)
         if branch is not None and s_NR is not None:
             h_TR = branch.project(x_TK, p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
@@ -115,9 +118,10 @@ class _Linear(torch.autograd.Function):
             if dh_TR is not None:
                 ds = dz_TN.t() @ h_TR
                 dp = None if p_RK is None else ctx.branch.grad_projection(dh_TR, x_TK)
+        db = dz_TN.sum(0) if wanted[-1] else None
         if wait is not None:
             wait()
-        return dx, dw, ds, dp, None, None, None, None, None, None
+        return dx, dw, ds, dp, None, None, None, None, None, None, db
 
 
 def local_input(
@@ -157,15 +161,16 @@ def output(
     save: bool,
     comm: LinearComm,
     quantized: Float8Input | None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, SavedInput]:
-    """`X W~^T`, and with `save` what `grad_weight` needs of X; X may be quantized already."""
+    """`X W~^T + bias`, and with `save` what `grad_weight` needs of X, which may be quantized."""
     if quantized is not None and comm.gathers:
-        return gemms.output_of_quantized(x_TK, None, x_TK.shape[0])
+        return gemms.output_of_quantized(x_TK, None, x_TK.shape[0], bias)
     if quantized is not None:
-        return gemms.output_of_quantized(quantized.rows, quantized.columns, x_TK.shape[0])
+        return gemms.output_of_quantized(quantized.rows, quantized.columns, x_TK.shape[0], bias)
     if save:
-        return gemms.output_and_saved(x_TK)
-    return gemms.output(x_TK), ()
+        return gemms.output_and_saved(x_TK, bias)
+    return gemms.output(x_TK, bias), ()
 
 
 def in_graph(x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, Float8Input | None]:
@@ -182,17 +187,19 @@ def linear(
     branch: LowRankBranch | None = None,
     adapter: torch.Tensor | None = None,
     projection: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x W~^T` with gradients, through the three GEMMs; with a branch `+ (x P^T) S^T`.
+    """`x W~^T + bias` with gradients, through the three GEMMs; with a branch `+ (x P^T) S^T`.
 
     Args:
-    assert quantized is None or branch is None, "x has no values to project"
+        x: `(..., K)`.
         weight: the master weight `(N, K)`; gets the straight-through gradient `dZ^T X`.
         gemms: operands and GEMMs of the current optimizer step.
         comm: communication of the input and its gradient; none by default.
         seed: of the MVUE draws of this layer and micro-batch.
         branch: the low-rank one of SLoRB; none by default.
         adapter, projection: its S `(N, R)` and P `(R, K)`; P None for sums over groups.
+        bias: `(N,)`; none by default.
 
     Returns:
         `(..., N)`; the leading dimensions are those of the gathered input.
@@ -202,5 +209,5 @@ def linear(
     x, quantized = in_graph(x)
     assert quantized is None or branch is None, "x has no values to project"
     return _Linear.apply(
-        x, weight, adapter, projection, gemms, comm, branch, seed, recorded, quantized
+        x, weight, adapter, projection, gemms, comm, branch, seed, recorded, quantized, bias
     )

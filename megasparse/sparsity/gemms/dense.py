@@ -11,6 +11,7 @@ from megasparse.sparsity.gemms.protocol import (
     PlainOperands,
     SavedInput,
     kept_in_place,
+    with_bias,
 )
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
@@ -35,8 +36,10 @@ class DenseGemms(PlainOperands):
     def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
         self._w_NK = w_NK.detach()
 
-    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return x_TK @ self._w_NK.t()
+    def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if x_TK.is_cuda:
+            return torch.nn.functional.linear(x_TK, self._w_NK, bias)
+        return with_bias(x_TK @ self._w_NK.t(), bias)
 
     def grad_input(self, operands: GradOutput) -> torch.Tensor:
         return operands.dz_TN @ self._w_NK

@@ -111,25 +111,31 @@ class DenseFp8Gemms:
     def input_scale(self) -> Scale | None:
         return self._quantizers.x.known_scale()
 
-    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self._output(x_TK, save=False)[0]
+    def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._output(x_TK, bias, save=False)[0]
 
-    def output_and_saved(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, SavedInput]:
-        return self._output(x_TK, save=True)
+    def output_and_saved(
+        self, x_TK: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, SavedInput]:
+        return self._output(x_TK, bias, save=True)
 
     def output_of_quantized(
-        self, row: torch.Tensor, x_KT: torch.Tensor | None, tokens: int
+        self,
+        row: torch.Tensor,
+        x_KT: torch.Tensor | None,
+        tokens: int,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
         x = self._quantizers.x.known_scale()
         assert x is not None
-        return self._multiply_output(row, x)[:tokens], self._saved(x_KT, x)
+        return self._multiply_output(row, x, bias)[:tokens], self._saved(x_KT, x)
 
     def output_of_gated(
         self, fused_TF: torch.Tensor, save: bool
     ) -> tuple[torch.Tensor, SavedInput]:
         x = self._quantizers.x.known_scale()
         if x is None:  # it follows from the whole activation
-            return self._output(swiglu_fused(fused_TF), save)
+            return self._output(swiglu_fused(fused_TF), None, save)
         row, x_KT = swiglu_float8(
             fused_TF, scale=x.scale, transposed=save, amax=x.amax if save else None
         )
@@ -144,18 +150,22 @@ class DenseFp8Gemms:
         assert x is not None
         return self._saved(transposed(row), x)
 
-    def _output(self, x_TK: torch.Tensor, save: bool) -> tuple[torch.Tensor, SavedInput]:
+    def _output(
+        self, x_TK: torch.Tensor, bias: torch.Tensor | None, save: bool
+    ) -> tuple[torch.Tensor, SavedInput]:
         tiles_TK = whole_tiles(x_TK)
         row, x_KT, x = self._quantizers.x.quantized(tiles_TK, columns=save, record=save)
         assert row is not None
-        return self._multiply_output(row, x)[: x_TK.shape[0]], self._saved(x_KT, x)
+        return self._multiply_output(row, x, bias)[: x_TK.shape[0]], self._saved(x_KT, x)
 
     def _saved(self, x_KT: torch.Tensor | None, x: Scale) -> SavedInput:
         return () if x_KT is None else (x_KT, *self._quantizers.x.saved_with(x))
 
-    def _multiply_output(self, row: torch.Tensor, x: Scale) -> torch.Tensor:
+    def _multiply_output(
+        self, row: torch.Tensor, x: Scale, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         assert self._w_NK is not None
-        return scaled_mm(row, self._w_NK, x, self._weight)
+        return scaled_mm(row, self._w_NK, x, self._weight, bias)
 
     def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> Fp8GradOutput:
         row, dz_NT, dz = self._quantizers.gradient.quantized(

@@ -16,29 +16,44 @@ from megasparse.fp8.scale import Scale
 from megasparse.kernels import rescale_
 
 
-def scaled_mm(a_TK: torch.Tensor, b_NK: torch.Tensor, a: Scale, b: Scale) -> torch.Tensor:
-    """`a b^T` (T, N) bfloat16 of two 8-bit matrices with their scaling undone: a dense GEMM."""
+def scaled_mm(
+    a_TK: torch.Tensor, b_NK: torch.Tensor, a: Scale, b: Scale, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`a b^T + bias` (T, N) bfloat16 of two 8-bit matrices with their scaling undone: a dense GEMM.
+
+    Args:
+        bias: `(N,)` bfloat16.
+    """
     if not a_TK.is_cuda:
         factor = a.scale_inv * b.scale_inv
-        return (a_TK.float() @ b_NK.float().t() * factor).to(torch.bfloat16)
+        product = a_TK.float() @ b_NK.float().t() * factor
+        return (product if bias is None else product + bias).to(torch.bfloat16)
     return torch._scaled_mm(
         a_TK,
         b_NK.t(),
         a.scale_inv,
         b.scale_inv,
+        bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
 
 
-def undone(product: Callable[[float], torch.Tensor], a: Scale, b: Scale) -> torch.Tensor:
-    """A 2:4 product of two operands with their scaling undone.
+def undone(
+    product: Callable[[float, torch.Tensor | None], torch.Tensor],
+    a: Scale,
+    b: Scale,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A 2:4 product of two operands with their scaling undone, and a bias.
 
     Args:
-        product: computes it with a factor, the library's alpha.
+        product: computes it with a factor, the library's alpha, and a bias that it adds.
+        bias: what the result is to have; what is corrected with it was divided before.
     """
     alpha = a.assumed * b.assumed
-    result = product(alpha)
     if a.exact and b.exact:
-        return result
-    return rescale_(result, a.scale_inv, b.scale_inv, applied=alpha)
+        return product(alpha, bias)
+    if bias is not None:
+        bias = rescale_(bias.detach().clone(), a.scale, b.scale, applied=1 / alpha)
+    return rescale_(product(alpha, bias), a.scale_inv, b.scale_inv, applied=alpha)

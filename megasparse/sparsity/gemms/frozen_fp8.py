@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedInput
+from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedInput, with_bias
 from megasparse.sparsity.projection import Projected
 
 
@@ -33,8 +33,9 @@ class Fp8StoredGemms(PlainOperands):
     def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
         raise RuntimeError("a frozen weight does not change")
 
-    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return (x_TK @ self._codes_NK.to(x_TK.dtype).t()) * self._scale_inv_N.to(x_TK.dtype)
+    def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        z_TN = (x_TK @ self._codes_NK.to(x_TK.dtype).t()) * self._scale_inv_N.to(x_TK.dtype)
+        return with_bias(z_TN, bias)
 
     def grad_input(self, operands: GradOutput) -> torch.Tensor:
         raise RuntimeError("a frozen weight has no backward pass")

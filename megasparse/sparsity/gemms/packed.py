@@ -20,7 +20,7 @@ from megasparse.kernels import matmul24, mvue_pack24, spmm24, weight_pack24
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
-from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedInput
+from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedInput, with_bias
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -89,8 +89,8 @@ class PackedSparseGemms(PlainOperands):
         assert not isinstance(packed_t, torch.Tensor)
         self._packed, self._packed_t = self._operands = packed, packed_t
 
-    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self._multiply("output", self._packed, x_TK, lambda w_NK: w_NK.t())
+    def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._multiply("output", self._packed, x_TK, lambda w_NK: w_NK.t(), bias)
 
     def grad_input(self, operands: GradOutput) -> torch.Tensor:
         if self._packed_t is None:
@@ -131,21 +131,22 @@ class PackedSparseGemms(PlainOperands):
         packed: Packed24,
         a: torch.Tensor,
         dense_operand: Callable[[torch.Tensor], torch.Tensor],
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`a (T, K) @ W^T` of the packed W, or by the dense GEMM where that is faster."""
+        """`a (T, K) @ W^T + bias` of the packed W, or by the dense GEMM where that is faster."""
         (n, k), tokens = packed.shape, a.shape[0]
         choice = self._choice(
             name,
             tokens,
             lambda: f"T {tokens}, N {n}, K {k}, {a.dtype}",
             2 * n * k * tokens,
-            lambda algorithm: spmm24(packed, a, algorithm=algorithm),
-            lambda: a @ dense_operand(self._effective()),
+            lambda algorithm: spmm24(packed, a, algorithm=algorithm, bias=bias),
+            lambda: with_bias(a @ dense_operand(self._effective()), bias),
         )
         if choice.dense_wins:
-            return a @ dense_operand(self._effective())
+            return with_bias(a @ dense_operand(self._effective()), bias)
         self.ran_sparse.add(name)
-        return spmm24(packed, a, algorithm=choice.algorithm)
+        return spmm24(packed, a, algorithm=choice.algorithm, bias=bias)
 
     def _effective(self) -> torch.Tensor:
         """W~ where a dense GEMM needs it; computed anew, so that no dense copy is kept."""

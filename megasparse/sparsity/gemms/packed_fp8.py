@@ -109,8 +109,10 @@ class PackedFp8Gemms(DenseFp8Gemms):
             pruned = effective_weight(w_NK, projected.mask, projected.beta)
             self._tell("weight", pruned, packed.values)
 
-    def _multiply_output(self, row: torch.Tensor, x: Scale) -> torch.Tensor:
-        return self._sparse("output", row, x)
+    def _multiply_output(
+        self, row: torch.Tensor, x: Scale, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self._sparse("output", row, x, bias)
 
     def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> Fp8GradOutput:
         quantizers, tokens = self._quantizers, dz_TN.shape[0]
@@ -168,7 +170,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
 
         def product(algorithm: int) -> torch.Tensor:
             return undone(
-                lambda alpha: matmul24(
+                lambda alpha, _: matmul24(
                     packed, x_KT, transposed=True, algorithm=algorithm, alpha=alpha
                 ),
                 draw,
@@ -188,14 +190,21 @@ class PackedFp8Gemms(DenseFp8Gemms):
         self.ran_sparse.add("grad_weight")
         return product(choice.algorithm)
 
-    def _sparse(self, name: str, a: torch.Tensor, scale: Scale) -> torch.Tensor:
-        """`a (T, K) @ W^T` of a packed W, bfloat16; by a dense GEMM where that is faster."""
+    def _sparse(
+        self, name: str, a: torch.Tensor, scale: Scale, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`a (T, K) @ W^T + bias` of a packed W, bfloat16; by a dense GEMM where that is faster."""
         packed, weight, tokens = self._packed_of(name), self._weight, a.shape[0]
         (n, k) = packed.shape
 
         def product(algorithm: int) -> torch.Tensor:
             return undone(
-                lambda alpha: spmm24(packed, a, algorithm=algorithm, alpha=alpha), scale, weight
+                lambda alpha, added: spmm24(
+                    packed, a, algorithm=algorithm, alpha=alpha, bias=added
+                ),
+                scale,
+                weight,
+                bias,
             )
 
         choice = self._choice(
@@ -204,12 +213,12 @@ class PackedFp8Gemms(DenseFp8Gemms):
             lambda: f"e4m3 T {tokens}, N {n}, K {k}",
             2 * n * k * tokens,
             product,
-            lambda: scaled_mm(a, packed.stored(), scale, weight),
+            lambda: scaled_mm(a, packed.stored(), scale, weight, bias),
         )
         if choice.dense_wins:
             if name not in self._unpacked:
                 self._unpacked[name] = packed.stored()
-            return scaled_mm(a, self._unpacked[name], scale, weight)
+            return scaled_mm(a, self._unpacked[name], scale, weight, bias)
         self.ran_sparse.add(name)
         return product(choice.algorithm)
 

@@ -55,16 +55,26 @@ class LinearGemms(Protocol):
         `output_of_quantized`; None: x is wanted in full."""
         ...
 
-    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """`X W~^T`, `(T, N)` in the dtype of x."""
+    def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`X W~^T + bias`, `(T, N)` in the dtype of x.
+
+        Args:
+            bias: `(N,)`; where the GEMM adds it the sum is rounded once.
+        """
         ...
 
-    def output_and_saved(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, SavedInput]:
+    def output_and_saved(
+        self, x_TK: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, SavedInput]:
         """The same, and what `grad_weight` needs of x."""
         ...
 
     def output_of_quantized(
-        self, row: torch.Tensor, x_KT: torch.Tensor | None, tokens: int
+        self,
+        row: torch.Tensor,
+        x_KT: torch.Tensor | None,
+        tokens: int,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
         """`output` (with `x_KT` `output_and_saved`) of an x quantized by `input_scale`.
 
@@ -131,14 +141,20 @@ class PlainOperands(ABC):
         return None
 
     @abstractmethod
-    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """`X W~^T`, `(T, N)` in the dtype of x."""
+    def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`X W~^T + bias`, `(T, N)` in the dtype of x."""
 
-    def output_and_saved(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, SavedInput]:
-        return self.output(x_TK), (x_TK,)
+    def output_and_saved(
+        self, x_TK: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, SavedInput]:
+        return self.output(x_TK, bias), (x_TK,)
 
     def output_of_quantized(
-        self, row: torch.Tensor, x_KT: torch.Tensor | None, tokens: int
+        self,
+        row: torch.Tensor,
+        x_KT: torch.Tensor | None,
+        tokens: int,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
         raise TypeError(f"{type(self).__name__} takes inputs in full: input_scale() is None")
 
@@ -161,6 +177,11 @@ class PlainOperands(ABC):
         self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: SeedLike
     ) -> GradOutput:
         return self.prepare_grad_output(swiglu_fused_backward(dy_TF, fused_TF), seed)
+
+
+def with_bias(z_TN: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The sum, where no GEMM has added the bias."""
+    return z_TN if bias is None else z_TN + bias
 
 
 def kept_in_place(buffer: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
-from megasparse.sparsity.gemms.protocol import GradOutput, SavedInput
+from megasparse.sparsity.gemms.protocol import GradOutput, SavedInput, with_bias
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import Mvue
 from megasparse.sparsity.shard import ShardSlice
@@ -40,8 +40,8 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
         super().__init__(mvue, channels, probe)
         self._reduce_max = reduce_max
 
-    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self._e4m3(x_TK, "x") @ self._e4m3(self._w_NK, "weight").t()
+    def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return with_bias(self._e4m3(x_TK, "x") @ self._e4m3(self._w_NK, "weight").t(), bias)
 
     def grad_input(self, operands: GradOutput) -> torch.Tensor:
         return self._e5m2(operands.dz_TN, "grad_output") @ self._e5m2(self._w_NK)

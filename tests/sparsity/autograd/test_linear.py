@@ -33,6 +33,18 @@ def test_dense_equals_torch_linear():
     torch.testing.assert_close(w.grad.double(), w64.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_and_its_gradient():
+    x, w, dz = _operands()
+    bias = torch.randn(16, requires_grad=True)
+    z = linear(x, w, DenseGemms(w), bias=bias)
+    z.backward(dz)
+    assert torch.equal(z, linear(x, w, DenseGemms(w)) + bias)
+    torch.testing.assert_close(bias.grad, dz.sum((0, 1)))
+    again = x.detach().requires_grad_()
+    linear(again, w, DenseGemms(w)).backward(dz)
+    assert torch.equal(x.grad, again.grad)
+
+
 def test_sparse_uses_the_pruned_weight_forward_and_backward_and_passes_gradients_through():
     x, w, dz = _operands()
     pruned = torch.where(prune24_mask(w.detach()), w.detach(), torch.zeros(()))

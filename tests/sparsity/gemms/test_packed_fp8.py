@@ -100,6 +100,25 @@ def test_three_gemms_of_a_layer(device, name, hybrid, tokens):
     assert gemms.ran_sparse == sparse or x.is_cuda  # there a dense one may be faster
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", ["fst", "dense"])
+def test_a_bias_is_not_scaled(device, name, known):
+    """Also where the device corrects what the host assumed of the scales."""
+    needs_transformer_engine(device)
+    x, w, _ = operands(device)
+    scales, slots = scaling(device)
+    gemms = dense_gemms(w, slots) if name == "dense" else gemms_of(name, w, slots)[0]
+    linear(x, w, gemms)
+    scales.finish_step()  # from now on the scale comes first
+    scales.host_follows = known
+    if not known:
+        scales.assumed = [2.0**-3] * len(scales.assumed)
+    bias = (torch.arange(N, device=device) - 50.0).bfloat16()
+    without = linear(x, w, gemms).detach().double()
+    found = linear(x, w, gemms, bias=bias).detach().double()
+    assert error(found, without + bias.double()) < 4e-3
+
+
 @pytest.mark.parametrize("hybrid", [False, True])
 @pytest.mark.parametrize("delayed", [False, True])
 def test_dense_gemms(device, hybrid, delayed):

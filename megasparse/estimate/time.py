@@ -21,6 +21,7 @@ from megasparse.config import (
     gradient_accumulation_steps,
     pipeline_split,
 )
+from megasparse.config.graphs import graphs_refusal
 from megasparse.config.shapes import layer_parameters
 from megasparse.estimate.memory import layer_activations, stage_weights
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -35,12 +36,20 @@ QKV, FC1, FC2 = (
 
 # Times that a kept activation passes through memory besides the GEMMs.
 PASSES = 5.3
-# A parameter, in the update and around it: 44 bytes for master, moments, gradient and result; the
-# rest are ZeRO's casts and copies, the gradient's norm, zeroing.
-OPTIMIZER_BYTES = 190
+# A parameter, in the update and around it: 31 bytes for master, moments, gradient, mask and result;
+# the gradient's norm and zeroing it.
+OPTIMIZER_BYTES = 40
+# Its gradient of a micro-batch, added in float32: by captured layers, and by autograd, which makes
+# a float32 copy of it first.
+ADDED_BYTES = {"captured": 10, "eager": 18}
+MASK_BYTES = 8  # an entry of a mask that is searched anew, replaces the old one and is compared
 LOGITS_BYTES = 12  # an entry, in the fused cross entropy, both ways
 # A weight's W~ made again for a dense grad_input of a row-wise recipe in BF16.
 REMAKE_BYTES = {"row": 5, "soft_threshold": 43}
+GRAPH_LAUNCHES = 2  # of a captured layer in a micro-batch, both ways
+# What the host does from the update of a step to the next one's first kernels, while the device has
+# nothing to do: for a step, and for each layer's states.
+STEP_HOST_SECONDS, LAYER_HOST_SECONDS = 3e-3, 5e-4
 LAYER_LAUNCHES = 52  # of a dense layer in a micro-batch, both ways
 SPARSE_LAUNCHES = 2  # more for each linear that is sparse or in FP8
 WEIGHT_LAUNCHES = 8  # and for its weight, once a step
@@ -48,7 +57,7 @@ WEIGHT_LAUNCHES = 8  # and for its weight, once a step
 # sequences a micro-batch, where the device waits for the host (a layer 7.6 ms dense, 8.4 FST).
 COLLECTIVE_LAUNCHES = 2
 MICRO_BATCH_LAUNCHES = 50  # embedding, output layer, loss
-AFTER = ("gradient reduction", "optimizer")  # when the last micro-batch is through
+AFTER = ("gradient reduction", "optimizer", "between steps")  # when all micro-batches are through
 
 
 @dataclass(frozen=True)
@@ -148,12 +157,17 @@ def step_time(
     parts["pipeline bubble"] = sum(pace.values()) * (stages - 1)
     weights = sum(w.numel for w in stage_weights(config, recipe, vocabulary, 0))
     link = "nvlink" if tp * dp <= gpus_per_node else "network"
-    parts["gradient reduction"] = table.moving(2 * SIZE * weights * (dp - 1) / dp, link)
-    parts["gradients"] = table.moving(3 * SIZE * weights) * micro_batches
+    captured = graphs_refusal(config) is None
+    # Gradients to the rank that updates in float32, new weights from it.
+    parts["gradient reduction"] = table.moving((4 + SIZE) * weights * (dp - 1) / dp, link)
+    added = ADDED_BYTES["captured" if captured else "eager"]
+    parts["gradients"] = table.moving(added * weights) * micro_batches
     parts["optimizer"] = table.moving(OPTIMIZER_BYTES * weights / dp)
     slower = table.data["in_a_step"]["step"]
     launches = max(split) * layer_launches(config, recipe, micro_batches) + MICRO_BATCH_LAUNCHES
     host = launches * (micro_batches + stages - 1) * table.data["launch_us"] / 1e6
+    if captured:
+        parts["between steps"] = STEP_HOST_SECONDS + max(split) * LAYER_HOST_SECONDS
     return StepTime({name: seconds * slower for name, seconds in parts.items()}, host)
 
 
@@ -211,6 +225,8 @@ def layer_time(
 
 def layer_launches(config: ResolvedConfig, recipe: SparsityRecipe, micro_batches: int) -> float:
     """Launches of the host for one layer and micro-batch, both ways, in those of a kernel."""
+    if graphs_refusal(config) is None:
+        return GRAPH_LAUNCHES
     linears = {name for name, _ in _linears(config)}
     made = linears if config.fp8.fp8_format else _sparse(config, recipe)
     count = LAYER_LAUNCHES + len(made) * (SPARSE_LAUNCHES + WEIGHT_LAUNCHES / micro_batches)
@@ -249,7 +265,7 @@ def _operands_bf16(
         once += n * k * (4 + 25 / 8)  # transposed, read and packed
     else:
         seconds += table.moving(n * k * remake)
-    mask = n * k * 5 / recipe.mask_update_interval if recipe.has_mask else 0.0
+    mask = n * k * MASK_BYTES / recipe.mask_update_interval if recipe.has_mask else 0.0
     return seconds + table.moving(once + mask) / micro_batches
 
 
@@ -284,7 +300,7 @@ def _operands_fp8(
         seconds += table.moving(4 * tokens * n, "cast")
     written = 5 / 4 if recipe.transposable else 13 / 8
     once = table.moving(n * k * (2 + recipe.has_mask + written), "weight_pack")
-    mask = n * k * 5 / recipe.mask_update_interval if recipe.has_mask else 0.0
+    mask = n * k * MASK_BYTES / recipe.mask_update_interval if recipe.has_mask else 0.0
     return seconds + (once + table.moving(mask)) / micro_batches
 
 

@@ -17,6 +17,10 @@ from megasparse.optim.masked_decay import Piece
 Pieces = Callable[[torch.Tensor], Sequence[Piece]]
 
 
+def _at_once(update: Callable[[], None]) -> None:
+    update()
+
+
 class MaskedAdamW(torch.optim.AdamW):
     """AdamW that asks before it steps, and decays the masked pieces of its tensors.
 
@@ -35,6 +39,7 @@ class MaskedAdamW(torch.optim.AdamW):
         clip: what gradients are multiplied by first.
         decay: lambda of the step.
         copies: of tensors, by id, flat: get the new values, in their own dtype.
+        run: runs the update, which finds everything at the addresses of the step before.
     """
 
     def __init__(
@@ -49,26 +54,33 @@ class MaskedAdamW(torch.optim.AdamW):
         self._before_step, self._pieces, self._decoupled = before_step, pieces, decoupled
         self.clip, self.decay = 1.0, 0.0
         self.copies: dict[int, torch.Tensor] = {}
+        self.run: Callable[[Callable[[], None]], None] = _at_once
+        self._now: list[tuple[torch.Tensor, AdamW]] = []
+        self._derived: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step over all groups (ZeRO calls it group by group)."""
         if not self._before_step(self):
             return
-        for group in self.param_groups:
-            for tensor in group["params"]:
-                if tensor.grad is not None:
-                    self._update(group, tensor)
+        self._now = [
+            (tensor, self._numbers(group, tensor))
+            for group in self.param_groups
+            for tensor in group["params"]
+            if tensor.grad is not None
+        ]
+        if self._now and self._now[0][0].is_cuda:
+            self._send([numbers.derived() for _, numbers in self._now])
+        self.run(self._update)
 
-    def _update(self, group: dict[str, Any], tensor: torch.Tensor) -> None:
+    def _numbers(self, group: dict[str, Any], tensor: torch.Tensor) -> AdamW:
         state = self.state[tensor]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(tensor)
             state["exp_avg_sq"] = torch.zeros_like(tensor)
         state["step"] += 1
-        assert tensor.grad is not None
-        numbers = AdamW(
+        return AdamW(
             step=int(state["step"]),
             lr=float(group["lr"]),
             beta1=group["betas"][0],
@@ -79,14 +91,30 @@ class MaskedAdamW(torch.optim.AdamW):
             decay=self.decay,
             decoupled=self._decoupled,
         )
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        flat = [t.detach().view(-1) for t in (tensor, tensor.grad, *moments)]
-        copy = self.copies.get(id(tensor))
-        whole = [Piece(0, tensor.numel(), None)]
-        for start, length, mask in whole if self._pieces is None else self._pieces(tensor):
-            weight, grad, exp_avg, exp_avg_sq = (t.narrow(0, start, length) for t in flat)
-            own = None if copy is None else copy.narrow(0, start, length)
-            masked_adamw_(weight, grad, exp_avg, exp_avg_sq, numbers, mask, own)
+
+    def _send(self, rows: list[list[float]]) -> None:
+        """The numbers of the step to where kernels read them, without waiting for the device."""
+        on_host = torch.tensor(rows).pin_memory()
+        if self._derived is None or self._derived.shape != on_host.shape:
+            self._derived = torch.empty_like(on_host, device=self._now[0][0].device)
+        self._derived.copy_(on_host, non_blocking=True)
+
+    def _update(self) -> None:
+        """All tensors by the numbers of the step; it can be captured."""
+        for row, (tensor, numbers) in enumerate(self._now):
+            state = self.state[tensor]
+            assert tensor.grad is not None
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            flat = [t.detach().view(-1) for t in (tensor, tensor.grad, *moments)]
+            copy = self.copies.get(id(tensor))
+            derived = None if self._derived is None else self._derived[row]
+            whole = [Piece(0, tensor.numel(), None)]
+            for start, length, mask in whole if self._pieces is None else self._pieces(tensor):
+                weight, grad, exp_avg, exp_avg_sq = (t.narrow(0, start, length) for t in flat)
+                own = None if copy is None else copy.narrow(0, start, length)
+                masked_adamw_(
+                    weight, grad, exp_avg, exp_avg_sq, numbers, mask, own, derived=derived
+                )
 
 
 def parameter_groups(

@@ -196,7 +196,12 @@ def main(argv: Sequence[str]) -> int:
         metavar="NAME",
         help=f"of {', '.join(VARIANTS)}, with ', eager' to run without CUDA graphs",
     )
-    parser.add_argument("--warmup", type=int, default=4, help="steps that do not count")
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=16,
+        help="steps that do not count; scales come to rest in them",
+    )
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
     parser.add_argument("--output", type=Path, help="markdown file to write")
     args = parser.parse_args(argv[:mark])

@@ -22,6 +22,7 @@ def masked_adamw_(
     mask: torch.Tensor | None = None,
     copy: torch.Tensor | None = None,
     *,
+    derived: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """One step of AdamW in place, with `lambda (1 - M) o W` on the gradient or the momentum.
@@ -41,6 +42,8 @@ def masked_adamw_(
         numbers: of the update.
         mask: bool, of that shape, contiguous; True is kept. None: no masked decay.
         copy: float32, bfloat16 or float16, of that shape, contiguous: gets the new weight.
+        derived: float32 (9,) on the device, `numbers.derived()`: what a kernel reads instead, so
+            that a captured one updates with other numbers at every replay.
         backend: None, "reference" or "triton".
 
     Raises: KernelError for other dtypes, shapes, devices or layouts, or when the backend cannot
@@ -51,7 +54,7 @@ def masked_adamw_(
         "masked_adamw_", weight, backend, reference=_by_definition, triton=triton.masked_adamw_
     )
     with torch.cuda.device_of(weight):
-        update(weight, grad, exp_avg, exp_avg_sq, numbers, mask, copy)
+        update(weight, grad, exp_avg, exp_avg_sq, numbers, mask, copy, derived)
 
 
 def _by_definition(
@@ -62,6 +65,7 @@ def _by_definition(
     numbers: AdamW,
     mask: torch.Tensor | None,
     copy: torch.Tensor | None,
+    derived: torch.Tensor | None,
 ) -> None:
     """In place, in pieces whose temporaries are small."""
     for start in range(0, weight.numel(), _CHUNK):

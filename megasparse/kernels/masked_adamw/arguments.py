@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -25,3 +26,18 @@ class AdamW(NamedTuple):
     clip: float = 1.0
     decay: float = 0.0
     decoupled: bool = False
+
+    def derived(self) -> list[float]:
+        """What a kernel computes with: clip, decay, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr wd,
+        lr over the first moment's bias correction, the root of the second's."""
+        return [
+            self.clip,
+            self.decay,
+            1 - self.beta1,
+            self.beta2,
+            1 - self.beta2,
+            self.eps,
+            1 - self.lr * self.weight_decay,
+            self.lr / (1 - self.beta1**self.step),
+            math.sqrt(1 - self.beta2**self.step),
+        ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -23,21 +21,17 @@ def _masked_adamw_kernel(
     exp_avg_sq,
     mask,
     copy,
+    numbers,
     size,
-    clip,
-    decay,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    kept,
-    step_size,
-    correction,
     DECAYS: tl.constexpr,
     DECOUPLED: tl.constexpr,
     COPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    clip, decay = tl.load(numbers), tl.load(numbers + 1)
+    rest1, beta2, rest2 = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
+    eps, kept = tl.load(numbers + 5), tl.load(numbers + 6)
+    step_size, correction = tl.load(numbers + 7), tl.load(numbers + 8)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < size
     w = tl.load(weight + at, mask=live, other=0.0)
@@ -76,12 +70,14 @@ def masked_adamw_(
     numbers: AdamW,
     mask: torch.Tensor | None,
     copy: torch.Tensor | None,
+    derived: torch.Tensor | None,
 ) -> None:
     """`reference.masked_adamw`, in place."""
     size = weight.numel()
     if size == 0:
         return
-    decayed = None if numbers.decay == 0.0 else mask
+    if derived is None:
+        derived = torch.tensor(numbers.derived(), device=weight.device)
     kind = "none" if copy is None else KINDS[copy.dtype]
     narrow = kind in ("bf16", "fp16")
     launch = LAUNCHES.pick(weight)
@@ -90,19 +86,11 @@ def masked_adamw_(
         grad,
         exp_avg,
         exp_avg_sq,
-        weight if decayed is None else decayed.view(torch.uint8),
+        weight if mask is None else mask.view(torch.uint8),
         weight if copy is None else copy.view(torch.int16) if narrow else copy,
+        derived,
         size,
-        float(numbers.clip),
-        float(numbers.decay),
-        1 - numbers.beta1,
-        float(numbers.beta2),
-        1 - numbers.beta2,
-        float(numbers.eps),
-        1 - numbers.lr * numbers.weight_decay,
-        numbers.lr / (1 - numbers.beta1**numbers.step),
-        math.sqrt(1 - numbers.beta2**numbers.step),
-        DECAYS=decayed is not None,
+        DECAYS=mask is not None,
         DECOUPLED=numbers.decoupled,
         COPY=kind,
         BLOCK=launch.block,

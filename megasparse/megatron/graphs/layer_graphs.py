@@ -10,12 +10,16 @@ operands (`fp8/scale.py`); the step after that captures anew.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from megasparse.config import ResolvedConfig
+from megasparse.config.graphs import graphs_refusal
+from megasparse.errors import KernelError
 from megasparse.log import logger, warn_once
 from megasparse.megatron.graphs.captured import GraphedLayer, GraphSet
 from megasparse.megatron.graphs.recorder import CudaRecorder, Recorder, Replayed
@@ -64,6 +68,7 @@ class LayerGraphs:
         self._warm: set[bool] = set()
         self._refill = self._refills()
         self._refresh = Replayed(controller.refresh)
+        self._update: Replayed | None = None
         self._phase: tuple[bool, int] | None = None  # sparse, and moves of the states
         self._active: list[GraphSet] | None = None
         self._look_at, self._patience = 0, FIRST_PATIENCE
@@ -85,6 +90,7 @@ class LayerGraphs:
             self._warm.clear()
             self._refill = self._refills()
             self._refresh = Replayed(controller.refresh)
+            self._update = None
         with controller.timer.span("preparation"):
             controller.begin_step(lambda: self._refresh(self._recorder))
             if controller.has_operands:
@@ -106,6 +112,12 @@ class LayerGraphs:
         controller.clock.slot = slot
         controller.seeds.begin_micro_batch(number, slot)
         self._use(None if self._active is None else self._active[slot])
+
+    def update(self, body: Callable[[], None]) -> None:
+        """The optimizer's update, always the same function; captured at its second call."""
+        if self._update is None:
+            self._update = Replayed(body)
+        self._update(self._recorder)
 
     def end_step(self) -> None:
         """After a step; a collective call of the stage where scales are looked at."""
@@ -134,8 +146,10 @@ class LayerGraphs:
         """Drop all graphs, and the memory that they hold."""
         self._active = None
         self._use(None)
-        if not self._sets:
-            return
+        if self._sets:
+            self._drop()
+
+    def _drop(self) -> None:
         self._sets.clear()
         self._recorder = self._make_recorder(self._grid.device)
         if self._controller.fp8 is not None:
@@ -147,6 +161,7 @@ class LayerGraphs:
         self.let_go()
         self._refill = self._refills()
         self._refresh = Replayed(self._controller.refresh)
+        self._update = None
         self._refusal = "the run has ended"
 
     def _refills(self) -> dict[bool, Replayed]:
@@ -165,6 +180,7 @@ class LayerGraphs:
                 controller.fp8.assume()
             controller.fp8.host_follows = False
         timed, controller.timer.measuring = controller.timer.measuring, False
+        failure = None
         try:
             with self._recorder.prepared():
                 before = torch.cuda.memory_reserved()
@@ -172,9 +188,13 @@ class LayerGraphs:
                 for controller.clock.slot in range(self._slots):
                     sets.append(GraphSet(self._layers, self._places, self._recorder, self.around))
                 self._sets[kind] = sets
+        except (RuntimeError, KernelError) as error:  # out of memory, among others
+            failure = str(error).partition("\n")[0]
         finally:
             controller.timer.measuring = timed
             controller.clock.slot = 0
+        if self._failed(failure):
+            return
         self._look_at = max(self._look_at, controller.clock.step + self._patience)
         what = "the sparse phase" if controller.sparse_now else "the dense phase"
         what += ", steps with metrics" if kind else ""
@@ -186,35 +206,31 @@ class LayerGraphs:
             (torch.cuda.memory_reserved() - before) / 2**30,
         )
 
+    def _failed(self, failure: str | None) -> bool:
+        """Whether a rank of the stage could not capture: then all of them run eagerly.
+
+        A rank that replays waits in its layers' collectives for replays of the others.
+        """
+        flag = torch.tensor([failure is not None], dtype=torch.float32, device=self._grid.device)
+        if not bool(self._grid.max_over_stage(flag)):
+            return False
+        self._drop()
+        gc.collect()  # what the capture allocated is held by its tensors
+        self._refusal = failure or "another rank could not capture its layers"
+        warn_once("CUDA graphs are not used: %s", self._refusal)
+        return True
+
     def _use(self, graphs: GraphSet | None) -> None:
         for number, layer in enumerate(self._layers):
             layer.pair = None if graphs is None else graphs.pairs[number]
 
 
-def refusal(
-    device: torch.device,
-    zero_stage: int,
-    recompute: str | None,
-    dropout: float,
-    poisoned: bool,
-    pipeline: bool,
-) -> str | None:
+def refusal(device: torch.device, config: ResolvedConfig, poisoned: bool) -> str | None:
     """Why a run's layers cannot be captured, or None.
 
     Args:
-        zero_stage: of DeepSpeed's ZeRO.
-        recompute: Megatron's recompute_granularity.
-        dropout: the larger of the layers' two.
         poisoned: gradients of parameters are to be poisoned, by hooks.
-        pipeline: whether the model is cut into stages.
     """
     if device.type != "cuda":
         return f"the run is on {device.type}"
-    reasons = (
-        (zero_stage == 3, "ZeRO 3 gathers weights to other addresses in every micro-batch"),
-        (recompute == "selective", "recompute_granularity is selective"),
-        (dropout > 0.0, f"dropout is {dropout:g}, whose random states graphs would freeze"),
-        (poisoned, "gradients are to be poisoned"),
-        (pipeline and zero_stage >= 2, "a pipeline adds gradients up by itself"),
-    )
-    return next((text for holds, text in reasons if holds), None)
+    return "gradients are to be poisoned" if poisoned else graphs_refusal(config)

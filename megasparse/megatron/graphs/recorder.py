@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
+from megasparse.errors import KernelError
 from megasparse.kernels.spmm24.binding import reserve_workspace
+from megasparse.log import warn_once
 
 Tensors = tuple[Any, ...]
 
@@ -97,7 +99,10 @@ class CudaRecorder:
 
 
 class Replayed:
-    """One function without arguments or results, recorded at its second call."""
+    """One function without arguments or results, recorded at its second call.
+
+    Where that fails, for want of memory for instance, it goes on running as it is.
+    """
 
     def __init__(self, run: Callable[[], None]) -> None:
         self._run, self._calls = run, 0
@@ -110,8 +115,12 @@ class Replayed:
             self._run()
             return
         if self._replay is None:
-            with recorder.prepared():
-                _, self._replay = recorder.record(self._body, recorder.new_pool())
+            try:
+                with recorder.prepared():
+                    _, self._replay = recorder.record(self._body, recorder.new_pool())
+            except (RuntimeError, KernelError) as error:
+                warn_once("not captured in a CUDA graph: %s", str(error).partition("\n")[0])
+                self._replay = self._run
         self._replay()
 
     def _body(self) -> Tensors:

@@ -109,6 +109,8 @@ class Engine:
         decay.attach(self.fragments)
         if zero1 is not None:
             zero1.fragments = self.fragments
+        if layout.graphs is not None and layout.gradients_stay:
+            self.optimizer.run = layout.graphs.update
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
         """Forward, backward and update over one global batch; advances the clock.

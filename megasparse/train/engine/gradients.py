@@ -25,6 +25,7 @@ class GradientBuffers:
     Attributes:
         flat: 1-D, one a group.
         views: of each parameter's part, in its shape.
+        dtype: in which gradients are added up.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class GradientBuffers:
         sizes: Sequence[int],
         dtype: torch.dtype,
     ) -> None:
+        self.dtype = dtype
         self.flat: list[torch.Tensor] = []
         self.views: dict[torch.nn.Parameter, torch.Tensor] = {}
         for starts, size in zip(groups, sizes, strict=True):

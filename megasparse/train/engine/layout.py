@@ -130,17 +130,11 @@ class Layout(ABC):
             layers: with whether each is recomputed.
             slots: micro-batches of a pipeline that are under way at a time; None: no pipeline.
         """
-        config, poison = self.config, self.guard.poison
-        if config.train.cuda_graph_impl == "none":
+        poison = self.guard.poison
+        if self.config.train.cuda_graph_impl == "none":
             return
-        reason = layer_graphs.refusal(
-            self.grid.device,
-            config.parallel.zero_stage or 0,
-            config.parallel.recompute_granularity,
-            max(config.model.hidden_dropout, config.model.attention_dropout),
-            poison is not None and bool(poison.poisoned_gradients()),
-            slots is not None,
-        )
+        poisoned = poison is not None and bool(poison.poisoned_gradients())
+        reason = layer_graphs.refusal(self.grid.device, self.config, poisoned)
         if reason is None:
             self.graphs = self._graphs(layers, slots or 1)
         elif self.grid.device.type == "cuda":
@@ -148,6 +142,11 @@ class Layout(ABC):
 
     def _graphs(self, layers: Sequence[tuple[torch.nn.Module, bool]], slots: int) -> LayerGraphs:
         return LayerGraphs(layers, self.controller, self.grid, self._places(), slots)
+
+    @property
+    def gradients_stay(self) -> bool:
+        """Whether the optimizer finds its gradients at the same addresses in every step."""
+        return self.gradients is not None and self.gradients.dtype == torch.float32
 
     def _places(self) -> dict[torch.nn.Parameter, torch.Tensor] | None:
         """Where gradients are added up; None: each micro-batch's are DeepSpeed's."""

@@ -60,6 +60,8 @@ class LanguageModelLoss(torch.nn.Module):
 class PlainLayout(Layout):
     """Micro-batch after micro-batch through the whole model."""
 
+    _ahead: tuple[Iterator[Batch], Batch] | None = None
+
     def start(self, optimizer: torch.optim.Optimizer) -> Any:
         block: Any = self.model.decoder
         if self.config.parallel.zero_stage == 3 and self.controller.fp8 is not None:
@@ -88,7 +90,8 @@ class PlainLayout(Layout):
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
 
     def compute_and_update(self, batches: Iterator[Batch]) -> float:
-        self._engine.train()
+        if not self._engine.training:  # it walks over all modules, while a GPU has nothing to do
+            self._engine.train()
         total = torch.zeros((), device=self.grid.device)
         self._begin_gradients()
         if self.graphs is not None:
@@ -99,7 +102,7 @@ class PlainLayout(Layout):
             if self.graphs is not None:
                 self.graphs.begin_micro_batch(number)
             self._passed("data", number)
-            batch = self.guard.keep(next(batches), self.controller.clock.micro_batch)
+            batch = self.guard.keep(self._next(batches), self.controller.clock.micro_batch)
             self._passed("forward", number)
             with self.controller.timer.span("forward"):
                 loss = self.guard.poisoned(self._engine(batch))
@@ -108,11 +111,23 @@ class PlainLayout(Layout):
             with self.controller.timer.span("backward"):
                 self._engine.backward(loss)
             if number == self.accumulation_steps - 1:
+                self._look_ahead(batches)
                 self.guard.check_loss(total)
                 self._passed("optimizer", number)
             with self.controller.timer.span("optimizer"):
                 self._engine.step()
         return float(self.grid.mean_over_dp(total / self.accumulation_steps))
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] is batches else next(batches)
+
+    def _look_ahead(self, batches: Iterator[Batch]) -> None:
+        """Fetch the next step's first micro-batch while a GPU computes this one's last: behind the
+        update, which is waited for, it would have nothing to do."""
+        if self.grid.device.type == "cuda":
+            with contextlib.suppress(StopIteration):
+                self._ahead = batches, next(batches)
 
     def compute_again(self, kept: Sequence[MicroBatch]) -> list[str]:
         if self.graphs is not None:

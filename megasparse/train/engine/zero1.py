@@ -112,8 +112,10 @@ class Zero1:
     def _update(self, factor: float) -> None:
         zero, rank = self._zero, self._grid.dp_rank
         zero.optimizer.clip = factor
-        for number, parts in enumerate(zero.parallel_partitioned_bit16_groups):
-            zero._optimizer_step(number)
-            if self._grid.dp_size > 1:
-                whole, own = zero.bit16_groups_flat[number].data, parts[rank].data
-                dist.all_gather_into_tensor(whole, own, group=self._grid.dp_group)
+        zero.optimizer.step()
+        if self._grid.dp_size == 1:
+            return
+        for flat, parts in zip(
+            zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups, strict=True
+        ):
+            dist.all_gather_into_tensor(flat.data, parts[rank].data, group=self._grid.dp_group)

@@ -24,11 +24,13 @@ from tests.runs import LLAMA, TINY, train
 class Emulated:
     """A recorder whose replays run the function again."""
 
-    replays = 0
+    replays = 0  # of layers' passes
     clock: Any = None  # of the run
+    fails = 0  # the number of the recording that fails
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.recordings = 0
 
     def new_pool(self) -> None:
         return None
@@ -41,13 +43,17 @@ class Emulated:
         return replay
 
     def record(self, body, pool):
+        of_a_layer = not isinstance(body.__self__, Replayed)
+        self.recordings += of_a_layer
+        if of_a_layer and self.recordings == self.fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
         # What is recorded does not run; a layer has to, for the shapes of its results.
-        first = () if isinstance(body.__self__, Replayed) else body()
+        first = body() if of_a_layer else ()
         places = tuple(None if t is None else t.detach().clone() for t in first)
         slot = self.clock.slot  # a graph reads the seeds of the slot that it was captured for
 
         def replay() -> None:
-            Emulated.replays += 1
+            Emulated.replays += of_a_layer
             with self.clock.at(self.clock.micro_batch, slot):
                 values = body()
             for place, value in zip(places, values, strict=True):
@@ -153,7 +159,25 @@ def test_a_replayed_run_is_the_eager_one(tmp_path: Path, dataset: str, world, mo
         results.append(dist.run(_train, world, flags, emulated))
     for (rows, weights, replays), (expected, theirs, none) in zip(*reversed(results), strict=True):
         assert rows == expected and len(rows) == 14
-        assert not none and replays > 2 * 3 * 6  # layers' passes of most steps
+        assert not none and replays >= 2 * 2 * 4  # passes of two layers, of the ramp-up's steps
         assert weights.keys() == theirs.keys()
+        for name, weight in weights.items():
+            assert torch.equal(weight, theirs[name]), name
+
+
+def _fails_on_rank_1(rank: int, world: int, flags: list[str]) -> tuple[Any, dict, int]:
+    Emulated.fails = 3 if rank == world - 1 else 0
+    return _train(rank, world, flags, True)
+
+
+def test_a_capture_that_fails_on_a_rank_leaves_all_eager(tmp_path: Path, dataset: str):
+    # No tensor parallelism: emulated recordings run the layers' collectives, captured ones do not.
+    dp2 = ["--zero-stage", "1", "--global-batch-size", "24"]
+    flags = [*RUN, *LLAMA, *dp2, "--data-path", dataset, "--train-iters", "8"]
+    eager = dist.run(_train, 2, [*flags, "--run-dir", str(tmp_path / "eager")], False)
+    failed = dist.run(_fails_on_rank_1, 2, [*flags, "--run-dir", str(tmp_path / "failed")])
+    for (rows, weights, replays), (expected, theirs, _) in zip(failed, eager, strict=True):
+        assert rows == expected and len(rows) == 8
+        assert not replays
         for name, weight in weights.items():
             assert torch.equal(weight, theirs[name]), name

@@ -48,7 +48,7 @@ def _one_step(rank, world, flags):
         engine.train_step(stream)
     found: list[tuple[Any, ...]] = []
 
-    def update(weight, grad, exp_avg, exp_avg_sq, numbers, mask, copy):
+    def update(weight, grad, exp_avg, exp_avg_sq, numbers, mask, copy, derived):
         found.append((grad.clone(), weight.clone(), mask, numbers))
 
     with mock.patch.object(adamw, "masked_adamw_", update):

@@ -30,3 +30,11 @@ def test_the_newest_and_every_so_many_steps_stay(tmp_path):
     assert directory.list_steps(tmp_path) == [20, 18, 16, 12, 6]
     directory.prune(tmp_path, newest=18, keep_last=2)
     assert directory.list_steps(tmp_path) == [20, 18, 16]
+
+
+def test_checkpoints_newer_than_the_verified_one_neither_count_nor_go(tmp_path):
+    """They may be damaged: with them counted, the last that can be read would be deleted."""
+    for step in (1, 2, 3, 8, 9):
+        write_checkpoint(tmp_path, step)
+    directory.prune(tmp_path, 3, 2)
+    assert directory.list_steps(tmp_path) == [9, 8, 3, 2]

@@ -173,3 +173,21 @@ def test_ranks_agree_on_checkpoint_and_errors(tmp_path):
     results = dist.run(_damaged_for_one_rank, 2, str(tmp_path))
     assert results[0] == results[1]
     assert results[0][0] == 1 and "rank 0: /nonexistent/.lock: cannot be locked" in results[0][1]
+
+
+def test_what_the_disk_changed_on_the_way_is_not_published(tmp_path):
+    """The bytes of a file change between writing and reading back."""
+
+    def strike(point):
+        if point == "save:sync":
+            (path,) = tmp_path.glob("*.tmp-*/rank-00000.safetensors")
+            with open(path, "r+b") as stream:
+                stream.seek(-1, 2)
+                (last,) = stream.read(1)
+                stream.seek(-1, 2)
+                stream.write(bytes([last ^ 1]))
+
+    saver = Saver(tmp_path, ALONE, run_id="ab", hook=strike)
+    with pytest.raises(CheckpointError, match="rank-00000.safetensors"):
+        saver.save(1, tensors_of(1), META, final=True)
+    assert directory.list_steps(tmp_path) == []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 from safetensors.torch import load_file
 
@@ -16,3 +19,36 @@ def test_files_are_plain_safetensors(tmp_path):
     loaded = load_file(folder / "rank-00000.safetensors")
     for name, (_, value) in tensors_of(7).items():
         assert torch.equal(loaded[name], value)
+
+
+def _events(monkeypatch, tmp_path, hook=None) -> list[tuple[str, str]]:
+    """What a save does to the disk that a power cut could undo, in its order."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(("sync", str(path.relative_to(tmp_path))))
+        fsync(descriptor)
+
+    def recorded_replace(source, target):
+        events.append(("rename", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    write_checkpoint(tmp_path, 3)
+    return events
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name_and_then_the_name(monkeypatch, tmp_path):
+    events = _events(monkeypatch, tmp_path)
+    temporary = "step-00000003.tmp-ab"
+    named = events.index(("rename", "step-00000003"))
+    synced = {path for what, path in events[:named] if what == "sync"}
+    content = {"rank-00000.safetensors", "rank-00001.safetensors", "manifest.json"}
+    assert synced >= {f"{temporary}/{name}" for name in content}
+    # The folder's entries, once all files are in it; after the rename the folder of the name.
+    last_file = max(i for i, (_, path) in enumerate(events[:named]) if path.endswith("json"))
+    assert ("sync", temporary) in events[last_file:named]
+    assert ("sync", ".") in events[named:]

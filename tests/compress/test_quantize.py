@@ -69,3 +69,35 @@ def test_activation_aware_scales_lower_the_error_where_inputs_are_large():
 def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(ConfigError, match="group_size 48 does not divide 64"):
         quantize(_weight()[0], "int4", 48)
+
+
+def test_codes_are_nearest_for_the_scales_that_are_stored():
+    """Float16 rounds a scale by up to 2^-11: codes for the unrounded one would be off by one."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(256, 128, generator=generator) * torch.rand(256, 1, generator=generator)
+    made = quantize(weight, "int4", GROUP)
+    scales = made.scales.double().repeat_interleave(GROUP, 1)
+    expected = (weight.double() / scales).round().clamp(-7, 7)
+    ties = ((weight.double() / scales).frac().abs() - 0.5).abs() < 1e-6
+    assert torch.equal(made.values.double()[~ties], expected[~ties])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_activation_aware_scales_are_the_best_of_the_grid(seed):
+    """The error of the layer as it is computed in the end, from the inputs themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(300, K, generator=generator) * torch.rand(K, generator=generator).pow(3) * 9
+    weight = torch.randn(N, K, generator=generator)
+    mean = x.abs().mean(0)
+
+    def error(alpha):
+        s = mean.clamp(min=1e-4).pow(alpha)
+        s = s / (s.max() * s.min()).sqrt()
+        back = quantize(weight * s, "int4", GROUP).dequantize() / s
+        return float((x.double() @ (weight - back).double().t()).square().sum())
+
+    scales, alpha = awq_scales(weight, x.t() @ x, mean, GROUP)
+    errors = {step / 20: error(step / 20) for step in range(20)}
+    assert alpha > 0 and errors[alpha] <= min(errors.values()) * (1 + 1e-4)
+    s = mean.clamp(min=1e-4).pow(alpha)
+    torch.testing.assert_close(scales, s / (s.max() * s.min()).sqrt())

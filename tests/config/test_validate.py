@@ -112,3 +112,20 @@ def test_committed_configs_resolve(path):
             assert path.stem == name or path.stem == f"{name}_{recipe.name}"
             vocab = padded_vocab_size(config.model.vocab_size, config)
             assert parameter_count(config.model, vocab) == pytest.approx(nominal, rel=0.03)
+
+
+@pytest.mark.parametrize(("hidden", "ffn"), [(96, 256), (768, 2048), (4096, 10880), (16, 64)])
+def test_a_gated_ffn_has_the_parameters_of_one_without(hidden, ffn):
+    """8/3 of the hidden size, down to a multiple of 64: three matrices in place of two."""
+    flags = [*DATA, "--hidden-size", str(hidden), "--num-attention-heads", "1", "--swiglu"]
+    model = resolve(load_config(flags), 1).model
+    assert model.ffn_hidden_size == ffn
+    assert hidden == 16 or 0.9 < 3 * ffn / (2 * 4 * hidden) <= 1
+
+
+@pytest.mark.parametrize("phase", ["warmup", "tail"])
+def test_slorb_has_no_dense_phase(phase):
+    flags = [*DATA, "--sparsity-recipe", "ast", "--slorb-k", "8"]
+    assert resolve(load_config(flags), 1).sparsity.slorb_k == 8
+    with pytest.raises(ConfigError, match="slorb_k needs a run without dense_warmup_fraction"):
+        resolve(load_config([*flags, f"--dense-{phase}-fraction", "0.25"]), 1)

@@ -10,7 +10,8 @@ from tests.distillation.runs import AST, DENSE, TEACHER
 from tests.parallel.layouts import FULL, PP2, SP, TP2, zero
 from tests.runs import train
 
-EVALUATED = ["--eval-iters", "1", "--eval-interval", "3", "--reset-attention-mask"]
+APART = ["--reset-attention-mask"]
+EVALUATED = ["--eval-iters", "1", "--eval-interval", "3", *APART]
 LAYOUTS = {
     "tp 2, sp": (2, [*TP2, *SP]),
     "dp 2, zero 2": (2, zero(2)),
@@ -102,7 +103,8 @@ def test_resume_finds_the_teacher_again(tmp_path, dataset, dense, single):
     ("dtype", "layout"), [("bf16", (1, [])), ("fp8", (2, PP2)), ("fp8", (2, [*TP2, *SP]))]
 )
 def test_a_teacher_in_less_precision_is_near(tmp_path, dataset, dense, single, dtype, layout):
-    flags = [*TEACHER, "--teacher-dtype", dtype, "--teacher-load", dense, "--train-iters", "2"]
+    flags = [*TEACHER, *APART, "--teacher-dtype", dtype, "--teacher-load", dense]
+    flags += ["--train-iters", "2"]
     rows = _run(tmp_path, dataset, dense, [*flags, *layout[1]], layout[0])
     assert rows[0]["kd_loss"] == pytest.approx(single[0]["kd_loss"], rel=0.05)
     assert rows[0]["kd_loss"] != single[0]["kd_loss"]
@@ -110,7 +112,7 @@ def test_a_teacher_in_less_precision_is_near(tmp_path, dataset, dense, single, d
 
 
 def test_the_student_in_bf16(tmp_path, dataset, dense, single):
-    flags = [*TEACHER, "--bf16", "--train-iters", "2"]
+    flags = [*TEACHER, *APART, "--bf16", "--train-iters", "2"]
     rows = _run(tmp_path, dataset, dense, flags)
     assert rows[0]["kd_loss"] == pytest.approx(single[0]["kd_loss"], rel=0.2)
     assert rows[0]["lm_loss"] == pytest.approx(single[0]["lm_loss"], rel=0.01)

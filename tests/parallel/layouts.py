@@ -70,6 +70,11 @@ def shape(flags: list[str]) -> list[str]:
     return [*(WIDE if WIDE[0] in flags else []), *(SHALLOW if SHALLOW[0] in flags else [])]
 
 
+# The last token of the vocabulary ends a document: with 128 it is in the data (129 is not).
+SMALL_VOCABULARY = ["--vocab-size", "128", "--make-vocab-size-divisible-by", "144"]
+DOCUMENTS_APART = [
+    *SMALL_VOCABULARY, "--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss",
+]  # fmt: skip
 GPT = ["--ffn-hidden-size", "64"]
 LLAMA_STYLE = [*LLAMA, "--num-query-groups", "4", "--ffn-hidden-size", "64"]
 S_STE = [
@@ -91,7 +96,10 @@ RUNS = {
         [*(name for name, (ranks, _) in LAYOUTS.items() if ranks <= 2), *RICH],
     ),
     "llama fst, attention too": (
-        [*BASE, *LLAMA_STYLE, "--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"],
+        [
+            *BASE, *LLAMA_STYLE, *DOCUMENTS_APART,
+            "--sparse-layers", "*.mlp.*", "*.self_attention.linear_*",
+        ],
         RICH[:1],
     ),
     "gpt s_ste, one layer": (

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megasparse.errors import ReplicaError
+from megasparse.megatron import consistency
 from megasparse.megatron.consistency import digest
 from tests import dist
 from tests.parallel.layouts import BASE, GPT, PP2, S_STE, TP2
@@ -131,3 +132,14 @@ def test_order_and_length_count_and_alignment_does_not():
     assert digest(torch.zeros(8)) != digest(torch.zeros(16))
     assert digest(values[1:]) == digest(values[1:].clone())
     assert digest(values.view(8, 8).t()) == digest(values.view(8, 8).t().contiguous())
+
+
+def test_words_of_different_chunks_cannot_change_places(monkeypatch):
+    """Large tensors are digested in chunks; the positions go on over them."""
+    values = torch.randn(64, generator=torch.Generator().manual_seed(0)).double()
+    whole = digest(values)
+    monkeypatch.setattr(consistency, "_CHUNK", 16)
+    assert digest(values) == whole
+    swapped = values.clone()
+    swapped[3], swapped[16 + 3] = values[16 + 3], values[3]
+    assert digest(swapped) != whole

@@ -11,6 +11,7 @@ from megasparse.errors import NumericsError
 from tests import dist
 from tests.parallel.layouts import (
     BASE,
+    DOCUMENTS_APART,
     FULL,
     GPT,
     LAYOUTS,
@@ -19,6 +20,7 @@ from tests.parallel.layouts import (
     RICH,
     S_STE,
     SELECTIVE,
+    SMALL_VOCABULARY,
     SP,
     TP2,
     WIDE,
@@ -55,7 +57,7 @@ def test_recomputation_repeats_dropout_and_mvue(tmp_path, dataset, world, flags)
     "extra",
     [
         ["--global-batch-size", "2"],  # one micro-batch
-        ["--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"],
+        DOCUMENTS_APART,
         ["--micro-batch-size", "1"],
     ],
     ids=["one micro-batch", "documents apart", "eight micro-batches"],
@@ -66,6 +68,14 @@ def test_pipeline_equals_one_process(tmp_path, dataset, extra):
         one = _losses(tmp_path, dataset, f"one{len(style)}", 1, flags)
         two = _losses(tmp_path, dataset, f"two{len(style)}", 2, [*flags, *PP2, *FULL])
         assert two == pytest.approx(one, rel=2e-6)
+
+
+@pytest.mark.parametrize("flag", DOCUMENTS_APART[4:])
+def test_the_ends_of_documents_are_in_the_data(tmp_path, dataset, flag):
+    """Each flag changes the run from its first step: the comparisons above are of something."""
+    base = [*GPT, "--train-iters", "1"]
+    without = _losses(tmp_path, dataset, "without", 1, [*base, *SMALL_VOCABULARY])
+    assert _losses(tmp_path, dataset, "with", 1, [*base, *SMALL_VOCABULARY, flag]) != without
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

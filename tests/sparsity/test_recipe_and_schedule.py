@@ -138,3 +138,33 @@ def test_what_a_recipe_has_no_use_for(recipe, flags, message):
 def _flag(name, value):
     flag = "--" + name.replace("_", "-")
     return [flag] if value is True else [flag, str(value)]
+
+
+def test_constants_of_the_presets_are_those_of_the_papers():
+    def of(name):
+        recipe = PRESETS[name]
+        return (
+            recipe.projection,
+            recipe.mvue,
+            recipe.regulariser,
+            recipe.masked_decay,
+            recipe.masked_decay_ramp_iters,
+            recipe.mask_update_interval,
+            recipe.dense_warmup_fraction,
+            recipe.dense_tail_fraction,
+        )
+
+    assert {name: of(name) for name in PRESETS} == {
+        "dense": ("none", "off", "none", 0.0, 0, 1, 0.0, 0.0),
+        "ste": ("row", "off", "none", 0.0, 0, 1, 0.0, 0.0),
+        "sr_ste": ("row", "off", "masked_decay", 2e-4, 0, 1, 0.0, 0.0),
+        "fst": ("transposable", "exact", "masked_decay", 6e-5, 0, 1, 0.0, 1 / 6),
+        "s_ste": ("soft_threshold", "exact", "none", 0.0, 0, 1, 0.0, 0.0),
+        "ast": ("row", "off", "decoupled_masked_decay", 1e-4, 10_000, 10, 0.0, 0.0),
+    }
+
+
+def test_the_ramp_begins_with_the_first_sparse_step():
+    ast = make_recipe("ast", masked_decay=1.0, masked_decay_ramp_iters=4, dense_warmup_fraction=0.5)
+    values = [schedule.masked_decay(ast, step, 12) for step in range(12)]
+    assert values == [0.0] * 6 + [0, 0.25, 0.5, 0.75, 1, 1]

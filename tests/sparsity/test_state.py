@@ -168,3 +168,17 @@ def test_controller_reports_and_seeds():
     clock.step = 55  # in the dense tail
     measured = measure(controller.weights, controller.sparse_now, torch.device("cpu"))
     assert measured.weight_sums[0, 1] == 96 and controller.masked_decay() == 0.0
+
+
+def test_imported_state_is_what_the_next_gemm_multiplies_with():
+    """Also within the step that operands were made for before."""
+    generator = torch.Generator().manual_seed(0)
+    weight, other = (torch.randn(8, 16, generator=generator) for _ in range(2))
+    source, state = _state("ste", (8, 16)), _state("ste", (8, 16))
+    source.gemms(other, 0, True, True)
+    state.gemms(weight, 0, True, True)
+    assert not torch.equal(source.mask, state.mask)
+    state.import_state(source.export_state(), torch.device("cpu"))
+    x = torch.eye(16)
+    found = state.gemms(weight, 0, True, True).output(x)
+    torch.testing.assert_close(found, (weight * source.mask).t())

@@ -67,3 +67,24 @@ def test_the_mask_weighs_channels_by_their_inputs():
 def test_only_row_wise_masks_look_at_inputs(name):
     with pytest.raises(ConfigError, match="mask_metric wanda with the recipe"):
         make_recipe(name, mask_metric="wanda")
+
+
+def test_the_score_is_the_weight_times_the_root_mean_square():
+    inputs = InputNorms()
+    inputs.observe(torch.tensor([[3.0, 0.0, 1.0], [4.0, 0.0, 7.0]]))
+    finish_step([(inputs, False)], _same, _same)
+    weight = torch.tensor([[2.0, -5.0, -1.0]])
+    expected = torch.tensor([[2.0 * 12.5**0.5, -0.0, -5.0]])
+    torch.testing.assert_close(inputs.scale(weight), expected)
+
+
+def test_a_skipped_step_leaves_none_of_its_inputs():
+    state = SparseWeight("w", make_recipe("ast", mask_metric="wanda"), WeightShard((1, 8)))
+    state.gemms(torch.ones(1, 8), 0, True, True)
+    state.inputs.observe(torch.ones(2, 8))
+    finish_step([(state.inputs, False)], _same, _same)
+    before = state.snapshot()
+    state.inputs.observe(torch.full((3, 8), 100.0))
+    state.restore(before)
+    finish_step([(state.inputs, False)], _same, _same)
+    assert state.inputs.tokens == 2 and state.inputs.square.tolist() == [2.0] * 8

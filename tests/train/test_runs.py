@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,11 @@ def test_nan_stops_the_run_before_the_update(tmp_path, dataset):
     with pytest.raises(RuntimeError, match="no update was made"):
         _run(tmp_path, dataset, "nan", ["--lr", "1e30", "--clip-grad", "0"])
     assert Path(tmp_path / "nan" / "metrics.jsonl").exists()
+
+
+def test_the_learning_rate_of_every_step(plain):
+    """Cosine from 1e-3 to 0 over 20 steps: the first step has all of it, the 11th half."""
+    rates = [row["lr"] for row in plain]
+    assert rates == pytest.approx(
+        [1e-3 * 0.5 * (1 + math.cos(math.pi * step / 20)) for step in range(20)], rel=1e-12
+    )

@@ -109,3 +109,38 @@ def test_mock_data_needs_no_files():
     stream = build_mock_stream(OPTIONS, "train")
     assert stream[5]["tokens"].shape == (16,) and int(stream[5]["tokens"].max()) < VOCAB
     assert np.array_equal(stream[5]["tokens"], build_mock_stream(OPTIONS, "train")[5]["tokens"])
+
+
+def _of_tokens(folder, count, digest="digest"):
+    from megasparse.data.indexed_writer import IndexedDatasetWriter
+
+    with IndexedDatasetWriter(folder / f"{count}", np.uint16) as writer:
+        writer.add_document(np.arange(1, 1 + count, dtype=np.uint16))
+        writer.finish()
+    source = Source(str(folder / f"{count}"), None, digest)
+    return build_stream([source], "train", (1.0, 0.0, 0.0), OPTIONS, None)
+
+
+def test_a_sample_takes_its_length_and_one_token_more(tmp_path):
+    assert _of_tokens(tmp_path, 16) is None
+    stream = _of_tokens(tmp_path, 17)
+    assert stream.epoch_length == 1
+    assert stream[0]["tokens"].tolist() == list(range(1, 17))
+    assert stream[0]["labels"].tolist() == list(range(2, 18))
+
+
+def test_sources_of_a_blend_are_not_permuted_alike(prefixes):
+    stream = _stream([prefixes[0]] * 2)
+    orders = {0: [], 1: []}
+    for index in range(stream.epoch_length):
+        source, sample = stream.locate(index)
+        orders[source].append(sample)
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+
+
+def test_indices_are_kept_by_the_content_of_the_data(tmp_path):
+    """Another text under the same name must not find the indices of the one before."""
+    for digest in ("a" * 64, "b" * 64):
+        _of_tokens(tmp_path, 40, digest)
+    kept = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert len(kept) == 2 and kept == {"a" * 16, "b" * 16}

@@ -41,7 +41,7 @@ def test_the_student_learns_from_its_teacher(single):
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
     # Pruned at once it is far from its teacher, and comes back.
     assert single[0]["kd_loss"] > 0.01
-    assert single[3]["kd_loss"] < 0.7 * single[0]["kd_loss"]  # before its masks change
+    assert single[3]["kd_loss"] < 0.8 * single[0]["kd_loss"]  # before its masks change
 
 
 def _stored_loss(rank, world, folder, micro_batches):
@@ -173,5 +173,6 @@ def test_a_step_with_a_nan_is_left_out_of_every_figure(tmp_path, dataset, dense,
         assert row["loss"] == pytest.approx(0.67 * row["kd_loss"] + 0.33 * row["lm_loss"], rel=1e-5)
     state = newest_valid(tmp_path / "checkpoints")
     name = "sparsity/decoder.layers.1.mlp.linear_fc1.weight/input"
-    assert int(state.read(f"{name}_tokens")) == 9 * 8 * 16  # steps x sequences x tokens
+    # Steps x sequences x tokens, after the calibration on 128 sequences.
+    assert int(state.read(f"{name}_tokens")) == (9 * 8 + 128) * 16
     assert state.read(f"{name}_square").isfinite().all()

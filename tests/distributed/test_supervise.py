@@ -111,6 +111,11 @@ def test_restarts_without_progress_end_with_their_own_code(tmp_path):
     assert {line for line in _starts(root) if line[0] == "0"} == {f"0:{n}:True" for n in range(3)}
 
 
+def test_a_run_that_a_signal_ends_for_good_has_the_code_of_a_shell(tmp_path):
+    limits = {"max_restarts": 1, "max_restarts_without_progress": 9}
+    assert _run(tmp_path / "run", {"0": ["kill"]}, **limits) == {0: 128 + 9}
+
+
 def test_progress_resets_the_count_and_the_total_is_limited(tmp_path):
     root = tmp_path / "run"
     limits = {"max_restarts": 4, "max_restarts_without_progress": 2}

@@ -66,21 +66,6 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
             return (rounded / scale).to(tensor.dtype)
 
 
-def round_to_fp8(
-    tensor: torch.Tensor,
-    dtype: torch.dtype,
-    reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """`tensor` with its values rounded to FP8 under one scale; shape and dtype stay.
-
-    `s = max(dtype) / amax`, `q = cast(x * s)`, result `q / s`. A zero tensor comes back unchanged;
-    zeros stay zeros, so 2:4 stays 2:4; infinities and NaN become NaN.
-    """
-    scale = fp8_scale(tensor, dtype, reduce_max)
-    rounded = (tensor.float() * scale).to(dtype).float()
-    return (rounded / scale).to(tensor.dtype)
-
-
 def fp8_scale(
     tensor: torch.Tensor,
     dtype: torch.dtype,

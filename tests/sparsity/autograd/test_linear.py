@@ -8,7 +8,7 @@ import torch
 from megasparse.kernels import is_24, mvue24, prune24_mask
 from megasparse.sparsity.autograd.linear import linear
 from megasparse.sparsity.gemms.dense import DenseGemms
-from megasparse.sparsity.gemms.simulated_fp8 import round_to_fp8
+from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
 from megasparse.sparsity.shard import ShardSlice
 from tests.sparsity.gemms.made import reference_sparse, simulated_fp8
 
@@ -104,13 +104,22 @@ def test_frozen_input_or_weight_costs_no_gradient():
     assert x.grad is not None
 
 
+def _rounded(x, dtype):
+    """`q / s` for `q = cast(x s)` and s the largest value of the format over that of x."""
+    scale = torch.finfo(dtype).max / x.abs().max()
+    return (x * scale).to(dtype).float() / scale
+
+
 @pytest.mark.parametrize(
     ("dtype", "most", "step"),
     [(torch.float8_e4m3fn, 448, 2**-4), (torch.float8_e5m2, 57344, 2**-3)],
 )
 def test_fp8_rounding_is_to_the_nearest_under_one_scale(dtype, most, step):
+    def rounding(reduce_max=None):
+        return SimulatedFp8Gemms("off", (), reduce_max)._round
+
     x = torch.randn(64, 64)
-    rounded = round_to_fp8(x, dtype)
+    rounded = rounding()(x, dtype, None)
     scale = most / float(x.abs().max())
     big = x.abs() * scale > 2**-5  # normal numbers: relative error at most half a step
     assert ((rounded - x).abs() <= step * x.abs() * (1 + 1e-6))[big].all()
@@ -118,10 +127,11 @@ def test_fp8_rounding_is_to_the_nearest_under_one_scale(dtype, most, step):
         float(x.abs().max())
     )
     zeros = torch.zeros(4, 4)
-    assert torch.equal(round_to_fp8(zeros, dtype), zeros)
+    assert torch.equal(rounding()(zeros, dtype, None), zeros)
     # A shard with the amax of the whole is rounded as the whole is.
-    part = round_to_fp8(x[:32] * 0.01, dtype, lambda _: (x.abs().max() * 0.01).float())
-    assert torch.equal(part, round_to_fp8(torch.cat([x[:32] * 0.01, x * 0.01]), dtype)[:32])
+    part = rounding(lambda _: (x.abs().max() * 0.01).float())(x[:32] * 0.01, dtype, None)
+    whole = rounding()(torch.cat([x[:32] * 0.01, x * 0.01]), dtype, None)
+    assert torch.equal(part, whole[:32])
 
 
 def test_simulated_fp8_takes_the_papers_formats():
@@ -130,14 +140,14 @@ def test_simulated_fp8_takes_the_papers_formats():
     gemms = simulated_fp8(pruned, "exact", (ShardSlice(0, 0, 16),))
     x2, dz2 = x.reshape(12, 8), dz.reshape(12, 16)
     e4, e5 = torch.float8_e4m3fn, torch.float8_e5m2
-    w4, w5 = round_to_fp8(pruned, e4), round_to_fp8(pruned, e5)
+    w4, w5 = _rounded(pruned, e4), _rounded(pruned, e5)
     assert is_24(w4) and is_24(w5)
-    torch.testing.assert_close(gemms.output(x2), round_to_fp8(x2, e4) @ w4.t())
+    torch.testing.assert_close(gemms.output(x2), _rounded(x2, e4) @ w4.t())
     torch.testing.assert_close(
-        gemms.grad_input(gemms.prepare_grad_output(dz2, 3)), round_to_fp8(dz2, e5) @ w5
+        gemms.grad_input(gemms.prepare_grad_output(dz2, 3)), _rounded(dz2, e5) @ w5
     )
     kept = mvue24(dz2, seed=3, dim=0)  # amplified entries: the scale is taken after MVUE
-    expected = round_to_fp8(kept, e5).t() @ round_to_fp8(x2, e5)
+    expected = _rounded(kept, e5).t() @ _rounded(x2, e5)
     torch.testing.assert_close(
         gemms.grad_weight(gemms.prepare_grad_output(dz2, 3), (x2,)), expected
     )

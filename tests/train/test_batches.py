@@ -44,10 +44,9 @@ def test_the_run_ends_with_its_samples(rows):
             assert row["lr"] == pytest.approx(1e-4 * (45 - done) / 9)
 
 
-@pytest.mark.parametrize("stop", [5, 7])
-def test_a_resume_repeats_it(tmp_path, dataset, rows, stop):
-    first = _run(tmp_path, dataset, "--exit-interval", str(stop))
-    assert len(first) == stop
+def test_a_resume_repeats_it(tmp_path, dataset, rows):
+    first = _run(tmp_path, dataset, "--exit-interval", "7")  # the first step of 4 is done
+    assert len(first) == 7
     assert _exact(_run(tmp_path, dataset, "--resume")) == _exact(rows)
 
 

@@ -89,8 +89,18 @@ def _transformer_engine_refusal(config: ResolvedConfig, device: torch.device) ->
     if not config.train.bf16:
         return "the run is in float32, expected bf16"
     if config.data.reset_attention_mask:
-        return "reset_attention_mask is on, expected plain causal attention"
+        if config.parallel.pipeline_model_parallel_size > 1:
+            return "reset_attention_mask with a pipeline, whose stages pass masks on"
+        if config.distillation.kd_loss_weight:
+            return "reset_attention_mask with a teacher, which takes masks"
+        if config.train.deterministic_mode:
+            return "reset_attention_mask in deterministic_mode, which packed attention may not keep"
     return None
+
+
+def packs_documents(config: ResolvedConfig, device: torch.device) -> bool:
+    """Whether documents are kept apart by packed sequences instead of masks (`packing.py`)."""
+    return config.data.reset_attention_mask and spec_provider(config, device).transformer_engine
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:

@@ -70,12 +70,16 @@ ALL = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
 FST = ["--sparsity-recipe", "fst", "--dense-tail-fraction", "0", *ALL]
 S_STE = ["--sparsity-recipe", "s_ste", *ALL]
 FP8 = ["--fp8-format", "e4m3"]
+# Documents of generated data have mixed lengths; they do not see each other.
+APART = ["--reset-position-ids", "--reset-attention-mask"]
 EAGER = ", eager"
 VARIANTS = {
     "te bf16": ["--sparsity-recipe", "dense"],
     "te fp8": ["--sparsity-recipe", "dense"],
     "dense": ["--sparsity-recipe", "dense"],
     "dense fp8": ["--sparsity-recipe", "dense", *FP8],
+    "dense packed": ["--sparsity-recipe", "dense", *APART],
+    "dense masked": ["--sparsity-recipe", "dense", *APART, "--transformer-impl", "local"],
     "fst": FST,
     "fst fp8": [*FST, *FP8],
     "fst fp8 current": [*FST, *FP8, "--fp8-recipe", "tensorwise"],

@@ -25,6 +25,8 @@ from megasparse.megatron.data.datasets import (
     build_stream,
 )
 from megasparse.megatron.grid import Grid
+from megasparse.megatron.model import packs_documents
+from megasparse.megatron.packing import CU_SEQLENS, cumulative_lengths
 
 VALID_SET = "valid:"  # before the name of one of several validation sets
 
@@ -62,6 +64,7 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
         split: [Source(s.prefix, s.weight, s.digest) for s in group]
         for split, group in checked.sources.items()
     }
+    packs = packs_documents(config, grid.device)
     options = SampleOptions(
         seq_length=config.model.seq_length,
         seed=config.train.seed,
@@ -70,11 +73,13 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
         reset_position_ids=config.data.reset_position_ids,
         reset_attention_mask=config.data.reset_attention_mask,
         eod_mask_loss=config.data.eod_mask_loss,
+        attention_masks=not packs,
     )
     streams: dict[str, SampleStream] = {}
     for number, split in enumerate(SPLITS):
         if config.data.mock_data:
             streams[split] = build_mock_stream(options, split)
+            streams[split].packed_by = options.eod if packs else None
             continue
         chosen = sources.get("all") or sources.get(split)
         if chosen is None:
@@ -87,6 +92,7 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
         )
         if stream is not None:
             streams[split] = stream
+            stream.packed_by = options.eod if packs else None
             _tell_mixture(stream, split, config, checked)
     if config.data.multiple_validation_sets:
         for name, source in named_sets(sources["valid"]).items():
@@ -139,6 +145,8 @@ def batches(
             # Killed from outside, most often for want of memory: another start may do better.
             reason = " ".join(str(error).split())
             raise PeerError(f"a data worker (--num-workers) was lost: {reason}") from None
+        if stream.packed_by is not None:
+            batch[CU_SEQLENS] = cumulative_lengths(batch["tokens"], stream.packed_by)
         yield {name: tensor.to(grid.device, non_blocking=True) for name, tensor in batch.items()}
 
 

@@ -52,7 +52,11 @@ class Source:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How documents become samples (Megatron's meanings)."""
+    """How documents become samples (Megatron's meanings).
+
+    Attributes:
+        attention_masks: documents are kept apart by masks; False: by packed sequences.
+    """
 
     seq_length: int
     seed: int
@@ -61,6 +65,7 @@ class SampleOptions:
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
+    attention_masks: bool = True
 
 
 class _MegatronTokenizer:
@@ -79,7 +84,12 @@ class SampleStream(torch.utils.data.Dataset):
     A sample is a dict of tokens, labels, position_ids `(S,)` int64, loss_mask `(S,)` float32 and,
     when documents must not see each other, attention_mask `(1, S, S)` bool (True: forbidden);
     `sample_id` `(2,)` int64 names source and sample.
+
+    Attributes:
+        packed_by: the token that ends a document, where they are kept apart by packed sequences.
     """
+
+    packed_by: int | None = None
 
     def __init__(self, datasets: Sequence[GPTDataset], weights: Sequence[float], seed: int) -> None:
         self._datasets = list(datasets)
@@ -219,5 +229,5 @@ def _dataset_config(
         reset_position_ids=options.reset_position_ids,
         reset_attention_mask=options.reset_attention_mask,
         eod_mask_loss=options.eod_mask_loss,
-        create_attention_mask=options.reset_attention_mask,
+        create_attention_mask=options.reset_attention_mask and options.attention_masks,
     )

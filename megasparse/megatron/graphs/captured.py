@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from megasparse.kernels import accumulate_
 from megasparse.megatron.graphs.recorder import Recorder
@@ -171,7 +172,8 @@ class GraphedLayer:
         """Why the call that was seen cannot be captured, or None."""
         if self.seen is None:
             return "a layer was not called with gradients"
-        tensors = [k for k, v in self.seen[1].items() if isinstance(v, torch.Tensor)]
+        changing = (torch.Tensor, PackedSeqParams)
+        tensors = [k for k, v in self.seen[1].items() if isinstance(v, changing)]
         others = sorted(set(tensors) - set(_CONSTANT))
         if others:
             return f"layers are called with {', '.join(others)}, which change"

@@ -13,6 +13,7 @@ from megasparse.log import is_logging_rank
 from megasparse.megatron.graphs.captured import let_replays_recompute
 from megasparse.megatron.grid import ModelParallelUnit
 from megasparse.megatron.loss import masked_mean
+from megasparse.megatron.packing import packed
 from megasparse.megatron.pipeline import recomputed_layers
 from megasparse.progress import progress
 from megasparse.train.distillation import Distillation
@@ -44,17 +45,20 @@ class LanguageModelLoss(torch.nn.Module):
                 batch["tokens"], batch["position_ids"], None, runtime_gather_output=True
             )
         if self._distillation is not None and self.training:
-            inputs = batch["tokens"], batch["position_ids"], batch.get("attention_mask")
-            teacher = self._distillation.teacher.logits(*inputs)
-            student = self.model(*inputs)
+            taken = batch["tokens"], batch["position_ids"], batch.get("attention_mask")
+            teacher = self._distillation.teacher.logits(*taken)
+            student = self.model(*taken)
             return self._distillation.loss(student, teacher, batch["labels"], batch["loss_mask"])
+        inputs, lengths = packed(batch)
+        more = {} if lengths is None else {"packed_seq_params": lengths}
         losses = self.model(
-            batch["tokens"],
-            batch["position_ids"],
-            batch.get("attention_mask"),
-            labels=batch["labels"],
+            inputs["tokens"],
+            inputs["position_ids"],
+            inputs.get("attention_mask"),
+            labels=inputs["labels"],
+            **more,
         )
-        return masked_mean(losses, batch["loss_mask"])
+        return masked_mean(losses, inputs["loss_mask"])
 
 
 class PlainLayout(Layout):

@@ -1,0 +1,144 @@
+"""Documents apart by packed sequences: the cumulative lengths say what Megatron's masks say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasparse.config import load_config, resolve
+from megasparse.megatron.data.datasets import SampleOptions, build_mock_stream
+from megasparse.megatron.graphs.captured import GraphedLayer
+from megasparse.megatron.model import packs_documents
+from megasparse.megatron.packing import CU_SEQLENS, cumulative_lengths, packed
+from megasparse.train.engine.plain import LanguageModelLoss
+from tests.runs import LLAMA, TINY
+
+EOD = 7
+
+
+def random_tokens(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, 10, (3, 16), generator=generator)
+
+
+def allowed_by(bounds: torch.Tensor, samples: int, length: int) -> torch.Tensor:
+    """`(B S, B S)` bool: what sees what, by the cumulative lengths."""
+    document = torch.bucketize(torch.arange(samples * length), bounds[1:].long(), right=True)
+    causal = torch.ones(samples * length, samples * length, dtype=torch.bool).tril()
+    return causal & (document[:, None] == document[None])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cumulative_lengths_are_megatrons_masks_and_positions(seed):
+    from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+    tokens = random_tokens(seed)
+    bounds = cumulative_lengths(tokens, EOD)
+    assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == tokens.numel()
+    assert (bounds.diff() > 0).all()
+    found = allowed_by(bounds, *tokens.shape)
+    positions = []
+    wanted = torch.zeros_like(found)
+    for number, row in enumerate(tokens):
+        mask, _, ids = _get_ltor_masks_and_position_ids(row, EOD, True, True, False, True)
+        part = slice(number * len(row), (number + 1) * len(row))
+        wanted[part, part] = ~mask[0]
+        positions.append(ids)
+    assert torch.equal(found, wanted)
+    starts = torch.repeat_interleave(bounds[:-1].long(), bounds.diff().long())
+    assert torch.equal(torch.cat(positions), torch.arange(tokens.numel()) - starts)
+
+
+def test_a_packed_micro_batch_is_one_row_with_its_lengths():
+    tokens = random_tokens(0)
+    batch = {"tokens": tokens, "position_ids": tokens, "labels": tokens + 1}
+    batch |= {"loss_mask": torch.ones(3, 16), "sample_id": torch.zeros(3, 2)}
+    assert packed(batch)[1] is None and packed(batch)[0]["tokens"] is tokens
+    batch[CU_SEQLENS] = cumulative_lengths(tokens, EOD)
+    flat, lengths = packed(batch)
+    for name in ("tokens", "position_ids", "labels", "loss_mask"):
+        assert torch.equal(flat[name], batch[name].reshape(1, 48)), name
+    assert lengths.qkv_format == "thd" and lengths.max_seqlen_q == lengths.max_seqlen_kv == 16
+    assert torch.equal(lengths.cu_seqlens_q, batch[CU_SEQLENS])
+    assert torch.equal(lengths.cu_seqlens_kv, batch[CU_SEQLENS])
+
+    class Model(torch.nn.Module):
+        def forward(self, tokens, position_ids, mask, labels, packed_seq_params):
+            assert mask is None and packed_seq_params.qkv_format == "thd"
+            return (labels - tokens).float() * torch.arange(48.0)
+
+    batch["loss_mask"][0] = 0.0
+    loss = LanguageModelLoss(Model())(batch)
+    assert float(loss) == torch.arange(16.0, 48.0).mean()
+
+
+def test_samples_of_packed_runs_have_no_masks():
+    options = SampleOptions(64, 1, EOD, 128, True, True, attention_masks=False)
+    assert "attention_mask" not in build_mock_stream(options, "train")[0]
+
+
+@pytest.mark.parametrize("flags", [[], ["--pipeline-model-parallel-size", "2"]])
+def test_masks_stay_where_transformer_engine_is_not(flags):
+    argv = [*TINY, *LLAMA, *flags, "--mock-data", "--bf16", "--reset-attention-mask"]
+    assert not packs_documents(resolve(load_config(argv), 2), torch.device("cpu"))
+
+
+def test_layers_that_see_lengths_are_not_captured():
+    layer = GraphedLayer(torch.nn.Identity(), False)
+    hidden = torch.zeros(2)
+    layer.seen = (
+        hidden,
+        {
+            "packed_seq_params": packed(
+                {"tokens": random_tokens(0), CU_SEQLENS: cumulative_lengths(random_tokens(0), EOD)}
+            )[1]
+        },
+    )
+    assert layer.refusal() == "layers are called with packed_seq_params, which change"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [LLAMA, []])
+def test_packed_sequences_give_the_loss_and_gradients_of_masks(kind, tmp_path):
+    """Transformer Engine with packed sequences against torch's attention with masks, in BF16."""
+    from tests import dist
+
+    packed_run, masked_run = (
+        dist.run(
+            _loss_and_gradient,
+            1,
+            [
+                *TINY,
+                *kind,
+                "--bf16",
+                "--mock-data",
+                "--seq-length",
+                "256",
+                "--reset-position-ids",
+                "--reset-attention-mask",
+                *more,
+            ],
+        )[0]
+        for more in ([], ["--transformer-impl", "local"])
+    )
+    assert packed_run[0] and not masked_run[0]
+    assert packed_run[1] == pytest.approx(masked_run[1], rel=5e-3)
+    for ours, theirs in zip(packed_run[2], masked_run[2], strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 5e-2
+
+
+def _loss_and_gradient(rank: int, world: int, flags: list[str]):
+    from megasparse.megatron.data.batches import batches, build_data
+    from megasparse.megatron.grid import make_grid
+    from megasparse.megatron.model import build_model
+
+    config = resolve(load_config(flags), world)
+    grid = make_grid(1, torch.device("cuda"), config.train.seed)
+    data = build_data(config, grid)
+    model = build_model(config, grid, 128)
+    batch = next(iter(batches(data.streams["train"], config, grid, 0)))
+    assert CU_SEQLENS not in batch or batch[CU_SEQLENS].numel() > 3
+    loss = LanguageModelLoss(model)(batch)
+    loss.backward()
+    gradients = [p.grad.float().cpu() for p in model.parameters()]
+    return CU_SEQLENS in batch, float(loss), gradients

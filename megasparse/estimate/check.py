@@ -16,10 +16,9 @@ from typing import Any
 
 from megasparse.cli import markdown_table
 from megasparse.config import ResolvedConfig, load_config, resolve
-from megasparse.config.shapes import layer_parameters
+from megasparse.config.graphs import graphs_refusal
 from megasparse.errors import ConfigError
-from megasparse.estimate.time import SIZE, GemmTable, layer_launches, layer_time
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.estimate.time import GemmTable
 
 GIB = 2**30
 
@@ -29,18 +28,18 @@ class Compared:
     """A point's figures, each (estimated, measured) or None.
 
     Attributes:
-        seconds: of a step; of a layer's micro-batch, if the point is of one layer.
+        seconds: of a step.
         kernels: seconds of the device's work in it.
         gib: peak of the first rank.
-        older: measured by code that has changed since.
+        captured: with CUDA graphs.
     """
 
     name: str
     source: str
-    older: bool
     seconds: tuple[float, float]
     kernels: tuple[float, float] | None
     gib: tuple[float, float] | None
+    captured: bool
 
 
 def read_points(path: Path) -> dict[str, Any]:
@@ -86,9 +85,7 @@ def _compared(
     flags = [str(root / f) if f.startswith("configs/") else f for f in flags]
     gpus = point.get("gpus", 1)
     config = resolve(load_config(flags), gpus)
-    names = (point["name"], point["source"], point.get("older", False))
-    if config.model.num_layers == 1:
-        return Compared(*names, (layer_seconds(config, table), point["seconds"]), None, None)
+    names = (point["name"], point["source"])
     found = estimate(config, gpus)
     kernels, gib = point.get("kernels"), point.get("gib")
     slower = table.data["in_a_step"]["step"]
@@ -97,20 +94,8 @@ def _compared(
         (found.time.seconds, point["seconds"]),
         None if kernels is None else (found.time.device / slower, kernels),
         None if gib is None else (found.stages[0].peak_bytes / GIB, gib),
+        graphs_refusal(config) is None,
     )
-
-
-def layer_seconds(config: ResolvedConfig, table: GemmTable) -> float:
-    """One layer by itself, a micro-batch with its share of what is done once a step."""
-    recipe, train = recipe_of(config), config.train
-    micro_batches = train.global_batch_size // train.micro_batch_size
-    parts = layer_time(config, recipe, micro_batches, table)
-    # The first micro-batch's gradients are kept as they are, the others' added to them.
-    numel = sum(one.shape[0] * one.shape[-1] for one in layer_parameters(config.model))
-    added = table.moving(3 * SIZE * numel) * (1 - 1 / micro_batches)
-    device = (sum(parts.values()) + added) * table.data["in_a_step"]["step"]
-    host = layer_launches(config, recipe, micro_batches) * table.data["launch_us"] / 1e6
-    return float(max(device, host))
 
 
 def report(content: dict[str, Any], rows: list[Compared], command: str) -> str:
@@ -120,29 +105,17 @@ def report(content: dict[str, Any], rows: list[Compared], command: str) -> str:
         "",
         f"Measured {content['date']}, {content['versions']}. Command: `{command}`",
         "",
-        "Ratios are estimate to measurement. The estimator's constants (launches, bytes, rates "
-        "within a step) were taken from some of these runs: kernels of `layer` and `l8`, the "
-        "host's time of a launch from `llama`, that of a collective from `scaling` with half of "
-        "the tokens a micro-batch. So this says how well one model describes all of them, not how "
-        "well it predicts others: on another machine measure first (`--measure`).",
+        "Ratios are estimate to measurement. Rates of GEMMs and of memory were measured apart. "
+        "Bytes a parameter in the update, the rate of collectives and the host's time between "
+        "steps come from these runs, so the table says how well one model describes all of them. "
+        "On another machine measure first (`--measure`).",
         "",
-        *_table([row for row in rows if not row.older]),
+        *_table(rows),
         "",
-        f"Seconds are within {_worst(rows)[0]:.2f}x of the measurement, memory within "
-        f"{_worst(rows)[1]:.2f}x. What does not fit: GPT-2 takes longer than estimated; it was not "
-        "profiled. Not in the estimate: matrices of 768 may be slower than the nearest measured "
-        "shape, biases, a GELU that is not fused, and two runs at a time on one host. Of `llama`, "
-        "FST in the FFN launches more kernels than the dense run and took less time, which one "
-        "price for a launch cannot say. With tensor parallelism ranks "
-        "wait for whichever host is behind, which is not in the estimate.",
-        "",
-        "## By code that has changed since",
-        "",
-        "Estimated as the code is now, so these are no test of it: most were larger by what each "
-        "source says. But tp 2, with more kernels than today, took less than its host is "
-        "estimated to need: a launch may cost less than here.",
-        "",
-        *_table([row for row in rows if row.older]),
+        f"Steps with CUDA graphs are within {_worst(rows, True)[0]:.2f}x of the measurement, all "
+        f"within {_worst(rows, False)[0]:.2f}x; memory within {_worst(rows, False)[1]:.2f}x. "
+        "Without graphs the host's time for a launch decides, which differs from machine to "
+        "machine. Matrices of 768 are slower than the nearest measured shape.",
         "",
         "Sources:",
         "",
@@ -151,13 +124,17 @@ def report(content: dict[str, Any], rows: list[Compared], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _worst(rows: list[Compared]) -> tuple[float, float]:
-    """The largest factor between estimate and measurement, of seconds and of memory."""
+def _worst(rows: list[Compared], captured: bool) -> tuple[float, float]:
+    """The largest factor between estimate and measurement, of seconds and of memory.
+
+    Args:
+        captured: of the runs with CUDA graphs alone.
+    """
 
     def factor(pair: tuple[float, float]) -> float:
         return max(pair[0] / pair[1], pair[1] / pair[0])
 
-    judged = [row for row in rows if not row.older]
+    judged = [row for row in rows if row.captured or not captured]
     gib = [factor(row.gib) for row in judged if row.gib is not None]
     return max(factor(row.seconds) for row in judged), max(gib, default=1.0)
 

@@ -215,12 +215,40 @@ def layer_time(
         parts["recomputation"] = forward + attention + table.moving(moved) * 2 / PASSES
     elif parallel.recompute_granularity == "selective":
         parts["recomputation"] = attention
-    if tp > 1:  # gather or sum before and after two pairs of linears, forward and backward
-        link = "nvlink" if tp <= gpus_per_node else "network"
-        times = 6 if parallel.sequence_parallel else 8
-        moved = times * SIZE * tokens * model.hidden_size * (tp - 1) / tp
-        parts["tensor parallel"] = table.moving(moved, link)
+    parts["memory"] += table.moving(_not_fused(config))
+    if tp > 1:
+        parts["tensor parallel"] = _collectives(config, table, gpus_per_node)
     return parts
+
+
+def _collectives(config: ResolvedConfig, table: GemmTable, gpus_per_node: int) -> float:
+    """Seconds of a layer's gathers and sums before and after two pairs of linears, both ways."""
+    tp = config.parallel.tensor_model_parallel_size
+    link = "nvlink" if tp <= gpus_per_node else "network"
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    halves = 4.0 * 2  # sums of whole tensors: a reduction and a gather each
+    count = 4
+    if config.parallel.sequence_parallel:
+        # X (in FP8 half of its bytes) twice, z, dz and dX of each pair.
+        halves, count = (8.0 if config.fp8.fp8_format else 10.0), 10
+    moved = halves * SIZE * tokens * config.model.hidden_size * (tp - 1) / tp
+    return table.moving(moved, link) + count * table.data["collective_us"] / 1e6
+
+
+def _not_fused(config: ResolvedConfig) -> float:
+    """Bytes of what a LLaMA's layer does not have, or has in the kernels of its GEMMs."""
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    tokens = config.train.micro_batch_size * model.seq_length
+    moved = 0.0
+    if not model.gated:  # read and written forward, two read and one written backward
+        moved += 5 * SIZE * tokens * model.ffn_hidden_size / tp
+    if not model.disable_bias_linear:  # the sums over tokens, at half of a copy's rate
+        outputs = sum(n for _, (n, _) in _linears(config))
+        moved += 2 * SIZE * tokens * outputs
+    if model.position_embedding_type != "rope":  # q, k and v: copies of strided heads, and a join
+        heads = model.num_attention_heads + 2 * model.num_query_groups
+        moved += 6 * SIZE * tokens * heads * model.kv_channels / tp
+    return moved
 
 
 def layer_launches(config: ResolvedConfig, recipe: SparsityRecipe, micro_batches: int) -> float:

@@ -18,6 +18,7 @@ from megasparse.distributed.control_plane import ControlPlane
 from megasparse.distributed.events import Events
 from megasparse.distributed.signals import StopRequest, describe
 from megasparse.errors import EXIT_PREEMPTED
+from megasparse.estimate import expectation
 from megasparse.inference.sampling import sample_text
 from megasparse.log import logger
 from megasparse.megatron.consistency import check_replicas
@@ -77,6 +78,9 @@ class Trainer:
             config = self.config = _from_where_it_is(config, reader)
         vocabulary = padded_vocab_size(data.vocab_size, config)
         sources = WeightSources(config, services.control, data.digests, data.vocab_size, reader)
+        if grid.device.type == "cuda":
+            gpu = torch.cuda.get_device_name(grid.device)
+            expectation.tell(config, self.recipe, vocabulary, grid.world, gpu)
         self._events("model")
         self.engine = build_engine(
             config, grid, self.recipe, vocabulary, services.events, services.poison, data.vocab_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -15,7 +14,18 @@ ROOT = Path(__file__).parents[2]
 POINTS = ROOT / "tools/results/estimate-points-h200.json"
 LLAMA_8B = [str(ROOT / "configs/models/llama_8b.yaml")]
 LLAMA_8B += ["--config", str(ROOT / "configs/recipes/fst.yaml")]
-TABLE = "tools/results/estimate-h200-2026-11-23.md"
+TABLE = "tools/results/estimate-h200-2026-11-30.md"
+
+
+# Four layers of Llama-3-8B.
+LAYERS = [
+    "--num-layers", "4", "--hidden-size", "4096", "--ffn-hidden-size", "14336",
+    "--num-attention-heads", "32", "--group-query-attention", "--num-query-groups", "8",
+    "--seq-length", "4096", "--position-embedding-type", "rope", "--normalization", "RMSNorm",
+    "--swiglu", "--disable-bias-linear", "--vocab-size", "32000",
+    "--untie-embeddings-and-output-weights", "--micro-batch-size", "4", "--global-batch-size", "16",
+    "--bf16", "--mock-data",
+]  # fmt: skip
 
 
 def test_llama_3_8b_has_its_published_size(capsys):
@@ -23,9 +33,12 @@ def test_llama_3_8b_has_its_published_size(capsys):
     text = capsys.readouterr().out
     assert "8,030,261,248" in text  # of the published checkpoint
     assert "dp 2" in text and "step time" in text and " fits 139 GiB" in text
-    seconds = float(re.search(r"waiting for host +([\d.]+) s", text)[1])
+    assert re.search(r"waiting for host +0\.000 s", text)  # captured layers
+    eager = [*LLAMA_8B, "--gpus", "8", "--cuda-graph-impl", "none"]
+    assert tool.main(eager) == 0
+    seconds = float(re.search(r"waiting for host +([\d.]+) s", capsys.readouterr().out)[1])
     assert seconds > 0  # 4096 tokens over 4 ranks, by the table's host; a fast one keeps up
-    assert tool.main([*LLAMA_8B, "--gpus", "8", "--launch-us", "5"]) == 0
+    assert tool.main([*eager, "--launch-us", "5"]) == 0
     assert re.search(r"waiting for host +0\.000 s", capsys.readouterr().out)
 
 
@@ -48,21 +61,22 @@ def test_a_bad_configuration_is_one_line(capsys):
 
 
 def test_what_was_measured_on_h200_is_predicted():
-    """Whole steps within 30 %, a layer by itself within 6 %, kernels and memory within 8 %."""
+    """Steps with graphs within 15 %, kernels too; memory within 20 %."""
 
     args, _ = tool.parse(["x"])
     table = tool.GemmTable(tool.TABLE)
     content = check.read_points(POINTS)
     rows = check.compare(content, table, lambda c, n: tool.estimate(c, n, table, args), ROOT)
-    assert len(rows) == len(content["points"]) > 15
-    judged = [row for row in rows if not row.older]
-    for row in judged:
-        layer = row.name.startswith("layer ")
-        assert row.seconds[0] == pytest.approx(row.seconds[1], rel=0.06 if layer else 0.3), row
-    pairs = [(row.name, pair) for row in judged for pair in (row.kernels, row.gib) if pair]
-    assert len(pairs) == 16  # five of kernels, eleven of memory
-    for name, (estimated, measured) in pairs:
-        assert estimated == pytest.approx(measured, rel=0.08), name
+    assert len(rows) == len(content["points"]) > 12
+    assert sum(row.captured for row in rows) == len(rows) - 1
+    for row in rows:
+        # Without graphs the host decides, which differs from machine to machine.
+        assert row.seconds[0] == pytest.approx(row.seconds[1], rel=0.15 if row.captured else 0.3), (
+            row
+        )
+        assert row.kernels is not None and row.gib is not None
+        assert row.kernels[0] == pytest.approx(row.kernels[1], rel=0.15), row
+        assert row.gib[0] == pytest.approx(row.gib[1], rel=0.2), row
 
 
 def test_the_committed_table_is_of_this_estimator(tmp_path, monkeypatch):
@@ -85,10 +99,9 @@ def test_a_bad_file_of_points_is_one_line(tmp_path, capsys):
 
 def _of(*flags):
     """The estimate of a Llama-3-8B layer's sizes, four layers."""
-    model = json.loads(POINTS.read_text())["models"]["4 Llama-3-8B layers"]
     args, _ = tool.parse(["x"])
     recipe = ["--sparsity-recipe", "fst", "--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
-    config = tool.resolve(tool.load_config([*model.split(), *recipe, *flags]), 1)
+    config = tool.resolve(tool.load_config([*LAYERS, *recipe, *flags]), 1)
     return tool.estimate(config, 1, tool.GemmTable(tool.TABLE), args)
 
 
@@ -114,9 +127,12 @@ def test_dense_layers_in_8_bits_are_faster_than_in_16():
 
 
 def test_a_small_micro_batch_waits_for_the_host():
-    large, small = _of(), _of("--micro-batch-size", "1", "--seq-length", "512")
+    eager = ["--cuda-graph-impl", "none"]
+    large, small = _of(*eager), _of(*eager, "--micro-batch-size", "1", "--seq-length", "512")
     assert large.time.waiting == 0 and large.time.seconds == large.time.device
     assert small.time.waiting > 0 and small.time.device < small.time.host < small.time.seconds
-    halved = _of("--micro-batch-size", "1", "--seq-length", "256")
+    halved = _of(*eager, "--micro-batch-size", "1", "--seq-length", "256")
     assert halved.time.host == small.time.host  # the same launches
     assert halved.time.seconds == pytest.approx(small.time.seconds, rel=0.01)
+    captured = _of("--micro-batch-size", "1", "--seq-length", "512").time
+    assert captured.waiting == 0 and captured.seconds < small.time.seconds

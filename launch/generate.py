@@ -55,6 +55,25 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts or [""]
 
 
+def context_for(length: int, wanted: int, context: int) -> int:
+    """Tokens of prompt and continuation; says so where the model's context ends before.
+
+    Args:
+        length: of the prompt.
+        wanted: new tokens.
+        context: tokens that the model has positions for.
+    """
+    if length + wanted > context:
+        log.warn_once(
+            "%d of %d new tokens: the prompt has %d, the model a context of %d",
+            context - length,
+            wanted,
+            length,
+            context,
+        )
+    return min(length + wanted, context)
+
+
 def generate(args: argparse.Namespace) -> None:
     """Continue every prompt; the first rank prints the texts."""
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
@@ -67,15 +86,7 @@ def generate(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"the prompt has {length} tokens, the model a context of {loaded.context_length}"
             )
-        room = min(length + args.max_new_tokens, loaded.context_length)
-        if room < length + args.max_new_tokens:
-            log.logger.warning(
-                "%d of %d new tokens: the prompt has %d, the model a context of %d",
-                room - length,
-                args.max_new_tokens,
-                length,
-                loaded.context_length,
-            )
+        room = context_for(length, args.max_new_tokens, loaded.context_length)
         decoder = CachedDecoder(loaded.model, room)
         text = generate_text(
             decoder, loaded.grid, tokenizer, prompt, room - length, sampling, args.seed

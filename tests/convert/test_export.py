@@ -102,11 +102,12 @@ def test_transformers_gives_the_trainers_validation_loss(runs, tmp_path, name):
     assert all(torch.equal(loaded[key] == 0, stored[key] == 0) for key in sparse)
 
 
-def test_slorb_is_folded_in_or_written_beside(runs, tmp_path):
+def test_slorb_is_folded_in_or_written_beside(runs, tmp_path, capsys):
     flags = [*RUNS["sr_ste"][0], "--slorb-k", "16", "--valid-data-path", str(runs / "valid")]
     data = ["--train-data-path", str(runs / "train"), "--run-dir", str(tmp_path / "run")]
     row = dist.run(train, 1, [*TINY, *COMMON, *data, *flags])[0][-1]
     assert export("--input", tmp_path / "run", "--output", tmp_path / "folded") == 0
+    assert "--slorb separate keeps the weights 2:4" in capsys.readouterr().err
     inputs, labels = trainer_samples(runs)
     logits = load_logits(tmp_path / "folded", inputs)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())

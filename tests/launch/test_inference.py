@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from contextlib import redirect_stdout
 from io import StringIO
@@ -138,6 +139,14 @@ def test_the_export_has_tokenizer_tokens_and_card(made, tmp_path, caplog):
     assert not (tmp_path / "b" / "tokenizer.json").exists()
     same = "tokenizer.json"
     assert (tmp_path / "c" / same).read_bytes() == (folder / same).read_bytes()
+
+
+def test_a_continuation_beyond_the_context_is_told(caplog):
+    caplog.set_level(logging.INFO, "megasparse")  # as on the first rank
+    assert generate.context_for(10, 20, 32) == 30 and generate.context_for(12, 20, 32) == 32
+    assert not caplog.records
+    assert generate.context_for(30, 20, 32) == 32
+    assert "2 of 20 new tokens: the prompt has 30, the model a context of 32" in caplog.text
 
 
 def test_a_prompt_beyond_the_context_is_refused(made):

@@ -195,3 +195,12 @@ def test_a_rank_waits_for_the_note_of_its_own_rank_0(tmp_path, monkeypatch, befo
     finally:
         _end(child)
     assert len(seen) == 4 and not seen[0].get("mine")
+
+
+def test_a_refusal_leaves_no_file_open(tmp_path):
+    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "job": "42"}))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(StorageError):
+            FolderLock(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -50,3 +50,14 @@ def test_scaling_of_positions_in_the_form_before_version_5(kind):
     assert model.use_rope_scaling and model.rope_scaling_factor == 8.0
     with pytest.raises(CheckpointError, match="rope_type: found 'linear', expected 'llama3'"):
         model_config({**LLAMA, "rope_scaling": {kind: "linear", "factor": 2.0}}, "config.json")
+
+
+def test_what_a_gpt2_does_not_say_is_as_transformers_has_it():
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 128}
+    config |= {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 32}
+    model, theirs = model_config(config, "config.json"), transformers.GPT2Config(**config)
+    assert model.norm_epsilon == theirs.layer_norm_epsilon
+    assert theirs.scale_attn_weights and not theirs.scale_attn_by_inverse_layer_idx
+    assert model.ffn_hidden_size == 4 * 64 and model.normalization == "LayerNorm"
+    with pytest.raises(CheckpointError, match="scale_attn_weights: found False, expected True"):
+        model_config({**config, "scale_attn_weights": False}, "config.json")

@@ -39,3 +39,12 @@ def test_gate_and_up_are_sliced_each():
 def test_indivisible_is_refused():
     with pytest.raises(ConfigError, match="not divisible by 2 fused parts x 3 ranks"):
         WeightShard((16, 24), 0, 0, 3, 2)
+
+
+def test_a_shard_of_one_rank_is_the_whole():
+    alone = WeightShard((8, 4), 0)
+    assert alone.local_shape == (8, 4) and alone == WeightShard((8, 4), 0, 0, 1, 1)
+    whole = torch.arange(32).view(8, 4)
+    filled = torch.zeros_like(whole)
+    alone.write_into(filled, whole)
+    assert torch.equal(filled, whole)

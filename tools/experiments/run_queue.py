@@ -92,6 +92,14 @@ def start_process(
         return subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
 
 
+def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A command's own arguments, and what stands after `--`: flags of its runs."""
+    if "--" not in argv:
+        return argv, []
+    place = argv.index("--")
+    return argv[:place], argv[place + 1 :]
+
+
 def visible_gpus() -> list[str]:
     """How CUDA_VISIBLE_DEVICES names the GPUs that this process may use; none: no GPU."""
     count = torch.cuda.device_count()

@@ -33,7 +33,6 @@ CASES = {
                              ["ffn_hidden_size 136", "tensor_model_parallel_size 4", "4x4 block"]),
     "4x4 block of a head": (2, [*TP2, "--kv-channels", "6"], ["kv_channels 6", "4x4 block"]),
     "sequence length": (4, [*TP4, *SP], ["seq_length 30", "tensor_model_parallel_size 4"]),
-    "sequence parallel alone": (1, SP, ["sequence_parallel"]),
     "zero 2 with pipeline": (2, [*PP2, *zero(2)], ["zero_stage 2", "size 2"]),
     "zero 3 with pipeline": (2, [*PP2, *zero(3)], ["zero_stage 3", "size 2"]),
     "recompute chunk": (1, [*FULL, "--recompute-num-layers", "7"], ["recompute_num_layers 7", "6"]),

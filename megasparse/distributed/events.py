@@ -18,6 +18,7 @@ injector. The points, in the order of a run:
     save:NAME           a point within a save: begin, file, sync, manifest, rename, pointer, prune
     saved               a save has ended, or its background part has begun
     report              the final report
+    end                 this rank has nothing more to do and waits for the others
 """
 
 from __future__ import annotations

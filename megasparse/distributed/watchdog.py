@@ -52,6 +52,7 @@ PHASES = {
     "save": ("save of step {step}", WRITING),
     "saved": ("after a save", WRITING),
     "report": ("final report", STARTING),
+    "end": ("end of the run", STARTING),
 }
 
 

@@ -149,6 +149,8 @@ class _Run:
         events("index")
         with_data = build_data(config, grid, self._prepared.data)
         code = Trainer(config, grid, with_data, services).run()
+        events("end")
+        control.barrier()  # with the watchdog: a rank that hangs in its report is named
         self.watch.stop()
         control.barrier()  # nobody leaves before all have arrived: rank 0 keeps the store
         return code

@@ -2,6 +2,7 @@
 
     python -m tools.bench.soak save-kills --count 1000
     python -m tools.bench.soak corruption | soak-kills | sigterms | bad-inputs | malicious | resume
+    python -m tools.bench.soak second-starts | signals | suspensions | hangs | renamed | fuzz
     python -m tools.bench.soak disk-full | all
 
 The same checks run in small in tests/reliability. Exit code 0 only if nothing was lost.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -23,9 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.atomic_files import write_text
+from megasparse.checkpoint.manifest import MANIFEST, decode_manifest
+from megasparse.config import load_config
+from megasparse.convert.huggingface import HuggingFaceModel
 from tests import forked
 from tests.checkpoint import saves
-from tests.reliability import bad_inputs, malicious, runs
+from tests.checkpoint.saves import write_checkpoint
+from tests.reliability import bad_inputs, endings, malicious, runs
 from tests.runs import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +43,10 @@ Each row is one command of `tools.bench.soak`; "passed" means that every expecta
 | date | command | result | figures | seconds | hardware |
 |---|---|---|---|---|---|
 """
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2,
+    "vocab_size": 128, "max_position_embeddings": 32, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 LAYOUTS = {
     "one rank": (1, []),
     "tp 2": (2, ["--tensor-model-parallel-size", "2"]),
@@ -176,9 +186,77 @@ def disk_full(count: int, seed: int, root: Path) -> dict[str, Any]:
     return {"figures": process.stdout.strip(), "passed": process.returncode == 0}
 
 
+def second_starts(count: int, seed: int, root: Path) -> dict[str, Any]:
+    """Starts of all kinds in the folder of a run that goes on; all are refused with 74."""
+    result = endings.second_starts(make_dataset(root / "data"), root, count, seed)
+    return {**result, "passed": result["wrong"] == 0}
+
+
+def signals(count: int, seed: int, root: Path) -> dict[str, Any]:
+    """Signals to a rank, the group or the launcher, below DeepSpeed's, torchrun and neither."""
+    result = endings.signals(make_dataset(root / "data"), root, count, seed)
+    return {**result, "passed": result["not_saved"] == 0}
+
+
+def suspensions(count: int, seed: int, root: Path) -> dict[str, Any]:
+    """All ranks stopped for 15 s and continued; all runs end with 0."""
+    result = endings.suspensions(make_dataset(root / "data"), root, count, 15.0, seed)
+    return {**result, "passed": set(result["codes"]) == {0}}
+
+
+def hangs(count: int, seed: int, root: Path) -> dict[str, Any]:
+    """A rank that hangs at each phase; found and named in runs of one rank and two."""
+    result = endings.hangs(make_dataset(root / "data"), root, count, seed)
+    return {**result, "passed": not result["unnamed"]}
+
+
+def renamed(count: int, seed: int, root: Path) -> dict[str, Any]:
+    """Checkpoints renamed, copied and swapped, also with another run's; none is lost."""
+    result = endings.renamed(root, count, seed)
+    return {**result, "passed": result["lost"] == result["set_aside"] == 0}
+
+
+def fuzz(count: int, seed: int, root: Path) -> dict[str, Any]:
+    """Configurations, manifests and models to convert, damaged by hypothesis."""
+    yaml, model = root / "fuzzed.yaml", root / "model"
+    manifest = (write_checkpoint(root / "checkpoints", 1) / MANIFEST).read_bytes()
+    configs = [path.read_bytes() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+    model.mkdir()
+
+    def configuration(content: bytes) -> None:
+        yaml.write_bytes(content)
+        load_config(["--config", str(yaml)])
+
+    def conversion(content: bytes) -> None:
+        (model / "config.json").write_bytes(content)
+        HuggingFaceModel(model)
+
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}
+    kinds: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
+        "configuration": (configuration, configs),
+        "manifest": (lambda content: decode_manifest(content, Path("manifest.json")), [manifest]),
+        "conversion": (conversion, [json.dumps(llama).encode()]),
+    }
+    total: dict[str, Any] = {}
+    for name, (read, seeds) in kinds.items():
+        total[name] = endings.fuzz(name, read, seeds, -(-count // len(kinds)), seed)
+    for found in total.values():
+        for line in found["wrong"]:
+            print(line)
+        found["wrong"] = len(found["wrong"])
+    slow = max(found["slowest"] for found in total.values())
+    return {**total, "passed": slow < 10.0 and not any(f["wrong"] for f in total.values())}
+
+
 COMMANDS: dict[str, tuple[Callable[[int, int, Path], dict[str, Any]], int]] = {
     "save-kills": (save_kills, 1000),
     "corruption": (corruption, 1500),
+    "fuzz": (fuzz, 500),
+    "hangs": (hangs, 30),
+    "renamed": (renamed, 100),
+    "second-starts": (second_starts, 200),
+    "signals": (signals, 200),
+    "suspensions": (suspensions, 50),
     "bad-inputs": (bad_input, 1),
     "disk-full": (disk_full, 1),
     "malicious": (malicious_files, 1),

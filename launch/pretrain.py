@@ -11,11 +11,13 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from megasparse.distributed.launchers import watch_launchers
 from megasparse.distributed.signals import StopRequest
 
 if __name__ == "__main__":
     # First of all: a signal at any moment from here on ends in the run's own exit code.
     stop = StopRequest().install()
+    watch_launchers()
 
 # Before torch: a lost peer is one line of ours, not a stack of its store's.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -25,7 +27,6 @@ from megasparse.checkpoint.identity import newest_step
 from megasparse.checkpoint.lock import RunLock
 from megasparse.config import ResolvedConfig, build_parser
 from megasparse.distributed.environment import attempt, rank_for_log, settle_environment
-from megasparse.distributed.launchers import watch_launchers
 from megasparse.distributed.start_notes import StartNotes
 from megasparse.distributed.supervise import is_supervised, supervise
 from megasparse.errors import MegasparseError, one_line
@@ -49,7 +50,6 @@ def run(stop: StopRequest) -> int:
                 print(told)
             return 0
         rank, world = settle_environment()
-        watch_launchers()
         prepared = prepare(sys.argv[1:], world, begin_notes)
         log.setup(rank, prepared.config.logging.log_level)
         if not is_supervised():

@@ -52,9 +52,24 @@ def watch_launchers(gone: Callable[[], object] | None = None) -> None:
             process, as the launcher would have sent it.
     """
     above = launchers()
+    if above and _is_orphan(list(above)[-1]):
+        above[1] = "gone before this process looked"
     if above:
         arguments = (above, gone or _terminate_this)
         threading.Thread(target=_watch, args=arguments, name="launchers", daemon=True).start()
+
+
+def _is_orphan(pid: int, proc: Path = Path("/proc")) -> bool:
+    """Whether DeepSpeed's inner launcher has lost the outer one, its parent.
+
+    The parent that the system gives an orphan is of another session.
+    """
+    try:
+        words = (proc / str(pid) / "cmdline").read_bytes().split(b"\0")
+        own, parent = (_fields(p, proc) for p in (pid, int(_fields(pid, proc)[1])))
+    except (OSError, IndexError):
+        return False
+    return b"deepspeed.launcher.launch" in words and own[3] != parent[3]
 
 
 def _watch(above: dict[int, str], gone: Callable[[], object]) -> None:
@@ -80,8 +95,13 @@ def _terminate_this() -> None:
 def _status(pid: int, proc: Path) -> tuple[int, str] | None:
     """Parent and start time of a process that has not ended; None: it has."""
     try:
-        text = (proc / str(pid) / "stat").read_text(errors="replace")
+        fields = _fields(pid, proc)
     except OSError:
         return None
-    state, parent, *rest = text.rpartition(")")[2].split()
-    return None if state in "ZX" else (int(parent), rest[17])
+    return None if fields[0] in "ZX" else (int(fields[1]), fields[19])
+
+
+def _fields(pid: int, proc: Path) -> list[str]:
+    """State, parent, process group, session and so on, of `/proc/PID/stat`."""
+    text = (proc / str(pid) / "stat").read_text(errors="replace")
+    return text.rpartition(")")[2].split()

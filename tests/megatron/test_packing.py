@@ -74,7 +74,10 @@ def test_a_packed_micro_batch_is_one_row_with_its_lengths():
 
 def test_samples_of_packed_runs_have_no_masks():
     options = SampleOptions(64, 1, EOD, 128, True, True, attention_masks=False)
-    assert "attention_mask" not in build_mock_stream(options, "train")[0]
+    stream = build_mock_stream(options, "train")
+    assert "attention_mask" not in stream[0] and stream.packed_by == EOD
+    plain = SampleOptions(64, 1, EOD, 128, True, True)
+    assert build_mock_stream(plain, "train").packed_by is None
 
 
 @pytest.mark.parametrize("flags", [[], ["--pipeline-model-parallel-size", "2"]])

@@ -79,7 +79,6 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
     for number, split in enumerate(SPLITS):
         if config.data.mock_data:
             streams[split] = build_mock_stream(options, split)
-            streams[split].packed_by = options.eod if packs else None
             continue
         chosen = sources.get("all") or sources.get(split)
         if chosen is None:
@@ -92,7 +91,6 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
         )
         if stream is not None:
             streams[split] = stream
-            stream.packed_by = options.eod if packs else None
             _tell_mixture(stream, split, config, checked)
     if config.data.multiple_validation_sets:
         for name, source in named_sets(sources["valid"]).items():

@@ -67,6 +67,11 @@ class SampleOptions:
     eod_mask_loss: bool = False
     attention_masks: bool = True
 
+    @property
+    def packed_by(self) -> int | None:
+        """The token between packed documents; None where they are not packed."""
+        return self.eod if self.reset_attention_mask and not self.attention_masks else None
+
 
 class _MegatronTokenizer:
     """The little that megatron-core's datasets ask of a tokenizer."""
@@ -89,9 +94,14 @@ class SampleStream(torch.utils.data.Dataset):
         packed_by: the token that ends a document, where they are kept apart by packed sequences.
     """
 
-    packed_by: int | None = None
-
-    def __init__(self, datasets: Sequence[GPTDataset], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[GPTDataset],
+        weights: Sequence[float],
+        seed: int,
+        packed_by: int | None = None,
+    ) -> None:
+        self.packed_by = packed_by
         self._datasets = list(datasets)
         self._weights = np.asarray(weights, dtype=np.float64) / sum(weights)
         self._seed = seed
@@ -179,7 +189,7 @@ def build_stream(
     if not kept:
         return None
     weights = [len(d) if s.weight is None else s.weight for s, d in kept]
-    return SampleStream([d for _, d in kept], weights, options.seed)
+    return SampleStream([d for _, d in kept], weights, options.seed, options.packed_by)
 
 
 def build_mock_stream(options: SampleOptions, split: str) -> SampleStream:
@@ -188,7 +198,7 @@ def build_mock_stream(options: SampleOptions, split: str) -> SampleStream:
     low_level = MockGPTLowLevelDataset(config.tokenizer)
     indices = np.arange(1000, dtype=np.int32) + 1000 * SPLITS.index(split)
     dataset = MockGPTDataset(low_level, None, indices, None, Split[split], config)
-    return SampleStream([dataset], [1.0], options.seed)
+    return SampleStream([dataset], [1.0], options.seed, options.packed_by)
 
 
 def _build(

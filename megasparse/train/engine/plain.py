@@ -94,7 +94,9 @@ class PlainLayout(Layout):
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
 
     def compute_and_update(self, batches: Iterator[Batch]) -> float:
-        if not self._engine.training:  # it walks over all modules, while a GPU has nothing to do
+        # DeepSpeed changes the mode of the module, not its own. It walks over all modules, while a
+        # GPU has nothing to do.
+        if not self._engine.module.training:
             self._engine.train()
         total = torch.zeros((), device=self.grid.device)
         self._begin_gradients()

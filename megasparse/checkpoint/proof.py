@@ -31,11 +31,14 @@ class TensorReport:
 
 
 def check_sparsity(
-    reader: CheckpointReader, recipe: SparsityRecipe, train_iters: int
+    reader: CheckpointReader, recipe: SparsityRecipe, train_iters: int, part: int = 0, of: int = 1
 ) -> list[TensorReport]:
     """Examine the effective weight of every layer with a sparsity state.
 
     In a dense phase (FST's tail) the effective weight is the weight itself.
+
+    Args:
+        part, of: examine every `of`-th layer alone, from this one on.
     """
     sparse = schedule.is_sparse_step(recipe, reader.meta["step"], train_iters)
     names = sorted(
@@ -43,7 +46,7 @@ def check_sparsity(
         key=[key.removeprefix("param/") for key in reader.keys("param/")].index,
     )
     reports = []
-    for name in names:
+    for name in names[part::of]:
         stored = f"param/{name}"
         weight = effective_weight(reader, name, recipe) if sparse else reader.read(stored)
         reports.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from megasparse.megatron.data.batches import VALID_SET, RunData, batches, sample
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train import checkpoint
+from megasparse.train.agreement import Agreement
 from megasparse.train.build import build_engine
 from megasparse.train.engine.base import StepResult
 from megasparse.train.engine.step_guard import NonFiniteStep, Poison
@@ -71,6 +73,9 @@ class Trainer:
         self.config, self.grid, self.data, self.services = config, grid, data, services
         self._events = services.events
         self.recipe = recipe_of(config)
+        self.agreement = Agreement(
+            services.control, services.stop, config.train.exit_duration_in_mins
+        )
         self.folder = RunFolder(config, services.control)
         self._events("load")
         reader = self.folder.find_checkpoint(data.digests)
@@ -129,7 +134,7 @@ class Trainer:
                 self._passed("report")
                 sample = self._sample()
                 self.recorder.close(sample)
-                finish(self.config, self.recipe, self.grid.rank, sample)
+                finish(self.config, self.recipe, self.services.control, sample)
                 return 0
             self.recorder.close()
             logger.info("stopped at step %d (%s)", self.controller.clock.step, reason)
@@ -156,6 +161,8 @@ class Trainer:
         )
         if self.state.pending_row is not None and not self._complete():
             return "an evaluation was interrupted"
+        if self.agreement.interval > 1:
+            logger.info("stops are agreed every %d steps", self.agreement.interval)
         self._passed("first_step")
         if self.grid.device.type == "cuda":
             logger.info("the first step compiles kernels and tunes GEMMs, which can take minutes")
@@ -177,16 +184,13 @@ class Trainer:
 
     def _reason_to_stop(self) -> int:
         """Agreed by all ranks between two steps; a background save that ended is published."""
-        duration = self.config.train.exit_duration_in_mins
-        reason = self.services.stop.reason(duration)
-        # The time limit is sent as the largest value: a signal and it are both a reason.
-        timed_out, number, writing = self.services.control.max_over_ranks(
-            [int(reason < 0), max(reason, 0), int(self.saver.writing)]
-        )
-        if self.saver.pending and not writing:
-            self.saver.advance()
         self.services.require_own()
-        return number or -timed_out
+        agreed = self.agreement.at_step(self.controller.clock.step, self.saver.writing)
+        if agreed is None:
+            return 0
+        if not agreed.writing:
+            self.saver.advance()
+        return agreed.reason
 
     def _complete(self) -> bool:
         """Make up for the evaluation that the run before this one had no time for."""
@@ -208,8 +212,9 @@ class Trainer:
         known: Row = {
             "sparse": self.controller.sparse_now,
             "masked_decay": self.controller.masked_decay(),
-            "samples": samples_digest(self.data.streams["train"], clock.samples, batch),
         }
+        if self.grid.rank == 0:  # which writes it
+            known["samples"] = samples_digest(self.data.streams["train"], clock.samples, batch)
         self.recorder.begin()
         begin = time.monotonic()
         result = self._train_step(stream)
@@ -271,11 +276,9 @@ class Trainer:
         # Of whole batches, whatever the size of the step before.
         steps = gradient_accumulation_steps(self.config, self.grid.world)
         iterations = self.config.logging.eval_iters * steps
-        stop = self.services.stop
+        numbers = itertools.count()
         return self.engine.layout.evaluate(
-            stream,
-            iterations,
-            lambda: any(self.services.control.max_over_ranks([max(stop.reason(None), 0)])),
+            stream, iterations, lambda: self.agreement.in_evaluation(next(numbers))
         )
 
     def _save_due(self) -> bool:

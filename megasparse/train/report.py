@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shlex
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from megasparse.checkpoint.proof import (
     format_tensors,
     require_sparsity,
 )
+from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
 from megasparse.config import ResolvedConfig
 from megasparse.config.packaged import SCRIPTS, commands_folder
@@ -20,6 +23,8 @@ from megasparse.distributed.control_plane import ControlPlane
 from megasparse.log import logger
 from megasparse.metrics.schema import read_metrics
 from megasparse.sparsity.recipe import SparsityRecipe
+
+SHARERS = 32  # ranks that examine layers: each reads the headers of all files
 
 
 def format_report(
@@ -91,22 +96,44 @@ def _command(name: str) -> str:
     return f"python {SCRIPTS[name]}"
 
 
-def finish(config: ResolvedConfig, recipe: SparsityRecipe, rank: int, sample: str | None) -> None:
-    """Check the saved checkpoint and print the table (rank 0).
+def finish(
+    config: ResolvedConfig, recipe: SparsityRecipe, control: ControlPlane, sample: str | None
+) -> None:
+    """Check the saved checkpoint and print the table; all ranks share the reading.
+
+    Every rank verifies files. Some examine the layers, each of which lies in many files.
 
     Raises:
         CheckpointError: it is not 2:4 as the recipe promises.
     """
-    if rank != 0:
-        return
-    alone = ControlPlane(None)
     # A run that was complete when it was loaded has saved nothing of its own.
-    reader = choose(Path(config.checkpoint.save), alone) or choose(
-        Path(config.checkpoint.load or ""), alone
+    reader = choose(Path(config.checkpoint.save), control) or choose(
+        Path(config.checkpoint.load or ""), control
     )
     assert reader is not None
-    steps, run_dir = config.train.train_iters, Path(config.checkpoint.run_dir)
-    tensors = check_sparsity(reader, recipe, steps)
+    steps, sharers = config.train.train_iters, min(control.world, SHARERS)
+    mine: list[TensorReport] = []
+
+    def examine() -> None:
+        if control.rank < sharers:
+            mine.extend(check_sparsity(reader, recipe, steps, control.rank, sharers))
+
+    control.on_all_ranks(examine)
+    collected = control.collect([dataclasses.asdict(report) for report in mine])
+    control.on_rank_zero(lambda: _print(config, recipe, reader, collected or [], sample))
+
+
+def _print(
+    config: ResolvedConfig,
+    recipe: SparsityRecipe,
+    reader: CheckpointReader,
+    collected: list[list[dict[str, Any]]],
+    sample: str | None,
+) -> None:
+    """Rank 0: the table of what all ranks have found."""
+    in_order = (found for row in zip_longest(*collected) for found in row if found is not None)
+    tensors = [TensorReport(**{**found, "shape": tuple(found["shape"])}) for found in in_order]
+    run_dir = Path(config.checkpoint.run_dir)
     places = {
         "checkpoint": reader.folder,
         "metrics": run_dir / "metrics.jsonl",
@@ -118,4 +145,4 @@ def finish(config: ResolvedConfig, recipe: SparsityRecipe, rank: int, sample: st
     logger.info(format_report(step, rows, tensors, recipe, places, sample))
     lines = [f"    {command}" for command in next_commands(config, recipe)]
     logger.info("%s", "\n".join(["", "  Next:", *lines]))
-    require_sparsity(tensors, recipe, step, steps)
+    require_sparsity(tensors, recipe, step, config.train.train_iters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -37,26 +38,35 @@ def longest(silent: list[tuple[float, Verdict] | None]) -> Verdict | None:
     return max(found, key=lambda entry: entry[0])[1] if found else None
 
 
-def hang(beats: list[dict[str, Any]]) -> Verdict | None:
+def hang(
+    beats: Sequence[dict[str, Any]] | Mapping[int, dict[str, Any]],
+    world: int | None = None,
+    grace: float = GRACE_SECONDS,
+) -> Verdict | None:
     """The verdict on the rank that holds up the others, once a rank is late.
 
     Of the late ranks that wait in no collective it is the one that has come least far.
 
     Args:
-        beats: of all ranks, by rank.
+        beats: by rank; those of ranks that are not late may be missing.
+        world: number of ranks; None: there are no others.
+        grace: seconds until the beats of all ranks that are late are here.
     """
-    late = [rank for rank, beat in enumerate(beats) if beat["late"]]
+    if not isinstance(beats, Mapping):
+        beats = dict(enumerate(beats))
+    world = len(beats) if world is None else world
+    late = sorted(rank for rank, beat in beats.items() if beat["late"])
     if not late:
         return None
     busy = [rank for rank in late if beats[rank]["collective"] is None]
     late_for = max(beats[rank]["late_for"] for rank in late)
-    if len(late) < len(beats) and late_for < GRACE_SECONDS:
+    if len(late) < world and late_for < grace:
         return None  # the others are about to be late, too: who waits for whom is known then
     busy = busy or late
     culprit = min(busy, key=lambda rank: beats[rank]["ticks"])
     beat = beats[culprit]
-    others = {b["collective"] for b in beats if b["late"] and b["collective"]}
-    waiting = f"; others wait in {', '.join(sorted(others))}" if others and len(beats) > 1 else ""
+    others = {b["collective"] for b in beats.values() if b["late"] and b["collective"]}
+    waiting = f"; others wait in {', '.join(sorted(others))}" if others and world > 1 else ""
     message = (
         f"rank {culprit} hangs in {beat['phase']} for {beat['seconds']:.0f} s at {beat['where']}"
         f"{waiting}"

@@ -1,11 +1,13 @@
 """Finding ranks that died, stopped, hang or failed; and ending the others within seconds.
 
-Every rank has a thread that writes a beat into the store four times a second: that the process
-lives, and how far its training thread has come. The thread of rank 0 reads all beats and writes a
-verdict; those of the other ranks read the verdict and rank 0's beat. A second thread only watches
-the clock, so a store that does not answer is noticed as well. On a verdict a rank dumps its stacks,
-logs one line, and exits. Only the stock functions of the store are used, through a connection of
-its own, since the training thread may be blocked in another.
+Every rank has a thread that writes a beat into its host's store four times a second: that the
+process lives, and how far its training thread has come. The leader of the host (`hosts.py`) reads
+them, sees which processes are gone, and once a second tells rank 0 what it has found; rank 0 leads
+its own host. Rank 0 writes the verdict, the leaders hand it on, the other ranks read it and their
+leader's beat. A second thread only watches the clock, so a store that does not answer is noticed as
+well. On a verdict a rank dumps its stacks, logs one line, and exits. Only the stock functions of
+the store are used, through a connection of its own, since the training thread may be blocked in
+another.
 """
 
 from __future__ import annotations
@@ -23,14 +25,22 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megasparse.distributed.hosts import HostChannel, host_identity, join_host
+from megasparse.distributed.leaders import (
+    BEAT_SECONDS,
+    REPORT_SECONDS,
+    SILENT_SECONDS,
+    Leader,
+    Look,
+    Silence,
+    enter,
+    report,
+)
 from megasparse.distributed.running_clock import RunningClock
 from megasparse.distributed.verdicts import Verdict, hang, longest, place_of
 from megasparse.errors import PeerError
 from megasparse.log import logger
 
-BEAT_SECONDS = 0.25
-SILENT_SECONDS = 10.0  # without a beat: stopped or gone
-SUSPECT_SECONDS = 1.2  # the same, once a rank has seen its connections break
 CONNECT_TIME = datetime.timedelta(seconds=10)
 ANSWER_TIME = datetime.timedelta(seconds=30)
 LINGER_SECONDS = 3.0  # rank 0 keeps the store for the others to read why it failed
@@ -66,6 +76,7 @@ class Watchdog:
         rank, world: of this process.
         hang_timeout: seconds without progress of the training thread; 0: any.
         dump_dir: where stacks are written.
+        host: what the processes of this host, and no others, have in common.
     """
 
     def __init__(
@@ -76,33 +87,46 @@ class Watchdog:
         world: int,
         hang_timeout: float,
         dump_dir: Path,
+        host: str | None = None,
     ) -> None:
         self._rank, self._world, self._limit = rank, world, hang_timeout
-        self._silent = min(SILENT_SECONDS, hang_timeout or SILENT_SECONDS)
         self._dump_dir = dump_dir
         self._main = threading.main_thread().ident
         self._clock = RunningClock()
+        limit = min(SILENT_SECONDS, hang_timeout or SILENT_SECONDS)
+        self._silence = Silence(limit, self._clock.now)
         self._ticks, self._phase, self._allowance = 0, "build", STARTING
         self._ticked = self._contact = self._clock.now()
         self._suspects = self._closing = self._stopped = False
         self._threads: list[threading.Thread] = []
         self._verdict: Verdict | None = None
         self._decided = threading.Event()
-        self._seen: dict[int, tuple[Any, float]] = {}
+        self._reported, self._alarm = 0.0, False
+        self._look_reported: Look | None = None
+        self._keepers_beat: dict[str, Any] = {}  # of the rank whose store this one talks to
+        self._leader: Leader | None = None
+        self._channel: HostChannel | None = None
         self._store: dist.Store | None = None
         # Called before this process ends on a verdict.
         self.before_end: Callable[[], object] = lambda: None
         if address is None:
             return
+        self._prefix = f"watch-{prefix}"
         # The store has just answered: a connection that fails now means that rank 0 is gone.
-        client = dist.TCPStore(*address, None, False, CONNECT_TIME, wait_for_workers=False)
-        client.set_timeout(ANSWER_TIME)
-        self._store = dist.PrefixStore(f"watch-{prefix}", client)
+        main = self._connect(*address)
         if rank == 0:
-            for key in ("verdict", "failure"):
-                self._store.set(key, "")
-        self._store.add("suspects", 0)
+            main.set("alarm", "")
+            self._leader = Leader(main, rank, self._beat(), self._silence)
+        channel = join_host(main, rank, host or host_identity(), self._connect)
+        if rank and channel.leader == rank:
+            self._leader = Leader(channel.store, rank, self._beat(), self._silence)
+        self._channel, self._store = channel, channel.store
         self._store.set(f"beat/{rank}", json.dumps(self._beat()))
+        enter(channel.store, "member", rank)
+        if channel.up is not None:
+            assert self._leader is not None
+            self._report(channel.up, self._leader.look(alarm=False))
+            enter(channel.up, "leader", rank)
         self._start(self._exchange, self._await_verdict)
 
     def _start(self, *targets: Callable[[], object]) -> None:
@@ -140,9 +164,9 @@ class Watchdog:
         try:
             self._store.compare_set("failure", "", json.dumps(record))
         except RuntimeError:
-            return  # rank 0 is gone, and the store with it
-        if self._rank == 0:
-            self._linger(self._world - 1)
+            return  # the leader is gone, and the store with it
+        if self._leader is not None:
+            self._linger(self._leader.readers(self._rank))
 
     def explain(self, wait: float = 2 * SILENT_SECONDS) -> Verdict | None:
         """What broke this rank's connections, once that is known."""
@@ -151,8 +175,8 @@ class Watchdog:
             return None
         self._suspects = True
         self._decided.wait(wait)
-        if self._rank == 0 and self._verdict is not None:
-            self._linger(self._world - 2)  # without the one that is lost
+        if self._leader is not None and self._verdict is not None:
+            self._linger(self._leader.readers(self._verdict.rank))
         return self._verdict
 
     @property
@@ -161,14 +185,22 @@ class Watchdog:
         return self._store is None
 
     def stop(self) -> None:
-        """The run ends well: the threads end, so that none is in the store at the process's end."""
+        """The run ends well: the threads end, so that none is in the store at the process's end.
+
+        A leader keeps the store of its host until its process ends.
+        """
         self._closing = self._stopped = True
         for thread in self._threads:
             thread.join(SILENT_SECONDS)
         self._store = None
 
+    def _connect(self, host: str, port: int) -> dist.Store:
+        client = dist.TCPStore(host, port, None, False, CONNECT_TIME, wait_for_workers=False)
+        client.set_timeout(ANSWER_TIME)
+        return dist.PrefixStore(self._prefix, client)
+
     def _linger(self, readers: int) -> None:
-        """Rank 0: keep the store until this many ranks have read the verdict."""
+        """A leader: keep the store until this many ranks have read the verdict."""
         end = time.monotonic() + LINGER_SECONDS
         assert self._store is not None
         while time.monotonic() < end:
@@ -184,6 +216,7 @@ class Watchdog:
         overdue = now - self._ticked if self._limit and self._allowance else 0.0
         late = overdue > self._limit * self._allowance
         beat = {"time": now, "ticks": self._ticks, "phase": self._phase, "late": late}
+        beat["pid"] = os.getpid()
         if late:
             beat["where"], beat["collective"] = place_of(sys._current_frames().get(self._main or 0))
             beat["seconds"] = round(overdue, 1)
@@ -198,30 +231,85 @@ class Watchdog:
 
     def _exchange(self) -> None:
         """Thread: write this rank's beat and read the others', until there is a verdict."""
-        assert self._store is not None
+        assert self._store is not None and self._channel is not None
         told = False
         while self._verdict is None and not self._stopped:
             try:
                 self._store.set(f"beat/{self._rank}", json.dumps(self._beat()))
                 if self._suspects and not told:
                     told = bool(self._store.add("suspects", 1))
-                self._decide(self._look_at_all() if self._rank == 0 else self._look_at_first())
+                self._decide(self._look())
             except (RuntimeError, dist.DistError):
                 if self._clock.resumed_within(SILENT_SECONDS) and not self._closing:
                     self._decided.wait(BEAT_SECONDS)  # an answer was due while all were suspended
                     continue
                 if not self._closing or self._suspects:
-                    self._decide(
-                        Verdict(0, "rank 0 was lost: its store is gone", PeerError.exit_code)
-                    )
-                return
+                    lost = self._keeper
+                    message = f"rank {lost} was lost: its store is gone"
+                    self._decide(Verdict(lost, message, PeerError.exit_code))
+                break
             self._contact = self._clock.now()
             self._decided.wait(BEAT_SECONDS)
-        if self._rank and not self._stopped:
+        if self._rank and not self._stopped and self._verdict is not None:
+            self._hand_on(self._verdict)
+
+    def _look(self) -> Verdict | None:
+        """What this rank can know: rank 0 of all, a leader of its host, others of their leader."""
+        assert self._store is not None and self._channel is not None
+        if self._leader is None:
+            return self._read_verdict(self._store)
+        if self._rank == 0:
+            look = self._leader.look_at_hosts(self._leader.look(self._alarm), self._alarm)
+            if look.suspects and not self._alarm:
+                self._alarm = True
+                self._store.set("alarm", "1")
+            verdict = self._leader.verdict(look, self._world)
+            if verdict is not None:
+                self._store.set("verdict", json.dumps(verdict.__dict__))
+            return verdict
+        up = self._channel.up
+        assert up is not None
+        news = self._leader.look(self._alarm)
+        if news == self._look_reported and time.monotonic() - self._reported < REPORT_SECONDS:
+            return None
+        self._report(up, news)
+        self._alarm = up.get("alarm") != b""
+        return self._read_verdict(up)
+
+    def _report(self, up: dist.Store, look: Look) -> None:
+        """A leader: tell rank 0 how the ranks of this host are."""
+        self._reported, self._look_reported = time.monotonic(), look
+        up.set(f"report/{self._rank}", report(look, self._beat()))
+
+    def _read_verdict(self, store: dist.Store) -> Verdict | None:
+        """The verdict in a store, or one on the rank that keeps it and is silent."""
+        content, beat = store.multi_get(["verdict", f"beat/{self._keeper}"])
+        if content:
+            return Verdict(**json.loads(content))
+        self._keepers_beat = json.loads(beat)
+        local = self._leader is None
+        return longest([self._silence.of(self._keeper, self._keepers_beat, local)])
+
+    def _hand_on(self, verdict: Verdict) -> None:
+        """For the ranks that read this one's store; and tell the keeper of the other one.
+
+        Who keeps a store may end once those that read it have seen the verdict.
+        """
+        assert self._store is not None and self._channel is not None
+        for act in (
+            lambda s: s.set("verdict", json.dumps(verdict.__dict__)) if self._leader else None,
+            lambda s: (self._channel.up or s).add("seen", 1),  # type: ignore[union-attr]
+        ):
             try:
-                self._store.add("seen", 1)
+                act(self._store)
             except (RuntimeError, dist.DistError):
-                return
+                continue
+
+    @property
+    def _keeper(self) -> int:
+        """The rank whose store this one talks to."""
+        assert self._channel is not None
+        return self._channel.leader if self._leader is None else 0
 
     def _await_verdict(self) -> None:
         """Thread: end this rank on a verdict; notice a store that does not answer."""
@@ -229,12 +317,16 @@ class Watchdog:
             if self._stopped:
                 return
             silence = self._clock.now() - self._contact
-            if silence > self._silent + BEAT_SECONDS and self._rank:
-                self._decide(
-                    Verdict(0, f"rank 0 does not answer for {silence:.0f} s", PeerError.exit_code)
-                )
+            if self._rank and silence > self._silence.limit + BEAT_SECONDS:
+                local = self._leader is None and bool(self._keepers_beat)
+                if silence > self._silence.patience(self._keepers_beat, local) + BEAT_SECONDS:
+                    message = f"rank {self._keeper} does not answer for {silence:.0f} s"
+                    self._decide(Verdict(self._keeper, message, PeerError.exit_code))
         if not self._closing:
-            time.sleep(2 * BEAT_SECONDS if self._rank == 0 else 0.0)  # the others shall read it
+            if self._leader is not None:  # the others shall read it
+                assert self._verdict is not None
+                self._linger(self._leader.readers(self._verdict.rank))
+                time.sleep(2 * BEAT_SECONDS)
             if not self._closing:
                 self._end()
 
@@ -260,46 +352,3 @@ class Watchdog:
         if verdict is not None and self._verdict is None:
             self._verdict = verdict
             self._decided.set()
-
-    def _look_at_first(self) -> Verdict | None:
-        assert self._store is not None
-        content, beat = self._store.multi_get(["verdict", "beat/0"])
-        if content:
-            return Verdict(**json.loads(content))
-        return longest([self._silence(0, json.loads(beat), self._silent)])
-
-    def _look_at_all(self) -> Verdict | None:
-        """Rank 0: the verdict on a rank that failed, is silent or hangs, written into the store."""
-        assert self._store is not None
-        keys = [f"beat/{rank}" for rank in range(self._world)]
-        if not self._store.check(keys):
-            return None  # some have not begun; the rendezvous has its own limit
-        failure, *contents = self._store.multi_get(["failure", *keys])
-        beats = [json.loads(content) for content in contents]
-        limit = SUSPECT_SECONDS if self._store.add("suspects", 0) else self._silent
-        verdict = None
-        if failure:
-            told = json.loads(failure)
-            message = f"rank {told['rank']} failed: {told['message']}"
-            verdict = Verdict(told["rank"], message, told["code"])
-        silent = [self._silence(rank, beats[rank], limit) for rank in range(1, self._world)]
-        verdict = verdict or longest(silent) or hang(beats)
-        if verdict is not None:
-            self._store.set("verdict", json.dumps(verdict.__dict__))
-        return verdict
-
-    def _silence(
-        self, rank: int, beat: dict[str, Any], limit: float
-    ) -> tuple[float, Verdict] | None:
-        """How long a rank has been silent, if that is too long."""
-        now = self._clock.now()
-        last, since = self._seen.get(rank, (None, now))
-        if beat["time"] != last:
-            self._seen[rank] = (beat["time"], now)
-            return None
-        if now - since < limit:
-            return None
-        message = (
-            f"rank {rank} was lost in {beat['phase']}: no sign of life for {now - since:.1f} s"
-        )
-        return now - since, Verdict(rank, message, PeerError.exit_code)

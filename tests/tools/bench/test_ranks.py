@@ -1,0 +1,64 @@
+"""The control side at 8 and at 32 ranks grows no faster than stated; growth laws are found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megasparse.distributed import descriptors
+from tools.bench.growth import law, report
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict[int, dict]:
+    output = tmp_path_factory.mktemp("ranks") / "ranks.json"
+    command = [sys.executable, "-m", "tools.bench.ranks", "--ranks", "8", "32"]
+    subprocess.run([*command, "--output", str(output)], check=True, cwd=ROOT, timeout=240)
+    return {int(n): found for n, found in json.loads(output.read_text())["ranks"].items()}
+
+
+def test_open_files_are_those_of_a_tree_and_one_store(measured):
+    for world, phases in measured.items():
+        found = phases["load"]
+        assert found["files_rank_0"] <= min(2 * world + 50, descriptors.needed(0, world))
+        assert found["files_rank_1"] <= 30 + 2 * world.bit_length()
+    grown = measured[32]["load"]["files_rank_1"] - measured[8]["load"]["files_rank_1"]
+    assert grown <= 6  # a full mesh would add 24 in each of two groups
+
+
+def test_each_file_is_opened_once(measured):
+    for world, phases in measured.items():
+        assert phases["choose"]["opened"] == world
+        assert phases["choose"]["opened"] + phases["load"]["opened"] <= 2 * world
+
+
+def test_traffic_grows_with_the_ranks_and_not_with_their_square(measured):
+    if "packets" not in measured[8]["save"] and os.geteuid():
+        pytest.skip("counting packets needs a network namespace, which needs root")
+    for phase in ("control", "agree", "save", "choose", "load"):
+        few, many = (measured[n][phase] for n in (8, 32))
+        assert many["packets"] <= 1.5 * 4 * few["packets"], phase
+        assert many["packets"] <= 60 * 32, phase
+        if phase != "choose":  # there every rank gets the manifest, a line for each rank
+            assert many["bytes"] <= 1.6 * 4 * few["bytes"], phase
+    assert measured[32]["save"]["manifest_bytes"] <= 160 * 32 + 500
+
+
+def test_a_law_is_found_and_reported():
+    points = {n: 3.0 * n**1.5 for n in (8, 32, 64, 128)}
+    factor, power = law({**points, 8: 1e9}) or (0.0, 0.0)
+    assert (factor, power) == (pytest.approx(3.0), pytest.approx(1.5))
+    assert law({64: 0.0, 128: 0.0}) is None
+    run = {"date": "d", "hardware": "h", "torch": "t", "python": "p", "ranks": {}}
+    for n, value in points.items():
+        phases = ("meet", "control", "agree", "save", "choose", "load")
+        run["ranks"][str(n)] = {phase: {"cpu_seconds": value} for phase in phases}
+    text = report(run, run, "command")
+    assert r"1.50 \| 1.50" in text and "6.29 M" in text and "**extrapolated**" in text

@@ -1,0 +1,320 @@
+"""What megasparse itself does over many ranks, without a model: set-up, agreement, save, resume.
+
+    python -m tools.bench.ranks --ranks 8 16 32 64 --output after.json
+    PYTHONPATH=/another/commit python tools/bench/ranks.py --ranks 8 16 32 --output before.json
+    python -m tools.bench.ranks --compare before.json after.json --report TABLE.md
+
+Forks N ranks of one process on this host, in a network namespace of their own where that is allowed
+(else traffic is not counted). Each phase is measured on every rank: seconds from first to last, CPU
+seconds of all ranks together, open files of ranks 0 and 1, packets and bytes on the wire, and files
+of the checkpoint that were opened. `--compare` fits a growth law `cost = a N^p` to each from 32
+ranks on. With many more ranks than cores wall times are those of the cores; CPU, traffic and open
+files carry over to a cluster.
+
+The script runs on older commits too: give their root in PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import fcntl
+import gc
+import hashlib
+import json
+import os
+import platform
+import resource
+import socket
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasparse import log
+from megasparse.checkpoint import directory, saver
+from megasparse.distributed import control_plane, rendezvous
+from megasparse.sparsity.shard import WeightShard
+
+PHASES = ("meet", "control", "agree", "save", "choose", "load")
+AGREEMENTS = 20
+KEYS, LENGTH = 8, 256  # tensors of a rank, entries of each
+META: dict[str, Any] = {
+    "consumed_samples": 0, "layout": {}, "optimizer_steps": 0, "digests": {}, "config": {},
+    "state": {}, "versions": {},
+}  # fmt: skip
+_CLONE_NEWNET = 0x40000000
+
+
+def own_network() -> bool:
+    """Move this process into a network namespace with nothing but loopback; whether it may."""
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
+        return False
+    with socket.socket() as probe:
+        request = struct.pack("16sh", b"lo", 0x41)  # up and running
+        fcntl.ioctl(probe, 0x8914, request)  # SIOCSIFFLAGS
+    return True
+
+
+def traffic() -> tuple[int, int]:
+    """Bytes and packets that loopback has carried."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == "lo":
+            return int(counts.split()[0]), int(counts.split()[1])
+    return 0, 0
+
+
+def sha256_rate(size: int = 1 << 27) -> float:
+    """GB/s of SHA-256 on one core, the best of three."""
+    content, best = bytes(size), 0.0
+    for _ in range(3):
+        begin = time.monotonic()
+        hashlib.sha256(content).digest()
+        best = max(best, size / (time.monotonic() - begin) / 1e9)
+    return best
+
+
+class Rank:
+    """One rank: a phase after the other, as the parent asks for them."""
+
+    def __init__(self, rank: int, world: int, port: int, root: Path) -> None:
+        self.rank, self.world, self.root = rank, world, root
+        self.control: Any = None
+        self.reader: Any = None
+        self.opened = self.read = 0
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+    def run(self, phase: str) -> dict[str, Any]:
+        """One phase: when it began and ended here, and what it cost."""
+        self.opened = 0
+        begin, cpu = time.monotonic(), time.process_time()
+        getattr(self, phase)()
+        return {
+            "begin": begin,
+            "end": time.monotonic(),
+            "cpu": time.process_time() - cpu,
+            "files": len(os.listdir("/proc/self/fd")),
+            "opened": self.opened,
+            "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+    def meet(self) -> None:
+        """Rendezvous and the world's group."""
+        rendezvous.join_group(torch.device("cpu"), datetime.timedelta(minutes=20))
+
+    def control_(self) -> None:
+        """The control plane, and its first decision."""
+        self.control = control_plane.make_control_plane()
+        self.control.barrier()
+
+    def agree(self) -> None:
+        """Decisions between steps."""
+        for _ in range(AGREEMENTS):
+            self.control.max_over_ranks([0, self.rank, 0])
+
+    def save(self) -> None:
+        """A save of a few tensors, each divided over all ranks."""
+        one = saver.Saver(self.root, self.control, "ab", keep_last=2)
+        values = torch.full((LENGTH,), float(self.rank))
+        shard, start = WeightShard((self.world * LENGTH,)), self.rank * LENGTH
+        tensors = {
+            f"param/{n}": (_piece(f"param/{n}", shard, start, start + LENGTH), values)
+            for n in range(KEYS)
+        }
+        one.save(1, tensors, META)
+        one.finish()
+
+    def choose(self) -> None:
+        """Which checkpoint a resumed run takes, verified."""
+        with _Counted(self):
+            self.reader = saver.choose(self.root, self.control)
+
+    def load(self) -> None:
+        """What a resumed rank reads: its own part of every tensor."""
+        with _Counted(self):
+            start = self.rank * LENGTH
+            for n in range(KEYS):
+                key, shard = f"param/{n}", WeightShard((self.world * LENGTH,))
+                if hasattr(self.reader, "read_part"):
+                    self.reader.search_first([[f"rank-{self.rank:05d}.safetensors"]])
+                    own = self.reader.read_part(_piece(key, shard, start, start + LENGTH))
+                else:
+                    own = self.reader.read(key)[start : start + LENGTH]
+                assert bool((own == self.rank).all())
+            self.control.barrier()
+
+
+def _piece(*arguments: Any) -> Any:
+    """Of the commit that is measured."""
+    try:
+        from megasparse.checkpoint.pieces import Piece
+    except ImportError:
+        from megasparse.checkpoint.manifest import Piece  # type: ignore[attr-defined,no-redef]
+    return Piece(*arguments)
+
+
+class _Counted:
+    """Counts files of the checkpoint that are opened, by this process's own audit hook."""
+
+    current: Rank | None = None
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+
+    def __enter__(self) -> None:
+        _Counted.current = self._rank
+        # The reader before mapped files in native code, which no hook sees.
+        reader = sys.modules["megasparse.checkpoint.reader"]
+        mapped = getattr(reader, "safe_open", None)
+        if mapped is not None and not hasattr(mapped, "counted"):
+
+            def counted(path: Any, **named: Any) -> Any:
+                _note("open", (str(path),))
+                return mapped(path, **named)
+
+            counted.counted = True  # type: ignore[attr-defined]
+            reader.safe_open = counted  # type: ignore[attr-defined]
+
+    def __exit__(self, *_: object) -> None:
+        _Counted.current = None
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    rank = _Counted.current
+    if event == "open" and rank is not None and str(arguments[0]).endswith(".safetensors"):
+        rank.opened += 1
+
+
+def serve(rank: Rank, commands: Any, answers: Any) -> None:
+    """In a child: a phase for each line, an answer in JSON for each phase."""
+    sys.addaudithook(_note)
+    try:
+        for line in commands:
+            phase = line.strip()
+            answer = rank.run("control_" if phase == "control" else phase)
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+    except BaseException:
+        answers.write(json.dumps({"error": f"rank {rank.rank}: {traceback.format_exc()}"}) + "\n")
+        answers.flush()
+
+
+def measure(world: int, counted: bool) -> dict[str, Any]:
+    """All phases with so many ranks."""
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        ranks: list[int] = []
+        ends: list[Any] = []
+        gc.freeze()
+        for rank in range(world):
+            down, up = os.pipe(), os.pipe()
+            child = os.fork()
+            if child == 0:
+                for end in ends:
+                    for stream in end:
+                        stream.close()
+                os.close(down[1])
+                os.close(up[0])
+                with open(down[0]) as commands, open(up[1], "w") as answers:
+                    serve(Rank(rank, world, port, Path(folder)), commands, answers)
+                os._exit(0)
+            os.close(down[0])
+            os.close(up[1])
+            ranks.append(child)
+            ends.append((os.fdopen(down[1], "w"), os.fdopen(up[0])))
+        try:
+            found = {phase: _phase(phase, ends, counted) for phase in PHASES}
+            found["agree"] = {  # of one decision
+                key: value if key.startswith("files") else value / AGREEMENTS
+                for key, value in found["agree"].items()
+            }
+            manifest = directory.step_folder(Path(folder), 1) / "manifest.json"
+            found["save"]["manifest_bytes"] = manifest.stat().st_size
+            return found
+        finally:
+            for child, end in zip(ranks, ends, strict=True):
+                for stream in end:
+                    stream.close()
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+
+
+def _phase(phase: str, ends: list[Any], counted: bool) -> dict[str, float]:
+    before = traffic()
+    for down, _ in ends:
+        down.write(f"{phase}\n")
+        down.flush()
+    answers = [json.loads(up.readline()) for _, up in ends]
+    after = traffic()
+    for answer in answers:
+        if "error" in answer:
+            raise SystemExit(answer["error"])
+    found = {
+        "seconds": max(a["end"] for a in answers) - min(a["begin"] for a in answers),
+        "cpu_seconds": sum(a["cpu"] for a in answers),
+        "cpu_seconds_rank_0": answers[0]["cpu"],
+        "files_rank_0": answers[0]["files"],
+        "files_rank_1": answers[1]["files"],
+    }
+    if counted:
+        found |= {"bytes": after[0] - before[0], "packets": after[1] - before[1]}
+    if phase in ("choose", "load"):
+        found["opened"] = sum(a["opened"] for a in answers)
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--output", type=Path, help="JSON file of the measurements")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
+    parser.add_argument("--report", type=Path, help="markdown file of --compare")
+    args = parser.parse_args(argv)
+    if args.compare:
+        from tools.bench.growth import report
+
+        before, after = (json.loads(path.read_text()) for path in args.compare)
+        text = report(before, after, " ".join(["python -m tools.bench.ranks", *argv]))
+        _put(args.report, text)
+        return 0
+    log.setup(1)  # ranks other than 0 say errors alone
+    torch.set_num_threads(1)
+    counted = own_network()
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "sha256_gbps": sha256_rate(),
+        "ranks": {},
+    }
+    for world in args.ranks:
+        begin = time.monotonic()
+        result["ranks"][str(world)] = measure(world, counted)
+        sys.stderr.write(f"{world} ranks: {time.monotonic() - begin:.0f} s\n")
+        _put(args.output, json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _put(path: Path | None, text: str) -> None:
+    if path is None:
+        sys.stdout.write(text)
+    else:
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

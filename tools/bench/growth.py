@@ -1,9 +1,19 @@
-"""Growth laws of what `tools.bench.ranks` has measured, before and after a change, as a table."""
+"""Growth laws of what `tools.bench.ranks` has measured, before and after a change, as a table.
+
+python -m tools.bench.growth before.json after.json --output TABLE.md
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from megasparse.atomic_files import write_text
 
 FIT_FROM = 32  # ranks: below, constants hide the growth
 FAR = 16_384
@@ -66,7 +76,8 @@ def report(before: dict[str, Any], after: dict[str, Any], command: str) -> str:
         "",
         f"{after['date']}, {after['hardware']}, torch {after['torch']}, Python {after['python']}; "
         "N forked ranks on loopback, without a model.",
-        f"Before | after. p is the power of N, fitted from {FIT_FROM} ranks on.",
+        f"Before (commit {before['commit']}) | after ({after['commit']}). p is the power of N, "
+        f"fitted from {FIT_FROM} ranks on.",
         f"The last column is the law at {FAR:,} ranks: **extrapolated**, and only for what does "
         "not depend on the few cores that all ranks share here.",
         "",
@@ -100,3 +111,21 @@ def _short(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.3g} {unit}"
     return f"{value:.2g}"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("before", type=Path, help="JSON file of tools.bench.ranks")
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--output", type=Path, required=True, help="markdown file")
+    args = parser.parse_args(argv)
+    before, after = (json.loads(path.read_text()) for path in (args.before, args.after))
+    command = " ".join(["python -m tools.bench.growth", *argv])
+    write_text(args.output, report(before, after, command))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

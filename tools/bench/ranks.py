@@ -2,14 +2,14 @@
 
     python -m tools.bench.ranks --ranks 8 16 32 64 --output after.json
     PYTHONPATH=/another/commit python tools/bench/ranks.py --ranks 8 16 32 --output before.json
-    python -m tools.bench.ranks --compare before.json after.json --report TABLE.md
+    python -m tools.bench.growth before.json after.json --output TABLE.md
 
 Forks N ranks of one process on this host, in a network namespace of their own where that is allowed
 (else traffic is not counted). Each phase is measured on every rank: seconds from first to last, CPU
 seconds of all ranks together, open files of ranks 0 and 1, packets and bytes on the wire, and files
-of the checkpoint that were opened. `--compare` fits a growth law `cost = a N^p` to each from 32
-ranks on. With many more ranks than cores wall times are those of the cores; CPU, traffic and open
-files carry over to a cluster.
+of the checkpoint that were opened. `growth` fits a law `cost = a N^p` to each from 32 ranks on.
+With many more ranks than cores wall times are those of the cores; CPU, traffic and open files carry
+over to a cluster.
 
 The script runs on older commits too: give their root in PYTHONPATH.
 """
@@ -28,6 +28,7 @@ import platform
 import resource
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +40,7 @@ from typing import Any
 import torch
 
 from megasparse import log
-from megasparse.checkpoint import directory, saver
+from megasparse.checkpoint import directory, saver, writer
 from megasparse.distributed import control_plane, rendezvous
 from megasparse.sparsity.shard import WeightShard
 
@@ -70,6 +71,14 @@ def traffic() -> tuple[int, int]:
         if name.strip() == "lo":
             return int(counts.split()[0]), int(counts.split()[1])
     return 0, 0
+
+
+def commit() -> str:
+    """Of the megasparse that is measured."""
+    root = str(Path(saver.__file__).parents[2])
+    command = ["git", "-C", root, "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 def sha256_rate(size: int = 1 << 27) -> float:
@@ -154,12 +163,8 @@ class Rank:
 
 
 def _piece(*arguments: Any) -> Any:
-    """Of the commit that is measured."""
-    try:
-        from megasparse.checkpoint.pieces import Piece
-    except ImportError:
-        from megasparse.checkpoint.manifest import Piece  # type: ignore[attr-defined,no-redef]
-    return Piece(*arguments)
+    """Of the commit that is measured: older ones define it elsewhere."""
+    return vars(writer)["Piece"](*arguments)
 
 
 class _Counted:
@@ -280,20 +285,12 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--output", type=Path, help="JSON file of the measurements")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
-    parser.add_argument("--report", type=Path, help="markdown file of --compare")
     args = parser.parse_args(argv)
-    if args.compare:
-        from tools.bench.growth import report
-
-        before, after = (json.loads(path.read_text()) for path in args.compare)
-        text = report(before, after, " ".join(["python -m tools.bench.ranks", *argv]))
-        _put(args.report, text)
-        return 0
     log.setup(1)  # ranks other than 0 say errors alone
     torch.set_num_threads(1)
     counted = own_network()
     result: dict[str, Any] = {
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "torch": torch.__version__,

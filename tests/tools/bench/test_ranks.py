@@ -56,7 +56,7 @@ def test_a_law_is_found_and_reported():
     factor, power = law({**points, 8: 1e9}) or (0.0, 0.0)
     assert (factor, power) == (pytest.approx(3.0), pytest.approx(1.5))
     assert law({64: 0.0, 128: 0.0}) is None
-    run = {"date": "d", "hardware": "h", "torch": "t", "python": "p", "ranks": {}}
+    run = {"commit": "c", "date": "d", "hardware": "h", "torch": "t", "python": "p", "ranks": {}}
     for n, value in points.items():
         phases = ("meet", "control", "agree", "save", "choose", "load")
         run["ranks"][str(n)] = {phase: {"cpu_seconds": value} for phase in phases}

@@ -4,11 +4,13 @@
     python tools/estimate.py configs/models/llama_8b.yaml --gpus 64 --micro-batch-size 2 --search
     python tools/estimate.py configs/models/gpt2_124m.yaml --gpus 2 --measure    (on this machine)
     python tools/estimate.py --check tools/results/estimate-points-h200.json --output TABLE.md
+    python tools/estimate.py configs/models/llama_8b.yaml --goodput 1024 4096 --zero-stage 1
 
 Flags of launch/pretrain.py may follow, further configuration files among them. `--search` lists the
 layouts that fit the GPUs' memory, the fastest first. `--measure` runs some steps of the layout on
 this machine's GPUs with generated data and prints estimate and measurement side by side; `--check`
-does so for runs measured before. Bytes between two steps are exact; activations are counted
+does so for runs measured before. `--goodput` simulates failures, saves and restarts of long runs
+and advises a `--save-interval`. Bytes between two steps are exact; activations are counted
 operator by operator; times come from measured rates (tools/results/gemm-h200.json), in BF16 and
 FP8. The time to launch a kernel is that of one slow host: give yours (`--launch-us`). No GPU and no
 data are needed, but for `--measure`.
@@ -48,6 +50,7 @@ from megasparse.estimate.memory import Footprint, footprint
 from megasparse.estimate.time import GemmTable, StepTime, step_time
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.precision import settle_fp8
+from tools.bench import goodput_table
 from tools.bench.short_runs import launch
 
 TABLE = ROOT / "tools" / "results" / "gemm-h200.json"
@@ -204,6 +207,29 @@ def measure(found: Estimate, flags: Sequence[str], args: argparse.Namespace) -> 
     return "\n".join(lines)
 
 
+def goodput(
+    config: RunConfig, table: GemmTable, args: argparse.Namespace, argv: Sequence[str]
+) -> None:
+    """The table of `--goodput`, printed or written to a file.
+
+    Raises:
+        ConfigError: a size does not fit the run, or the table cannot be written.
+    """
+    sizes = args.goodput or [args.gpus]
+    found = [estimate(resolve(config, gpus), gpus, table, args) for gpus in sizes]
+    text = goodput_table.table(found, args)
+    if args.output is None:
+        print(text)
+        return
+    command = shlex.join(["python", "tools/estimate.py", *argv])
+    whole = parameter_count(found[0].config.model, vocabulary_of(found[0].config))
+    layout = f"{whole:,} parameters; {found[0].name.partition(', dp')[0]}, the rest data parallel"
+    try:
+        write_text(args.output, goodput_table.page(text, command, layout))
+    except OSError as error:
+        raise ConfigError(f"--output {args.output}: {error}") from None
+
+
 def check(table: GemmTable, args: argparse.Namespace, argv: Sequence[str]) -> None:
     """The table of `--check`, printed or written to a file.
 
@@ -245,9 +271,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--top", type=int, default=12, help="layouts to list")
     parser.add_argument("--measure", action="store_true", help="run it here and compare")
     parser.add_argument("--check", type=Path, help="compare with the measured points of a file")
-    parser.add_argument("--output", type=Path, help="markdown file for the table of --check")
+    parser.add_argument("--output", type=Path, help="markdown file of --check or --goodput")
     parser.add_argument("--steps", type=int, default=6, help="steps to measure")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    goodput_table.add_flags(parser)
     args, flags = parser.parse_known_args(argv)
     if (args.config is None) == (args.check is None):
         parser.error("expected a configuration, or --check FILE")
@@ -276,6 +303,9 @@ def run(args: argparse.Namespace, flags: list[str], argv: Sequence[str]) -> int:
     args.gpus = args.gpus or (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     )
+    if args.goodput is not None:
+        goodput(loaded, table, args, argv)
+        return 0
     if args.search:
         text, code = search(loaded, table, args)
         print(text)

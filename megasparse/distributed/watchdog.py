@@ -36,6 +36,7 @@ from megasparse.distributed.leaders import (
     enter,
     report,
 )
+from megasparse.distributed.phases import PHASES, STARTING, WRITING
 from megasparse.distributed.running_clock import RunningClock
 from megasparse.distributed.verdicts import Verdict, hang, longest, place_of
 from megasparse.errors import PeerError
@@ -44,26 +45,6 @@ from megasparse.log import logger
 CONNECT_TIME = datetime.timedelta(seconds=10)
 ANSWER_TIME = datetime.timedelta(seconds=30)
 LINGER_SECONDS = 3.0  # rank 0 keeps the store for the others to read why it failed
-STARTING = 20.0  # allowance of phases that compile, build or read everything
-WRITING = 5.0  # allowance of a save's parts, and of what follows one
-
-# What begins at a point of the run: its words in messages, and the time that it may take, as a
-# multiple of the hang timeout; the help of `hang_timeout` states these limits.
-PHASES = {
-    "build": ("build", STARTING),
-    "index": ("index of the samples", STARTING),
-    "load": ("load of a checkpoint", STARTING),
-    "model": ("build of the model", STARTING),
-    "first_step": ("the first step", STARTING),
-    "micro_batch": ("step {next}, micro-batch {micro_batch}", 1.0),
-    "backward": ("step {next}, backward of micro-batch {micro_batch}", 1.0),
-    "evaluate": ("evaluation, micro-batch {micro_batch}", 1.0),
-    "evaluated": ("after an evaluation", WRITING),
-    "save": ("save of step {step}", WRITING),
-    "saved": ("after a save", WRITING),
-    "report": ("final report", STARTING),
-    "end": ("end of the run", STARTING),
-}
 
 
 class Watchdog:
@@ -143,8 +124,11 @@ class Watchdog:
     def passed(self, point: str, step: int, micro_batch: int = 0) -> None:
         """The training thread has come to a point; a listener of `Events`.
 
-        Points with an entry in `PHASES`, and those of a save, begin a new phase.
+        Points with an entry in `PHASES`, and those of a save, begin a new phase. A background save
+        passes its points in a thread of its own: the training thread is elsewhere.
         """
+        if threading.get_ident() != self._main:
+            return
         phase, allowance = PHASES.get(point, (None, 0.0))
         if point.startswith("save:"):
             phase, allowance = point, WRITING

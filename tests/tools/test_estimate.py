@@ -134,5 +134,31 @@ def test_a_small_micro_batch_waits_for_the_host():
     halved = _of(*eager, "--micro-batch-size", "1", "--seq-length", "256")
     assert halved.time.host == small.time.host  # the same launches
     assert halved.time.seconds == pytest.approx(small.time.seconds, rel=0.01)
+<<<<<<< HEAD
     captured = _of("--micro-batch-size", "1", "--seq-length", "512").time
     assert captured.waiting == 0 and captured.seconds < small.time.seconds
+=======
+
+
+def test_goodput_is_told_with_the_interval_to_set(capsys, tmp_path):
+    given = [*LLAMA_8B, "--tensor-model-parallel-size", "8", "--global-batch-size", "256"]
+    flags = ["--days", "20", "--repair-hours", "1"]
+    assert tool.main([*given, "--goodput", "64", "256", *flags]) == 0
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if re.match(r"\| \d", line)
+    ]
+    assert [row[:2] for row in rows] == [
+        [gpus, kind] for gpus in ("64", "256") for kind in ("in line", "background")
+    ]
+    for row in rows:
+        share, formula = float(row[8]), float(row[9])
+        assert 0.9 < share <= 1.0 and share == pytest.approx(formula, abs=0.005)
+        assert int(row[6]) > 0 and float(row[-1]) <= share + 1e-3
+    assert float(rows[2][8]) < float(rows[0][8])  # more GPUs fail more often
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    assert tool.main([*given, "--goodput", "64", "--control", str(bad)]) == 64
+    assert "no file of tools.bench.ranks" in capsys.readouterr().err
+>>>>>>> 939d9f0 (Goodput of long runs in tools/estimate.py; the watchdog follows the training thread alone)

@@ -85,8 +85,18 @@ def table(found: Sequence[Any], args: argparse.Namespace) -> str:
     for estimate in found:
         for background in (False, True):
             rows.append(_row(estimate, background, rates, args))
-    head = ["GPUs", "save", "failure every", "training stands", "published after", "restart",
-            "--save-interval", "minutes", "goodput", "formula"]  # fmt: skip
+    head = [
+        "GPUs",
+        "save",
+        "failure every",
+        "training stands",
+        "published after",
+        "restart",
+        "--save-interval",
+        "minutes",
+        "goodput",
+        "formula",
+    ]
     head += [f"{n} in reserve" for n in SPARES]
     return "\n".join(
         [

@@ -134,10 +134,8 @@ def test_a_small_micro_batch_waits_for_the_host():
     halved = _of(*eager, "--micro-batch-size", "1", "--seq-length", "256")
     assert halved.time.host == small.time.host  # the same launches
     assert halved.time.seconds == pytest.approx(small.time.seconds, rel=0.01)
-<<<<<<< HEAD
     captured = _of("--micro-batch-size", "1", "--seq-length", "512").time
     assert captured.waiting == 0 and captured.seconds < small.time.seconds
-=======
 
 
 def test_goodput_is_told_with_the_interval_to_set(capsys, tmp_path):
@@ -161,4 +159,3 @@ def test_goodput_is_told_with_the_interval_to_set(capsys, tmp_path):
     bad.write_text("{}")
     assert tool.main([*given, "--goodput", "64", "--control", str(bad)]) == 64
     assert "no file of tools.bench.ranks" in capsys.readouterr().err
->>>>>>> 939d9f0 (Goodput of long runs in tools/estimate.py; the watchdog follows the training thread alone)

@@ -12,6 +12,7 @@ import itertools
 import sys
 from pathlib import Path
 
+from megasparse.atomic_files import write_text
 from megasparse.cli import guarded, markdown_table
 from megasparse.config.fields import ALIASES, FIELDS
 from megasparse.config.flag_table import OURS_ALONE, Row, rows
@@ -86,7 +87,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("page", type=Path, help="Markdown file with the two marks")
     args = parser.parse_args()
-    args.page.write_text(with_table(args.page.read_text(encoding="utf-8")), encoding="utf-8")
+    write_text(args.page, with_table(args.page.read_text(encoding="utf-8")))
     return 0
 
 

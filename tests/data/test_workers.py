@@ -16,6 +16,20 @@ import pytest
 from megasparse.data.workers import IN_FLIGHT, _serve, ordered_map
 from megasparse.errors import ConfigError, DataError
 
+# Of this process, and none of these tests'.
+BEFORE: set[int | None] = set()
+
+
+@pytest.fixture(autouse=True)
+def _children_of_others() -> None:
+    BEFORE.clear()
+    BEFORE.update(child.pid for child in multiprocessing.active_children())
+
+
+def _workers() -> list[int | None]:
+    """Ids of child processes that a test has left."""
+    return [c.pid for c in multiprocessing.active_children() if c.pid not in BEFORE]
+
 
 def double_slowly(first_delay: float) -> Callable[[int], int]:
     def work(item: int) -> int:
@@ -70,7 +84,7 @@ def test_results_keep_the_order_and_reading_stays_near() -> None:
             assert result == 2 * written
             assert read - written <= IN_FLIGHT * 2
     assert written == 59
-    assert not multiprocessing.active_children()
+    assert not _workers()
 
 
 @pytest.mark.parametrize("how", ["before answering", "while writing", "a bug"])
@@ -81,7 +95,7 @@ def test_dead_worker_is_an_error(how: str) -> None:
     ):
         for result in run(range(100)):
             assert result == b"x" * 100
-    assert not multiprocessing.active_children()
+    assert not _workers()
 
 
 def test_errors_of_the_work_and_of_the_setup_come_back_as_they_are() -> None:
@@ -92,7 +106,7 @@ def test_errors_of_the_work_and_of_the_setup_come_back_as_they_are() -> None:
     assert results == [0, 1, 2, 3, 4]
     with pytest.raises(ConfigError, match="setup refuses"), ordered_map(refuse_in_setup, (), 2):
         pass
-    assert not multiprocessing.active_children()
+    assert not _workers()
 
 
 @pytest.mark.parametrize("written", [b"", struct.pack("!i", 1_000_000) + b"begin"])

@@ -40,6 +40,12 @@ SAMPLE = {
     "manifest-pickle", "tensors-torch-save", "name-parent", "rng-pickle", "metrics-pickle",
     "index-document", "megatron-index", "tok.model",
 }  # fmt: skip
+# Modules that these files import are named in the code, not in what they read.
+NAMED_IN_THE_CODE = {
+    "megasparse/__main__.py": "import runpy",  # the package's own scripts
+    "megasparse/data/inputs.py": "import importlib",  # zstandard and pyarrow, where they are used
+    "megasparse/preflight/settings.py": "import importlib.util",  # whether a tracker is installed
+}
 MAY_TORCH_LOAD = {"tools/convert_checkpoint.py", "megasparse/convert"}
 
 
@@ -84,6 +90,7 @@ def test_the_syntax_tree_holds_nothing_that_runs_files(path):
     relative = str(path.relative_to(ROOT))
     if any(relative.startswith(place) for place in MAY_TORCH_LOAD):
         found = [entry for entry in found if entry != "torch.load(weights_only=True)"]
+    found = [entry for entry in found if entry != NAMED_IN_THE_CODE.get(relative)]
     assert not found, f"{relative}: {found}"
 
 

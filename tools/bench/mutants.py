@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megasparse.atomic_files import write_text
+
 ROOT = Path(__file__).parents[2]
 AREAS = ("sparsity", "optim", "megatron", "checkpoint", "convert")
 COPIED = ("megasparse", "tests", "tools", "launch", "configs")
@@ -223,11 +225,11 @@ def main(argv: list[str] | None = None) -> int:
             source = path.read_text()
             verdict = f"not judged: the tests alone: {clean[tuple(tests)]}"
             if clean[tuple(tests)] == "survived":
-                path.write_text(source[: mutant.start] + mutant.new + source[mutant.end :])
+                write_text(path, source[: mutant.start] + mutant.new + source[mutant.end :])
                 verdict = judge(folder, tests, args.limit)
-                path.write_text(source)
+                write_text(path, source)
             found.append({**asdict(mutant), "tests": tests, "verdict": verdict})
-            args.output.write_text(json.dumps(found, indent=1))
+            write_text(args.output, json.dumps(found, indent=1))
             print(f"{verdict:9} {mutant.module}:{mutant.line} {mutant.old!r} -> {mutant.new!r}")
             sys.stdout.flush()
     judged = [one for one in found if not str(one["verdict"]).startswith("not judged")]

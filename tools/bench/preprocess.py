@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megasparse.atomic_files import write_json, write_text
+from megasparse.atomic_files import replacing, write_json, write_text
 from megasparse.cli import guarded, markdown_table
 from megasparse.data.corpus import write_corpus
 from megasparse.data.indexed import optimal_dtype
@@ -94,7 +94,8 @@ def make_inputs(folder: Path, max_bytes: int, vocab_size: int) -> tuple[Path, di
     sample = [text[:2000] for text in read_texts(corpus)]
     model = train_sentencepiece(sample, vocab_size)
     pieces = folder / "tokenizer.model"
-    pieces.write_bytes(model)
+    with replacing(pieces) as stream:
+        stream.write(model)
     found = {"SentencePiece": pieces}
     content = tokenizer_json(model)
     if content is not None:

@@ -40,6 +40,7 @@ from typing import Any
 import torch
 
 from megasparse import log
+from megasparse.atomic_files import write_text
 from megasparse.checkpoint import directory, saver, writer
 from megasparse.distributed import control_plane, rendezvous
 from megasparse.sparsity.shard import WeightShard
@@ -310,7 +311,7 @@ def _put(path: Path | None, text: str) -> None:
     if path is None:
         sys.stdout.write(text)
     else:
-        path.write_text(text)
+        write_text(path, text)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megasparse.atomic_files import write_text
+from megasparse.atomic_files import replacing, write_text
 from megasparse.checkpoint.manifest import MANIFEST, decode_manifest
 from megasparse.config import load_config
 from megasparse.convert.huggingface import HuggingFaceModel
@@ -224,11 +224,13 @@ def fuzz(count: int, seed: int, root: Path) -> dict[str, Any]:
     model.mkdir()
 
     def configuration(content: bytes) -> None:
-        yaml.write_bytes(content)
+        with replacing(yaml) as stream:
+            stream.write(content)
         load_config(["--config", str(yaml)])
 
     def conversion(content: bytes) -> None:
-        (model / "config.json").write_bytes(content)
+        with replacing(model / "config.json") as stream:
+            stream.write(content)
         HuggingFaceModel(model)
 
     llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}

@@ -25,13 +25,13 @@ class NamedGemms:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._gemms, name)
 
-    def output(self, x_TK: torch.Tensor) -> torch.Tensor:
+    def output(self, *operands: Any) -> torch.Tensor:
         with named(f"{self._layer} output"):
-            return self._gemms.output(x_TK)
+            return self._gemms.output(*operands)
 
-    def output_and_saved(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, SavedInput]:
+    def output_and_saved(self, *operands: Any) -> tuple[torch.Tensor, SavedInput]:
         with named(f"{self._layer} output"):
-            return self._gemms.output_and_saved(x_TK)
+            return self._gemms.output_and_saved(*operands)
 
     def output_of_quantized(self, *operands: Any) -> tuple[torch.Tensor, SavedInput]:
         with named(f"{self._layer} output"):

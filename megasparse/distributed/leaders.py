@@ -86,9 +86,9 @@ class Silence:
     def patience(self, beat: Beat, local: bool, alarm: bool = False) -> float:
         """How long the rank of a beat may be silent."""
         if not local:
-            if beat.get("starved") or is_starved():
-                return self.limit * PATIENCE
-            return min(self.limit, SUSPECT_SECONDS + 2 * REPORT_SECONDS) if alarm else self.limit
+            times = PATIENCE if beat.get("starved") or is_starved() else 1.0
+            suspect = SUSPECT_SECONDS + 2 * REPORT_SECONDS
+            return times * (min(self.limit, suspect) if alarm else self.limit)
         state = process_state(beat["pid"])
         if state == "gone":
             return GONE_SECONDS
@@ -181,7 +181,7 @@ def report(look: Look, beat: Beat) -> str:
         {
             "time": beat["time"],
             "phase": beat["phase"],
-            "starved": is_starved(),
+            "starved": beat["starved"],
             "count": look.count,
             "failure": look.failure,
             "silent": silent,

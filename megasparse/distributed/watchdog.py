@@ -25,7 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megasparse.distributed.hosts import HostChannel, host_identity, join_host
+from megasparse.distributed.hosts import HostChannel, host_identity, is_starved, join_host
 from megasparse.distributed.leaders import (
     BEAT_SECONDS,
     REPORT_SECONDS,
@@ -44,6 +44,8 @@ from megasparse.log import logger
 
 CONNECT_TIME = datetime.timedelta(seconds=10)
 ANSWER_TIME = datetime.timedelta(seconds=30)
+# For the verdict on who broke the connections: twice as long as a suspect on a starved host gets.
+EXPLAIN_SECONDS = 2 * SILENT_SECONDS
 LINGER_SECONDS = 3.0  # rank 0 keeps the store for the others to read why it failed
 
 
@@ -152,13 +154,15 @@ class Watchdog:
         if self._leader is not None:
             self._linger(self._leader.readers(self._rank))
 
-    def explain(self, wait: float = 2 * SILENT_SECONDS) -> Verdict | None:
+    def explain(self, wait: float = EXPLAIN_SECONDS) -> Verdict | None:
         """What broke this rank's connections, once that is known."""
         self._closing = True
         if self._store is None:
             return None
         self._suspects = True
-        self._decided.wait(wait)
+        end = self._clock.now() + wait
+        while not self._decided.wait(0.1) and self._clock.now() < end:
+            pass
         if self._leader is not None and self._verdict is not None:
             self._linger(self._leader.readers(self._verdict.rank))
         return self._verdict
@@ -185,9 +189,9 @@ class Watchdog:
 
     def _linger(self, readers: int) -> None:
         """A leader: keep the store until this many ranks have read the verdict."""
-        end = time.monotonic() + LINGER_SECONDS
+        end = self._clock.now() + LINGER_SECONDS
         assert self._store is not None
-        while time.monotonic() < end:
+        while self._clock.now() < end:
             try:
                 if self._store.add("seen", 0) >= readers:
                     return
@@ -200,7 +204,7 @@ class Watchdog:
         overdue = now - self._ticked if self._limit and self._allowance else 0.0
         late = overdue > self._limit * self._allowance
         beat = {"time": now, "ticks": self._ticks, "phase": self._phase, "late": late}
-        beat["pid"] = os.getpid()
+        beat |= {"pid": os.getpid(), "starved": is_starved()}
         if late:
             beat["where"], beat["collective"] = place_of(sys._current_frames().get(self._main or 0))
             beat["seconds"] = round(overdue, 1)
@@ -272,7 +276,8 @@ class Watchdog:
             return Verdict(**json.loads(content))
         self._keepers_beat = json.loads(beat)
         local = self._leader is None
-        return longest([self._silence.of(self._keeper, self._keepers_beat, local)])
+        alarm = self._alarm or self._suspects
+        return longest([self._silence.of(self._keeper, self._keepers_beat, local, alarm)])
 
     def _hand_on(self, verdict: Verdict) -> None:
         """For the ranks that read this one's store; and tell the keeper of the other one.
@@ -303,7 +308,9 @@ class Watchdog:
             silence = self._clock.now() - self._contact
             if self._rank and silence > self._silence.limit + BEAT_SECONDS:
                 local = self._leader is None and bool(self._keepers_beat)
-                if silence > self._silence.patience(self._keepers_beat, local) + BEAT_SECONDS:
+                alarm = self._alarm or self._suspects
+                patience = self._silence.patience(self._keepers_beat, local, alarm)
+                if silence > patience + BEAT_SECONDS:
                     message = f"rank {self._keeper} does not answer for {silence:.0f} s"
                     self._decide(Verdict(self._keeper, message, PeerError.exit_code))
         if not self._closing:

@@ -16,6 +16,7 @@ import pytest
 from megasparse.distributed import leaders
 from megasparse.distributed.hosts import host_identity, process_state
 from megasparse.distributed.leaders import PATIENCE, Silence
+from megasparse.distributed.watchdog import EXPLAIN_SECONDS
 from tests import forked
 from tests.dist import free_port
 from tests.forkserver import context
@@ -140,7 +141,13 @@ def test_processes_that_live_are_waited_for_longer_than_those_that_are_gone(monk
     assert process_state(child.pid) == "gone"
     # Of another host there is its word alone.
     assert silence.patience({"starved": False}, local=False) == 10.0
-    assert silence.patience({"starved": True}, local=False, alarm=True) == 10.0 * PATIENCE
+    assert silence.patience({"starved": True}, local=False) == 10.0 * PATIENCE
+    # A rank whose connections broke gets to know why, also where hosts are overloaded.
+    soon = EXPLAIN_SECONDS / 2
+    assert 5.0 < silence.patience({"starved": True}, local=False, alarm=True) < soon
+    monkeypatch.setattr(leaders, "is_starved", lambda: True)
+    assert 5.0 < silence.patience({"starved": False}, local=False, alarm=True) < soon
+    monkeypatch.setattr(leaders, "is_starved", lambda: False)
     assert silence.patience({"starved": False}, local=False, alarm=True) < 5.0
 
 

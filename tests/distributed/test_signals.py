@@ -1,0 +1,24 @@
+"""Which signals stop a run."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from megasparse.distributed.signals import SIGNALS, StopRequest
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_run_under_nohup_outlives_its_terminal(ignored):
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        stop = StopRequest().install()
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.reason(None) == (0 if ignored else signal.SIGHUP)
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.reason(None) == (signal.SIGUSR1 if ignored else signal.SIGHUP)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -23,19 +23,15 @@ _MODULES = {
 }  # fmt: skip
 
 
-def launchers(pid: int | None = None, proc: Path = Path("/proc")) -> dict[int, str]:
-    """The launchers above a process, nearest first: process id and start time of each.
-
-    Args:
-        pid: of the process; default: this one.
-    """
+def launchers() -> dict[int, str]:
+    """The launchers above this process, nearest first: process id and start time of each."""
     found: dict[int, str] = {}
-    above = _status(pid or os.getpid(), proc)
+    above = _status("self")
     while above is not None:
         parent = above[0]
-        above = _status(parent, proc)
+        above = _status(parent)
         try:
-            words = (proc / str(parent) / "cmdline").read_bytes().split(b"\0")[:6]
+            words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")[:6]
         except OSError:
             break
         if above is None or not any(_starts_ranks(word) for word in words):
@@ -47,36 +43,24 @@ def launchers(pid: int | None = None, proc: Path = Path("/proc")) -> dict[int, s
 def watch_launchers(gone: Callable[[], object] | None = None) -> None:
     """Start to look after the launchers above this process, if there are any.
 
+    Only a launcher that was there at this call counts. One whose parent is process 1, or of another
+    session, need not have lost a launcher: ssh, `nohup`, `setsid` and containers start it so.
+
     Args:
         gone: called once, in a thread, when one of them is no more; default: SIGTERM to this
             process, as the launcher would have sent it.
     """
     above = launchers()
-    if above and _is_orphan(list(above)[-1]):
-        above[1] = "gone before this process looked"
     if above:
         arguments = (above, gone or _terminate_this)
         threading.Thread(target=_watch, args=arguments, name="launchers", daemon=True).start()
-
-
-def _is_orphan(pid: int, proc: Path = Path("/proc")) -> bool:
-    """Whether DeepSpeed's inner launcher has lost the outer one, its parent.
-
-    The parent that the system gives an orphan is of another session.
-    """
-    try:
-        words = (proc / str(pid) / "cmdline").read_bytes().split(b"\0")
-        own, parent = (_fields(p, proc) for p in (pid, int(_fields(pid, proc)[1])))
-    except (OSError, IndexError):
-        return False
-    return b"deepspeed.launcher.launch" in words and own[3] != parent[3]
 
 
 def _watch(above: dict[int, str], gone: Callable[[], object]) -> None:
     pause = threading.Event()
     while not pause.wait(INTERVAL_SECONDS):
         for pid, started in above.items():
-            now = _status(pid, Path("/proc"))
+            now = _status(pid)
             if now is None or now[1] != started:
                 logger.warning("the launcher (process %d) is gone: this rank saves and ends", pid)
                 gone()
@@ -92,16 +76,11 @@ def _terminate_this() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _status(pid: int, proc: Path) -> tuple[int, str] | None:
+def _status(pid: int | str) -> tuple[int, str] | None:
     """Parent and start time of a process that has not ended; None: it has."""
     try:
-        fields = _fields(pid, proc)
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    return None if fields[0] in "ZX" else (int(fields[1]), fields[19])
-
-
-def _fields(pid: int, proc: Path) -> list[str]:
-    """State, parent, process group, session and so on, of `/proc/PID/stat`."""
-    text = (proc / str(pid) / "stat").read_text(errors="replace")
-    return text.rpartition(")")[2].split()
+    state, parent, *rest = text.rpartition(")")[2].split()
+    return None if state in "ZX" else (int(parent), rest[17])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from megasparse.distributed.launchers import launchers
+from tests.hangups import heed_hangups
 
 _RANK = """
 import sys, time
@@ -37,7 +39,10 @@ def test_a_rank_ends_when_either_launcher_does(tmp_path, killed, number):
         (tmp_path / name).write_text(textwrap.dedent(_LAUNCHER))
     outer, inner = (str(tmp_path / name) for name in ("deepspeed", "launch.py"))
     process = subprocess.Popen(
-        [sys.executable, outer, _RANK, inner], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, outer, _RANK, inner],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=heed_hangups,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"2\n"
@@ -50,6 +55,29 @@ def test_a_rank_ends_when_either_launcher_does(tmp_path, killed, number):
     assert not _alive(rank)
     process.kill()
     process.wait()
+
+
+@pytest.mark.parametrize("start", ["setsid --wait", "orphan", "namespace"])
+def test_a_launcher_without_a_parent_may_have_been_started_so(tmp_path, start):
+    """By sshd (a session of its own), by `nohup` in a shell that has ended, in a container."""
+    if start == "namespace":
+        start = "unshare --pid --fork --mount-proc"
+        if subprocess.run([*start.split(), "true"], capture_output=True).returncode:
+            pytest.skip("needs the right to make a PID namespace")
+    inner = tmp_path / "launch.py"
+    inner.write_text(textwrap.dedent(_LAUNCHER))
+    # The rank trains for many looks at its launcher.
+    rank = _RANK.replace("sleep(60)", "sleep(1)") + "print('trained')"
+    name = ["-X", "deepspeed.launcher.launch"]  # a word of DeepSpeed's command
+    command = shlex.join([sys.executable, *name, str(inner), rank, "-c"])
+    if start == "orphan":
+        # The launcher begins when the shell that started it has ended.
+        wait = "while read -r _ _ _ parent _ < /proc/$$/stat; [ $parent = $0 ]; do sleep 0.02; done"
+        command = f"bash -c {shlex.quote(wait + '; exec ' + command)} $$ &"
+    else:
+        command = f"{start} {command}"
+    done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, timeout=60)
+    assert done.stdout == b"1\ntrained\n"
 
 
 def test_shells_and_other_parents_are_no_launchers(tmp_path):

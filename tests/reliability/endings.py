@@ -27,6 +27,7 @@ from megasparse.metrics.schema import read_metrics
 from tests import forked
 from tests.checkpoint.saves import META, check_content, tensors_of
 from tests.dist import free_port
+from tests.hangups import heed_hangups
 from tests.reliability.runs import flags
 from tests.runs import TINY
 
@@ -54,6 +55,7 @@ def start_script(run: list[str], log: Path, *launcher: str, **options: Any) -> s
             stdout=stream,
             stderr=stream,
             start_new_session=True,
+            preexec_fn=heed_hangups,
             **options,
         )
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from tests.dist import free_port
 from tests.forkserver import context
-from tests.hangups import heed_hangups
 
 
 def start(
@@ -82,7 +81,6 @@ def serve(
     Args:
         before: called after all imports.
     """
-    heed_hangups()
     # First of all, as the launcher script does; the log's existence tells that it is done.
     from megasparse.distributed.signals import StopRequest
 

@@ -27,7 +27,6 @@ from megasparse.metrics.schema import read_metrics
 from tests import forked
 from tests.checkpoint.saves import META, check_content, tensors_of
 from tests.dist import free_port
-from tests.hangups import heed_hangups
 from tests.reliability.runs import flags
 from tests.runs import TINY
 
@@ -55,7 +54,8 @@ def start_script(run: list[str], log: Path, *launcher: str, **options: Any) -> s
             stdout=stream,
             stderr=stream,
             start_new_session=True,
-            preexec_fn=heed_hangups,
+            # Also when these tests run under `nohup`, whose processes ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             **options,
         )
 

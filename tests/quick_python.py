@@ -32,7 +32,10 @@ if sys.argv[1].startswith("-") and sys.argv[1] not in ("-m", "-u", "-B"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    request = json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode()
+    environment = dict(os.environ)
+    if "RANK" in environment:  # ranks of one launcher have different parents as forks
+        environment.setdefault("MEGASPARSE_LAUNCH", str(os.getppid()))
+    request = json.dumps([sys.argv, os.getcwd(), environment]).encode()
     socket.send_fds(server, [len(request).to_bytes(4, "little")], [0, 1, 2])
     server.sendall(request)
     code = server.recv(4)

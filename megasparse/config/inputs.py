@@ -40,7 +40,7 @@ def locate(config: RunConfig, fields: Iterable[FieldInfo]) -> None:
         if not kind or not value:
             continue
         if isinstance(value, list):
-            located = [word if _is_number(word) else _located(word, kind) for word in value]
+            located = [word if is_number(word) else _located(word, kind) for word in value]
             setattr(group, info.name, located)
         else:
             setattr(group, info.name, _located(value, kind))
@@ -51,7 +51,8 @@ def _located(path: str, kind: str) -> str:
     return os.path.abspath(expanded) if kind == "read" and expanded.strip() else expanded
 
 
-def _is_number(word: str) -> bool:
+def is_number(word: str) -> bool:
+    """Whether a word of `--data-path` is a weight, not a path."""
     try:
         float(word)
     except ValueError:

@@ -18,6 +18,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megasparse.config.inputs import is_number
 from megasparse.errors import ConfigError
 
 SPLITS = ("train", "valid", "test")
@@ -44,7 +45,7 @@ def parse_data_path(value: str | Sequence[str], name: str = "--data-path") -> Bl
     words = value.split() if isinstance(value, str) else list(value)
     if not words:
         raise ConfigError(f"{name}: found nothing, expected at least one dataset prefix")
-    numeric = [_is_number(word) for word in words]
+    numeric = [is_number(word) for word in words]
     if not any(numeric):
         blend = Blend(tuple(words), None)
     elif len(words) % 2 == 0 and numeric == [True, False] * (len(words) // 2):
@@ -72,7 +73,7 @@ def parse_split(value: str, name: str = "--split") -> tuple[float, float, float]
         ConfigError: not one to three finite numbers of at least 0, or none for training.
     """
     words = [word.strip() for word in value.split(",")]
-    if len(words) > len(SPLITS) or not all(_is_number(word) for word in words):
+    if len(words) > len(SPLITS) or not all(is_number(word) for word in words):
         raise ConfigError(
             f"{name}: found {value!r}, expected up to three numbers such as 969,30,1 "
             f"({', '.join(SPLITS)})"
@@ -87,14 +88,6 @@ def parse_split(value: str, name: str = "--split") -> tuple[float, float, float]
     if not math.isfinite(total):
         raise ConfigError(f"{name}: found {value!r}, whose sum is not finite")
     return parts[0] / total, parts[1] / total, parts[2] / total
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_prefixes(prefixes: Sequence[str], name: str) -> None:

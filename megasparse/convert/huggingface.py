@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from megasparse.convert.architecture import BASE_PREFIXES, architecture_of, model_config
+from megasparse.convert.architecture import architecture_of, model_config
+from megasparse.convert.families import FAMILIES
 from megasparse.convert.layout import Rule, rules
 from megasparse.convert.source import require_finite
 from megasparse.errors import CheckpointError
@@ -35,8 +36,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPES.items() if name in ("F32", "BF1
 # S-STE's scale of each weight, where the folder holds the dense weights of such a run.
 SCALES = "s_ste_scale.json"
 # Buffers that old checkpoints carry: functions of the configuration.
-_BUFFERS = re.compile(r".*(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias))")
-_TIED = "lm_head.weight"
+_BUFFERS = re.compile(r".*(\.rotary_emb\.inv_freq|\.(attn|attention)\.(bias|masked_bias))")
 
 
 class HuggingFaceModel:
@@ -60,6 +60,9 @@ class HuggingFaceModel:
         self.where = str(folder)
         self.model = model_config(self.config, str(folder / CONFIG))
         self.architecture = architecture_of(self.config, str(folder / CONFIG))
+        self._family = FAMILIES[self.architecture]
+        # The output layer's weight, which a tied model may store too.
+        self._tied = f"{self._family.modules['output_layer']}.weight"
         self.origin: dict[str, Any] = {
             "format": "huggingface",
             "architecture": self.architecture,
@@ -169,10 +172,10 @@ class HuggingFaceModel:
 
     def _strip_prefix(self) -> None:
         """The base model's names, as GPT-2's first release has them, become the whole model's."""
-        wanted = BASE_PREFIXES[self.architecture]
+        wanted = self._family.prefix
         if not any(name.startswith(wanted) for name in self._found):
             self._found = {
-                name if name == _TIED else wanted + name: value
+                name if name == self._tied else wanted + name: value
                 for name, value in self._found.items()
             }
 
@@ -189,7 +192,7 @@ class HuggingFaceModel:
                         f"{file}: {key}: found shape {found}, expected {shape} ({CONFIG})"
                     )
                 used.add(part)
-        if not self.model.untie_embeddings_and_output_weights and _TIED in self._found:
+        if not self.model.untie_embeddings_and_output_weights and self._tied in self._found:
             self._check_tied(used)
         if unknown := sorted(self._found.keys() - used):
             raise CheckpointError(
@@ -198,13 +201,14 @@ class HuggingFaceModel:
             )
 
     def _complain_of_missing(self, part: str) -> None:
-        if part == _TIED:
+        if part == self._tied:
             raise CheckpointError(
                 f"{self.folder}: holds no {part}, but {CONFIG} says tie_word_embeddings false"
             )
-        if "embed_tokens" in part or part.endswith("wte.weight"):
-            tied = _TIED in self._found
-            hint = f" ({_TIED} alone: the tied weights are kept with the embedding)" if tied else ""
+        if part in self._rules["embedding.word_embeddings.weight"].parts:
+            tied = self._tied in self._found
+            alone = f" ({self._tied} alone: the tied weights are kept with the embedding)"
+            hint = alone if tied else ""
             raise CheckpointError(f"{self.folder}: holds no {part}{hint}")
         raise CheckpointError(f"{self.folder}: holds no {part}, which {CONFIG} implies")
 
@@ -212,14 +216,14 @@ class HuggingFaceModel:
         """A tied model may store its output weights all the same, if they are the embedding."""
         rule = self._rules["embedding.word_embeddings.weight"]
         (embedding,) = rule.parts
-        if self._found[_TIED][3] != rule.shape or not torch.equal(
-            self._tensor(_TIED), self._tensor(embedding)
+        if self._found[self._tied][3] != rule.shape or not torch.equal(
+            self._tensor(self._tied), self._tensor(embedding)
         ):
             raise CheckpointError(
-                f"{self._found[_TIED][0]}: {_TIED} is not the embedding, but {CONFIG} says "
-                "tie_word_embeddings true"
+                f"{self._found[self._tied][0]}: {self._tied} is not the embedding, but {CONFIG} "
+                "says tie_word_embeddings true"
             )
-        used.add(_TIED)
+        used.add(self._tied)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,25 +3,29 @@
 megasparse's parameters are megatron-core's. Where the two differ:
 
 - Q, K and V are one matrix, interleaved by query group: for each group its queries, its key, its
-  value, `kv_channels` rows each. Hugging Face has three (LLaMA), or one after the other (GPT-2);
-- gate and up are one matrix, one after the other;
-- GPT-2's matrices are stored `(in, out)` ("Conv1D"), megasparse's `(out, in)`.
+  value, `kv_channels` rows each. Hugging Face has three (LLaMA), one after the other (GPT-2), or
+  the same order (GPT-NeoX);
+- gate and up are one matrix, one after the other; Hugging Face has two or the same;
+- GPT-2's matrices are stored `(in, out)` ("Conv1D"), megasparse's `(out, in)`;
+- OPT's table of positions begins with rows for padding.
 
 Rotary positions rotate halves in both, so no rows are permuted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megasparse.config import CompleteModel
 from megasparse.config.shapes import parameters
-from megasparse.convert.architecture import GPT2
+from megasparse.convert.families import FAMILIES, Family
 
 Tensors = list[torch.Tensor]
+Split = Callable[[torch.Tensor], Tensors]
+Join = Callable[[Tensors], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Rule:
     name: str
     shape: tuple[int, ...]
     parts: tuple[str, ...]
-    split: Callable[[torch.Tensor], Tensors]
-    join: Callable[[Tensors], torch.Tensor]
+    split: Split
+    join: Join
     transposed: bool = False
 
     def part_shapes(self) -> list[tuple[int, ...]]:
@@ -57,7 +61,8 @@ def rules(model: CompleteModel, architecture: str) -> list[Rule]:
         model: its sizes and style.
         architecture: of Hugging Face.
     """
-    return list(_gpt2(model) if architecture == GPT2 else _llama(model))
+    family = FAMILIES[architecture]
+    return [_rule(name, shape, model, family) for name, shape in parameter_shapes(model).items()]
 
 
 def parameter_shapes(model: CompleteModel) -> dict[str, tuple[int, ...]]:
@@ -86,81 +91,49 @@ def join_qkv(parts: Sequence[torch.Tensor], model: CompleteModel) -> torch.Tenso
     return torch.cat(views, 1).reshape(-1, *rest)
 
 
-def _one(name: str, shape: tuple[int, ...], part: str) -> Rule:
-    return Rule(name, shape, (part,), lambda whole: [whole], lambda parts: parts[0])
+def _rule(name: str, shape: tuple[int, ...], model: CompleteModel, family: Family) -> Rule:
+    module, kind, layer = _place(name, family.layers)
+    theirs = family.modules[module]
+    parts = (theirs,) if isinstance(theirs, str) else theirs
+    split, join = _parts(module, len(parts), model, family)
+    # Weights of norms are vectors.
+    transposed = family.transposed and bool(layer) and len(shape) == 2
+    if transposed:
+        split, join = _in_out(split, join)
+    return Rule(name, shape, tuple(f"{layer}{p}.{kind}" for p in parts), split, join, transposed)
 
 
-def _conv1d(name: str, shape: tuple[int, ...], part: str) -> Rule:
-    """A weight stored `(in, out)`."""
-    return Rule(
-        name,
-        shape,
-        (part,),
-        lambda whole: [whole.t().contiguous()],
-        lambda parts: parts[0].t().contiguous(),
-        transposed=True,
+def _parts(module: str, count: int, model: CompleteModel, family: Family) -> tuple[Split, Join]:
+    """How a parameter of ours becomes theirs, and back."""
+    if module == "self_attention.linear_qkv":
+        if count == 3:
+            return lambda w: split_qkv(w, model), lambda parts: join_qkv(parts, model)
+        if family.fused_qkv == "one after the other":
+            return _one_after_the_other(model)
+    if count > 1:
+        return lambda w: list(w.chunk(count)), torch.cat
+    if module == "embedding.position_embeddings" and family.first_position:
+        first = family.first_position
+        return lambda w: [torch.cat([w.new_zeros(first, w.shape[1]), w])], lambda p: p[0][first:]
+    return lambda w: [w], lambda parts: parts[0]
+
+
+def _one_after_the_other(model: CompleteModel) -> tuple[Split, Join]:
+    """Q, K and V in one tensor."""
+    keys = model.num_query_groups * model.kv_channels
+    sizes = [model.num_attention_heads * model.kv_channels, keys, keys]
+    return (
+        lambda whole: [torch.cat(split_qkv(whole, model))],
+        lambda parts: join_qkv(parts[0].split(sizes), model),
     )
 
 
-def _llama(model: CompleteModel) -> Iterator[Rule]:
-    simple = {
-        "embedding.word_embeddings": "model.embed_tokens",
-        "decoder.final_layernorm": "model.norm",
-        "output_layer": "lm_head",
-        "input_layernorm": "input_layernorm",
-        "pre_mlp_layernorm": "post_attention_layernorm",
-        "self_attention.linear_proj": "self_attn.o_proj",
-        "mlp.linear_fc2": "mlp.down_proj",
-    }
-    for name, shape in parameter_shapes(model).items():
-        module, kind, layer = _place(name, "model.layers.")
-        if module == "self_attention.linear_qkv":
-            parts = tuple(f"{layer}self_attn.{one}_proj.{kind}" for one in "qkv")
-            yield Rule(
-                name,
-                shape,
-                parts,
-                lambda whole: split_qkv(whole, model),
-                lambda parts: join_qkv(parts, model),
-            )
-        elif module == "mlp.linear_fc1":
-            parts = tuple(f"{layer}mlp.{one}_proj.{kind}" for one in ("gate", "up"))
-            yield Rule(name, shape, parts, lambda whole: list(whole.chunk(2)), torch.cat)
-        else:
-            yield _one(name, shape, f"{layer}{simple[module]}.{kind}")
-
-
-def _gpt2(model: CompleteModel) -> Iterator[Rule]:
-    simple = {
-        "embedding.word_embeddings": "transformer.wte",
-        "embedding.position_embeddings": "transformer.wpe",
-        "decoder.final_layernorm": "transformer.ln_f",
-        "output_layer": "lm_head",
-        "input_layernorm": "ln_1",
-        "pre_mlp_layernorm": "ln_2",
-        "self_attention.linear_proj": "attn.c_proj",
-        "self_attention.linear_qkv": "attn.c_attn",
-        "mlp.linear_fc1": "mlp.c_fc",
-        "mlp.linear_fc2": "mlp.c_proj",
-    }
-
-    def split(whole: torch.Tensor) -> Tensors:
-        flat = torch.cat(split_qkv(whole, model))
-        return [flat.t().contiguous() if flat.dim() == 2 else flat]
-
-    def join(parts: Tensors) -> torch.Tensor:
-        flat = parts[0].t() if parts[0].dim() == 2 else parts[0]
-        return join_qkv(flat.chunk(3), model).contiguous()
-
-    for name, shape in parameter_shapes(model).items():
-        module, kind, layer = _place(name, "transformer.h.")
-        part = f"{layer}{simple[module]}.{kind}"
-        if module == "self_attention.linear_qkv":
-            yield Rule(name, shape, (part,), split, join, transposed=kind == "weight")
-        elif layer and len(shape) == 2:
-            yield _conv1d(name, shape, part)
-        else:
-            yield _one(name, shape, part)
+def _in_out(split: Split, join: Join) -> tuple[Split, Join]:
+    """The same of matrices that are stored `(in, out)`."""
+    return (
+        lambda whole: [part.t().contiguous() for part in split(whole)],
+        lambda parts: join([part.t() for part in parts]).contiguous(),
+    )
 
 
 def _place(name: str, layers: str) -> tuple[str, str, str]:

@@ -8,7 +8,7 @@ import torch
 
 from megasparse.config import CompleteModel, ResolvedModel
 from megasparse.config.shapes import VOCABULARY
-from megasparse.convert.architecture import DEFINING, ROTARY
+from megasparse.convert.architecture import differences
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.tensor_files import Entry
 
@@ -73,17 +73,11 @@ def check_model(source: Source, model: ResolvedModel, vocab_size: int) -> None:
         ConfigError: names the field with both values.
     """
     found = source.model
-    names = list(DEFINING)
-    if found.position_embedding_type == "rope":
-        names += ROTARY if found.use_rope_scaling or model.use_rope_scaling else ROTARY[:3]
-    else:
-        names.append("max_position_embeddings")
-    for name in names:
-        if getattr(found, name) != getattr(model, name):
-            raise ConfigError(
-                f"{source.where} has {name} {getattr(found, name)!r}, this run has "
-                f"{getattr(model, name)!r}"
-            )
+    for name in differences(found, model):
+        raise ConfigError(
+            f"{source.where} has {name} {getattr(found, name)!r}, this run has "
+            f"{getattr(model, name)!r}"
+        )
     if found.vocab_size != vocab_size:
         raise ConfigError(
             f"{source.where} has vocab_size {found.vocab_size}, this run has {vocab_size} "

@@ -61,6 +61,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]==2.20.2"],
+        "evaluation": ["lm-eval>=0.4.9"],
         "data": ["pyarrow>=17", "zstandard>=0.23"],
         "test": [
             "pytest>=8.3",
@@ -72,6 +73,7 @@ setup(
             "zstandard>=0.23",
             "wandb>=0.19",
             "mlflow-skinny>=3",
+            "lm-eval>=0.4.9",
         ],
         "trackers": ["wandb>=0.19", "mlflow-skinny>=3"],
         "dev": [
@@ -84,6 +86,7 @@ setup(
             "zstandard>=0.23",
             "wandb>=0.19",
             "mlflow-skinny>=3",
+            "lm-eval>=0.4.9",
             "ruff==0.17.6",
             "mypy==2.4.1",
             "types-PyYAML",

@@ -66,6 +66,7 @@ DOORS = {
     "tensorboard": ["megasparse/metrics/trackers.py"],
     "wandb": ["megasparse/metrics/trackers.py"],
     "mlflow": ["megasparse/metrics/trackers.py"],
+    "lm_eval": ["megasparse/inference/eval_harness.py"],
     "matplotlib": ["megasparse/metrics/plots.py"],
 }
 

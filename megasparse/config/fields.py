@@ -75,7 +75,7 @@ def convert(info: FieldInfo, value: Any, source: str) -> Any:
         if any(isinstance(item, (dict, list)) or item is None for item in items):
             raise wrong
         texts = [str(item) for item in items]
-        if any(not _is_text(text) for text in texts):
+        if any(not _is_text(text, info.metadata.get("empty")) for text in texts):
             raise wrong
         return texts
     if info.kind is bool:

@@ -82,6 +82,7 @@ _OURS = """
     override_schedule override_precision override_model override_recipe override_distillation
     override_rng fp8_fallback calibration_samples log_level log_csv log_layers peak_tflops
     sample_prompt sample_tokens profile_eager mlflow_experiment mlflow_run_name
-    mlflow_tracking_uri
+    mlflow_tracking_uri sample_interval eval_harness_tasks eval_harness_interval
+    eval_harness_num_fewshot eval_harness_limit eval_harness_include_path
 """
 OURS_ALONE = frozenset(_OURS.split())

@@ -21,6 +21,7 @@ from megasparse.config.schema_training import ParallelConfig, TrainConfig
 from megasparse.errors import ConfigError
 
 Group = TypeVar("Group")
+SAMPLE_TOKENS = 64
 
 
 class ResolvedModel(ModelConfig):
@@ -64,9 +65,10 @@ class ResolvedCheckpoint(CheckpointConfig):
 
 
 class ResolvedLogging(LoggingConfig):
-    """Logging with its folder known."""
+    """Logging with its folder and the length of samples known."""
 
     tensorboard_dir: str
+    sample_tokens: int
 
 
 class ResolvedConfig(RunConfig):
@@ -101,7 +103,7 @@ def fill_defaults(config: RunConfig, world_size: int) -> ResolvedConfig:
     copy.checkpoint.save = copy.checkpoint.save or f"{run_dir}/checkpoints"
     if _is_continued(config):
         copy.checkpoint.load, copy.checkpoint.resume = None, True
-    copy.logging.tensorboard_dir = copy.logging.tensorboard_dir or f"{run_dir}/tensorboard"
+    _fill_logging(copy.logging, run_dir)
     return ResolvedConfig(
         **{
             name: narrowed(kind, getattr(copy, name), name)
@@ -140,6 +142,12 @@ def _fill_model(model: ModelConfig) -> None:
     model.num_query_groups = model.num_query_groups or model.num_attention_heads
     model.group_query_attention = model.num_query_groups != model.num_attention_heads
     model.max_position_embeddings = model.max_position_embeddings or model.seq_length
+
+
+def _fill_logging(logging: LoggingConfig, run_dir: str) -> None:
+    logging.tensorboard_dir = logging.tensorboard_dir or f"{run_dir}/tensorboard"
+    if logging.sample_tokens is None:
+        logging.sample_tokens = 0 if logging.sample_interval is None else SAMPLE_TOKENS
 
 
 def _fill_parallel(config: RunConfig) -> None:

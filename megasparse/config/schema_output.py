@@ -123,5 +123,27 @@ class LoggingConfig:
         "dense peak of a GPU (or CPU) for MFU; default: known GPUs' in the precision in use",
         above=0.0,
     )
-    sample_prompt: str = option("", "text that the sample at the end continues", empty=True)
-    sample_tokens: int = option(0, "length of the sample at the end; 0: none", at_least=0)
+    sample_prompt: list[str] = option(
+        [""], "texts that samples continue; an empty one: the model begins", empty=True
+    )
+    sample_tokens: int | None = option(
+        None, "length of a sample; 0: none; default: 64 with sample-interval, else 0", at_least=0
+    )
+    sample_interval: int | None = option(
+        None, "steps between samples; default: one at the end", at_least=1
+    )
+    eval_harness_tasks: list[str] = option(
+        [], "tasks of lm-evaluation-harness that the model is evaluated on; needs lm-eval"
+    )
+    eval_harness_interval: int | None = option(
+        None, "steps between these evaluations; default: one at the end", at_least=1
+    )
+    eval_harness_num_fewshot: int | None = option(
+        None, "examples before each question; default: what the task says", at_least=0
+    )
+    eval_harness_limit: int | None = option(
+        None, "questions of each task; default: all", at_least=1
+    )
+    eval_harness_include_path: str | None = option(
+        None, "folder of more tasks, in lm-eval's YAML", path="read"
+    )

@@ -54,8 +54,8 @@ class ParallelConfig:
         60.0,
         "seconds without progress after which a rank is taken to hang in a step or an evaluation; "
         "5 times as long in a save, 20 times while indices and model are built, a checkpoint is "
-        "loaded, in the first step and in the report; 0: never. Time in which all are suspended "
-        "does not count",
+        "loaded, in the first step, between batches of tasks and in the report; 0: never. Time in "
+        "which all are suspended does not count",
         at_least=0.0,
     )
     listen_on_all_interfaces: bool = option(

@@ -53,6 +53,7 @@ def problems_of(config: RunConfig, world_size: int) -> list[str]:
         *_check_train(config.train, resolved, world_size),
         *_check_data(resolved.data, resolved.model),
         *_check_profile(resolved.logging),
+        *_check_texts(resolved),
         *_check_start(resolved),
         *_check_slorb(resolved),
         *_check_fp8(resolved),
@@ -241,6 +242,17 @@ def _check_data(data: DataConfig, model: ResolvedModel) -> Iterator[str]:
         yield "vocab_file and merge_file go together, found one of them"
     elif data.vocab_file is not None and data.tokenizer_model is not None:
         yield "tokenizer_model and vocab_file are both set, expected one tokenizer"
+
+
+def _check_texts(config: ResolvedConfig) -> Iterator[str]:
+    """What is made of texts needs a tokenizer."""
+    if config.data.tokenizer_model is not None or config.data.vocab_file is not None:
+        return
+    if config.logging.eval_harness_tasks:
+        yield "eval_harness_tasks is set without tokenizer_model: tasks are texts"
+    # Mock data have a tokenizer of numbers.
+    if config.logging.sample_interval is not None and not config.data.mock_data:
+        yield "sample_interval is set without tokenizer_model: a run on token ids has no texts"
 
 
 def _check_start(config: ResolvedConfig) -> Iterator[str]:

@@ -13,6 +13,7 @@ injector. The points, in the order of a run:
                         what a step does next; data is read on the first and last stage alone
     step_end            a step was done and recorded
     evaluate            a micro-batch of an evaluation
+    tasks               rank 0 prepares or judges tasks of an evaluation, others wait for it
     evaluated           an evaluation has ended
     save                a save is about to begin
     save:NAME           a point within a save: begin, file, sync, manifest, rename, pointer, prune

@@ -16,6 +16,7 @@ PHASES = {
     "micro_batch": ("step {next}, micro-batch {micro_batch}", 1.0),
     "backward": ("step {next}, backward of micro-batch {micro_batch}", 1.0),
     "evaluate": ("evaluation, micro-batch {micro_batch}", 1.0),
+    "tasks": ("evaluation on tasks", STARTING),
     "evaluated": ("after an evaluation", WRITING),
     "save": ("save of step {step}", WRITING),
     "saved": ("after a save", WRITING),

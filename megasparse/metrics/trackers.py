@@ -155,7 +155,7 @@ class MLflow:
             self._client.log_batch(self._id, metrics=rows[first : first + 1000])
 
     def text(self, step: int, tag: str, text: str) -> None:
-        self._client.log_text(self._id, text, f"{tag}-{step}.txt")
+        self._client.log_text(self._id, text, f"{tag.replace('/', '-')}-{step}.txt")
 
     def flush(self) -> None:
         """It sends by itself."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,6 +49,10 @@ class MetricsWriter:
         if logging.log_csv:
             lines = [_csv_line({m.key: m.key for m in METRICS}), *map(_csv_line, kept)]
             self._csv = _reopen(run_dir / "metrics.csv", lines)
+        self._samples: TextIO | None = None
+        if logging.sample_tokens:
+            path = run_dir / "samples.jsonl"
+            self._samples = _reopen(path, map(_line, _rows_until(path, resume_step)))
         self._trackers = open_trackers(run_dir, logging, resume_step, settings)
 
     def write(self, row: Row, layers: Layers | None = None) -> None:
@@ -66,19 +71,25 @@ class MetricsWriter:
         scalars = {m.tag: row[m.key] for m in METRICS if m.tag and row.get(m.key) is not None}
         for name, loss in (row.get("valid_losses") or {}).items():
             scalars[f"curves/validation_loss_{name}"] = loss
+        for name, value in (row.get("tasks") or {}).items():
+            scalars[f"evaluation/{name.replace('/', '_')}"] = value
         for name, figures in (layers or {}).items():
             scalars |= {f"z_layers_{figure}/{name}": value for figure, value in figures.items()}
         for tracker in self._trackers:
             tracker.scalars(row["step"], scalars)
 
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Show a text with the curves."""
-        for tracker in self._trackers:
-            tracker.text(step, tag, text)
+    def samples(self, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
+        """Texts that the model has written, one for each prompt; shown with the curves."""
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            if self._samples is not None:
+                self._samples.write(_line({"step": step, "prompt": prompt, "text": text}))
+            tag = "samples" if len(texts) == 1 else f"samples/{number}"
+            for tracker in self._trackers:
+                tracker.text(step, tag, text)
 
     def flush(self) -> None:
         """Hand everything to the system, so that a killed process loses nothing up to here."""
-        for stream in (self._rows, self._layers, self._csv):
+        for stream in (self._rows, self._layers, self._csv, self._samples):
             if stream is not None:
                 stream.flush()
         for tracker in self._trackers:
@@ -86,7 +97,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush everything to disk."""
-        for stream in (self._rows, self._layers, self._csv):
+        for stream in (self._rows, self._layers, self._csv, self._samples):
             if stream is not None:
                 stream.close()
         for tracker in self._trackers:

@@ -164,6 +164,7 @@ def _checks(config: ResolvedConfig) -> list[Callable[[], object]]:
     checks = [
         _check_recipe,
         _check_trackers,
+        _check_tasks,
         _check_save,
         _check_load,
         _check_load_hf,
@@ -200,6 +201,15 @@ def _check_trackers(config: ResolvedConfig) -> None:
                 f"{name} {value!r}: the package {package} is not installed; pip install {package}, "
                 "or leave the flag out (TensorBoard files are always written)"
             )
+
+
+def _check_tasks(config: ResolvedConfig) -> None:
+    wanted = config.logging.eval_harness_tasks
+    if wanted and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"eval_harness_tasks {' '.join(wanted)}: the package lm-eval is not installed; pip "
+            "install lm-eval, or leave the flag out"
+        )
 
 
 def _check_save(config: ResolvedConfig) -> None:

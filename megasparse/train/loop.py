@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ from megasparse.distributed.events import Events
 from megasparse.distributed.signals import StopRequest, describe
 from megasparse.errors import EXIT_PREEMPTED
 from megasparse.estimate import expectation
-from megasparse.inference.sampling import sample_text
 from megasparse.log import logger
 from megasparse.megatron.consistency import check_replicas
-from megasparse.megatron.data.batches import VALID_SET, RunData, batches, samples_digest
+from megasparse.megatron.data.batches import RunData, batches, samples_digest
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train import checkpoint
@@ -31,6 +29,7 @@ from megasparse.train.agreement import Agreement
 from megasparse.train.build import build_engine
 from megasparse.train.engine.base import StepResult
 from megasparse.train.engine.step_guard import NonFiniteStep, Poison
+from megasparse.train.evaluations import Evaluations
 from megasparse.train.initial_weights import WeightSources, put_initial_weights
 from megasparse.train.recorder import Recorder, Row
 from megasparse.train.report import finish
@@ -78,6 +77,7 @@ class Trainer:
         )
         self.folder = RunFolder(config, services.control)
         self._events("load")
+        self.evaluations = Evaluations(config, grid, data, services.control, services.events)
         reader = self.folder.find_checkpoint(data.digests)
         if reader is not None and not reader.imported:
             config = self.config = _from_where_it_is(config, reader)
@@ -132,9 +132,9 @@ class Trainer:
             done = self.controller.clock.step == self.config.train.train_iters
             if done and self.state.pending_row is None:
                 self._passed("report")
-                sample = self._sample()
-                self.recorder.close(sample)
-                finish(self.config, self.recipe, self.services.control, sample)
+                samples = self.evaluations.samples(self.engine.layout, self.controller.clock.step)
+                self.recorder.close(samples)
+                finish(self.config, self.recipe, self.services.control, samples)
                 return 0
             self.recorder.close()
             logger.info("stopped at step %d (%s)", self.controller.clock.step, reason)
@@ -172,6 +172,7 @@ class Trainer:
             row = self._step(stream)
             if self.state.pending_row is None:
                 self.recorder.write(row)
+                self._show_samples()
             self._passed("step_end")
             if self._save_due():
                 self.recorder.flush()
@@ -181,6 +182,12 @@ class Trainer:
             if self.state.pending_row is not None:
                 return "an evaluation was interrupted"
         return "done"
+
+    def _show_samples(self) -> None:
+        step = self.controller.clock.step
+        if self.evaluations.samples_due(step):
+            self.recorder.show_samples(self.evaluations.samples(self.engine.layout, step))
+            self._passed("evaluated")
 
     def _reason_to_stop(self) -> int:
         """Agreed by all ranks between two steps; a background save that ended is published."""
@@ -196,7 +203,7 @@ class Trainer:
         """Make up for the evaluation that the run before this one had no time for."""
         row, self.state.pending_row = self.state.pending_row, None
         assert row is not None
-        if not self._validate(row):
+        if not self._evaluate(row):
             self.state.pending_row = row
             return False
         self.saver.saved_step = None  # the checkpoint of this step still has the row
@@ -226,14 +233,14 @@ class Trainer:
         interval = self.config.parallel.replica_check_interval
         if interval and clock.step % interval == 0:
             check_replicas(self.engine.model, self.controller, self.grid, clock.step)
-        logging = self.config.logging
-        last = clock.step == train.train_iters
-        due = logging.eval_interval and clock.step % logging.eval_interval == 0
-        if logging.eval_iters and (due or last):
-            if not self._validate(row):
+        if self.evaluations.due(clock.step):
+            if not self._evaluate(row):
                 self.state.pending_row = row
             self._passed("evaluated")
         return row
+
+    def _evaluate(self, row: Row) -> bool:
+        return self.evaluations.complete(row, self.engine.layout, self.agreement)
 
     def _train_step(self, stream: Any) -> StepResult:
         """One step; one with a NaN or infinity is skipped, as often as is allowed."""
@@ -251,35 +258,6 @@ class Trainer:
             return StepResult(None, None, error.lr)
         self.state.skipped_steps = 0
         return result
-
-    def _validate(self, row: Row) -> bool:
-        """Put the validation loss into a row; of several sets also each one's, and their mean.
-
-        False when the run is to stop: an evaluation may be long, the time to save is short.
-        """
-        row["valid_loss"] = None
-        sets = [name for name in self.data.streams if name.startswith(VALID_SET)]
-        losses: dict[str, float] = {}
-        for name in sets or ["valid"]:
-            loss = self._loss_on(name)
-            if loss is None:
-                return False
-            losses[name.removeprefix(VALID_SET)] = loss
-        row["valid_loss"] = sum(losses.values()) / len(losses)
-        if sets:
-            row["valid_losses"] = losses
-        return True
-
-    def _loss_on(self, name: str) -> float | None:
-        """Mean loss over the same first samples of a validation stream every time; None: stop."""
-        stream = batches(self.data.streams[name], self.config, self.grid, 0)
-        # Of whole batches, whatever the size of the step before.
-        steps = gradient_accumulation_steps(self.config, self.grid.world)
-        iterations = self.config.logging.eval_iters * steps
-        numbers = itertools.count()
-        return self.engine.layout.evaluate(
-            stream, iterations, lambda: self.agreement.in_evaluation(next(numbers))
-        )
 
     def _save_due(self) -> bool:
         interval = self.config.checkpoint.save_interval
@@ -312,21 +290,6 @@ class Trainer:
             self.grid.tp_size,
             self.grid.pp_size,
             self.grid.dp_size,
-        )
-
-    def _sample(self) -> str | None:
-        """A text of the trained model; all ranks take part."""
-        logging, tokenizer = self.config.logging, self.data.tokenizer
-        if not logging.sample_tokens or tokenizer is None:
-            return None
-        return sample_text(
-            self.engine.layout.logits,
-            tokenizer,
-            logging.sample_prompt,
-            logging.sample_tokens,
-            self.config.model.seq_length,
-            self.config.train.seed,
-            self.grid.device,
         )
 
 

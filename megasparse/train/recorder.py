@@ -142,13 +142,25 @@ class Recorder:
         if self._writer is not None:
             self._writer.flush()
 
-    def close(self, sample: str | None = None) -> None:
-        """The end of the run, with a text of the model."""
+    def show_samples(self, texts: list[str]) -> None:
+        """Texts of the model as it is, to the files and to the screen."""
+        step = self._controller.clock.step
+        self._keep_samples(texts)
+        if self._writer is not None and texts:
+            lines = [f"  | {line}" for text in texts for line in text.split("\n")]
+            logger.info("%s", "\n".join([f"samples at step {step}:", *lines]))
+
+    def close(self, samples: list[str] | None = None) -> None:
+        """The end of the run, with texts of the model."""
         self.profiler.close()
+        self._keep_samples(samples or [])
         if self._writer is not None:
-            if sample is not None:
-                self._writer.text(self._controller.clock.step, "sample", sample)
             self._writer.close()
+
+    def _keep_samples(self, texts: list[str]) -> None:
+        if self._writer is not None and texts:
+            prompts = self._config.logging.sample_prompt
+            self._writer.samples(self._controller.clock.step, prompts, texts)
 
     def _is_logged(self, step: int) -> bool:
         if self.only_log is not None:

@@ -33,7 +33,7 @@ def format_report(
     tensors: list[TensorReport],
     recipe: SparsityRecipe,
     places: dict[str, Path],
-    sample: str | None,
+    samples: list[str],
 ) -> str:
     """The final table as text.
 
@@ -41,7 +41,7 @@ def format_report(
         step: of the checkpoint.
         rows: of metrics.jsonl.
         places: what is where.
-        sample: generated text, or None.
+        samples: generated texts.
     """
     lines = ["", f"Run finished: recipe {recipe.name}, {step} steps", ""]
     facts = []
@@ -53,6 +53,8 @@ def format_report(
     if valid:
         facts.append(("validation loss", f"{valid[-1]:.4f}"))
         facts.append(("validation perplexity", f"{math.exp(min(valid[-1], 700.0)):.2f}"))
+    tasks: dict[str, float] = next((row["tasks"] for row in rows[::-1] if row.get("tasks")), {})
+    facts += [(name, f"{value:.4f}") for name, value in tasks.items()]
     flips = [row["flip_rate"] for row in rows if row.get("flip_rate") is not None]
     if flips:
         facts.append(("flip rate, start and end", f"{flips[0]:.4f} -> {flips[-1]:.4f}"))
@@ -64,7 +66,7 @@ def format_report(
     if tensors:
         lines += ["", "  Effective weights in the saved checkpoint:"]
         lines += [f"  {line}" for line in format_tensors(tensors)]
-    if sample is not None:
+    for sample in samples:
         lines += ["", "  Sample of the model:", *(f"  | {line}" for line in sample.splitlines())]
     return "\n".join(lines)
 
@@ -77,7 +79,7 @@ def next_commands(config: ResolvedConfig, recipe: SparsityRecipe) -> list[str]:
     """What people do next with a finished run: look at it, try it, take it away."""
     run, shell = config.checkpoint.run_dir, shlex.quote
     if config.data.tokenizer_model is not None:
-        prompt = shell(config.logging.sample_prompt or "The")
+        prompt = shell(next(filter(None, config.logging.sample_prompt), "The"))
         second = f"{_command('generate')} --load {shell(run)} --prompt {prompt}"
     else:
         second = f"{_command('plot')} {shell(run)} --output {shell(run + '/curves')}"
@@ -97,7 +99,7 @@ def _command(name: str) -> str:
 
 
 def finish(
-    config: ResolvedConfig, recipe: SparsityRecipe, control: ControlPlane, sample: str | None
+    config: ResolvedConfig, recipe: SparsityRecipe, control: ControlPlane, samples: list[str]
 ) -> None:
     """Check the saved checkpoint and print the table; all ranks share the reading.
 
@@ -120,7 +122,7 @@ def finish(
 
     control.on_all_ranks(examine)
     collected = control.collect([dataclasses.asdict(report) for report in mine])
-    control.on_rank_zero(lambda: _print(config, recipe, reader, collected or [], sample))
+    control.on_rank_zero(lambda: _print(config, recipe, reader, collected or [], samples))
 
 
 def _print(
@@ -128,7 +130,7 @@ def _print(
     recipe: SparsityRecipe,
     reader: CheckpointReader,
     collected: list[list[dict[str, Any]]],
-    sample: str | None,
+    samples: list[str],
 ) -> None:
     """Rank 0: the table of what all ranks have found."""
     in_order = (found for row in zip_longest(*collected) for found in row if found is not None)
@@ -142,7 +144,7 @@ def _print(
     }
     rows = read_metrics(run_dir / "metrics.jsonl")
     step = reader.meta["step"]
-    logger.info(format_report(step, rows, tensors, recipe, places, sample))
+    logger.info(format_report(step, rows, tensors, recipe, places, samples))
     lines = [f"    {command}" for command in next_commands(config, recipe)]
     logger.info("%s", "\n".join(["", "  Next:", *lines]))
     require_sparsity(tensors, recipe, step, config.train.train_iters)

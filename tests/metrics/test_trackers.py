@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -20,13 +21,13 @@ FIRST = {"loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_se
 
 def _write(folder: Path, **settings: object) -> None:
     """Two starts of a run: three steps, the last of them anew, with layers and a text."""
-    logging = LoggingConfig(tensorboard_dir=str(folder / "tb"), **settings)  # type: ignore[arg-type]
+    logging = LoggingConfig(tensorboard_dir=str(folder / "tb"), sample_tokens=2, **settings)  # type: ignore[arg-type]
     for resume_step, steps in ((0, (1, 2)), (1, (2, 3))):
         writer = MetricsWriter(folder, logging, resume_step, SETTINGS)  # type: ignore[arg-type]
         for step in steps:
             every = {m.key: 0.5 * step for m in METRICS if m.tag}
             writer.write({**every, "step": step}, {"w": {"density": 0.5}})
-        writer.text(steps[-1], "sample", "def <main>")
+        writer.samples(steps[-1], ["def", ""], ["def <main>", "</pre>"])
         writer.flush()
         writer.close()
 
@@ -41,8 +42,10 @@ def test_tensorboards_first_screen_is_the_run_and_layers_come_last(tmp_path):
     assert {tag.split("/")[1] for tag in tags if tag.startswith("curves/")} == FIRST
     assert [event.value for event in board.Scalars("curves/loss")][-3:] == [0.5, 1.0, 1.5]
     plugins = board.summary_metadata
-    assert "sample/text_summary" in plugins and "settings/text_summary" in plugins
+    assert "samples/0/text_summary" in plugins and "settings/text_summary" in plugins
     assert any("hparams" in name for name in plugins)
+    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(one["step"], one["text"]) for one in kept] == [(3, "def <main>"), (3, "</pre>")]
 
 
 def test_weights_and_biases_offline_gets_them(tmp_path, monkeypatch):
@@ -70,6 +73,8 @@ def test_mlflow_gets_them(tmp_path):
     history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "curves/loss")}
     assert history == {1: 0.5, 2: 1.0, 3: 1.5}
     assert run.data.metrics["z_layers_density/w"] == 0.5
+    texts = {one.path for one in client.list_artifacts(run.info.run_id)}
+    assert texts == {f"samples-{number}-{step}.txt" for number in (0, 1) for step in (2, 3)}
 
 
 def test_the_list_and_the_checks_name_the_same_packages():

@@ -19,7 +19,7 @@ def test_the_table_has_the_highest_flip_rate():
     recipe = recipe_of(load_config(["--sparsity-recipe", "fst"]))
     rates = (0.003, 0.017, None, 0.001)
     rows = [{"step": n, "loss": 1.0, "flip_rate": rate} for n, rate in enumerate(rates, 1)]
-    text = format_report(4, rows, [], recipe, {}, None)
+    text = format_report(4, rows, [], recipe, {}, [])
     assert "0.0030 -> 0.0010" in text and "0.0170 at step 2" in text
     assert max(map(len, text.splitlines())) <= 80
 

@@ -156,6 +156,8 @@ class _Run:
         return code
 
     def _begin_watch(self, address: tuple[str, int] | None) -> None:
+        if self._notes is not None:
+            self._notes.close()
         config = self._prepared.config
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         folder = Path(config.checkpoint.run_dir)
@@ -176,7 +178,7 @@ class _Run:
         if self._notes is None or time.monotonic() - self._looked < 1.0:
             return
         self._looked = time.monotonic()
-        if self._lock is None:
+        if self._lock is None and self._notes.leads:
             require_own_folders(self._prepared.config)
         note = self._notes.find()
         if note is not None:

@@ -33,6 +33,9 @@ with open(root / "starts", "a") as stream:
 if what.startswith("save"):
     (root / "checkpoints" / f"step-{attempt + 1:08d}").mkdir(parents=True)
     what = what[5:]
+if what.startswith("late"):
+    time.sleep(2)
+    what = what[5:]
 if what == "wait":
     time.sleep(600)
 if what == "kill":
@@ -43,7 +46,13 @@ sys.exit(int(what))
 """
 
 
-def _run(root: Path, plan: dict[str, list[str]], **limits: int) -> dict[int, int]:
+def _run(
+    root: Path,
+    plan: dict[str, list[str]],
+    ranks_a_host: int = 100,
+    counted: bool = False,
+    **limits: int,
+) -> dict[int, int]:
     """Supervisors of all ranks in processes of their own; their exit codes by rank."""
     root.mkdir(exist_ok=True)
     settings = CheckpointConfig(run_dir=str(root), save=str(root / "checkpoints"), **limits)
@@ -60,6 +69,9 @@ def _run(root: Path, plan: dict[str, list[str]], **limits: int) -> dict[int, int
                 json.dumps(plan),
             ]
             newest = functools.partial(_newest, root / "checkpoints")
+            os.environ["MEGASPARSE_LAUNCH"] = str(1 + rank // ranks_a_host)
+            if counted:
+                sys.addaudithook(functools.partial(_note_look, root, rank))
             os._exit(supervise(settings, command, rank, newest))
         children[child] = rank
     codes = {}
@@ -68,6 +80,18 @@ def _run(root: Path, plan: dict[str, list[str]], **limits: int) -> dict[int, int
         if child in children:
             codes[children.pop(child)] = os.waitstatus_to_exitcode(status)
     return codes
+
+
+def _note_look(root: Path, rank: int, event: str, arguments: tuple) -> None:
+    """Audit hook: a rank opens the board, a file that hosts share, in the first attempt.
+
+    (In the next one a leader may end before its host's other ranks, and one of these takes over.)
+    """
+    if event == "open" and str(arguments[0]).endswith(".attempt.json"):
+        if ":1:" in (root / "starts").read_text():
+            return
+        with open(root / f"looks-{rank}", "a") as stream:
+            stream.write("x")
 
 
 def _newest(saved: Path) -> int:
@@ -95,6 +119,22 @@ def test_a_rank_that_waits_for_a_dead_one_is_ended(tmp_path, monkeypatch):
 def test_a_stopped_child_is_killed_when_its_attempt_is_over(tmp_path):
     codes = _run(tmp_path / "run", {"0": ["71", "0"], "1": ["stop", "0"]}, max_restarts=1)
     assert codes == {0: 0, 1: 0}
+
+
+def test_one_rank_of_each_host_looks_at_what_hosts_share(tmp_path, monkeypatch):
+    """However long they wait; a failure on any host, and the order to start again, reach all."""
+    monkeypatch.setattr(supervise_module, "BOARD_SECONDS", 0.0)
+    monkeypatch.setattr(supervise_module, "MEETING_SECONDS", 0.1)
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / "starts").touch()
+    plan = {str(rank): ["wait", "0"] for rank in range(6)} | {"4": ["late kill", "0"]}
+    codes = _run(root, plan, ranks_a_host=3, counted=True, max_restarts=1)
+    assert codes == dict.fromkeys(range(6), 0)
+    looks = [len((root / f"looks-{rank}").read_text()) for rank in range(6)]
+    for host in (looks[:3], looks[3:]):
+        assert sorted(host)[1] <= 2, looks  # at the start
+    assert max(looks[3:]) > 10, looks
 
 
 @pytest.mark.parametrize("code", [0, 64, 65, 66, 75])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 
 import pytest
 
@@ -28,6 +29,12 @@ script, *inner = sys.argv[1:]
 command = [*inner, script] if inner else ["-c", script]
 sys.exit(subprocess.Popen([sys.executable, *command]).wait())
 """
+
+# A shell that starts a command which begins when that shell has ended.
+_ORPHAN = (
+    "bash -c 'while read -r _ _ _ parent _ < /proc/$$/stat; [ $parent = $0 ]; do sleep 0.02; done; "
+    'eval "exec $1"\' $$ {} &'
+)
 
 
 @pytest.mark.parametrize("killed", ["outer", "inner"])
@@ -66,16 +73,35 @@ def test_a_launcher_without_a_parent_may_have_been_started_so(tmp_path, start):
     inner.write_text(textwrap.dedent(_LAUNCHER))
     # The rank trains for many looks at its launcher.
     rank = _RANK.replace("sleep(60)", "sleep(1)") + "print('trained')"
-    name = ["-X", "deepspeed.launcher.launch"]  # a word of DeepSpeed's command
+    # Words of DeepSpeed's command.
+    name = ["-X", "deepspeed.launcher.launch", "-X", "--node_rank=1"]
     command = shlex.join([sys.executable, *name, str(inner), rank, "-c"])
-    if start == "orphan":
-        # The launcher begins when the shell that started it has ended.
-        wait = "while read -r _ _ _ parent _ < /proc/$$/stat; [ $parent = $0 ]; do sleep 0.02; done"
-        command = f"bash -c {shlex.quote(wait + '; exec ' + command)} $$ &"
-    else:
-        command = f"{start} {command}"
+    command = _ORPHAN.format(shlex.quote(command)) if start == "orphan" else f"{start} {command}"
     done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, timeout=60)
     assert done.stdout == b"1\ntrained\n"
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "deepspeed's inner", "torchrun"])
+def test_a_launcher_that_died_before_the_rank_began_is_missed(tmp_path, launcher, monkeypatch):
+    """The outer process of one host; the inner one, or torchrun, with what they set for ranks."""
+    if launcher == "deepspeed":
+        inner = tmp_path / "launch.py"
+        inner.write_text(textwrap.dedent(_LAUNCHER))
+        words = [sys.executable, "-X", "deepspeed.launcher.launch", str(inner), _RANK, "-c"]
+    else:
+        names = {"torchrun": ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_MAX_RESTARTS"]}
+        for name in names.get(launcher, ["CROSS_RANK", "LOCAL_SIZE"]):
+            monkeypatch.setenv(name, "0")
+        words = [sys.executable, "-c", _RANK]
+    command = _ORPHAN.format(shlex.quote(shlex.join(words)))
+    run = partial(subprocess.run, capture_output=True, timeout=60, start_new_session=True)
+    begun = run(["bash", "-c", command])
+    assert b"was gone before this rank began" in begun.stderr
+    assert begun.stdout == b""  # SIGTERM, which a run would have noted
+    # The same below a process that is there.
+    command = shlex.join(words).replace("sleep(60)", "sleep(0)")
+    begun = run(["bash", "-c", command + "; true"])
+    assert begun.stdout == (b"1\n" if launcher == "deepspeed" else b"0\n") and not begun.stderr
 
 
 def test_shells_and_other_parents_are_no_launchers(tmp_path):

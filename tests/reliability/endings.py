@@ -1,4 +1,4 @@
-"""How runs end: second starts, signals, suspension, hangs, folders with wrong names, odd input.
+"""How runs end: second starts, suspension, hangs, folders with wrong names, odd input.
 
 Each function tries one of these many times and gives counts, for `tools.bench.soak`.
 """
@@ -11,8 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,51 +24,15 @@ from megasparse.errors import MegasparseError
 from megasparse.metrics.schema import read_metrics
 from tests import forked
 from tests.checkpoint.saves import META, check_content, tensors_of
-from tests.dist import free_port
 from tests.reliability.runs import flags
+from tests.reliability.scripts import LONG, start_script, wait_for
 from tests.runs import TINY
 
-ROOT = Path(__file__).parents[2]
-LONG = ["--train-iters", "1000000"]
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Where a run can hang: points of `distributed.faults`.
 HANGS = (
     "build", "index", "model", "load", "data", "forward", "backward", "optimizer", "step_end",
     "evaluate", "save:begin", "save:file", "save:sync", "save:rename", "report",
 )  # fmt: skip
-
-
-def start_script(run: list[str], log: Path, *launcher: str, **options: Any) -> subprocess.Popen:
-    """`launch/pretrain.py` as a user starts it, alone or below a launcher, in its own session."""
-    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, *launcher, str(ROOT / "launch" / "pretrain.py"), *run]
-    with open(log, "ab") as stream:
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-            # Also when these tests run under `nohup`, whose processes ignore it.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-            **options,
-        )
-
-
-def wait_for(what: Callable[[], Any], seconds: float = 180.0) -> None:
-    """Until something is so.
-
-    Raises:
-        TimeoutError: it did not come.
-    """
-    end = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > end:
-            raise TimeoutError("what was waited for did not come")
-        time.sleep(0.02)
 
 
 def second_starts(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
@@ -108,73 +70,6 @@ def second_starts(data: str, root: Path, count: int, seed: int) -> dict[str, Any
             first.kill()
             first.wait()
     return {**result, "codes": dict(result["codes"])}
-
-
-def signals(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
-    """Signals to a rank, the group or the launcher at random instants from the first line on."""
-    generator = random.Random(seed)
-    places = ("rank", "group", "launcher")
-    result: dict[str, Any] = {"signals": 0, "not_saved": 0, "launcher_codes": Counter()}
-    for trial in range(count):
-        launcher = ("deepspeed", "torchrun", "none")[trial % 3]
-        place, number = generator.choice(places), generator.choice(SIGNALS)
-        run_dir, log = root / f"run-{trial}", root / f"log-{trial}"
-        run = [*TINY, "--data-path", data, "--run-dir", str(run_dir), "--resume", *LONG]
-        command = {
-            "deepspeed": "-m deepspeed.launcher.runner --num_accelerators 2 --master_port",
-            "torchrun": "-m torch.distributed.run --nproc-per-node 2 --master-port",
-            "none": "",
-        }[launcher].split()
-        if command:
-            command.append(str(free_port()))
-        process = start_script(run, log, *command)
-        try:
-            wait_for(lambda p=process: ranks_of(p.pid))  # type: ignore[misc]
-            if trial % 2:
-                rows = run_dir / "metrics.jsonl"
-                wait_for(lambda f=rows: read_metrics(f))  # type: ignore[misc]
-            time.sleep(generator.uniform(0.3, 1.5))
-            ranks = ranks_of(process.pid)
-            with contextlib.suppress(ProcessLookupError):
-                if place == "group":
-                    os.killpg(process.pid, number)
-                else:
-                    chosen = generator.choice(ranks) if place == "rank" and ranks else process.pid
-                    os.kill(chosen, number)
-            wait_for(lambda r=ranks: not any(map(_alive, r)), 120)  # type: ignore[misc]
-            code = process.wait(120)
-            result["signals"] += 1
-            result["launcher_codes"][f"{launcher} {place} {number.name}: {code}"] += 1
-            trained = bool(read_metrics(run_dir / "metrics.jsonl"))
-            saved = bool(list(run_dir.glob("checkpoints/step-*")))
-            result["not_saved"] += (trained and not saved) or bool(list(run_dir.rglob(".lock")))
-        finally:
-            for pid in (*ranks_of(process.pid), process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
-            shutil.rmtree(run_dir, ignore_errors=True)
-    return {**result, "launcher_codes": dict(sorted(result["launcher_codes"].items()))}
-
-
-def ranks_of(pid: int) -> list[int]:
-    """The processes below one that run `launch/pretrain.py`; it itself if it has none below."""
-    below = []
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            below += ranks_of(int(child))
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        script = next((n for n, w in enumerate(words) if w.endswith(b"launch/pretrain.py")), 99)
-        if not below and script <= 2:  # python [-u] launch/pretrain.py
-            return [pid]
-    return below
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def suspensions(data: str, root: Path, count: int, seconds: float, seed: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from megasparse.convert.huggingface import HuggingFaceModel
 from tests import forked
 from tests.checkpoint import saves
 from tests.checkpoint.saves import write_checkpoint
-from tests.reliability import bad_inputs, endings, malicious, runs
+from tests.reliability import bad_inputs, endings, malicious, runs, signalled
 from tests.runs import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -193,9 +193,12 @@ def second_starts(count: int, seed: int, root: Path) -> dict[str, Any]:
 
 
 def signals(count: int, seed: int, root: Path) -> dict[str, Any]:
-    """Signals to a rank, the group or the launcher, below DeepSpeed's, torchrun and neither."""
-    result = endings.signals(make_dataset(root / "data"), root, count, seed)
-    return {**result, "passed": result["not_saved"] == 0}
+    """Signals to a rank, the group, either launcher or a supervisor, from the first line on."""
+    result = signalled.signals(make_dataset(root / "data"), root, count, seed)
+    wrong = result.pop("wrong")
+    for line in wrong:
+        print(line)
+    return {**result, "wrong": len(wrong), "passed": not wrong}
 
 
 def suspensions(count: int, seed: int, root: Path) -> dict[str, Any]:
@@ -308,6 +311,7 @@ def main() -> int:
             result = function(count, arguments.seed, Path(folder))
         failed |= not result["passed"]
         extra = f" --count {count}" if default > 1 and name != "resume" else ""
+        extra += f" --seed {arguments.seed}" if arguments.seed else ""
         record(f"python -m tools.bench.soak {name}{extra}", result, time.monotonic() - begin)
     return int(failed)
 

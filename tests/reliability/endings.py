@@ -1,11 +1,10 @@
-"""How runs end: second starts, suspension, hangs, folders with wrong names, odd input.
+"""How runs end: suspension, hangs, folders with wrong names, odd input.
 
 Each function tries one of these many times and gives counts, for `tools.bench.soak`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import random
@@ -25,51 +24,13 @@ from megasparse.metrics.schema import read_metrics
 from tests import forked
 from tests.checkpoint.saves import META, check_content, tensors_of
 from tests.reliability.runs import flags
-from tests.reliability.scripts import LONG, start_script, wait_for
-from tests.runs import TINY
+from tests.reliability.scripts import wait_for
 
 # Where a run can hang: points of `distributed.faults`.
 HANGS = (
     "build", "index", "model", "load", "data", "forward", "backward", "optimizer", "step_end",
     "evaluate", "save:begin", "save:file", "save:sync", "save:rename", "report",
 )  # fmt: skip
-
-
-def second_starts(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
-    """Second starts of all kinds in the folder of runs that go on; one supervised, one not."""
-    generator = random.Random(seed)
-    result: dict[str, Any] = {"starts": 0, "wrong": 0, "longest_seconds": 0.0, "codes": Counter()}
-    for restarts in ("0", "5"):
-        run_dir = root / f"run-{restarts}"
-        run = [*TINY, "--data-path", data, "--run-dir", str(run_dir), "--max-restarts", restarts]
-        run += ["--resume", "--save-interval", "20"]
-        first = start_script([*run, *LONG], root / f"first-{restarts}")
-        try:
-            wait_for(lambda f=run_dir: read_metrics(f / "metrics.jsonl"))  # type: ignore[misc]
-            for _ in range(count // 2):
-                more = generator.choice(
-                    [[], ["--max-restarts", "3"], ["--save", str(root / "other")], ["--lr", "1"]]
-                )
-                if generator.random() < 0.1:
-                    with contextlib.suppress(OSError):
-                        (run_dir / ".lock").unlink()
-                log, begin = root / "second", time.monotonic()
-                log.unlink(missing_ok=True)
-                code = start_script([*run, *more], log).wait(120)
-                seconds = time.monotonic() - begin
-                lines = [line for line in log.read_text().splitlines() if "Error" in line]
-                named = len(lines) == 1 and f"process {first.pid} on " in lines[0]
-                result["starts"] += 1
-                result["codes"][code] += 1
-                result["wrong"] += not (code == 74 and named and first.poll() is None)
-                result["longest_seconds"] = max(result["longest_seconds"], round(seconds, 1))
-            first.send_signal(signal.SIGTERM)
-            result[f"first, max-restarts {restarts}"] = first.wait(120)
-            result["wrong"] += first.returncode != 75 or bool(list(run_dir.rglob(".lock")))
-        finally:
-            first.kill()
-            first.wait()
-    return {**result, "codes": dict(result["codes"])}
 
 
 def suspensions(data: str, root: Path, count: int, seconds: float, seed: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ LAUNCHERS = {
 }
 
 
-def start_script(run: list[str], log: Path, launcher: str = "none") -> subprocess.Popen:
+def start_script(
+    run: list[str], log: Path, launcher: str = "none", before: Sequence[str] = ()
+) -> subprocess.Popen:
     """`launch/pretrain.py` in a session of its own.
 
     Args:
         log: gets standard output and error, after what it holds; stands for the start below.
         launcher: one of `LAUNCHERS`, with two ranks but for "none".
+        before: more words before the script.
     """
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     environment |= {MARK: str(log), "PYTHONPATH": str(ROOT)}
@@ -39,7 +42,7 @@ def start_script(run: list[str], log: Path, launcher: str = "none") -> subproces
     above += [str(free_port())] if above else []
     with open(log, "ab") as stream:
         return subprocess.Popen(
-            [sys.executable, *above, str(ROOT / "launch" / "pretrain.py"), *run],
+            [sys.executable, *above, *before, str(ROOT / "launch" / "pretrain.py"), *run],
             cwd=ROOT,
             env=environment,
             stdout=stream,

@@ -32,6 +32,7 @@ from tests import forked
 from tests.checkpoint import saves
 from tests.checkpoint.saves import write_checkpoint
 from tests.reliability import bad_inputs, endings, malicious, runs, signalled
+from tests.reliability import second_starts as starts
 from tests.runs import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -188,17 +189,19 @@ def disk_full(count: int, seed: int, root: Path) -> dict[str, Any]:
 
 def second_starts(count: int, seed: int, root: Path) -> dict[str, Any]:
     """Starts of all kinds in the folder of a run that goes on; all are refused with 74."""
-    result = endings.second_starts(make_dataset(root / "data"), root, count, seed)
-    return {**result, "passed": result["wrong"] == 0}
+    return _told(starts.second_starts(make_dataset(root / "data"), root, count, seed))
 
 
 def signals(count: int, seed: int, root: Path) -> dict[str, Any]:
     """Signals to a rank, the group, either launcher or a supervisor, from the first line on."""
-    result = signalled.signals(make_dataset(root / "data"), root, count, seed)
-    wrong = result.pop("wrong")
-    for line in wrong:
+    return _told(signalled.signals(make_dataset(root / "data"), root, count, seed))
+
+
+def _told(result: dict[str, Any]) -> dict[str, Any]:
+    """Print what was wrong; the row counts it."""
+    for line in result["wrong"]:
         print(line)
-    return {**result, "wrong": len(wrong), "passed": not wrong}
+    return {**result, "wrong": len(result["wrong"]), "passed": not result["wrong"]}
 
 
 def suspensions(count: int, seed: int, root: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megasparse.distributed.launchers import watch_launchers
-from megasparse.distributed.signals import StopRequest
+from megasparse.distributed.signals import StoppedEarly, StopRequest
 
 if __name__ == "__main__":
     # First of all: a signal at any moment from here on ends in the run's own exit code.
@@ -29,7 +29,7 @@ from megasparse.config import ResolvedConfig, build_parser
 from megasparse.distributed.environment import attempt, rank_for_log, settle_environment
 from megasparse.distributed.start_notes import StartNotes
 from megasparse.distributed.supervise import is_supervised, supervise
-from megasparse.errors import MegasparseError, one_line
+from megasparse.errors import EXIT_PREEMPTED, MegasparseError, one_line
 from megasparse.preflight.plan import answer
 from megasparse.preflight.settings import Prepared, prepare, require_own_folders
 
@@ -97,10 +97,19 @@ def tell(error: MegasparseError) -> None:
 
 def train(prepared: Prepared, stop: StopRequest, notes: StartNotes | None) -> int:
     """The training itself; its imports take seconds, so a mistake is told before."""
-    from megasparse.megatron.import_without_compile import import_megatron
 
-    import_megatron()
-    from megasparse.train.main import main
+    def leave(reason: StoppedEarly) -> None:
+        with suppress(Exception):  # the terminal may be gone
+            log.logger.warning("%s", reason)
+        if notes is not None:
+            notes.leave(f"another rank was {reason}", EXIT_PREEMPTED)
+        os._exit(EXIT_PREEMPTED)
+
+    with stop.at_once(leave):
+        from megasparse.megatron.import_without_compile import import_megatron
+
+        import_megatron()
+        from megasparse.train.main import main
 
     return main(prepared, stop, notes)
 

@@ -90,8 +90,15 @@ class PreflightError(MegasparseError):
     exit_code = 77
 
 
+_MAX_LINE = 2000  # characters
+
+
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; the path and the reason of an OSError."""
+    """An error's message without line breaks; the path and the reason of an OSError.
+
+    Libraries put what they have read into their messages; of a long one the middle is left out.
+    """
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - 200]} ... {line[-195:]}"

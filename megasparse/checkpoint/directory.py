@@ -19,6 +19,7 @@ from pathlib import Path
 from megasparse.atomic_files import rename, sync_folder, temporaries_of, write_json
 from megasparse.checkpoint.identity import POINTER, STEP, checked, entries
 from megasparse.errors import StorageError
+from megasparse.input_files import read_regular
 from megasparse.log import logger
 
 _LEFTOVER = re.compile(r"(step-\d{8,})\.(tmp|old)-[0-9a-f]+")
@@ -50,8 +51,8 @@ def checkpoint_root(path: Path) -> Path:
 def read_pointer(root: Path) -> int | None:
     """The step that `latest.json` names; None if it says nothing that can be read."""
     try:
-        pointer = json.loads((root / POINTER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        pointer = json.loads(read_regular(root / POINTER))
+    except (OSError, ValueError, RecursionError):
         return None
     step = pointer.get("step") if isinstance(pointer, dict) else None
     return step if isinstance(step, int) and not isinstance(step, bool) else None

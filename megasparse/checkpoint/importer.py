@@ -18,6 +18,7 @@ from megasparse.config import RunConfig, dump_yaml, to_dict
 from megasparse.config.shapes import VOCABULARY
 from megasparse.convert.source import Source, pad_vocabulary
 from megasparse.errors import StorageError
+from megasparse.input_files import read_regular
 from megasparse.progress import progress
 from megasparse.sparsity.shard import WeightShard
 from megasparse.tensor_files import Entry
@@ -64,7 +65,7 @@ def write_imported(
         carried_to.mkdir()
         for path in carried:
             with replacing(carried_to / path.name) as stream:
-                stream.write(path.read_bytes())
+                stream.write(read_regular(path))
         temporary = folder / "step-00000000.tmp-0"
         temporary.mkdir(mode=0o700)
         files: dict[str, dict[str, Any]] = {}

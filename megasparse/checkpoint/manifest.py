@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.errors import CheckpointError, StorageError
+from megasparse.input_files import read_regular, shown
 
 FORMAT = 3
 OLD_FORMAT = 2  # lists the pieces of all files; still read
@@ -68,7 +69,7 @@ def read_manifest(path: Path) -> bytes:
     try:
         if path.is_symlink() or os.stat(path).st_size > MAX_MANIFEST_BYTES:
             raise CheckpointError(f"{path}: a link, or longer than {MAX_MANIFEST_BYTES} bytes")
-        return path.read_bytes()
+        return read_regular(path, MAX_MANIFEST_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -90,7 +91,7 @@ def decode_manifest(content: bytes, path: Path) -> dict[str, Any]:
     if type(version) is int and version > FORMAT:
         raise CheckpointError(f"{path}: {newer_format(version)}")
     if type(version) is not int or version not in _ENDS:
-        raise CheckpointError(f"{path}: format {version!r}, expected {FORMAT}")
+        raise CheckpointError(f"{path}: format {shown(version)}, expected {FORMAT}")
     end, closing = _ENDS[version]
     body = content[: -len(end % (b"0" * 64))] + closing
     if content != body[: -len(closing)] + end % hashlib.sha256(body).hexdigest().encode():
@@ -104,15 +105,15 @@ def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
     fields = _MANIFEST if manifest["format"] == FORMAT else {**_MANIFEST, "pieces": list}
     check_fields(manifest, fields, str(path))
     if unknown := sorted(manifest.keys() - fields.keys()):
-        raise CheckpointError(f"{path}: unknown keys {unknown}")
+        raise CheckpointError(f"{path}: unknown keys {shown(unknown)}")
     for name, entry in manifest["files"].items():
         if not _FILE_NAME.fullmatch(name):
-            raise CheckpointError(f"{path}: file {name!r}, expected rank-00000.safetensors")
+            raise CheckpointError(f"{path}: file {shown(name)}, expected rank-00000.safetensors")
         check_fields(entry, FILE_FIELDS, f"{path}: {name}")
     for piece in manifest.get("pieces", ()):
         check_fields(piece, {"file": str}, f"{path}: a piece")
         if piece["file"] not in manifest["files"]:
-            raise CheckpointError(f"{path}: unknown file {piece['file']!r}")
+            raise CheckpointError(f"{path}: unknown file {shown(piece['file'])}")
 
 
 def check_fields(record: Any, expected: dict[str, type], where: str) -> None:

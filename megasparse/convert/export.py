@@ -28,6 +28,7 @@ from megasparse.convert.shards import Group, write_model
 from megasparse.convert.source import Source, check_model
 from megasparse.data.special_tokens import GENERATION_CONFIG
 from megasparse.errors import CheckpointError, ConfigError, StorageError
+from megasparse.input_files import read_regular
 from megasparse.kernels import is_24
 from megasparse.tensor_files import Entry, write_tensors
 
@@ -100,7 +101,7 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
         write_json(folder / CONFIG, config, indent=2)
         for name, path in options.carried.items():
             with replacing(folder / name) as stream:
-                stream.write(path.read_bytes())
+                stream.write(read_regular(path))
         _write_generation_config(folder, config, options)
         if scales := source.frozen_scales():
             write_json(folder / SCALES, scales, indent=2)

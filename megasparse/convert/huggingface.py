@@ -18,7 +18,7 @@ from megasparse.convert.architecture import architecture_of, model_config
 from megasparse.convert.families import FAMILIES
 from megasparse.convert.layout import Rule, rules
 from megasparse.convert.source import require_finite
-from megasparse.errors import CheckpointError
+from megasparse.errors import CheckpointError, one_line
 from megasparse.input_files import open_regular, read_regular, refuse_links
 from megasparse.tensor_files import DTYPES, Entry, SafetensorError, safe_open
 
@@ -110,7 +110,7 @@ class HuggingFaceModel:
             with open_regular(file), safe_open(file, framework="pt") as stream:
                 value = stream.get_tensor(key).clone()
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{file}: {key}: {_line(error)}") from None
+            raise CheckpointError(f"{file}: {key}: {one_line(error)}") from None
         require_finite(value, f"{file}: {key}")
         return value
 
@@ -167,7 +167,7 @@ class HuggingFaceModel:
                             )
                         found[name] = (path, name, _DTYPES[kind], shape)
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: damaged: {_line(error)}") from None
+                raise CheckpointError(f"{path}: damaged: {one_line(error)}") from None
         return found
 
     def _strip_prefix(self) -> None:
@@ -239,11 +239,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged: {_line(error)}") from None
+        raise CheckpointError(f"{path}: damaged: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: found {type(value).__name__}, expected an object")
     return value
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

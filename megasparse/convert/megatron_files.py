@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megasparse.errors import CheckpointError
-from megasparse.input_files import refuse_links
+from megasparse.input_files import read_regular, refuse_links
 
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _DEEPSPEED = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -188,7 +188,7 @@ def _iteration(path: Path) -> Path:
         raise CheckpointError(f"{path}: is no folder, expected a Megatron checkpoint")
     for pointer in ("latest_checkpointed_iteration.txt", "latest"):
         try:
-            text = (path / pointer).read_text(encoding="utf-8").strip()
+            text = read_regular(path / pointer, 4096).decode("utf-8").strip()
         except (OSError, ValueError):
             continue
         name = f"iter_{int(text):07d}" if text.isdecimal() else text

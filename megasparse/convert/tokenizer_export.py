@@ -26,6 +26,7 @@ from megasparse.data.tokenizer import (
     TOKENIZER_MODEL,
     Tokenizer,
 )
+from megasparse.input_files import read_regular
 from megasparse.log import logger
 
 _NAMED = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
@@ -59,7 +60,7 @@ def exported_tokenizer(tokenizer: Tokenizer, file: Path, max_length: int) -> Tok
     config.pop(MADE_FROM, None)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         content: dict[str, Any] | None = tokenizer.content
-        unchanged = json.loads(file.read_bytes()) == content
+        unchanged = json.loads(read_regular(file)) == content
         original = TOKENIZER_JSON if unchanged else ORIGINAL_JSON
     else:
         assert isinstance(tokenizer, SentencePieceTokenizer)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -37,6 +38,7 @@ class StopRequest:
     def __init__(self, started: float | None = None) -> None:
         self._started = time.monotonic() if started is None else started
         self._signal: int | None = None
+        self._at_once: Callable[[], object] | None = None
 
     def install(self) -> StopRequest:
         """Handle the signals from now on (main thread)."""
@@ -57,8 +59,25 @@ class StopRequest:
         if self._signal is not None:
             raise StoppedEarly(describe(self._signal))
 
+    @contextmanager
+    def at_once(self, leave: Callable[[StoppedEarly], object]) -> Iterator[None]:
+        """A block in which nothing is worth to be finished, such as imports that take seconds.
+
+        Args:
+            leave: ends the process; called by the handler, or now if a signal has come already.
+        """
+        self._at_once = lambda: leave(StoppedEarly(describe(self._signal or signal.SIGTERM)))
+        if self._signal is not None:
+            self._at_once()
+        try:
+            yield
+        finally:
+            self._at_once = None
+
     def _note(self, number: int, _: FrameType | None) -> None:
         self._signal = self._signal or number
+        if self._at_once is not None:
+            self._at_once()
 
     def reason(self, exit_duration_in_mins: float | None) -> int:
         """0: go on; a signal's number; or -1 when the time is over."""

@@ -22,6 +22,7 @@ from megasparse.atomic_files import write_json
 from megasparse.distributed.environment import is_same_launch, launch_identity
 from megasparse.distributed.host_line import HostLine
 from megasparse.distributed.interfaces import is_loopback
+from megasparse.input_files import read_regular
 
 Note = dict[str, Any]
 
@@ -91,10 +92,10 @@ class StartNotes:
             return None
         for path in sorted(self._folder.glob(f"{self._name}-*.json")):
             try:
-                note = json.loads(path.read_text(encoding="utf-8"))
+                note = json.loads(read_regular(path, 1 << 20))
                 if note["rank"] != self._rank and is_same_launch(note) and _is_note(note):
                     return note
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 continue
         return None
 

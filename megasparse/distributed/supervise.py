@@ -38,6 +38,7 @@ from megasparse.errors import (
     PreflightError,
     StorageError,
 )
+from megasparse.input_files import read_regular
 from megasparse.log import logger
 
 # Another start would end the same way, or is the scheduler's business.
@@ -259,8 +260,8 @@ class _Supervisor:
 
     def _read(self) -> dict[str, Any]:
         try:
-            order = json.loads(self._board.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            order = json.loads(read_regular(self._board, 1 << 20))
+        except (OSError, ValueError, RecursionError):
             return {}
         return order if isinstance(order, dict) else {}
 

@@ -19,6 +19,7 @@ from megasparse.config import ResolvedConfig, load_config, resolve
 from megasparse.config.graphs import graphs_refusal
 from megasparse.errors import ConfigError
 from megasparse.estimate.time import GemmTable
+from megasparse.input_files import read_regular
 
 GIB = 2**30
 
@@ -49,7 +50,7 @@ def read_points(path: Path) -> dict[str, Any]:
         ConfigError: it is no such file.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        content: dict[str, Any] = json.loads(read_regular(path))
         missing = {"hardware", "versions", "date", "sources", "models", "points"} - set(content)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"--check {path}: {error}") from None

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megasparse.input_files import read_regular
+
 
 class GemmTable:
     """Measured rates of one kind of GPU.
@@ -16,7 +18,7 @@ class GemmTable:
     """
 
     def __init__(self, path: Path) -> None:
-        self.data: dict[str, Any] = json.loads(path.read_text())
+        self.data: dict[str, Any] = json.loads(read_regular(path))
 
     def seconds(
         self, tokens: int, outputs: int, inputs: int, sparse: bool, dtype: str = "bf16"

@@ -18,6 +18,7 @@ from megasparse.compress.folding import ORDER, norm_before, rows_before
 from megasparse.compress.quantize import Quantized, awq_scales, quantize
 from megasparse.errors import StorageError
 from megasparse.inference.offline import LowRank, StoredRun
+from megasparse.input_files import open_regular, read_regular
 from megasparse.kernels import prune24_mask
 from megasparse.megatron.calibrate import LinearInputs
 from megasparse.sparsity.shard import WeightShard
@@ -182,9 +183,10 @@ def write_quantized(
 
 def read_quantized(folder: Path) -> dict[str, torch.Tensor]:
     """Dense float32 weights by parameter name, low-rank branches folded in."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    path = folder / WEIGHTS
+    with open_regular(path), safe_open(path, framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    shapes = json.loads((folder / DESCRIPTION).read_text())["shapes"]
+    shapes = json.loads(read_regular(folder / DESCRIPTION))["shapes"]
     weights = {}
     for name, (_, columns) in shapes.items():
         prefix = name.removesuffix("weight")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megasparse.input_files import read_regular
 from megasparse.log import logger
 from megasparse.timer import PHASES
 
@@ -90,6 +91,9 @@ LOG_METRICS = tuple(Metric(*entry) for entry in _LOG_STEP)
 METRICS = STEP_METRICS + TEACHER_METRICS + LOG_METRICS
 
 
+_MAX_BYTES = 1 << 36  # of a run of a hundred million steps
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl or layers.jsonl; a damaged line costs that line, and is told.
 
@@ -98,7 +102,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows, damaged = [], []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = read_regular(path, _MAX_BYTES).decode("utf-8", "replace").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -11,7 +11,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,9 @@ from torch.utils.tensorboard.summary import hparams
 
 from megasparse.atomic_files import write_text
 from megasparse.config import ResolvedLogging
+from megasparse.errors import ConfigError, one_line
+from megasparse.input_files import read_regular
+from megasparse.log import logger
 
 Settings = dict[str, Any]
 
@@ -164,6 +167,39 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
+class _Service:
+    """A tracker that may fail, as a network or its server does: the run goes on without it."""
+
+    def __init__(self, package: str, tracker: Tracker) -> None:
+        self._package, self._tracker = package, tracker
+        self._failed = False
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._try(lambda: self._tracker.scalars(step, values))
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        self._try(lambda: self._tracker.text(step, tag, text))
+
+    def flush(self) -> None:
+        self._try(self._tracker.flush)
+
+    def close(self) -> None:
+        self._try(self._tracker.close)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            work()
+        except Exception as error:
+            self._failed = True
+            logger.warning(
+                "%s failed, and gets no more of this run (metrics.jsonl has all): %s",
+                self._package,
+                one_line(error),
+            )
+
+
 # The setting that asks for it (None: always), the package, the class.
 TRACKERS: tuple[tuple[str | None, str, Any], ...] = (
     (None, "tensorboard", TensorBoard),
@@ -175,9 +211,23 @@ TRACKERS: tuple[tuple[str | None, str, Any], ...] = (
 def open_trackers(
     run_dir: Path, logging: ResolvedLogging, resume_step: int, settings: Settings | None
 ) -> list[Tracker]:
-    """Those that the settings ask for."""
-    wanted = [kind for name, _, kind in TRACKERS if name is None or getattr(logging, name)]
-    return [kind(run_dir, logging, resume_step, settings or {}) for kind in wanted]
+    """Those that the settings ask for.
+
+    Raises:
+        ConfigError: a service does not take the run.
+    """
+    opened: list[Tracker] = []
+    for setting, package, kind in TRACKERS:
+        if setting is None:
+            opened.append(kind(run_dir, logging, resume_step, settings or {}))
+        elif value := getattr(logging, setting):
+            try:
+                service = kind(run_dir, logging, resume_step, settings or {})
+            except Exception as error:
+                message = f"{setting} {value!r}: {package} does not begin a run: {one_line(error)}"
+                raise ConfigError(message) from None
+            opened.append(_Service(package, service))
+    return opened
 
 
 def _leave_disk_errors_to_the_run() -> None:
@@ -201,7 +251,7 @@ def _run_id(folder: Path, resumed: bool, make: Any) -> str:
     known = folder / "run_id"
     if not (resumed and known.exists()):
         write_text(known, make())
-    return known.read_text(encoding="utf-8")
+    return read_regular(known).decode("utf-8")
 
 
 def _flat(settings: Settings) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from megasparse.data.check import CheckedData
 from megasparse.distributed import descriptors
 from megasparse.distributed.interfaces import interface_towards, local_address
 from megasparse.errors import MegasparseError
+from megasparse.input_files import open_regular
 
 PACKAGES = (
     "deepspeed", "megatron-core", "transformer-engine", "triton", "numpy", "safetensors",
@@ -125,7 +126,7 @@ def _data_samples(data: CheckedData) -> dict[str, str]:
             path = Path(f"{source.prefix}.bin")
             digest = hashlib.sha256()
             try:
-                with open(path, "rb") as stream:
+                with open_regular(path) as stream:
                     size = os.fstat(stream.fileno()).st_size
                     digest.update(str(size).encode())
                     for number in range(SAMPLES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import traceback
@@ -21,7 +22,7 @@ from megasparse.distributed.verdicts import is_communication_error
 from megasparse.distributed.watchdog import Watchdog
 from megasparse.errors import EXIT_PREEMPTED, ConfigError, MegasparseError, PeerError, one_line
 from megasparse.log import logger
-from megasparse.megatron.data.batches import build_data
+from megasparse.megatron.data.batches import build_data, is_lost_worker
 from megasparse.megatron.grid import make_grid
 from megasparse.preflight.check import check_hosts, require_fit
 from megasparse.preflight.settings import Prepared, check, require_own_folders
@@ -51,7 +52,7 @@ def main(prepared: Prepared, stop: StopRequest, notes: StartNotes | None = None)
         run.leave_note(f"another rank was {error}", EXIT_PREEMPTED)
         return EXIT_PREEMPTED
     except _NoMeeting as error:
-        logger.error("%s", error)
+        logger.log(error.level, "%s", error)
         return error.exit_code
     except MegasparseError as error:
         return run.failed(f"{type(error).__name__}: {one_line(error)}", error.exit_code)
@@ -63,6 +64,10 @@ def main(prepared: Prepared, stop: StopRequest, notes: StartNotes | None = None)
         text = traceback.format_exc()
         if descriptors.is_exhausted(error):
             return run.failed(*_too_few_files())
+        if is_lost_worker(error):
+            # Killed from outside, most often for want of memory: another start may do better.
+            message = f"PeerError: a data worker (--num-workers) was lost: {one_line(error)}"
+            return run.failed(message, PeerError.exit_code)
         if is_communication_error(error):
             verdict = run.watch.explain() if run.watch is not None else None
             if verdict is not None:
@@ -85,8 +90,11 @@ class _NoMeeting(Exception):
     """Another rank cannot come to the meeting of all ranks; it has left a note."""
 
     def __init__(self, note: Note) -> None:
-        super().__init__(f"PeerError: rank {note['rank']} failed: {note['message']}")
+        stopped = note["code"] == EXIT_PREEMPTED
+        failed = f"PeerError: rank {note['rank']} failed: {note['message']}"
+        super().__init__(note["message"] if stopped else failed)
         self.exit_code: int = note["code"]
+        self.level = logging.WARNING if stopped else logging.ERROR
 
 
 class _Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -127,3 +128,23 @@ def test_what_readers_refuse_is_not_published(tmp_path, monkeypatch, async_save)
     monkeypatch.undo()
     assert directory.list_steps(tmp_path) == [2, 1]
     check_content(choose(tmp_path, ALONE))
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda p: os.symlink("/dev/zero", p)])
+def test_pipes_and_devices_in_place_of_files_are_not_waited_for(tmp_path, put):
+    """A pointer is a hint; a checkpoint without a manifest is none."""
+    for step in (1, 2):
+        newest = write_checkpoint(tmp_path, step)
+    for name in (directory.POINTER, f"{newest.name}/{MANIFEST}"):
+        (tmp_path / name).unlink()
+        put(tmp_path / name)
+        reader = choose(tmp_path, ALONE)
+        assert reader is not None and reader.meta["step"] == (2 if "/" not in name else 1)
+
+
+def test_a_message_shows_the_begin_of_what_is_odd(tmp_path):
+    path = write_checkpoint(tmp_path, 1) / MANIFEST
+    for odd in ({"format": "x" * 5000}, {"format": [[0] * 5000] * 9}, {"format": 10**30}):
+        with pytest.raises(CheckpointError) as refused:
+            manifest.decode_manifest(json.dumps(odd).encode(), path)
+        assert len(str(refused.value)) < 300 + len(str(path))

@@ -76,12 +76,23 @@ def pickled(folder: Path) -> None:
     torch.save({}, folder / "pytorch_model.bin")
 
 
+def odd_header(folder: Path) -> None:
+    path = sorted(folder.glob("model-*.safetensors"))[1]
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header[max(header)]["dtype"] = "x" * 5000
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
 DOWN = "model.layers.0.mlp.down_proj.weight"
 CASES: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
     "missing shard": (
         "llama", lambda f: sorted(f.glob("model-*.safetensors"))[2].unlink(),
         ("model-00003-of-", "missing shard"),
     ),
+    "a header of thousands of characters": ("llama", odd_header, ("model-00002-of-", " ... ")),
     "cut shard": ("llama", truncate, ("model-00002-of-", "damaged")),
     "shard outside": (
         "llama", lambda f: edit_json(f, INDEX, weight_map={DOWN: "../x.safetensors"}),
@@ -161,6 +172,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(good, tmp_path, capsys, 
     assert run(source, output) == 66
     error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(error) == 1 and all(word in error[0] for word in words), error
+    assert len(error[0]) < 3000
     assert not output.exists()
     assert not output.parent.exists() or not list(output.parent.iterdir())
 

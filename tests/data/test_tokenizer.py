@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,22 @@ def test_crash_of_the_library_is_an_error_here(
     monkeypatch.setattr(tok, "_PROBE", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(DataError, match="signal 11"):
         tok.load_tokenizer(model_file)
+
+
+def test_a_signal_during_the_probe_is_no_fault_of_the_file(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's group is signalled while rank 0 looks at the tokenizer: it looks again."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        struck = tmp_path / number.name
+        once = f"import os, pathlib; p = pathlib.Path({str(struck)!r})\n"
+        once += f"if not p.exists(): p.touch(); os.kill(os.getpid(), {int(number)})"
+        # A handler in place of Python's for SIGINT, whose traceback is no death by a signal.
+        monkeypatch.setattr(
+            tok, "_PROBE", "import signal; signal.signal(2, signal.SIG_DFL)\n" + once
+        )
+        assert tok.load_tokenizer(model_file).vocab_size > 1
+        assert struck.exists()
 
 
 def test_hanging_library_is_an_error_here(

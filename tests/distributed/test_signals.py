@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from megasparse.distributed.signals import SIGNALS, StopRequest
+from megasparse.distributed.signals import SIGNALS, StoppedEarly, StopRequest
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -19,6 +19,25 @@ def test_a_run_under_nohup_outlives_its_terminal(ignored):
         assert stop.reason(None) == (0 if ignored else signal.SIGHUP)
         signal.raise_signal(signal.SIGUSR1)
         assert stop.reason(None) == (signal.SIGUSR1 if ignored else signal.SIGHUP)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_during_imports_ends_the_process_at_once():
+    """And one that came before them; afterwards the loop decides."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        left: list[StoppedEarly] = []
+        stop = StopRequest().install()
+        with stop.at_once(left.append):
+            assert not left
+            signal.raise_signal(signal.SIGUSR1)
+            assert "before the ranks had met (SIGUSR1)" in str(left[0])
+        with stop.at_once(left.append):
+            assert len(left) == 2
+        signal.raise_signal(signal.SIGTERM)
+        assert len(left) == 2 and stop.reason(None) == signal.SIGUSR1
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,7 +10,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megasparse.config import LoggingConfig
-from megasparse.metrics.schema import METRICS
+from megasparse.errors import ConfigError
+from megasparse.log import logger
+from megasparse.metrics import trackers
+from megasparse.metrics.schema import METRICS, read_metrics
 from megasparse.metrics.trackers import TRACKERS
 from megasparse.metrics.writers import MetricsWriter
 from megasparse.preflight.settings import _TRACKERS
@@ -75,6 +78,51 @@ def test_mlflow_gets_them(tmp_path):
     assert run.data.metrics["z_layers_density/w"] == 0.5
     texts = {one.path for one in client.list_artifacts(run.info.run_id)}
     assert texts == {f"samples-{number}-{step}.txt" for number in (0, 1) for step in (2, 3)}
+
+
+class _Failing:
+    """A service whose disk is full, or whose server is gone, after its first values."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.calls = error, 0
+
+    def scalars(self, step: int, values: object) -> None:
+        self.calls += 1
+        if step > 1:
+            raise self.error
+
+    def text(self, *_: object) -> None:
+        raise self.error
+
+    flush = close = text
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a\nb")])
+def test_a_service_that_fails_is_told_once_and_the_run_goes_on(
+    monkeypatch, caplog, error, tmp_path
+):
+    failing = _Failing(error)
+    monkeypatch.setattr(trackers, "TRACKERS", ((*TRACKERS[1][:2], lambda *_: failing),))
+    monkeypatch.setattr(logger, "propagate", True)
+    writer = MetricsWriter(tmp_path, LoggingConfig(wandb_project="p"))  # type: ignore[arg-type]
+    for step in range(1, 6):
+        writer.write({"step": step, "loss": 0.5})
+    writer.text(5, "sample", "text")
+    writer.flush()
+    writer.close()
+    (told,) = caplog.messages
+    assert told.startswith("wandb failed, and gets no more of this run") and "\n" not in told
+    assert failing.calls == 2 and len(read_metrics(tmp_path / "metrics.jsonl")) == 5
+
+
+def test_a_service_that_does_not_begin_is_one_error(monkeypatch, tmp_path):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no API key\nconfigured")
+
+    monkeypatch.setattr(trackers, "TRACKERS", ((*TRACKERS[1][:2], refuse),))
+    words = "wandb_project 'p': wandb does not begin a run: no API key configured"
+    with pytest.raises(ConfigError, match=words):
+        MetricsWriter(tmp_path, LoggingConfig(wandb_project="p"))  # type: ignore[arg-type]
 
 
 def test_the_list_and_the_checks_name_the_same_packages():

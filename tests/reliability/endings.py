@@ -1,4 +1,4 @@
-"""How runs end: suspension, hangs, folders with wrong names, odd input.
+"""How runs end: suspension, hangs, folders with wrong names.
 
 Each function tries one of these many times and gives counts, for `tools.bench.soak`.
 """
@@ -12,14 +12,12 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megasparse.checkpoint.identity import run_of
 from megasparse.checkpoint.saver import Saver, choose_and_tell
 from megasparse.distributed.control_plane import ControlPlane
-from megasparse.errors import MegasparseError
 from megasparse.metrics.schema import read_metrics
 from tests import forked
 from tests.checkpoint.saves import META, check_content, tensors_of
@@ -144,48 +142,3 @@ def disturb(root: Path, other: Path, generator: random.Random) -> int:
     for old, new in ((source, swap), (target, source), (swap, target)):
         os.rename(old, new)
     return 2
-
-
-def fuzz(kind: str, read: Callable[[bytes], object], seeds: list[bytes], count: int, seed: int):
-    """Inputs made of good ones by hypothesis: each is read, or refused by one of our errors.
-
-    Returns:
-        Inputs, those accepted, the slowest one's seconds, and what was neither.
-    """
-    from hypothesis import HealthCheck, Phase, given, settings
-    from hypothesis import seed as hypothesis_seed
-    from hypothesis import strategies as st
-
-    result: dict[str, Any] = {"inputs": 0, "accepted": 0, "slowest": 0.0, "wrong": []}
-    odd = st.sampled_from(
-        [b"", b"\0", b"\xff\xfe", b"[" * 3000, b"{" * 3000, b"9" * 5000, b"1e999"]
-    )
-    edit = st.tuples(st.integers(0, 1 << 20), st.integers(0, 64), st.binary(max_size=8) | odd)
-
-    @hypothesis_seed(seed)
-    @settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.sampled_from(seeds), st.lists(edit, max_size=4))
-    def one(content: bytes, edits: list[tuple[int, int, bytes]]) -> None:
-        for place, length, insert in edits:
-            start = place % (len(content) + 1)
-            content = content[:start] + insert + content[start + length :]
-        begin = time.monotonic()
-        result["inputs"] += 1
-        try:
-            read(content)
-            result["accepted"] += 1
-        except MegasparseError as error:
-            if "\n" in str(error):
-                result["wrong"].append(f"{kind}: {str(error)[:200]!r}")
-        except Exception as error:  # what a user would see as a traceback
-            result["wrong"].append(f"{kind}: {type(error).__name__}: {str(error)[:200]}")
-        result["slowest"] = max(result["slowest"], round(time.monotonic() - begin, 2))
-
-    one()
-    return result

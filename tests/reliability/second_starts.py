@@ -100,7 +100,7 @@ _BEFORE = {"other host": ("-m", "tests.reliability.other_host")}
 
 
 def second_starts(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
-    """Second starts of all kinds, some at once; two fifths race with a first run's end.
+    """Second starts of all kinds, some at once; a fifth races with a first run's end.
 
     Returns:
         Counts by kind and by what the first did; exit codes; `wrong`: what broke a promise.
@@ -108,7 +108,7 @@ def second_starts(data: str, root: Path, count: int, seed: int) -> dict[str, Any
     generator = random.Random(seed)
     result: dict[str, Any] = {"starts": 0, "wrong": [], "longest_seconds": 0.0, "first": {}}
     codes, kinds = Counter[int](), Counter[str]()
-    shares = {doing: count * 3 // 5 // len(FIRSTS) for doing in FIRSTS}
+    shares = {doing: count * 4 // 5 // len(FIRSTS) for doing in FIRSTS}
     shares["ends"] = count - sum(shares.values())
     for doing, share in shares.items():
         place = root / doing.replace(" ", "-")

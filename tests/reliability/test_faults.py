@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -84,6 +85,39 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path, dataset):
     assert [e.name for e in (tmp_path / "run" / "checkpoints").glob("step*")] == ["step-00000003"]
 
 
+def test_a_killed_data_worker_is_one_line(tmp_path, dataset):
+    run = flags(dataset, tmp_path / "run", "--num-workers", "1", "--train-iters", "100000")
+    (rank,) = forked.start(run, 1, tmp_path / "log")
+    end = time.monotonic() + 60
+    while not read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    for child in Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    assert forked.wait([rank]) == [71]
+    (text,) = _texts(tmp_path / "log", 1)
+    assert "Traceback" not in text and text.count("Error: ") == 1
+    assert "PeerError: a data worker (--num-workers) was lost: DataLoader worker" in text
+
+
+def _no_room(limit: int = 1 << 15) -> None:
+    """No file may grow beyond this, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_a_disk_that_is_full_under_the_metrics_is_one_line(tmp_path, dataset):
+    # Before there is a checkpoint to write, which is larger.
+    run = flags(dataset, tmp_path / "run", "--train-iters", "100000")
+    variables, log = {"DS_ACCELERATOR": "cpu"}, str(tmp_path / "log.0")
+    rank = forked.context().Process(target=forked.serve, args=(run, variables, log, _no_room))
+    rank.start()
+    assert forked.wait([rank]) == [74]
+    (text,) = _texts(tmp_path / "log", 1)
+    assert "Traceback" not in text and text.count("Error: ") == 1
+    assert "error: " in text and "StorageError: " in text and "File too large" in text
+    assert not list((tmp_path / "run").rglob(".lock"))
+
+
 def test_ranks_with_different_settings_are_refused(tmp_path, dataset):
     run = flags(dataset, tmp_path / "run")
     ranks = forked.start(run, 2, tmp_path / "log", more={1: ["--lr", "2e-3"]})
@@ -104,7 +138,13 @@ def test_two_runs_cannot_write_one_folder(tmp_path, dataset):
     assert f"another run writes here: process {first[0].pid} on " in text
     first[0].kill()
     forked.wait(first)
-    assert forked.run([*run, "--exit-interval", "1"], 1, tmp_path / "third") == [75]
+    assert forked.run([*run, "--exit-interval", "2"], 1, tmp_path / "third") == [75]
+    # The same folder once more: a run that is past its end is no failure, and is not run again.
+    past = [*run, "--train-iters", "1", "--override-schedule"]
+    assert forked.run(past, 1, tmp_path / "fourth") == [0]
+    (text,) = _texts(tmp_path / "fourth", 1)
+    assert "nothing to do: at step 2 the run is past its end (--train-iters 1)" in text
+    assert list_steps(tmp_path / "run" / "checkpoints") == [2]
 
 
 EVALUATED = ["--eval-iters", "3", "--eval-interval", "5", "--save-interval", "4"]

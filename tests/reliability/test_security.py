@@ -46,6 +46,22 @@ NAMED_IN_THE_CODE = {
     "megasparse/data/inputs.py": "import importlib",  # zstandard and pyarrow, where they are used
     "megasparse/preflight/settings.py": "import importlib.util",  # whether a tracker is installed
 }
+# Files that read without `megasparse/input_files.py`, and what.
+READ_OTHERWISE = {
+    "megasparse/input_files.py": "it is the door",
+    "megasparse/checkpoint/lock_owner.py": "/proc",
+    "megasparse/distributed/hosts.py": "/proc",
+    "megasparse/distributed/interfaces.py": "/proc",
+    "megasparse/distributed/launchers.py": "/proc",
+    "megasparse/preflight/facts.py": "/proc, and the package itself",
+    "megasparse/data/corpus.py": "files of Python's library, for the corpus of the quickstart",
+    "megasparse/data/inputs.py": "texts to tokenize, which may come through a pipe",
+    "launch/evaluate.py": "a text, which may come through a pipe",
+    "launch/generate.py": "prompts, which may come through a pipe",
+    "tools/flag_table.py": "a page of the documentation",
+    "tools/search_decay.py": "its own records",
+}
+OF_THE_PROJECT = ("tools/bench/", "tools/experiments/", "tools/results/")
 MAY_TORCH_LOAD = {"tools/convert_checkpoint.py", "megasparse/convert"}
 
 
@@ -82,6 +98,22 @@ def _bases(tree: ast.AST, name: str) -> list[ast.expr]:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return node.bases
     return []
+
+
+def test_files_are_read_where_pipes_and_devices_are_refused():
+    """By `read_regular` and `open_regular`: a pipe would be waited for, a device is endless."""
+    found = {}
+    for path in FILES:
+        relative = str(path.relative_to(ROOT))
+        for node in ast.walk(ast.parse(path.read_text())):
+            # What measures and experiments read, they have written.
+            if not isinstance(node, ast.Call) or relative.startswith(OF_THE_PROJECT):
+                continue
+            function, call = ast.unparse(node.func), ast.unparse(node)
+            opened = function == "open" and not set("wax+") & set(call.partition(",")[2][:6])
+            if opened or function.rpartition(".")[2] in ("read_text", "read_bytes"):
+                found[relative] = call
+    assert found.keys() == READ_OTHERWISE.keys(), found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

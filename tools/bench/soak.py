@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import os
 import platform
 import subprocess
@@ -27,13 +26,14 @@ from typing import Any
 from megasparse.atomic_files import replacing, write_text
 from megasparse.checkpoint.manifest import MANIFEST, decode_manifest
 from megasparse.config import load_config
-from megasparse.convert.huggingface import HuggingFaceModel
 from tests import forked
 from tests.checkpoint import saves
 from tests.checkpoint.saves import write_checkpoint
-from tests.reliability import bad_inputs, endings, malicious, runs, signalled
+from tests.convert.models import save_model
+from tests.reliability import bad_inputs, endings, fuzzed, malicious, runs, signalled
 from tests.reliability import second_starts as starts
 from tests.runs import make_dataset
+from tools import convert_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "tools" / "results" / "reliability.md"
@@ -44,10 +44,6 @@ Each row is one command of `tools.bench.soak`; "passed" means that every expecta
 | date | command | result | figures | seconds | hardware |
 |---|---|---|---|---|---|
 """
-SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2,
-    "vocab_size": 128, "max_position_embeddings": 32, "rms_norm_eps": 1e-5,
-}  # fmt: skip
 LAYOUTS = {
     "one rank": (1, []),
     "tp 2": (2, ["--tensor-model-parallel-size", "2"]),
@@ -223,37 +219,45 @@ def renamed(count: int, seed: int, root: Path) -> dict[str, Any]:
 
 
 def fuzz(count: int, seed: int, root: Path) -> dict[str, Any]:
-    """Configurations, manifests and models to convert, damaged by hypothesis."""
-    yaml, model = root / "fuzzed.yaml", root / "model"
+    """Configurations, manifests and folders of models to convert, damaged by hypothesis."""
+    path = root / "fuzzed.yaml"
     manifest = (write_checkpoint(root / "checkpoints", 1) / MANIFEST).read_bytes()
     configs = [path.read_bytes() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
-    model.mkdir()
 
     def configuration(content: bytes) -> None:
-        with replacing(yaml) as stream:
+        with replacing(path) as stream:
             stream.write(content)
-        load_config(["--config", str(yaml)])
+        load_config(["--config", str(path)])
 
-    def conversion(content: bytes) -> None:
-        with replacing(model / "config.json") as stream:
-            stream.write(content)
-        HuggingFaceModel(model)
+    def decode(content: bytes) -> None:
+        decode_manifest(content, Path("manifest.json"))
 
-    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}
-    kinds: dict[str, tuple[Callable[[bytes], object], list[bytes]]] = {
-        "configuration": (configuration, configs),
-        "manifest": (lambda content: decode_manifest(content, Path("manifest.json")), [manifest]),
-        "conversion": (conversion, [json.dumps(llama).encode()]),
+    share, place = -(-count // 3), root / "converted"
+    place.mkdir()
+    total = {
+        "configuration": fuzzed.fuzz("configuration", configuration, configs, share, seed, "yaml"),
+        "manifest": fuzzed.fuzz("manifest", decode, [manifest], share, seed),
+        "conversion": fuzzed.fuzz_folders(model_folders(root / "models"), place, share, seed),
     }
-    total: dict[str, Any] = {}
-    for name, (read, seeds) in kinds.items():
-        total[name] = endings.fuzz(name, read, seeds, -(-count // len(kinds)), seed)
     for found in total.values():
         for line in found["wrong"]:
             print(line)
         found["wrong"] = len(found["wrong"])
     slow = max(found["slowest"] for found in total.values())
     return {**total, "passed": slow < 10.0 and not any(f["wrong"] for f in total.values())}
+
+
+def model_folders(root: Path) -> dict[str, Path]:
+    """Good inputs of conversions: two of Hugging Face, and one of our own."""
+    for kind in ("llama", "gpt2"):
+        save_model(root / kind, kind, shard="8KB" if kind == "llama" else "1GB")
+    flags = ["--from", "huggingface", "--to", "megasparse", "--input", str(root / "gpt2")]
+    assert convert_checkpoint.main([*flags, "--output", str(root / "ours")]) == 0
+    return {
+        "huggingface 1": root / "llama",
+        "huggingface 2": root / "gpt2",
+        "megasparse 1": root / "ours",
+    }
 
 
 COMMANDS: dict[str, tuple[Callable[[int, int, Path], dict[str, Any]], int]] = {

@@ -15,7 +15,6 @@ from megasparse.data.check import CheckedData, check_amounts, check_data
 from megasparse.data.mixture import describe, samples_wanted, shares
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.distributed.signals import ignore_signals
-from megasparse.errors import PeerError
 from megasparse.log import logger
 from megasparse.megatron.data.datasets import (
     SampleOptions,
@@ -135,17 +134,18 @@ def batches(
     )
     stored = iter(loader)
     while True:
-        try:
-            batch = next(stored)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            # Killed from outside, most often for want of memory: another start may do better.
-            reason = " ".join(str(error).split())
-            raise PeerError(f"a data worker (--num-workers) was lost: {reason}") from None
+        batch = next(stored)
         if stream.packed_by is not None:
             batch[CU_SEQLENS] = cumulative_lengths(batch["tokens"], stream.packed_by)
         yield {name: tensor.to(grid.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether torch says by this error that a process of `--num-workers` was killed.
+
+    It notices by SIGCHLD, so the error comes out of whatever the rank does at that moment.
+    """
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def samples_digest(stream: SampleStream, first_sample: int, count: int) -> str:

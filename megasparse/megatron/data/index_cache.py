@@ -18,6 +18,7 @@ import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megasparse.atomic_files import replacing, write_json
+from megasparse.input_files import open_regular, read_regular
 
 logger = logging.getLogger("megasparse")
 # It warns that nothing is cached; that is done here.
@@ -67,7 +68,7 @@ def _load(folder: Path, stem: str) -> Indices | None:
     if not listing.exists():
         return None
     try:
-        digests = json.loads(listing.read_text(encoding="utf-8"))
+        digests = json.loads(read_regular(listing))
         arrays = []
         for name in _NAMES:
             path = folder / f"{stem}-{name}.npy"
@@ -85,7 +86,7 @@ def _load(folder: Path, stem: str) -> Indices | None:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

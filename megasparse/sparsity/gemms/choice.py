@@ -23,6 +23,7 @@ import torch
 
 from megasparse.atomic_files import write_json
 from megasparse.errors import KernelError
+from megasparse.input_files import read_regular
 from megasparse.log import is_logging_rank, log_once, logger
 from megasparse.progress import progress
 
@@ -155,9 +156,9 @@ def _read(path: Path | None) -> dict[str, Choice]:
     if path is None:
         return {}
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_regular(path))
         return {key: Choice(**value) for key, value in values.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

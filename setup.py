@@ -8,6 +8,34 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
+# Kernels and `megasparse.nn` need torch, triton and numpy. `megasparse/extras.py` says who needs
+# the rest.
+CONVERT = [
+    "safetensors>=0.4.5",
+    "sentencepiece>=0.2.1",
+    "protobuf>=4",
+    "tokenizers>=0.21",
+    "pyyaml>=6.0",
+    "tqdm>=4.66",
+]
+TRAIN = [*CONVERT, "deepspeed==0.19.8", "megatron-core==0.16.1", "tensorboard>=2.20"]
+GPU = ["transformer-engine[pytorch]==2.20.2"]
+PLOT = ["matplotlib>=3.9"]
+DATA = ["pyarrow>=17", "zstandard>=0.23"]
+EVALUATION = ["lm-eval>=0.4.9"]
+TRACKERS = ["wandb>=0.19", "mlflow-skinny>=3"]
+TEST = [
+    *TRAIN,
+    *PLOT,
+    *DATA,
+    *TRACKERS,
+    *EVALUATION,
+    "pytest>=8.3",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "transformers>=5.0",
+]
+
 
 class WithCommands(build_py):
     """In a wheel the configurations and scripts lie in `megasparse/commands/`."""
@@ -45,51 +73,16 @@ setup(
     package_data={"megasparse": ["py.typed"]},
     cmdclass={"build_py": WithCommands},
     entry_points={"console_scripts": ["megasparse = megasparse.__main__:main"]},
-    install_requires=[
-        "torch>=2.11,<2.14",
-        "deepspeed==0.19.8",
-        "megatron-core==0.16.1",
-        "triton>=3.6.0",
-        "numpy>=1.26",
-        "safetensors>=0.4.5",
-        "sentencepiece>=0.2.1",
-        "protobuf>=4",
-        "tokenizers>=0.21",
-        "tensorboard>=2.20",
-        "pyyaml>=6.0",
-        "tqdm>=4.66",
-    ],
+    install_requires=["torch>=2.11,<2.14", "triton>=3.6.0", "numpy>=1.26"],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]==2.20.2"],
-        "evaluation": ["lm-eval>=0.4.9"],
-        "data": ["pyarrow>=17", "zstandard>=0.23"],
-        "test": [
-            "pytest>=8.3",
-            "pytest-xdist>=3.6",
-            "hypothesis>=6.100",
-            "matplotlib>=3.9",
-            "transformers>=5.0",
-            "pyarrow>=17",
-            "zstandard>=0.23",
-            "wandb>=0.19",
-            "mlflow-skinny>=3",
-            "lm-eval>=0.4.9",
-        ],
-        "trackers": ["wandb>=0.19", "mlflow-skinny>=3"],
-        "dev": [
-            "pytest>=8.3",
-            "pytest-xdist>=3.6",
-            "hypothesis>=6.100",
-            "matplotlib>=3.9",
-            "transformers>=5.0",
-            "pyarrow>=17",
-            "zstandard>=0.23",
-            "wandb>=0.19",
-            "mlflow-skinny>=3",
-            "lm-eval>=0.4.9",
-            "ruff==0.17.6",
-            "mypy==2.4.1",
-            "types-PyYAML",
-        ],
+        "train": TRAIN,
+        "gpu": GPU,
+        "convert": CONVERT,
+        "plot": PLOT,
+        "evaluation": EVALUATION,
+        "data": DATA,
+        "trackers": TRACKERS,
+        "test": TEST,
+        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],
     },
 )

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from megasparse.config.command_line import completion_words
 from megasparse.config.packaged import commands_folder
+from megasparse.extras import MissingExtraError
 
 # Of each command its script, and what it does.
 COMMANDS = {
@@ -53,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         sys.stderr.write(f"megasparse: no command {words[0]!r}, expected {', '.join(COMMANDS)}\n")
         return 64
-    _run(COMMANDS[words[0]][0], [*ranks, *words[1:]])
+    try:
+        _run(COMMANDS[words[0]][0], [*ranks, *words[1:]])
+    except MissingExtraError as error:
+        sys.stderr.write(f"megasparse {words[0]}: error: {error}\n")
+        return error.exit_code
     return 0
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 
 from megasparse import log
 from megasparse.errors import MegasparseError, StorageError, one_line
+from megasparse.extras import MissingExtraError
 
 EXIT_INTERRUPTED = 130
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -31,7 +32,7 @@ def guarded(name: str, work: Callable[[], int | None], rank: int | None = None) 
     try:
         with exit_on_sigterm() if rank is None else nullcontext():
             return work() or 0
-    except MegasparseError as error:
+    except (MegasparseError, MissingExtraError) as error:
         kind, code, message = type(error).__name__, error.exit_code, one_line(error)
     except OSError as error:
         kind, code, message = StorageError.__name__, StorageError.exit_code, one_line(error)

@@ -10,21 +10,47 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
+except ImportError:  # not in a torch-only installation: work is done without a bar
+    tqdm = None
 
 LOG_INTERVAL_SECONDS = 5.0
 
 # tqdm's lock is shared with forked processes, and one that is killed while it holds it would stop
 # all others for ever; its monitor thread could be holding it at any fork. A bar here is drawn by
 # one process, so a lock of its threads is enough.
-tqdm.set_lock(threading.RLock())
-tqdm.monitor_interval = 0
+if tqdm is not None:
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
 
 
-class _LogProgress(tqdm):
+class _NoProgress:
+    """The same calls without a bar."""
+
+    def __init__(self, iterable: Iterable | None) -> None:
+        self._iterable = iterable
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._iterable or ())
+
+    def __enter__(self) -> _NoProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, n: float = 1) -> None:
+        """Nothing is shown."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class _LogProgress(tqdm or object):  # type: ignore[misc]
     """tqdm that ends each refresh with a newline in place of overwriting the line before."""
 
     @staticmethod
@@ -63,6 +89,8 @@ def progress(
         enabled: False on the ranks that should stay silent.
         stream: where to write, standard error unless given.
     """
+    if tqdm is None:
+        return _NoProgress(iterable)
     stream = sys.stderr if stream is None else stream
     common: dict[str, Any] = {
         "desc": desc,

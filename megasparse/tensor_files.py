@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+
+from megasparse.extras import missing
+
+try:
+    from safetensors import SafetensorError, safe_open
+except ImportError:
+    raise missing("safetensors", "megasparse.tensor_files") from None
 
 __all__ = [
     "DTYPES",

@@ -17,12 +17,12 @@ COMMANDS = sorted(path for name in ("tools", "launch") for path in (ROOT / name)
 
 # What a module may import of its own package: areas of lower levels, and its own area.
 LEVELS = {
-    "errors": 0, "log": 0, "progress": 0, "tensor_files": 0, "atomic_files": 0, "timer": 0,
-    "input_files": 0,
-    "cli": 1, "config": 1, "kernels": 1,
+    "errors": 0, "log": 0, "progress": 0, "atomic_files": 0, "timer": 0,
+    "input_files": 0, "extras": 0,
+    "cli": 1, "tensor_files": 1, "config": 1, "kernels": 1,
     "fp8": 2, "data": 2, "distributed": 2, "metrics": 2,
     "sparsity": 4, "compress": 4,
-    "megatron": 5, "optim": 5, "convert": 5, "estimate": 5,
+    "nn": 5, "megatron": 5, "optim": 5, "convert": 5, "estimate": 5,
     "checkpoint": 6,
     "preflight": 7, "inference": 7,
     "train": 8,

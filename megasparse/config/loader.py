@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megasparse.config import command_line
 from megasparse.config.command_line import CommandLine
 from megasparse.config.deepspeed_json import take_over
@@ -23,7 +21,14 @@ from megasparse.config.inputs import locate, replace_sources
 from megasparse.config.packaged import find_config
 from megasparse.config.schema import RunConfig
 from megasparse.errors import ConfigError, together
+from megasparse.extras import missing
 from megasparse.input_files import read_regular, shown
+
+try:
+    import yaml
+    from yaml import SafeLoader
+except ImportError:  # megasparse.nn takes its settings from Python
+    yaml, SafeLoader = None, object  # type: ignore[assignment, misc]
 
 __all__ = ["ALIASES", "FIELDS", "FieldInfo", "dump_yaml", "from_dict", "load_config", "read_config"]
 
@@ -103,6 +108,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def dump_yaml(config: RunConfig, groups: Sequence[str] | None = None) -> str:
     """The configuration, or some groups of it, as YAML that `load_config` reads back."""
     tree = to_dict(config)
+    _require_yaml()
     return yaml.safe_dump({name: tree[name] for name in groups or tree}, sort_keys=False)
 
 
@@ -113,7 +119,7 @@ MAX_BASES = 20
 MAX_PROBLEMS = 50
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(SafeLoader):
     """YAML without silent overrides: keys are text, each once, and no merge makes them many."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -133,12 +139,18 @@ class _StrictLoader(yaml.SafeLoader):
             raise ConfigError(f"line {node.start_mark.line + 1}: more than {MAX_KEYS} keys")
 
 
+def _require_yaml() -> None:
+    if yaml is None:
+        raise missing("yaml", "a YAML file")
+
+
 def _read_yaml(path: Path) -> dict[Any, Any]:
     """The tree of a file, whatever is in its place.
 
     Raises:
         ConfigError: one line: cannot be read, or is no YAML of groups.
     """
+    _require_yaml()
     try:
         text = read_regular(path, MAX_YAML_BYTES).decode("utf-8")
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from megasparse.extras import advice
 from megasparse.kernels.packed24 import E4M3
 
 try:  # not only ImportError: without a GPU, or with a broken cuDNN, it raises others
@@ -35,7 +36,10 @@ def refusal(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the run is on {device.type}, expected a GPU"
     if _missing is not None:
-        return f"Transformer Engine cannot be imported ({_missing})"
+        return (
+            f"Transformer Engine cannot be imported ({_missing}); it comes with "
+            f"{advice('transformer_engine')}"
+        )
     if torch.cuda.get_device_capability(device)[0] < 9:
         return f"{torch.cuda.get_device_name(device)} has no FP8 tensor cores, expected Hopper"
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from megasparse.fp8 import Scaling, shapes
 from megasparse.megatron.mlp import fuse_gated_mlps
 from megasparse.megatron.norms import fuse_norms
 from megasparse.megatron.parallel_linear import ParallelLinear
-from megasparse.sparsity.clock import Clock
+from megasparse.sparsity.clock import Clock, draw_key
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.dense_weight import DenseFp8Weight
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
@@ -83,7 +82,7 @@ def sparsify(
             _check_fp8(name, module, sparse=True)
             quantizers = OperandQuantizers.of(fp8, module.shard.dim)
             state.quantizers, state.fp8_hybrid = quantizers, fp8_hybrid
-        module.make_sparse(state, controller, _draw_key(name))
+        module.make_sparse(state, controller, draw_key(name))
         if slorb_k is not None:
             module.add_low_rank_branch(slorb_k, slorb_train_projection)
     if fp8 is not None:
@@ -108,11 +107,6 @@ def low_rank_weight_names(model: torch.nn.Module) -> frozenset[str]:
         for name, _ in model.named_parameters()
         if name.endswith((".slorb_adapter", ".slorb_projection"))
     )
-
-
-def _draw_key(name: str) -> int:
-    """What tells a layer's random draws from another's: by name, the same in every layout."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 def _in_all(linears: dict[str, ParallelLinear], num_layers: int) -> set[str]:

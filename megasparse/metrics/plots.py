@@ -1,4 +1,4 @@
-"""Pictures of runs; the only file that imports matplotlib (extras `test` and `dev`)."""
+"""Pictures of runs; the only file that imports matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megasparse.extras import advice
+
 try:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,7 +18,7 @@ try:
 except ImportError:  # training does not need it
     matplotlib = None  # type: ignore[assignment]
 
-MISSING = "matplotlib is not installed (it is in the extras test and dev)"
+MISSING = f"matplotlib is not installed: {advice('matplotlib')}"
 Points = Sequence[tuple[float, float]]
 
 

@@ -15,14 +15,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
-
 from megasparse.atomic_files import write_text
 from megasparse.config import ResolvedLogging
 from megasparse.errors import ConfigError, one_line
+from megasparse.extras import missing
 from megasparse.input_files import read_regular
 from megasparse.log import logger
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+except ImportError:
+    raise missing("tensorboard", "megasparse.metrics.trackers") from None
 
 Settings = dict[str, Any]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,3 +52,12 @@ class Clock:
             yield
         finally:
             self.micro_batch, self.slot = before
+
+
+def draw_key(name: str) -> int:
+    """What tells a layer's random draws from another's: by name, the same in every layout.
+
+    Args:
+        name: of the linear in the whole model.
+    """
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

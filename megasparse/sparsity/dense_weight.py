@@ -45,6 +45,11 @@ class DenseFp8Weight:
             self.refill(weight)
         return self._gemms
 
+    @property
+    def ready_for(self) -> int:
+        """Step that the operands are of; -1: of none."""
+        return self._ready
+
     def begin_step(self, step: int) -> None:
         """Note that the operands are of `step`, which `refill` makes them of."""
         self._ready = step

@@ -152,6 +152,12 @@ class SparseWeight(torch.nn.Module):
         """Forget the operands: the master weight was changed from outside (a loaded checkpoint)."""
         self._ready = None
 
+    def forget_operands(self) -> None:
+        """Choose the GEMMs anew too: the weight comes in another precision."""
+        self._gemms.clear()
+        self.moves += 1
+        self.invalidate()
+
     def keep_scale(self, scale: float, device: torch.device) -> None:
         """Take over a frozen beta, in place of computing one at the first sparse step."""
         self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
@@ -327,6 +333,4 @@ class SparseWeight(torch.nn.Module):
         if self.quantizers is not None:
             self.quantizers.import_state(state)
         self._before = None
-        self._gemms.clear()
-        self.moves += 1
-        self.invalidate()
+        self.forget_operands()

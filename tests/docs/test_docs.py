@@ -114,6 +114,14 @@ def test_the_spec_provider_example_trains(tmp_path, quick_python):
     assert float(last) < float(first) - 0.5 and weights == "4"
 
 
+@pytest.mark.parametrize("page", ["nn.md"])
+def test_the_examples_of_a_page_run(page):
+    examples = blocks(page, "python")
+    assert examples
+    for code in examples:
+        exec(compile(code, page, "exec"), {"__name__": "__main__"})
+
+
 @functools.cache
 def _literals() -> list[str]:
     """All texts of the source, with \\0 where a value is put in."""

@@ -70,7 +70,7 @@ class _Linear(torch.autograd.Function):
         gemms: LinearGemms,
         comm: LinearComm,
         branch: LowRankBranch | None,
-        seed: SeedLike,
+        seed: SeedLike | Callable[[], SeedLike],
         recorded: bool,
         quantized: Float8Input | None,
         bias: torch.Tensor | None,
@@ -103,7 +103,8 @@ class _Linear(torch.autograd.Function):
             x, arrived = start_gather(ctx.comm, local)
             x_TK = x.reshape(-1, x.shape[-1])
         dh_TR = None if h_TR is None else ctx.branch.grad_hidden(dz_TN, s_NR)
-        operands = ctx.gemms.prepare_grad_output(dz_TN, ctx.seed)
+        seed = ctx.seed() if callable(ctx.seed) else ctx.seed
+        operands = ctx.gemms.prepare_grad_output(dz_TN, seed)
         if wanted[0]:
             dx_TK = ctx.gemms.grad_input(operands)
             if dh_TR is not None:
@@ -183,7 +184,7 @@ def linear(
     weight: torch.Tensor,
     gemms: LinearGemms,
     comm: LinearComm | None = None,
-    seed: SeedLike = 0,
+    seed: SeedLike | Callable[[], SeedLike] = 0,
     branch: LowRankBranch | None = None,
     adapter: torch.Tensor | None = None,
     projection: torch.Tensor | None = None,
@@ -196,7 +197,8 @@ def linear(
         weight: the master weight `(N, K)`; gets the straight-through gradient `dZ^T X`.
         gemms: operands and GEMMs of the current optimizer step.
         comm: communication of the input and its gradient; none by default.
-        seed: of the MVUE draws of this layer and micro-batch.
+        seed: of the MVUE draws of this layer and micro-batch; a function is asked for it in the
+            backward pass, once.
         branch: the low-rank one of SLoRB; none by default.
         adapter, projection: its S `(N, R)` and P `(R, K)`; P None for sums over groups.
         bias: `(N,)`; none by default.

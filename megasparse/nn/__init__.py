@@ -1,0 +1,8 @@
+"""2:4 training of any PyTorch model: one call, no Megatron-core, no DeepSpeed."""
+
+from megasparse.nn.handle import SparsityHandle as SparsityHandle
+from megasparse.nn.handle import Verified as Verified
+from megasparse.nn.linear import SparseLinear as SparseLinear
+from megasparse.nn.sparsify import sparsify_ as sparsify_
+
+__all__ = ["SparseLinear", "SparsityHandle", "Verified", "sparsify_"]

@@ -2,8 +2,8 @@
 
 | linear     | before it                          | what is divided by s                         |
 |------------|------------------------------------|----------------------------------------------|
-| linear_qkv | input_layernorm                    | its weight and bias                          |
-| linear_fc1 | pre_mlp_layernorm                  | its weight and bias                          |
+| linear_qkv | input_layernorm, if there is one   | its weight and bias                          |
+| linear_fc1 | pre_mlp_layernorm, if there is one | its weight and bias                          |
 | linear_fc2 | gated FFN: `act(gate) * up`        | rows of `up` in linear_fc1, and their biases |
 | linear_proj| attention, a K/V head a query head | rows of V in linear_qkv, and their biases    |
 
@@ -38,6 +38,6 @@ def rows_before(name: str, model: ResolvedModel) -> tuple[str, torch.Tensor] | N
     return None
 
 
-def norm_before(name: str) -> str | None:
-    """The norm whose output is this linear's input, within its layer."""
-    return _NORMS.get(name)
+def norm_before(name: str, model: ResolvedModel) -> str | None:
+    """The norm whose output is this linear's input, within its layer; None if there is none."""
+    return None if model.norm_placement == "post" else _NORMS.get(name)

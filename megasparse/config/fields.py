@@ -70,6 +70,11 @@ def convert(info: FieldInfo, value: Any, source: str) -> Any:
             return None
         raise ConfigError(f"{source}: found no value, expected {info.kind.__name__}")
     wrong = ConfigError(f"{source}: found {shown(value)}, expected {expected(info)}")
+    if "canonical" in info.metadata:
+        try:
+            return info.metadata["canonical"](value)
+        except ValueError:
+            raise wrong from None
     if info.kind is list:
         items = value if isinstance(value, list) else [value]
         if any(isinstance(item, (dict, list)) or item is None for item in items):
@@ -116,6 +121,8 @@ def _is_text(text: str, may_be_empty: bool | None = False) -> bool:
 def expected(info: FieldInfo) -> str:
     """What a value of the field has to be, in words."""
     limits = info.metadata
+    if "form" in limits:
+        return str(limits["form"])
     if "choices" in limits:
         return "one of " + ", ".join(str(choice) for choice in limits["choices"])
     names = {

@@ -69,7 +69,8 @@ def _row(form: str, becomes: str | None, missing: bool, says: str) -> Row:
 
 # Fields that no Megatron has; all others mean there what they mean here.
 _OURS = """
-    listen_on_all_interfaces geglu lr_linear_to_zero_iters lr_linear_to_zero_samples
+    listen_on_all_interfaces geglu relu exact_gelu parallel_residual norm_placement
+    qk_layernorm_scope lr_linear_to_zero_iters lr_linear_to_zero_samples
     eod_token bos_token add_bos parse_special max_skipped_steps
     replica_check_interval hang_timeout preflight preflight_min_bandwidth
     verify_data

@@ -73,23 +73,23 @@ MISSING = (
     ("a run is as long as its steps or its samples: --train-iters, --train-samples",
      "--train-tokens= --lr-decay-tokens= --lr-warmup-tokens= "
      "--train-data-exact-num-epochs= --iterations-to-skip=* --phase-transition-iterations="),
-    ("attention is plain (grouped-query attention and rotary embeddings included)",
+    ("attention is softmax attention with grouped queries, windows, rotary embeddings and QK norms",
      "--multi-latent-attention --q-lora-rank= --kv-lora-rank= --qk-head-dim= "
      "--qk-pos-emb-head-dim= --v-head-dim= --cache-mla-latents --rope-type= --mscale= "
      "--rotary-scaling-factor= "
-     "--mscale-all-dim= --mrope-section=* --window-size= --window-attn-skip-freq= "
+     "--mscale-all-dim= --mrope-section=* "
      "--attention-output-gate --experimental-attention-variant= --dsa-indexer-head-dim= "
      "--dsa-indexer-loss-coeff= --dsa-indexer-n-heads= --dsa-indexer-topk= "
      "--dsa-indexer-use-sparse-loss --linear-attention-freq= --linear-conv-kernel-dim= "
      "--linear-key-head-dim= --linear-num-key-heads= --linear-num-value-heads= "
      "--linear-value-head-dim= --softmax-type= --use-kitchen-attention "
      "--kitchen-attention-backend= --relative-attention-max-distance= "
-     "--relative-attention-num-buckets= --no-rope-freq= --rotary-interleaved "
+     "--relative-attention-num-buckets= --rotary-interleaved "
      "--rotary-seq-len-interpolation-factor= --attention-backend= "
-     "--apply-query-key-layer-scaling --add-qkv-bias --qk-layernorm "
+     "--apply-query-key-layer-scaling "
      "--qk-l2-norm "
      "--mla-down-proj-fusion --dataloader-inter-document-masking"),
-    ("activations are GELU, --swiglu, --geglu or --squared-relu",
+    ("activations are GELU (tanh, or --exact-gelu), --swiglu, --geglu, --relu or --squared-relu",
      "--quick-geglu --openai-gelu --onnx-safe= --activation-func-clamp-value= "
      "--glu-linear-offset="),
     ("weights start from normal numbers: --init-method-std",

@@ -12,7 +12,8 @@ def option(default: Any, help: str, **limits: Any) -> Any:
     Args:
         limits: `choices`, `at_least`, `above`, `below`; `joined`: between the items of a list in
             YAML, which are one text; `empty`: a text may be empty; `path`: it names files that are
-            "read" or "written".
+            "read" or "written"; `canonical`: makes of every spelling of a value the one text, or
+            raises ValueError; `form`: what such a value looks like.
     """
     metadata = {"help": help, **limits}
     if isinstance(default, list):

@@ -6,6 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megasparse.config.layer_patterns import (
+    PATTERN_FORM,
+    WINDOW_FORM,
+    layers_of,
+    pattern_text,
+    window_text,
+)
 from megasparse.config.option import option
 
 # The words of the sparsity group, each written here alone.
@@ -44,12 +51,48 @@ class ModelConfig:
     rotary_percent: float = option(1.0, "share of a head that rotates", above=0.0)
     use_rope_scaling: bool = option(False, "rotary frequencies scaled as in Llama 3.1 to 3.3")
     rope_scaling_factor: float = option(8.0, "factor of use-rope-scaling", above=0.0)
+    no_rope_freq: str | None = option(
+        None,
+        "layers without rotary positions: every N-th, or a list with 1 for those without",
+        canonical=pattern_text,
+        form=PATTERN_FORM,
+    )
+    window_size: str | None = option(
+        None,
+        "sliding-window attention: how many tokens before itself a token sees, as in 4095,0",
+        canonical=window_text,
+        form=WINDOW_FORM,
+    )
+    window_attn_skip_freq: str | None = option(
+        None,
+        "layers that see all tokens in spite of window-size: every N-th, or a list with 1 for "
+        "those with the window; default: none",
+        canonical=pattern_text,
+        form=PATTERN_FORM,
+    )
     normalization: str = option("LayerNorm", "norm layers", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "epsilon of the norm layers", above=0.0)
+    norm_placement: str = option(
+        "pre",
+        "norms before attention and FFN (pre), on their results before the sum (post), or both",
+        choices=("pre", "post", "both"),
+    )
+    qk_layernorm: bool = option(False, "norms of queries and keys")
+    qk_layernorm_scope: str = option(
+        "head",
+        "what qk-layernorm takes as one vector: a head, or all heads together",
+        choices=("head", "all"),
+    )
+    parallel_residual: bool = option(
+        False, "attention and FFN both take the layer's input, and both are added to it"
+    )
     swiglu: bool = option(False, "gated SiLU in the FFN instead of GELU")
     geglu: bool = option(False, "gated GELU (tanh form) in the FFN instead of GELU")
     squared_relu: bool = option(False, "squared ReLU in the FFN instead of GELU")
+    relu: bool = option(False, "ReLU in the FFN instead of GELU")
+    exact_gelu: bool = option(False, "GELU by the error function instead of its tanh form")
     disable_bias_linear: bool = option(False, "no biases in the linear layers")
+    add_qkv_bias: bool = option(False, "biases in the QKV projection, whatever the others have")
     untie_embeddings_and_output_weights: bool = option(
         False, "separate weights for embedding and output layer"
     )
@@ -67,6 +110,25 @@ class ModelConfig:
     def gated(self) -> bool:
         """Whether the FFN's first linear gives `[gate | up]`."""
         return self.swiglu or self.geglu
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a token of a layer with a window sees, itself included; None: all before."""
+        return None if self.window_size is None else int(self.window_size.split(",")[0]) + 1
+
+    @property
+    def windowed_layers(self) -> list[bool]:
+        """For each layer whether it has a sliding window."""
+        if self.window_size is None:
+            return [False] * self.num_layers
+        return layers_of(self.window_attn_skip_freq, self.num_layers, nth=False)
+
+    @property
+    def layers_without_rope(self) -> list[bool]:
+        """For each layer whether it has no rotary positions."""
+        if self.no_rope_freq is None:
+            return [False] * self.num_layers
+        return layers_of(self.no_rope_freq, self.num_layers, nth=True)
 
 
 @dataclass

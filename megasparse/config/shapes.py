@@ -6,7 +6,7 @@ the count of parameters. No torch.
 
     place       what is there                                   pipeline stage
     embedding   word embeddings (V, H), learned positions       the first; tied: also the last
-    layer       two norms (H,), four linears (N, K)             that of the layer
+    layer       norms (H,), four linears (N, K)                 that of the layer
     output      final norm (H,), untied output layer (V, H)     the last
 
 V: vocabulary, H: hidden size, N: outputs, K: inputs.
@@ -78,14 +78,20 @@ def layer_parameters(model: ResolvedModel) -> list[ParameterShape]:
     hidden, ffn, gated = model.hidden_size, model.ffn_hidden_size, 2 if model.gated else 1
     heads = model.num_attention_heads * model.kv_channels
     groups = model.num_query_groups * model.kv_channels
+    bias = not model.disable_bias_linear
+    qkv_bias = bias or model.add_qkv_bias
+    before, after = model.norm_placement != "post", model.norm_placement != "pre"
     return [
-        *_norm("input_layernorm", model),
-        *_linear("self_attention.linear_proj", (hidden, heads), 1, model),
+        *(_norm("input_layernorm", model) if before else ()),
+        *_linear("self_attention.linear_proj", (hidden, heads), 1, bias),
         # By query group: its queries, its key, its value. A rank has whole groups.
-        *_linear("self_attention.linear_qkv", (heads + 2 * groups, hidden), 0, model),
-        *_norm("pre_mlp_layernorm", model),
-        *_linear("mlp.linear_fc1", (gated * ffn, hidden), 0, model, parts=gated),
-        *_linear("mlp.linear_fc2", (hidden, ffn), 1, model),
+        *_linear("self_attention.linear_qkv", (heads + 2 * groups, hidden), 0, qkv_bias),
+        *_qk_norms(model, heads, groups),
+        *(_norm("pre_mlp_layernorm", model) if before else ()),
+        *_linear("mlp.linear_fc1", (gated * ffn, hidden), 0, bias, parts=gated),
+        *_linear("mlp.linear_fc2", (hidden, ffn), 1, bias),
+        *(_norm("post_self_attn_layernorm", model) if after else ()),
+        *(_norm("post_mlp_layernorm", model) if after else ()),
     ]
 
 
@@ -142,16 +148,33 @@ def parameter_count(model: ResolvedModel, vocabulary: int) -> int:
     return sum(one.numel for one in parameters(model, vocabulary))
 
 
-def _norm(module: str, model: ResolvedModel, place: Place = "layer") -> list[ParameterShape]:
+def _norm(
+    module: str, model: ResolvedModel, place: Place = "layer", width: int | None = None
+) -> list[ParameterShape]:
     kinds = ("weight",) if model.normalization == "RMSNorm" else ("weight", "bias")
-    return [ParameterShape(f"{module}.{kind}", (model.hidden_size,), place=place) for kind in kinds]
+    shape = (width or model.hidden_size,)
+    return [ParameterShape(f"{module}.{kind}", shape, place=place) for kind in kinds]
+
+
+def _qk_norms(model: ResolvedModel, heads: int, groups: int) -> list[ParameterShape]:
+    """Of queries and keys: every head has the same weights, or all heads together have their own,
+    of which a rank has its heads'."""
+    if not model.qk_layernorm:
+        return []
+    names = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+    if model.qk_layernorm_scope == "head":
+        return [one for name in names for one in _norm(name, model, width=model.kv_channels)]
+    return [
+        ParameterShape(f"{name}.weight", (width,), 0)
+        for name, width in zip(names, (heads, groups), strict=True)
+    ]
 
 
 def _linear(
-    module: str, shape: tuple[int, int], shard_dim: int, model: ResolvedModel, parts: int = 1
+    module: str, shape: tuple[int, int], shard_dim: int, bias: bool, parts: int = 1
 ) -> list[ParameterShape]:
     found = [ParameterShape(f"{module}.weight", shape, shard_dim, parts)]
-    if not model.disable_bias_linear:
+    if bias:
         # Of a linear that is cut along its inputs every rank has the whole bias.
         cut = (0, parts) if shard_dim == 0 else (None, 1)
         found.append(ParameterShape(f"{module}.bias", shape[:1], *cut))

@@ -20,6 +20,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.config.schema_model import ModelConfig
 from megasparse.config.schema_output import LoggingConfig
 from megasparse.config.schema_training import DataConfig, ParallelConfig, TrainConfig
+from megasparse.config.validate_model import check_model
 from megasparse.errors import ConfigError, together
 
 # A 2:4 group, and the edge of a transposable block.
@@ -48,7 +49,7 @@ def problems_of(config: RunConfig, world_size: int) -> list[str]:
     except ConfigError as error:
         return [str(error)]
     found = [
-        *_check_model(config.model, resolved.model),
+        *check_model(config.model, resolved.model),
         *_check_parallel(config.parallel, resolved, world_size),
         *_check_train(config.train, resolved, world_size),
         *_check_data(resolved.data, resolved.model),
@@ -79,29 +80,6 @@ def padded_vocab_size(vocab_size: int, config: RunConfig) -> int:
         config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
     )
     return -(-vocab_size // multiple) * multiple
-
-
-def _check_model(given: ModelConfig, model: ResolvedModel) -> Iterator[str]:
-    if given.kv_channels is None and model.hidden_size % model.num_attention_heads:
-        yield (
-            f"hidden_size {model.hidden_size} is not divisible by num_attention_heads "
-            f"{model.num_attention_heads}; change one or set kv_channels"
-        )
-    activations = [name for name in ("swiglu", "geglu", "squared_relu") if getattr(model, name)]
-    if len(activations) > 1:
-        yield f"{' and '.join(activations)} are both set, expected one activation"
-    if given.group_query_attention and given.num_query_groups is None:
-        yield "group_query_attention needs num_query_groups"
-    if model.num_attention_heads % model.num_query_groups:
-        yield (
-            f"num_attention_heads {model.num_attention_heads} is not divisible by "
-            f"num_query_groups {model.num_query_groups}"
-        )
-    if model.seq_length > model.max_position_embeddings:
-        yield (
-            f"seq_length {model.seq_length} is longer than max_position_embeddings "
-            f"{model.max_position_embeddings}"
-        )
 
 
 def pipeline_split(config: RunConfig) -> list[int]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from megasparse.config import CompleteModel, ModelConfig, ResolvedModel, narrowed
 from megasparse.convert.config_keys import Found, Reader, default_of
-from megasparse.convert.families import FAMILIES, Family
+from megasparse.convert.families import FAMILIES
+from megasparse.convert.family import Family
 from megasparse.errors import CheckpointError, ConfigError
 
 _MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}
@@ -20,7 +21,9 @@ _MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}
 DEFINING = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
     "kv_channels", "position_embedding_type", "normalization", "norm_epsilon", "swiglu", "geglu",
-    "squared_relu", "disable_bias_linear", "untie_embeddings_and_output_weights",
+    "squared_relu", "relu", "exact_gelu", "disable_bias_linear", "add_qkv_bias", "norm_placement",
+    "parallel_residual", "qk_layernorm", "qk_layernorm_scope", "window_size",
+    "window_attn_skip_freq", "no_rope_freq", "untie_embeddings_and_output_weights",
 )  # fmt: skip
 ROTARY = ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor")
 # Sequences to train on by default: contexts of 128k tokens are no sensible start.
@@ -52,7 +55,7 @@ def architecture_of(config: dict[str, Any], where: str) -> str:
     if name not in FAMILIES:
         found = name or config.get("model_type")
         raise CheckpointError(
-            f"{where}: unknown architecture {found!r}, expected {' or '.join(FAMILIES)}"
+            f"{where}: unknown architecture {found!r}, expected one of {', '.join(FAMILIES)}"
         )
     return str(name)
 

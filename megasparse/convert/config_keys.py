@@ -30,8 +30,12 @@ class Reader:
     def __init__(self, config: dict[str, Any], where: str) -> None:
         self._config, self.where = config, where
 
+    def says(self, name: str) -> bool:
+        """Whether the key is there, if only as null."""
+        return name in self._config
+
     def has(self, name: str) -> bool:
-        """Whether the file says something."""
+        """Whether the key is there and not null."""
         return self._config.get(name) is not None
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
@@ -185,6 +189,20 @@ class Head:
 
     def write(self, model: ResolvedModel) -> dict[str, Any]:
         return {} if self.theirs is None else {self.theirs: model.kv_channels}
+
+
+@dataclass(frozen=True)
+class Same:
+    """A key that has to say what a setting says already, and does where it is not there."""
+
+    ours: str
+    theirs: str
+
+    def read(self, config: Reader, found: Found) -> None:
+        config.require(self.theirs, (found[self.ours], None), None)
+
+    def write(self, model: ResolvedModel) -> dict[str, Any]:
+        return {self.theirs: getattr(model, self.ours)}
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from megasparse.config import CompleteModel, ModelConfig, narrowed
+from megasparse.config import CompleteModel, narrowed
 from megasparse.config.shapes import VOCABULARY, parameters
 from megasparse.convert.layout import parameter_shapes
+from megasparse.convert.megatron_arguments import megatron_config
 from megasparse.convert.megatron_files import MegatronFiles
 from megasparse.convert.source import require_finite
 from megasparse.errors import CheckpointError, ConfigError
@@ -164,83 +165,6 @@ class MegatronModel:
                         f"{self.where}: {name} of tensor-parallel rank {rank}: found {what}, "
                         f"expected {shape}"
                     )
-
-
-def megatron_config(arguments: dict[str, Any], where: str) -> ModelConfig:
-    """The model that Megatron's arguments describe, but the vocabulary.
-
-    Raises:
-        CheckpointError: a size is missing. ConfigError: megasparse cannot compute it.
-    """
-
-    def size(*names: str) -> int:
-        for name in names:
-            value = arguments.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-        raise CheckpointError(f"{where}: args: found no {names[0]}")
-
-    def flag(name: str, default: bool = False) -> bool:
-        return bool(arguments.get(name, default))
-
-    _refuse_what_is_missing(arguments, where)
-    heads, hidden = size("num_attention_heads"), size("hidden_size")
-    groups = arguments.get("num_key_value_heads") or heads
-    if flag("group_query_attention"):
-        groups = size("num_query_groups")
-    positions = arguments.get("position_embedding_type", "learned_absolute")
-    if flag("use_rotary_position_embeddings"):
-        positions = "rope"
-    normalization = str(arguments.get("normalization", "LayerNorm")).lower()
-    bias = not flag("disable_bias_linear")
-    return ModelConfig(
-        num_layers=size("num_layers"),
-        hidden_size=hidden,
-        ffn_hidden_size=size("ffn_hidden_size"),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        group_query_attention=groups != heads,
-        kv_channels=arguments.get("kv_channels") or hidden // heads,
-        seq_length=size("seq_length", "max_position_embeddings"),
-        max_position_embeddings=size("max_position_embeddings"),
-        position_embedding_type=str(positions),
-        rotary_base=int(arguments.get("rotary_base") or arguments.get("rope_theta") or 10000),
-        rotary_percent=float(arguments.get("rotary_percent", 1.0)),
-        use_rope_scaling=flag("use_rope_scaling"),
-        rope_scaling_factor=float(arguments.get("rope_scaling_factor", 8.0)),
-        normalization="RMSNorm" if normalization == "rmsnorm" else "LayerNorm",
-        norm_epsilon=float(
-            arguments.get("norm_epsilon") or arguments.get("layernorm_epsilon") or 1e-5
-        ),
-        swiglu=flag("swiglu"),
-        squared_relu=flag("squared_relu"),
-        disable_bias_linear=not flag("add_bias_linear", bias),
-        untie_embeddings_and_output_weights=flag("untie_embeddings_and_output_weights"),
-    )
-
-
-def _refuse_what_is_missing(arguments: dict[str, Any], where: str) -> None:
-    """Settings with another function than megasparse's layers, under which no tensor is missing."""
-    positions = arguments.get("position_embedding_type", "learned_absolute")
-    wrong = {
-        "quick_geglu": bool(arguments.get("quick_geglu")),  # another GELU than --geglu's
-        "apply_layernorm_1p": bool(arguments.get("apply_layernorm_1p")),
-        "rotary_interleaved": bool(arguments.get("rotary_interleaved")),
-        "rotary_seq_len_interpolation_factor": bool(
-            arguments.get("rotary_seq_len_interpolation_factor")
-        ),
-        "position_embedding_type": positions not in ("learned_absolute", "rope"),
-        # Without its fusion Megatron's GELU is the exact one, here it is the tanh form.
-        "bias_gelu_fusion": not arguments.get("swiglu")
-        and not arguments.get("squared_relu")
-        and not arguments.get("openai_gelu")
-        and arguments.get("bias_gelu_fusion") is False,
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise ConfigError(
-                f"{where}: args: {name} {arguments.get(name)!r} is not what megasparse computes"
-            )
 
 
 def _pipeline_name(key: str) -> str:

@@ -25,13 +25,18 @@ class Expectation(NamedTuple):
         """How much faster than dense."""
         return self.dense.seconds / self.sparse.seconds
 
+    @property
+    def pays(self) -> bool:
+        """Whether 2:4 gains more than a prediction can tell from nothing."""
+        return self.ratio > 1.005
+
     def describe(self) -> str:
         """One line: both times, and where the difference comes from."""
         line = (
             f"a step of the sparse phase is expected to take {1e3 * self.sparse.seconds:.0f} ms, "
             f"with the recipe dense {1e3 * self.dense.seconds:.0f} ms"
         )
-        if self.ratio >= 1.0:
+        if self.pays:
             return f"{line} ({self.ratio:.2f} times as fast)"
         ours, theirs = self.sparse.parts, self.dense.parts
         saved = 1e3 * (theirs["GEMMs"] - ours["GEMMs"])
@@ -80,5 +85,5 @@ def tell(
     if table is None or not recipe.is_sparse or not config.train.bf16:
         return
     found = expectation(config, recipe, vocabulary, world, table)
-    log = logger.info if found.ratio >= 1.0 else logger.warning
+    log = logger.info if found.pays else logger.warning
     log("%s", found.describe())

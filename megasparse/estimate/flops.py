@@ -11,8 +11,9 @@ Three counts, per token of the sequence, over the whole model:
 * true: what was executed, with recomputation, minus what sparse tensor cores saved. Where 2:4 GEMMs
   are computed by dense ones (on a CPU, or for a shape where dense is faster) nothing was saved.
 
-Attention is counted causal: a token sees (S + 1) / 2 keys on average, which is what fused kernels
-compute (up to their blocks); `causal=False` counts S keys, what plain matrix products compute.
+Attention is counted causal: a token sees (S + 1) / 2 keys on average, with a sliding window those
+in it, which is what fused kernels compute (up to their blocks); `causal=False` counts S keys, what
+plain matrix products compute.
 """
 
 from __future__ import annotations
@@ -89,12 +90,22 @@ def layer_gemms(model: ResolvedModel) -> list[Gemm]:
     return [Gemm(one.module, one.shape[0], one.shape[1]) for one in linears]
 
 
+def seen_keys(model: ResolvedModel) -> float:
+    """Keys that a token sees on average over its sequence and the layers."""
+    length, windowed = model.seq_length, sum(model.windowed_layers)
+    window = min(model.window or length, length)
+    # The first tokens see as many as there are, the others those of their window.
+    near = window - window * (window - 1) / (2 * length)
+    every = (length + 1) / 2
+    return (windowed * near + (model.num_layers - windowed) * every) / model.num_layers
+
+
 def attention_flops(model: ResolvedModel, causal: bool = True) -> float:
-    """Forward operations of a token in one layer's `Q K^T` and `P V`.
+    """Forward operations of a token in one layer's `Q K^T` and `P V`, on average over the layers.
 
     Grouped queries save memory, not operations: every query head has its own products.
     """
-    keys = (model.seq_length + 1) / 2 if causal else model.seq_length
+    keys = seen_keys(model) if causal else model.seq_length
     return 4.0 * keys * model.num_attention_heads * model.kv_channels
 
 

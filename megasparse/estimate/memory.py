@@ -174,9 +174,12 @@ def layer_activations(config: ResolvedConfig, gpu: bool = True) -> int:
         if rms and not gpu:  # several operators there: the norm keeps two float32 copies too
             kept = (given + 2 * FLOAT32) * model.hidden_size + FLOAT32
         norms += kept
+    norms *= {"pre": 1, "post": 1, "both": 2}[model.norm_placement]
     dropped = model.hidden_size if model.hidden_dropout else 0
     # Views keep the whole of what they are cut from.
     attention = heads + 2 * groups + heads
+    if model.qk_layernorm:  # what the norms are given, and what they give
+        attention += heads + groups
     angles = FLOAT32 * model.seq_length * model.kv_channels if rotary else 0
     if parallel.recompute_granularity == "selective":
         attention -= heads

@@ -19,6 +19,7 @@ from megasparse.config import (
 )
 from megasparse.config.graphs import graphs_refusal
 from megasparse.config.shapes import layer_parameters
+from megasparse.estimate.flops import seen_keys
 from megasparse.estimate.gemm_table import GemmTable
 from megasparse.estimate.memory import layer_activations, stage_weights
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -165,7 +166,8 @@ def layer_time(
         elif name in sparse:
             parts["operands"] += _operands_bf16(recipe, (tokens, n, k), micro_batches, table)
     heads = model.num_attention_heads * model.kv_channels // tp
-    attention = 2.0 * tokens * model.seq_length * heads / (table.data["attention_tflops"] * 1e12)
+    flops = 4.0 * tokens * seen_keys(model) * heads
+    attention = flops / (table.data["attention_tflops"] * 1e12)
     parts["attention"] = 3.5 * attention
     moved = PASSES * layer_activations(config)
     parts["memory"] = table.moving(moved)

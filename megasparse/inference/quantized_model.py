@@ -104,7 +104,7 @@ class ModelQuantizer:
     ) -> None:
         """Multiply a linear's inputs by AWQ's scales, and divide what comes before it by them."""
         before = rows_before(name, self._stored.model)
-        norm = norm_before(name)
+        norm = norm_before(name, self._stored.model)
         if before is None and norm is None:
             return
         assert seen.gram is not None

@@ -66,6 +66,7 @@ class RotaryQkvAttention(SelfAttention):
             isinstance(angles, torch.Tensor)
             and angles.shape[-1] == self.hidden_size_per_attention_head
             and not self.config.rotary_interleaved
+            and not (self.config.no_rope_freq or [0] * self.layer_number)[self.layer_number - 1]
         )
 
     def _is_plain(self, rest: dict[str, Any]) -> bool:

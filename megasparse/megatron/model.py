@@ -20,6 +20,7 @@ from megasparse.megatron import loss
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.init import initialize_weights
 from megasparse.megatron.spec import (
+    LayerStyle,
     SparseSpecProvider,
     get_block_spec,
     transformer_engine_is_there,
@@ -42,6 +43,11 @@ def transformer_config(config: ResolvedConfig, device: torch.device) -> Transfor
         gated_linear_unit=model.gated,
         activation_func=_activation(model),
         add_bias_linear=not model.disable_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        window_size=None if model.window is None else (model.window - 1, 0),
+        window_attn_skip_freq=[int(layer) for layer in model.windowed_layers],
+        no_rope_freq=[int(layer) for layer in model.layers_without_rope] or None,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -64,6 +70,17 @@ def transformer_config(config: ResolvedConfig, device: torch.device) -> Transfor
         cross_entropy_loss_fusion=loss.fused(device, dtype),
         cross_entropy_fusion_impl="te",
         persist_layer_norm=False,
+    )
+
+
+def layer_style(model: ResolvedModel) -> LayerStyle:
+    """Where the layers' norms are."""
+    return LayerStyle(
+        model.norm_placement,
+        model.parallel_residual,
+        model.qk_layernorm_scope if model.qk_layernorm else None,
+        model.num_attention_heads,
+        model.num_query_groups,
     )
 
 
@@ -114,6 +131,10 @@ def _activation(model: ResolvedModel) -> Callable[[torch.Tensor], torch.Tensor]:
         return torch.nn.functional.silu
     if model.geglu:
         return torch.nn.functional.gelu
+    if model.relu:
+        return torch.nn.functional.relu
+    if model.exact_gelu:
+        return torch.nn.functional.gelu
     return squared_relu if model.squared_relu else gelu_tanh
 
 
@@ -128,7 +149,9 @@ def build_model(config: ResolvedConfig, grid: Grid, padded_vocab_size: int) -> G
     model = config.model
     gpt = GPTModel(
         config=transformer_config(config, grid.device),
-        transformer_layer_spec=get_block_spec(spec_provider(config, grid.device), model.num_layers),
+        transformer_layer_spec=get_block_spec(
+            spec_provider(config, grid.device), model.num_layers, layer_style(model)
+        ),
         vocab_size=padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
         parallel_output=True,
@@ -150,6 +173,7 @@ def finish_model(model: torch.nn.Module, config: ResolvedConfig, grid: Grid) -> 
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     _mark_vocabulary_shards(model)
+    _mark_partial_gradients(model, grid)
     initialize_weights(
         model,
         config.train.seed,
@@ -184,6 +208,19 @@ def hide_padding(model: torch.nn.Module, grid: Grid, vocab_size: int | None) -> 
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear) and int(module.output_size) > vocab_size:
             module.register_forward_hook(hide)
+
+
+def _mark_partial_gradients(model: torch.nn.Module, grid: Grid) -> None:
+    """Mark weights that the heads share: every rank has the gradient of its heads alone.
+
+    Megatron's mark of sequence parallelism is what `sum_replicated` goes by.
+    """
+    for module in model.modules():
+        for name in ("q_layernorm", "k_layernorm"):
+            norm = getattr(module, name, None)
+            for parameter in norm.parameters() if isinstance(norm, torch.nn.Module) else ():
+                if not getattr(parameter, "tensor_model_parallel", False):
+                    parameter.sequence_parallel = grid.tp_size > 1  # type: ignore[attr-defined]
 
 
 def _mark_vocabulary_shards(model: torch.nn.Module) -> None:

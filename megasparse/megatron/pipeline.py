@@ -28,7 +28,12 @@ from megasparse.config import ResolvedConfig, pipeline_split
 from megasparse.megatron.graphs.captured import is_replayed
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.loss import masked_mean, token_cross_entropy
-from megasparse.megatron.model import finish_model, spec_provider, transformer_config
+from megasparse.megatron.model import (
+    finish_model,
+    layer_style,
+    spec_provider,
+    transformer_config,
+)
 from megasparse.megatron.spec import SparseSpecProvider, get_layer_spec
 from megasparse.sparsity.clock import Clock
 
@@ -80,7 +85,7 @@ def part_specs(
             use_cpu_initialization=grid.device.type == "cpu",
         )
     provider = spec_provider(config, grid.device)
-    spec = get_layer_spec(provider)
+    spec = get_layer_spec(provider, layer_style(model))
     recomputed = recomputed_layers(config)
     body = [
         PartSpec(

@@ -24,6 +24,8 @@ from megatron.core.transformer.transformer_layer import (
 
 from megasparse.megatron.attention import RotaryQkvAttention
 from megasparse.megatron.parallel_linear import SparseColumnParallelLinear, SparseRowParallelLinear
+from megasparse.megatron.qk_norm import AllHeadsRMSNorm
+from megasparse.megatron.residual import ResidualLayer
 from megasparse.megatron.torch_modules import GatedActivation, SdpaAttention, TorchNorm
 
 
@@ -71,13 +73,38 @@ def transformer_engine_is_there() -> bool:
     return bool(transformer_engine.HAVE_TE)
 
 
-def get_layer_spec(provider: SparseSpecProvider) -> ModuleSpec:
+@dataclass(frozen=True)
+class LayerStyle:
+    """Where a layer's norms are; as the configuration has them by default.
+
+    Attributes:
+        placement: of the norms: "pre", "post" or "both" (`residual.py`).
+        parallel: attention and FFN take the same input.
+        qk_norm: norms of queries and keys, "head" by "head" or of "all" together.
+        heads, groups: of all ranks; for "all".
+    """
+
+    placement: str = "pre"
+    parallel: bool = False
+    qk_norm: str | None = None
+    heads: int = 0
+    groups: int = 0
+
+
+def get_layer_spec(provider: SparseSpecProvider, style: LayerStyle = LayerStyle()) -> ModuleSpec:
     """A causal decoder layer from the provider's classes."""
     norm = provider.layer_norm()
+    before = IdentityOp if style.placement == "post" else norm
+    special: dict[str, Any] = {}
+    if style.placement != "pre" or style.parallel:
+        behind = None if style.placement == "pre" else norm
+        special = {"norm_behind": behind, "parallel": style.parallel}
+    q_norm, k_norm = _qk_norms(provider, style)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ResidualLayer if special else TransformerLayer,
+        params=special,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=before,
             self_attention=ModuleSpec(
                 module=RotaryQkvAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -85,29 +112,44 @@ def get_layer_spec(provider: SparseSpecProvider) -> ModuleSpec:
                     linear_qkv=provider.column_parallel_linear(),
                     core_attention=provider.core_attention(),
                     linear_proj=provider.row_parallel_linear(),
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=q_norm,
+                    k_layernorm=k_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=before,
             mlp=get_mlp_module_spec_for_backend(backend=provider, use_te_activation_func=True),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def get_block_spec(provider: SparseSpecProvider, num_layers: int) -> TransformerBlockSubmodules:
+def _qk_norms(provider: SparseSpecProvider, style: LayerStyle) -> tuple[Any, Any]:
+    """What norms of queries and of keys are built from."""
+    if style.qk_norm is None:
+        return IdentityOp, IdentityOp
+    if style.qk_norm == "head":
+        return (provider.layer_norm(for_qk=True),) * 2
+    return (
+        ModuleSpec(AllHeadsRMSNorm, params={"heads": style.heads}),
+        ModuleSpec(AllHeadsRMSNorm, params={"heads": style.groups}),
+    )
+
+
+def get_block_spec(
+    provider: SparseSpecProvider, num_layers: int, style: LayerStyle = LayerStyle()
+) -> TransformerBlockSubmodules:
     """What megatron-core's `GPTModel` takes as `transformer_layer_spec`.
 
     Args:
         provider: says which classes a layer is built from.
         num_layers: of the whole block, as `TransformerConfig.num_layers`; all are alike.
+        style: where the layers' norms are.
 
     Returns:
         The layers and the final norm. Which norm that is (LayerNorm, RMSNorm), and with which
         epsilon, the `TransformerConfig` says when the model is built.
     """
     return TransformerBlockSubmodules(
-        layer_specs=[get_layer_spec(provider)] * num_layers, layer_norm=provider.layer_norm()
+        layer_specs=[get_layer_spec(provider, style)] * num_layers, layer_norm=provider.layer_norm()
     )

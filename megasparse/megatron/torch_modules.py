@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from megasparse.kernels import geglu_fused, swiglu_fused
 
@@ -26,7 +27,7 @@ class TorchNorm:
 
 
 class SdpaAttention(torch.nn.Module):
-    """Softmax attention by torch's scaled_dot_product_attention, with grouped queries.
+    """Softmax attention by torch's scaled_dot_product_attention: grouped queries, sliding windows.
 
     Args: those of megatron-core's DotProductAttention.
     """
@@ -45,6 +46,10 @@ class SdpaAttention(torch.nn.Module):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
         self.sequence_parallel = config.sequence_parallel
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window = config.window_size[0] + 1 if windowed else None
 
     def forward(
         self,
@@ -65,6 +70,9 @@ class SdpaAttention(torch.nn.Module):
         """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         allowed = None if attention_mask is None else ~attention_mask
+        if self.window is not None and k.shape[2] > self.window:
+            near = within_window(q.shape[2], k.shape[2], self.window, q.device)
+            allowed = near if allowed is None else allowed & near
         dropout = self.dropout if self.training else 0.0
 
         def attend() -> torch.Tensor:
@@ -87,6 +95,18 @@ class SdpaAttention(torch.nn.Module):
         else:
             context = attend()
         return context.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+
+def within_window(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
+    """`(queries, keys)` bool: the last `window` keys up to a query's own place.
+
+    Args:
+        queries: of the last places.
+        keys: of all places.
+    """
+    places = torch.arange(keys - queries, keys, device=device)[:, None]
+    back = places - torch.arange(keys, device=device)
+    return (back >= 0) & (back < window)
 
 
 class GatedActivation(torch.nn.Module):

@@ -39,9 +39,7 @@ def choose(
         probe: of the weight.
     """
     if not sparse:
-        if quantizers is None:
-            return DenseGemms()
-        return DenseFp8Gemms(quantizers, hybrid, probe)
+        return DenseGemms() if quantizers is None else DenseFp8Gemms(quantizers, hybrid)
     channels = shard.slices(0)
     if quantizers is not None:
         return PackedFp8Gemms(recipe, channels, quantizers, hybrid, probe)

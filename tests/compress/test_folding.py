@@ -19,8 +19,11 @@ def test_a_linear_is_scaled_before_the_one_whose_rows_take_its_scales():
     for name, into in folds.items():
         assert ORDER.index(name) < ORDER.index(into)
     # Every linear has one place, and no two share it.
-    assert len(ORDER) == 4 and {norm_before(name) for name in folds.values()} == {
+    assert len(ORDER) == 4 and {norm_before(name, model) for name in folds.values()} == {
         "input_layernorm",
         "pre_mlp_layernorm",
     }
-    assert not any(norm_before(name) for name in folds)
+    assert not any(norm_before(name, model) for name in folds)
+    # Norms behind attention and FFN give no linear its input.
+    model.norm_placement = "post"
+    assert not any(norm_before(name, model) for name in ORDER)

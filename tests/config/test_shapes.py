@@ -32,12 +32,20 @@ CASES = {
     "llama, grouped queries": [*LLAMA, *GROUPS],
     "llama, biases": [*LLAMA, "--no-disable-bias-linear"],
     "llama, tied": [*LLAMA, "--no-untie-embeddings-and-output-weights"],
-}
+    "llama, QKV bias, QK norms of heads": [*LLAMA, "--add-qkv-bias", "--qk-layernorm"],
+    "gpt2, QK norms of heads": ["--qk-layernorm"],
+    "llama, norms behind, QK norms of all": [
+        *LLAMA, "--norm-placement", "post", "--qk-layernorm", "--qk-layernorm-scope", "all",
+    ],
+    "gpt2, norms before and behind": ["--norm-placement", "both"],
+    "gpt2, branches side by side": ["--parallel-residual"],
+}  # fmt: skip
 PIPELINES = {
     "gpt2, tied": [],
     "gpt2, untied": ["--untie-embeddings-and-output-weights"],
     "llama": [*LLAMA, *GROUPS],
-}
+    "llama, norms behind": [*LLAMA, "--norm-placement", "post", "--qk-layernorm"],
+}  # fmt: skip
 
 
 def _built(rank: int, world: int, cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:

@@ -25,6 +25,14 @@ NOMINAL = {
     "gpt2_1.5b": 1558e6,
     "llama_1b": 1.1e9,
     "llama_8b": 8.03e9,
+    "mistral_7b": 7.24e9,
+    "qwen2_5_1.5b": 1.54e9,
+    "qwen3_8b": 8.19e9,
+    "olmo2_7b": 7.30e9,
+    "smollm3_3b": 3.08e9,
+    "phi3_mini": 3.82e9,
+    "pythia_1.4b": 1.41e9,
+    "opt_1.3b": 1.32e9,
 }
 
 

@@ -113,10 +113,10 @@ CASES: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "unknown architecture": (
         "llama", lambda f: edit_json(f, architectures=["MixtralForCausalLM"]),
-        ("MixtralForCausalLM", "LlamaForCausalLM or GPT2LMHeadModel"),
+        ("MixtralForCausalLM", "one of LlamaForCausalLM, GPT2LMHeadModel"),
     ),
     "no architecture": (
-        "llama", lambda f: edit_json(f, architectures=None, model_type="opt"), ("'opt'",),
+        "llama", lambda f: edit_json(f, architectures=None, model_type="bloom"), ("'bloom'",),
     ),
     "no size": ("llama", lambda f: edit_json(f, hidden_size=None), ("hidden_size", "nothing")),
     "size of text": ("gpt2", lambda f: edit_json(f, n_embd="32"), ("n_embd", "'32'", "int")),
@@ -125,7 +125,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
         ("rope_type", "'yarn'", "llama3"),
     ),
     "another activation": (
-        "gpt2", lambda f: edit_json(f, activation_function="relu"), ("activation_function", "relu"),
+        "gpt2", lambda f: edit_json(f, activation_function="tanh"), ("activation_function", "tanh"),
     ),
     "quantized": (
         "llama", lambda f: edit_json(f, quantization_config={"quant_method": "gptq"}),

@@ -31,6 +31,11 @@ GPT = {
     "norm_epsilon": 1e-5, "add_bias_linear": True, "position_embedding_type": "learned_absolute",
     "untie_embeddings_and_output_weights": False, "bias_gelu_fusion": True,
 }  # fmt: skip
+# What newer models have: 2 ranks, norms of queries and keys, a bias in QKV alone, exact GELU.
+MODERN = {
+    **LLAMA, "swiglu": False, "bias_gelu_fusion": False, "qk_layernorm": True,
+    "add_qkv_bias": True, "no_rope_freq": 2, "rotary_percent": 0.5,
+}  # fmt: skip
 
 
 class Attention(int):
@@ -53,7 +58,9 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
 
     grid = make_grid(world, torch.device("cpu"), 1)
     a = argparse.Namespace(**arguments)
-    silu = torch.nn.functional.silu
+    silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
+    plain = gelu_tanh if getattr(a, "bias_gelu_fusion", True) else gelu
+    qk_norm = getattr(a, "qk_layernorm", False)
     config = TransformerConfig(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
@@ -64,8 +71,11 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
         normalization=a.normalization,
         layernorm_epsilon=a.norm_epsilon,
         gated_linear_unit=a.swiglu,
-        activation_func=silu if a.swiglu else gelu_tanh,
+        activation_func=silu if a.swiglu else plain,
         add_bias_linear=a.add_bias_linear,
+        add_qkv_bias=getattr(a, "add_qkv_bias", False),
+        qk_layernorm=qk_norm,
+        no_rope_freq=getattr(a, "no_rope_freq", None),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=world,
@@ -80,6 +90,9 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
     )
     spec = get_gpt_layer_local_spec(normalization=a.normalization)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TorchNorm
+    if qk_norm:
+        inner = spec.submodules.self_attention.submodules
+        inner.q_layernorm = inner.k_layernorm = TorchNorm
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     block = TransformerBlockSubmodules([spec] * a.num_layers, layer_norm=TorchNorm)
@@ -92,6 +105,7 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
         share_embeddings_and_output_weights=not a.untie_embeddings_and_output_weights,
         position_embedding_type=a.position_embedding_type,
         rotary_base=getattr(a, "rotary_base", 10000),
+        rotary_percent=getattr(a, "rotary_percent", 1.0),
     )
     _mark_vocabulary_shards(model)
     initialize_weights(model, 7, 0.1, 2, grid.tp_rank, grid.tp_size)
@@ -121,10 +135,10 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
-    """LLaMA on two ranks, GPT on one: folder and logits."""
+    """LLaMA and a newer model on two ranks, GPT on one: folder and logits."""
     folder = tmp_path_factory.mktemp("megatron")
     found = {}
-    for name, sizes, world in (("llama", LLAMA, 2), ("gpt", GPT, 1)):
+    for name, sizes, world in (("llama", LLAMA, 2), ("gpt", GPT, 1), ("modern", MODERN, 2)):
         root = folder / name
         logits = dist.run(build_and_save, world, {**SIZES, **sizes}, str(root / "iter_0000007"))
         (root / "latest_checkpointed_iteration.txt").write_text("7\n")
@@ -150,6 +164,41 @@ def test_megatron_core(saved, tmp_path):
     check(tmp_path / "a", llama_logits, VOCAB)
     assert convert(gpt, tmp_path / "b", "--vocab-size", str(VOCAB)) == 0
     check(tmp_path / "b", gpt_logits, VOCAB)
+
+
+def test_newer_models(saved, tmp_path):
+    modern, logits = saved["modern"]
+    assert convert(modern, tmp_path / "a") == 0
+    check(tmp_path / "a", logits, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "found"),
+    [
+        ({"window_size": (4095, 0)}, "window_size", "4095,0"),
+        ({"window_size": "(7,0)", "window_attn_skip_freq": 2}, "window_attn_skip_freq", "2"),
+        (
+            {"window_size": [7, 0], "window_attn_skip_freq": [0, 1]},
+            "window_attn_skip_freq",
+            "[0,1]",
+        ),
+        ({"no_rope_freq": [1, 0]}, "no_rope_freq", "[1,0]"),
+    ],
+)
+def test_windows_and_patterns_in_megatrons_arguments(arguments, field, found):
+    from megasparse.convert.megatron_arguments import megatron_config
+
+    model = megatron_config({**SIZES, **LLAMA, **arguments}, "here")
+    assert getattr(model, field) == found
+
+
+@pytest.mark.parametrize("window", [(4095, 5), (-1, 0), "x"])
+def test_windows_that_are_not_causal_are_refused(window):
+    from megasparse.convert.megatron_arguments import megatron_config
+    from megasparse.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="args: window_size: found"):
+        megatron_config({**SIZES, **LLAMA, "window_size": window}, "here")
 
 
 def test_straight_to_hugging_face(saved, tmp_path):
@@ -294,8 +343,8 @@ def _bad(case: str, saved, folder: Path) -> None:
         model["decoder.final_layernorm.weight"] = torch.ones(7)
     elif case == "NaN":
         model["decoder.final_layernorm.weight"] = torch.full((32,), float("nan"))
-    elif case == "exact gelu":
-        content["args"].bias_gelu_fusion = False
+    elif case == "residual":
+        content["args"].apply_residual_connection_post_layernorm = True
     elif case == "old order":
         content["checkpoint_version"] = 1.0
     if case == "torch_dist":
@@ -316,7 +365,8 @@ CASES = {
     "malicious": (66, "mkdir"), "no args": (66, "no args"), "cut": (66, "cannot be loaded"),
     "missing tensor": (66, "decoder.layers.1.mlp.linear_fc2.weight"),
     "unknown tensor": (66, "router"), "wrong shape": (66, "decoder.final_layernorm.weight"),
-    "NaN": (66, "NaN"), "exact gelu": (64, "bias_gelu_fusion"), "old order": (66, "order of QKV"),
+    "NaN": (66, "NaN"), "residual": (64, "apply_residual_connection"),
+    "old order": (66, "order of QKV"),
     "torch_dist": (66, "torch_dist"), "missing rank": (66, "rank 0"),
 }  # fmt: skip
 

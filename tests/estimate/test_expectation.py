@@ -46,7 +46,8 @@ def test_large_layers_gain_and_small_ones_do_not():
         large.describe(),
     )
     small = _expected(SMALL)
-    assert small.ratio < 1.0
+    # Both wait for the host alone, so the two are equal.
+    assert small.ratio == pytest.approx(1.0, abs=1e-9)
     assert re.search(
         r": 2:4 does not pay here\. 2:4 GEMMs save -?\d+ ms, .* cost \d+ ms", small.describe()
     )

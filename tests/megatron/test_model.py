@@ -73,7 +73,9 @@ def _attention(rank, world):
 
     from megasparse.megatron.torch_modules import SdpaAttention
 
-    config = SimpleNamespace(attention_dropout=0.0, sequence_parallel=False)
+    config = SimpleNamespace(
+        attention_dropout=0.0, sequence_parallel=False, window_size=None, window_attn_skip_freq=None
+    )
     attention = SdpaAttention(config, 1, None, "self")
     s, b, heads, groups, d = 7, 2, 4, 2, 8
     q = torch.randn(s, b, heads, d).double()

@@ -67,7 +67,7 @@ class SparsityController:
         for (state, _), saved in zip(self.weights, states, strict=True):
             state.restore(saved)
         for one, _ in self.dense:
-            one.invalidate()
+            one.restore()
 
     def register(self, state: SparseWeight, weight: torch.nn.Parameter, layer: int) -> int:
         """Add a layer's weight; its place among them.
@@ -138,16 +138,21 @@ class SparsityController:
 
     def ask(self, wanted: bool) -> None:
         """Let the probes of all weights measure from here, or no longer."""
-        for state, _ in self.weights:
+        for probe in self._probes():
             if wanted:
-                state.probe.ask()
+                probe.ask()
             else:
-                state.probe.asked = False
+                probe.dismiss()
 
     @property
     def asked(self) -> bool:
         """Whether the probes measure."""
-        return any(state.probe.asked for state, _ in self.weights)
+        return any(probe.asked for probe in self._probes())
+
+    def _probes(self) -> Iterator[Probe]:
+        """Of all weights whose GEMMs are pruned or in FP8."""
+        yield from (state.probe for state, _ in self.weights)
+        yield from (one.probe for one, _ in self.dense)
 
     def halved_flops_per_token(self, recomputed: float) -> float:
         """FLOPs a token that the local shards' GEMMs have saved on sparse tensor cores.

@@ -10,6 +10,7 @@ import torch
 
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
 from megasparse.sparsity.gemms.protocol import LinearGemms
+from megasparse.sparsity.probe import Probe
 
 
 class DenseFp8Weight:
@@ -22,12 +23,14 @@ class DenseFp8Weight:
 
     Attributes:
         moves: times that operands or scales may have got other addresses.
+        probe: is told what is quantized.
     """
 
     def __init__(self, name: str, quantizers: OperandQuantizers, hybrid: bool = False) -> None:
         self.name, self.quantizers = name, quantizers
         self.moves = 0
-        self._gemms = DenseFp8Gemms(quantizers, hybrid)
+        self.probe = Probe()
+        self._gemms = DenseFp8Gemms(quantizers, hybrid, self.probe)
         self._ready = -1  # step that the operands are of
 
     def gemms(self, weight: torch.Tensor, step: int) -> LinearGemms:
@@ -37,7 +40,7 @@ class DenseFp8Weight:
             weight: the local master weight `(N, K)`.
             step: optimizer steps done so far.
         """
-        if self._ready != step:
+        if self._ready != step or self.probe.waits:
             self.begin_step(step)
             self.refill(weight)
         return self._gemms
@@ -53,7 +56,14 @@ class DenseFp8Weight:
 
     def refill(self, weight: torch.Tensor) -> None:
         """Make the operands of the step that has begun; the part that can be captured."""
+        self.probe.waits = False
         self._gemms.refill(weight.detach(), None)
+
+    def restore(self) -> None:
+        """After a skipped step: what was made and measured in it is of no step."""
+        if self.probe.asked:
+            self.probe.ask()
+        self.invalidate()
 
     def invalidate(self) -> None:
         """Forget the operands: the master weight was changed from outside."""

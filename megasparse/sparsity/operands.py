@@ -39,7 +39,9 @@ def choose(
         probe: of the weight.
     """
     if not sparse:
-        return DenseGemms() if quantizers is None else DenseFp8Gemms(quantizers, hybrid)
+        if quantizers is None:
+            return DenseGemms()
+        return DenseFp8Gemms(quantizers, hybrid, probe)
     channels = shard.slices(0)
     if quantizers is not None:
         return PackedFp8Gemms(recipe, channels, quantizers, hybrid, probe)

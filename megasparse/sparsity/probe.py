@@ -26,13 +26,14 @@ class Probe:
 
     Attributes:
         asked: whether to measure; off by default.
+        waits: asked, and no operands of the weight were made since.
         sums: float64 0-d tensors by name.
         maxima: float32 0-d tensors by name.
     """
 
     def __init__(self, timer: StepTimer | None = None) -> None:
         self.timer = timer or StepTimer()
-        self.asked = False
+        self.asked = self.waits = False
         self.sums: dict[str, torch.Tensor] = {}
         self.maxima: dict[str, torch.Tensor] = {}
 
@@ -41,11 +42,15 @@ class Probe:
 
         The tensors stay where they are: a captured step adds to them.
         """
-        self.asked = True
+        self.asked = self.waits = True
         if self.sums:
             torch._foreach_zero_(list(self.sums.values()))
         for largest in self.maxima.values():
             largest.fill_(NOTHING)
+
+    def dismiss(self) -> None:
+        """Measure no longer; what was measured stays."""
+        self.asked = self.waits = False
 
     def mvue(self, before: torch.Tensor, after: torch.Tensor) -> None:
         """A draw.

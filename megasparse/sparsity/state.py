@@ -96,6 +96,8 @@ class SparseWeight(torch.nn.Module):
                     self.refresh(weight)
                 self.begin_step(weight, step, sparse, due)
                 self.refill(weight, sparse)
+        elif self.probe.waits and self.quantizers is not None:
+            self.refill(weight, sparse)  # made by an evaluation, before anyone asked
         return self._gemms[sparse]
 
     def refresh_is_due(self, step: int, sparse: bool, monitor: bool) -> bool:
@@ -131,6 +133,7 @@ class SparseWeight(torch.nn.Module):
     def refill(self, weight: torch.Tensor, sparse: bool) -> None:
         """Make the operands of the step that has begun; the part that can be captured."""
         weight = weight.detach()
+        self.probe.waits = False
         self._gemms[sparse].refill(weight, self.project(weight) if sparse else None)
 
     @property

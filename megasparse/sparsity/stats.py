@@ -1,4 +1,4 @@
-"""What is reported about the sparse layers, from sums that ranks can add up.
+"""What is reported about the layers that are sparse or in FP8, from sums that ranks can add up.
 
 A rank measures three small matrices, layers by figures, without waiting for its device; ranks add
 them up (or take the largest), and `layer_figures` turns the totals into ratios. Layers are those of
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from megasparse.errors import KernelError, NumericsError
+from megasparse.sparsity.dense_weight import DenseFp8Weight
 from megasparse.sparsity.probe import NOTHING, OPERANDS
 from megasparse.sparsity.state import SparseWeight
 
@@ -63,14 +64,16 @@ def measure(
     weights: list[tuple[SparseWeight, torch.nn.Parameter]],
     sparse_now: bool,
     device: torch.device,
+    dense: list[tuple[DenseFp8Weight, torch.nn.Parameter]],
     whole: Callable[[list[torch.nn.Parameter]], Any] = lambda _: contextlib.nullcontext(),
 ) -> Measured:
     """Sums of all layers, on the device.
 
     Args:
-        weights: states with their parameters.
+        weights: states of sparse weights with their parameters.
         sparse_now: whether GEMMs use the pruned weights.
-        device: where the sums are; for a stage without sparse layers.
+        device: where the sums are; for a stage without such layers.
+        dense: weights of dense FP8 layers, which have figures of FP8 alone; they come last.
         whole: makes a context in which parameters can be read (ZeRO 3 gathers them).
     """
     zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -79,16 +82,24 @@ def measure(
     for state, weight in weights:
         with whole([weight]):
             weight_sums.append(_weight_sums(state, weight.detach(), sparse_now))
-        step_sums.append(torch.stack([state.probe.sums.get(name, zero) for name in STEP_SUMS]))
-        scale = missing if state.scale is None else state.scale.float()
-        largest = [state.probe.maxima.get(name, missing) for name in OPERANDS]
+    weight_sums += [zero.new_zeros(len(WEIGHT_SUMS))] * len(dense)
+    owners: list[SparseWeight | DenseFp8Weight] = [
+        *(state for state, _ in weights),
+        *(one for one, _ in dense),
+    ]
+    for one in owners:
+        step_sums.append(torch.stack([one.probe.sums.get(name, zero) for name in STEP_SUMS]))
+        beta = one.scale if isinstance(one, SparseWeight) else None
+        scale = missing if beta is None else beta.float()
+        largest = [one.probe.maxima.get(name, missing) for name in OPERANDS]
         maxima.append(torch.stack([scale, *largest]))
+    flips = [state.flips is not None for state, _ in weights]
     return Measured(
-        [state.name for state, _ in weights],
-        [state.flips is not None for state, _ in weights],
-        torch.stack(weight_sums) if weights else zero.new_zeros(0, len(WEIGHT_SUMS)),
-        torch.stack(step_sums) if weights else zero.new_zeros(0, len(STEP_SUMS)),
-        torch.stack(maxima) if weights else missing.new_zeros(0, len(MAXIMA)),
+        [one.name for one in owners],
+        flips + [False] * len(dense),
+        torch.stack(weight_sums) if owners else zero.new_zeros(0, len(WEIGHT_SUMS)),
+        torch.stack(step_sums) if owners else zero.new_zeros(0, len(STEP_SUMS)),
+        torch.stack(maxima) if owners else missing.new_zeros(0, len(MAXIMA)),
     )
 
 
@@ -135,7 +146,7 @@ def layer_figures(
             raise NumericsError(f"NaN in the weight {name}, found while it was pruned")
         if w["not_24"]:
             raise KernelError(f"an operand packed for {name} was not 2:4")
-        one = {"density": w["nonzeros"] / w["numel"]}
+        one = {"density": w["nonzeros"] / w["numel"]} if w["numel"] else {}
         if flips_known:
             one["flip_rate"] = w["flips"] / w["numel"]
         if w["magnitude"] and w["kept"]:

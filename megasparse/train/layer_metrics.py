@@ -36,7 +36,9 @@ def measure_all(
         LayerMetrics by layer of the whole model in order, the sums of `more`, and the largest.
     """
     controller, grid = engine.controller, engine.grid
-    measured = measure(controller.weights, sparse, grid.device, engine.layout.gathered_parameters)
+    measured = measure(
+        controller.weights, sparse, grid.device, controller.dense, engine.layout.gathered_parameters
+    )
     count = len(measured.names)
     if grid.dp_size > 1:
         dist.all_reduce(measured.step_sums, group=grid.dp_group)

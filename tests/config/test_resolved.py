@@ -37,6 +37,22 @@ def test_a_resolved_configuration_has_the_same_fields_and_yaml():
     assert dump_yaml(stored) == dump_yaml(resolved)
 
 
+@pytest.mark.parametrize(
+    ("more", "width"),
+    [
+        ([], 2048),
+        (["--squared-relu"], 2048),
+        (["--swiglu"], 1344),  # 8/3 of 512, down to whole 64s: as many parameters as without gate
+        (["--geglu"], 1344),
+        (["--swiglu", "--hidden-size", "16"], 64),
+        (["--swiglu", "--ffn-hidden-size", "100"], 100),
+    ],
+)
+def test_the_default_width_of_the_ffn(more, width):
+    flags = ["--mock-data", "--hidden-size", "512", "--num-attention-heads", "4", *more]
+    assert resolve(load_config([*flags, "--vocab-size", "128"]), 1).model.ffn_hidden_size == width
+
+
 def test_what_was_filled_once_stays():
     once = fill_defaults(load_config(FLAGS), 2)
     assert to_dict(fill_defaults(once, 2)) == to_dict(once)

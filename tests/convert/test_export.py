@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from megasparse.checkpoint.model import StoredModel, open_checkpoint
+from megasparse.config import load_config, resolve
+from megasparse.convert import export as export_module
+from megasparse.convert.export import ExportOptions
 from megasparse.convert.packed import unpack_hopper, unpack_torch
 from megasparse.data.sidecar import bin_path
 from megasparse.distributed.control_plane import ControlPlane
@@ -211,3 +215,14 @@ def test_the_validation_data_was_read(runs):
     inputs, _ = trainer_samples(runs)
     tokens = np.fromfile(bin_path(str(runs / "valid")), dtype=np.uint16)
     assert set(inputs.unique().tolist()) <= set(tokens.tolist())
+
+
+@pytest.mark.parametrize("style", [[], LLAMA])
+def test_a_config_that_is_made_names_the_tokens_of_the_run(style):
+    """Those of the architecture's class in transformers are of other tokenizers."""
+    source = SimpleNamespace(model=resolve(load_config([*TINY, *style, "--mock-data"]), 1).model)
+    special = {"bos_token_id": None, "eos_token_id": 7, "pad_token_id": 9}
+    for given in (special, {"eos_token_id": 7}, {}):
+        made = export_module._config(source, ExportOptions(1, special=given), {})
+        expected = {**dict.fromkeys(special), **given}
+        assert {name: made[name] for name in special} == expected

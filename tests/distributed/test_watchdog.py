@@ -34,3 +34,25 @@ def test_no_phase_may_take_for_ever(tmp_path, monkeypatch):
         watch._ticked -= 3600.0
         late[point] = watch._beat()["late"]
     assert late == dict.fromkeys(late, True) and len(late) > 10
+
+
+@pytest.mark.parametrize(
+    ("point", "allowance"),
+    [("micro_batch", 1.0), ("backward", 1.0), ("save", 5.0), ("save:sync", 5.0), ("report", 20.0)],
+)
+def test_slow_phases_have_their_allowance(tmp_path, point, allowance):
+    limit = 100.0
+    watch = Watchdog(None, "", 0, 1, limit, tmp_path)
+    watch.passed("build", 0)  # what was allowed before does not stay
+    watch.passed(point, 0)
+    began = watch._ticked
+    watch._ticked = began - 0.9 * limit * allowance
+    assert not watch._beat()["late"]
+    watch._ticked = began - 1.1 * limit * allowance
+    beat = watch._beat()
+    assert beat["late"] and beat["late_for"] == pytest.approx(0.1 * limit * allowance, abs=5.0)
+    assert beat["seconds"] == pytest.approx(1.1 * limit * allowance, abs=5.0)
+    without = Watchdog(None, "", 0, 1, 0.0, tmp_path)
+    without.passed(point, 0)
+    without._ticked -= 1e6
+    assert not without._beat()["late"]

@@ -182,3 +182,26 @@ def test_operands_in_8_bits(name):
     parts = [[m.values, m.metadata] if isinstance(m, Packed24) else [m] for m in made]
     nbytes = sum(t.nbytes for part in parts for t in part)
     assert estimated.state["operands"] * w.numel() == nbytes * estimated.sparse_parameters
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, []), (1, []), (2, []), (3, []), (1, ["--bf16"]), (2, ["--bf16"]), (3, ["--bf16"])],
+)
+def test_gradients_of_zero_2_are_shares(stage, precision):
+    """Ranks hold them whole and all the time, or from ZeRO 2 on a share each, within a step."""
+    from megasparse.config import load_config, resolve
+    from megasparse.estimate.memory import footprint
+    from megasparse.sparsity.recipe import recipe_of
+
+    world = 8
+    flags = ["--zero-stage", str(stage), "--global-batch-size", str(2 * world)]
+    config = resolve(load_config([*BASE, *flags, *precision]), world)
+    found = footprint(config, recipe_of(config), 128, world)
+    whole = 4 * found.parameters
+    padding = 3 * 4 * 2 * world  # three groups, each to two entries a rank
+    if stage < 2:
+        assert whole <= found.state["gradients"] <= whole + padding
+    else:
+        assert found.state["gradients"] == 0
+        assert whole <= world * found.transient["gradients"] <= whole + padding

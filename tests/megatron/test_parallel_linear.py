@@ -119,6 +119,14 @@ def _bad_patterns(rank, world):
         except ConfigError as error:
             messages.append(str(error))
     assert "dense" in repr(model["linear_fc1"])
+    # 16 rows in two fused parts of 8, and 12 in two of 6, which the blocks of 4 do not fill.
+    for rows in (16, 12):
+        fused = SparseColumnParallelLinear(8, rows, config=config, stride=2)
+        try:
+            recipe = make_recipe("fst", sparse_layers=["linear_fc1"])
+            sparsify(torch.nn.ModuleDict({"linear_fc1": fused}), recipe, Clock(0, 1))
+        except ConfigError as error:
+            messages.append(str(error))
     return messages
 
 
@@ -126,3 +134,47 @@ def test_patterns_that_match_nothing_and_cut_blocks_are_refused():
     (messages,) = dist.run(_bad_patterns, 1)
     assert "no linear is named like '*.linear_fc3'" in messages[0]
     assert "linear_fc1: a shard of 8 x 6" in messages[1]
+    assert "a shard of 12 x 8" in messages[2] and "2 fused parts" in messages[2]
+    assert len(messages) == 3
+
+
+def _observed(rank, world):
+    """Tokens that Wanda's norms have seen after each of several passes."""
+    from types import SimpleNamespace
+
+    from megasparse.megatron.grid import make_grid
+    from megasparse.megatron.parallel_linear import SparseColumnParallelLinear
+    from megasparse.megatron.sparsify import sparsify
+    from megasparse.sparsity.clock import Clock
+    from megasparse.sparsity.recipe import make_recipe
+    from megasparse.sparsity.wanda import finish_step
+
+    make_grid(1, torch.device("cpu"), seed=1)
+    config = SimpleNamespace(
+        sequence_parallel=False, use_cpu_initialization=True, params_dtype=torch.float32
+    )
+    layer = SparseColumnParallelLinear(8, 8, config=config)
+    torch.nn.init.normal_(layer.weight)
+    recipe = make_recipe("ast", mask_metric="wanda", sparse_layers=("layer",))
+    controller = sparsify(torch.nn.ModuleDict({"layer": layer}), recipe, Clock(0, 9))
+    seen = []
+
+    def run(training, gradients, calibrating):
+        layer.train(training)
+        controller.calibrating = calibrating
+        with torch.set_grad_enabled(gradients):
+            layer(torch.randn(3, 2, 8))
+        finish_step([(layer.state.inputs, False)], lambda t: t, lambda t: t)
+        seen.append(layer.state.inputs.tokens)
+
+    run(False, False, False)  # an evaluation
+    run(False, True, False)  # one with gradients
+    run(True, False, False)  # the first pass of a layer that is recomputed
+    run(True, True, False)
+    run(False, False, False)
+    run(False, False, True)
+    return seen
+
+
+def test_inputs_are_observed_in_training_and_calibration_alone():
+    assert dist.run(_observed, 1) == [[0, 0, 0, 6, 6, 12]]

@@ -155,7 +155,7 @@ def test_controller_reports_and_seeds():
     state, weight = _state(), torch.nn.Parameter(torch.randn(8, 12))
     assert controller.register(state, weight, 7) == 0
     state.gemms(weight, 0, True, True)
-    measured = measure(controller.weights, True, torch.device("cpu"))
+    measured = measure(controller.weights, True, torch.device("cpu"), controller.dense)
     assert measured.flips_known == [False]
     assert measured.weight_sums[0, 1:3].tolist() == [48, 96]
     clock = controller.clock
@@ -166,7 +166,9 @@ def test_controller_reports_and_seeds():
     assert len(seeds) == 27
     assert controller.seed(0) == clock.mvue_seed(7)
     clock.step = 55  # in the dense tail
-    measured = measure(controller.weights, controller.sparse_now, torch.device("cpu"))
+    measured = measure(
+        controller.weights, controller.sparse_now, torch.device("cpu"), controller.dense
+    )
     assert measured.weight_sums[0, 1] == 96 and controller.masked_decay() == 0.0
 
 

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megasparse.estimate.flops import TokenFlops
+from megasparse.fp8.delayed import DelayedScaling
 from megasparse.kernels import mvue24, transposable24_mask
 from megasparse.metrics.schema import LOG_METRICS, METRICS, STEP_METRICS, read_metrics
 from megasparse.optim.fragments import Fragment
 from megasparse.optim.masked_decay import MaskedDecay
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController
+from megasparse.sparsity.dense_weight import DenseFp8Weight
+from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
+from megasparse.sparsity.probe import NOTHING
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 from megasparse.sparsity.stats import layer_figures, measure
 from megasparse.timer import PHASES
 from megasparse.train.layer_metrics import summary
+from megasparse.train.recorder import Recorder
+from megasparse.train.stragglers import StragglerWatch
 from tests import dist
 from tests.runs import LLAMA, TINY, train
 
@@ -116,7 +124,9 @@ def _sparse(recipe, weight):
 
 
 def _figures(controller):
-    found = measure(controller.weights, controller.sparse_now, torch.device("cpu"))
+    found = measure(
+        controller.weights, controller.sparse_now, torch.device("cpu"), controller.dense
+    )
     totals = (found.weight_sums, found.step_sums, found.maxima)
     return layer_figures(found, *(total.tolist() for total in totals))["w"]
 
@@ -162,6 +172,56 @@ def test_fp8_figures_of_a_known_tensor():
     assert row["fp8_amax"] == 3.0 and row["density"] == (1.0 + found["density"]) / 2
 
 
+def _fp8_weights(recipe):
+    """A controller with a sparse and a dense weight of 128 x 128 in FP8, and both weights."""
+    scales = DelayedScaling(torch.device("cpu"))
+    controller = SparsityController(make_recipe(recipe), Clock(seed=1, train_iters=10), fp8=scales)
+    sparse, dense = (torch.nn.Parameter(torch.randn(128, 128).bfloat16()) for _ in "ab")
+    state = SparseWeight("sparse", controller.recipe, WeightShard((128, 128)))
+    state.quantizers = OperandQuantizers.of(scales)
+    other = DenseFp8Weight("dense", OperandQuantizers.of(scales))
+    scales.allocate()
+    controller.register(state, sparse, 0)
+    controller.dense.append((other, dense))
+    return controller, state, other, sparse.detach(), dense.detach()
+
+
+@pytest.mark.parametrize("recipe", ["fst", "ste"])
+@pytest.mark.parametrize("sparse_now", [True, False])
+def test_every_layer_in_fp8_tells_how_it_was_rounded(recipe, sparse_now):
+    """Dense ones too, and sparse ones in a dense phase: the same figures, by the same rules."""
+    controller, state, other, sparse, dense = _fp8_weights(recipe)
+    dz, eight = torch.randn(128, 128).bfloat16(), torch.full((128, 128), 8.0).bfloat16()
+    eight[0, 0] = 1e-7
+    for asked in (False, True):
+        controller.ask(asked)
+        assert controller.asked == asked
+        state.invalidate(), other.invalidate()
+        ours = state.gemms(sparse, 0, sparse_now, True)
+        theirs = other.gemms(eight, 0)
+        for gemms in (ours, theirs):
+            gemms.prepare_grad_output(dz, 3)
+        if not asked:
+            assert not state.probe.sums and not other.probe.sums
+    found = measure(controller.weights, sparse_now, torch.device("cpu"), controller.dense)
+    totals = (found.weight_sums, found.step_sums, found.maxima)
+    figures = layer_figures(found, *(total.tolist() for total in totals))
+    assert list(figures) == ["sparse", "dense"]
+    fp8 = {f"fp8_{k}_{o}" for k in ("amax", "lost", "saturated") for o in ("weight", "grad_output")}
+    assert set(figures["dense"]) == fp8 <= set(figures["sparse"])
+    assert figures["dense"]["fp8_amax_weight"] == 8.0
+    assert figures["dense"]["fp8_lost_weight"] == 1 / 128**2
+    assert figures["dense"]["fp8_amax_grad_output"] == float(dz.abs().amax())
+    kept = state.effective(sparse) if sparse_now else sparse
+    assert figures["sparse"]["fp8_amax_weight"] == float(kept.abs().amax())
+    # A figure of the run is the worst of both; what is a mean is of sparse layers alone.
+    whole = summary(figures, {"sparse": 128**2})
+    assert whole["fp8_amax"] == 8.0 and whole["density"] == (0.5 if sparse_now else 1.0)
+    controller.restore(controller.snapshot())  # a skipped step
+    assert not any(float(v) for v in other.probe.sums.values())
+    assert all(float(v) == NOTHING for v in other.probe.maxima.values())
+
+
 def test_the_flip_rate_of_a_run_is_all_flips_over_all_entries():
     layers = {"a": {"flip_rate": 1 / 16}, "b": {"flip_rate": 3 / 48}, "c": {"density": 1.0}}
     assert summary(layers, {"a": 16, "b": 48, "c": 99})["flip_rate"] == 4 / 64
@@ -189,6 +249,25 @@ def test_density_is_that_of_the_phase_and_a_resume_tells_the_same(dataset, tmp_p
             assert [r.get(figure) for r in again] == [r.get(figure) for r in rows], (step, figure)
 
 
+@pytest.mark.parametrize("sparse_now", [True, False])
+def test_a_step_after_an_evaluation_has_the_figures_of_its_weights(sparse_now):
+    """The evaluation has made the operands, and nobody had asked by then."""
+    controller, state, other, sparse, dense = _fp8_weights("fst")
+    for _ in range(2):
+        state.gemms(sparse, 0, sparse_now, True)
+        other.gemms(dense, 0)
+    controller.ask(True)
+    for _ in range(2):  # micro-batches
+        state.gemms(sparse, 0, sparse_now, True)
+        other.gemms(dense, 0)
+    for one in (state, other):
+        assert float(one.probe.sums["fp8_weight_all"]) == 128**2
+    assert controller.preparations(0) == 1
+    controller.ask(False)
+    state.gemms(sparse, 0, sparse_now, True)
+    assert float(state.probe.sums["fp8_weight_all"]) == 128**2
+
+
 def test_probes_that_are_not_asked_measure_nothing():
     weight = torch.nn.Parameter(torch.randn(8, 8))
     controller, state = _sparse(make_recipe("fst", simulate_fp8=True), weight)
@@ -203,3 +282,36 @@ def test_rows_are_json_on_one_line_each(runs):
     _, _, folder = runs["pp2"]
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line), dict)
+
+
+@pytest.mark.parametrize(("world", "dp"), [(1, 1), (8, 2)])
+def test_rates_are_of_one_rank_and_utilization_of_the_dense_model(monkeypatch, world, dp):
+    """Tensor-parallel ranks save each its part of a token; data-parallel ones the same."""
+    recorder = Recorder.__new__(Recorder)
+    recorder._timer = SimpleNamespace(seconds=lambda split: {"forward": 1.0, "backward": 2.0})
+    recorder._controller = SimpleNamespace(halved_flops_per_token=lambda again: 30.0 * again)
+    recorder._grid = SimpleNamespace(
+        device=torch.device("cpu"), world=world, dp_size=dp, pp_size=1, rank=0
+    )
+    recorder._engine, recorder._sparse, recorder._split = None, True, []
+    recorder._again, recorder._peak = 2.0, 5e-10
+    recorder._flops = TokenFlops(dense=1000.0, recomputed=100.0, saved=-1.0)
+    recorder._tokens, recorder._seconds = 4096 * world, 8.0
+    recorder._config = SimpleNamespace(
+        logging=SimpleNamespace(log_interval=1), train=SimpleNamespace(train_iters=9)
+    )
+    recorder._stragglers, recorder.only_log = StragglerWatch(), None
+
+    def all_ranks(engine, sparse, more, largest):
+        own = len(more) - world
+        return {}, [value * world for value in more[:own]] + more[own:], 7.0
+
+    monkeypatch.setattr("megasparse.train.layer_metrics.measure_all", all_ranks)
+    _, row = recorder._measured(3)
+    assert row["tokens_per_second_per_gpu"] == 512.0 and row["memory_gib"] == 7.0
+    assert row["tflops"] == pytest.approx(512 * 1000 / 1e12)
+    assert row["mfu"] == pytest.approx(row["tflops"] / 5e-10)
+    saved = 60.0 * world / dp
+    assert row["tflops_true"] == pytest.approx(512 * (1100 - saved) / 1e12)
+    assert row["time_forward"] == 1.0 and row["time_backward"] == 2.0
+    assert (recorder._tokens, recorder._seconds) == (0, 0.0)

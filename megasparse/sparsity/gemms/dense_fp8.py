@@ -25,6 +25,7 @@ from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.fp8_products import scaled_mm
 from megasparse.sparsity.gemms.protocol import SavedInput, kept_in_place
+from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
 
 ALIGNMENT = 128  # rows and columns of a packed 8-bit operand, and tokens
@@ -81,15 +82,18 @@ class DenseFp8Gemms:
     Args:
         quantizers: of the layer.
         hybrid: dZ in e5m2.
+        probe: is told what is quantized.
     """
 
     _weight: Scale
     _w_NK: torch.Tensor | None = None
     _w_KN: torch.Tensor | None = None
 
-    def __init__(self, quantizers: OperandQuantizers, hybrid: bool = False) -> None:
+    def __init__(
+        self, quantizers: OperandQuantizers, hybrid: bool = False, probe: Probe | None = None
+    ) -> None:
         self.ran_sparse: set[str] = set()
-        self._quantizers = quantizers
+        self._quantizers, self._probe = quantizers, probe or Probe()
         self._row_dtype = E5M2 if hybrid else E4M3
 
     def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
@@ -98,6 +102,8 @@ class DenseFp8Gemms:
         self._w_NK = kept_in_place(self._w_NK, row)
         self._w_KN = kept_in_place(self._w_KN, column)
         self._weight = self._scale_in_place(scale)
+        if self._probe.asked:
+            self._tell("weight", w_NK, row)
 
     def _scale_in_place(self, scale: Scale) -> Scale:
         """The weight's scale at an address that stays: current scaling makes new tensors."""
@@ -172,6 +178,8 @@ class DenseFp8Gemms:
             whole_tiles(dz_TN), columns=True, dtype=self._row_dtype
         )
         assert row is not None and dz_NT is not None
+        if self._probe.asked:
+            self._tell("grad_output", dz_TN, row)
         return Fp8GradOutput(row, dz_NT, dz_TN.shape[0], dz, dz)
 
     def prepare_gated_grad_output(
@@ -188,6 +196,9 @@ class DenseFp8Gemms:
         assert isinstance(operands.along_tokens, torch.Tensor)
         x = self._quantizers.x.scale_of_saved(saved[1:])
         return scaled_mm(operands.along_tokens, saved[0], operands.along_scale, x)
+
+    def _tell(self, operand: str, values: torch.Tensor, stored: torch.Tensor) -> None:
+        self._probe.fp8(operand, values, stored.float(), stored.dtype)
 
 
 def whole_tiles(x_TK: torch.Tensor) -> torch.Tensor:

@@ -71,8 +71,8 @@ class PackedFp8Gemms(DenseFp8Gemms):
         probe: Probe | None = None,
         chooser: GemmChooser | None = None,
     ) -> None:
-        super().__init__(quantizers, hybrid and not recipe.transposable)
-        self._recipe, self._probe = recipe, probe or Probe()
+        super().__init__(quantizers, hybrid and not recipe.transposable, probe)
+        self._recipe = recipe
         self._channels = tuple((s.local_start, s.global_start, s.length) for s in channels)
         self._chooser = chooser
         self._choices: dict[tuple[str, int], Choice] = {}
@@ -236,6 +236,3 @@ class PackedFp8Gemms(DenseFp8Gemms):
         packed = self._packed if name == "output" else self._other
         assert isinstance(packed, Packed24)
         return packed
-
-    def _tell(self, operand: str, values: torch.Tensor, stored: torch.Tensor) -> None:
-        self._probe.fp8(operand, values, stored.float(), stored.dtype)

@@ -100,6 +100,26 @@ def test_three_gemms_of_a_layer(device, name, hybrid, tokens):
     assert gemms.ran_sparse == sparse or x.is_cuda  # there a dense one may be faster
 
 
+@pytest.mark.parametrize("kind", [DelayedScaling, CurrentScaling])
+def test_the_scale_of_a_soft_threshold_weight_has_room_for_beta(device, kind):
+    """The operand is beta S(W): a scale of W alone would cut it off."""
+    needs_transformer_engine(device)
+    _, w, _ = operands(device)
+    scales = kind(device)
+    slots = OperandQuantizers.of(scales)
+    scales.allocate()
+    gemms = PackedFp8Gemms(make_recipe("s_ste"), (ShardSlice(0, 0, N),), slots)
+    for beta in (12.0, 0.1):
+        fresh = torch.tensor(beta, device=device)
+        gemms.refill(w.detach(), Projected(None, fresh))
+        if kind is DelayedScaling and beta < 1:
+            scales.finish_step()
+            gemms.refill(w.detach(), Projected(None, fresh))
+        eye = torch.eye(K, device=device).bfloat16()
+        expected = soft_threshold24(w.detach()).double() * beta
+        assert error(gemms.output(eye).t(), expected) < FP8_ERROR, beta
+
+
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("name", ["fst", "dense"])
 def test_a_bias_is_not_scaled(device, name, known):

@@ -1,10 +1,16 @@
-"""Mutants: every one is another program, and its judges are the tests that mirror its module."""
+"""Mutants: every one is another program, and its judges are the tests that execute its line."""
 
 from __future__ import annotations
 
 import ast
+import json
+import sys
+import types
 
 from tools.bench import mutants
+from tools.bench.mutation import places
+from tools.bench.mutation.executed import Tracer
+from tools.bench.mutation.places import Mutant, mutants_of, surroundings
 
 SOURCE = """
 def f(x: int = 3, *, deep: bool = True) -> int:
@@ -17,7 +23,7 @@ def f(x: int = 3, *, deep: bool = True) -> int:
 
 
 def test_mutants_are_programs_that_differ_in_one_place():
-    found = mutants._Places("m.py", SOURCE).found
+    found = mutants_of("m.py", SOURCE)
     assert [(m.line, m.old, m.new) for m in found] == [
         (2, "3", "4"),
         (2, "True", "False"),
@@ -36,8 +42,99 @@ def test_mutants_are_programs_that_differ_in_one_place():
         assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(SOURCE))
 
 
-def test_a_module_is_judged_by_its_own_tests_or_by_those_of_its_folder():
-    assert mutants.judges("megasparse/sparsity/state.py") == ["tests/sparsity/test_state.py"]
-    folder = mutants.judges("megasparse/sparsity/probe.py")
-    assert "tests/sparsity/test_wanda.py" in folder and len(folder) > 3
-    assert len({mutant.module.split("/")[1] for mutant in mutants.mutants()}) == 5
+WHERE = """
+LIMIT = 3
+
+class A:
+    size: int = 2
+
+    @property
+    def small(self):
+        if self.size < 3 and \\
+                self.size > 0:
+            return (self.size
+                    + 1)
+        return 0
+
+
+def outer(x=5):
+    def inner():
+        return x - 1
+    return inner()
+"""
+
+
+def _at(old: str, source: str = WHERE) -> Mutant:
+    start = source.index(old)
+    return Mutant("m.py", source[:start].count("\n") + 1, start, start + len(old), old, "")
+
+
+def test_surroundings_are_the_statement_and_the_outermost_function():
+    def of(old):
+        found = surroundings(WHERE, _at(old))
+        return found.function, list(found.lines)
+
+    assert of("3\n\nclass") == (None, [2])
+    assert of("2\n\n    @") == (None, [5])
+    assert of("self.size > 0") == (("small", 7), [9, 10])
+    assert of("1)") == (("small", 7), [11, 12])
+    assert of("5)") == (None, [16])  # a default is computed at import
+    assert of("x - 1") == (("outer", 16), [18])
+
+
+def test_functions_get_the_code_of_a_changed_source(tmp_path):
+    path = tmp_path / "changed_here.py"
+    path.write_text(WHERE)
+    module = types.ModuleType("changed_here")
+    exec(compile(WHERE, str(path), "exec"), module.__dict__)
+    kept = module.outer  # someone else's reference
+    for old, new, call in (("x - 1", "x + 1", kept), ("+ 1)", "+ 7)", lambda: module.A().small)):
+        before = call()
+        changed = WHERE.replace(old, new)
+        mutants._exchange(path, changed, surroundings(WHERE, _at(old)).function)()
+        assert call() == before + {"x - 1": 2, "+ 1)": 6}[old]
+    assert mutants._exchange(path, WHERE, None) is None
+    assert mutants._exchange(path, WHERE, ("outer", 99)) is None
+
+
+SHORT = "def f(x):\n    if x:\n        return 1\n    return 2\n"
+
+
+def test_lines_are_those_that_a_test_executes(tmp_path):
+    folder = tmp_path / "megasparse" / "sparsity"
+    traced = types.ModuleType("traced")
+    exec(compile(SHORT, str(folder / "traced.py"), "exec"), traced.__dict__)
+    tracer = Tracer(tmp_path, tmp_path / "log")
+    known = sys.gettrace()
+    try:
+        tracer.start()
+        for name, value in (("a", 1), ("b", 0), ("a", 0)):
+            tracer.name(name)
+            traced.f(value)
+    finally:
+        sys.settrace(known)
+        tracer.stop()
+    rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    found = {test: sorted({n for t, m, n in rows if t == test}) for test in "ab"}
+    assert found == {"a": [2, 3, 4], "b": [2, 4]}
+    assert {module for _, module, _ in rows} == {"megasparse/sparsity/traced.py"}
+
+
+def test_a_mutant_is_judged_by_the_quickest_tests_that_reach_it(tmp_path):
+    module = "megasparse/sparsity/schedule.py"
+    found = mutants_of(module, (places.ROOT / module).read_text())
+    mutant = next(one for one in found if "interval" in one.old)
+    default = next(one for one in found if one.line > 40 and one.new == "1")
+    lines = {module: [mutant.line]}
+    tests = {
+        "slow": {"seconds": 5.0, "lines": lines},
+        "quick": {"seconds": 0.1, "lines": lines},
+        "elsewhere": {"seconds": 0.1, "lines": {module: [1]}},
+        "other": {"seconds": 0.1, "lines": {"megasparse/sparsity/state.py": [mutant.line]}},
+    }
+    assert mutants.Judge(tmp_path, tests, 60.0).reached_by(mutant) == ["quick", "slow"]
+    assert mutants.Judge(tmp_path, tests, 1.0).reached_by(mutant) == ["quick"]
+    assert surroundings((places.ROOT / module).read_text(), default).function is None
+    by_time = ["quick", "elsewhere", "slow"]
+    # What runs at import: whoever executes anything of the module.
+    assert mutants.Judge(tmp_path, tests, 60.0).reached_by(default) == by_time

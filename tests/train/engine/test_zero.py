@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -11,8 +13,44 @@ import torch
 from megasparse.errors import ConfigError
 from megasparse.optim import adamw
 from megasparse.sparsity.recipe import make_recipe
+from megasparse.train.engine import zero
 from tests import dist
 from tests.runs import TINY, train
+
+
+def test_pieces_of_zero_3_lie_after_the_padding_of_those_before():
+    """Parts are padded to one length on all ranks; the last rank may hold little, or nothing."""
+    sizes, world = (5, 4, 1, 9), 4
+    parameters = [torch.nn.Parameter(torch.arange(float(size))) for size in sizes]
+    for parameter in parameters:
+        parameter.ds_numel = size = parameter.numel()
+        parameter.partition_numel = functools.partial(lambda size: -(-size // world), size)
+    named = [(str(n), parameter) for n, parameter in enumerate(parameters)]
+    for rank in range(world):
+        flat = torch.cat([_part_of(parameter, rank, world) for parameter in parameters])
+        optimizer = SimpleNamespace(fp32_partitioned_groups_flat=[flat], fp16_groups=[parameters])
+        pieces = zero.partition_fragments(named, optimizer, rank)
+        for piece in pieces:
+            assert piece.tensor is flat
+            held = flat[piece.tensor_start : piece.tensor_start + piece.length]
+            whole = dict(named)[piece.name]
+            assert torch.equal(held, whole[piece.start : piece.start + piece.length])
+        held = {piece.name: piece.length for piece in pieces}
+        expected = {
+            str(n): max(0, min(-(-size // world), size - rank * -(-size // world)))
+            for n, size in enumerate(sizes)
+        }
+        assert held == {name: length for name, length in expected.items() if length}
+
+
+def _part_of(parameter, rank, world):
+    """A rank's part as ZeRO 3 holds it: padded with what is nobody's."""
+    length = -(-parameter.numel() // world)
+    part = torch.full((length,), -1.0)
+    mine = parameter.detach()[rank * length : (rank + 1) * length]
+    part[: mine.numel()] = mine
+    return part
+
 
 BEFORE = "--masked-decay-before-clipping"
 # A decay as strong as the gradient, so that it counts in the norm.
@@ -111,8 +149,6 @@ def test_recipes_without_such_a_decay_refuse_the_flag():
 
 def _summed(rank, world):
     """Pieces of two replicated parameters and of one that is not, and how many collectives."""
-    from types import SimpleNamespace
-
     from megasparse.train.engine.zero import sum_replicated
 
     calls = []

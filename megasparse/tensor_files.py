@@ -78,6 +78,7 @@ class TensorFile:
         header_sha256: of the header, with its length.
         metadata: texts of the header.
         entries: what the file holds, by name, in the order of the header.
+        places: where the values of each begin, in bytes from the file's start.
 
     Raises:
         OSError: cannot be opened or read. SafetensorError: not such a file, one line.
@@ -105,14 +106,14 @@ class TensorFile:
         stop = math.prod(entry.shape) if stop is None else stop
         width = entry.dtype.itemsize
         content = bytearray((stop - start) * width)
-        self._fill(memoryview(content), self._starts[name] + start * width)
+        self._fill(memoryview(content), self.places[name] + start * width)
         if not content:
             return torch.empty(0, dtype=entry.dtype)
         return torch.frombuffer(content, dtype=torch.uint8).view(entry.dtype)
 
     def sha256(self, name: str) -> str:
         """Digest of a tensor's values, with memory for a part of them."""
-        digest, begin = hashlib.sha256(), self._starts[name]
+        digest, begin = hashlib.sha256(), self.places[name]
         left, buffer = self.entries[name].nbytes, memoryview(bytearray(_CHUNK))
         while left:
             part = buffer[: min(left, _CHUNK)]
@@ -148,7 +149,7 @@ class TensorFile:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise SafetensorError(f"damaged header: {' '.join(str(error).split())}") from None
         self.entries = {name: entry for name, (entry, _, _) in places.items()}
-        self._starts = {name: 8 + length + begin for name, (_, begin, _) in places.items()}
+        self.places = {name: 8 + length + begin for name, (_, begin, _) in places.items()}
         expected = 0
         for name, (entry, begin, end) in sorted(places.items(), key=lambda place: place[1][1:]):
             if begin != expected or end - begin != entry.nbytes:

@@ -13,6 +13,7 @@ from megasparse.checkpoint.manifest import MANIFEST
 from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose, open_together
+from megasparse.checkpoint.shared_reader import SharedReader
 from megasparse.config import CompleteModel, RunConfig, from_dict, narrowed
 from megasparse.config.batches import DEFAULT_ITERS
 from megasparse.config.shapes import VOCABULARY
@@ -171,7 +172,8 @@ def effective_weight(reader: CheckpointReader, name: str, recipe: SparsityRecipe
     """W~ `(N, K)` of a stored sparse weight, whole, on the CPU, as of the checkpoint's step."""
     whole = reader.read(f"param/{name}")
     state = SparseWeight(name, recipe, WeightShard(tuple(whole.shape)))
-    state.import_state(sparsity_state(reader, state), torch.device("cpu"))
+    loaded = own_flips(sparsity_state(reader, state), state.shard)
+    state.import_state(loaded, torch.device("cpu"))
     iterations = run_length(reader)
     state.first_sparse_step = schedule.sparse_range(recipe, iterations).start
     return state.effective_at(whole, reader.meta["step"])
@@ -183,12 +185,14 @@ def run_length(reader: CheckpointReader) -> int:
     return iterations or DEFAULT_ITERS
 
 
-def sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, torch.Tensor]:
-    """What `SparseWeight.import_state` takes, for the state's shard.
+def sparsity_state(
+    reader: CheckpointReader | SharedReader, state: SparseWeight
+) -> dict[str, torch.Tensor]:
+    """What `SparseWeight.import_state` takes, for the state's shard, once `own_flips` was called.
 
     Returns:
-        `counters`, and as the recipe has them: `mask` (pattern indices, uint8), `scale`, `flips`,
-        `input_square`, cut for the rank.
+        `counters`, and as the recipe has them: `mask` (pattern indices, uint8), `scale`, `flips`
+        (of all tensor-parallel ranks), `input_square`, cut for the rank.
 
     Raises:
         CheckpointError: there is none.
@@ -200,9 +204,6 @@ def sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, t
     loaded = {}
     for key in reader.keys_beside(counters, prefix):
         kind = key.removeprefix(prefix)
-        if kind == "flips":
-            loaded[kind] = _own_flips(reader, key, state.shard)
-            continue
         shard = WeightShard(reader.shape(key))
         if kind == "mask":
             shard = mask_shard(state)
@@ -212,14 +213,19 @@ def sparsity_state(reader: CheckpointReader, state: SparseWeight) -> dict[str, t
     return loaded
 
 
-def _own_flips(reader: CheckpointReader, key: str, shard: WeightShard) -> torch.Tensor:
-    """Counts of other ranks cannot be told apart in another layout: the first takes them all."""
-    (world,) = reader.shape(key)
-    if world == shard.world:
-        own = WeightShard((world,), 0, shard.rank, world)
-        return reader.read_part(Piece(key, own)).view(())
-    total = reader.read(key).sum()
-    return total if shard.rank == 0 else torch.zeros_like(total)
+def own_flips(loaded: dict[str, torch.Tensor], shard: WeightShard) -> dict[str, torch.Tensor]:
+    """A state with the flips of this rank alone.
+
+    Counts of other ranks cannot be told apart in another layout: the first takes them all.
+    """
+    flips = loaded.get("flips")
+    if flips is None:
+        return loaded
+    if len(flips) == shard.world:
+        own = flips[shard.rank]
+    else:
+        own = flips.sum() if shard.rank == 0 else flips.new_zeros(())
+    return {**loaded, "flips": own.clone()}
 
 
 def mask_shard(state: SparseWeight) -> WeightShard:

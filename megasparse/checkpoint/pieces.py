@@ -133,6 +133,64 @@ def common(wanted: Piece, stored: Piece) -> Iterator[Run]:
             number += 1
 
 
+def may_meet(one: Piece, other: Piece) -> bool:
+    """Whether two pieces of one whole tensor may share entries; in a moment, whatever their size.
+
+    They do not where the places of one in the whole all lie before those of the other, or where
+    tensor-parallel shards along one dimension have nothing in common.
+    """
+    spans = []
+    for piece in (one, other):
+        start, stop = piece.range
+        if start >= stop:
+            return False
+        spans.append((_place(piece.shard, start), _place(piece.shard, stop - 1)))
+    (first, last), (begin, end) = spans
+    if last < begin or end < first:
+        return False
+    if one.shard == other.shard or one.shard.dim is None or one.shard.dim != other.shard.dim:
+        return True
+    dim = one.shard.dim
+    return any(
+        a.global_start < b.global_start + b.length and b.global_start < a.global_start + a.length
+        for a in one.shard.slices(dim)
+        for b in other.shard.slices(dim)
+    )
+
+
+def _place(shard: WeightShard, position: int) -> int:
+    """Where an entry of a flattened shard lies in the flattened whole."""
+    if shard.dim is None:
+        return position
+    inner = math.prod(shard.global_shape[shard.dim + 1 :])
+    outer, rest = divmod(position, shard.local_shape[shard.dim] * inner)
+    index, column = divmod(rest, inner)
+    (part,) = (p for p in shard.slices(shard.dim) if 0 <= index - p.local_start < p.length)
+    index += part.global_start - part.local_start
+    return (outer * shard.global_shape[shard.dim] + index) * inner + column
+
+
+def require_cover(found: list[tuple[int, int]], wanted: Piece, where: str) -> None:
+    """Refuse runs that do not make up a piece, each entry once.
+
+    Args:
+        found: start, within the piece, and length of each.
+
+    Raises:
+        CheckpointError: says how many there are of how many.
+    """
+    position, have = 0, sum(length for _, length in found)
+    for start, length in sorted(found):
+        if start != position:
+            break
+        position += length
+    if position != wanted.numel or have != wanted.numel:
+        twice = ", some of them twice" if have > position else ""
+        raise CheckpointError(
+            f"{where}: {wanted.key}: its pieces hold {have} of {wanted.numel} values{twice}"
+        )
+
+
 def _runs(
     shard: WeightShard, start: int, stop: int, span: tuple[int, int] | None = None
 ) -> Iterator[tuple[int, int, int]]:

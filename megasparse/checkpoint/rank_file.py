@@ -64,7 +64,7 @@ class RankFile:
             raise CheckpointError(f"{path}: no list of pieces: {error!r}") from None
         if not isinstance(found, list):
             raise CheckpointError(f"{path}: no list of pieces")
-        self._entries = stream.entries
+        self._entries, self._places = stream.entries, stream.places
         self.pieces = [Stored.of(record, str(path)) for record in found]
         for stored in self.pieces:
             self._check(stored)
@@ -91,6 +91,19 @@ class RankFile:
     def dtype(self, stored: Stored) -> torch.dtype:
         """Of a piece."""
         return self._entries[stored.entry].dtype
+
+    def place(self, stored: Stored) -> int:
+        """Where the values of a piece begin, in bytes from the file's start."""
+        return self._places[stored.entry]
+
+    def read_values(self, entry: str, begin: int, end: int) -> torch.Tensor:
+        """Values `begin` to `end` of an entry, 1-D; not compared with any digest.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        values: torch.Tensor = self._try(functools.partial(_part, entry, begin, end))
+        return values
 
     def read(self, stored: Stored) -> torch.Tensor:
         """All values of a piece, 1-D, compared with their digest.
@@ -123,9 +136,8 @@ class RankFile:
             return runs
         for run in runs:
             begin, end = run.stored, run.stored + run.length
-            target[run.wanted : run.wanted + run.length] = self._try(
-                functools.partial(_part, stored.entry, begin, end)
-            )
+            values = self.read_values(stored.entry, begin, end)
+            target[run.wanted : run.wanted + run.length] = values
         return runs
 
     def _compare(self, stored: Stored, digest: str) -> None:

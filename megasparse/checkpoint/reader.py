@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megasparse.checkpoint.manifest import MANIFEST, decode_manifest, read_manifest
-from megasparse.checkpoint.pieces import Piece, Stored
+from megasparse.checkpoint.pieces import Piece, Stored, require_cover
 from megasparse.checkpoint.rank_file import RankFile
 from megasparse.errors import CheckpointError
 from megasparse.log import is_logging_rank
@@ -59,6 +59,7 @@ class CheckpointReader:
 
     def _begin(self, folder: Path, meta: dict[str, Any]) -> None:
         self.folder, self.meta = folder, meta
+        self.verified: list[str] = []  # files whose every byte this process has compared
         self._known: dict[str, RankFile] = {}
         self._open: list[RankFile] = []
         self._pieces: dict[str, list[tuple[RankFile, Stored]]] = {}
@@ -90,7 +91,8 @@ class CheckpointReader:
         desc = f"verifying {self.folder.name}"
         with progress(desc=desc, total=total, unit="B", enabled=is_logging_rank()) as bar:
             for name in files:
-                self._file(name).verify(bar.update)
+                self.file(name).verify(bar.update)
+                self.verified.append(name)
 
     def search_first(self, groups: Sequence[Sequence[str]]) -> None:
         """Say where tensors probably are.
@@ -114,6 +116,12 @@ class CheckpointReader:
 
     def __contains__(self, key: str) -> bool:
         return self._find(key)
+
+    def is_likely(self, key: str) -> bool:
+        """Whether the files that `search_first` was told hold a tensor; no others are opened."""
+        while len(self._to_search) > 1:
+            self._search_more()
+        return key in self._pieces
 
     def dtype(self, key: str) -> torch.dtype:
         """Of a stored tensor.
@@ -170,16 +178,7 @@ class CheckpointReader:
             have = sum(length for _, length in found)
             if have >= wanted.numel or not self._search_more():
                 break
-        position = 0
-        for start, length in sorted(found):
-            if start != position:
-                break
-            position += length
-        if position != wanted.numel or have != wanted.numel:
-            twice = ", some of them twice" if have > position else ""
-            raise CheckpointError(
-                f"{self.folder}: {key}: its pieces hold {have} of {wanted.numel} values{twice}"
-            )
+        require_cover(found, wanted, str(self.folder))
         assert target is not None
         return target
 
@@ -197,7 +196,12 @@ class CheckpointReader:
             )
         return torch.empty(wanted.numel, dtype=dtype)
 
-    def _file(self, name: str) -> RankFile:
+    def file(self, name: str) -> RankFile:
+        """One file, its header read and checked.
+
+        Raises:
+            CheckpointError: missing or damaged.
+        """
         if name not in self._known:
             records = None if self._records is None else self._records[name]
             self._known[name] = RankFile(self.folder / name, self.meta["files"][name], records)
@@ -235,7 +239,7 @@ class CheckpointReader:
             if name in self._indexed:
                 continue
             self._indexed.add(name)
-            file = self._file(name)
+            file = self.file(name)
             for stored in file.pieces:
                 self._pieces.setdefault(stored.piece.key, []).append((file, stored))
         return True

@@ -89,6 +89,56 @@ class ControlPlane:
             self._send(value, self._parent)
         return self.broadcast(value)
 
+    def exchange(self, messages: dict[int, list[Any]]) -> list[Any]:
+        """JSON values from any rank to any other, in log N rounds with log N neighbours.
+
+        A round of 2^k passes on to the rank 2^k further what has that bit in the way left to it.
+
+        Args:
+            messages: by the rank that they are for.
+
+        Returns:
+            All that are for this rank, in any order.
+        """
+        held = [
+            ((rank - self.rank) % self.world, value)
+            for rank, values in messages.items()
+            for value in values
+        ]
+        step = 1
+        while step < self.world:
+            going = [(way - step, value) for way, value in held if way & step]
+            held = [(way, value) for way, value in held if not way & step]
+            content = torch.frombuffer(bytearray(json.dumps(going).encode()), dtype=torch.uint8)
+            source = (self.rank - step) % self.world
+            target = (self.rank + step) % self.world
+            size = torch.tensor([len(content)])
+            size = self.swap({target: size}, {source: torch.empty_like(size)})[source]
+            room = torch.empty(int(size), dtype=torch.uint8)
+            come = self.swap({target: content}, {source: room})[source]
+            held += json.loads(come.numpy().tobytes())
+            step <<= 1
+        return [value for _, value in held]
+
+    def swap(
+        self, outgoing: dict[int, torch.Tensor], rooms: dict[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """Send tensors to some ranks and receive from some, each directly, all at once.
+
+        Args:
+            outgoing: by rank; on the CPU.
+            rooms: what is received by rank, of the size and dtype that it sends.
+
+        Returns:
+            The rooms, filled.
+        """
+        work = [dist.irecv(room, rank, self._group) for rank, room in rooms.items()]
+        work += [dist.isend(value, rank, self._group) for rank, value in outgoing.items()]
+        for one in work:
+            assert one is not None
+            one.wait()
+        return rooms
+
     def on_all_ranks(self, work: Callable[[], object]) -> None:
         """`work()` on every rank; an error anywhere is raised on all.
 

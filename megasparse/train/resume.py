@@ -1,25 +1,27 @@
 """A verified checkpoint back into model, optimizer, sparsity state and generators.
 
-Every rank reads its own share alone, first into host memory: an error of one is an error of all
-before anything has changed. What the data-parallel ranks have alike they read in equal shares and
-give to each other. In the layout that wrote the checkpoint a rank's share lies in its own file
-(replicated values in that of the first tensor-parallel rank), so N ranks open about N files.
+Every rank reads its own share, first into host memory: an error of one is an error of all before
+anything has changed. What the data-parallel ranks have alike they read in equal shares and give to
+each other. In the layout that wrote the checkpoint a rank's share lies in its own file (replicated
+values in that of the first tensor-parallel rank), so N ranks open about N files. In another one
+the ranks read files for each other (`checkpoint/shared_reader.py`), again about N.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from megasparse.checkpoint.compatibility import check_same_layout
-from megasparse.checkpoint.manifest import file_name
-from megasparse.checkpoint.model import check_shape, sparsity_state
+from megasparse.checkpoint.manifest import FORMAT, file_name
+from megasparse.checkpoint.model import check_shape, own_flips, sparsity_state
 from megasparse.checkpoint.pieces import Piece, Share
 from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.checkpoint.shared_reader import Ask, SharedReader
 from megasparse.config import ResolvedConfig, to_dict
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
@@ -54,9 +56,18 @@ def load(engine: Engine, reader: CheckpointReader, control: ControlPlane) -> Non
         ConfigError: of another layout, and dropout depends on it.
     """
     same = check_same_layout(reader, engine.config, layout(engine))
-    reader.search_first(likely_files(reader.meta["layout"], engine.grid, same))
-    share = _Share(engine, reader)
+    # An older format, or another recipe, may have things elsewhere.
+    near = same and reader.meta["format"] == FORMAT and not engine.config.checkpoint.override_recipe
+    rank, grid = engine.grid.rank, engine.grid
+    reader.search_first([[file_name(rank), file_name(rank - grid.tp_rank)]])
+    shared = SharedReader(reader, control)
+    share = _Share(engine, reader, shared, near)
+    together = not near or grid.pp_size > 1  # the same on all ranks
+    if together:
+        shared.look_up(share.asks())
     control.on_all_ranks(lambda: share.read(same))
+    if together:
+        shared.fetch()
     share.leave_out({key for keys in control.gather(share.absent) for key in keys})
     reader.close()
     share.put()
@@ -64,35 +75,6 @@ def load(engine: Engine, reader: CheckpointReader, control: ControlPlane) -> Non
     engine.controller.clock.samples = reader.meta["consumed_samples"]
     if not same:
         logger.warning("the checkpoint was written by another layout (%s)", reader.meta["layout"])
-
-
-def likely_files(saved: dict[str, Any], grid: Grid, same: bool) -> list[list[str]]:
-    """Files in which a rank's state probably is, the most probable first.
-
-    Ranks are numbered with tensor parallelism innermost, then data, then pipeline.
-
-    Args:
-        saved: layout that wrote the checkpoint.
-        same: whether this run has the same.
-    """
-    sizes = [saved.get(name) for name in ("tp", "dp", "pp")]
-    tp, dp, pp = (size if type(size) is int else 0 for size in sizes)
-    if not (tp > 0 and dp > 0 and pp > 0):
-        return []
-    parts = sorted({grid.tp_rank, 0}) if tp == grid.tp_size else list(range(tp))
-
-    def files_of(stages: list[int]) -> list[str]:
-        return [
-            file_name((stage * dp + copy) * tp + part)
-            for stage in stages
-            for copy in range(dp)
-            for part in parts
-        ]
-
-    begin, end = grid.pp_rank * pp, (grid.pp_rank + 1) * pp  # in units of 1 / (pp * grid.pp_size)
-    stages = [s for s in range(pp) if s * grid.pp_size < end and (s + 1) * grid.pp_size > begin]
-    own = [file_name(grid.rank), file_name(grid.rank - grid.tp_rank)] if same else []
-    return [own, files_of(stages), files_of([0])]  # tied embeddings are the first stage's
 
 
 @dataclass
@@ -106,15 +88,25 @@ class _Values:
 class _Share:
     """What one rank reads, and where it goes.
 
+    Args:
+        reader: for what is in this rank's own files.
+        shared: for all else.
+        near: this layout wrote the checkpoint, so that nearly all is in the own files.
+
     Attributes:
         absent: keys of moments that are not stored.
     """
 
-    def __init__(self, engine: Engine, reader: CheckpointReader) -> None:
+    def __init__(
+        self, engine: Engine, reader: CheckpointReader, shared: SharedReader, near: bool
+    ) -> None:
         self._engine, self._reader, self._grid = engine, reader, engine.grid
+        self._shared, self._near = shared, near
         self._shares = parameter_shares(engine)
         self._dense = [dense for dense, _ in engine.controller.dense]
         self._owners = [*state_owners(engine), *(DENSE_FP8_OWNER for _ in self._dense)]
+        named = engine.model.named_parameters()
+        self._copies = {name for name, parameter in named if zero.is_copy(parameter)}
         self._parameters: dict[str, _Values] = {}
         self._optimizer: list[tuple[Fragment, str, str, _Values]] = []
         self._states: dict[int, State] = {}
@@ -124,15 +116,8 @@ class _Share:
     def read(self, same_layout: bool) -> None:
         """All of it, into host memory."""
         for name, parameter in self._engine.model.named_parameters():
-            shard = parameter_shard(parameter, self._grid.tp_rank, self._grid.tp_size)
-            key, part = f"param/{name}", zero.partition(parameter)
-            if part is None:
-                self._parameters[name] = self._read(key, name, shard, self._shares[name])
-                continue
-            numel = math.prod(shard.local_shape)
-            start = min(self._grid.dp_rank * part.numel(), numel)
-            stop = min(start + part.numel(), numel)
-            self._parameters[name] = self._read(key, name, shard, None, start, stop)
+            wanted, shares = self._of_parameter(name, parameter)
+            self._parameters[name] = self._read(f"param/{name}", name, wanted, shares)
         for fragment in self._engine.fragments:
             self._read_fragment(fragment)
         for number, owner in enumerate(self._owners):
@@ -140,6 +125,24 @@ class _Share:
                 self._states[number] = self._read_state(number)
         if same_layout:
             self._generators = self._read_generators()
+
+    def asks(self) -> dict[str, Ask]:
+        """What `read` will want, for `SharedReader.look_up`."""
+        asks: dict[str, Ask] = {}
+        for name, parameter in self._engine.model.named_parameters():
+            if self._of(name) is self._shared:
+                asks.setdefault(name, Ask()).parts.append(self._of_parameter(name, parameter)[0])
+        for fragment in self._engine.fragments:
+            if fragment.name in asks:
+                asks[fragment.name].parts.append(self._of_fragment(fragment)[0])
+        for number, owner in enumerate(self._owners):
+            if owner == self._grid.dp_rank and not self._near:
+                asks.setdefault(self._state_name(number), Ask()).all = True
+        return asks
+
+    def _of(self, name: str) -> CheckpointReader | SharedReader:
+        """Where a parameter is read: a copy (tied embeddings) is written by another stage."""
+        return self._reader if self._near and name not in self._copies else self._shared
 
     def leave_out(self, absent: set[str]) -> None:
         """Forget moments that some rank has not found: of parameters that never had a gradient."""
@@ -162,49 +165,59 @@ class _Share:
         if self._generators:
             set_rng_state(self._grid, self._generators)
 
+    def _of_parameter(
+        self, name: str, parameter: torch.nn.Parameter
+    ) -> tuple[Piece, list[Share] | None]:
+        """What this rank reads of a parameter; and the shares of the data-parallel ranks, if these
+        have it alike."""
+        shard = parameter_shard(parameter, self._grid.tp_rank, self._grid.tp_size)
+        part = zero.partition(parameter)
+        if part is None:
+            return self._dp_share(shard, self._shares[name]), self._shares[name]
+        numel = math.prod(shard.local_shape)
+        start = min(self._grid.dp_rank * part.numel(), numel)
+        return Piece("", shard, start, min(start + part.numel(), numel)), None
+
+    def _of_fragment(self, fragment: Fragment) -> tuple[Piece, list[Share] | None]:
+        """The same of the optimizer's tensors."""
+        shard = parameter_shard(fragment.parameter, self._grid.tp_rank, self._grid.tp_size)
+        if fragment.parameter is fragment.tensor:
+            return self._dp_share(shard, self._shares[fragment.name]), self._shares[fragment.name]
+        return Piece("", shard, fragment.start, fragment.start + fragment.length), None
+
+    def _dp_share(self, shard: WeightShard, shares: list[Share]) -> Piece:
+        mine = [(s.start, s.stop) for s in shares if s.rank == self._grid.dp_rank]
+        return Piece("", shard, *(mine[0] if mine else (0, 0)))
+
     def _read(
-        self,
-        key: str,
-        name: str,
-        shard: WeightShard,
-        shares: list[Share] | None,
-        start: int = 0,
-        stop: int = 0,
-        needed: bool = True,
+        self, key: str, name: str, part: Piece, shares: list[Share] | None, needed: bool = True
     ) -> _Values:
-        """The range that this rank reads of a tensor that is cut like the parameter `name`.
+        """A piece of a tensor that is cut like the parameter `name`.
 
         Args:
-            shares: of the data-parallel ranks, which say the range; None: start and stop do.
+            shares: of the data-parallel ranks, if they have it alike.
             needed: its absence is an error, else it is noted.
         """
-        if shares is not None:
-            mine = [(s.start, s.stop) for s in shares if s.rank == self._grid.dp_rank]
-            start, stop = mine[0] if mine else (0, 0)
-        if start == stop:
+        if not part.numel:
             return _Values(torch.empty(0), shares)
-        if not needed and key not in self._reader:
+        reader = self._of(name)
+        if not needed and not reader.is_likely(key):
             self.absent.append(key)
             return _Values(torch.empty(0), shares)
-        check_shape(self._reader.shape(key), shard, name, str(self._reader.folder))
-        return _Values(self._reader.read_part(Piece(key, shard, start, stop)), shares)
+        check_shape(reader.shape(key), part.shard, name, str(reader.folder))
+        return _Values(reader.read_part(dataclasses.replace(part, key=key)), shares)
 
     def _read_fragment(self, fragment: Fragment) -> None:
         """Master and moments of a piece of a parameter, as far as they are stored."""
         base, steps = f"optim/{fragment.name}", self._reader.meta["optimizer_steps"]
-        whole_here = fragment.parameter is fragment.tensor
         keys = {kind: f"{base}/{kind}" for kind in MOMENTS if steps}
         if self._reader.meta["layout"].get("zero"):
             keys["master"] = f"{base}/master"
-        elif not whole_here:  # without ZeRO the parameter is its own master
+        elif fragment.parameter is not fragment.tensor:  # without ZeRO it is its own master
             keys["master"] = f"param/{fragment.name}"
-        shares = self._shares[fragment.name] if whole_here else None
-        shard = parameter_shard(fragment.parameter, self._grid.tp_rank, self._grid.tp_size)
-        start, stop = fragment.start, fragment.start + fragment.length
+        part, shares = self._of_fragment(fragment)
         for kind, key in keys.items():
-            values = self._read(
-                key, fragment.name, shard, shares, start, stop, needed=kind == "master"
-            )
+            values = self._read(key, fragment.name, part, shares, needed=kind == "master")
             self._optimizer.append((fragment, kind, key, values))
 
     def _target(self, fragment: Fragment, kind: str) -> torch.Tensor:
@@ -228,16 +241,27 @@ class _Share:
     def _read_state(self, number: int) -> State:
         """Of a sparse weight, or after those of a dense one in FP8."""
         weights = self._engine.controller.weights
+        reader = self._reader if self._near else self._shared
         if number >= len(weights):
-            return _fp8_state(self._reader, self._dense[number - len(weights)].name)
+            return _fp8_state(reader, self._dense[number - len(weights)].name)
         state = weights[number][0]
-        if _has_state(self._reader, state, self._engine.config):
-            return sparsity_state(self._reader, state)
+        if _has_state(reader, state, self._engine.config):
+            return sparsity_state(reader, state)
         # The run has another recipe: masks begin with the next step.
-        return {} if state.quantizers is None else _fp8_state(self._reader, state.name)
+        return {} if state.quantizers is None else _fp8_state(reader, state.name)
+
+    def _state_name(self, number: int) -> str:
+        weights = self._engine.controller.weights
+        if number >= len(weights):
+            return self._dense[number - len(weights)].name
+        return weights[number][0].name
 
     def _put_states(self) -> None:
         weights = self._engine.controller.weights
+        for number in self._states:
+            if number < len(weights):
+                shard = weights[number][0].shard
+                self._states[number] = own_flips(self._states[number], shard)
         found: dict[int, State] = {}
         for owner in sorted(set(self._owners)):
             found |= share_states(self._grid, owner, self._states)
@@ -290,7 +314,7 @@ def share_states(grid: Grid, owner: int, states: dict[int, State]) -> dict[int, 
     return found
 
 
-def _fp8_state(reader: CheckpointReader, name: str) -> State:
+def _fp8_state(reader: CheckpointReader | SharedReader, name: str) -> State:
     """Delayed FP8 scales of a weight's operands, stored by a sparse or by a dense layer; empty if
     the run before was not in FP8, or was not for this layer."""
     saved = reader.meta["config"].get("fp8", {})
@@ -303,7 +327,9 @@ def _fp8_state(reader: CheckpointReader, name: str) -> State:
     return {}
 
 
-def _has_state(reader: CheckpointReader, state: SparseWeight, config: ResolvedConfig) -> bool:
+def _has_state(
+    reader: CheckpointReader | SharedReader, state: SparseWeight, config: ResolvedConfig
+) -> bool:
     """Whether the saved state of a weight is to be taken over."""
     if not config.checkpoint.override_recipe:
         return True  # if it is missing, reading it is an error

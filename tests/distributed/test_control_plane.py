@@ -19,6 +19,8 @@ def _refuse(rank: int) -> str:
 
 
 def _decisions(rank: int, world: int) -> list[Any]:
+    import torch
+
     from megasparse.distributed.control_plane import make_control_plane
 
     control = make_control_plane()
@@ -32,6 +34,20 @@ def _decisions(rank: int, world: int) -> list[Any]:
     ]
     collected = control.collect(10 * rank)
     assert collected == (None if rank else [10 * r for r in range(world)])
+    to_all = {other: [[rank, other]] for other in range(world)} | {0: [rank, "twice"]}
+    come = control.exchange(to_all)
+    expected = (
+        [*range(world), *["twice"] * world]
+        if rank == 0
+        else [[other, rank] for other in range(world)]
+    )
+    assert sorted(map(str, come)) == sorted(map(str, expected))
+    assert control.exchange({(rank + 1) % world: ["next"]}) == ["next"]
+    sizes = {other: 3 * other for other in range(world) if other != rank}
+    rooms = {other: torch.empty(size, dtype=torch.uint8) for other, size in sizes.items()}
+    content = torch.full((3 * rank,), rank, dtype=torch.uint8)
+    for other, received in control.swap(dict.fromkeys(sizes, content), rooms).items():
+        assert received.tolist() == [other] * 3 * other
     for work in (lambda: _refuse(rank), Path(f"/nowhere/{rank}").read_text):
         try:
             control.on_all_ranks(work)
@@ -57,6 +73,7 @@ def test_every_rank_gets_the_same(world):
 def test_one_rank_alone_needs_no_group():
     control = ControlPlane(None)
     control.barrier()
+    assert control.exchange({0: ["a", 1]}) == ["a", 1] and control.exchange({}) == []
     assert control.gather("a") == ["a"] and control.max_over_ranks([3]) == [3]
     assert control.on_rank_zero(lambda: 5) == 5
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from megasparse.config import CompleteModel, RunConfig, from_dict, narrowed
 from megasparse.config.batches import DEFAULT_ITERS
 from megasparse.config.shapes import VOCABULARY
 from megasparse.convert.layout import parameter_shapes
-from megasparse.convert.source import require_finite
+from megasparse.convert.source import check_shape, require_finite
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
 from megasparse.sparsity import schedule, slorb
@@ -111,6 +111,56 @@ class StoredModel:
         require_finite(value, f"{self.where}: {name}")
         return value.to(self._dtype or value.dtype)
 
+    def read_part(self, name: str, shard: WeightShard) -> torch.Tensor:
+        """A rank's part of a parameter; only its own bytes are read.
+
+        (But where S-STE's scale is to be computed, as it is of the whole weight.)
+        """
+        value: torch.Tensor
+        if self._effective and name in self._pruned:
+            value = effective_part(self.reader, name, self.recipe, shard)
+        elif name in VOCABULARY:
+            value = self._rows(name, shard)
+        else:
+            check_shape(self.reader.shape(f"param/{name}"), shard, name, self.where)
+            value = self.reader.read_part(Piece(f"param/{name}", shard)).view(shard.local_shape)
+        if self._effective and self._fold and name in self.boosted:
+            value = self._boosted(value, name, shard)
+        require_finite(value, f"{self.where}: {name}")
+        return value.to(self._dtype or value.dtype)
+
+    def _rows(self, name: str, shard: WeightShard) -> torch.Tensor:
+        """Of a vocabulary that may be padded to another size; padding is zero."""
+        key = f"param/{name}"
+        stored = self.reader.shape(key)
+        if len(stored) != 2 or stored[0] < self.model.vocab_size:
+            check_shape(stored, shard, name, self.where)
+        check_shape((shard.global_shape[0], *stored[1:]), shard, name, self.where)
+        (rows,) = shard.slices(0)
+        end = min(rows.global_start + rows.length, self.model.vocab_size)
+        have, width = max(end - rows.global_start, 0), stored[1]
+        start = rows.global_start * width
+        part = Piece(key, WeightShard(stored), start, start + have * width)
+        value = torch.zeros(rows.length, width, dtype=self.reader.dtype(key))
+        if have:
+            value[:have] = self.reader.read_part(part).view(have, width)
+        return value
+
+    def _boosted(self, value: torch.Tensor, name: str, shard: WeightShard) -> torch.Tensor:
+        """A part of a weight with S P added: its rows of S, or its columns of P."""
+        adapter, projection = self.low_rank(name)
+        columns, rank = shard.global_shape[1], adapter.shape[1]
+        if shard.dim == 0:
+            own = dataclasses.replace(shard, global_shape=tuple(adapter.shape))
+            return slorb.fold(value, own.slice_of(adapter), projection)
+        if shard.dim == 1:
+            if projection is None:  # sums over groups of columns
+                ones = torch.eye(rank, dtype=adapter.dtype)
+                projection = ones.repeat_interleave(columns // rank, 1)
+            own = dataclasses.replace(shard, global_shape=(rank, columns))
+            projection = own.slice_of(projection)
+        return slorb.fold(value, adapter, projection)
+
     def frozen_scales(self) -> dict[str, float]:
         if self.reader.imported:
             scales: dict[str, float] = self.reader.meta["state"].get("scales", {})
@@ -170,13 +220,34 @@ def open_checkpoint(path: Path, control: ControlPlane) -> CheckpointReader:
 
 def effective_weight(reader: CheckpointReader, name: str, recipe: SparsityRecipe) -> torch.Tensor:
     """W~ `(N, K)` of a stored sparse weight, whole, on the CPU, as of the checkpoint's step."""
-    whole = reader.read(f"param/{name}")
-    state = SparseWeight(name, recipe, WeightShard(tuple(whole.shape)))
+    return _effective(reader, name, recipe, WeightShard(reader.shape(f"param/{name}")))
+
+
+def effective_part(
+    reader: CheckpointReader, name: str, recipe: SparsityRecipe, shard: WeightShard
+) -> torch.Tensor:
+    """A rank's part of W~: masks of a part are parts of the mask, for the shards of any layout.
+
+    Raises:
+        CheckpointError: the weight is of another shape.
+    """
+    check_shape(reader.shape(f"param/{name}"), shard, name, str(reader.folder))
+    has_scale = recipe.s_ste_scale == "frozen" and f"sparsity/{name}/scale" in reader
+    if recipe.projection == "soft_threshold" and not has_scale:
+        return shard.slice_of(effective_weight(reader, name, recipe))
+    return _effective(reader, name, recipe, shard)
+
+
+def _effective(
+    reader: CheckpointReader, name: str, recipe: SparsityRecipe, shard: WeightShard
+) -> torch.Tensor:
+    own = reader.read_part(Piece(f"param/{name}", shard)).view(shard.local_shape)
+    state = SparseWeight(name, recipe, shard)
     loaded = own_flips(sparsity_state(reader, state), state.shard)
     state.import_state(loaded, torch.device("cpu"))
     iterations = run_length(reader)
     state.first_sparse_step = schedule.sparse_range(recipe, iterations).start
-    return state.effective_at(whole, reader.meta["step"])
+    return state.effective_at(own, reader.meta["step"])
 
 
 def run_length(reader: CheckpointReader) -> int:
@@ -252,17 +323,3 @@ def _vocab_size(reader: CheckpointReader, config: RunConfig) -> int:
             f"{reader.folder}: does not say how many tokens it has before padding (--vocab-size)"
         )
     return size
-
-
-def check_shape(found: Sequence[int], shard: WeightShard, name: str, where: str) -> None:
-    """Refuse a tensor of another shape than the model's parameter.
-
-    Raises:
-        CheckpointError: names both shapes.
-    """
-    if tuple(found) == shard.global_shape:
-        return
-    hint = " (--make-vocab-size-divisible-by)" if name in VOCABULARY else ""
-    raise CheckpointError(
-        f"{where}: {name} has shape {tuple(found)}, the model expects {shard.global_shape}{hint}"
-    )

@@ -17,9 +17,10 @@ import torch
 from megasparse.convert.architecture import architecture_of, model_config
 from megasparse.convert.families import FAMILIES
 from megasparse.convert.layout import Rule, rules
-from megasparse.convert.source import require_finite
+from megasparse.convert.source import part_of_whole, require_finite
 from megasparse.errors import CheckpointError, one_line
 from megasparse.input_files import open_regular, read_regular, refuse_links
+from megasparse.sparsity.shard import WeightShard
 from megasparse.tensor_files import DTYPES, Entry, SafetensorError, safe_open
 
 CONFIG = "config.json"
@@ -85,6 +86,9 @@ class HuggingFaceModel:
         if len({part.dtype for part in parts}) > 1:  # a rare mixture: the wider holds both
             parts = [part.to(self._dtype_of(rule)) for part in parts]
         return rule.join(parts).to(self._dtype or parts[0].dtype)
+
+    def read_part(self, name: str, shard: WeightShard) -> torch.Tensor:
+        return part_of_whole(self, name, shard)
 
     def frozen_scales(self) -> dict[str, float]:
         path = self.folder / SCALES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from megasparse.config import CompleteModel, ResolvedModel
 from megasparse.config.shapes import VOCABULARY
 from megasparse.convert.architecture import differences
 from megasparse.errors import CheckpointError, ConfigError
+from megasparse.sparsity.shard import WeightShard
 from megasparse.tensor_files import Entry
 
 _CHUNK = 1 << 22
@@ -44,6 +46,45 @@ class Source(Protocol):
         """S-STE's beta of each weight that `read` gives without it and that was trained with a
         frozen one, by the weight's name: float32 values."""
         ...
+
+
+class PartSource(Source, Protocol):
+    """A source whose parameters a rank of a tensor-parallel model can read in part."""
+
+    def read_part(self, name: str, shard: WeightShard) -> torch.Tensor:
+        """A rank's part of a parameter, on the CPU; rows that pad the vocabulary are zero.
+
+        Args:
+            shard: of the parameter in the model, whose vocabulary is padded.
+
+        Returns:
+            Of the shard's local shape.
+
+        Raises:
+            CheckpointError: as `read`, or of another shape than the model's.
+        """
+        ...
+
+
+def part_of_whole(source: Source, name: str, shard: WeightShard) -> torch.Tensor:
+    """What `read_part` gives, where a parameter can only be read whole."""
+    value = pad_vocabulary(name, source.read(name), shard.global_shape[0])
+    check_shape(value.shape, shard, name, source.where)
+    return shard.slice_of(value)
+
+
+def check_shape(found: Sequence[int], shard: WeightShard, name: str, where: str) -> None:
+    """Refuse a tensor of another shape than the model's parameter.
+
+    Raises:
+        CheckpointError: names both shapes.
+    """
+    if tuple(found) == shard.global_shape:
+        return
+    hint = " (--make-vocab-size-divisible-by)" if name in VOCABULARY else ""
+    raise CheckpointError(
+        f"{where}: {name} has shape {tuple(found)}, the model expects {shard.global_shape}{hint}"
+    )
 
 
 def require_finite(tensor: torch.Tensor, where: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megasparse.checkpoint.model import StoredModel, check_shape, open_checkpoint
+from megasparse.checkpoint.model import StoredModel, open_checkpoint
 from megasparse.config import (
     ParallelConfig,
     RunConfig,
@@ -25,7 +25,7 @@ from megasparse.config import (
     padded_vocab_size,
 )
 from megasparse.convert.huggingface import HuggingFaceModel
-from megasparse.convert.source import Source, pad_vocabulary
+from megasparse.convert.source import PartSource
 from megasparse.data.check import token_options
 from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.token_flags import add_token_flags, token_flags
@@ -52,7 +52,7 @@ class LoadedModel:
         tokenizer: None if none was found.
     """
 
-    source: Source
+    source: PartSource
     model: torch.nn.Module
     grid: Grid
     control: ControlPlane
@@ -106,7 +106,7 @@ def open_model(args: argparse.Namespace) -> LoadedModel:
     device = own_device()
     join_group(device, collective_timeout(_TIMEOUT_MINUTES))
     control = make_control_plane()
-    source: Source
+    source: PartSource
     tokenizer = None
     if args.load is not None:
         source = StoredModel(open_checkpoint(args.load, control), vocab_size=args.vocab_size)
@@ -120,18 +120,23 @@ def open_model(args: argparse.Namespace) -> LoadedModel:
         tokenizer, _ = tokenizer_of(source, tokens, same_tokens=False)
     elif isinstance(source, HuggingFaceModel):
         tokenizer = _tokenizer_beside(source, tokens)
-    model, grid = load_model(source, device, args.tensor_model_parallel_size, args.bf16)
+    model, grid = load_model(source, device, args.tensor_model_parallel_size, args.bf16, control)
     return LoadedModel(source, model, grid, control, tokenizer)
 
 
 def load_model(
-    source: Source, device: torch.device, tensor_parallel: int = 1, bf16: bool | None = None
+    source: PartSource,
+    device: torch.device,
+    tensor_parallel: int = 1,
+    bf16: bool | None = None,
+    control: ControlPlane | None = None,
 ) -> tuple[torch.nn.Module, Grid]:
     """The model of a source on this rank (torch.distributed must be up), in evaluation mode.
 
     Args:
         tensor_parallel: ranks that share each layer; the world's other ranks are copies.
         bf16: compute in bfloat16, else in float32; None: bfloat16 if the weights are 16-bit.
+        control: of all ranks, where one's error is to be an error of all.
     """
     if tensor_parallel < 1 or dist.get_world_size() % tensor_parallel:
         raise ConfigError(
@@ -155,12 +160,14 @@ def load_model(
     rows = padded_vocab_size(source.model.vocab_size, config)
     model = build_model(config, grid, rows)
     hide_padding(model, grid, source.model.vocab_size)
-    for name, parameter in model.named_parameters():
-        whole = pad_vocabulary(name, source.read(name), rows)
-        shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
-        check_shape(whole.shape, shard, name, source.where)
-        with torch.no_grad():
-            parameter.copy_(shard.slice_of(whole))
+
+    def put() -> None:
+        for name, parameter in model.named_parameters():
+            shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
+            with torch.no_grad():
+                parameter.copy_(source.read_part(name, shard))
+
+    (control or ControlPlane(None)).on_all_ranks(put)
     return model.eval(), grid
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from megasparse.checkpoint.model import StoredModel, check_shape
+from megasparse.checkpoint.model import StoredModel
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
 from megasparse.config import ResolvedConfig
 from megasparse.convert.huggingface import HuggingFaceModel
-from megasparse.convert.source import Source, check_model, pad_vocabulary
+from megasparse.convert.source import PartSource, check_model
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.log import logger
@@ -58,7 +58,7 @@ class WeightSources:
         self._reader = reader
         self.fresh = reader is None or reader.imported
 
-    def initial(self) -> Source | None:
+    def initial(self) -> PartSource | None:
         """The weights that the run started from, or starts from; None: it begins at random.
 
         Raises:
@@ -66,7 +66,7 @@ class WeightSources:
         """
         settings = self._config.checkpoint
         imported = self._reader is not None and self._reader.imported
-        source: Source
+        source: PartSource
         if self._reader is not None and imported:
             source = StoredModel(self._reader)
         elif settings.load_hf is not None:
@@ -81,7 +81,7 @@ class WeightSources:
         check_model(source, self._config.model, self._vocab_size)
         return source
 
-    def teacher(self) -> Source:
+    def teacher(self) -> PartSource:
         """The teacher's weights: of `--teacher-load`, or those that the run itself started from.
 
         Raises:
@@ -116,11 +116,8 @@ class WeightSources:
         return StoredModel(reader, effective=effective)
 
 
-def put_initial_weights(engine: Engine, sources: WeightSources, rows: int) -> bool:
+def put_initial_weights(engine: Engine, sources: WeightSources) -> bool:
     """Give a fresh model its initial weights, and any teacher its own.
-
-    Args:
-        rows: of the padded vocabulary.
 
     Returns:
         Whether a run begins with weights that were given.
@@ -131,7 +128,6 @@ def put_initial_weights(engine: Engine, sources: WeightSources, rows: int) -> bo
         put_weights(
             engine.model,
             source,
-            rows,
             grid,
             engine.fragments,
             skip=low_rank_weight_names(engine.model),
@@ -146,13 +142,13 @@ def put_initial_weights(engine: Engine, sources: WeightSources, rows: int) -> bo
             state.invalidate()
     if engine.layout.distillation is not None:
         teacher = sources.teacher()
-        put_weights(engine.layout.distillation.teacher.view, teacher, rows, grid)
+        put_weights(engine.layout.distillation.teacher.view, teacher, grid)
         engine.layout.distillation.teacher.freeze()
         engine.layout.distillation.describe(teacher.where)
     return source is not None
 
 
-def keep_frozen_scales(controller: SparsityController, source: Source) -> None:
+def keep_frozen_scales(controller: SparsityController, source: PartSource) -> None:
     """Let S-STE's weights go on with the scales that they were trained with: anew they would be
     other ones, and the model another than the one that was saved."""
     recipe = controller.recipe
@@ -166,8 +162,7 @@ def keep_frozen_scales(controller: SparsityController, source: Source) -> None:
 
 def put_weights(
     model: torch.nn.Module,
-    source: Source,
-    rows: int,
+    source: PartSource,
     grid: Grid,
     fragments: list[Fragment] | None = None,
     skip: frozenset[str] = frozenset(),
@@ -177,7 +172,6 @@ def put_weights(
 
     Args:
         model: parameters have the whole model's names.
-        rows: of the padded vocabulary.
         fragments: where they lie in the optimizer's tensors, if there is one.
         skip: names that the source does not have.
         gathered: `Layout.gathered_parameters` of a model that is trained.
@@ -188,11 +182,10 @@ def put_weights(
     for name, parameter in model.named_parameters():
         if name in skip:
             continue
-        value = pad_vocabulary(name, source.read(name), rows)
         shard = parameter_shard(parameter, grid.tp_rank, grid.tp_size)
-        check_shape(value.shape, shard, name, source.where)
+        value = source.read_part(name, shard)
         with gathered([parameter], write=True):
-            set_parameter(parameter, shard.slice_of(value), fragments or [])
+            set_parameter(parameter, value, fragments or [])
 
 
 @torch.no_grad()

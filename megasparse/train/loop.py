@@ -97,7 +97,7 @@ class Trainer:
             load(self.engine, reader, services.control)
             self.state = LoopState.of(reader)
             logger.info("continuing %s at step %d", reader.folder, self.controller.clock.step)
-        if put_initial_weights(self.engine, sources, vocabulary):
+        if put_initial_weights(self.engine, sources):
             self._calibrate()
         self.saver = self.folder.make_saver(self._passed)
         self._describe(self.engine.model)

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megasparse.checkpoint.model import StoredModel
 from megasparse.kernels import prune24_mask
 from megasparse.sparsity.slorb import fold
 from megasparse.train.checkpoint import newest_valid
 from tests import dist
+from tests.checkpoint.parts import check_parts
 from tests.distillation.runs import AST, TEACHER
 from tests.parallel.layouts import PP2, SP, TP2, zero
 from tests.runs import LLAMA, train
@@ -64,6 +66,8 @@ def test_it_starts_with_the_sums_of_the_dense_weights_and_is_trained(
     start, end = (newest_valid(Path(f) / "checkpoints") for f in (tmp_path, single[1]))
     names = [key for key in start.keys("param/") if key.endswith("slorb_adapter")]
     assert len(names) == 8
+    for folded in (True, False):
+        check_parts(StoredModel(start, fold=folded), 2, exact=not folded)
     source = newest_valid(Path(dense))
     for key in names:
         layer = key.removesuffix(".slorb_adapter")
@@ -99,3 +103,4 @@ def test_sums_over_groups_and_fused_gates(tmp_path, dataset):
     keys = newest_valid(tmp_path / "two" / "checkpoints").keys("param/")
     assert sum(key.endswith("slorb_adapter") for key in keys) == 8
     assert not any(key.endswith("slorb_projection") for key in keys)
+    check_parts(StoredModel(newest_valid(tmp_path / "two" / "checkpoints")), 2, exact=False)

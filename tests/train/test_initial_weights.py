@@ -9,6 +9,7 @@ import pytest
 from megasparse.checkpoint.model import StoredModel
 from megasparse.train.checkpoint import newest_valid
 from tests import dist
+from tests.checkpoint.parts import check_parts
 from tests.parallel.trace import traced
 from tests.runs import LLAMA, TINY, train
 from tools import convert_checkpoint
@@ -73,3 +74,12 @@ def test_scales_of_no_weight_are_refused(tmp_path, dataset, trained):
 
 def test_weights_with_the_scale_multiplied_in_have_none(trained):
     assert StoredModel(newest_valid(trained)).frozen_scales() == {}
+
+
+@pytest.mark.parametrize("effective", [True, False])
+def test_tensor_parallel_ranks_read_their_parts_of_weights(trained, effective):
+    """The same values as slices of the whole; all ranks together read about the whole once."""
+    stored = StoredModel(newest_valid(trained), effective=effective)
+    for world in (1, 2, 4):
+        parts, whole = check_parts(stored, world)
+        assert parts <= 1.1 * whole, world

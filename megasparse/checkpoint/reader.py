@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megasparse.checkpoint.manifest import MANIFEST, decode_manifest, read_manifest
-from megasparse.checkpoint.pieces import Piece, Stored, require_cover
+from megasparse.checkpoint.pieces import Piece, Stored, owners, require_cover
 from megasparse.checkpoint.rank_file import RankFile
 from megasparse.errors import CheckpointError
 from megasparse.log import is_logging_rank
@@ -80,6 +80,13 @@ class CheckpointReader:
     def files(self) -> list[str]:
         """Names of the files with tensors."""
         return list(self.meta["files"])
+
+    def share(self, rank: int, world: int) -> list[str]:
+        """The files that fall to a rank: about the bytes that `SharedReader` lets it read, too."""
+        if len(self.files) == world:
+            return [self.files[rank]]
+        owner = owners([self.meta["files"][name]["size"] for name in self.files], world)
+        return [name for name, one in zip(self.files, owner, strict=True) if one == rank]
 
     def verify(self, files: Sequence[str]) -> None:
         """Compare the digests of all tensors in these files.

@@ -24,7 +24,6 @@ from megasparse.atomic_files import check_free_space
 from megasparse.checkpoint import directory
 from megasparse.checkpoint.identity import Entry, entries, run_of
 from megasparse.checkpoint.manifest import MANIFEST, newer_format, read_manifest
-from megasparse.checkpoint.pieces import owners
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.writer import (
     Hook,
@@ -281,7 +280,7 @@ def open_together(folder: Path, control: ControlPlane) -> CheckpointReader:
     try:
         if content is not None:
             reader = CheckpointReader(folder, verify=False, manifest=content.encode("latin-1"))
-            reader.verify(_to_verify(reader, control))
+            reader.verify(reader.share(control.rank, control.world))
     except CheckpointError as problem:
         error = one_line(problem)
     error = control.first(error)
@@ -289,15 +288,6 @@ def open_together(folder: Path, control: ControlPlane) -> CheckpointReader:
         raise CheckpointError(error)
     assert reader is not None
     return reader
-
-
-def _to_verify(reader: CheckpointReader, control: ControlPlane) -> list[str]:
-    """The files that fall to this rank: about the bytes that `SharedReader` lets it read, too."""
-    names, rank, world = reader.files, control.rank, control.world
-    if len(names) == world:
-        return [names[rank]]
-    sizes = [reader.meta["files"][name]["size"] for name in names]
-    return [name for name, owner in zip(names, owners(sizes, world), strict=True) if owner == rank]
 
 
 def choose(root: Path, control: ControlPlane) -> CheckpointReader | None:

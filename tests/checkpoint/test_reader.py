@@ -60,12 +60,13 @@ def test_links_are_not_followed(tmp_path):
 
 
 def _opened(monkeypatch) -> list[str]:
-    """Names of the checkpoint files that are opened from now on."""
+    """Names of the files with tensors that are opened from now on."""
     names: list[str] = []
     opened = os.open
 
     def note(path, *arguments, **named):
-        names.append(Path(path).name)
+        if Path(path).suffix == ".safetensors":
+            names.append(Path(path).name)
         return opened(path, *arguments, **named)
 
     monkeypatch.setattr("megasparse.tensor_files.os.open", note)

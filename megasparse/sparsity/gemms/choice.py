@@ -72,6 +72,7 @@ class GemmChooser:
         flops: int,
         sparse: Callable[[int], torch.Tensor],
         dense: Callable[[], torch.Tensor],
+        least: int = MIN_FLOPS,
     ) -> Choice:
         """The choice for `key`, measured at its first use.
 
@@ -80,10 +81,11 @@ class GemmChooser:
             flops: of the dense product.
             sparse: the product by an algorithm of the library; raises for one that does not exist.
             dense: the same product by a dense GEMM.
+            least: products with fewer FLOPs are not measured.
         """
         if key in self._choices:
             return self._choices[key]
-        small = flops < MIN_FLOPS
+        small = flops < least
         if not small and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise KernelError(f"{key}: no GEMM was chosen before the step was captured")
         choice = Choice.untuned() if small else self._measure(key, sparse, dense)

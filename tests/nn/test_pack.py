@@ -11,7 +11,6 @@ from megasparse.nn import pack_, unpack_
 from megasparse.nn.pack import Choices, PackedLinear
 from megasparse.sparsity.gemms.choice import Choice
 
-
 LLAMA = {
     "vocab_size": 96, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,

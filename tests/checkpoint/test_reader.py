@@ -152,3 +152,33 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
         path.symlink_to("/dev/zero" if kind == "device" else folder / "rank-00000.safetensors")
     with pytest.raises(CheckpointError, match="not a regular file"):
         CheckpointReader(folder)
+
+
+def _open_now(folder: Path) -> set[str]:
+    """Files of a folder that this process has open."""
+    links = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            links.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        except OSError:
+            continue
+    return {link.name for link in links if link.parent == folder}
+
+
+def test_few_files_are_open_at_a_time_those_read_last(tmp_path):
+    files, names = {}, [f"rank-{rank:05d}.safetensors" for rank in range(20)]
+    for rank in range(20):
+        tensors = {"w": (Piece(f"w{rank}", WeightShard((4,))), torch.full((4,), float(rank)))}
+        files |= write_rank_file(tmp_path, rank, tensors, {"run_id": "ab", "step": 1})
+    reader = CheckpointReader.of_files(tmp_path, files)
+    assert reader.keys() == [f"w{rank}" for rank in range(20)]
+    assert _open_now(tmp_path) == set(names[4:])
+    assert reader.read("w5").tolist() == [5.0] * 4  # open, and read last from now on
+    assert _open_now(tmp_path) == set(names[4:])
+    for rank in (0, 1):  # in the places of those that were not read for longest
+        assert reader.read(f"w{rank}").tolist() == [float(rank)] * 4
+    assert _open_now(tmp_path) == {names[0], names[1], names[5], *names[7:]}
+    reader.close()
+    assert not _open_now(tmp_path)
+    assert reader.read("w3").tolist() == [3.0] * 4
+    assert _open_now(tmp_path) == {names[3]}

@@ -83,9 +83,12 @@ def test_transformers_gives_the_trainers_validation_loss(runs, tmp_path, name):
     assert float(loss) == pytest.approx(row["valid_loss"], abs=tolerance)
     assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
 
+    beside = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert {"README.md", "config.json", "generation_config.json"} <= beside
     side = json.loads((tmp_path / "hf" / "sparsity.json").read_text())
     stored = tensors(tmp_path / "hf")
     assert side["tensors"].keys() == stored.keys() and side["source"]["step"] == 6
+    assert side["packing"] == "dense"
     sparse = {key for key, record in side["tensors"].items() if record["2:4"]}
     expected = {"fst": 2 * 7, "sr_ste": 2 * 3, "s_ste": 2 * 2}
     assert len(sparse) == expected[name]

@@ -201,6 +201,17 @@ def test_windows_that_are_not_causal_are_refused(window):
         megatron_config({**SIZES, **LLAMA, "window_size": window}, "here")
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
+def test_weights_are_of_the_type_that_was_asked_for(saved, dtype):
+    from megasparse.convert.megatron_model import MegatronModel
+
+    model = MegatronModel(saved["llama"][0], dtype)
+    for entry in model.entries():
+        value = model.read(entry.name)
+        assert value.dtype == entry.dtype == (dtype or torch.float32)
+        assert tuple(value.shape) == tuple(entry.shape)
+
+
 def test_straight_to_hugging_face(saved, tmp_path):
     from tests.convert.models import load_logits
 

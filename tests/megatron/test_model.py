@@ -92,3 +92,38 @@ def _attention(rank, world):
 def test_attention_is_causal_with_grouped_queries():
     (errors,) = dist.run(_attention, 1)
     assert max(errors) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "reason"),
+    [
+        ([], 1, None),
+        (["--no-bf16"], 1, "float32"),
+        (["--pipeline-model-parallel-size", "2"], 2, None),
+        (["--reset-attention-mask"], 1, None),
+        (["--reset-attention-mask", "--pipeline-model-parallel-size", "2"], 2, "a pipeline"),
+        (["--reset-attention-mask", "--deterministic-mode"], 1, "deterministic_mode"),
+        (["--deterministic-mode"], 1, None),
+        (
+            ["--reset-attention-mask", "--teacher-load", "T", "--kd-loss-weight", "1"],
+            1,
+            "a teacher",
+        ),
+    ],
+)
+def test_where_transformer_engine_computes_attention(monkeypatch, flags, world, reason):
+    """It packs documents, unless something needs their masks."""
+    from megasparse.config import load_config, resolve
+    from megasparse.megatron import model
+
+    monkeypatch.setattr(model, "transformer_engine_is_there", lambda: True)
+    config = resolve(load_config([*TINY, *DATA, "--bf16", *flags]), world)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    found = model._transformer_engine_refusal(config, gpu)
+    assert found is None if reason is None else reason in found
+    packs = "--reset-attention-mask" in flags
+    assert model.packs_documents(config, gpu) == (packs and reason is None)
+    assert not model.packs_documents(config, cpu)
+    assert "the run is on cpu" in model._transformer_engine_refusal(config, cpu)
+    monkeypatch.setattr(model, "transformer_engine_is_there", lambda: False)
+    assert "not installed" in model._transformer_engine_refusal(config, gpu)

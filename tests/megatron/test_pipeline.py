@@ -113,3 +113,31 @@ def test_the_loss_is_the_mean_over_tokens_that_count():
         found = pipeline.vocab_parallel_loss(logits, (targets, mask))
     each = entropies(logits, targets.t()).t()
     assert float(found) == pytest.approx(float(each[mask.bool()].mean()), rel=1e-6)
+
+
+def _attention_draws(rank, world, sequence_parallel):
+    from megasparse.megatron.grid import make_grid
+    from megasparse.megatron.torch_modules import SdpaAttention
+
+    make_grid(world, torch.device("cpu"), 3)
+    torch.manual_seed(1)
+    config = SimpleNamespace(
+        attention_dropout=0.5,
+        sequence_parallel=sequence_parallel,
+        window_size=None,
+        window_attn_skip_freq=None,
+    )
+    attention = SdpaAttention(config, 1, None, "self")
+    q, k, v = (torch.ones(6, 1, 2, 4) for _ in "qkv")
+    drawn = attention(q, k, v, None)
+    attention.eval()
+    return drawn, attention(q, k, v, None)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_heads_of_other_ranks_lose_other_entries(sequence_parallel):
+    """With sequence parallelism the layer sees to that, for all that it draws."""
+    (first, kept), (other, also) = dist.run(_attention_draws, 2, sequence_parallel)
+    assert torch.equal(kept, torch.ones(6, 1, 8)) and torch.equal(kept, also)
+    assert not torch.equal(first, kept)
+    assert torch.equal(first, other) == sequence_parallel

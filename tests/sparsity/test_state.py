@@ -184,3 +184,32 @@ def test_imported_state_is_what_the_next_gemm_multiplies_with():
     x = torch.eye(16)
     found = state.gemms(weight, 0, True, True).output(x)
     torch.testing.assert_close(found, (weight * source.mask).t())
+
+
+@pytest.mark.parametrize("recipe", ["ste", "fst", "s_ste"])
+@pytest.mark.parametrize("refreshes", [1, 2, 3, 4])
+def test_a_skipped_step_leaves_masks_flips_and_counters(recipe, refreshes):
+    """Whether it was the first refresh, the first with flips, or a later one."""
+    generator = torch.Generator().manual_seed(refreshes)
+    weights = [torch.randn(8, 16, generator=generator) for _ in range(refreshes + 1)]
+    state = _state(recipe, (8, 16), mask_update_interval=1)
+    for step in range(refreshes - 1):
+        state.gemms(weights[step], step, True, True)
+    before = {name: value.clone() for name, value in state.export_state().items()}
+    snapshot = state.snapshot()
+    state.gemms(weights[-1], refreshes - 1, True, True)  # is skipped
+    assert state.refreshes == refreshes
+    state.restore(snapshot)
+    after = state.export_state()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+    # And the step that is computed in its place is as if it had not been.
+    other = _state(recipe, (8, 16), mask_update_interval=1)
+    for step in range(refreshes):
+        a = state.gemms(weights[step], step, True, True) if step == refreshes - 1 else None
+        b = other.gemms(weights[step], step, True, True)
+    assert torch.equal(a.output(torch.eye(16)), b.output(torch.eye(16)))
+    for name, value in other.export_state().items():
+        assert torch.equal(state.export_state()[name], value), name
+    assert state.preparations == other.preparations

@@ -15,6 +15,7 @@ What no test notices is listed; a person says which of them change no behaviour.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import json
@@ -37,8 +38,8 @@ from tools.bench.mutation.places import ROOT, Mutant, mutants, surroundings
 COPIED = ("megasparse", "tests", "tools", "launch", "configs", "docs")
 # Folders of tests that execute the areas; others test kernels, data, flags, and real launchers.
 JUDGES = (
-    "sparsity", "optim", "megatron", "checkpoint", "convert", "compress", "fp8", "estimate",
-    "preflight", "tools", "distillation", "train", "parallel", "reliability",
+    "sparsity", "optim", "megatron", "checkpoint", "convert", "compress", "estimate", "preflight",
+    "tools", "distillation", "train", "parallel/test_consistency.py", "parallel/test_details.py",
 )  # fmt: skip
 # Real experiments: long, and they run what tests of training run.
 NO_JUDGES = ("tools/bench", "tools/experiments", "tools/results", "tools/test_search_decay.py")
@@ -47,7 +48,10 @@ NO_JUDGES = ("tools/bench", "tools/experiments", "tools/results", "tools/test_se
 def test_files() -> list[str]:
     """The files that may notice, those of the areas themselves first."""
     tests = ROOT / "tests"
-    found = [path for name in JUDGES for path in sorted((tests / name).rglob("test_*.py"))]
+    found: list[Path] = []
+    for name in JUDGES:
+        one = tests / name
+        found += sorted(one.rglob("test_*.py")) if one.is_dir() else [one]
     others = tuple(str(tests / name) for name in NO_JUDGES)
     return [str(path.relative_to(ROOT)) for path in found if not str(path).startswith(others)]
 
@@ -117,7 +121,9 @@ class Judge:
                 return "survived", ""
             if outcome.state == "timeout" or outcome.test not in tests:
                 return "noticed", outcome.test or "past the limit of time"
-            if self._alone(outcome.test) and self._run([outcome.test], put_in).state != "passed":
+            # The first of them ran alone already.
+            again = outcome.test == tests[0] or self._run([outcome.test], put_in).state != "passed"
+            if again and self._alone(outcome.test):
                 return "noticed", outcome.test
             tests = [test for test in tests if test != outcome.test]  # it fails by itself
         return "not reached", ""
@@ -140,13 +146,7 @@ def _exchange(path: Path, changed: str, function: tuple[str, int] | None) -> Any
     if function is None:
         return None
     codes = [code for code in _codes(compile(changed, str(path), "exec")) if _key(code) == function]
-    live = [
-        one
-        for one in gc.get_objects()
-        if isinstance(one, types.FunctionType)
-        and one.__code__.co_filename == str(path)
-        and _key(one.__code__) == function
-    ]
+    live = [one for one in _functions().get(str(path), ()) if _key(one.__code__) == function]
     if len(codes) != 1 or not live or codes[0].co_freevars != live[0].__code__.co_freevars:
         return None
 
@@ -155,6 +155,16 @@ def _exchange(path: Path, changed: str, function: tuple[str, int] | None) -> Any
             one.__code__ = codes[0]
 
     return put_in
+
+
+@functools.cache
+def _functions() -> dict[str, list[types.FunctionType]]:
+    """All functions that there are, by file; found once, when everything is imported."""
+    found: dict[str, list[types.FunctionType]] = {}
+    for one in gc.get_objects():
+        if type(one) is types.FunctionType:
+            found.setdefault(one.__code__.co_filename, []).append(one)
+    return found
 
 
 def _key(code: types.CodeType) -> tuple[str, int]:
@@ -230,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = json.loads(output.read_text())
     else:
         rows = draw(args.count, args.seed, args.area)
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ |= {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name)
         for part in COPIED:
@@ -241,6 +251,8 @@ def main(argv: list[str] | None = None) -> int:
 
         def warm() -> None:
             import_everything(folder)
+            _functions()
+            gc.freeze()  # forks would copy what their collector looks at
             tests = make_map(folder, test_files(), args.limit, map_path)["tests"]
             _judge_all(Judge(folder, tests, args.budget), rows, output, imported=True)
 

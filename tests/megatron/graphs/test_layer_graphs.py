@@ -197,3 +197,38 @@ def test_a_capture_that_fails_on_a_rank_leaves_all_eager(tmp_path: Path, dataset
         assert not replays
         for name, weight in weights.items():
             assert torch.equal(weight, theirs[name]), name
+
+
+def test_graphs_are_let_go_where_a_step_runs_eagerly(monkeypatch):
+    """It needs the memory; and a profiler that asks for an eager step gets one."""
+    from types import SimpleNamespace
+
+    from megasparse.megatron.graphs.layer_graphs import LayerGraphs
+    from megasparse.sparsity.clock import Clock
+    from megasparse.sparsity.controller import SparsityController
+    from megasparse.sparsity.recipe import make_recipe
+
+    controller = SparsityController(make_recipe("dense"), Clock(1, 10))
+    grid: Any = SimpleNamespace(device=torch.device("cpu"))
+    asked = False
+    monkeypatch.setattr(SparsityController, "asked", property(lambda _: asked))
+
+    def begun() -> LayerGraphs:
+        """With graphs of steps without metrics."""
+        graphs = LayerGraphs([], controller, grid, None, make_recorder=Emulated)
+        graphs.begin_step([0])
+        graphs.end_step()
+        graphs._sets = {False: kept}
+        return graphs
+
+    kept: Any = [SimpleNamespace(pairs=[])]
+    monkeypatch.setattr(Emulated, "controller", controller)
+    graphs = begun()
+    graphs.begin_step([0])
+    assert graphs._active is kept and graphs._sets
+    graphs.paused = True
+    graphs.begin_step([0])
+    assert graphs._active is None and not graphs._sets
+    graphs, asked = begun(), True  # the first step with metrics
+    graphs.begin_step([0])
+    assert graphs._active is None and not graphs._sets

@@ -88,6 +88,7 @@ def test_functions_get_the_code_of_a_changed_source(tmp_path):
     module = types.ModuleType("changed_here")
     exec(compile(WHERE, str(path), "exec"), module.__dict__)
     kept = module.outer  # someone else's reference
+    mutants._functions.cache_clear()
     for old, new, call in (("x - 1", "x + 1", kept), ("+ 1)", "+ 7)", lambda: module.A().small)):
         before = call()
         changed = WHERE.replace(old, new)

@@ -23,7 +23,7 @@ from typing import Any
 
 # What the suite's own server of ranks imports first (tests/forkserver.py), and one more.
 IMPORTED = ("tests.cpu_only", "pytest", "megasparse.train.main", "tests.dist", "tests.forked")
-OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-o", "addopts="]
+OPTIONS = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def progress(
     unit: str = "it",
     enabled: bool = True,
     stream: TextIO | None = None,
+    leave: bool = True,
 ) -> Any:
     """A tqdm bar over `iterable`, or a manual one (`.update(n)`, `.close()`, context manager).
 
@@ -88,6 +89,7 @@ def progress(
         unit: name of the unit; "B" counts bytes in powers of 1024.
         enabled: False on the ranks that should stay silent.
         stream: where to write, standard error unless given.
+        leave: False takes the bar off a terminal when it has ended.
     """
     if tqdm is None:
         return _NoProgress(iterable)
@@ -100,6 +102,7 @@ def progress(
         "unit_divisor": 1024,
         "file": stream,
         "disable": not enabled,
+        "leave": leave,
     }
     if stream.isatty():
         # A terminal without a size (0 columns: `script`, some containers) would get empty lines.

@@ -96,7 +96,9 @@ class CheckpointReader:
         """
         total = sum(self.meta["files"][name]["size"] for name in files)
         desc = f"verifying {self.folder.name}"
-        with progress(desc=desc, total=total, unit="B", enabled=is_logging_rank()) as bar:
+        with progress(
+            desc=desc, total=total, unit="B", enabled=is_logging_rank(), leave=False
+        ) as bar:
             for name in files:
                 self.file(name).verify(bar.update)
                 self.verified.append(name)

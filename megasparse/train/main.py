@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from megasparse.checkpoint.lock import RunLock
-from megasparse.config import ResolvedConfig, to_dict
+from megasparse.config import ResolvedConfig, gradient_accumulation_steps, to_dict
 from megasparse.distributed import descriptors, faults
 from megasparse.distributed.control_plane import ControlPlane, as_user_error, make_control_plane
 from megasparse.distributed.environment import attempt
@@ -27,6 +27,7 @@ from megasparse.megatron.grid import make_grid
 from megasparse.preflight.check import check_hosts, require_fit
 from megasparse.preflight.settings import Prepared, check, require_own_folders
 from megasparse.train.engine.deepspeed import fix_order_of_sums, start_process, stop_process
+from megasparse.train.first_step import FirstStepBar
 from megasparse.train.loop import RunServices, Trainer
 from megasparse.train.precision import settle_fp8
 
@@ -150,7 +151,8 @@ class _Run:
             parallel.pipeline_model_parallel_size,
         )
         injected = faults.from_environment(int(os.environ["RANK"]))
-        events = Events(self.watch.passed, injected.passed)
+        shown = FirstStepBar(gradient_accumulation_steps(config, grid.world))
+        events = Events(self.watch.passed, injected.passed, shown)
         own = self._lock.check if self._lock is not None else lambda: None
         services = RunServices(control, self._stop, events, injected, own)
         events("build")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megasparse.checkpoint import directory
+from megasparse.checkpoint import saver as saver_module
 from megasparse.checkpoint.lock import FolderLock
 from megasparse.checkpoint.manifest import MANIFEST
 from megasparse.checkpoint.saver import Saver, choose
@@ -191,3 +192,22 @@ def test_what_the_disk_changed_on_the_way_is_not_published(tmp_path):
     with pytest.raises(CheckpointError, match="rank-00000.safetensors"):
         saver.save(1, tensors_of(1), META, final=True)
     assert directory.list_steps(tmp_path) == []
+
+
+def test_a_save_shows_its_bytes_unless_it_is_in_the_background(tmp_path, monkeypatch):
+    bars, enabled = [], []
+    make = saver_module.progress
+
+    def made(**how):
+        enabled.append(how["enabled"])
+        bars.append(make(**how))
+        return bars[-1]
+
+    monkeypatch.setattr(saver_module, "progress", made)
+    monkeypatch.setattr(saver_module, "is_logging_rank", lambda: True)
+    for step, async_save in ((1, False), (2, True)):
+        saver = Saver(tmp_path, ALONE, "ab", async_save=async_save)
+        saver.save(step, tensors_of(step), META)
+        saver.finish()
+    assert enabled == [True, False]
+    assert bars[0].n == bars[0].total == sum(value.nbytes for _, value in tensors_of(1).values())

@@ -29,7 +29,9 @@ from megatron.core.datasets.utils import Split
 from megasparse.data.blend import SPLITS
 from megasparse.data.mixture import document_bounds
 from megasparse.errors import DataError
+from megasparse.log import is_logging_rank
 from megasparse.megatron.data.index_cache import VerifiedGPTDataset
+from megasparse.progress import progress
 
 # Up to here samples of a blend are counted one by one.
 _EXACT_COUNT = 1 << 20
@@ -184,7 +186,10 @@ def build_stream(
     Returns:
         None when the split holds no whole sample.
     """
-    datasets = [_build(source, split, fractions, options, cache_dir) for source in sources]
+    shown = progress(
+        sources, desc=f"indexing {split}", unit="dataset", enabled=is_logging_rank(), leave=False
+    )
+    datasets = [_build(source, split, fractions, options, cache_dir) for source in shown]
     kept = [(s, d) for s, d in zip(sources, datasets, strict=True) if d is not None and len(d) > 0]
     if not kept:
         return None

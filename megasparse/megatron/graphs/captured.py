@@ -213,6 +213,7 @@ class GraphSet:
         buffers: where gradients of parameters are added up; None: they leave the graphs.
         recorder: makes the graphs.
         around: makes a context for the forward pass of a layer.
+        captured: called after each pass of a layer, of which there are two.
     """
 
     def __init__(
@@ -221,6 +222,7 @@ class GraphSet:
         buffers: Mapping[torch.nn.Parameter, torch.Tensor] | None,
         recorder: Recorder,
         around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        captured: Callable[[], object] = lambda: None,
     ) -> None:
         self.pairs: list[LayerPair] = []
         pool = recorder.new_pool()
@@ -238,8 +240,10 @@ class GraphSet:
             with around():
                 hidden = pair.capture_forward(hidden, recorder, pool)
             self.pairs.append(pair)
+            captured()
         for pair in reversed(self.pairs):
             grad = pair.capture_backward(grad, recorder, pool)
+            captured()
 
 
 @contextlib.contextmanager

@@ -20,10 +20,11 @@ import torch
 from megasparse.config import ResolvedConfig
 from megasparse.config.graphs import graphs_refusal
 from megasparse.errors import KernelError
-from megasparse.log import logger, warn_once
+from megasparse.log import is_logging_rank, logger, warn_once
 from megasparse.megatron.graphs.captured import GraphedLayer, GraphSet
 from megasparse.megatron.graphs.recorder import CudaRecorder, Recorder, Replayed
 from megasparse.megatron.grid import Grid
+from megasparse.progress import progress
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.seeds import DeviceSeeds
 
@@ -182,12 +183,7 @@ class LayerGraphs:
         timed, controller.timer.measuring = controller.timer.measuring, False
         failure = None
         try:
-            with self._recorder.prepared():
-                before = torch.cuda.memory_reserved()
-                sets = []
-                for controller.clock.slot in range(self._slots):
-                    sets.append(GraphSet(self._layers, self._places, self._recorder, self.around))
-                self._sets[kind] = sets
+            self._sets[kind], before = self._captured()
         except (RuntimeError, KernelError) as error:  # out of memory, among others
             failure = str(error).partition("\n")[0]
         finally:
@@ -205,6 +201,31 @@ class LayerGraphs:
             time.monotonic() - begin,
             (torch.cuda.memory_reserved() - before) / 2**30,
         )
+
+    def _captured(self) -> tuple[list[GraphSet], int]:
+        """The graphs of each slot, and the bytes that were reserved before."""
+        sets: list[GraphSet] = []
+        clock = self._controller.clock
+        shown = progress(
+            desc="capturing layers",
+            total=2 * len(self._layers) * self._slots,
+            unit="pass",
+            enabled=is_logging_rank(),
+            leave=False,
+        )
+        with shown, self._recorder.prepared():
+            before = torch.cuda.memory_reserved()
+            for clock.slot in range(self._slots):
+                sets.append(
+                    GraphSet(
+                        self._layers,
+                        self._places,
+                        self._recorder,
+                        self.around,
+                        lambda: shown.update(1),
+                    )
+                )
+        return sets, before
 
     def _failed(self, failure: str | None) -> bool:
         """Whether a rank of the stage could not capture: then all of them run eagerly.

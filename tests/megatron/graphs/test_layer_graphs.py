@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,9 @@ def _train(rank: int, world: int, flags: list[str], emulated: bool) -> tuple[Any
         Emulated.controller = kept[0].controller
         return kept[0]
 
+    bars: list[Any] = []
+    bar = layer_graphs.progress
+    shown = lambda **how: bars.append(bar(**how, stream=io.StringIO())) or bars[-1]  # noqa: E731
     graphs = functools.partial(layer_graphs.LayerGraphs, make_recorder=Emulated)
     reasons = layer_graphs.refusal
     with contextlib.ExitStack() as stack:
@@ -160,7 +164,11 @@ def _train(rank: int, world: int, flags: list[str], emulated: bool) -> tuple[Any
             stack.enter_context(mock.patch.object(layout, "LayerGraphs", graphs))
             as_on_gpu = lambda device, *rest: reasons(torch.device("cuda"), *rest)  # noqa: E731
             stack.enter_context(mock.patch.object(layer_graphs, "refusal", as_on_gpu))
+            stack.enter_context(mock.patch.object(layer_graphs, "progress", shown))
+            stack.enter_context(mock.patch.object(layer_graphs, "is_logging_rank", lambda: True))
         rows = train(rank, world, flags)
+    assert emulated == bool(bars)
+    assert Emulated.fails or all(bar.n == bar.total > 0 for bar in bars)
     weights = {name: p.detach().clone() for name, p in kept[0].model.named_parameters()}
     timed = ("tokens_per_second", "tflops", "mfu", "memory_gib", "time_")
     rows = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]

@@ -23,6 +23,7 @@ VENV_FLAGS :=
 INSTALL = $(BIN)/python -m pip install -c tools/constraints-cpu.txt torch && \
 	$(BIN)/python -m pip install -c tools/constraints-cpu.txt -e .[test,dev]
 RANKS := 2
+QUIET := DS_ACCELERATOR=cpu
 else
 VENV_FLAGS := --system-site-packages
 INSTALL = $(BIN)/python -m pip install -e .[gpu,test,dev]
@@ -43,7 +44,8 @@ $(VENV)/.installed: setup.py tools/constraints-cpu.txt
 
 quickstart: $(RUN)/data_text_document.idx
 	@rm -rf $(RUN)/run
-	$(BIN)/python -m deepspeed.launcher.runner --num_accelerators $(RANKS) launch/pretrain.py \
+	$(QUIET) $(BIN)/python -m deepspeed.launcher.runner --log_level warning \
+		--num_accelerators $(RANKS) launch/pretrain.py \
 		--config configs/quickstart.yaml --tensor-model-parallel-size $(RANKS)
 
 $(RUN)/corpus.jsonl: | $(INSTALLED)

@@ -1,4 +1,7 @@
-"""Rank-aware logging: one logger for the package, lines from rank 0 unless a rank has trouble."""
+"""Rank-aware logging: one logger for the package, lines from rank 0 unless a rank has trouble.
+
+A line goes above the bars that a terminal shows.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,17 @@ import shutil
 import sys
 import textwrap
 
+from megasparse.progress import above_bars
+
 logger = logging.getLogger("megasparse")
+COMMAND = "    "  # before a line to copy, which stays whole
 _first_rank = False  # once `setup` was called
+
+
+class _LineHandler(logging.StreamHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        with above_bars():
+            super().emit(record)
 
 
 class _RankFormatter(logging.Formatter):
@@ -32,7 +44,7 @@ class _RankFormatter(logging.Formatter):
 
 
 def _folded(line: str, width: int) -> str:
-    if len(line) <= width:
+    if len(line) <= width or line.startswith(COMMAND):
         return line
     indent = " " * (len(line) - len(line.lstrip()) or len("00:00:00 "))
     return "\n".join(
@@ -48,7 +60,7 @@ def setup(rank: int, level: str = "info") -> None:
     Args:
         level: debug, info, warning or error.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _LineHandler(sys.stderr)
     width = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
     handler.setFormatter(_RankFormatter(rank, width))
     global _first_rank

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 try:
@@ -61,6 +62,16 @@ class _LogProgress(tqdm or object):  # type: ignore[misc]
                 file.flush()
 
         return write
+
+
+@contextmanager
+def above_bars() -> Iterator[None]:
+    """Within it lines can be written to a terminal; its bars are drawn again below them."""
+    if all(isinstance(bar, _LogProgress) for bar in getattr(tqdm, "_instances", ())):
+        yield
+        return
+    with tqdm.external_write_mode(file=sys.stderr):
+        yield
 
 
 def _has_width(stream: TextIO) -> bool:

@@ -17,7 +17,8 @@ COMMANDS = sorted(path for name in ("tools", "launch") for path in (ROOT / name)
 
 # What a module may import of its own package: areas of lower levels, and its own area.
 LEVELS = {
-    "errors": 0, "log": 0, "progress": 0, "atomic_files": 0, "timer": 0,
+    "progress": -1,  # of a terminal, which the lines of the log go around
+    "errors": 0, "log": 0, "atomic_files": 0, "timer": 0,
     "input_files": 0, "extras": 0,
     "cli": 1, "tensor_files": 1, "config": 1, "kernels": 1,
     "fp8": 2, "data": 2, "distributed": 2, "metrics": 2,

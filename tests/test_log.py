@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from megasparse import log
+from megasparse.progress import progress
 
 
 @pytest.fixture
@@ -50,3 +52,37 @@ def test_a_terminals_lines_break_between_words(monkeypatch, restored):
     lines = _written(monkeypatch, 0, "info", 80)
     assert max(map(len, lines)) <= 80 and len(lines) > len(whole)
     assert " ".join(" ".join(lines).split()).count("--some-flag") == 20
+
+
+def test_a_command_stays_whole(monkeypatch, restored):
+    command = log.COMMAND + "python tool.py " + "--flag value " * 10
+    monkeypatch.setenv("COLUMNS", "80")
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        log.setup(0)
+        log.logger.info("%s", "\n".join(["", "Next:", command]))
+        stream.flush()
+        assert command in os.read(ours, 1 << 16).decode()
+    os.close(ours)
+
+
+def test_a_line_goes_above_the_bar_of_a_terminal(monkeypatch, restored):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    log.setup(0)
+    with progress(desc="work", total=4) as bar:
+        bar.update(2)
+        log.logger.info("a line")
+    with progress(desc="more", total=4, stream=io.StringIO()):  # of a log file
+        log.logger.info("another")
+    lines = screen.getvalue().split("\n")
+    above = next(number for number, line in enumerate(lines) if line.endswith("a line"))
+    *_, cleared, line = lines[above].split("\r")
+    assert not cleared.strip() and line[2] == ":"  # the line begins where the bar was
+    assert "work:  50%" in lines[above + 1]  # which is drawn again below
+    assert lines[-2].endswith("another") and "\r" not in lines[-2]

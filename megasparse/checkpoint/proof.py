@@ -82,14 +82,15 @@ def require_sparsity(
 
 def format_tensors(tensors: list[TensorReport]) -> list[str]:
     """A line for each tensor, under a heading."""
-    width = max(len(report.name) for report in tensors)
-    lines = [f"{'tensor':<{width}}  {'shape':>13}  density  2:4  transposable"]
-    for report in tensors:
-        shape = "x".join(str(size) for size in report.shape)
+    shapes = ["x".join(str(size) for size in report.shape) for report in tensors]
+    # No wider than they have to be: a terminal has 80 columns.
+    width, room = max(len(report.name) for report in tensors), max(5, *map(len, shapes))
+    lines = [f"{'tensor':<{width}}  {'shape':>{room}}  density  2:4  transposable"]
+    for report, shape in zip(tensors, shapes, strict=True):
         rows_24 = "yes" if report.rows_24 else "no"
         columns = "yes" if report.rows_24 and report.columns_24 else "no"
         lines.append(
-            f"{report.name:<{width}}  {shape:>13}  {report.density:7.4f}  {rows_24:>3}  "
+            f"{report.name:<{width}}  {shape:>{room}}  {report.density:7.4f}  {rows_24:>3}  "
             f"{columns:>12}"
         )
     return lines

@@ -95,7 +95,7 @@ class CheckpointReader:
             CheckpointError: names file and tensor.
         """
         total = sum(self.meta["files"][name]["size"] for name in files)
-        desc = f"verifying {self.folder.name}"
+        desc = f"verifying {self.folder.name.partition('.')[0]}"
         with progress(
             desc=desc, total=total, unit="B", enabled=is_logging_rank(), leave=False
         ) as bar:

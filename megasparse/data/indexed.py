@@ -247,7 +247,7 @@ def _check_tokens(index: Index, vocab_size: int) -> None:
     tokens = np.memmap(path, dtype=index.dtype, mode="r", shape=(index.num_tokens,))
     starts = range(0, index.num_tokens, _CHUNK)
     desc = f"checking {path.name}"
-    for start in progress(starts, desc=desc, unit="chunk", enabled=is_logging_rank()):
+    for start in progress(starts, desc=desc, unit="chunk", enabled=is_logging_rank(), leave=False):
         chunk = tokens[start : start + _CHUNK]
         low, high = int(chunk.min()), int(chunk.max())
         if low < 0 or high >= vocab_size:

@@ -204,4 +204,6 @@ class RequestScorer:
 
     def _bar(self, work: Iterable[Any], desc: str, unit: str) -> Any:
         enabled = is_logging_rank()
-        return progress(work, desc=desc, unit=unit, enabled=enabled, stream=self._stream)
+        return progress(
+            work, desc=desc, unit=unit, enabled=enabled, stream=self._stream, leave=False
+        )

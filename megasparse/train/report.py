@@ -20,7 +20,7 @@ from megasparse.checkpoint.saver import choose
 from megasparse.config import ResolvedConfig
 from megasparse.config.packaged import SCRIPTS, commands_folder
 from megasparse.distributed.control_plane import ControlPlane
-from megasparse.log import logger
+from megasparse.log import COMMAND, logger
 from megasparse.metrics.schema import read_metrics
 from megasparse.sparsity.recipe import SparsityRecipe
 
@@ -145,6 +145,6 @@ def _print(
     rows = read_metrics(run_dir / "metrics.jsonl")
     step = reader.meta["step"]
     logger.info(format_report(step, rows, tensors, recipe, places, samples))
-    lines = [f"    {command}" for command in next_commands(config, recipe)]
+    lines = [f"{COMMAND}{command}" for command in next_commands(config, recipe)]
     logger.info("%s", "\n".join(["", "  Next:", *lines]))
     require_sparsity(tensors, recipe, step, config.train.train_iters)

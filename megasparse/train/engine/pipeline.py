@@ -203,7 +203,11 @@ class PipelineLayout(Layout):
         self._forwards = 0
         self._forget_shapes()
         with progress(
-            desc="evaluation", total=iterations, unit="batch", enabled=is_logging_rank()
+            desc="evaluation",
+            total=iterations,
+            unit="batch",
+            enabled=is_logging_rank(),
+            leave=False,
         ) as bar:
             while done < iterations:
                 if interrupted():

@@ -167,7 +167,11 @@ class PlainLayout(Layout):
         self._engine.eval()
         total = torch.zeros((), device=self.grid.device)
         for number in progress(
-            range(iterations), desc="evaluation", unit="batch", enabled=is_logging_rank()
+            range(iterations),
+            desc="evaluation",
+            unit="batch",
+            enabled=is_logging_rank(),
+            leave=False,
         ):
             self._passed("evaluate", number)
             if interrupted():

@@ -45,7 +45,7 @@ class ExportOptions:
         max_shard_bytes: of a file.
         config: `config.json` that the model came with; None: one is made from its sizes.
         carried: other small files to copy, by their name in the output.
-        extra_files: other small files to write, JSON by name.
+        extra_files: other small files to write, JSON or bytes by name.
         extra_tensors: files of tensors beside the model, by name.
         special: ids of bos, eos and pad by their names in `config.json` and
             `generation_config.json`; empty: as they come with `config`, or unknown.
@@ -106,7 +106,11 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
         if scales := source.frozen_scales():
             write_json(folder / SCALES, scales, indent=2)
         for name, content in options.extra_files.items():
-            write_json(folder / name, content, indent=2)
+            if isinstance(content, bytes):
+                with replacing(folder / name) as stream:
+                    stream.write(content)
+            else:
+                write_json(folder / name, content, indent=2)
         for name, extra in options.extra_tensors.items():
             entries_of = [Entry.of(key, value) for key, value in extra.items()]
             with replacing(folder / name) as stream:
@@ -115,7 +119,8 @@ def write_huggingface(source: Source, output: Path, options: ExportOptions) -> d
             packing = options.packing or "dense"
             side = {"format": _FORMAT, "packing": packing, "source": source.origin}
             write_json(folder / SIDE_FILE, {**side, "tensors": tensors}, indent=2)
-        has_tokenizer = (folder / "tokenizer.json").is_file()
+        names = ("tokenizer.json", "tokenizer.model")
+        has_tokenizer = any((folder / name).is_file() for name in names)
         card = model_card(
             source.model, source.origin, tensors, options.packing, options.facts, has_tokenizer
         )

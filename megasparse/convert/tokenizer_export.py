@@ -4,6 +4,10 @@
     add_special_tokens=True     before them the token that begins a document, if the run adds it
 
 which is how a document of the training begins; the token that ends it is the model's to give.
+
+A SentencePiece model that no `tokenizer.json` equals goes along as `tokenizer.model`, for the class
+of transformers that lets the sentencepiece library itself cut the text. No other way is exact: a
+unigram model adds up scores in float32, so which of two cuts wins depends on all text before.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from megasparse.data.tokenizer import (
     TOKENIZER_MODEL,
     Tokenizer,
 )
+from megasparse.errors import ConfigError
 from megasparse.input_files import read_regular
 from megasparse.log import logger
 
@@ -37,9 +42,13 @@ _DROPPED = (
 )  # fmt: skip
 
 
+# Of transformers 5; encodes with sentencepiece, by `tokenizer.model`.
+SLOW_CLASS = "SentencePieceBackend"
+
+
 @dataclass
 class TokenizerFiles:
-    """Files of a tokenizer by their names in the output: JSON to write, others to copy."""
+    """Files of a tokenizer by their names in the output: JSON or bytes to write, others to copy."""
 
     written: dict[str, Any] = field(default_factory=dict)
     copied: dict[str, Path] = field(default_factory=dict)
@@ -65,23 +74,19 @@ def exported_tokenizer(tokenizer: Tokenizer, file: Path, max_length: int) -> Tok
     else:
         assert isinstance(tokenizer, SentencePieceTokenizer)
         content = tokenizer_json(tokenizer.model)
-        original = TOKENIZER_MODEL if content is not None else ORIGINAL_MODEL
         if content is not None:
             before = tokenizer.bos_piece if tokenizer.add_bos else None
             content["post_processor"] = post_processor(None, before, tokenizer.bos)
+        else:
+            config |= _for_sentencepiece(found, tokenizer, file)
+        # Datasets are compared with the original.
+        unchanged = content is None and TOKENIZER_MODEL not in found.written
+        original = TOKENIZER_MODEL if content is not None or unchanged else ORIGINAL_MODEL
     found.copied[original] = file
     if original != TOKENIZER_JSON:
         config[MADE_FROM] = original
         if content is not None:
             found.written[TOKENIZER_JSON] = content
-    if content is None:
-        logger.warning(
-            "%s: no tokenizer.json gives exactly its ids (%s); the output has it as %s, which "
-            "sentencepiece reads and transformers does not",
-            file,
-            "only BPE models without normalisation are converted",
-            original,
-        )
     template = file.parent / "chat_template.jinja"
     if template.is_file():
         found.copied[template.name] = template
@@ -95,11 +100,37 @@ def exported_tokenizer(tokenizer: Tokenizer, file: Path, max_length: int) -> Tok
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": not tokenizer.parse_special,
     }
-    if content is not None:
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["tokenizer_class"] = SLOW_CLASS if content is None else "PreTrainedTokenizerFast"
     found.written[TOKENIZER_CONFIG] = config
     found.written[TOKENS_MAP] = {name: value for name, value in tokens.items() if value}
     return found
+
+
+def _for_sentencepiece(
+    found: TokenizerFiles, tokenizer: SentencePieceTokenizer, file: Path
+) -> dict[str, Any]:
+    """Adds the model as it is used; what tokenizer_config.json says for it.
+
+    Raises:
+        ConfigError: the class would give other ids.
+    """
+    if clash := tokenizer.control_by_unknown():
+        raise ConfigError(
+            f"{file}: transformers takes the text {clash!r} for the control token of that name, "
+            "which the training does not; --no-tokenizer exports without it"
+        )
+    if tokenizer.model != read_regular(file):
+        found.written[TOKENIZER_MODEL] = tokenizer.model
+    logger.info(
+        "%s: no tokenizer.json gives exactly its ids, so transformers (5 or newer) loads it with "
+        "the package sentencepiece; exact texts of ids come from tokenizer.sp_model.decode",
+        file,
+    )
+    special: dict[str, Any] = {"legacy": True}  # adds nothing of its own to the text
+    special["special_tokens_pattern"] = "bos" if tokenizer.add_bos else "none"
+    if tokenizer.parse_special:
+        special["additional_special_tokens"] = tokenizer.control_pieces
+    return special
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
@@ -130,7 +161,9 @@ def _named_tokens(
 
 def _vocabulary(content: dict[str, Any] | None, tokenizer: Tokenizer) -> Callable[[str], bool]:
     if content is None:
-        return lambda piece: piece in (tokenizer.eod_piece, tokenizer.bos_piece)
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        # The unknown token is no text, but transformers would take its name for it.
+        return tokenizer.control_pieces.__contains__
     vocabulary = content["model"].get("vocab", {})
     names = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
     names |= {token["content"] for token in content["added_tokens"]}

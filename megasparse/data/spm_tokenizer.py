@@ -83,6 +83,25 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
 
+    @property
+    def control_pieces(self) -> list[str]:
+        """Names of the tokens that no text becomes, by id."""
+        return sorted(self._control, key=self._control.__getitem__)
+
+    def control_by_unknown(self) -> str | None:
+        """A text that its pieces' names make a control token of; None: there is none.
+
+        Without byte fallback an unknown text is a piece of its own name, which a library that goes
+        from names to ids takes for the token of that name.
+        """
+        for name in self._control:
+            named = [
+                self._processor.piece_to_id(p) for p in self._processor.encode(name, out_type=str)
+            ]
+            if named != self._processor.encode(name):
+                return name
+        return None
+
     def _id_of(self, piece: str) -> int | None:
         index = self._processor.piece_to_id(piece)
         # An unknown piece gives the id of unk.

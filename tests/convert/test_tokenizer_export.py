@@ -16,7 +16,7 @@ from megasparse.atomic_files import write_json
 from megasparse.convert.tokenizer_export import exported_tokenizer, pad_id
 from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.tokenizer import begin, load_tokenizer, tokenizer_file_of, train_sentencepiece
-from megasparse.errors import DataError
+from megasparse.errors import ConfigError, DataError
 
 SAMPLE = ["the cat sat on the mat and the dog ran", "def f(x):\n    return x  # café", "aaaa abab"]
 # What tokenizers treat in ways of their own: control tokens, added ones, spaces, joiners.
@@ -136,19 +136,23 @@ def piece(folder: Path, **more: object) -> None:
     if not more:
         (folder / "tokenizer.model").write_bytes(train_sentencepiece(SAMPLE * 3, 330))
         return
+    fixed = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
+    fixed |= {"remove_extra_whitespaces": False, "hard_vocab_limit": False, "vocab_size": 330}
     with open(folder / "tokenizer.model", "wb") as stream:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(SAMPLE * 3),
             model_writer=stream,
-            vocab_size=330,
             minloglevel=2,
-            model_type="bpe",
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            **more,
+            **{**fixed, **more},
         )
+
+
+def t5(folder: Path) -> None:
+    """SentencePiece's defaults, without byte fallback, with a token that begins a document."""
+    defaults = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    piece(folder, **defaults, model_type="unigram", byte_fallback=False, vocab_size=60)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "unk_token": "<unk>"}
+    write_json(folder / "tokenizer_config.json", names)
 
 
 KINDS = {
@@ -164,8 +168,20 @@ KINDS = {
     "sentencepiece, symbols": lambda folder: piece(
         folder, add_dummy_prefix=False, user_defined_symbols=["<eod>", "<tool>"]
     ),
+    # No tokenizer.json is exactly one of these.
+    "sentencepiece unigram": lambda folder: (folder / "tokenizer.model").write_bytes(
+        train_sentencepiece(SAMPLE * 3, 330, "unigram")
+    ),
+    "sentencepiece unigram, T5": lambda folder: t5(folder),
+    "sentencepiece, normalised": lambda folder: piece(
+        folder, normalization_rule_name="nmt_nfkc_cf", remove_extra_whitespaces=True
+    ),
+    "sentencepiece, symbols and prefix": lambda folder: piece(
+        folder, add_dummy_prefix=True, user_defined_symbols=["<eod>", "<tool>"]
+    ),
+    "sentencepiece, suffix": lambda folder: piece(folder, treat_whitespace_as_suffix=True),
 }
-ADDS_BOS = {"byte level, BOS", "llama 2", "bert"}
+ADDS_BOS = {"byte level, BOS", "llama 2", "bert", "sentencepiece unigram, T5"}
 
 
 def write(folder: Path, tokenizer, file: Path):
@@ -174,7 +190,10 @@ def write(folder: Path, tokenizer, file: Path):
     folder.mkdir()
     files = exported_tokenizer(tokenizer, file, 512)
     for name, content in files.written.items():
-        write_json(folder / name, content, indent=2)
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            write_json(folder / name, content, indent=2)
     for name, path in files.copied.items():
         (folder / name).write_bytes(path.read_bytes())
     # As an export: transformers looks into it for the model's own class of tokenizers.
@@ -216,10 +235,13 @@ def test_the_special_tokens_go_along_and_the_export_is_a_tokenizer_again(exporte
     assert (again.eod, again.bos, again.add_bos) == (ours.eod, ours.bos, ours.add_bos)
 
 
-@pytest.mark.parametrize("kind", ["byte level", "sentencepiece", "unigram"])
+@pytest.mark.parametrize(
+    "kind", ["byte level", "sentencepiece", "unigram", "sentencepiece unigram"]
+)
 def test_flags_choose_other_tokens_and_the_export_has_them(tmp_path, kind):
     KINDS[kind](tmp_path)
     pieces = {"byte level": ("<|begin|>", "<tool>"), "sentencepiece": ("</s>", "<s>")}
+    pieces["sentencepiece unigram"] = ("</s>", "<s>")
     eod, bos = pieces.get(kind, ("<pad>", "the"))
     options = TokenOptions(eod_token=eod, bos_token=bos, add_bos=True)
     ours = load_tokenizer(tmp_path, probe=False, options=options)
@@ -241,18 +263,24 @@ def test_a_flag_lets_text_become_control_tokens(tmp_path, kind):
     assert engine(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
 
 
-def test_a_model_without_an_equal_is_not_given_to_transformers(tmp_path, caplog):
-    model = train_sentencepiece(SAMPLE * 3, 330, "unigram")
-    (tmp_path / "tokenizer.model").write_bytes(model)
+def test_a_long_text_is_cut_as_in_the_training_and_comes_back(exported):
+    """A unigram model adds up float32 scores: far into a text, sums of other cuts are equal."""
+    kind, ours, engine, _ = exported
+    if not kind.startswith("sentencepiece"):
+        return
+    text = "the cat sat on the mat and the dog ran aaaa abab" * 400
+    ids = ours.encode(text)
+    assert engine(text, add_special_tokens=False)["input_ids"] == ids
+    if not engine.is_fast:
+        assert engine.sp_model.decode(ids) == ours.decode(ids)
+
+
+def test_a_text_that_transformers_would_take_for_a_control_token_is_refused(tmp_path):
+    piece(tmp_path, byte_fallback=False, vocab_size=60, control_symbols=["\u65e5\u672c"])
     ours = load_tokenizer(tmp_path, probe=False)
-    files = exported_tokenizer(ours, tmp_path / "tokenizer.model", 512)
-    assert set(files.copied) == {"sentencepiece.model"} and "tokenizer.json" not in files.written
-    assert "no tokenizer.json gives exactly its ids" in caplog.text
-    (tmp_path / "out").mkdir()
-    for name, content in files.written.items():
-        write_json(tmp_path / "out" / name, content)
-    (tmp_path / "out" / "sentencepiece.model").write_bytes(model)
-    assert tokenizer_file_of(tmp_path / "out").name == "sentencepiece.model"
+    assert ours.decode(ours.encode("a \u65e5\u672c")).startswith("a")
+    with pytest.raises(ConfigError, match="the text '\u65e5\u672c' for the control token"):
+        exported_tokenizer(ours, tokenizer_file_of(tmp_path), 512)
 
 
 def test_files_and_flags_name_the_tokens(tmp_path):

@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megasparse.atomic_files import check_free_space
 from megasparse.checkpoint import directory
 from megasparse.checkpoint.identity import Entry, entries, run_of
@@ -31,14 +29,14 @@ from megasparse.checkpoint.writer import (
     Hook,
     Tensors,
     byte_size,
+    bytes_shown,
     ignore,
     publish,
     write_rank_file,
 )
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError, StorageError, one_line
-from megasparse.log import is_logging_rank, logger
-from megasparse.progress import progress
+from megasparse.log import logger
 
 
 @dataclass
@@ -199,21 +197,8 @@ class Saver:
     def _write(self, job: _Job) -> None:
         """Write this rank's file and read it back; never raises."""
         binding = {"run_id": self._run_id, "step": job.step}
-        shown = progress(
-            desc=f"saving step {job.step}",
-            total=byte_size(job.tensors),
-            unit="B",
-            enabled=is_logging_rank() and job.thread is None,
-            leave=False,
-        )
-
-        def read(entry: str) -> torch.Tensor:
-            _, value = job.tensors[entry]
-            shown.update(value.nbytes)
-            return value
-
         try:
-            with shown:
+            with bytes_shown(job.step, job.tensors, job.thread is None) as read:
                 record = write_rank_file(
                     job.temporary, self._control.rank, job.tensors, binding, self._hook, read
                 )

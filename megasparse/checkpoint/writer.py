@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from megasparse.checkpoint.identity import entry_at
 from megasparse.checkpoint.manifest import MANIFEST, decode_manifest, encode_manifest, file_name
 from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.rank_file import describe
-from megasparse.log import logger
+from megasparse.log import is_logging_rank, logger
+from megasparse.progress import progress
 from megasparse.tensor_files import Entry, write_tensors
 
 Tensors = dict[str, tuple[Piece, torch.Tensor]]
@@ -35,6 +37,31 @@ def ignore(_: str) -> None:
 def byte_size(tensors: Tensors) -> int:
     """Bytes of the tensors' values."""
     return sum(value.numel() * value.element_size() for _, value in tensors.values())
+
+
+@contextmanager
+def bytes_shown(
+    step: int, tensors: Tensors, foreground: bool
+) -> Iterator[Callable[[str], torch.Tensor]]:
+    """The values of a save by entry name, under a bar that counts their bytes.
+
+    Args:
+        foreground: whether the run waits for the save; no bar otherwise.
+    """
+    with progress(
+        desc=f"saving step {step}",
+        total=byte_size(tensors),
+        unit="B",
+        enabled=is_logging_rank() and foreground,
+        leave=False,
+    ) as bar:
+
+        def read(entry: str) -> torch.Tensor:
+            value = tensors[entry][1]
+            bar.update(value.nbytes)
+            return value
+
+        yield read
 
 
 def write_rank_file(

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megasparse.checkpoint import directory
-from megasparse.checkpoint import saver as saver_module
+from megasparse.checkpoint import directory, writer
 from megasparse.checkpoint.lock import FolderLock
 from megasparse.checkpoint.manifest import MANIFEST
 from megasparse.checkpoint.saver import Saver, choose
@@ -196,15 +195,15 @@ def test_what_the_disk_changed_on_the_way_is_not_published(tmp_path):
 
 def test_a_save_shows_its_bytes_unless_it_is_in_the_background(tmp_path, monkeypatch):
     bars, enabled = [], []
-    make = saver_module.progress
+    make = writer.progress
 
     def made(**how):
         enabled.append(how["enabled"])
         bars.append(make(**how))
         return bars[-1]
 
-    monkeypatch.setattr(saver_module, "progress", made)
-    monkeypatch.setattr(saver_module, "is_logging_rank", lambda: True)
+    monkeypatch.setattr(writer, "progress", made)
+    monkeypatch.setattr(writer, "is_logging_rank", lambda: True)
     for step, async_save in ((1, False), (2, True)):
         saver = Saver(tmp_path, ALONE, "ab", async_save=async_save)
         saver.save(step, tensors_of(step), META)

@@ -107,7 +107,7 @@ def test_a_service_that_fails_is_told_once_and_the_run_goes_on(
     writer = MetricsWriter(tmp_path, LoggingConfig(wandb_project="p"))  # type: ignore[arg-type]
     for step in range(1, 6):
         writer.write({"step": step, "loss": 0.5})
-    writer.text(5, "sample", "text")
+    writer.samples(5, ["a"], ["text"])
     writer.flush()
     writer.close()
     (told,) = caplog.messages

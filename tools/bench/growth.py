@@ -42,6 +42,15 @@ ROWS = (
     ("load", "opened", "read the own part: files opened", True),
     ("load", "files_rank_0", "open files of rank 0", True),
     ("load", "files_rank_1", "open files of rank 1", True),
+    ("watch", "cpu_seconds", "watchdog, set-up: CPU s of all ranks", True),
+    ("watch", "packets", "watchdog, set-up: packets", True),
+    ("watch", "files_rank_0", "open files of rank 0 with it", True),
+    ("beat", "cpu_seconds", "heartbeats: CPU s of all ranks a second", True),
+    ("beat", "cpu_seconds_rank_0", "heartbeats: CPU s of rank 0 a second", True),
+    ("beat", "packets", "heartbeats: packets a second, on loopback of hosts too", True),
+    ("restart", "seconds", "failure after 2 s, and restart: s", False),
+    ("restart", "cpu_seconds", "supervisors, the same: CPU s of all", True),
+    ("restart", "opened", "supervisors, the same: shared files opened", True),
 )
 
 
@@ -86,19 +95,24 @@ def report(before: dict[str, Any], after: dict[str, Any], command: str) -> str:
     ]
     for phase, quantity, words, carries in ROWS:
         columns = [
-            {n: run["ranks"][str(n)][phase].get(quantity) for n in sizes} for run in (before, after)
+            {n: run["ranks"][str(n)].get(phase, {}).get(quantity) for n in sizes}
+            for run in (before, after)
         ]
-        if any(value is None for column in columns for value in column.values()):
+        if None in columns[1].values():
             continue
+        if None in columns[0].values():  # measured only since
+            columns[0] = {}
         laws = [law({n: float(v) for n, v in column.items()}) for column in columns]
-        cells = [" \\| ".join(_short(column[n]) for column in columns) for n in sizes]
+        cells = [
+            " \\| ".join(_short(column[n]) if column else "-" for column in columns) for n in sizes
+        ]
         powers = " \\| ".join("-" if found is None else f"{found[1]:.2f}" for found in laws)
         far = " \\| ".join(
             "-" if found is None or not carries else _short(found[0] * FAR ** found[1])
             for found in laws
         )
         if quantity == "files_rank_0":  # a constant and a line: a power would say too little
-            far = " \\| ".join(_short(line(column)) for column in columns)
+            far = " \\| ".join(_short(line(column)) if column else "-" for column in columns)
         lines.append(f"| {words} | {' | '.join(cells)} | {powers} | {far} |")
     return "\n".join([*lines, ""])
 

@@ -7,11 +7,12 @@
 Forks N ranks of one process on this host, in a network namespace of their own where that is allowed
 (else traffic is not counted). Each phase is measured on every rank: seconds from first to last, CPU
 seconds of all ranks together, open files of ranks 0 and 1, packets and bytes on the wire, and files
-of the checkpoint that were opened. `growth` fits a law `cost = a N^p` to each from 32 ranks on.
+that hosts share and that were opened: of the checkpoint, and of the supervisors of `--max-restarts`.
+In these and for the watchdog RANKS_A_HOST ranks are a host. `growth` fits laws `cost = a N^p`.
 With many more ranks than cores wall times are those of the cores; CPU, traffic and open files carry
 over to a cluster.
 
-The script runs on older commits too: give their root in PYTHONPATH.
+The script runs on older commits too: give their root in PYTHONPATH, and phases that they have.
 """
 
 from __future__ import annotations
@@ -42,11 +43,18 @@ import torch
 from megasparse import log
 from megasparse.atomic_files import write_text
 from megasparse.checkpoint import directory, saver, writer
+from megasparse.config import CheckpointConfig
 from megasparse.distributed import control_plane, rendezvous
+from megasparse.distributed.supervise import supervise
+from megasparse.distributed.watchdog import Watchdog
 from megasparse.sparsity.shard import WeightShard
 
-PHASES = ("meet", "control", "agree", "save", "choose", "load")
+PHASES = ("meet", "control", "agree", "save", "choose", "load", "watch", "beat", "restart")
 AGREEMENTS = 20
+RANKS_A_HOST = 8
+BEATING_SECONDS = 2.0
+# A training whose first attempt fails on all ranks, as after a verdict.
+CHILD = '[ "$MEGASPARSE_ATTEMPT" != 0 ] || { sleep 2; exit 71; }'
 KEYS, LENGTH = 8, 256  # tensors of a rank, entries of each
 META: dict[str, Any] = {
     "consumed_samples": 0, "layout": {}, "optimizer_steps": 0, "digests": {}, "config": {},
@@ -98,6 +106,7 @@ class Rank:
     def __init__(self, rank: int, world: int, port: int, root: Path) -> None:
         self.rank, self.world, self.root = rank, world, root
         self.control: Any = None
+        self.watchdog: Any = None
         self.reader: Any = None
         self.opened = self.read = 0
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
@@ -162,6 +171,28 @@ class Rank:
                 assert bool((own == self.rank).all())
             self.control.barrier()
 
+    def watch(self) -> None:
+        """The watchdog finds its host's leader, and that one rank 0."""
+        address = ("127.0.0.1", int(os.environ["MASTER_PORT"]))
+        host = f"host {self.rank // RANKS_A_HOST}"
+        self.watchdog = Watchdog(address, "0", self.rank, self.world, 600.0, self.root, host=host)
+        self.control.barrier()
+
+    def beat(self) -> None:
+        """Heartbeats of a while in which nothing else happens."""
+        time.sleep(BEATING_SECONDS)
+        self.control.barrier()
+        self.watchdog.stop()
+
+    def restart(self) -> None:
+        """Supervisors start children, and start them again when they have failed."""
+        folder = str(self.root)
+        settings: Any = CheckpointConfig(run_dir=folder, save=folder, max_restarts=1)
+        os.environ["MEGASPARSE_LAUNCH"] = str(1 + self.rank // RANKS_A_HOST)
+        with _Counted(self):
+            code = supervise(settings, ["sh", "-c", CHILD], self.rank, lambda: -1)
+        assert code == 0, code
+
 
 def _piece(*arguments: Any) -> Any:
     """Of the commit that is measured: older ones define it elsewhere."""
@@ -196,8 +227,9 @@ class _Counted:
 
 def _note(event: str, arguments: tuple[Any, ...]) -> None:
     rank = _Counted.current
-    if event == "open" and rank is not None and str(arguments[0]).endswith(".safetensors"):
-        rank.opened += 1
+    if event == "open" and rank is not None:
+        name = str(arguments[0])
+        rank.opened += name.endswith(".safetensors") or ".attempt.json" in name
 
 
 def serve(rank: Rank, commands: Any, answers: Any) -> None:
@@ -214,8 +246,8 @@ def serve(rank: Rank, commands: Any, answers: Any) -> None:
         answers.flush()
 
 
-def measure(world: int, counted: bool) -> dict[str, Any]:
-    """All phases with so many ranks."""
+def measure(world: int, counted: bool, phases: Sequence[str]) -> dict[str, Any]:
+    """These phases with so many ranks."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -240,13 +272,15 @@ def measure(world: int, counted: bool) -> dict[str, Any]:
             ranks.append(child)
             ends.append((os.fdopen(down[1], "w"), os.fdopen(up[0])))
         try:
-            found = {phase: _phase(phase, ends, counted) for phase in PHASES}
-            found["agree"] = {  # of one decision
-                key: value if key.startswith("files") else value / AGREEMENTS
-                for key, value in found["agree"].items()
-            }
+            found = {phase: _phase(phase, ends, counted) for phase in phases}
+            for phase, times in (("agree", AGREEMENTS), ("beat", BEATING_SECONDS)):
+                found[phase] = {
+                    key: value if key.startswith("files") else value / times
+                    for key, value in found.get(phase, {}).items()
+                }
             manifest = directory.step_folder(Path(folder), 1) / "manifest.json"
-            found["save"]["manifest_bytes"] = manifest.stat().st_size
+            if manifest.exists():
+                found["save"]["manifest_bytes"] = manifest.stat().st_size
             return found
         finally:
             for child, end in zip(ranks, ends, strict=True):
@@ -275,7 +309,7 @@ def _phase(phase: str, ends: list[Any], counted: bool) -> dict[str, float]:
     }
     if counted:
         found |= {"bytes": after[0] - before[0], "packets": after[1] - before[1]}
-    if phase in ("choose", "load"):
+    if phase in ("choose", "load", "restart"):
         found["opened"] = sum(a["opened"] for a in answers)
     return found
 
@@ -285,9 +319,10 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--output", type=Path, help="JSON file of the measurements")
     args = parser.parse_args(argv)
-    log.setup(1)  # ranks other than 0 say errors alone
+    log.setup(0, "error")
     torch.set_num_threads(1)
     counted = own_network()
     result: dict[str, Any] = {
@@ -301,17 +336,14 @@ def main(argv: Sequence[str]) -> int:
     }
     for world in args.ranks:
         begin = time.monotonic()
-        result["ranks"][str(world)] = measure(world, counted)
+        result["ranks"][str(world)] = measure(world, counted, args.phases)
         sys.stderr.write(f"{world} ranks: {time.monotonic() - begin:.0f} s\n")
-        _put(args.output, json.dumps(result, indent=1) + "\n")
-    return 0
-
-
-def _put(path: Path | None, text: str) -> None:
-    if path is None:
+        text = json.dumps(result, indent=1) + "\n"
+        if args.output is not None:
+            write_text(args.output, text)
+    if args.output is None:
         sys.stdout.write(text)
-    else:
-        write_text(path, text)
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,15 +7,26 @@ failures, which may strike during saves and restarts as well; `simulate` plays r
 failure, with hosts in reserve and publication in the background, for which there is no formula.
 
 All times are in seconds. Nothing here is measured: what comes in may be.
+
+    python -m megasparse.estimate.goodput --gpus 1024 16384 --save-seconds 10 --restart-seconds 70
+
+`tools/estimate.py --goodput` does the same for a model and a layout, with times of saves and
+restarts from its checkpoint's size and from measured files.
 """
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import math
 import random
 import statistics
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from megasparse.cli import guarded, markdown_table
+from megasparse.errors import ConfigError
 
 HOUR = 3600.0
 IDLE = 5.0
@@ -168,3 +179,72 @@ def advised(costs: Costs, duration: float, step_time: float, runs: int = 20) -> 
 def with_spares(costs: Costs, spare_hosts: int | None) -> Costs:
     """The same run with another number of hosts in reserve; None: endless."""
     return replace(costs, spare_hosts=spare_hosts)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Simulated goodput of long runs, and the interval between saves."
+    )
+    parser.add_argument("--gpus", type=int, nargs="+", required=True)
+    parser.add_argument(
+        "--failures-a-day",
+        type=float,
+        default=LLAMA3_FAILURES_A_DAY_PER_1000,
+        help="for 1,000 GPUs (default: Llama 3's log, %(default).4f)",
+    )
+    parser.add_argument("--save-seconds", type=float, required=True, help="training stands still")
+    parser.add_argument("--publish-seconds", type=float, default=0.0, help="after that (async)")
+    parser.add_argument("--restart-seconds", type=float, required=True, help="to the first step")
+    parser.add_argument("--notice-seconds", type=float, default=12.0, help="of a failure")
+    parser.add_argument("--spare-hosts", type=int, help="in reserve (default: endless)")
+    parser.add_argument("--repair-hours", type=float, default=24.0, help="of a host that failed")
+    parser.add_argument("--step-seconds", type=float, help="for the interval in steps")
+    parser.add_argument("--days", type=float, default=54.0, help="that are simulated")
+    args = parser.parse_args(argv)
+    positive = ("failures_a_day", "save_seconds", "step_seconds", "days")
+    for name, value in vars(args).items():
+        numbers = value if isinstance(value, list) else [value]
+        least = " above" if name in positive or name == "gpus" else " of at least"
+        for number in numbers:
+            if number is not None and (number < 0 or (number == 0 and least == " above")):
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag}: found {number:g}, expected a number{least} 0")
+    return args
+
+
+def _report(argv: Sequence[str]) -> None:
+    args = _parse(argv)
+    rows = []
+    for gpus in args.gpus:
+        costs = Costs(
+            mtbf_of(gpus, args.failures_a_day),
+            args.save_seconds,
+            args.publish_seconds,
+            args.restart_seconds,
+            args.notice_seconds,
+            args.spare_hosts,
+            args.repair_hours * HOUR,
+        )
+        step = args.step_seconds or 1.0
+        steps, goodput = advised(costs, args.days * 24 * HOUR, step)
+        row = [f"{gpus:,}", f"{costs.mtbf / HOUR:.1f} h", f"{young(costs):.0f} s"]
+        row += [f"{daly(costs):.0f} s", f"{steps * step:.0f} s"]
+        row += [f"{steps}"] if args.step_seconds else []
+        rows.append([*row, f"{goodput.share:.4f}", f"{exact(costs, steps * step):.4f}"])
+    head = ["GPUs", "failure every", "Young", "Daly", "best interval"]
+    head += ["--save-interval"] if args.step_seconds else []
+    table = markdown_table([*head, "goodput", "formula"], rows)
+    told = (
+        f"Simulated: {args.days:g} days, 20 runs each. Formula: Daly's, with endless hosts in "
+        "reserve and publication at once."
+    )
+    sys.stdout.write("\n".join([told, "", *table, ""]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; its exit code."""
+    return guarded("goodput", lambda: _report(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ from megasparse.estimate.goodput import (
     best_interval,
     daly,
     exact,
+    main,
     mtbf_of,
     simulate,
     young,
@@ -82,3 +83,18 @@ def test_without_a_host_in_reserve_every_failure_waits_for_a_repair():
 def test_llama_3s_log_is_the_default():
     assert mtbf_of(16_384) == pytest.approx(54 * 24 * HOUR / 419)
     assert mtbf_of(1024) == pytest.approx(16 * mtbf_of(16_384))
+
+
+def test_the_command_advises_an_interval_and_refuses_what_cannot_be(capsys):
+    flags = ["--gpus", "1024", "16384", "--save-seconds", "10", "--restart-seconds", "70"]
+    assert main([*flags, "--step-seconds", "5", "--days", "10"]) == 0
+    text = capsys.readouterr().out
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[4:]]
+    assert text.startswith("Simulated: 10 days") and [row[0] for row in rows] == ["1,024", "16,384"]
+    for row, gpus in zip(rows, (1024, 16384), strict=True):
+        costs = Costs(mtbf_of(gpus), 10.0, restart=70.0, notice=12.0)
+        assert int(row[5]) == round(best_interval(costs) / 5)
+        assert float(row[6]) == pytest.approx(exact(costs, best_interval(costs)), abs=0.01)
+    for wrong in (["--gpus", "0"], ["--save-seconds", "0"], ["--repair-hours", "-1"]):
+        assert main([*flags, *wrong]) == 64
+        assert f"{wrong[0]}: found {wrong[1]}, expected a number" in capsys.readouterr().err

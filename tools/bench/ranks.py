@@ -7,7 +7,7 @@
 Forks N ranks of one process on this host, in a network namespace of their own where that is allowed
 (else traffic is not counted). Each phase is measured on every rank: seconds from first to last, CPU
 seconds of all ranks together, open files of ranks 0 and 1, packets and bytes on the wire, and files
-that hosts share and that were opened: of the checkpoint, and of the supervisors of `--max-restarts`.
+that hosts share and that were opened: of the checkpoint, and of supervisors (`--max-restarts`).
 In these and for the watchdog RANKS_A_HOST ranks are a host. `growth` fits laws `cost = a N^p`.
 With many more ranks than cores wall times are those of the cores; CPU, traffic and open files carry
 over to a cluster.
@@ -18,9 +18,8 @@ The script runs on older commits too: give their root in PYTHONPATH, and phases 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import contextlib
 import datetime
-import fcntl
 import gc
 import hashlib
 import json
@@ -28,7 +27,6 @@ import os
 import platform
 import resource
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -48,8 +46,24 @@ from megasparse.distributed import control_plane, rendezvous
 from megasparse.distributed.supervise import supervise
 from megasparse.distributed.watchdog import Watchdog
 from megasparse.sparsity.shard import WeightShard
+from tools.bench.counted_opens import CountedOpens, note
+from tools.bench.own_network import own_network, traffic
 
-PHASES = ("meet", "control", "agree", "save", "choose", "load", "watch", "beat", "restart")
+with contextlib.suppress(ImportError):  # an older commit: it has no phase `reshard`
+    from megasparse.checkpoint.shared_reader import Ask, SharedReader
+
+PHASES = (
+    "meet",
+    "control",
+    "agree",
+    "save",
+    "choose",
+    "load",
+    "reshard",
+    "watch",
+    "beat",
+    "restart",
+)
 AGREEMENTS = 20
 RANKS_A_HOST = 8
 BEATING_SECONDS = 2.0
@@ -60,26 +74,6 @@ META: dict[str, Any] = {
     "consumed_samples": 0, "layout": {}, "optimizer_steps": 0, "digests": {}, "config": {},
     "state": {}, "versions": {},
 }  # fmt: skip
-_CLONE_NEWNET = 0x40000000
-
-
-def own_network() -> bool:
-    """Move this process into a network namespace with nothing but loopback; whether it may."""
-    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
-        return False
-    with socket.socket() as probe:
-        request = struct.pack("16sh", b"lo", 0x41)  # up and running
-        fcntl.ioctl(probe, 0x8914, request)  # SIOCSIFFLAGS
-    return True
-
-
-def traffic() -> tuple[int, int]:
-    """Bytes and packets that loopback has carried."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, counts = line.partition(":")
-        if name.strip() == "lo":
-            return int(counts.split()[0]), int(counts.split()[1])
-    return 0, 0
 
 
 def commit() -> str:
@@ -90,10 +84,10 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def sha256_rate(size: int = 1 << 27) -> float:
-    """GB/s of SHA-256 on one core, the best of three."""
+def sha256_rate(size: int = 1 << 24) -> float:
+    """GB/s of SHA-256 on one core, the best of many: other programs may use it too."""
     content, best = bytes(size), 0.0
-    for _ in range(3):
+    for _ in range(100):
         begin = time.monotonic()
         hashlib.sha256(content).digest()
         best = max(best, size / (time.monotonic() - begin) / 1e9)
@@ -154,12 +148,12 @@ class Rank:
 
     def choose(self) -> None:
         """Which checkpoint a resumed run takes, verified."""
-        with _Counted(self):
+        with CountedOpens(self):
             self.reader = saver.choose(self.root, self.control)
 
     def load(self) -> None:
         """What a resumed rank reads: its own part of every tensor."""
-        with _Counted(self):
+        with CountedOpens(self):
             start = self.rank * LENGTH
             for n in range(KEYS):
                 key, shard = f"param/{n}", WeightShard((self.world * LENGTH,))
@@ -170,6 +164,22 @@ class Rank:
                     own = self.reader.read(key)[start : start + LENGTH]
                 assert bool((own == self.rank).all())
             self.control.barrier()
+
+    def reshard(self) -> None:
+        """What a rank reads in another layout: half of its part, and half of the next one's."""
+        length, start = self.world * LENGTH, self.rank * LENGTH + LENGTH // 2
+        pieces = [
+            _piece(f"param/{n}", WeightShard((length,)), start, min(start + LENGTH, length))
+            for n in range(KEYS)
+        ]
+        with CountedOpens(self):
+            reader = SharedReader(self.reader, self.control)
+            reader.look_up({piece.key.split("/")[1]: Ask([piece]) for piece in pieces})
+            parts = [reader.read_part(piece) for piece in pieces]
+            reader.fetch()
+        for part in parts:
+            halves = part.split(LENGTH // 2)
+            assert all(bool((half == self.rank + n).all()) for n, half in enumerate(halves))
 
     def watch(self) -> None:
         """The watchdog finds its host's leader, and that one rank 0."""
@@ -189,7 +199,7 @@ class Rank:
         folder = str(self.root)
         settings: Any = CheckpointConfig(run_dir=folder, save=folder, max_restarts=1)
         os.environ["MEGASPARSE_LAUNCH"] = str(1 + self.rank // RANKS_A_HOST)
-        with _Counted(self):
+        with CountedOpens(self):
             code = supervise(settings, ["sh", "-c", CHILD], self.rank, lambda: -1)
         assert code == 0, code
 
@@ -199,42 +209,9 @@ def _piece(*arguments: Any) -> Any:
     return vars(writer)["Piece"](*arguments)
 
 
-class _Counted:
-    """Counts files of the checkpoint that are opened, by this process's own audit hook."""
-
-    current: Rank | None = None
-
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
-
-    def __enter__(self) -> None:
-        _Counted.current = self._rank
-        # The reader before mapped files in native code, which no hook sees.
-        reader = sys.modules["megasparse.checkpoint.reader"]
-        mapped = getattr(reader, "safe_open", None)
-        if mapped is not None and not hasattr(mapped, "counted"):
-
-            def counted(path: Any, **named: Any) -> Any:
-                _note("open", (str(path),))
-                return mapped(path, **named)
-
-            counted.counted = True  # type: ignore[attr-defined]
-            reader.safe_open = counted  # type: ignore[attr-defined]
-
-    def __exit__(self, *_: object) -> None:
-        _Counted.current = None
-
-
-def _note(event: str, arguments: tuple[Any, ...]) -> None:
-    rank = _Counted.current
-    if event == "open" and rank is not None:
-        name = str(arguments[0])
-        rank.opened += name.endswith(".safetensors") or ".attempt.json" in name
-
-
 def serve(rank: Rank, commands: Any, answers: Any) -> None:
     """In a child: a phase for each line, an answer in JSON for each phase."""
-    sys.addaudithook(_note)
+    sys.addaudithook(note)
     try:
         for line in commands:
             phase = line.strip()
@@ -309,7 +286,7 @@ def _phase(phase: str, ends: list[Any], counted: bool) -> dict[str, float]:
     }
     if counted:
         found |= {"bytes": after[0] - before[0], "packets": after[1] - before[1]}
-    if phase in ("choose", "load", "restart"):
+    if phase in ("choose", "load", "reshard", "restart"):
         found["opened"] = sum(a["opened"] for a in answers)
     return found
 

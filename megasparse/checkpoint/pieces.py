@@ -133,19 +133,21 @@ def common(wanted: Piece, stored: Piece) -> Iterator[Run]:
             number += 1
 
 
+def span(piece: Piece) -> tuple[int, int]:
+    """Places of the first and the last entry in the flattened whole; not of an empty piece."""
+    start, stop = piece.range
+    return _place(piece.shard, start), _place(piece.shard, stop - 1)
+
+
 def may_meet(one: Piece, other: Piece) -> bool:
     """Whether two pieces of one whole tensor may share entries; in a moment, whatever their size.
 
     They do not where the places of one in the whole all lie before those of the other, or where
     tensor-parallel shards along one dimension have nothing in common.
     """
-    spans = []
-    for piece in (one, other):
-        start, stop = piece.range
-        if start >= stop:
-            return False
-        spans.append((_place(piece.shard, start), _place(piece.shard, stop - 1)))
-    (first, last), (begin, end) = spans
+    if not one.numel or not other.numel:
+        return False
+    (first, last), (begin, end) = span(one), span(other)
     if last < begin or end < first:
         return False
     if one.shard == other.shard or one.shard.dim is None or one.shard.dim != other.shard.dim:

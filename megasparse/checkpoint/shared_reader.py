@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megasparse.checkpoint.pieces import Piece, Run, common, may_meet, require_cover
+from megasparse.checkpoint.pieces import Piece, Run, common, may_meet, require_cover, span
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
@@ -107,6 +107,8 @@ class SharedReader:
         self._reader, self._control = reader, control
         sizes = [entry["size"] for entry in self.meta["files"].values()]
         self._begins = [0, *itertools.accumulate(sizes)]
+        total, world = self._begins[-1], control.world
+        self._bounds = [total * rank // world for rank in range(world + 1)]  # of the shares
         self._places: dict[str, list[_Place]] = {}
         self._requests: dict[int, list[_Request]] = {}
 
@@ -135,10 +137,12 @@ class SharedReader:
         for record in (one for one in heard if isinstance(one, list)):
             place = _Place.of(record)
             places.setdefault(_name(place.piece.key), []).append(place)
+        pieces = {name: _Stored(found) for name, found in places.items()}
         answers: dict[int, list[Any]] = {}
         for asked in (one for one in heard if isinstance(one, dict)):
             wanted = [_piece("", *part) for part in asked["parts"]]
-            found = _answer(places.get(asked["name"], []), wanted, asked["all"])
+            name = asked["name"]
+            found = pieces[name].answer(wanted, asked["all"]) if name in pieces else []
             answers.setdefault(asked["rank"], []).extend(place.to_json() for place in found)
         for record in self._control.exchange(answers):
             place = _Place.of(record)
@@ -247,11 +251,10 @@ class SharedReader:
 
     def _shares(self, place: _Place) -> Iterator[tuple[int, int, int]]:
         """The ranks that read a piece, and which of its values each."""
-        world, total, width = self._control.world, self._begins[-1], place.dtype.itemsize
-        bounds = [total * rank // world for rank in range(world + 1)]
+        bounds, width = self._bounds, place.dtype.itemsize
         begin, end = place.begin, place.begin + place.piece.numel * width
         rank = bisect_right(bounds, begin) - 1
-        while rank < world and bounds[rank] < end:
+        while rank < self._control.world and bounds[rank] < end:
             # A value belongs to the share in which it begins.
             low = max(0, -(-(bounds[rank] - begin) // width))
             high = min(place.piece.numel, -(-(bounds[rank + 1] - begin) // width))
@@ -265,20 +268,44 @@ class SharedReader:
         return self._places[key]
 
 
-def _answer(places: list[_Place], parts: list[Piece], everything: bool) -> list[_Place]:
-    """The pieces of one parameter that an ask is about; of every tensor at least one."""
-    found, seen = [], set()
-    for place in places:
-        key, shape = place.piece.key, place.piece.shard.global_shape
-        if not key.startswith(("param/", "optim/")):
-            wanted = everything
-        else:
-            fitting = [part for part in parts if part.shard.global_shape == shape]
-            wanted = key not in seen or any(may_meet(part, place.piece) for part in fitting)
-        if wanted:
-            seen.add(key)
-            found.append(place)
-    return found
+class _Stored:
+    """The stored pieces of one parameter, by tensor, in order of where they begin."""
+
+    def __init__(self, places: list[_Place]) -> None:
+        self._keys: dict[str, list[tuple[int, int, _Place]]] = {}
+        for place in places:
+            begin, end = span(place.piece) if place.piece.numel else (0, -1)
+            self._keys.setdefault(place.piece.key, []).append((begin, end, place))
+        for found in self._keys.values():
+            found.sort(key=lambda one: one[:2])
+        # How far the pieces up to each one reach.
+        self._reach = {
+            key: list(itertools.accumulate((end for _, end, _ in found), max))
+            for key, found in self._keys.items()
+        }
+
+    def answer(self, parts: list[Piece], everything: bool) -> list[_Place]:
+        """The pieces that an ask is about; of each tensor like the parameter at least one."""
+        answer = []
+        for key, found in self._keys.items():
+            if not key.startswith(("param/", "optim/")):
+                answer += [place for _, _, place in found] if everything else []
+                continue
+            shape = found[0][2].piece.shard.global_shape
+            fitting = [part for part in parts if part.shard.global_shape == shape and part.numel]
+            numbers = {n for part in fitting for n in self._meeting(key, part)}
+            answer += [found[number][2] for number in sorted(numbers or {0})]
+        return answer
+
+    def _meeting(self, key: str, part: Piece) -> Iterator[int]:
+        """Numbers of the pieces of a tensor that may share entries with a part."""
+        found, reach = self._keys[key], self._reach[key]
+        first, last = span(part)
+        number = bisect_right(found, last, key=lambda one: one[0]) - 1
+        while number >= 0 and reach[number] >= first:
+            if may_meet(part, found[number][2].piece):
+                yield number
+            number -= 1
 
 
 def _scatter(requests: list[_Request], content: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Convert checkpoints: Hugging Face <-> megasparse, and Megatron's to either.
+"""Convert checkpoints between Hugging Face, megasparse and Megatron.
 
     python tools/convert_checkpoint.py --from huggingface --to megasparse \\
         --input Llama-3.2-1B --output start
@@ -10,10 +10,11 @@
     python tools/convert_checkpoint.py --from megatron --to megasparse \\
         --input megatron/checkpoints --output start
 
-LLaMA (2, 3) and GPT-2, in safetensors; Megatron-LM, Megatron-core (torch format) and
-Megatron-DeepSpeed. One tensor at a time is in memory. A checkpoint of megasparse has no layout: it
-is read with any tensor- and pipeline-parallel size. What a sparse run has trained is written by
-tools/export_sparse.py; here only its dense master weights are (--master-weights).
+Families of Hugging Face in safetensors (docs/export.md); Megatron-LM, Megatron-core (torch and
+torch_dist) and Megatron-DeepSpeed, written as torch_dist. Nothing in a file is executed. One tensor
+at a time is in memory. A checkpoint of megasparse has no layout: it is read with any tensor- and
+pipeline-parallel size. What a sparse run has trained is written by tools/export_sparse.py; here
+only its dense master weights are (--master-weights).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from megasparse.convert.flags import DTYPES, add_common, vocabulary_multiple
 from megasparse.convert.huggingface import CONFIG, HuggingFaceModel
 from megasparse.convert.megatron_model import MegatronModel
 from megasparse.convert.source import Source
+from megasparse.convert.torch_dist import TorchDistModel, is_torch_dist
+from megasparse.convert.torch_dist_write import write_torch_dist
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import ConfigError, StorageError
 from megasparse.inference.tokenizer_files import carried_files, run_options
@@ -46,7 +49,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--from", dest="source", choices=(HUGGINGFACE, MEGASPARSE, MEGATRON), required=True
     )
-    parser.add_argument("--to", choices=(HUGGINGFACE, MEGASPARSE), required=True)
+    parser.add_argument(
+        "--to",
+        choices=(HUGGINGFACE, MEGASPARSE, MEGATRON),
+        required=True,
+        help="megatron: a torch_dist checkpoint of Megatron-core",
+    )
     parser.add_argument(
         "--input",
         type=Path,
@@ -86,7 +94,8 @@ def open_source(args: argparse.Namespace) -> Source:
     if args.source == HUGGINGFACE:
         return HuggingFaceModel(args.input, dtype)
     if args.source == MEGATRON:
-        return MegatronModel(args.input, dtype, args.vocab_size)
+        kind = TorchDistModel if is_torch_dist(args.input) else MegatronModel
+        return kind(args.input, dtype, args.vocab_size)
     reader = open_checkpoint(args.input, ControlPlane(None))
     stored = StoredModel(reader, False, dtype, args.vocab_size)
     if stored.sparse and not args.master_weights:
@@ -110,6 +119,10 @@ def convert(args: argparse.Namespace) -> None:
         written = write_imported(source, args.output, size, multiple, carried, bar=True)
         start = f"--config {args.output}/config.yaml --load {args.output}"
         print(f"{written}: {describe(source)}; start with {start}")
+        return
+    if args.to == MEGATRON:
+        write_torch_dist(source, args.output, vocabulary_multiple(args))
+        print(f"{args.output}: {describe(source)}; Megatron loads it by --load and --finetune")
         return
     if isinstance(source, StoredModel):
         options = run_options(source, args)

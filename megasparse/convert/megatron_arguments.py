@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megasparse.config import ModelConfig
+from megasparse.config import CompleteModel, ModelConfig
 from megasparse.config.layer_patterns import PATTERN_FORM, WINDOW_FORM, pattern_text, window_text
 from megasparse.errors import CheckpointError, ConfigError
 
@@ -69,6 +69,53 @@ def megatron_config(arguments: dict[str, Any], where: str) -> ModelConfig:
         disable_bias_linear=not flag("add_bias_linear", bias),
         untie_embeddings_and_output_weights=flag("untie_embeddings_and_output_weights"),
     )
+
+
+# Settings with the same name and meaning.
+_SAME = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+    "num_query_groups", "group_query_attention", "seq_length", "max_position_embeddings",
+    "position_embedding_type", "rotary_base", "rotary_percent", "use_rope_scaling",
+    "rope_scaling_factor", "normalization", "norm_epsilon", "swiglu", "squared_relu",
+    "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights", "vocab_size",
+)  # fmt: skip
+# Settings that no layer of Megatron has.
+_OURS = ("geglu", "relu", "parallel_residual")
+
+
+def megatron_arguments(model: CompleteModel, padded_vocab_size: int) -> dict[str, Any]:
+    """The arguments with which Megatron builds a model; `megatron_config` reads them.
+
+    Raises:
+        ConfigError: none do; names the setting.
+    """
+    wrong = [name for name in _OURS if getattr(model, name)]
+    if model.norm_placement != "pre":
+        wrong.append("norm_placement")
+    if model.qk_layernorm_scope == "all":
+        wrong.append("qk_layernorm_scope")
+    if wrong:
+        raise ConfigError(
+            f"Megatron's layers do not compute this model: {wrong[0]} is "
+            f"{getattr(model, wrong[0])!r}"
+        )
+    window = None if model.window is None else (model.window - 1, 0)
+    return {
+        **{name: getattr(model, name) for name in _SAME},
+        "padded_vocab_size": padded_vocab_size,
+        "add_bias_linear": not model.disable_bias_linear,
+        "bias_gelu_fusion": not model.exact_gelu,
+        "window_size": window,
+        "window_attn_skip_freq": _number_or_list(model.window_attn_skip_freq),
+        "no_rope_freq": _number_or_list(model.no_rope_freq),
+    }
+
+
+def _number_or_list(pattern: str | None) -> int | list[int] | None:
+    """A pattern of layers as Megatron keeps it."""
+    if pattern is None or pattern.isdecimal():
+        return None if pattern is None else int(pattern)
+    return [int(item) for item in pattern.strip("[]").split(",")]
 
 
 def _refuse_what_is_missing(arguments: dict[str, Any], where: str) -> None:

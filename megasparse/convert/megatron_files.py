@@ -61,14 +61,9 @@ class MegatronFiles:
     """
 
     def __init__(self, path: Path) -> None:
-        self.folder = _iteration(path)
+        self.folder = iteration_folder(path)
         refuse_links(self.folder, CheckpointError)
         names = sorted(entry.name for entry in self.folder.iterdir())
-        if any(name.endswith(".distcp") for name in names):
-            raise CheckpointError(
-                f"{self.folder}: a torch_dist checkpoint, expected torch format; Megatron-LM "
-                "converts with --ckpt-convert-format torch"
-            )
         self._layers = {
             (int(m[1]), int(m[2])): self.folder / m[0] for n in names if (m := _LAYER.fullmatch(n))
         }
@@ -104,17 +99,7 @@ class MegatronFiles:
             CheckpointError: none are in the file.
         """
         assert self._first is not None
-        content = load_weights(self._first)
-        version = content.get("checkpoint_version", 3.0)
-        if not isinstance(version, (int, float)) or version < 3.0:
-            raise CheckpointError(
-                f"{self._first}: checkpoint_version {version}, expected 3.0 (another order of QKV)"
-            )
-        arguments = content.get("args")
-        # Megatron-core lets torch load a Namespace as itself, once it has been imported.
-        if not isinstance(arguments, (Record, argparse.Namespace, dict)):
-            raise CheckpointError(f"{self._first}: holds no args of Megatron, which say the sizes")
-        return dict(arguments) if isinstance(arguments, dict) else dict(vars(arguments))
+        return arguments_of(load_weights(self._first), self._first)
 
     def stages(self, rank: int) -> list[dict[str, torch.Tensor]]:
         """Tensors of one tensor-parallel rank by the writer's names: one dict a pipeline stage,
@@ -156,6 +141,24 @@ class MegatronFiles:
             raise CheckpointError(f"{self.folder}: mp_rank_00_model_states.pt is missing")
 
 
+def arguments_of(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Megatron's arguments in the content of a file.
+
+    Raises:
+        CheckpointError: none are in it, or it is of a version that orders QKV otherwise.
+    """
+    version = content.get("checkpoint_version", 3.0)
+    if not isinstance(version, (int, float)) or version < 3.0:
+        raise CheckpointError(
+            f"{path}: checkpoint_version {version}, expected 3.0 (another order of QKV)"
+        )
+    arguments = content.get("args")
+    # Megatron-core lets torch load a Namespace as itself, once it has been imported.
+    if not isinstance(arguments, (Record, argparse.Namespace, dict)):
+        raise CheckpointError(f"{path}: holds no args of Megatron, which say the sizes")
+    return dict(arguments) if isinstance(arguments, dict) else dict(vars(arguments))
+
+
 def load_weights(path: Path) -> dict[str, Any]:
     """A `.pt` file as plain containers and tensors; nothing in it is executed.
 
@@ -182,8 +185,12 @@ def load_weights(path: Path) -> dict[str, Any]:
     return content
 
 
-def _iteration(path: Path) -> Path:
-    """The folder of an iteration."""
+def iteration_folder(path: Path) -> Path:
+    """The folder of an iteration: the path, or what it points to.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path}: is no folder, expected a Megatron checkpoint")
     for pointer in ("latest_checkpointed_iteration.txt", "latest"):

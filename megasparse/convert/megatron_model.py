@@ -18,29 +18,13 @@ from megasparse.config.shapes import VOCABULARY, parameters
 from megasparse.convert.layout import parameter_shapes
 from megasparse.convert.megatron_arguments import megatron_config
 from megasparse.convert.megatron_files import MegatronFiles
+from megasparse.convert.megatron_names import renamed
 from megasparse.convert.source import require_finite
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.sparsity.shard import WeightShard
 from megasparse.tensor_files import Entry
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Longest first; from Megatron's names, old and new, to megatron-core's with separate norms.
-_RENAMED = (
-    (r"^module\.", ""),
-    (r"^language_model\.", ""),
-    (r"^(encoder|transformer)\.", "decoder."),
-    (r"\.linear_qkv\.layer_norm_", ".@input_layernorm."),
-    (r"\.linear_fc1\.layer_norm_", ".@pre_mlp_layernorm."),
-    (r"\.(self_attention|mlp)\.@", "."),
-    (r"\.attention\.", ".self_attention."),
-    (r"\.query_key_value\.", ".linear_qkv."),
-    (r"\.self_attention\.dense\.", ".self_attention.linear_proj."),
-    (r"\.post_attention_layernorm\.", ".pre_mlp_layernorm."),
-    (r"\.dense_h_to_4h\.", ".linear_fc1."),
-    (r"\.dense_4h_to_h\.", ".linear_fc2."),
-    (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
-    (r"^lm_head\.", "output_layer."),
-)
 _IGNORED = re.compile(r".*(_extra_state.*|inv_freq|word_embeddings_for_head\..*)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -112,8 +96,7 @@ class MegatronModel:
             here = 0
             names = {_pipeline_name(key) if pipeline_module else key: key for key in tensors}
             for name, key in names.items():
-                for pattern, new in _RENAMED:
-                    name = re.sub(pattern, new, name)
+                name = renamed(name)
                 if _IGNORED.fullmatch(name):
                     continue
                 if match := _LAYER.fullmatch(name):

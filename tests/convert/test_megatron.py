@@ -45,8 +45,8 @@ class Attention(int):
 Attention.__module__ = "megatron.core.transformer.enums"
 
 
-def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch.Tensor:
-    """megatron-core's GPTModel with its own local layers; saves this rank as Megatron-LM does."""
+def build(rank: int, world: int, arguments: dict, stages: int = 1):
+    """megatron-core's GPTModel with its own local layers: this rank's part of it."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -56,7 +56,8 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
     from megasparse.megatron.model import _mark_vocabulary_shards, gelu_tanh
     from megasparse.megatron.torch_modules import TorchNorm
 
-    grid = make_grid(world, torch.device("cpu"), 1)
+    tp = world // stages
+    grid = make_grid(tp, torch.device("cpu"), 1, pipeline_model_parallel_size=stages)
     a = argparse.Namespace(**arguments)
     silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
     plain = gelu_tanh if getattr(a, "bias_gelu_fusion", True) else gelu
@@ -78,7 +79,9 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
         no_rope_freq=getattr(a, "no_rope_freq", None),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=world,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=stages,
+        pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
         perform_initialization=False,
         bias_activation_fusion=False,
@@ -95,12 +98,14 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
         inner.q_layernorm = inner.k_layernorm = TorchNorm
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    block = TransformerBlockSubmodules([spec] * a.num_layers, layer_norm=TorchNorm)
+    block = TransformerBlockSubmodules([spec] * (a.num_layers // stages), layer_norm=TorchNorm)
     model = GPTModel(
         config=config,
         transformer_layer_spec=block,
         vocab_size=a.padded_vocab_size,
         max_sequence_length=a.max_position_embeddings,
+        pre_process=grid.pp_rank == 0,
+        post_process=grid.pp_rank == stages - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=not a.untie_embeddings_and_output_weights,
         position_embedding_type=a.position_embedding_type,
@@ -111,8 +116,14 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
     initialize_weights(model, 7, 0.1, 2, grid.tp_rank, grid.tp_size)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(model.named_parameters()):
-            if parameter.dim() == 1 and (world == 1 or "norm" in name):
+            if parameter.dim() == 1 and (tp == 1 or "norm" in name):
                 parameter += torch.linspace(0, 0.1 + 0.02 * number, len(parameter))
+    return model
+
+
+def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch.Tensor:
+    """The model saved by this rank as Megatron-LM does; its logits."""
+    model = build(rank, world, arguments)
     path = Path(folder) / f"mp_rank_{rank:02d}"
     path.mkdir(parents=True)
     state = {name: value for name, value in model.state_dict().items() if value is not None}
@@ -126,6 +137,11 @@ def build_and_save(rank: int, world: int, arguments: dict, folder: str) -> torch
     sys.modules["megatron.core.transformer.enums"].Attention = Attention
     torch.save(content, path / "model_optim_rng.pt")
     del sys.modules["megatron.core.transformer.enums"].Attention
+    return logits_of(model)
+
+
+def logits_of(model) -> torch.Tensor:
+    """Of TOKENS, on every rank."""
     inputs = torch.tensor(TOKENS)
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)
     mask = torch.ones(1, 1, inputs.shape[1], inputs.shape[1]).triu(1).bool()
@@ -358,10 +374,7 @@ def _bad(case: str, saved, folder: Path) -> None:
         content["args"].apply_residual_connection_post_layernorm = True
     elif case == "old order":
         content["checkpoint_version"] = 1.0
-    if case == "torch_dist":
-        folder.mkdir(parents=True)
-        (folder / "__0_0.distcp").write_bytes(b"")
-    elif case == "cut":
+    if case == "cut":
         _save(folder, content)
         path = folder / "mp_rank_00" / "model_optim_rng.pt"
         path.write_bytes(path.read_bytes()[:5000])
@@ -378,7 +391,7 @@ CASES = {
     "unknown tensor": (66, "router"), "wrong shape": (66, "decoder.final_layernorm.weight"),
     "NaN": (66, "NaN"), "residual": (64, "apply_residual_connection"),
     "old order": (66, "order of QKV"),
-    "torch_dist": (66, "torch_dist"), "missing rank": (66, "rank 0"),
+    "missing rank": (66, "rank 0"),
 }  # fmt: skip
 
 

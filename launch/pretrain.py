@@ -55,6 +55,8 @@ def run(stop: StopRequest) -> int:
         if not is_supervised():
             for note in prepared.notes:
                 log.logger.info("%s", note)
+            for warning in prepared.warnings if rank == 0 else ():
+                log.logger.warning("%s", warning)
         if prepared.config.checkpoint.max_restarts and not is_supervised():
             return restarting(prepared, rank, stop)
     except MegasparseError as error:

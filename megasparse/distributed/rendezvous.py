@@ -6,7 +6,8 @@ another number (behind a NAT, in a container). On one node MASTER_ADDR is loopba
 are kept on loopback then as well. Between nodes gloo takes the interface that leads to
 MASTER_ADDR, unless GLOO_SOCKET_IFNAME names one; NCCL finds its own (NCCL_SOCKET_IFNAME).
 
-(Under `torchrun` its agent keeps the store, which listens everywhere: torch's own.)
+Under `torchrun` its agent keeps a store, which listens everywhere: torch's own. On one host the
+ranks only learn there where rank 0 keeps theirs, so that they can save when the agent is gone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from megasparse.errors import ConfigError, PeerError
 from megasparse.log import logger
 
 LISTEN = "MEGASPARSE_LISTEN_ADDR"
+LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.5
 TOLD_AFTER_SECONDS = 10.0  # of waiting
 # How many nodes the launcher started: DeepSpeed's, torchrun's.
@@ -93,7 +95,7 @@ def join_group(
             server = meeting.store(listen_everywhere)
             meeting.wait_for_all(server)
             store = server
-            watch((host, server.port))
+            watch((meeting.host, server.port))
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"attempt-{attempt()}", store),
@@ -152,11 +154,33 @@ class _Meeting:
 
     def store(self, listen_everywhere: bool) -> dist.TCPStore:
         """Rank 0: the store, on an address of its own. The others: once it answers, a client."""
-        if self._rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            while not self._answers():
-                self._go_on_waiting(lambda: f"rank 0 at {self._host}:{self._port}")
-            return self._client()
-        return self._tcp_store(self._listen(listen_everywhere))
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if not self._rank and not of_agent:
+            return self._tcp_store(self._listen(listen_everywhere))
+        while not self._answers():
+            self._go_on_waiting(lambda: f"rank 0 at {self._host}:{self._port}")
+        found = self._client()
+        alone = of_agent and os.environ.get("LOCAL_WORLD_SIZE") == str(self._world)
+        return self._beside(found) if alone else found
+
+    def _beside(self, agents: dist.TCPStore) -> dist.TCPStore:
+        """A store of rank 0's own, all ranks being on one host; the agent's says at which port."""
+        key = f"{self._keys}/port"
+        if self._rank == 0 and agents.add(f"{self._keys}/keepers", 1) == 1:
+            listener = socket.create_server((LOOPBACK, 0))
+            self._host, self._port = listener.getsockname()[:2]
+            own = self._tcp_store(listener)
+            agents.set(key, str(self._port))
+            return own
+        while not agents.check([key]):
+            self._go_on_waiting(lambda: f"rank 0, which has not said its port at {self._host}")
+        self._host, self._port = LOOPBACK, int(agents.get(key))
+        return self._client()
+
+    @property
+    def host(self) -> str:
+        """Where the store is."""
+        return self._host
 
     def wait_for_all(self, store: dist.TCPStore) -> None:
         """Wait until every rank has come, and each once.

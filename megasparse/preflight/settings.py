@@ -42,6 +42,7 @@ from megasparse.errors import (
     one_line,
     together,
 )
+from megasparse.preflight.exposure import exposed_inputs
 from megasparse.preflight.load_hf import take_over
 from megasparse.sparsity.recipe import recipe_of
 
@@ -55,11 +56,13 @@ class Prepared:
 
     Attributes:
         notes: what became of flags and settings that are not taken as they are.
+        warnings: what the user should know of the files.
     """
 
     config: ResolvedConfig
     data: CheckedData
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def prepare(
@@ -101,7 +104,10 @@ def prepare(
             problems += _messages(_checks(config))
     if problems:
         raise together(list(dict.fromkeys(problems)))
-    return replace(check(config, write), notes=_notes(given, line))
+    checked = check(config, write)
+    exposed = exposed_inputs(config, checked.data, line.configs)
+    warnings = (exposed,) if exposed is not None else ()
+    return replace(checked, notes=_notes(given, line), warnings=warnings)
 
 
 def check(config: ResolvedConfig, write: bool = True) -> Prepared:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from megasparse.distributed import rendezvous
 from megasparse.errors import ConfigError, PeerError
@@ -47,6 +48,29 @@ def test_all_meet_and_a_second_of_any_rank_is_refused(meet):
         meet(port, 0, 3).result()
     stores[0].set("key", "value")  # the others go on undisturbed
     assert stores[2].get("key") == b"value"
+
+
+def test_ranks_of_one_torchrun_outlive_its_store(meet, monkeypatch):
+    """Rank 0 keeps theirs, on loopback; a second rank 0 is refused; not with more hosts.
+
+    The agent's store listens on every interface, and ends with the agent.
+    """
+    timeout = datetime.timedelta(seconds=20)
+    agent = dist.TCPStore(HOST, 0, None, True, timeout=timeout, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    stores = [rank.result() for rank in [meet(agent.port, rank, 3) for rank in (2, 0, 1)]]
+    (port,) = {store.port for store in stores}
+    assert port != agent.port
+    with pytest.raises(ConfigError, match=f"rank 0 is at {HOST}:{port} already"):
+        meet(agent.port, 0, 3).result()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the agent and its store stay
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # three hosts
+    others = [rank.result() for rank in [meet(agent.port, rank, 3) for rank in (2, 1, 0)]]
+    assert {store.port for store in others} == {agent.port}
+    del agent, others
+    stores[1].set("key", "value")
+    assert stores[0].get("key") == stores[2].get("key") == b"value"
 
 
 def test_ranks_that_count_differently_are_refused(meet):

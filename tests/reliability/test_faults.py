@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import signal
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -85,9 +88,22 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path, dataset):
     assert [e.name for e in (tmp_path / "run" / "checkpoints").glob("step*")] == ["step-00000003"]
 
 
+def _forks() -> None:
+    """Ranks of the tests would start a server of their own for their workers."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
+def _start_alone(run: list[str], log: Path, before: Callable[[], object]) -> BaseProcess:
+    """A run of one rank, with something done after its imports."""
+    variables = {"DS_ACCELERATOR": "cpu"}
+    rank = forked.context().Process(target=forked.serve, args=(run, variables, str(log), before))
+    rank.start()
+    return rank
+
+
 def test_a_killed_data_worker_is_one_line(tmp_path, dataset):
     run = flags(dataset, tmp_path / "run", "--num-workers", "1", "--train-iters", "100000")
-    (rank,) = forked.start(run, 1, tmp_path / "log")
+    rank = _start_alone(run, tmp_path / "log.0", _forks)
     end = time.monotonic() + 60
     while not read_metrics(tmp_path / "run" / "metrics.jsonl"):
         assert time.monotonic() < end
@@ -108,10 +124,7 @@ def _no_room(limit: int = 1 << 15) -> None:
 def test_a_disk_that_is_full_under_the_metrics_is_one_line(tmp_path, dataset):
     # Before there is a checkpoint to write, which is larger.
     run = flags(dataset, tmp_path / "run", "--train-iters", "100000")
-    variables, log = {"DS_ACCELERATOR": "cpu"}, str(tmp_path / "log.0")
-    rank = forked.context().Process(target=forked.serve, args=(run, variables, log, _no_room))
-    rank.start()
-    assert forked.wait([rank]) == [74]
+    assert forked.wait([_start_alone(run, tmp_path / "log.0", _no_room)]) == [74]
     (text,) = _texts(tmp_path / "log", 1)
     assert "Traceback" not in text and text.count("Error: ") == 1
     assert "error: " in text and "StorageError: " in text and "File too large" in text

@@ -189,8 +189,19 @@ def test_a_run_listens_on_loopback_alone(tmp_path, dataset):
     assert found and set(found) <= loopback, found
 
 
-def test_the_folders_of_a_run_are_private(tmp_path, dataset):
-    run_dir = tmp_path / "run"
-    assert forked.run(flags(dataset, run_dir), 1, tmp_path / "log") == [0]
+def _careful() -> None:
+    os.umask(0o077)
+
+
+def test_the_folders_of_a_run_are_private_and_its_files_as_the_umask_says(tmp_path, dataset):
+    run_dir, variables = tmp_path / "run", {"DS_ACCELERATOR": "cpu"}
+    run = flags(dataset, run_dir, "--log-csv", "--log-layers", "--async-save")
+    arguments = (run, variables, str(tmp_path / "log"), _careful)
+    rank = forked.context().Process(target=forked.serve, args=arguments)
+    rank.start()
+    assert forked.wait([rank]) == [0]
     for folder in (run_dir, run_dir / "checkpoints", run_dir / "checkpoints" / "step-00000020"):
         assert folder.stat().st_mode & 0o777 == 0o700, folder
+    files = list(run_dir.rglob("*"))
+    assert len(files) > 9
+    assert [path for path in files if path.stat().st_mode & 0o077] == []

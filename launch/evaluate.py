@@ -30,6 +30,7 @@ from megasparse.cli import guarded
 from megasparse.data.indexed import validate
 from megasparse.data.sidecar import bin_path, check_sidecar
 from megasparse.data.tokenizer import begin, token_rules
+from megasparse.distributed.environment import rank_for_log
 from megasparse.errors import ConfigError, DataError
 from megasparse.inference.loading import LoadedModel, add_model_flags, leave, open_model
 from megasparse.inference.perplexity import perplexity
@@ -115,7 +116,6 @@ def evaluate(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    rank = int(os.environ.get("RANK", "0"))
-    code = guarded("evaluate.py", lambda: evaluate(arguments), rank)
+    code = guarded("evaluate.py", lambda: evaluate(arguments), rank_for_log())
     leave(code)
     sys.exit(code)

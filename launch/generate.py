@@ -21,6 +21,7 @@ import_megatron()  # before the imports that need it
 from megasparse import log
 from megasparse.cli import guarded
 from megasparse.data.tokenizer import begin
+from megasparse.distributed.environment import rank_for_log
 from megasparse.errors import ConfigError
 from megasparse.inference.loading import add_model_flags, leave, open_model
 from megasparse.inference.sampling import Sampling, generate_text
@@ -97,7 +98,6 @@ def generate(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    rank = int(os.environ.get("RANK", "0"))
-    code = guarded("generate.py", lambda: generate(arguments), rank)
+    code = guarded("generate.py", lambda: generate(arguments), rank_for_log())
     leave(code)
     sys.exit(code)

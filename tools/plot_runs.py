@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def labels(folders: Sequence[Path], given: Sequence[str]) -> list[str]:
         if len(given) != len(folders):
             raise ConfigError(f"{len(given)} --label for {len(folders)} runs, expected one a run")
         return list(given)
-    names = [folder.resolve().name for folder in folders]
+    names = [Path(os.path.realpath(folder)).name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     if len(set(names)) < len(names):

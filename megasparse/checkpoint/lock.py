@@ -243,4 +243,4 @@ def require_free(folders: list[Path], ours: Callable[[Record], bool]) -> None:
 
 
 def _different(folders: list[Path]) -> list[Path]:
-    return list({folder.resolve(): folder for folder in folders}.values())
+    return list({os.path.realpath(folder): folder for folder in folders}.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,22 @@ class _StrictLoader(SafeLoader):
         super().flatten_mapping(node)
         if len(node.value) > MAX_KEYS:
             raise ConfigError(f"line {node.start_mark.line + 1}: more than {MAX_KEYS} keys")
+
+
+# In YAML 1.1 010 is 8 and 1:30:00 is 5400. Here they are texts, read as on the command line: 10
+# and no number.
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$",
+    "tag:yaml.org,2002:float": r"([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+}
+if yaml is not None:
+    _StrictLoader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+        for first, resolvers in SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for _tag, _pattern in _NUMBERS.items():
+        _StrictLoader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+0123456789."))
 
 
 def _require_yaml() -> None:

@@ -80,7 +80,9 @@ def join_group(
         watch(None)
         return
     rank, world = settle_environment()
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host = os.environ["MASTER_ADDR"]
+    # One rank alone meets nobody: whatever the variable says is not used.
+    port = int(os.environ["MASTER_PORT"]) if world > 1 else 0
     _choose_interface(host, world)
     descriptors.require(rank, world)
     # gloo connects two ranks when they first talk, not all with all (read before the first group).
@@ -118,7 +120,8 @@ def join_group(
 def _choose_interface(host: str, world: int) -> None:
     """Say on which interface gloo and, on one node, NCCL talk; the user's choice stands."""
     if world == 1 or is_loopback(host):
-        nodes = max(int(os.environ.get(name, "1")) for name in _NODES)
+        said = (os.environ.get(name, "1") for name in _NODES)
+        nodes = max((int(n) for n in said if n.isascii() and n.isdigit() and len(n) < 8), default=1)
         if nodes > 1 and world > 1:
             logger.warning(
                 "MASTER_ADDR %s is loopback on %s, but %d nodes were started: other hosts cannot "

@@ -20,6 +20,7 @@ from megasparse import log
 from megasparse.config import load_config, resolve
 from megasparse.data.check import check_data
 from megasparse.distributed.control_plane import make_control_plane
+from megasparse.distributed.environment import rank_for_log, settle_environment
 from megasparse.distributed.rendezvous import join_group, leave_group, own_device
 from megasparse.errors import MegasparseError
 from megasparse.log import logger
@@ -29,7 +30,7 @@ from megasparse.preflight.check import check_hosts, require_fit
 def main(argv: Sequence[str]) -> int:
     """The command; its exit code."""
     arguments = [a for a in argv if not a.startswith(("--local_rank", "--local-rank"))]
-    log.setup(int(os.environ.get("RANK", "0")))
+    log.setup(rank_for_log())
     if not arguments or arguments[0] in ("-h", "--help"):
         logger.info("%s", __doc__)
         return 0 if arguments else 64
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         loaded = load_config(["--config", *arguments])
         parallel = loaded.parallel
         alone = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        world = int(os.environ.get("WORLD_SIZE", alone))
+        world = settle_environment()[1] if "WORLD_SIZE" in os.environ else alone
         config = resolve(loaded, world)
         data, error = None, None
         try:

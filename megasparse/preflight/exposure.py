@@ -79,7 +79,7 @@ def _why(path: Path) -> str | None:
         status = path.stat()
         if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
             return f"mode {stat.S_IMODE(status.st_mode):o}"
-        above = path.resolve().parent
+        above = Path(os.path.realpath(path)).parent
         mode = above.stat().st_mode
     except OSError:  # the check of the file itself says so
         return None

@@ -237,7 +237,7 @@ def _check_load(config: ResolvedConfig) -> None:
     if settings.load is None:
         return
     settings.load = str(checkpoint_root(Path(settings.load)))
-    if Path(settings.load).resolve() == Path(settings.save).resolve():
+    if os.path.realpath(settings.load) == os.path.realpath(settings.save):
         raise ConfigError(f"finetune: load {settings.load} is the folder that this run saves to")
     if settings.load_hf is not None:
         raise ConfigError("load and load_hf are both set, expected one")

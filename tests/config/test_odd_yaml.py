@@ -52,6 +52,8 @@ ODD = {
     "a base that is a device": "base: /dev/zero",
     "a base that is itself": "base: odd.yaml",
     "too large": "#" * (1 << 21),
+    "a time of YAML 1.1": "train:\n  train_iters: 1:30:00",
+    "a time with a fraction": "checkpoint:\n  exit_duration_in_mins: 1:30.5",
     "two documents": "model: {}\n---\nmodel: {}",
 }
 
@@ -122,6 +124,14 @@ def test_whatever_a_file_holds_it_is_settings_or_one_line(tmp_path_factory, tree
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     problem = _problem(path, bytes(text))
     assert problem is None or len(problem) < 2000
+
+
+def test_a_number_is_what_it_is_on_the_command_line(tmp_path):
+    """In YAML 1.1 it would be 64."""
+    path = _written(tmp_path, "train:\n  train_iters: 0100\n  lr: 1_0.5e-3\n")
+    found = load_config(["--config", str(path)]).train
+    assert found.train_iters == load_config(["--train-iters", "0100"]).train.train_iters == 100
+    assert found.lr == 10.5e-3
 
 
 def _written(folder, text: str):

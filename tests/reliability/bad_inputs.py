@@ -304,6 +304,7 @@ def _tokenizers(root: Path) -> list[Case]:
 
 def _folders(root: Path) -> list[Case]:
     (root / "file").write_text("")
+    (root / "loop").symlink_to(root / "loop")
     (root / "empty").mkdir()
     write_checkpoint(root / "taken" / "checkpoints", 1)
     return [
@@ -311,6 +312,7 @@ def _folders(root: Path) -> list[Case]:
         Case("load-empty", ("--load", str(root / "empty")), CHECKPOINT, "holds no checkpoint"),
         Case("run-dir-is-file", ("--run-dir", str(root / "file")), STORAGE, "cannot be written"),
         Case("run-dir-below-file", ("--run-dir", str(root / "file" / "x")), STORAGE, "cannot be"),
+        Case("run-dir-loop", ("--run-dir", str(root / "loop")), STORAGE, "cannot be written"),
         Case("run-dir-proc", ("--run-dir", "/proc/run"), STORAGE, "cannot be written"),
         Case("taken", ("--run-dir", str(root / "taken")), CONFIG, "already holds checkpoints"),
         Case(

@@ -48,9 +48,14 @@ def start_script(
             stdout=stream,
             stderr=stream,
             start_new_session=True,
-            # Also when these tests run under `nohup`, whose processes ignore it.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            preexec_fn=_as_at_a_terminal,
         )
+
+
+def _as_at_a_terminal() -> None:
+    """What `nohup`, and `&` in a script, leave ignored would stay so in launchers."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 180.0) -> Any:

@@ -89,6 +89,22 @@ def test_recomputed_sparse_layers_save_once_more():
     assert here.saved == 4 * (2 * 2 * 2 * 64 * 256) / 2
 
 
+@pytest.mark.parametrize(
+    ("window", "skip"), [(1, None), (5, None), (5, "2"), (32, "3"), (99, None)]
+)
+def test_windows_count_the_keys_in_them(window, skip):
+    flags = ["--num-layers", "4", "--seq-length", "32", "--window-size", f"{window - 1},0"]
+    model = _config([*flags, *(["--window-attn-skip-freq", skip] if skip else [])]).model
+    keys = [
+        min(place + 1, window) if windowed else place + 1
+        for windowed in model.windowed_layers
+        for place in range(32)
+    ]
+    assert flops.seen_keys(model) == pytest.approx(sum(keys) / len(keys))
+    wanted = 4.0 * flops.seen_keys(model) * model.num_attention_heads * model.kv_channels
+    assert flops.attention_flops(model) == wanted
+
+
 def test_causal_attention_counts_half_of_the_keys():
     model = _config([]).model
     causal, whole = flops.attention_flops(model), flops.attention_flops(model, causal=False)

@@ -83,6 +83,16 @@ LAYOUTS = {
 }  # fmt: skip
 RUNS["fst, recomputed"] = [*RUNS["fst"], *RECOMPUTE]
 RUNS["ste, wanda"] = ["--sparsity-recipe", "ste", *LLAMA, "--mask-metric", "wanda"]
+# Layers of newer models: QK norms of heads and a window; norms behind and of all heads together;
+# branches side by side with partial rotary positions.
+RUNS["fst, fp8, qwen3"] = [*RUNS["fst, fp8"], "--qk-layernorm", "--window-size", "63,0"]
+RUNS["fst, olmo2"] = [
+    *RUNS["fst"], *LLAMA, "--qk-layernorm", "--qk-layernorm-scope", "all",
+    "--norm-placement", "post",
+]  # fmt: skip
+RUNS["fst, neox"] = [
+    *RUNS["fst"], *LLAMA, "--parallel-residual", "--rotary-percent", "0.5", "--no-rope-freq", "2"
+]  # fmt: skip
 # Names of metrics that the clock or the allocator decides begin so.
 MEASURED = ("tokens_per_second", "tflops", "mfu", "memory_gib", "time_")
 

@@ -119,6 +119,14 @@ RUNS: dict[str, tuple[int, list[str]]] = {
         ],
     ),
     "fst, recomputed": (1, [*LLAMA, *RECOMPUTE]),
+    # QK norms, norms before and behind, a window, every second layer without rotary positions.
+    "fst, of newer models": (
+        1,
+        [
+            *[*LLAMA, "--qk-layernorm", "--qk-layernorm-scope", "all", "--norm-placement", "both"],
+            *["--window-size", "3,0", "--no-rope-freq", "2"],
+        ],
+    ),
     "s_ste, scale of every step": (1, [*S_STE, "--s-ste-scale", "every_step"]),
     "fst, ZeRO 1, ramp-up": (
         1,

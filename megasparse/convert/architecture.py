@@ -12,6 +12,7 @@ from megasparse.config import CompleteModel, ModelConfig, ResolvedModel, narrowe
 from megasparse.convert.config_keys import Found, Reader, default_of
 from megasparse.convert.families import FAMILIES
 from megasparse.convert.family import Family
+from megasparse.convert.unbuilt import what_stands_in_the_way
 from megasparse.errors import CheckpointError, ConfigError
 
 _MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}
@@ -54,6 +55,8 @@ def architecture_of(config: dict[str, Any], where: str) -> str:
     name = name or _MODEL_TYPES.get(str(config.get("model_type")))
     if name not in FAMILIES:
         found = name or config.get("model_type")
+        if (reason := what_stands_in_the_way(str(found), config)) is not None:
+            raise CheckpointError(f"{where}: {found} cannot be built: {reason}")
         raise CheckpointError(
             f"{where}: unknown architecture {found!r}, expected one of {', '.join(FAMILIES)}"
         )

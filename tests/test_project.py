@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 import megasparse
@@ -34,6 +38,15 @@ def test_the_container_has_the_pinned_versions():
     assert numbers[0] <= numbers[1] < numbers[2]
     recipe = (ROOT / "containers" / "megasparse.def").read_text()
     assert recipe.index("Bootstrap: docker") < recipe.index("%runscript") and "megasparse" in recipe
+
+
+def test_the_container_has_no_fault_that_a_linter_knows():
+    linter = shutil.which("hadolint", path=Path(sys.executable).parent) or shutil.which("hadolint")
+    if linter is None:
+        pytest.skip("hadolint is not installed")
+    dockerfile = ROOT / "containers" / "Dockerfile"
+    result = subprocess.run([linter, "--no-color", dockerfile], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_hosted_checks_call_targets_that_are_there():

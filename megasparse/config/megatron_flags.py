@@ -49,6 +49,7 @@ TRANSLATED = (
     ("--grad-reduce-in-bf16", "--no-accumulate-allreduce-grads-in-fp32", "its opposite"),
     ("--main-grads-dtype=bf16", "--no-accumulate-allreduce-grads-in-fp32", "its opposite"),
     ("--override-opt-param-scheduler", "--override-schedule", "the flags' values win"),
+    ("--override-opt_param-scheduler", "--override-schedule", "its older spelling"),
 )  # fmt: skip
 
 # Why nothing has to be done; the flags.
@@ -133,7 +134,8 @@ NOTHING = (
      "--use-persistent-ckpt-worker --universal-checkpoint --load-main-params-from-ckpt"),
     ("sizes and schedule are compared with the checkpoint's, and a difference is named",
      "--use-checkpoint-args --use-mp-args-from-checkpoint-args "
-     "--use-checkpoint-opt-param-scheduler --no-use-tokenizer-model-from-checkpoint-args "
+     "--use-checkpoint-opt-param-scheduler --use-checkpoint-opt_param-scheduler "
+     "--no-use-tokenizer-model-from-checkpoint-args "
      "--disable-use-tokenizer-model-from-checkpoint-args"),
     ("a step that is not finite is found, named and not made",
      "--rerun-mode= --no-check-for-nan-in-loss-and-grad --check-for-spiky-loss "

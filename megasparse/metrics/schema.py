@@ -44,7 +44,7 @@ _STEP = (
         "after `--eval-interval` steps and at the end",
     ),
     ("lr", "curves/learning_rate", "1", "of this step"),
-    ("grad_norm", "curves/grad_norm", "1", "of the whole model before clipping"),
+    ("grad_norm", "training/grad_norm", "1", "of the whole model before clipping"),
     ("masked_decay", "sparsity/masked_decay", "1", "lambda of this step"),
     ("flip_rate", "sparsity/flip_rate", "1", "of the latest mask refresh, all flips / all entries"),
     ("density", "sparsity/density", "1", "non-zeros of the weights in use, mean over layers"),
@@ -65,7 +65,7 @@ _LOG_STEP = (
     ("tflops", "throughput/tflops", "TFLOP/s", "dense-equivalent, of a GPU, same interval"),
     ("tflops_true", "throughput/tflops_true", "TFLOP/s",
      "executed by a GPU: with recomputation, without what sparse tensor cores saved"),
-    ("mfu", "curves/mfu", "1", "tflops / dense peak of the GPU in the precision in use"),
+    ("mfu", "throughput/mfu", "1", "tflops / dense peak of the GPU in the precision in use"),
     ("memory_gib", "memory/peak_gib", "GiB",
      "peak so far: allocated on the GPU, or resident on a CPU; largest rank"),
     *((f"time_{phase}", f"time/{phase}", "s", "of the step before, mean over ranks")

@@ -128,9 +128,9 @@ def _unit(rank, world, folder):
 
 
 def test_answers_are_those_of_a_plain_reference_and_copies_share_them(made):
-    every = [result for of_rank in dist.run(_unit, 3, made) for result in of_rank]
-    first = every[0]  # of two evaluations on each of three ranks
-    assert len(every) == 6 and every == [first] * 6
+    every = [result for of_rank in dist.run(_unit, 2, made) for result in of_rank]
+    first = every[0]  # of two evaluations on each of two ranks
+    assert every == [first] * 4
     tokenizer = load_tokenizer(made / "tokenizer.model", probe=False)
     table, _ = _table_model(tokenizer.vocab_size)
     right, right_by_length, bits, texts = 0, 0, 0.0, 0

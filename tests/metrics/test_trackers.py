@@ -19,7 +19,7 @@ from megasparse.metrics.writers import MetricsWriter
 from megasparse.preflight.settings import _TRACKERS
 
 SETTINGS = {"train": {"lr": 1.0, "bf16": True, "exit_interval": None}, "data": {"split": "9,1,0"}}
-FIRST = {"loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+FIRST = {"loss", "validation_loss", "learning_rate", "tokens_per_second"}
 
 
 def _write(folder: Path, **settings: object) -> None:

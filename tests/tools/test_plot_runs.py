@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from tests import dist
+from tests.browser import open_page
 from tests.runs import TINY, train
 from tools import inspect_sparsity, plot_runs
 
@@ -82,6 +84,14 @@ def test_bad_input_is_one_line(run_dir, tmp_path, capsys):
     assert code == 74 and "cannot be written" in error
     code, error = _refused(capsys, inspect_sparsity, [tmp_path])
     assert code == 66 and "holds no checkpoint" in error
+
+
+def test_a_browser_shows_the_page_with_its_curves_and_its_table(run_dir, tmp_path):
+    assert plot_runs.main([str(run_dir), "--output", str(tmp_path / "out")]) == 0
+    shown = open_page((tmp_path / "out" / "index.html").as_uri(), tmp_path)
+    assert "<td" in shown.dom and "training loss, last" in shown.dom
+    assert shown.count(255, 255, 255) > 100_000  # of the charts
+    assert len(np.unique(shown.pixels.reshape(-1, 3), axis=0)) > 50  # with lines in them
 
 
 def test_names_with_markup_are_text(run_dir):

@@ -106,7 +106,7 @@ def test_metrics_have_every_figure_and_the_run_dir_every_part(tmp_path, dataset)
         "curves/loss",
         "curves/validation_loss",
         "curves/learning_rate",
-        "curves/grad_norm",
+        "training/grad_norm",
         "sparsity/flip_rate",
         "sparsity/density",
         "curves/tokens_per_second",

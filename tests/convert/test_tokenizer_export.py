@@ -228,6 +228,10 @@ def test_the_special_tokens_go_along_and_the_export_is_a_tokenizer_again(exporte
     kind, ours, engine, folder = exported
     assert engine.eos_token_id == ours.eod and engine.pad_token_id == pad_id(ours)
     assert engine.bos_token_id == ours.bos and len(engine) <= ours.vocab_size
+    written = json.loads((folder / "out" / "tokenizer_config.json").read_text())
+    # A text is not a document: nothing ends it, and nothing is tidied up in it.
+    assert written["add_eos_token"] is written["clean_up_tokenization_spaces"] is False
+    assert written["add_bos_token"] == ours.add_bos and written["model_max_length"] == 512
     if kind == "llama 2":
         assert engine.chat_template == "{{ messages }}" and engine.unk_token == "<unk>"
     again = load_tokenizer(tokenizer_file_of(folder / "out"), probe=False)

@@ -67,6 +67,8 @@ def test_a_rank_of_padding_alone_and_equal_logits():
     assert (vocab_parallel_kl(student, teacher, T, VOCAB) > 0.01).all()
     ((kl, first), (_, second)) = dist.run(_padding_alone, 2)
     expected, gradient = _reference(*_logits(torch.float64))
+    alone = vocab_parallel_kl(*_logits(torch.float64)[:2], T, VOCAB)  # one rank needs no group
+    torch.testing.assert_close(alone, expected)
     torch.testing.assert_close(kl, expected)
     torch.testing.assert_close(first, gradient)
     assert not second.any()

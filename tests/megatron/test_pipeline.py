@@ -141,3 +141,37 @@ def test_heads_of_other_ranks_lose_other_entries(sequence_parallel):
     assert torch.equal(kept, torch.ones(6, 1, 8)) and torch.equal(kept, also)
     assert not torch.equal(first, kept)
     assert torch.equal(first, other) == sequence_parallel
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_layer_is_recomputed_in_training_alone_and_never_twice(recompute, training, replayed):
+    """Graphs see to it themselves. What is not recomputed is kept, which costs memory, not time."""
+    from megasparse.megatron import pipeline
+
+    clock = Clock(1, 10)
+    part, layer = _part(recompute=recompute, clock=clock)
+    part.train(training)
+    runs = []
+
+    def checkpoint(run, distribute, *arguments):
+        clock.micro_batch, clock.slot = 3, 1
+        output = run(*arguments)
+        runs.append((clock.micro_batch, clock.slot))
+        clock.micro_batch, clock.slot = 7, 0  # other micro-batches came before the second time
+        seen = []
+        layer.register_forward_pre_hook(lambda *_: seen.append((clock.micro_batch, clock.slot)))
+        run(*arguments)
+        runs.extend(seen)
+        return output
+
+    clock.micro_batch, clock.slot = 3, 1
+    with (
+        mock.patch.object(pipeline, "is_replayed", lambda _: replayed),
+        mock.patch.object(pipeline.tensor_parallel, "checkpoint", checkpoint),
+    ):
+        part(torch.zeros(4, 2, 8))
+    again = recompute and training and not replayed
+    assert runs == ([(3, 1), (3, 1)] if again else [])
+    assert len(layer.calls) == (2 if again else 1)

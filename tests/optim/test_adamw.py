@@ -128,3 +128,19 @@ def test_groups_split_masked_matrices_and_vectors():
     assert groups["masked"]["params"] == [linear.weight]
     assert groups["masked"]["weight_decay"] == 0.1 and groups["vectors"]["weight_decay"] == 0.0
     assert len(groups["vectors"]["params"]) == 3 and "matrices" not in groups
+
+
+def test_without_more_it_is_adamw():
+    """Bit for bit: nobody has to set a clipping factor or a decay."""
+    torch.manual_seed(3)
+    ours, theirs = (torch.nn.Parameter(torch.zeros(64)) for _ in "ab")
+    options = {"lr": LR, "betas": BETAS, "eps": 0.1}  # an eps that a factor would not cancel in
+    groups = [{"params": [ours], "weight_decay": WD, "name": "matrices"}]
+    optimizer = MaskedAdamW(groups, before_step=lambda _: True, **options)
+    reference = torch.optim.AdamW([theirs], weight_decay=WD, **options)
+    for _ in range(3):
+        ours.grad = torch.randn(64)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)

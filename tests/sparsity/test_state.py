@@ -213,3 +213,22 @@ def test_a_skipped_step_leaves_masks_flips_and_counters(recipe, refreshes):
     for name, value in other.export_state().items():
         assert torch.equal(state.export_state()[name], value), name
     assert state.preparations == other.preparations
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"), [({}, [0, 0, 1, 1]), ({"mask_metric": "wanda"}, [0] * 4)]
+)
+def test_a_refresh_can_be_captured_once_all_that_it_writes_is_there(more, expected):
+    """Mask, flips and what was before: from the third on, at the same addresses. Norms of inputs,
+    which Wanda multiplies with, are new tensors after every step."""
+    state = _state("ste", (8, 16), mask_update_interval=1, **more)
+    found, places = [], []
+    for step in range(4):
+        found.append(state.refreshes_in_place)
+        state.gemms(torch.randn(8, 16), step, True, True)
+        places.append((state.mask.data_ptr(), state.flips is not None and state.flips.data_ptr()))
+    assert found == expected
+    assert len({mask for mask, _ in places}) == 1 and len({flips for _, flips in places[1:]}) == 1
+    fresh = _state("ste", (8, 16), mask_update_interval=1, **more)
+    fresh.import_state(state.export_state(), torch.device("cpu"))
+    assert not fresh.refreshes_in_place

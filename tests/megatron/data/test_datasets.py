@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from megasparse.megatron.data.datasets import SampleOptions, Source, build_mock_stream, build_stream
-from tests.runs import VOCAB, make_dataset
+from tests.runs import TINY, VOCAB, make_dataset
 
 OPTIONS = SampleOptions(seq_length=16, seed=3, eod=0, vocab_size=VOCAB)
 
@@ -144,3 +145,20 @@ def test_indices_are_kept_by_the_content_of_the_data(tmp_path):
         _of_tokens(tmp_path, 40, digest)
     kept = {path.name for path in (tmp_path / "cache").iterdir()}
     assert len(kept) == 2 and kept == {"a" * 16, "b" * 16}
+
+
+@pytest.mark.parametrize("batch", [4, 1 << 20])
+def test_data_that_is_built_is_at_least_a_batch(batch):
+    """Also where no file says before how much there is."""
+    from megasparse.config import load_config, resolve
+    from megasparse.errors import DataError
+    from megasparse.megatron.data.batches import build_data
+
+    flags = ["--mock-data", "--global-batch-size", str(batch), "--train-iters", "3"]
+    config = resolve(load_config([*TINY, *flags]), 1)
+    grid = SimpleNamespace(device=torch.device("cpu"), first_rank_first=lambda build: build())
+    if batch == 4:
+        assert {"train", "valid"} <= build_data(config, grid).streams.keys()
+        return
+    with pytest.raises(DataError, match=f"expected at least one global batch of {batch}"):
+        build_data(config, grid)

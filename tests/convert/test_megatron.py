@@ -217,6 +217,20 @@ def test_windows_that_are_not_causal_are_refused(window):
         megatron_config({**SIZES, **LLAMA, "window_size": window}, "here")
 
 
+def test_what_megatrons_arguments_do_not_say():
+    """Is as Megatron has it."""
+    from megasparse.convert.megatron_arguments import megatron_config
+
+    told = ("norm_epsilon", "kv_channels", "rotary_base")
+    said = {name: value for name, value in {**SIZES, **LLAMA}.items() if name not in told}
+    model = megatron_config(said, "here")
+    assert (model.norm_epsilon, model.rotary_base, model.rotary_percent) == (1e-5, 10000, 1.0)
+    assert model.rope_scaling_factor == 8.0 and not model.use_rope_scaling
+    assert model.kv_channels == 8
+    older = megatron_config({**said, "layernorm_epsilon": 1e-3}, "here")
+    assert older.norm_epsilon == 1e-3
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
 def test_weights_are_of_the_type_that_was_asked_for(saved, dtype):
     from megasparse.convert.megatron_model import MegatronModel

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -83,12 +84,13 @@ def signals(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
         Counts by launcher, place and moment; seconds from the signal until no process is left
         (median, longest); exit codes of what the user started; `wrong`: what broke a promise.
     """
-    result: dict[str, Any] = {"signals": 0, "saved": 0, "wrong": []}
+    result: dict[str, Any] = {"signals": 0, "saved": 0, "lost_in_imports": 0, "wrong": []}
     tried, seconds, codes = Counter[str](), [], Counter[str]()
     for n, trial in enumerate(trials(count, seed)):
         place = root / f"run-{n}"
-        took, code, trained, wrong = attempt(trial, data, place)
-        result["signals"] += 1 + trial.twice
+        took, code, trained, lost, wrong = attempt(trial, data, place)
+        result["signals"] += 1 + trial.twice + lost
+        result["lost_in_imports"] += lost
         result["saved"] += trained
         result["wrong"] += [f"{trial}: {line}" for line in wrong]
         tried.update((trial.launcher, trial.place, trial.moment))
@@ -100,12 +102,12 @@ def signals(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
     return {"runs": count, **result, "tried": dict(tried), "codes": dict(sorted(codes.items()))}
 
 
-def attempt(trial: Trial, data: str, root: Path) -> tuple[float, int, bool, list[str]]:
+def attempt(trial: Trial, data: str, root: Path) -> tuple[float, int, bool, bool, list[str]]:
     """One run, signalled.
 
     Returns:
-        Seconds until all processes had ended, the exit code, whether there was a step to save, and
-        which promises were broken.
+        Seconds until all processes had ended, the exit code, whether there was a step to save,
+        whether a launcher's imports swallowed the signal, and which promises were broken.
     """
     root.mkdir()
     run_dir, log = root / "run", root / "log"
@@ -120,6 +122,9 @@ def attempt(trial: Trial, data: str, root: Path) -> tuple[float, int, bool, list
         for _ in range(1 + trial.twice):
             _strike(trial, process.pid, log)
             time.sleep(0.2 * trial.twice)
+        lost = _is_lost(trial, process, log)
+        if lost:
+            _strike(trial, process.pid, log)  # as a user does who sees that nothing happens
         try:
             wait_for(lambda: process.poll() is not None and not processes_of(log), END_SECONDS)
         except TimeoutError:
@@ -139,7 +144,7 @@ def attempt(trial: Trial, data: str, root: Path) -> tuple[float, int, bool, list
             wrong.append(f"exit code {code}")
         if wrong:
             wrong.append(text[-600:])
-        return took, -1000 if code is None else code, bool(steps), wrong
+        return took, -1000 if code is None else code, bool(steps), lost, wrong
     finally:
         for pid in processes_of(log):
             with contextlib.suppress(ProcessLookupError):
@@ -179,6 +184,18 @@ def _await(trial: Trial, log: Path, run_dir: Path) -> None:
     if trial.moment == "training":
         wait_for(lambda: read_metrics(run_dir / "metrics.jsonl"))
     time.sleep(trial.delay)
+
+
+def _is_lost(trial: Trial, process: subprocess.Popen, log: Path) -> bool:
+    """Whether the launcher goes on after SIGINT: KeyboardInterrupt within torch's imports, where
+    some `except` takes it for a library that is missing."""
+    if trial.moment != "launch" or trial.number != signal.SIGINT:
+        return False
+    try:
+        wait_for(lambda: process.poll() is not None and not processes_of(log), 20.0)
+    except TimeoutError:
+        return process.poll() is None
+    return False
 
 
 def _strike(trial: Trial, pid: int, log: Path) -> None:

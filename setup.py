@@ -36,6 +36,8 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "transformers>=5.0",
+    "accelerate>=1.10",
+    "lightning>=2.5",
 ]
 
 

@@ -69,6 +69,9 @@ DOORS = {
     "mlflow": ["megasparse/metrics/trackers.py"],
     "lm_eval": ["megasparse/inference/eval_harness.py"],
     "matplotlib": ["megasparse/metrics/plots.py"],
+    "transformers": ["megasparse/nn/callbacks.py", "tools/bench/llama.py"],
+    "lightning": ["megasparse/nn/callbacks.py"],
+    "torchao": ["tools/bench/nn_llama.py"],
 }
 
 # Only these files import the package inside functions, so that they start without torch: a mistake

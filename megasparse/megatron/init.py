@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import layers
 
 from megasparse.sparsity.shard import WeightShard
 
@@ -56,3 +59,32 @@ def initialize_weights(
         whole = torch.empty(shard.global_shape, dtype=torch.float32, device=parameter.device)
         whole.normal_(0.0, scale, generator=generator)
         parameter.copy_(shard.slice_of(whole))
+
+
+def initialize_by(
+    weight: torch.nn.Parameter, shard: WeightShard, init_method: Callable[..., Any], config: Any
+) -> None:
+    """Fill a weight as megatron-core's own linears do, with the same numbers, and mark it."""
+    if not config.use_cpu_initialization:
+        dim, parts = shard.dim, shard.parts
+        layers._initialize_affine_weight_gpu(weight, init_method, partition_dim=dim, stride=parts)
+        return
+    rows, columns = shard.global_shape
+    layers._initialize_affine_weight_cpu(
+        weight,
+        rows,
+        columns,
+        shard.global_shape[shard.dim or 0] // shard.world,
+        shard.dim,
+        init_method,
+        stride=shard.parts,
+        rank=shard.rank,
+        world_size=shard.world,
+    )
+
+
+def mark_sharded(parameter: torch.nn.Parameter, shard: WeightShard) -> None:
+    """Megatron's marks, which DeepSpeed reads too (gradient norms count sharded entries once)."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.partition_dim = shard.dim  # type: ignore[attr-defined]
+    parameter.partition_stride = shard.parts  # type: ignore[attr-defined]

@@ -23,10 +23,11 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
 from megasparse.fp8.shapes import TILE
 from megasparse.kernels import prune24_mask
-from megasparse.kernels.random import SeedLike
+from megasparse.megatron import layer_state
+from megasparse.megatron.init import initialize_by, mark_sharded
 from megasparse.megatron.linear_comm import GatherOverSequence, SumOverTensorParallel
 from megasparse.megatron.slorb_comm import SplitOverRank, SumOfProjections
-from megasparse.sparsity.autograd.linear import LinearComm, NoComm, linear
+from megasparse.sparsity.autograd.linear import LinearComm, NoComm, Seed, linear
 from megasparse.sparsity.autograd.norm import Float8Input
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.dense_weight import DenseFp8Weight
@@ -52,7 +53,8 @@ class ParallelLinear(torch.nn.Module):
     """Parameters and GEMMs that both kinds share.
 
     Attributes:
-        weight: local master weight `(N_local, K_local)`; initialised by `megatron/init.py`.
+        weight: local master weight `(N_local, K_local)`; initialised by `init_method`, or where
+            `config.perform_initialization` is off by the caller (`megatron/init.py`).
         bias: `(N_local,)` or None.
         shard: where the local weight lies in the whole.
         state: sparsity state, or None for a dense layer.
@@ -67,6 +69,7 @@ class ParallelLinear(torch.nn.Module):
         bias_is_sharded: bool,
         skip_bias_add: bool,
         tp_group: dist.ProcessGroup,
+        init_method: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -77,16 +80,17 @@ class ParallelLinear(torch.nn.Module):
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         options = {"dtype": config.params_dtype, "device": device}
         self.weight = torch.nn.Parameter(torch.empty(shard.local_shape, **options))
-        _mark_sharded(self.weight, shard)
+        if init_method is not None and getattr(config, "perform_initialization", False):
+            initialize_by(self.weight, shard, init_method, config)
+        else:
+            mark_sharded(self.weight, shard)
         self.bias: torch.nn.Parameter | None = None
         if bias:
             length = shard.local_shape[0]
             self.bias = torch.nn.Parameter(torch.zeros(length, **options))
             if bias_is_sharded:
                 whole = (shard.global_shape[0],)
-                _mark_sharded(
-                    self.bias, WeightShard(whole, 0, shard.rank, shard.world, shard.parts)
-                )
+                mark_sharded(self.bias, WeightShard(whole, 0, shard.rank, shard.world, shard.parts))
             else:
                 self.bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
         self.state: SparseWeight | None = None
@@ -117,7 +121,7 @@ class ParallelLinear(torch.nn.Module):
         for shard in shards:
             made.append(torch.nn.Parameter(self.weight.detach().new_zeros(shard.local_shape)))
             if shard.dim is not None:
-                _mark_sharded(made[-1], shard)
+                mark_sharded(made[-1], shard)
         self.slorb_adapter = made[0]
         self.slorb_projection = made[1] if trained_projection else None
         self._group_size = group_size
@@ -161,15 +165,17 @@ class ParallelLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(self.weight.detach().new_empty(0), requires_grad=False)
         return self._frozen.bytes_here
 
-    def current_gemms(self) -> tuple[LinearGemms, SeedLike]:
+    def current_gemms(self) -> tuple[LinearGemms, Seed]:
         """The GEMMs of the current step, and the seed of this layer's draws."""
         gemms, seed = self._gemms_of_step()
         return under_name(gemms, self.profiled_as), seed
 
-    def _gemms_of_step(self) -> tuple[LinearGemms, SeedLike]:
+    def _gemms_of_step(self) -> tuple[LinearGemms, Seed]:
         if self._frozen is not None:
             return self._frozen, 0
         controller = self._controller
+        if controller is not None:
+            controller.begin_forward()
         if self.dense is not None and controller is not None and not controller.calibrating:
             return self.dense.gemms(self.weight, controller.clock.step), 0
         if self.state is None or controller is None or controller.calibrating:
@@ -220,9 +226,23 @@ class ParallelLinear(torch.nn.Module):
         fused = self.skip_bias_add and getattr(self.config, "bias_activation_fusion", False)
         return self.bias if self.weight.is_cuda and not fused else None
 
-    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Not used: checkpoints are `megasparse/train/checkpoint.py`'s."""
-        raise RuntimeError("megasparse layers are saved by megasparse.train.checkpoint")
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """For megatron-core's dist_checkpointing: parameters, mask, scales, FP8 state."""
+        return layer_state.sharded(self, prefix, *args, **kwargs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + k: v for k, v in layer_state.export(self).items()})
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        own = layer_state.taken_from(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        layer_state.import_(self, own)
+
+    @property
+    def controller(self) -> SparsityController | None:
+        """Of the model's sparsity, once the layer is 2:4 or in FP8."""
+        return self._controller
 
     def extra_repr(self) -> str:
         """One line for `print(model)`, an audit of what is sparse."""
@@ -260,7 +280,7 @@ class SparseColumnParallelLinear(ParallelLinear):
     ) -> None:
         group = get_tensor_model_parallel_group_if_none(tp_group, is_expert=is_expert)
         shard = WeightShard((output_size, input_size), 0, group.rank(), group.size(), stride)
-        super().__init__(config, shard, bias, True, skip_bias_add, group)
+        super().__init__(config, shard, bias, True, skip_bias_add, group, init_method)
         self.gather_output = gather_output
         self.comm: LinearComm = NoComm()
         if group.size() > 1:
@@ -305,7 +325,7 @@ class SparseRowParallelLinear(ParallelLinear):
     ) -> None:
         group = get_tensor_model_parallel_group_if_none(tp_group, is_expert=is_expert)
         shard = WeightShard((output_size, input_size), 1, group.rank(), group.size(), stride)
-        super().__init__(config, shard, bias, False, skip_bias_add, group)
+        super().__init__(config, shard, bias, False, skip_bias_add, group, init_method)
         self.input_is_parallel = input_is_parallel
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -325,10 +345,3 @@ class SparseRowParallelLinear(ParallelLinear):
         if self.bias is not None and not self.skip_bias_add:
             z = z + self.bias
         return z, self.bias if self.skip_bias_add else None
-
-
-def _mark_sharded(parameter: torch.nn.Parameter, shard: WeightShard) -> None:
-    """Megatron's marks, which DeepSpeed reads too (gradient norms count sharded entries once)."""
-    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-    parameter.partition_dim = shard.dim  # type: ignore[attr-defined]
-    parameter.partition_stride = shard.parts  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -36,6 +36,7 @@ def sparsify(
     slorb_train_projection: bool = True,
     fp8: Scaling | None = None,
     fp8_hybrid: bool = False,
+    make_controller: Callable[..., SparsityController] = SparsityController,
 ) -> SparsityController:
     """Give every linear that the recipe makes sparse its state, and all linears their FP8 GEMMs.
 
@@ -53,12 +54,13 @@ def sparsify(
         fp8: compute the GEMMs of all linears, sparse or not, in FP8, scaled by it; None: in the
             model's dtype.
         fp8_hybrid: output gradients in e5m2 where their GEMM is dense.
+        make_controller: a controller of another kind.
 
     Raises:
         ConfigError: a pattern that matches nothing, a shard that cuts a 4x4 block, or one that FP8
             GEMMs do not take.
     """
-    controller = SparsityController(recipe, clock, monitor, timer=timer or StepTimer(), fp8=fp8)
+    controller = make_controller(recipe, clock, monitor, timer=timer or StepTimer(), fp8=fp8)
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, ParallelLinear)
     }

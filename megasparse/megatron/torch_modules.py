@@ -126,3 +126,7 @@ class GatedActivation(torch.nn.Module):
     def forward(self, fused: torch.Tensor) -> torch.Tensor:
         """`(..., 2 F)` -> `silu(gate) * up` or `gelu(gate) * up`, `(..., F)`."""
         return geglu_fused(fused) if self.gelu else swiglu_fused(fused)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing to save; megatron-core's MLP asks each of its parts."""
+        return {}

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from megasparse.errors import CheckpointError, NumericsError, ReplicaError
 from megasparse.kernels import is_24
 from megasparse.nn.linear import SparseLinear
-from megasparse.nn.run import Run
-from megasparse.nn.updates import Updates
-from megasparse.nn.whole import local_of, part_of, whole_of
+from megasparse.sparsity.automatic.run import Run
+from megasparse.sparsity.automatic.updates import Target, Updates, install
+from megasparse.sparsity.automatic.whole import local_of, part_of, whole_of
 from megasparse.sparsity.state import SparseWeight
 
 FORMAT = 1
@@ -53,27 +48,8 @@ class SparsityHandle:
 
     def __init__(self, run: Run, layers: dict[str, SparseLinear]) -> None:
         self._run, self.layers = run, layers
-        self._updates = Updates(run, layers)
-        self._register()
-
-    def _register(self) -> None:
-        mine = weakref.ref(self._updates)
-
-        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-            updates = mine()
-            return None if updates is None else updates.before(optimizer, args, kwargs)
-
-        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            updates = mine()
-            if updates is not None:
-                updates.after(optimizer)
-
-        self._hooks = (
-            register_optimizer_step_pre_hook(before),
-            register_optimizer_step_post_hook(after),
-        )
-        for hook in self._hooks:
-            weakref.finalize(self, hook.remove)
+        self._updates = Updates(run, layers, _locate)
+        self._hooks = install(self._updates, self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparsityHandle:
         """A copy of the model (an average of its weights) goes by the same clock."""
@@ -251,6 +227,14 @@ class SparsityHandle:
         sparse = len(self._states())
         fp8 = "" if self._run.scaling is None else f", fp8 in {len(self.layers)} linears"
         return f"SparsityHandle({self._run.recipe.name}, {sparse} sparse linears{fp8})"
+
+
+def _locate(name: str, layer: SparseLinear, held: Mapping[int, torch.Tensor]) -> Target | None:
+    """The weight itself, or this rank's part of it."""
+    weight = layer.weight
+    if id(weight) not in held:
+        return None
+    return Target(weight, lambda mask: part_of(mask, weight.detach(), name))
 
 
 def _owner(layer: SparseLinear) -> Any:

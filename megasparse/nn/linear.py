@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from megasparse.errors import ConfigError
 from megasparse.log import warn_once
-from megasparse.nn.run import Run
 from megasparse.sparsity.autograd.linear import linear
+from megasparse.sparsity.automatic.run import Run
 from megasparse.sparsity.clock import draw_key
 from megasparse.sparsity.dense_weight import DenseFp8Weight
 from megasparse.sparsity.gemms.protocol import LinearGemms

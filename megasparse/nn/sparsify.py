@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,12 +13,12 @@ from megasparse.fp8 import CurrentScaling, DelayedScaling, Scaling, shapes
 from megasparse.fp8.transformer_engine import refusal as fp8_refusal
 from megasparse.nn.handle import SparsityHandle
 from megasparse.nn.linear import SparseLinear
-from megasparse.nn.run import Run
 from megasparse.sparsity import schedule
+from megasparse.sparsity.automatic.run import Run
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.dense_weight import DenseFp8Weight
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
-from megasparse.sparsity.recipe import SparsityRecipe, make_recipe
+from megasparse.sparsity.recipe import SparsityRecipe, recipe_with
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 
@@ -70,7 +69,8 @@ def sparsify_(
         ConfigError: an unknown recipe or setting, a pattern without a linear, a shape that 2:4 or
             FP8 GEMMs do not take, a weight that several modules share.
     """
-    made = _recipe(recipe, layers, train_iters, settings)
+    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+    made = recipe_with(recipe, {**settings, "sparse_layers": patterns}, train_iters)
     clock = Clock(seed, ENDLESS if train_iters is None else train_iters)
     linears = _linears(model, made, fp8_layers, fp8)
     _refuse_shared_weights(model, linears)
@@ -97,38 +97,6 @@ def sparsify_(
     for layer in swapped.values():
         layer.__dict__["_handle"] = handle  # it lives as long as the model
     return handle
-
-
-def _recipe(
-    recipe: str | SparsityRecipe,
-    layers: Sequence[str],
-    train_iters: int | None,
-    settings: dict[str, Any],
-) -> SparsityRecipe:
-    patterns = (layers,) if isinstance(layers, str) else tuple(layers)
-    fields = {field.name for field in dataclasses.fields(SparsityRecipe)}
-    unknown = sorted(set(settings) - fields)
-    if unknown:
-        raise ConfigError(
-            f"sparsify_: unknown setting {unknown[0]!r}, expected one of "
-            f"{', '.join(sorted(fields - {'name', 'sparse_layers'}))}"
-        )
-    if isinstance(recipe, SparsityRecipe):
-        made = dataclasses.replace(recipe, sparse_layers=patterns, **settings)
-    else:
-        made = make_recipe(recipe, sparse_layers=patterns, **settings)
-    if made.mask_metric != "magnitude":
-        raise ConfigError(
-            f"mask_metric {made.mask_metric}: sparsify_ prunes by magnitude, expected 'magnitude'"
-        )
-    if train_iters is not None:
-        if train_iters < 1:
-            raise ConfigError(f"train_iters {train_iters}, expected at least 1")
-        return made
-    asked = [s for s in ("dense_warmup_fraction", "dense_tail_fraction") if settings.get(s)]
-    if asked:
-        raise ConfigError(f"{asked[0]} {settings[asked[0]]}: expected train_iters with it")
-    return dataclasses.replace(made, dense_warmup_fraction=0.0, dense_tail_fraction=0.0)
 
 
 def _linears(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megasparse.fp8 import Scaling
-from megasparse.kernels.random import SeedLike
 from megasparse.sparsity import schedule
+from megasparse.sparsity.autograd.linear import Seed
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.dense_weight import DenseFp8Weight
 from megasparse.sparsity.probe import Probe
@@ -81,7 +81,18 @@ class SparsityController:
         self.layers.append(layer)
         return len(self.weights) - 1
 
-    def seed(self, place: int) -> SeedLike:
+    def begin_forward(self) -> None:
+        """Before a layer's pass; a loop that sets the clock by itself needs nothing here."""
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps, for the state of layers in a checkpoint."""
+        return self.clock.step
+
+    def set_steps_done(self, step: int) -> None:
+        """Of a checkpoint that was loaded: the loop that sets the clock knows it."""
+
+    def seed(self, place: int) -> Seed:
         """Of the draws of a layer in the current micro-batch; on the device, or an int.
 
         Args:

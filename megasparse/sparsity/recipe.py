@@ -209,6 +209,40 @@ def make_recipe(name: str, **overrides: Any) -> SparsityRecipe:
     return dataclasses.replace(preset, **given)
 
 
+def recipe_with(
+    recipe: str | SparsityRecipe, settings: dict[str, Any], train_iters: int | None
+) -> SparsityRecipe:
+    """A preset by its name, or a recipe, with settings, for a loop that is not ours.
+
+    Args:
+        train_iters: length of the run; None: not known, so that all of it is sparse.
+
+    Raises:
+        ConfigError: unknown names, or what asks for a length, or for Wanda's calibration.
+    """
+    fields = {field.name for field in dataclasses.fields(SparsityRecipe)}
+    unknown = sorted(set(settings) - fields)
+    if unknown:
+        raise ConfigError(
+            f"unknown setting {unknown[0]!r} of a recipe, expected one of "
+            f"{', '.join(sorted(fields - {'name'}))}"
+        )
+    if isinstance(recipe, SparsityRecipe):
+        made = dataclasses.replace(recipe, **settings)
+    else:
+        made = make_recipe(recipe, **settings)
+    if made.mask_metric != "magnitude":
+        raise ConfigError(f"mask_metric {made.mask_metric}: only a run of megasparse calibrates")
+    if train_iters is not None:
+        if train_iters < 1:
+            raise ConfigError(f"train_iters {train_iters}, expected at least 1")
+        return made
+    for name in ("dense_warmup_fraction", "dense_tail_fraction"):
+        if settings.get(name):
+            raise ConfigError(f"{name} {settings[name]}: expected train_iters with it")
+    return dataclasses.replace(made, dense_warmup_fraction=0.0, dense_tail_fraction=0.0)
+
+
 def recipe_of(config: RunConfig) -> SparsityRecipe:
     """The run's recipe: the preset with the flags that were given.
 

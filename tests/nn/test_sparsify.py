@@ -378,7 +378,7 @@ BAD = [
     ({"masked_dekay": 1.0}, "unknown setting 'masked_dekay'"),
     ({"dense_tail_fraction": 0.1}, "dense_tail_fraction 0.1: expected train_iters"),
     ({"train_iters": 0}, "train_iters 0, expected at least 1"),
-    ({"mask_metric": "wanda", "recipe": "ste"}, "prunes by magnitude"),
+    ({"mask_metric": "wanda", "recipe": "ste"}, "only a run of megasparse calibrates"),
     ({"fp8": "delayed"}, "layers.0.mlp.linear_fc1: FP8 of a 2:4 linear"),
     ({"fp8_layers": ["head"]}, "fp8_layers is given without fp8"),
     ({"layers": ["odd"]}, "odd: a weight of 6 x 16 cuts a 4x4 block"),

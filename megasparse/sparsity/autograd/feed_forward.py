@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.autograd.linear import (
     LinearComm,
+    Seed,
+    asked,
     in_graph,
     local_input,
     output,
@@ -45,7 +46,7 @@ class _GatedFeedForward(torch.autograd.Function):
         first: LinearGemms,
         second: LinearGemms,
         comm: LinearComm,
-        seeds: tuple[SeedLike, SeedLike],
+        seeds: tuple[Seed, Seed],
         recorded: bool,
         quantized: Float8Input | None,
     ) -> torch.Tensor:
@@ -72,13 +73,13 @@ class _GatedFeedForward(torch.autograd.Function):
         dx, dw1, dw2, dy_TF, gathered, wait = None, None, None, None, None, None
         if local is not None and wanted[1]:
             gathered = start_gather(comm, local)
-        operands = second.prepare_grad_output(dz.reshape(-1, dz.shape[-1]), ctx.seeds[1])
+        operands = second.prepare_grad_output(dz.reshape(-1, dz.shape[-1]), asked(ctx.seeds[1]))
         if wanted[0] or wanted[1]:
             dy_TF = second.grad_input(operands)
         if wanted[2]:
             dw2 = second.grad_weight(operands, saved2)
         if dy_TF is not None:
-            operands = first.prepare_gated_grad_output(dy_TF, fused_TF, ctx.seeds[0])
+            operands = first.prepare_gated_grad_output(dy_TF, fused_TF, asked(ctx.seeds[0]))
             del dy_TF
             if wanted[0]:
                 dx_TK = first.grad_input(operands)
@@ -99,7 +100,7 @@ def gated_feed_forward(
     weights: tuple[torch.Tensor, torch.Tensor],
     gemms: tuple[LinearGemms, LinearGemms],
     comm: LinearComm,
-    seeds: tuple[SeedLike, SeedLike] = (0, 0),
+    seeds: tuple[Seed, Seed] = (0, 0),
 ) -> torch.Tensor:
     """`(silu(gate) * up) W2~^T` of `[gate | up] = x W1~^T`, with gradients.
 

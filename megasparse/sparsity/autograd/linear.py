@@ -25,6 +25,14 @@ from megasparse.sparsity.autograd.norm import Float8Input
 from megasparse.sparsity.gemms.protocol import LinearGemms, SavedInput
 from megasparse.sparsity.slorb import LowRankBranch
 
+# Of a layer's draws; a function is asked in the backward pass, once.
+Seed = SeedLike | Callable[[], SeedLike]
+
+
+def asked(seed: Seed) -> SeedLike:
+    """The seed itself."""
+    return seed() if callable(seed) else seed
+
 
 class LinearComm(Protocol):
     """What happens to the input before, and to its gradient after, the GEMMs of this rank.
@@ -70,7 +78,7 @@ class _Linear(torch.autograd.Function):
         gemms: LinearGemms,
         comm: LinearComm,
         branch: LowRankBranch | None,
-        seed: SeedLike | Callable[[], SeedLike],
+        seed: Seed,
         recorded: bool,
         quantized: Float8Input | None,
         bias: torch.Tensor | None,
@@ -103,8 +111,7 @@ class _Linear(torch.autograd.Function):
             x, arrived = start_gather(ctx.comm, local)
             x_TK = x.reshape(-1, x.shape[-1])
         dh_TR = None if h_TR is None else ctx.branch.grad_hidden(dz_TN, s_NR)
-        seed = ctx.seed() if callable(ctx.seed) else ctx.seed
-        operands = ctx.gemms.prepare_grad_output(dz_TN, seed)
+        operands = ctx.gemms.prepare_grad_output(dz_TN, asked(ctx.seed))
         if wanted[0]:
             dx_TK = ctx.gemms.grad_input(operands)
             if dh_TR is not None:
@@ -184,7 +191,7 @@ def linear(
     weight: torch.Tensor,
     gemms: LinearGemms,
     comm: LinearComm | None = None,
-    seed: SeedLike | Callable[[], SeedLike] = 0,
+    seed: Seed = 0,
     branch: LowRankBranch | None = None,
     adapter: torch.Tensor | None = None,
     projection: torch.Tensor | None = None,

@@ -9,15 +9,48 @@ weights itself, with its settings and its moments.
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from megasparse.errors import ConfigError
 from megasparse.kernels import AdamW, masked_adamw_, masked_decay_
-from megasparse.nn.linear import SparseLinear
-from megasparse.nn.run import Run
-from megasparse.nn.whole import local_of, part_of
+from megasparse.sparsity.automatic.run import Run
+from megasparse.sparsity.automatic.whole import local_of
+from megasparse.sparsity.state import SparseWeight
+
+
+class Layer(Protocol):
+    """A linear layer with a state; None: it stays dense."""
+
+    weight: torch.nn.Parameter
+
+    @property
+    def state(self) -> SparseWeight | None:
+        """Mask and scale of the weight."""
+        ...
+
+
+class Target(NamedTuple):
+    """What an optimizer holds of a weight.
+
+    Attributes:
+        tensor: one of the optimizer's: the weight, or its copy in float32, or a piece of that.
+        cut: the part of the layer's mask that belongs to it, with as many entries.
+    """
+
+    tensor: torch.Tensor
+    cut: Callable[[torch.Tensor], torch.Tensor]
+
+
+# The target of a layer, by its name, among the tensors (by id) that an optimizer holds.
+Locate = Callable[[str, Any, Mapping[int, torch.Tensor]], Target | None]
 
 
 class Updates:
@@ -26,12 +59,13 @@ class Updates:
     Args:
         run: shared with the layers.
         layers: by name.
+        locate: finds what an optimizer holds of a layer.
     """
 
-    def __init__(self, run: Run, layers: dict[str, SparseLinear]) -> None:
-        self._run, self._layers = run, layers
+    def __init__(self, run: Run, layers: Mapping[str, Any], locate: Locate) -> None:
+        self._run, self._layers, self._locate = run, layers, locate
         self._decayed: tuple[int, set[str]] = (-1, set())  # step, layers decayed in it
-        self._taken: list[tuple[SparseLinear, str, torch.Tensor]] = []
+        self._taken: list[tuple[str, Target, torch.Tensor]] = []
 
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
@@ -68,9 +102,9 @@ class Updates:
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step."""
         taken, self._taken = self._taken, []
-        for layer, name, gradient in taken:
-            layer.weight.grad = gradient
-            self._masked_adamw(optimizer, layer, name)
+        for name, target, gradient in taken:
+            target.tensor.grad = gradient
+            self._masked_adamw(optimizer, name, target)
         if self._owned(optimizer):
             self._run.stepped = True
 
@@ -80,25 +114,29 @@ class Updates:
         if self._run.recipe.regulariser == "decoupled_masked_decay":
             return
         if self._run.masked_decay() and not self._run.stepped:
-            self._decay(self._layers, 1.0)
+            everything = {id(layer.weight): layer.weight for layer in self._layers.values()}
+            self._decay(self._targets(everything), 1.0)
 
-    def _owned(self, optimizer: torch.optim.Optimizer) -> dict[str, SparseLinear]:
-        """The layers whose weights an optimizer holds."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return {name: layer for name, layer in self._layers.items() if id(layer.weight) in held}
+    def _owned(self, optimizer: torch.optim.Optimizer) -> dict[str, Target]:
+        """What an optimizer holds, by layer."""
+        return self._targets({id(p): p for g in optimizer.param_groups for p in g["params"]})
 
-    def _decay(self, layers: dict[str, SparseLinear], loss_scale: float) -> None:
+    def _targets(self, held: Mapping[int, torch.Tensor]) -> dict[str, Target]:
+        pairs = ((name, self._locate(name, layer, held)) for name, layer in self._layers.items())
+        return {name: target for name, target in pairs if target is not None}
+
+    def _decay(self, targets: dict[str, Target], loss_scale: float) -> None:
         """Add the decay to gradients, once a step."""
         strength, step = self._run.masked_decay() * loss_scale, self._run.clock.step
         if self._decayed[0] != step:
             self._decayed = (step, set())
-        for name, layer in layers.items():
-            mask, weight = _mask_of(layer), layer.weight
-            if mask is None or weight.grad is None or name in self._decayed[1]:
+        for name, (tensor, cut) in targets.items():
+            mask = _mask_of(self._layers[name])
+            if mask is None or tensor.grad is None or name in self._decayed[1]:
                 continue
             self._decayed[1].add(name)
-            own = part_of(mask, weight, name)
-            masked_decay_(local_of(weight.grad), local_of(weight).detach(), own, strength)
+            weight = local_of(tensor.detach())
+            masked_decay_(local_of(tensor.grad), weight, cut(mask).reshape(weight.shape), strength)
 
     def _check_adamw(self, optimizer: torch.optim.Optimizer, closure: Any) -> None:
         odd = [name for name in ("amsgrad", "maximize") if optimizer.defaults.get(name)]
@@ -114,31 +152,29 @@ class Updates:
                 "inside the step; expected step() after backward, or masked_decay=0"
             )
 
-    def _take_gradients(self, owned: dict[str, SparseLinear]) -> None:
-        for name, layer in owned.items():
-            gradient = layer.weight.grad
-            if _mask_of(layer) is None or gradient is None:
+    def _take_gradients(self, owned: dict[str, Target]) -> None:
+        for name, target in owned.items():
+            gradient = target.tensor.grad
+            if _mask_of(self._layers[name]) is None or gradient is None:
                 continue
-            if layer.weight.dtype != torch.float32:
+            if target.tensor.dtype != torch.float32:
                 raise ConfigError(
-                    f"{name}: recipe {self._run.recipe.name} with {layer.weight.dtype} weights, "
+                    f"{name}: recipe {self._run.recipe.name} with {target.tensor.dtype} weights, "
                     "expected float32 (compute in 16 bits by torch.autocast)"
                 )
-            self._taken.append((layer, name, gradient))
-            layer.weight.grad = None
+            self._taken.append((name, target, gradient))
+            target.tensor.grad = None
 
-    def _masked_adamw(
-        self, optimizer: torch.optim.Optimizer, layer: SparseLinear, name: str
-    ) -> None:
-        """Update one weight as torch.optim.AdamW would, with the decay in the momentum."""
-        weight, mask = layer.weight, _mask_of(layer)
-        assert mask is not None and weight.grad is not None
-        group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
-        state = optimizer.state[weight]
+    def _masked_adamw(self, optimizer: torch.optim.Optimizer, name: str, target: Target) -> None:
+        """Update one tensor as torch.optim.AdamW would, with the decay in the momentum."""
+        tensor, mask = target.tensor, _mask_of(self._layers[name])
+        assert mask is not None and tensor.grad is not None
+        group = next(g for g in optimizer.param_groups if any(p is tensor for p in g["params"]))
+        state = optimizer.state[tensor]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(weight)
-            state["exp_avg_sq"] = torch.zeros_like(weight)
+            state["exp_avg"] = torch.zeros_like(tensor)
+            state["exp_avg_sq"] = torch.zeros_like(tensor)
         state["step"] += 1
         numbers = AdamW(
             step=int(state["step"]),
@@ -151,13 +187,12 @@ class Updates:
             decay=self._run.masked_decay(),
             decoupled=True,
         )
-        tensors = (weight.detach(), weight.grad, state["exp_avg"], state["exp_avg_sq"])
-        own, grad, exp_avg, exp_avg_sq = (local_of(tensor).view(-1) for tensor in tensors)
-        kept = part_of(mask, weight, name).reshape(-1)
-        masked_adamw_(own, grad, exp_avg, exp_avg_sq, numbers, kept)
+        tensors = (tensor.detach(), tensor.grad, state["exp_avg"], state["exp_avg_sq"])
+        own, grad, exp_avg, exp_avg_sq = (local_of(one).view(-1) for one in tensors)
+        masked_adamw_(own, grad, exp_avg, exp_avg_sq, numbers, target.cut(mask).reshape(-1))
 
 
-def _mask_of(layer: SparseLinear) -> torch.Tensor | None:
+def _mask_of(layer: Layer) -> torch.Tensor | None:
     """The mask that a layer is pruned by; of a soft threshold it only measures."""
     state = layer.state
     return state.mask if state is not None and state.recipe.has_mask else None
@@ -167,3 +202,22 @@ def _loss_scale(optimizer: torch.optim.Optimizer) -> float:
     """What gradients are still multiplied by: a GradScaler leaves it to some fused optimizers."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
+
+
+def install(updates: Updates, owner: object) -> list[Any]:
+    """Hook into all torch optimizers until `owner` is gone; the hooks, to be removed earlier."""
+    mine = weakref.ref(updates)
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        found = mine()
+        return None if found is None else found.before(optimizer, args, kwargs)
+
+    def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        found = mine()
+        if found is not None:
+            found.after(optimizer)
+
+    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+    for hook in hooks:
+        weakref.finalize(owner, hook.remove)
+    return hooks

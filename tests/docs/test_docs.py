@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megasparse import errors
+from megasparse import errors, kernels
 from megasparse.config.fields import ALIASES, FIELDS
 from megasparse.data.tokenizer import load_tokenizer, tokenizer_file_of
 from megasparse.metrics.schema import METRICS
@@ -114,12 +114,20 @@ def test_the_spec_provider_example_trains(tmp_path, quick_python):
     assert float(last) < float(first) - 0.5 and weights == "4"
 
 
-@pytest.mark.parametrize("page", ["nn.md"])
+@pytest.mark.parametrize("page", ["nn.md", "kernels.md"])
 def test_the_examples_of_a_page_run(page):
     examples = blocks(page, "python")
     assert examples
     for code in examples:
         exec(compile(code, page, "exec"), {"__name__": "__main__"})
+
+
+def test_every_public_kernel_has_a_row_and_an_example():
+    rows = "\n".join(line for line in (DOCS / "kernels.md").read_text().splitlines() if "|" in line)
+    code = "\n".join(blocks("kernels.md", "python"))
+    for name in set(kernels.__all__) - {"AmaxScales", "Heads", "Packed24", "AdamW"}:
+        assert re.search(rf"`[^`]*\b{name}\b", rows), f"{name}: no row"
+        assert re.search(rf"\b{name}\b", code), f"{name}: no example"
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from megasparse.config import (
 )
 from megasparse.config.batches import samples_after
 from megasparse.config.shapes import layer_parameters, parameter_count
-from megasparse.errors import ConfigError
+from megasparse.errors import CheckpointError, ConfigError, DataError
 from megasparse.estimate.memory import footprint
 from megasparse.preflight.settings import Prepared, prepare
 from megasparse.sparsity.recipe import recipe_of
@@ -48,10 +48,20 @@ def answer(argv: Sequence[str]) -> str | None:
         return None
     flags, gpus = _without_questions(argv)
     world = _world(flags, gpus)
-    prepared = prepare(flags, world, write=False)
     if PRINT_CONFIG in asked:
-        return dump_yaml(prepared.config).rstrip()
-    return plan(prepared, world)
+        return dump_yaml(_settings(flags, world)).rstrip()
+    return plan(prepare(flags, world, write=False), world)
+
+
+def _settings(flags: Sequence[str], world: int) -> ResolvedConfig:
+    """Every setting; the files that they name may be made later."""
+    settled: list[ResolvedConfig] = []
+    try:
+        return prepare(flags, world, settled.append, write=False).config
+    except (DataError, CheckpointError):
+        if not settled:
+            raise
+        return settled[0]
 
 
 def versions() -> str:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from megasparse.config import load_config, resolve
-from megasparse.errors import ConfigError
+from megasparse.errors import ConfigError, DataError
 from megasparse.preflight.plan import answer
 from tests.config.published import PUBLISHED, SMALL, make_files
 from tests.runs import TINY
@@ -25,6 +25,15 @@ def test_printed_settings_are_the_runs(tmp_path):
     again = load_config(["--config", str(tmp_path / "run.yaml")])
     assert resolve(again, 2) == resolve(load_config(flags), 2)
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_are_printed_before_their_files_are_made(tmp_path):
+    names = {"--data-path": "no/data", "--tokenizer-model": "no/t.model", "--load": "no/run"}
+    flags = [*TINY, *(word for pair in names.items() for word in pair)]
+    told = answer([*flags, "--run-dir", str(tmp_path / "run"), "--print-config"]) or ""
+    assert "no/data" in told and "no/t.model" in told and "no/run" in told
+    with pytest.raises(DataError):
+        answer([*flags[:-2], "--dry-run"])
 
 
 def test_a_dry_run_tells_the_run_and_writes_nothing(tmp_path):

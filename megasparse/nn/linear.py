@@ -50,8 +50,13 @@ class SparseLinear(torch.nn.Linear):
             name: of the layer in the model.
             run: shared with the other layers.
         """
-        module.__class__ = SparseLinear
+        was: type[torch.nn.Linear] = type(module)
+        kind: type[torch.nn.Linear] = SparseLinear
+        if was is not torch.nn.Linear:  # a subclass that computes the same
+            kind = type(f"Sparse{was.__name__}", (SparseLinear, was), {})
+        module.__class__ = kind
         assert isinstance(module, SparseLinear)
+        module.__dict__["_was"] = (was, kind)
         sparse = isinstance(owner, SparseWeight)
         # Beside the module's parameters and buffers: neither `state_dict` nor a cast finds it.
         module.__dict__["state"] = owner if sparse else None
@@ -65,9 +70,10 @@ class SparseLinear(torch.nn.Linear):
         for name in ("state", "dense", "_handle", "_name", "_key", "_draws", "_made_of"):
             self.__dict__.pop(name, None)
         self._run = None
-        if type(self) is SparseLinear:  # else FSDP2 has made a class of its own of it
-            del self.__dict__["_run"]
-            self.__class__ = torch.nn.Linear  # type: ignore[assignment]
+        was, became = self.__dict__["_was"]
+        if type(self) is became:  # else FSDP2 has made a class of its own of it
+            del self.__dict__["_run"], self.__dict__["_was"]
+            self.__class__ = was
 
     @torch.compiler.disable(reason=_NOT_COMPILED)
     def forward(self, x: torch.Tensor) -> torch.Tensor:

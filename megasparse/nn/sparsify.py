@@ -121,10 +121,10 @@ def _linears(
         )
     chosen = {n: m for n, m in there.items() if recipe.matches(n) or in_fp8.matches(n)}
     for name, module in chosen.items():
-        if type(module) is not torch.nn.Linear:
+        if type(module).forward is not torch.nn.Linear.forward:
             raise ConfigError(
-                f"{name}: is a {type(module).__name__}, expected torch.nn.Linear itself; call "
-                "sparsify_ before what changes the model's linears"
+                f"{name}: is a {type(module).__name__} with a forward pass of its own, expected "
+                "torch.nn.Linear's; call sparsify_ before what changes the model's linears"
             )
     return chosen
 

@@ -354,6 +354,18 @@ def test_the_handle_lives_as_long_as_the_model_and_no_longer():
     assert handle() is None and len(hooks._global_optimizer_pre_hooks) == before
 
 
+def test_subclasses_that_compute_the_same_are_taken_and_given_back():
+    class Configured(torch.nn.Linear):
+        kind = "configured"
+
+    layer = torch.nn.ModuleDict({"mlp": Configured(WIDTH, WIDTH)})
+    handle = sparsify_(layer, "ste", ["mlp"])
+    assert isinstance(layer["mlp"], SparseLinear) and layer["mlp"].kind == "configured"
+    expected = layer["mlp"](micro_batch(0, 0))
+    assert handle.finalize() == 1 and type(layer["mlp"]) is Configured
+    assert torch.equal(layer["mlp"](micro_batch(0, 0)), expected)
+
+
 def test_odd_inputs():
     model = Model()
     sparsify_(model, "fst", FFN)
@@ -383,14 +395,15 @@ BAD = [
     ({"fp8_layers": ["head"]}, "fp8_layers is given without fp8"),
     ({"layers": ["odd"]}, "odd: a weight of 6 x 16 cuts a 4x4 block"),
     ({"layers": ["tied"]}, "tied: its weight is shared with table"),
-    ({"layers": ["special"]}, "special: is a Special, expected torch.nn.Linear itself"),
+    ({"layers": ["special"]}, "special: is a Special with a forward pass of its own"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", BAD, ids=[m[:30] for _, m in BAD])
 def test_what_cannot_be_is_refused_and_leaves_the_model_alone(arguments, message):
     class Special(torch.nn.Linear):
-        pass
+        def forward(self, x):
+            return 2 * super().forward(x)
 
     model = Model()
     model.odd = torch.nn.Linear(WIDTH, 6)

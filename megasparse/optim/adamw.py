@@ -5,16 +5,23 @@ The update rules are those of `kernels/masked_adamw/`. Weights without a mask ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from megasparse.kernels import AdamW, masked_adamw_
+from megasparse.kernels.masked_adamw.arguments import APPLIES, CLIP, DECAY
 from megasparse.optim.masked_decay import Piece
 
 # The pieces of one of the optimizer's tensors, in order and without gaps.
 Pieces = Callable[[torch.Tensor], Sequence[Piece]]
+
+
+def _on_host(number: float | torch.Tensor) -> float:
+    """A number on a CPU; of one on a GPU nothing is known here, and it is not waited for."""
+    return math.nan if isinstance(number, torch.Tensor) and number.is_cuda else float(number)
 
 
 def _at_once(update: Callable[[], None]) -> None:
@@ -36,8 +43,10 @@ class MaskedAdamW(torch.optim.AdamW):
         options: torch.optim.AdamW's (lr, betas, eps, weight_decay).
 
     Attributes:
-        clip: what gradients are multiplied by first.
-        decay: lambda of the step.
+        clip: what gradients are multiplied by first; a 0-d float64 tensor where the device alone
+            knows.
+        decay: lambda of the step; a tensor as `clip`.
+        applies: 0-d bool on the device: whether the step is made at all; None: it is.
         copies: of tensors, by id, flat: get the new values, in their own dtype.
         run: runs the update, which finds everything at the addresses of the step before.
     """
@@ -52,7 +61,9 @@ class MaskedAdamW(torch.optim.AdamW):
     ) -> None:
         super().__init__(params, **options)
         self._before_step, self._pieces, self._decoupled = before_step, pieces, decoupled
-        self.clip, self.decay = 1.0, 0.0
+        self.clip: float | torch.Tensor = 1.0
+        self.decay: float | torch.Tensor = 0.0
+        self.applies: torch.Tensor | None = None
         self.copies: dict[int, torch.Tensor] = {}
         self.run: Callable[[Callable[[], None]], None] = _at_once
         self._now: list[tuple[torch.Tensor, AdamW]] = []
@@ -61,6 +72,7 @@ class MaskedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step over all groups (ZeRO calls it group by group)."""
+        self._now = []
         if not self._before_step(self):
             return
         self._now = [
@@ -71,7 +83,16 @@ class MaskedAdamW(torch.optim.AdamW):
         ]
         if self._now and self._now[0][0].is_cuda:
             self._send([numbers.derived() for _, numbers in self._now])
+        elif self.applies is not None and not self.applies:
+            return
         self.run(self._update)
+
+    def retract(self) -> None:
+        """The last step did not apply: it does not count."""
+        for tensor, numbers in self._now:
+            self.state[tensor]["step"] -= 1
+            if numbers.step == 1:
+                del self.state[tensor]  # as if the step had never been
 
     def _numbers(self, group: dict[str, Any], tensor: torch.Tensor) -> AdamW:
         state = self.state[tensor]
@@ -87,8 +108,8 @@ class MaskedAdamW(torch.optim.AdamW):
             beta2=group["betas"][1],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            clip=self.clip,
-            decay=self.decay,
+            clip=_on_host(self.clip),
+            decay=_on_host(self.decay),
             decoupled=self._decoupled,
         )
 
@@ -98,6 +119,10 @@ class MaskedAdamW(torch.optim.AdamW):
         if self._derived is None or self._derived.shape != on_host.shape:
             self._derived = torch.empty_like(on_host, device=self._now[0][0].device)
         self._derived.copy_(on_host, non_blocking=True)
+        known = {CLIP: self.clip, DECAY: self.decay, APPLIES: self.applies}
+        for column, value in known.items():
+            if isinstance(value, torch.Tensor):
+                self._derived[:, column] = value
 
     def _update(self) -> None:
         """All tensors by the numbers of the step; it can be captured."""

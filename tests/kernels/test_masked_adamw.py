@@ -9,6 +9,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import AdamW, masked_adamw_
+from megasparse.kernels.masked_adamw.arguments import APPLIES
 from tests.kernels.mask_cases import BACKENDS
 
 NUMBERS = AdamW(step=1, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
@@ -122,3 +123,16 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
     square = [t.view(2, 4) for t in tensors]
     with pytest.raises(KernelError, match="expected one contiguous dimension"):
         masked_adamw_(*square, NUMBERS)
+
+
+def test_the_device_alone_can_know_that_nothing_is_to_be_updated(device: torch.device) -> None:
+    """Gradients are infinite then."""
+    tensors, mask = _tensors(1030, 3, device), _mask(1030, device)
+    tensors[1].fill_(float("inf"))
+    before = [tensor.clone() for tensor in tensors]
+    copy = torch.full((1030,), 9.0, dtype=torch.bfloat16, device=device)
+    derived = torch.tensor(NUMBERS.derived(), device=device)
+    derived[APPLIES] = 0.0
+    masked_adamw_(*tensors, NUMBERS, mask, copy, derived=derived, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert bool((copy == 9.0).all())

@@ -132,3 +132,21 @@ def test_refusals(device):
         rotary_qkv(fused, angles, heads, backend="cuda")
     with pytest.raises(KernelError, match="heads have 3 channels, expected an even number"):
         split_qkv(torch.zeros(2, 1, 9, device=device), Heads(1, 1, 3))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_gradients_that_lie_together_are_the_projections_gradient(groups: int) -> None:
+    """As attention writes them which reads q, k and v where they lie."""
+    heads = Heads(groups, 1, 4)
+    fused = torch.randn(5, 2, heads.width, requires_grad=True)
+    buffer = torch.randn(7 + fused.numel())
+    whole = buffer[7:].view(5, 2, groups, 3, 4)
+    parts = split_qkv(fused, heads, backend="reference")
+    gradients = [whole[..., place, :] for place in range(3)]
+    (found,) = torch.autograd.grad(parts, fused, gradients, retain_graph=True)
+    assert found.data_ptr() == whole.data_ptr() and torch.equal(found, whole.view_as(fused))
+    (copied,) = torch.autograd.grad(parts, fused, [g.clone() for g in gradients], retain_graph=True)
+    assert copied.data_ptr() != whole.data_ptr() and torch.equal(copied, found)
+    swapped = [gradients[1], gradients[0], gradients[2]]
+    (other,) = torch.autograd.grad(parts, fused, swapped)
+    assert torch.equal(other.view_as(whole)[..., 0, :], whole[..., 1, :])

@@ -42,7 +42,7 @@ def masked_adamw_(
         numbers: of the update.
         mask: bool, of that shape, contiguous; True is kept. None: no masked decay.
         copy: float32, bfloat16 or float16, of that shape, contiguous: gets the new weight.
-        derived: float32 (9,) on the device, `numbers.derived()`: what a kernel reads instead, so
+        derived: float32 (10,) on the device, `numbers.derived()`: what a kernel reads instead, so
             that a captured one updates with other numbers at every replay.
         backend: None, "reference" or "triton".
 

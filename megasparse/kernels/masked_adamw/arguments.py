@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+# Places in `AdamW.derived`.
+CLIP, DECAY, APPLIES = 0, 1, 9
+
 
 class AdamW(NamedTuple):
     """The numbers of an update.
@@ -29,7 +32,8 @@ class AdamW(NamedTuple):
 
     def derived(self) -> list[float]:
         """What a kernel computes with: clip, decay, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr wd,
-        lr over the first moment's bias correction, the root of the second's."""
+        lr over the first moment's bias correction, the root of the second's, and 1: the update is
+        made (0: everything stays as it is)."""
         return [
             self.clip,
             self.decay,
@@ -40,4 +44,5 @@ class AdamW(NamedTuple):
             1 - self.lr * self.weight_decay,
             self.lr / (1 - self.beta1**self.step),
             math.sqrt(1 - self.beta2**self.step),
+            1.0,
         ]

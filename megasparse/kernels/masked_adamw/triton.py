@@ -33,7 +33,7 @@ def _masked_adamw_kernel(
     eps, kept = tl.load(numbers + 5), tl.load(numbers + 6)
     step_size, correction = tl.load(numbers + 7), tl.load(numbers + 8)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = at < size
+    live = at < tl.where(tl.load(numbers + 9) != 0.0, size, 0)  # else nothing is touched
     w = tl.load(weight + at, mask=live, other=0.0)
     g = tl.load(grad + at, mask=live, other=0.0) * clip
     m = tl.load(exp_avg + at, mask=live, other=0.0)

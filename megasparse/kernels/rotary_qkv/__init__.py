@@ -61,7 +61,28 @@ class _SplitQkv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.chosen.backward(*gradients, None, ctx.heads), None, None
+        whole = _whole(gradients, ctx.heads)
+        if whole is None:
+            whole = ctx.chosen.backward(*gradients, None, ctx.heads)
+        return whole, None, None
+
+
+def _whole(parts: tuple[torch.Tensor, ...], heads: Heads) -> torch.Tensor | None:
+    """The tensor (S, B, width) of which the three are views, as of a projection, if they are.
+
+    Attention that reads q, k and v from where they lie together writes their gradients so too.
+    """
+    q, (length, batch) = parts[0], parts[0].shape[:2]
+    width, channels = heads.width, heads.channels
+    strides = (batch * width, width, 3 * channels, 1)
+    for place, part in enumerate(parts):
+        together = part.untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+        offset = part.storage_offset() - q.storage_offset()
+        if not together or part.stride() != strides or offset != place * channels:
+            return None
+    if heads.queries != 1:
+        return None
+    return q.as_strided((length, batch, width), (batch * width, width, 1))
 
 
 def split_qkv(
@@ -69,8 +90,8 @@ def split_qkv(
 ) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values of a fused projection as they are: `rotary_qkv` without angles.
 
-    They are views of `fused` where groups have one query. The gradient of `fused` is written whole
-    in one pass, so nothing is joined after.
+    They are views of `fused` where groups have one query. The gradient of `fused` is the tensor
+    that their gradients are views of in the same way, or is written whole in one pass.
 
     Raises: KernelError as `rotary_qkv`.
     """

@@ -96,7 +96,7 @@ class Engine:
                 grid,
                 train.clip_grad,
                 self._measured,
-                lambda norm: layout.guard.read(norm)[0],
+                layout.guard,
             )
         elif config.parallel.zero_stage:
             zero.install_norm(self._engine.optimizer, grid, self._measured)
@@ -165,19 +165,22 @@ class Engine:
         """Runs inside the optimizer, on final gradients: clipping without ZeRO, masked decay."""
         if not self.config.parallel.zero_stage and not self._clip():
             return False
-        if not self.layout.guard.loss_is_finite:
+        on_device = isinstance(self.optimizer.clip, torch.Tensor)  # which knows when not to update
+        if not on_device and not self.layout.guard.loss_is_finite:
             return False
         if self._decay is not None:
             optimizer, strength = self.optimizer, self.controller.masked_decay()
-            if self.controller.recipe.masked_decay_before_clipping:
-                strength *= self._clipped_by()
             optimizer.decay = strength
-            if self.controller.asked:
-                self._decay.measure(optimizer, strength / optimizer.clip)
+            if self.controller.recipe.masked_decay_before_clipping:
+                optimizer.decay = self._clipped_by() * strength
+            if self.controller.asked and (clip := float(optimizer.clip)) > 0:
+                self._decay.measure(optimizer, float(optimizer.decay) / clip)
         return True
 
-    def _clipped_by(self) -> float:
+    def _clipped_by(self) -> float | torch.Tensor:
         """What the gradients of this step were multiplied by, here or by DeepSpeed; 1: whole."""
+        if isinstance(self.optimizer.clip, torch.Tensor):
+            return self.optimizer.clip
         norm, limit = self._norm_without_zero, self.config.train.clip_grad
         if self.config.parallel.zero_stage:
             norm = float(self._engine.optimizer._global_grad_norm)

@@ -118,11 +118,11 @@ class PlainLayout(Layout):
                 self._engine.backward(loss)
             if number == self.accumulation_steps - 1:
                 self._look_ahead(batches)
-                self.guard.check_loss(total)
+                self.guard.check_loss(total / self.accumulation_steps)
                 self._passed("optimizer", number)
             with self.controller.timer.span("optimizer"):
                 self._engine.step()
-        return float(self.grid.mean_over_dp(total / self.accumulation_steps))
+        return self.guard.loss
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         ahead, self._ahead = self._ahead, None

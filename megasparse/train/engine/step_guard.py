@@ -75,6 +75,9 @@ class StepGuard:
         self._sparsity: list[Any] = []
         self._loss_is_finite: bool | None = True  # None: the device knows
         self._bad = torch.zeros((), device=grid.device)
+        self._mean = torch.zeros((), device=grid.device)
+        self._loss = 0.0
+        self._sent: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         for part in poison.poisoned_gradients() if poison is not None else ():
             for name, parameter in model.named_parameters():
                 if part in name:
@@ -83,7 +86,7 @@ class StepGuard:
     def begin(self) -> None:
         """Remember what a step changes before its update."""
         self._kept.clear()
-        self._loss_is_finite = True
+        self._loss_is_finite, self._sent = True, None
         self._rng = rng_state(self._grid)
         self._sparsity = self._controller.snapshot()
 
@@ -96,14 +99,18 @@ class StepGuard:
         """The loss, times NaN or infinity if it is to be poisoned."""
         return self._scaled(loss, "loss")
 
-    def check_loss(self, total: torch.Tensor) -> None:
+    def check_loss(self, loss: torch.Tensor) -> None:
         """Before the update: whether the loss is finite on all ranks; a collective call.
 
-        The answer is waited for when it is asked for (`loss_is_finite`, `read`).
+        The answer is waited for when it is asked for (`loss_is_finite`, `loss`, `read`).
+
+        Args:
+            loss: 0-d, of the step, on this rank's data.
         """
-        self._bad = (~torch.isfinite(total)).float()
+        self._bad = (~torch.isfinite(loss)).float()
         if self._grid.world > 1:
             dist.all_reduce(self._bad, op=dist.ReduceOp.MAX)
+        self._mean = self._grid.mean_over_dp(loss.clone())
         self._loss_is_finite = None
 
     def refuse_update(self) -> None:
@@ -117,13 +124,48 @@ class StepGuard:
             self.read()
         return bool(self._loss_is_finite)
 
+    @property
+    def loss(self) -> float:
+        """Mean over data-parallel ranks of the loss that was checked."""
+        if self._loss_is_finite is None:
+            self.read()
+        return self._loss
+
+    def may_update(self, norm: torch.Tensor) -> torch.Tensor:
+        """0-d bool on the device: whether loss and gradient norm of the step are finite."""
+        refused = self._loss_is_finite is False
+        return torch.isfinite(norm) & (self._bad == 0) & (not refused)
+
     def read(self, *values: torch.Tensor) -> list[float]:
         """0-d tensors on the host, in one transfer with what is to be known of the loss."""
-        if self._loss_is_finite is not None:
-            return torch.stack([v.float() for v in values]).tolist() if values else []
-        bad, *rest = torch.stack([self._bad, *(v.float() for v in values)]).tolist()
-        self._loss_is_finite = not bad
-        return rest
+        self.send(*values)
+        return self.receive()
+
+    def send(self, *values: torch.Tensor) -> None:
+        """Begin the transfer of 0-d tensors, and of what is to be known of the loss.
+
+        The device goes on meanwhile with what is launched behind it.
+        """
+        known = torch.stack([self._bad, self._mean.float(), *(v.float() for v in values)])
+        if not known.is_cuda:
+            self._sent = known, None
+            return
+        on_host = torch.empty(known.shape, pin_memory=True)
+        on_host.copy_(known, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._sent = on_host, arrived
+
+    def receive(self) -> list[float]:
+        """The values that were sent; waits for them, not for what was launched since."""
+        assert self._sent is not None
+        (on_host, arrived), self._sent = self._sent, None
+        if arrived is not None:
+            arrived.synchronize()
+        bad, loss, *values = on_host.tolist()
+        if self._loss_is_finite is None:
+            self._loss_is_finite, self._loss = not bad, loss
+        return values
 
     def end(
         self, lr: float, norm: float, compute_again: Callable[[list[MicroBatch]], list[str]]

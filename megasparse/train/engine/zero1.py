@@ -10,7 +10,7 @@ float32 shards and their checkpoints stay DeepSpeed's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megasparse.megatron.grid import Grid
 from megasparse.optim.fragments import Fragment
 from megasparse.train.engine.gradients import GradientBuffers
+from megasparse.train.engine.step_guard import StepGuard
 from megasparse.train.engine.zero import Measured, global_norm, sum_replicated
 
 # Newer versions of torch call it differently, and warn of the old name.
@@ -47,11 +48,11 @@ class Zero1:
         gradients: from `zero1_buffers`.
         grid: this rank's place.
         clip_grad: limit of the gradient's norm; 0: none.
+        measured: what of a gradient the norm is taken of.
+        guard: knows whether the step's loss is finite.
 
     Attributes:
-        norm: of the last gradient before clipping, NaN or infinite if the step was skipped for it.
         fragments: where the parameters lie in the optimizer's tensors; to be set.
-        measured: what of a gradient the norm is taken of.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class Zero1:
         grid: Grid,
         clip_grad: float,
         measured: Measured,
-        read: Callable[[torch.Tensor], float],
+        guard: StepGuard,
     ) -> None:
         self._zero, self._gradients, self._grid = optimizer, gradients, grid
-        self._clip_grad, self._measured, self._read = clip_grad, measured, read
+        self._clip_grad, self._measured, self._guard = clip_grad, measured, guard
         self.fragments: Sequence[Fragment] = ()
         rank = grid.dp_rank
         self._shares = [
@@ -90,7 +91,12 @@ class Zero1:
 
     @torch.no_grad()
     def _step(self, closure: Any = None) -> None:
-        """Clip, update this rank's shards, and gather the parameters from all ranks."""
+        """Clip, update this rank's shards, and gather the parameters from all ranks.
+
+        The device decides by itself whether to update and how much to clip: the host sends the
+        update behind the norm, learns of both while the device computes, and prepares the next
+        step meanwhile.
+        """
         zero = self._zero
         shards = zero.single_partition_of_fp32_groups
         for shard, share in zip(shards, self._shares, strict=True):
@@ -99,20 +105,23 @@ class Zero1:
         pieces = [(f.parameter, f.of(gradients[id(f.tensor)])) for f in self.fragments]
         sum_replicated(pieces, self._grid)
         norm = global_norm(pieces, self._grid, over_dp=True, measured=self._measured)
-        zero._global_grad_norm = self._read(norm)
-        zero.overflow = not math.isfinite(zero._global_grad_norm)
-        if not zero.overflow:
-            self._update(min(1.0, self._clip_by(zero._global_grad_norm)))
+        self._guard.send(norm)
+        self._update(norm)
+        (zero._global_grad_norm,) = self._guard.receive()
+        finite = math.isfinite(zero._global_grad_norm) and self._guard.loss_is_finite
+        zero.overflow = not finite
+        if zero.overflow:
+            zero.optimizer.retract()
         for shard in shards:
             shard.grad = None
 
-    def _clip_by(self, norm: float) -> float:
-        return self._clip_grad / (norm + 1e-6) if self._clip_grad else 1.0
-
-    def _update(self, factor: float) -> None:
+    def _update(self, norm: torch.Tensor) -> None:
         zero, rank = self._zero, self._grid.dp_rank
-        zero.optimizer.clip = factor
-        zero.optimizer.step()
+        limit, adamw = self._clip_grad, zero.optimizer
+        norm = norm.double()
+        adamw.clip = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+        adamw.applies = self._guard.may_update(norm)
+        adamw.step()
         if self._grid.dp_size == 1:
             return
         for flat, parts in zip(

@@ -45,6 +45,7 @@ def test_equals_the_operations_it_fuses(
     row_scale = None if row_dtype is None else scalar(MAXIMUM[row_dtype] / 2, device)
     packed_scale = scalar(100.0, device)
     row_amax, packed_amax = torch.zeros(1, device=device), torch.zeros(1, device=device)
+    sums = torch.zeros(width, device=device)
     pruned = mvue24(dz.float(), seed=9, dim=0, backend="reference")
     expected = torch.zeros(width, -(-tokens // 128) * 128, device=device)
     expected[:, :tokens] = pruned.t()
@@ -59,8 +60,10 @@ def test_equals_the_operations_it_fuses(
             packed_scale=packed_scale,
             row_amax=row_amax,
             packed_amax=packed_amax,
+            sums=sums,
             backend=backend,
         )
+    torch.testing.assert_close(sums.double(), dz.double().sum(0), rtol=1e-5, atol=1e-4)
     if row_dtype is None:
         assert row is None
     else:
@@ -114,15 +117,17 @@ def test_the_approximate_sampler(device, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sections_draw_the_numbers_of_their_place(device, backend):
     dz = gradient(128, 128, device)
-    scale = scalar(1.0, device)
+    scale, sums = scalar(1.0, device), torch.zeros(128, device=device)
     row, packed = grad_pack24(
         dz,
         seed=4,
         row_scale=scale,
         packed_scale=scale,
+        sums=sums,
         backend=backend,
         channels=((0, 64, 64), (64, 640, 64)),
     )
+    torch.testing.assert_close(sums.double(), dz.double().sum(0), rtol=1e-5, atol=1e-4)
     parts = [
         mvue24(dz[:, 64 * i : 64 * i + 64].float(), seed=4, dim=0, offsets=(0, place))
         for i, place in enumerate((64, 640))

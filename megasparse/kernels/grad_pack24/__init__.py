@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megasparse.kernels import dispatch
+from megasparse.kernels.checks import require
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.grad_pack24 import reference, triton
 from megasparse.kernels.grad_pack24.quantization import Quantization, check_gradient
@@ -26,6 +27,7 @@ def grad_pack24(
     row_amax: torch.Tensor | None = None,
     packed_amax: torch.Tensor | None = None,
     error_flag: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor | None, Packed24]:
     """dZ quantized for grad_input, and MVUE(dZ^T), 2:4 along tokens, quantized for grad_weight.
@@ -50,6 +52,7 @@ def grad_pack24(
             |MVUE(dz)| (before scaling); a NaN makes them NaN.
         error_flag: int32 (1,) on dz's device, set when a packed group has more than two non-zeros
             (which only infinities and NaN can cause).
+        sums: float32 (N,) on dz's device: gets the sum of dz over tokens, a bias's gradient.
         backend: None, "reference" or "triton".
 
     Returns: ((T, N) of row_dtype or None, Packed24 of (N, T up to a multiple of 128)).
@@ -59,8 +62,9 @@ def grad_pack24(
     channels = channels or ((0, 0, dz.shape[-1]),)
     check_gradient("grad_pack24", dz, channels)
     check_seed("grad_pack24", seed, dz.device)
-    how = Quantization(row_scale, row_dtype, packed_scale, row_amax, packed_amax, error_flag)
+    how = Quantization(row_scale, row_dtype, packed_scale, row_amax, packed_amax, error_flag, sums)
     how.check("grad_pack24", dz.device)
+    require("grad_pack24", "sums", sums, torch.float32, (dz.shape[1],), dz.device)
     run = dispatch.implementation(
         "grad_pack24", dz, backend, reference=_by_definition, triton=triton.grad_pack24
     )
@@ -74,4 +78,6 @@ def _by_definition(
         dz, seed, channels, exact, how.row_scale, how.row_dtype, how.packed_scale
     )
     how.record(*found)
+    if how.sums is not None:
+        torch.sum(dz, 0, dtype=torch.float32, out=how.sums)
     return row, packed

@@ -24,6 +24,7 @@ class Quantization(NamedTuple):
     row_amax: torch.Tensor | None
     packed_amax: torch.Tensor | None
     error_flag: torch.Tensor | None
+    sums: torch.Tensor | None = None
 
     def check(self, op: str, device: torch.device) -> None:
         """KernelError when one is missing, superfluous, or of another kind."""

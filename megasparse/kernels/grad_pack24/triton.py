@@ -56,6 +56,7 @@ def _grad_pack24_kernel(
     row_amax_ptr,
     packed_amax_ptr,
     flag_ptr,
+    sums_ptr,
     seed_ptr,
     key,
     high,
@@ -94,10 +95,16 @@ def _grad_pack24_kernel(
     if row_ptr is not None:
         scale = tl.load(row_scale_ptr)
         store_rows(row_ptr, x, scale, 2 * pair, channel, num_tokens, row_stride, E5M2, FULL)
+    total = x[0]
+    if sums_ptr is not None:
+        total = (x[0] + x[1]) + (x[2] + x[3])
     pruned0 = prune(x, packed_scale, 2 * pair, other, key, high, EXACT)
     x = _load(dz_ptr, 2 * pair + 1, channel, num_tokens, dz_stride, FULL)
     if row_ptr is not None:
         store_rows(row_ptr, x, scale, 2 * pair + 1, channel, num_tokens, row_stride, E5M2, FULL)
+    if sums_ptr is not None:
+        total = tl.sum(total + ((x[0] + x[1]) + (x[2] + x[3])), axis=0, keep_dims=True)
+        tl.store(sums_ptr + tile.to(tl.int64) * row_stride + channel, total)
     pruned1 = prune(x, packed_scale, 2 * pair + 1, other, key, high, EXACT)
     if row_amax_ptr is not None:
         raise_above(row_amax_ptr, tl.maximum(pruned0[2], pruned1[2]), row_amax)
@@ -131,6 +138,9 @@ def grad_pack24(
     row, packed, flag = how.new_outputs(dz, dz.shape[0])
     padded = packed.shape[1]
     pairs, options = LAUNCH.fitted(padded)
+    sums = None
+    if how.sums is not None:  # of each tile
+        sums = how.sums.new_empty(padded // (8 * pairs), dz.shape[1])
     seed_ptr, key, high = seed_arguments(seed)
     for start, place, length in channels:
         for grid, first_tile in tiles(length // 64, padded // (8 * pairs)):
@@ -146,6 +156,7 @@ def grad_pack24(
                     None if how.row_amax is None else how.row_amax.view(torch.int32),
                     None if how.packed_amax is None else how.packed_amax.view(torch.int32),
                     flag,
+                    sums,
                     seed_ptr,
                     key,
                     high,
@@ -163,4 +174,6 @@ def grad_pack24(
                     enable_fp_fusion=False,
                     **options,
                 )
+    if sums is not None:
+        torch.sum(sums, 0, out=how.sums)
     return row, packed

@@ -111,7 +111,11 @@ class _Linear(torch.autograd.Function):
             x, arrived = start_gather(ctx.comm, local)
             x_TK = x.reshape(-1, x.shape[-1])
         dh_TR = None if h_TR is None else ctx.branch.grad_hidden(dz_TN, s_NR)
-        operands = ctx.gemms.prepare_grad_output(dz_TN, asked(ctx.seed))
+        sums = None
+        if wanted[-1]:
+            wide = torch.promote_types(dz.dtype, torch.float32)
+            sums = dz_TN.new_empty(dz_TN.shape[1], dtype=wide)
+        operands = ctx.gemms.prepare_grad_output(dz_TN, asked(ctx.seed), sums)
         if wanted[0]:
             dx_TK = ctx.gemms.grad_input(operands)
             if dh_TR is not None:
@@ -126,7 +130,7 @@ class _Linear(torch.autograd.Function):
             if dh_TR is not None:
                 ds = dz_TN.t() @ h_TR
                 dp = None if p_RK is None else ctx.branch.grad_projection(dh_TR, x_TK)
-        db = dz_TN.sum(0) if wanted[-1] else None
+        db = None if sums is None else sums.to(dz.dtype)
         if wait is not None:
             wait()
         return dx, dw, ds, dp, None, None, None, None, None, None, db

@@ -24,7 +24,7 @@ from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.fp8_products import scaled_mm
-from megasparse.sparsity.gemms.protocol import SavedInput, kept_in_place
+from megasparse.sparsity.gemms.protocol import SavedInput, kept_in_place, sum_over_tokens
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
 
@@ -173,7 +173,10 @@ class DenseFp8Gemms:
         assert self._w_NK is not None
         return scaled_mm(row, self._w_NK, x, self._weight, bias)
 
-    def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> Fp8GradOutput:
+    def prepare_grad_output(
+        self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
+    ) -> Fp8GradOutput:
+        sum_over_tokens(dz_TN, sums)
         row, dz_NT, dz = self._quantizers.gradient.quantized(
             whole_tiles(dz_TN), columns=True, dtype=self._row_dtype
         )

@@ -41,9 +41,11 @@ class NamedGemms:
         with named(f"{self._layer} output"):
             return self._gemms.output_of_gated(*operands)
 
-    def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> Any:
+    def prepare_grad_output(
+        self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
+    ) -> Any:
         with named(f"{self._layer} preparation of grad_output"):
-            return self._gemms.prepare_grad_output(dz_TN, seed)
+            return self._gemms.prepare_grad_output(dz_TN, seed, sums)
 
     def prepare_gated_grad_output(self, *operands: Any) -> Any:
         with named(f"{self._layer} preparation of grad_output"):

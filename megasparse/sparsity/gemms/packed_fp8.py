@@ -114,14 +114,17 @@ class PackedFp8Gemms(DenseFp8Gemms):
     ) -> torch.Tensor:
         return self._sparse("output", row, x, bias)
 
-    def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> Fp8GradOutput:
+    def prepare_grad_output(
+        self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
+    ) -> Fp8GradOutput:
         quantizers, tokens = self._quantizers, dz_TN.shape[0]
         if self._recipe.mvue == "off":
-            return super().prepare_grad_output(dz_TN, seed)
+            return super().prepare_grad_output(dz_TN, seed, sums)
         with self._probe.timer.span("preparation"):
             dz = quantizers.gradient.scale_for(dz_TN, dtype=self._row_dtype)
             draw = quantizers.draw.scale_for_draws(dz_TN, MVUE_HEADROOM, dz)
-            row, packed = grad_pack24(whole_tiles(dz_TN), seed=seed, **self._as_operands(dz, draw))
+            how = self._as_operands(dz, draw)
+            row, packed = grad_pack24(whole_tiles(dz_TN), seed=seed, sums=sums, **how)
         assert row is not None
         if self._probe.asked:
             self._tell("grad_output", dz_TN, row)

@@ -103,11 +103,14 @@ class LinearGemms(Protocol):
         """What `grad_weight` needs of an x quantized by `input_scale`, whose magnitudes counted."""
         ...
 
-    def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> Any:
+    def prepare_grad_output(
+        self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
+    ) -> Any:
         """What `grad_input` and `grad_weight` need of dZ.
 
         Args:
             seed: of the layer's draws in this micro-batch; an int, or int64 on the device.
+            sums: `(N,)`, at least float32: gets the sum of dZ over tokens, a bias's gradient.
         """
         ...
 
@@ -132,6 +135,12 @@ class GradOutput(NamedTuple):
 
     dz_TN: torch.Tensor
     seed: SeedLike
+
+
+def sum_over_tokens(dz_TN: torch.Tensor, sums: torch.Tensor | None) -> None:
+    """Fill `sums` `(N,)`, where it is wanted."""
+    if sums is not None:
+        torch.sum(dz_TN, 0, dtype=sums.dtype, out=sums)
 
 
 class PlainOperands(ABC):
@@ -170,7 +179,10 @@ class PlainOperands(ABC):
     def save_quantized(self, row: torch.Tensor) -> SavedInput:
         raise TypeError(f"{type(self).__name__} takes inputs in full: input_scale() is None")
 
-    def prepare_grad_output(self, dz_TN: torch.Tensor, seed: SeedLike) -> GradOutput:
+    def prepare_grad_output(
+        self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
+    ) -> GradOutput:
+        sum_over_tokens(dz_TN, sums)
         return GradOutput(dz_TN, seed)
 
     def prepare_gated_grad_output(

@@ -72,6 +72,7 @@ _OURS = """
     listen_on_all_interfaces geglu relu exact_gelu parallel_residual norm_placement
     qk_layernorm_scope lr_linear_to_zero_iters lr_linear_to_zero_samples
     eod_token bos_token add_bos parse_special max_skipped_steps
+    tp_comm_peer_memory
     replica_check_interval hang_timeout preflight preflight_min_bandwidth
     verify_data
     sparsity_recipe sparse_layers mask_update_interval masked_decay masked_decay_ramp_iters

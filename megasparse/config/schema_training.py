@@ -21,6 +21,11 @@ class ParallelConfig:
         None, "layers of the last stage; default: as many as the others", at_least=1
     )
     sequence_parallel: bool = option(False, "split norms and residuals over the sequence (with TP)")
+    tp_comm_peer_memory: bool = option(
+        True,
+        "with sequence_parallel: GPUs of one host exchange activations through memory that they "
+        "open to each other; off, or where they cannot: through NCCL",
+    )
     zero_stage: int | None = option(
         None, "DeepSpeed ZeRO stage; default 0 in fp32, 1 in bf16", choices=(0, 1, 2, 3)
     )

@@ -24,6 +24,7 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | mvue24(g (R, C), seed, dim=-1, offsets, exact) | like g: unbiased, at most 2 of 4 along dim   |
 | masked_decay_(grad, w, mask, decay)            | grad, in place: += decay * (1 - mask) * w    |
 | accumulate_(total, value)                      | total, in place: += value, of another dtype  |
+| sum_parts(parts)                               | their sum, rounded once                      |
 | masked_adamw_(weight, grad, m, v, numbers)     | one AdamW step with masked decay, in place   |
 | replace_mask_(mask, new, before)               | mask, in place: = new; 0-d int64: flips      |
 | count_flips(mask_a, mask_b)                    | 0-d int64: entries that differ               |
@@ -86,6 +87,7 @@ from megasparse.kernels.soft_threshold24 import (
 )
 from megasparse.kernels.spmm24 import matmul24 as matmul24
 from megasparse.kernels.spmm24 import spmm24 as spmm24
+from megasparse.kernels.sum_parts import sum_parts as sum_parts
 from megasparse.kernels.swiglu import geglu as geglu
 from megasparse.kernels.swiglu import geglu_fused as geglu_fused
 from megasparse.kernels.swiglu import swiglu as swiglu
@@ -131,6 +133,7 @@ __all__ = [
     "soft_threshold24_with_sums",
     "split_qkv",
     "spmm24",
+    "sum_parts",
     "swiglu",
     "swiglu_float8",
     "swiglu_fused",

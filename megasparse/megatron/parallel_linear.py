@@ -25,7 +25,11 @@ from megasparse.fp8.shapes import TILE
 from megasparse.kernels import prune24_mask
 from megasparse.megatron import layer_state
 from megasparse.megatron.init import initialize_by, mark_sharded
-from megasparse.megatron.linear_comm import GatherOverSequence, SumOverTensorParallel
+from megasparse.megatron.linear_comm import (
+    GatherOverSequence,
+    SumOverTensorParallel,
+    sum_over_sequence,
+)
 from megasparse.megatron.slorb_comm import SplitOverRank, SumOfProjections
 from megasparse.sparsity.autograd.linear import LinearComm, NoComm, Seed, linear
 from megasparse.sparsity.autograd.norm import Float8Input
@@ -285,7 +289,7 @@ class SparseColumnParallelLinear(ParallelLinear):
         self.comm: LinearComm = NoComm()
         if group.size() > 1:
             self.comm = (
-                GatherOverSequence(group)
+                GatherOverSequence(group, "input")
                 if self.sequence_parallel
                 else SumOverTensorParallel(group)
             )
@@ -327,6 +331,7 @@ class SparseRowParallelLinear(ParallelLinear):
         shard = WeightShard((output_size, input_size), 1, group.rank(), group.size(), stride)
         super().__init__(config, shard, bias, False, skip_bias_add, group, init_method)
         self.input_is_parallel = input_is_parallel
+        self.comm = GatherOverSequence(group, "output")
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(S, B, K/p)` -> `(S, B, N)` or, with sp, `(S/p, B, N)`, and the bias if skipped."""
@@ -339,7 +344,7 @@ class SparseRowParallelLinear(ParallelLinear):
     def finish(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer's result from this rank's part `(S, B, N)` of the sum `x W^T`."""
         if self.sequence_parallel:
-            z = mappings.reduce_scatter_to_sequence_parallel_region(z, group=self.tp_group)
+            z = sum_over_sequence(z, self.comm)
         else:
             z = mappings.reduce_from_tensor_model_parallel_region(z, group=self.tp_group)
         if self.bias is not None and not self.skip_bias_add:

@@ -14,7 +14,9 @@ from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.log import warn_once
 from megasparse.megatron.grid import Grid
+from megasparse.megatron.linear_comm import exchange_through
 from megasparse.megatron.model import build_model, hide_padding
+from megasparse.megatron.peer_memory import peer_memory
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController
@@ -73,13 +75,21 @@ def build_engine(
         pipeline = Pipeline(config, grid, padded_vocab_size, clock, teaching)
         hide_padding(pipeline, grid, vocab_size)
         controller = make_sparse(pipeline.view)
+        _open_peer_memory(pipeline.view, config, grid)
         layout = PipelineLayout(config, grid, pipeline, controller, events, poison)
     else:
         model = build_model(config, grid, padded_vocab_size)
         hide_padding(model, grid, vocab_size)
         controller = make_sparse(model)
+        _open_peer_memory(model, config, grid)
         layout = PlainLayout(config, grid, model, controller, events, poison, teaching)
     return Engine(config, grid, layout, controller)
+
+
+def _open_peer_memory(model: torch.nn.Module, config: ResolvedConfig, grid: Grid) -> None:
+    """Let the linears exchange through the memory of the group's GPUs, where that can be."""
+    if config.parallel.sequence_parallel and config.parallel.tp_comm_peer_memory:
+        exchange_through(model, peer_memory(grid.tp_group, grid.device))
 
 
 def _fp8_scales(config: ResolvedConfig, grid: Grid, sparse: bool) -> Scaling | None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,8 +15,12 @@ from megasparse.megatron.data.datasets import SampleOptions, build_mock_stream
 from megasparse.megatron.graphs.captured import GraphedLayer
 from megasparse.megatron.model import packs_documents
 from megasparse.megatron.packing import CU_SEQLENS, cumulative_lengths, packed
+from megasparse.train.engine.deepspeed import start_process, stop_process
 from megasparse.train.engine.plain import LanguageModelLoss
 from tests.runs import LLAMA, TINY
+from tools.bench.short_runs import stand_alone
+
+ROOT = Path(__file__).parents[2]
 
 EOD = 7
 
@@ -104,24 +113,10 @@ def test_layers_that_see_lengths_are_not_captured():
 @pytest.mark.parametrize("kind", [LLAMA, []])
 def test_packed_sequences_give_the_loss_and_gradients_of_masks(kind, tmp_path):
     """Transformer Engine with packed sequences against torch's attention with masks, in BF16."""
-    from tests import dist
-
+    flags = [*TINY, *kind, "--bf16", "--mock-data", "--seq-length", "256"]
+    flags += ["--reset-position-ids", "--reset-attention-mask"]
     packed_run, masked_run = (
-        dist.run(
-            _loss_and_gradient,
-            1,
-            [
-                *TINY,
-                *kind,
-                "--bf16",
-                "--mock-data",
-                "--seq-length",
-                "256",
-                "--reset-position-ids",
-                "--reset-attention-mask",
-                *more,
-            ],
-        )[0]
+        _in_a_process(tmp_path / "results.pt", [*flags, *more])
         for more in ([], ["--transformer-impl", "local"])
     )
     assert packed_run[0] and not masked_run[0]
@@ -130,12 +125,20 @@ def test_packed_sequences_give_the_loss_and_gradients_of_masks(kind, tmp_path):
         assert float((ours - theirs).norm() / theirs.norm()) < 5e-2
 
 
-def _loss_and_gradient(rank: int, world: int, flags: list[str]):
+def _in_a_process(results: Path, flags: list[str]) -> tuple[bool, float, list[torch.Tensor]]:
+    """`_loss_and_gradient` on the GPU."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, __file__, str(results), *flags]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, timeout=200)
+    return torch.load(results)
+
+
+def _loss_and_gradient(flags: list[str]) -> tuple[bool, float, list[torch.Tensor]]:
     from megasparse.megatron.data.batches import batches, build_data
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.model import build_model
 
-    config = resolve(load_config(flags), world)
+    config = resolve(load_config(flags), 1)
     grid = make_grid(1, torch.device("cuda"), config.train.seed)
     data = build_data(config, grid)
     model = build_model(config, grid, 128)
@@ -145,3 +148,10 @@ def _loss_and_gradient(rank: int, world: int, flags: list[str]):
     loss.backward()
     gradients = [p.grad.float().cpu() for p in model.parameters()]
     return CU_SEQLENS in batch, float(loss), gradients
+
+
+if __name__ == "__main__":
+    stand_alone()
+    start_process(1.0)
+    torch.save(_loss_and_gradient(sys.argv[2:]), sys.argv[1])
+    stop_process()

@@ -87,7 +87,8 @@ def test_on_a_gpu_named_steps_are_eager_and_graphs_come_back(tmp_path, dataset):
     flags += ["--profile", "--profile-step-start", "5", "--profile-step-end", "7"]
     flags += ["--record-memory-history"]
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *flags]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
     (trace,) = (tmp_path / "profile").glob("*.json.gz")
     events = _events(trace)
     assert sum(event["name"].endswith("linear_fc1 grad_weight") for event in events) >= 4

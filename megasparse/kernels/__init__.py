@@ -25,6 +25,7 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | masked_decay_(grad, w, mask, decay)            | grad, in place: += decay * (1 - mask) * w    |
 | accumulate_(total, value)                      | total, in place: += value, of another dtype  |
 | sum_parts(parts)                               | their sum, rounded once                      |
+| copy_bytes_(out, source)                       | out, by multiprocessors                      |
 | masked_adamw_(weight, grad, m, v, numbers)     | one AdamW step with masked decay, in place   |
 | replace_mask_(mask, new, before)               | mask, in place: = new; 0-d int64: flips      |
 | count_flips(mask_a, mask_b)                    | 0-d int64: entries that differ               |
@@ -54,6 +55,7 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 """
 
 from megasparse.kernels.accumulate import accumulate_ as accumulate_
+from megasparse.kernels.copy_bytes import copy_bytes_ as copy_bytes_
 from megasparse.kernels.current_scaling import AmaxScales as AmaxScales
 from megasparse.kernels.current_scaling import rescale_ as rescale_
 from megasparse.kernels.current_scaling import scale_inv_of as scale_inv_of
@@ -105,6 +107,7 @@ __all__ = [
     "Heads",
     "Packed24",
     "accumulate_",
+    "copy_bytes_",
     "count_flips",
     "decode_patterns",
     "derive_seed",

@@ -2,8 +2,8 @@
 
 NCCL moves the few megabytes of a layer's activations at a third of NVLink's bandwidth. Here a rank
 puts what others want where they can read it (torch's symmetric memory), meets them at a barrier of
-the device, and reads theirs: a gather is copies, which need no multiprocessor, and a sum is one
-kernel that reads all parts. Everything runs on one stream beside the computation, and can be
+the device, and reads theirs: a gather is copies, and a sum is one kernel that reads all parts.
+Everything runs on one stream beside the computation, and can be
 captured in a CUDA graph.
 
 What a rank has opened may be written again once its readers are through: a rank comes to a barrier
@@ -23,7 +23,7 @@ from torch.distributed import _symmetric_memory
 
 from megasparse.distributed.hosts import host_identity
 from megasparse.errors import KernelError
-from megasparse.kernels import sum_parts
+from megasparse.kernels import copy_bytes_, sum_parts
 from megasparse.kernels.sum_parts import MOST_PARTS
 from megasparse.log import log_once
 
@@ -74,11 +74,11 @@ class PeerMemory:
 
         def run() -> None:
             views = [handle.get_buffer(r, shape, x_local.dtype) for r in range(self._size)]
-            views[self._rank].copy_(x_local)
+            copy_bytes_(views[self._rank], x_local)
+            copy_bytes_(parts[self._rank], x_local)
             handle.barrier(channel=0)
             for rank in self._others():
-                parts[rank].copy_(views[rank])
-            parts[self._rank].copy_(x_local)
+                copy_bytes_(parts[rank], views[rank])
 
         return whole, self._beside(name, handle, run, (x_local,))
 
@@ -92,7 +92,7 @@ class PeerMemory:
         def run() -> None:
             own = handle.get_buffer(self._rank, z.shape, z.dtype).chunk(self._size)
             for rank in self._others():
-                own[rank].copy_(mine[rank])
+                copy_bytes_(own[rank], mine[rank])
             handle.barrier(channel=0)
             theirs = [
                 mine[rank]

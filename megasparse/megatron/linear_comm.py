@@ -10,6 +10,9 @@ import torch.distributed as dist
 
 from megasparse.megatron.peer_memory import PeerMemory
 
+# Of fewer the GEMM is too small to be cut in two.
+LEAST_OWN_TOKENS = 1024
+
 
 class SumOverTensorParallel:
     """Column-parallel without sp: every rank has the whole input; its gradients are summed."""
@@ -27,6 +30,9 @@ class SumOverTensorParallel:
         work = dist.all_reduce(dx, group=self._group, async_op=True)
         assert work is not None
         return dx, work.wait
+
+    def own_part(self, tokens: int) -> int | None:
+        return None
 
 
 class GatherOverSequence:
@@ -69,6 +75,10 @@ class GatherOverSequence:
         work = dist.reduce_scatter_tensor(part, dx.contiguous(), group=self._group, async_op=True)
         assert work is not None
         return part, work.wait
+
+    def own_part(self, tokens: int) -> int | None:
+        pays = self.peers is not None and tokens >= LEAST_OWN_TOKENS
+        return self._group.rank() * tokens if pays else None
 
 
 class _SumOverSequence(torch.autograd.Function):

@@ -6,6 +6,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
+from megasparse.kernels.checks import require
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.spmm24 import cusparselt, reference
 
@@ -21,6 +22,7 @@ def spmm24(
     algorithm: int = 0,
     alpha: float | None = None,
     bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """x @ W^T + bias with W (N, K) packed 2:4, its scale included; accumulation in float32.
@@ -36,9 +38,10 @@ def spmm24(
         alpha: factor of `values @ x^T` in place of the packed scale. cuSPARSELt takes it from the
             host: without it an 8-bit product waits for the device, to read `packed.scale`.
         bias: (N,), added before the sum is rounded; on cuSPARSELt of `out_dtype`.
+        out: (T, N) of `out_dtype`, contiguous: gets the result; on cuSPARSELt T needs no padding.
         backend: None, "reference" or "cusparselt" (CUDA tensors).
 
-    Returns: (T, N), row-major, outside autograd.
+    Returns: `out`, or a new (T, N), row-major, outside autograd.
 
     Raises: KernelError when shapes, dtypes or devices do not fit or the backend cannot run.
     """
@@ -60,9 +63,10 @@ def spmm24(
             f"spmm24: bias of shape {tuple(bias.shape)} on {bias.device}, expected "
             f"({packed.shape[0]},) on {x.device}"
         )
+    require("spmm24", "out", out, out_dtype, (x.shape[0], packed.shape[0]), x.device)
     if x.shape[0] == 0:
         return x.new_empty((0, packed.shape[0]), dtype=out_dtype)
-    return multiply(packed, x, out_dtype, algorithm, alpha, bias)
+    return multiply(packed, x, out_dtype, algorithm, alpha, bias, out)
 
 
 @torch.no_grad()

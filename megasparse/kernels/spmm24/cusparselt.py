@@ -22,6 +22,7 @@ def spmm24(
     algorithm: int,
     alpha: float | None,
     bias: torch.Tensor | None,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
     """x (T, K) times W^T as (T, N) of `out_dtype`; see `megasparse.kernels.spmm24`."""
     if x.dtype != packed.dtype:
@@ -32,11 +33,17 @@ def spmm24(
     rows, columns = packed.shape
     tokens = x.shape[0]
     missing = -tokens % (16 // x.dtype.itemsize)
+    if out is not None and (missing or not out.is_contiguous()):
+        raise KernelError(
+            f"spmm24: out of {tokens} tokens, strides {out.stride()}, expected a contiguous one of "
+            f"a multiple of {16 // x.dtype.itemsize} for cusparselt"
+        )
     if missing:  # zero rows as bytes: torch does not pad e4m3
         x = pad(x.contiguous().view(torch.uint8), (0, 0, 0, missing)).view(x.dtype)
     elif not x.is_contiguous():
         x = x.contiguous()
-    out = x.new_empty((tokens + missing, rows), dtype=out_dtype)
+    if out is None:
+        out = x.new_empty((tokens + missing, rows), dtype=out_dtype)
     problem = Problem(
         rows,
         columns,

@@ -14,10 +14,12 @@ def spmm24(
     algorithm: int,
     alpha: float | None,
     bias: torch.Tensor | None,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
     """x (T, K) times W^T as (T, N) of `out_dtype`; see `megasparse.kernels.spmm24`."""
     product = x.float() @ _scaled(packed, alpha).t()
-    return (product if bias is None else product + bias.float()).to(out_dtype)
+    product = (product if bias is None else product + bias.float()).to(out_dtype)
+    return product if out is None else out.copy_(product)
 
 
 def matmul24(

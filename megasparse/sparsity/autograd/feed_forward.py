@@ -25,9 +25,9 @@ from megasparse.sparsity.autograd.linear import (
     LinearComm,
     Seed,
     asked,
+    gathered_output,
     in_graph,
     local_input,
-    output,
     saved_again,
     start_gather,
     whole_shape,
@@ -52,11 +52,8 @@ class _GatedFeedForward(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.first, ctx.second, ctx.comm, ctx.seeds = first, second, comm, seeds
         local = local_input(x_local, comm, quantized)
-        x, arrived = start_gather(comm, local)
-        arrived()
-        x_TK = x.reshape(-1, x.shape[-1])
         save = recorded and ctx.needs_input_grad[1]
-        fused_TF, saved1 = output(first, x_TK, save, comm, quantized)
+        x, fused_TF, saved1 = gathered_output(first, comm, local, quantized, save, weight1.shape[0])
         z_TN, saved2 = second.output_of_gated(fused_TF, recorded and ctx.needs_input_grad[2])
         if comm.gathers:
             saved1 = ()

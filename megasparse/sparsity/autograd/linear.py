@@ -54,6 +54,11 @@ class LinearComm(Protocol):
         result is valid after calling `wait`."""
         ...
 
+    def own_part(self, tokens: int) -> int | None:
+        """Where this rank's `tokens` begin among those gathered, if it pays to multiply them while
+        the others travel."""
+        ...
+
 
 class NoComm:
     """A linear layer whose rank holds its whole input."""
@@ -65,6 +70,9 @@ class NoComm:
 
     def reduce(self, dx: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
         return dx, lambda: None
+
+    def own_part(self, tokens: int) -> int | None:
+        return None
 
 
 class _Linear(torch.autograd.Function):
@@ -85,14 +93,11 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.gemms, ctx.comm, ctx.branch, ctx.seed = gemms, comm, branch, seed
         local = local_input(x_local, comm, quantized)
-        x, arrived = start_gather(comm, local)
-        arrived()
-        x_TK = x.reshape(-1, x.shape[-1])
         h_TR = None
         save = recorded and ctx.needs_input_grad[1]
-        z_TN, saved = output(gemms, x_TK, save, comm, quantized, bias)
+        x, z_TN, saved = gathered_output(gemms, comm, local, quantized, save, weight.shape[0], bias)
         if branch is not None and s_NR is not None:
-            h_TR = branch.project(x_TK, p_RK)
+            h_TR = branch.project(x.reshape(-1, x.shape[-1]), p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
         again = comm.gathers or p_RK is not None
         if comm.gathers:
@@ -167,22 +172,57 @@ def saved_again(gemms: LinearGemms, x_TK: torch.Tensor) -> SavedInput:
     return gemms.save_quantized(x_TK) if x_TK.dtype == E4M3 else gemms.save_input(x_TK)
 
 
-def output(
+def gathered_output(
     gemms: LinearGemms,
-    x_TK: torch.Tensor,
-    save: bool,
     comm: LinearComm,
+    local: torch.Tensor,
     quantized: Float8Input | None,
+    save: bool,
+    width: int,
     bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, SavedInput]:
-    """`X W~^T + bias`, and with `save` what `grad_weight` needs of X, which may be quantized."""
+) -> tuple[torch.Tensor, torch.Tensor, SavedInput]:
+    """The gathered X, `X W~^T + bias`, and with `save` what `grad_weight` needs of X.
+
+    Args:
+        local: of `local_input`.
+        quantized: its operands, where it is quantized already.
+        width: N.
+    """
+    x, arrived = start_gather(comm, local)
     if quantized is not None and comm.gathers:
-        return gemms.output_of_quantized(x_TK, None, x_TK.shape[0], bias)
+        return x, _output_by_parts(gemms, comm, local, x, arrived, width, bias), ()
+    arrived()
+    x_TK = x.reshape(-1, x.shape[-1])
     if quantized is not None:
-        return gemms.output_of_quantized(quantized.rows, quantized.columns, x_TK.shape[0], bias)
+        operands = quantized.rows, quantized.columns
+        return x, *gemms.output_of_quantized(*operands, x_TK.shape[0], bias)
     if save:
-        return gemms.output_and_saved(x_TK, bias)
-    return gemms.output(x_TK, bias), ()
+        return x, *gemms.output_and_saved(x_TK, bias)
+    return x, gemms.output(x_TK, bias), ()
+
+
+def _output_by_parts(
+    gemms: LinearGemms,
+    comm: LinearComm,
+    local: torch.Tensor,
+    x: torch.Tensor,
+    arrived: Callable[[], object],
+    width: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`X W~^T + bias` of a quantized X that is on its way; of this rank's own tokens meanwhile."""
+    own, whole, start = local.shape[0], x.shape[0], comm.own_part(local.shape[0])
+    if start is None:
+        arrived()
+        return gemms.output_of_quantized(x, None, whole, bias)[0]
+    z_TN = torch.empty(whole, width, dtype=torch.bfloat16, device=x.device)
+    gemms.output_of_quantized(local, None, own, bias, out=z_TN[start : start + own])
+    arrived()
+    for begin, end in ((0, start), (start + own, whole)):
+        if begin < end:
+            part = slice(begin, end)
+            gemms.output_of_quantized(x[part], None, end - begin, bias, out=z_TN[part])
+    return z_TN
 
 
 def in_graph(x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, Float8Input | None]:

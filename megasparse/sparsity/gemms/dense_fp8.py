@@ -131,10 +131,11 @@ class DenseFp8Gemms:
         x_KT: torch.Tensor | None,
         tokens: int,
         bias: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
         x = self._quantizers.x.known_scale()
         assert x is not None
-        return self._multiply_output(row, x, bias)[:tokens], self._saved(x_KT, x)
+        return self._multiply_output(row, x, bias, out)[:tokens], self._saved(x_KT, x)
 
     def output_of_gated(
         self, fused_TF: torch.Tensor, save: bool
@@ -168,10 +169,14 @@ class DenseFp8Gemms:
         return () if x_KT is None else (x_KT, *self._quantizers.x.saved_with(x))
 
     def _multiply_output(
-        self, row: torch.Tensor, x: Scale, bias: torch.Tensor | None
+        self,
+        row: torch.Tensor,
+        x: Scale,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert self._w_NK is not None
-        return scaled_mm(row, self._w_NK, x, self._weight, bias)
+        return scaled_mm(row, self._w_NK, x, self._weight, bias, out)
 
     def prepare_grad_output(
         self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None

@@ -17,17 +17,24 @@ from megasparse.kernels import rescale_
 
 
 def scaled_mm(
-    a_TK: torch.Tensor, b_NK: torch.Tensor, a: Scale, b: Scale, bias: torch.Tensor | None = None
+    a_TK: torch.Tensor,
+    b_NK: torch.Tensor,
+    a: Scale,
+    b: Scale,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`a b^T + bias` (T, N) bfloat16 of two 8-bit matrices with their scaling undone: a dense GEMM.
 
     Args:
         bias: `(N,)` bfloat16.
+        out: `(T, N)` bfloat16: gets the result.
     """
     if not a_TK.is_cuda:
         factor = a.scale_inv * b.scale_inv
         product = a_TK.float() @ b_NK.float().t() * factor
-        return (product if bias is None else product + bias).to(torch.bfloat16)
+        product = (product if bias is None else product + bias).to(torch.bfloat16)
+        return product if out is None else out.copy_(product)
     return torch._scaled_mm(
         a_TK,
         b_NK.t(),
@@ -36,6 +43,7 @@ def scaled_mm(
         bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
+        **({} if out is None else {"out": out}),
     )
 
 

@@ -33,9 +33,11 @@ class NamedGemms:
         with named(f"{self._layer} output"):
             return self._gemms.output_and_saved(*operands)
 
-    def output_of_quantized(self, *operands: Any) -> tuple[torch.Tensor, SavedInput]:
+    def output_of_quantized(
+        self, *operands: Any, **options: Any
+    ) -> tuple[torch.Tensor, SavedInput]:
         with named(f"{self._layer} output"):
-            return self._gemms.output_of_quantized(*operands)
+            return self._gemms.output_of_quantized(*operands, **options)
 
     def output_of_gated(self, *operands: Any) -> Any:
         with named(f"{self._layer} output"):

@@ -110,9 +110,13 @@ class PackedFp8Gemms(DenseFp8Gemms):
             self._tell("weight", pruned, packed.values)
 
     def _multiply_output(
-        self, row: torch.Tensor, x: Scale, bias: torch.Tensor | None
+        self,
+        row: torch.Tensor,
+        x: Scale,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._sparse("output", row, x, bias)
+        return self._sparse("output", row, x, bias, out)
 
     def prepare_grad_output(
         self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
@@ -194,7 +198,12 @@ class PackedFp8Gemms(DenseFp8Gemms):
         return product(choice.algorithm)
 
     def _sparse(
-        self, name: str, a: torch.Tensor, scale: Scale, bias: torch.Tensor | None = None
+        self,
+        name: str,
+        a: torch.Tensor,
+        scale: Scale,
+        bias: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`a (T, K) @ W^T + bias` of a packed W, bfloat16; by a dense GEMM where that is faster."""
         packed, weight, tokens = self._packed_of(name), self._weight, a.shape[0]
@@ -203,7 +212,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
         def product(algorithm: int) -> torch.Tensor:
             return undone(
                 lambda alpha, added: spmm24(
-                    packed, a, algorithm=algorithm, alpha=alpha, bias=added
+                    packed, a, algorithm=algorithm, alpha=alpha, bias=added, out=out
                 ),
                 scale,
                 weight,
@@ -221,7 +230,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
         if choice.dense_wins:
             if name not in self._unpacked:
                 self._unpacked[name] = packed.stored()
-            return scaled_mm(a, self._unpacked[name], scale, weight, bias)
+            return scaled_mm(a, self._unpacked[name], scale, weight, bias, out)
         self.ran_sparse.add(name)
         return product(choice.algorithm)
 

@@ -75,6 +75,7 @@ class LinearGemms(Protocol):
         x_KT: torch.Tensor | None,
         tokens: int,
         bias: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
         """`output` (with `x_KT` `output_and_saved`) of an x quantized by `input_scale`.
 
@@ -82,6 +83,7 @@ class LinearGemms(Protocol):
             row: (T', K) e4m3, whole tiles of tokens.
             x_KT: (K, T') e4m3, or None.
             tokens: T.
+            out: `(T', N)` bfloat16, contiguous: gets the result.
         """
         ...
 
@@ -164,6 +166,7 @@ class PlainOperands(ABC):
         x_KT: torch.Tensor | None,
         tokens: int,
         bias: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
         raise TypeError(f"{type(self).__name__} takes inputs in full: input_scale() is None")
 

@@ -180,21 +180,36 @@ def test_a_recomputation_repeats_the_step(device):
 
 
 class Doubling(NoComm):
-    """Every rank of two has the same tokens; what travels is there after the wait."""
+    """The other of two ranks has the same tokens, its second half first; what travels is there
+    after the wait.
+
+    Args:
+        rank: of the two.
+        own_first: this rank's tokens are multiplied before the others have come.
+    """
 
     gathers = True
 
+    def __init__(self, rank=0, own_first=False):
+        self._rank, self._own_first = rank, own_first
+
     def gather(self, x_local):
-        result = torch.zeros_like(torch.cat([x_local, x_local]))
-        return result, lambda: result.copy_(torch.cat([x_local, x_local]))
+        parts = [x_local, x_local.roll(len(x_local) // 2, 0)]
+        whole = torch.cat(parts[:: -1 if self._rank else 1])
+        result = torch.zeros_like(whole)
+        return result, lambda: result.copy_(whole)
+
+    def own_part(self, tokens):
+        return self._rank * tokens if self._own_first else None
 
     def reduce(self, dx):
-        first, second = dx.chunk(2)
-        return first + second, lambda: None
+        own, other = dx.chunk(2)[:: -1 if self._rank else 1]
+        return own + other.roll(len(other) // 2, 0), lambda: None
 
 
+@pytest.mark.parametrize(("rank", "own_first"), [(0, False), (0, True), (1, True)])
 @pytest.mark.parametrize("packed", [True, False])
-def test_what_is_gathered_travels_in_8_bits(device, packed):
+def test_what_is_gathered_travels_in_8_bits(device, packed, rank, own_first):
     """The same bits as a gather of the norm's output in full, from half of the bytes."""
     needs_transformer_engine(device)
     results, sent = [], []
@@ -203,7 +218,7 @@ def test_what_is_gathered_travels_in_8_bits(device, packed):
         pair.step(0)
         x = torch.randn(64, 2, H, generator=torch.Generator().manual_seed(1)).to(device).bfloat16()
         dz = torch.randn(128, 2, N, generator=torch.Generator().manual_seed(2)) * 1e-3
-        comm, scale = Doubling(), pair.slots.x.known_scale()
+        comm, scale = Doubling(rank, own_first), pair.slots.x.known_scale()
         gather = comm.gather
         comm.gather = lambda t, g=gather: (sent.append(t.dtype), g(t))[1]
         x.requires_grad_()

@@ -78,6 +78,19 @@ class BaselineLayout(PlainLayout):
     set it again; without it FP8 layers keep their first weights for ever.
     """
 
+    fused = False  # weight gradients are added up by the GEMMs that compute them
+
+    def _make_gradients(self) -> None:
+        super()._make_gradients()
+        if not self.fused:
+            return
+        assert self.gradients is not None
+        for module in self.model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
+                for parameter in module.parameters(recurse=False):
+                    parameter.main_grad = self.gradients.views[parameter]  # type: ignore[attr-defined]
+
     def compute_and_update(self, batches: Iterator[Batch]) -> float:
         assert isinstance(self.model, GPTModel)
         self.model.set_is_first_microbatch()
@@ -140,13 +153,16 @@ class BaselineGraphs(LayerGraphs):
             set_capture_start()
 
 
-def build_baseline(config: ResolvedConfig, grid: Grid, vocabulary: int, fp8: bool) -> Engine:
+def build_baseline(
+    config: ResolvedConfig, grid: Grid, vocabulary: int, fp8: bool, fused: bool = False
+) -> Engine:
     """The dense model of a configuration from megatron-core's Transformer Engine spec, on one GPU.
 
     Args:
         config: with the recipe "dense".
         vocabulary: padded.
         fp8: linears in FP8, delayed scaling, e4m3 and e5m2 ("hybrid").
+        fused: weight gradients are added up by the GEMMs that compute them.
     """
     model = config.model
     layers = dataclasses.replace(
@@ -173,4 +189,6 @@ def build_baseline(config: ResolvedConfig, grid: Grid, vocabulary: int, fp8: boo
     clock = Clock(config.train.seed, config.train.train_iters)
     controller = SparsityController(make_recipe("dense"), clock)
     torch.cuda.empty_cache()
-    return Engine(config, grid, BaselineLayout(config, grid, gpt, controller), controller)
+    layout = BaselineLayout(config, grid, gpt, controller)
+    layout.fused = fused
+    return Engine(config, grid, layout, controller)

@@ -78,16 +78,16 @@ class BaselineLayout(PlainLayout):
     set it again; without it FP8 layers keep their first weights for ever.
     """
 
-    fused = False  # weight gradients are added up by the GEMMs that compute them
+    adds_in_gemms = False  # weight gradients are added up by the GEMMs that compute them
 
     def _make_gradients(self) -> None:
         super()._make_gradients()
-        if not self.fused:
+        if not self.adds_in_gemms:
             return
         assert self.gradients is not None
         for module in self.model.modules():
             if hasattr(module, "fuse_wgrad_accumulation"):
-                module.fuse_wgrad_accumulation = True
+                module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
                 for parameter in module.parameters(recurse=False):
                     parameter.main_grad = self.gradients.views[parameter]  # type: ignore[attr-defined]
 
@@ -190,5 +190,5 @@ def build_baseline(
     controller = SparsityController(make_recipe("dense"), clock)
     torch.cuda.empty_cache()
     layout = BaselineLayout(config, grid, gpt, controller)
-    layout.fused = fused
+    layout.adds_in_gemms = fused
     return Engine(config, grid, layout, controller)

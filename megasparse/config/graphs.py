@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from megasparse.config.resolved import ResolvedConfig
 
+# Measured on H200s with Transformer Engine 2.20: captured, the backward pass of its attention gives
+# other gradients than eagerly, or reads memory that is not there, unless this divides a sequence.
+ATTENTION_TILE = 128
+
+
+def _attention_may_be_fused(config: ResolvedConfig) -> bool:
+    """Whether Transformer Engine computes attention, where it is installed."""
+    return config.train.bf16 and config.train.transformer_impl != "local"
+
 
 def graphs_refusal(config: ResolvedConfig) -> str | None:
     """Why the layers of a run on GPUs cannot be captured, or None."""
@@ -15,11 +24,12 @@ def graphs_refusal(config: ResolvedConfig) -> str | None:
             parallel.zero_stage == 3,
             "ZeRO 3 gathers weights to other addresses in every micro-batch",
         ),
+        (
+            model.seq_length % ATTENTION_TILE != 0 and _attention_may_be_fused(config),
+            f"seq_length {model.seq_length} is no multiple of {ATTENTION_TILE}: the gradients of "
+            "Transformer Engine's attention would be wrong in a graph",
+        ),
         (parallel.recompute_granularity == "selective", "recompute_granularity is selective"),
         (dropout > 0.0, f"dropout is {dropout:g}, whose random states graphs would freeze"),
-        (
-            parallel.pipeline_model_parallel_size > 1 and parallel.zero_stage >= 2,
-            "a pipeline adds gradients up by itself",
-        ),
     )
     return next((text for holds, text in reasons if holds), None)

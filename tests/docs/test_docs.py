@@ -174,6 +174,7 @@ def test_flags_of_the_guides_exist(page):
     known = {info.flag for info in FIELDS.values()}
     known |= {"--" + alias.replace("_", "-") for alias in ALIASES}
     known |= {"--config", "--help", "--num_gpus", "--log_level", "--hostfile", "--deepspeed_config"}
+    known |= {"--no-" + info.flag[2:] for info in FIELDS.values() if info.kind is bool}
     known |= {"--fp16", "--no-bf16", "--deepspeed", "--node_rank"}  # of theirs
     known |= {"--append-eod", "--no-append-eod"}  # of tools/preprocess_data.py
     known |= {"--gpus", "--search"}  # of tools/estimate.py

@@ -84,6 +84,7 @@ def test_a_slow_rank_is_told_once(caplog):
 def test_on_a_gpu_named_steps_are_eager_and_graphs_come_back(tmp_path, dataset):
     flags = [*TINY, *LLAMA, "--bf16", "--data-path", dataset, "--run-dir", str(tmp_path)]
     flags += ["--hidden-size", "256", "--ffn-hidden-size", "512", "--train-iters", "10"]
+    flags += ["--seq-length", "128"]
     flags += ["--profile", "--profile-step-start", "5", "--profile-step-end", "7"]
     flags += ["--record-memory-history"]
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *flags]

@@ -287,12 +287,10 @@ class SparseColumnParallelLinear(ParallelLinear):
         super().__init__(config, shard, bias, True, skip_bias_add, group, init_method)
         self.gather_output = gather_output
         self.comm: LinearComm = NoComm()
-        if group.size() > 1:
-            self.comm = (
-                GatherOverSequence(group, "input")
-                if self.sequence_parallel
-                else SumOverTensorParallel(group)
-            )
+        if self.sequence_parallel:
+            self.comm = GatherOverSequence(group, "input")
+        elif group.size() > 1:
+            self.comm = SumOverTensorParallel(group)
 
     def forward(self, x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(S, B, K)` or, with sp, `(S/p, B, K)` -> `(S, B, N/p)` (N with gather_output), bias."""

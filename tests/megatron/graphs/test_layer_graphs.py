@@ -84,9 +84,10 @@ _DECAY = TINY.index("--masked-decay")
 _WITHOUT_DECAY = [*TINY[:_DECAY], *TINY[_DECAY + 2 :]]
 # On a GPU sequences as short as these are captured with this attention alone.
 RUN = [
-    "--transformer-impl", "local", *_WITHOUT_DECAY, "--global-batch-size", "12", "--train-iters", "14",
+    *_WITHOUT_DECAY, "--global-batch-size", "12", "--train-iters", "14",
     "--mask-update-interval", "2", "--log-interval", "4", "--eval-iters", "1",
     "--eval-interval", "5", "--dense-warmup-fraction", "0.25", "--dense-tail-fraction", "0.25",
+    "--transformer-impl", "local",
 ]  # fmt: skip
 RECOMPUTE = [
     "--recompute-granularity",

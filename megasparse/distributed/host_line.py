@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import select
 import socket
 import struct
 from contextlib import suppress
+from multiprocessing.connection import wait
 from typing import Any
 
 Message = dict[str, Any]
@@ -60,7 +60,7 @@ class HostLine:
             self._join()
         ends = [*self._peers, *([self._server] if self._server is not None else [])]
         heard: list[Message] = []
-        for end in select.select(ends, [], [], seconds)[0]:
+        for end in wait(ends, seconds):
             if end is self._server:
                 self._accept()
                 continue

@@ -103,7 +103,8 @@ def test_a_service_that_fails_is_told_once_and_the_run_goes_on(
 ):
     failing = _Failing(error)
     monkeypatch.setattr(trackers, "TRACKERS", ((*TRACKERS[1][:2], lambda *_: failing),))
-    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
     writer = MetricsWriter(tmp_path, LoggingConfig(wandb_project="p"))  # type: ignore[arg-type]
     for step in range(1, 6):
         writer.write({"step": step, "loss": 0.5})

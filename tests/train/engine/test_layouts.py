@@ -13,7 +13,7 @@ from megasparse.timer import StepTimer
 from megasparse.train.distillation import Distillation
 from megasparse.train.engine.pipeline import PipelineLayout, _pairs
 from megasparse.train.engine.plain import LanguageModelLoss, PlainLayout
-from megasparse.train.engine.step_guard import MicroBatch
+from megasparse.train.engine.step_guard import MicroBatch, StepGuard
 
 
 class _Engine:
@@ -49,12 +49,11 @@ def _layout(kind, accumulation_steps, dp_size=1, dp_rank=0):
         dp_size=dp_size,
         dp_rank=dp_rank,
         rank=0,
+        world=1,
         mean_over_dp=lambda value: 10 * value,
     )
     layout.controller = SimpleNamespace(clock=Clock(1, 10), timer=StepTimer())
-    layout.guard = SimpleNamespace(
-        keep=lambda batch, number: batch, poisoned=lambda loss: loss, check_loss=lambda total: None
-    )
+    layout.guard = StepGuard(layout.grid, torch.nn.Module(), layout.controller)
     layout.accumulation_steps = accumulation_steps
     layout.graphs = layout.gradients = layout.distillation = None
     layout._events = lambda *_: None

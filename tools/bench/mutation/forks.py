@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megasparse.atomic_files import write_text
+
 # What the suite's own server of ranks imports first (tests/forkserver.py), and one more.
 IMPORTED = ("tests.cpu_only", "pytest", "megasparse.train.main", "tests.dist", "tests.forked")
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
@@ -53,7 +55,7 @@ class _Order:
     def pytest_runtest_logreport(self, report) -> None:
         """The first failure."""
         if report.failed and not self._report.exists():
-            self._report.write_text(json.dumps(report.nodeid))
+            write_text(self._report, json.dumps(report.nodeid))
 
 
 def import_everything(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def _megatron(rank: int, world: int, folder: str, ours: str) -> dict[str, Any]:
     torch.cuda.synchronize = lambda *_: None
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[assignment, method-assign]
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    filesystem_async._get_write_results_queue = multiprocessing.get_context("fork").Queue
+    filesystem_async._get_write_results_queue = queue.Queue
     found: dict[str, Any] = {}
     for name, sizes, stages in (("llama", LLAMA, 1), ("gpt", GPT, 2)):
         arguments = {**SIZES, **sizes}

@@ -70,7 +70,6 @@ CASES = {
     ("smollm3", "ast"): [PP],
     ("phi3", "ste"): [TP_RECOMPUTED],
     ("neox", "fst"): [TP],
-    ("neox", "fst fp8"): [(1, zero(1))],
     ("opt", "ast"): [TP],
     ("sandwich", "dense"): [PP],
 }

@@ -45,8 +45,8 @@ def test_traffic_grows_with_the_ranks_and_not_with_their_square(measured):
         pytest.skip("counting packets needs a network namespace, which needs root")
     for phase in ("control", "agree", "save", "choose", "load", "reshard", "watch", "beat"):
         few, many = (measured[n][phase] for n in (8, 32))
-        # In log N rounds with log N neighbours; a set-up goes through the leaders of hosts, of which
-        # 8 ranks have none (a mesh would take 16 times as much, not 8).
+        # In log N rounds with log N neighbours; a set-up goes through the leaders of hosts, which
+        # 8 ranks do without (a mesh would take 16 times as much, not 8).
         bounds = {"reshard": (2.5, 300), "watch": (2.0, 80)}
         growth, each = bounds.get(phase, (1.5, 60))
         assert many["packets"] <= growth * 4 * few["packets"], phase

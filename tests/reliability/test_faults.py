@@ -216,40 +216,54 @@ def test_the_time_limit_is_decided_together(tmp_path, dataset):
     assert len(list_steps(tmp_path / "run" / "checkpoints")) == 1
 
 
-@pytest.mark.parametrize("point", ["build", "index", "load", "model", "save:file", "evaluate"])
-def test_a_hang_of_one_rank_alone_is_found_in_every_phase(tmp_path, dataset, point):
+def test_a_hang_of_one_rank_alone_is_found_in_every_phase(tmp_path, dataset):
+    """Each waits for most of its time, so they run side by side."""
     more = ["--eval-iters", "1", "--eval-interval", "2", "--save-interval", "2"]
-    step = "2" if point in ("save:file", "evaluate") else "*"
-    codes, (text,) = _faulty(
-        dataset, tmp_path, f"hang@0:{step}:{point}", "--hang-timeout", "0.3", *more, world=1
-    )
-    assert codes == [71]
+    runs = {}
+    for point in ("build", "index", "load", "model", "save:file", "evaluate"):
+        step = "2" if point in ("save:file", "evaluate") else "*"
+        folder = tmp_path / point.replace(":", "-")
+        run = flags(dataset, folder / "run", "--hang-timeout", "0.3", *more)
+        variables = {VARIABLE: f"hang@0:{step}:{point}"}
+        folder.mkdir()
+        runs[point] = folder, forked.start(run, 1, folder / "log", variables)
     words = {"save:file": "save:file", "evaluate": "evaluation, micro-batch 0", "load": "load of a"}
     words["model"] = "build of the model"
-    assert f"PeerError: rank 0 hangs in {words.get(point, point)}" in text and "_strike" in text
-    assert not list((tmp_path / "run").rglob(".lock"))
+    for point, (folder, ranks) in runs.items():
+        assert forked.wait(ranks) == [71], point
+        (text,) = _texts(folder / "log", 1)
+        assert f"PeerError: rank 0 hangs in {words.get(point, point)}" in text and "_strike" in text
+        assert not list((folder / "run").rglob(".lock"))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_run_that_is_suspended_goes_on(tmp_path, dataset, world):
-    """All ranks stopped for longer than a silent or hanging rank may take."""
-    run = flags(dataset, tmp_path / "run", "--hang-timeout", "3", "--train-iters", "100000")
-    ranks = forked.start(run, world, tmp_path / "log")
-    rows = tmp_path / "run" / "metrics.jsonl"
+def _until_rows(path, number, ranks):
+    """Wait until a run has logged so many steps."""
     end = time.monotonic() + 60
-    while len(read_metrics(rows)) < 3:
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    for rank in ranks:
-        os.kill(rank.pid, signal.SIGSTOP)
-    time.sleep(8)
-    before = len(read_metrics(rows))
-    for rank in ranks:
-        os.kill(rank.pid, signal.SIGCONT)
-        time.sleep(0.5)
-    end = time.monotonic() + 60
-    while len(read_metrics(rows)) < before + 3:
+    while len(read_metrics(path)) < number:
         assert time.monotonic() < end and all(rank.is_alive() for rank in ranks)
         time.sleep(0.05)
-    os.kill(ranks[0].pid, signal.SIGHUP)  # a closed terminal
-    assert forked.wait(ranks) == [75] * world
+
+
+def test_runs_that_are_suspended_go_on(tmp_path, dataset):
+    """All ranks of a run, one or two, stopped for longer than a silent or hanging one may take."""
+    runs = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        run = flags(dataset, folder / "run", "--hang-timeout", "3", "--train-iters", "100000")
+        ranks = forked.start(run, world, folder / "log")
+        runs.append((folder / "run" / "metrics.jsonl", ranks))
+    for rows, ranks in runs:
+        _until_rows(rows, 3, ranks)
+    everyone = [rank for _, ranks in runs for rank in ranks]
+    for rank in everyone:
+        os.kill(rank.pid, signal.SIGSTOP)
+    time.sleep(8)
+    before = [len(read_metrics(rows)) for rows, _ in runs]
+    for rank in everyone:
+        os.kill(rank.pid, signal.SIGCONT)
+        time.sleep(0.5)
+    for (rows, ranks), number in zip(runs, before, strict=True):
+        _until_rows(rows, number + 3, ranks)
+        os.kill(ranks[0].pid, signal.SIGHUP)  # a closed terminal
+        assert forked.wait(ranks) == [75] * len(ranks)

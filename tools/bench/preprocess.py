@@ -168,8 +168,7 @@ def report(rows: list[list[str]], argv: Sequence[str], megabytes: float, rounds:
             "",
             *markdown_table(columns, rows, text_columns=2),
             "",
-            "MB/s is by the clock while other work ran on the machine. The ratio is of the column "
-            "before it, to Megatron's logic.",
+            "MB/s is by the clock. The ratio is of the column before it, to Megatron's logic.",
             "",
         ]
     )

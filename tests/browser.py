@@ -45,7 +45,7 @@ def open_page(address: str, folder: Path) -> Page:
     """
     browser = next(filter(None, map(shutil.which, NAMES)), None)
     if browser is None:
-        pytest.skip(f"no browser here ({', '.join(NAMES)})")
+        pytest.skip(f"nothing to look at pages with: found none of {', '.join(NAMES)}")
     picture = folder / "screen.png"
     own = [f"--user-data-dir={folder / 'profile'}", f"--screenshot={picture}"]
     result = subprocess.run(

@@ -43,7 +43,7 @@ def test_the_container_has_the_pinned_versions():
 def test_the_container_has_no_fault_that_a_linter_knows():
     linter = shutil.which("hadolint", path=Path(sys.executable).parent) or shutil.which("hadolint")
     if linter is None:
-        pytest.skip("hadolint is not installed")
+        pytest.skip("no linter of Dockerfiles: hadolint, of the extra [dev], is not installed")
     dockerfile = ROOT / "containers" / "Dockerfile"
     result = subprocess.run([linter, "--no-color", dockerfile], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -5,9 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megasparse.config import CompleteModel, ModelConfig
+from megasparse.config import CompleteModel, ModelConfig, narrowed
 from megasparse.config.layer_patterns import PATTERN_FORM, WINDOW_FORM, pattern_text, window_text
 from megasparse.errors import CheckpointError, ConfigError
+
+
+def complete_model(
+    arguments: dict[str, Any], rows: int, vocab_size: int | None, where: str
+) -> CompleteModel:
+    """The model that Megatron's arguments describe.
+
+    Args:
+        rows: of the word embeddings, padding included.
+        vocab_size: before padding; None: what the arguments say, else all rows.
+        where: names the checkpoint in messages.
+
+    Raises:
+        CheckpointError: a size is missing. ConfigError: megasparse cannot compute it, or
+            `vocab_size` is more than `rows`.
+    """
+    model = megatron_config(arguments, where)
+    stated = arguments.get("vocab_size")
+    known = stated if isinstance(stated, int) and 0 < stated <= rows else rows
+    model.vocab_size = vocab_size or known
+    complete = narrowed(CompleteModel, model, where)
+    if complete.vocab_size > rows:
+        raise ConfigError(f"vocab_size {vocab_size} is more than the {rows} rows of {where}")
+    return complete
 
 
 def megatron_config(arguments: dict[str, Any], where: str) -> ModelConfig:

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from megasparse.config import CompleteModel, narrowed
 from megasparse.config.shapes import VOCABULARY, parameters
 from megasparse.convert.layout import parameter_shapes
-from megasparse.convert.megatron_arguments import megatron_config
+from megasparse.convert.megatron_arguments import complete_model
 from megasparse.convert.megatron_files import MegatronFiles
 from megasparse.convert.megatron_names import renamed
 from megasparse.convert.source import require_finite
-from megasparse.errors import CheckpointError, ConfigError
+from megasparse.errors import CheckpointError
 from megasparse.sparsity.shard import WeightShard
 from megasparse.tensor_files import Entry
 
@@ -54,16 +53,8 @@ class MegatronModel:
         }
         shards = [self._named(rank) for rank in range(self._files.tp)]
         self._shards = {name: [shard.get(name) for shard in shards] for name in shards[0]}
-        model = megatron_config(arguments, self.where)
         self._padded = self._rows()
-        stated = arguments.get("vocab_size")
-        known = stated if isinstance(stated, int) and 0 < stated <= self._padded else self._padded
-        model.vocab_size = vocab_size or known
-        self.model = narrowed(CompleteModel, model, self.where)
-        if self.model.vocab_size > self._padded:
-            raise ConfigError(
-                f"vocab_size {vocab_size} is more than the {self._padded} rows of {self.where}"
-            )
+        self.model = complete_model(arguments, self._padded, vocab_size, self.where)
         self._shapes = parameter_shapes(self.model)
         self._in_files = {one.name: one for one in parameters(self.model, self._padded)}
         self._check()

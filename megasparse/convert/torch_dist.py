@@ -19,16 +19,15 @@ from typing import Any
 
 import torch
 
-from megasparse.config import CompleteModel, narrowed
 from megasparse.config.shapes import VOCABULARY, parameters
 from megasparse.convert import inert_pickle
 from megasparse.convert.inert_pickle import Record
 from megasparse.convert.layout import parameter_shapes
-from megasparse.convert.megatron_arguments import megatron_config
+from megasparse.convert.megatron_arguments import complete_model
 from megasparse.convert.megatron_files import arguments_of, iteration_folder, load_weights
 from megasparse.convert.megatron_names import renamed
 from megasparse.convert.source import require_finite
-from megasparse.errors import CheckpointError, ConfigError
+from megasparse.errors import CheckpointError
 from megasparse.input_files import open_regular, read_regular, refuse_links
 from megasparse.tensor_files import Entry
 
@@ -94,15 +93,7 @@ class TorchDistModel:
         if words is None:
             raise CheckpointError(f"{self.where}: holds no embedding.word_embeddings.weight")
         self._rows = words[0].shape[0]
-        model = megatron_config(arguments, self.where)
-        stated = arguments.get("vocab_size")
-        known = stated if isinstance(stated, int) and 0 < stated <= self._rows else self._rows
-        model.vocab_size = vocab_size or known
-        self.model = narrowed(CompleteModel, model, self.where)
-        if self.model.vocab_size > self._rows:
-            raise ConfigError(
-                f"vocab_size {vocab_size} is more than the {self._rows} rows of {self.where}"
-            )
+        self.model = complete_model(arguments, self._rows, vocab_size, self.where)
         self._shapes = parameter_shapes(self.model)
         self._check()
 

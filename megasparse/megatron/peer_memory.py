@@ -1,10 +1,9 @@
 """Gathers and sums over the GPUs of a tensor-parallel group, through memory that each has opened.
 
-NCCL moves the few megabytes of a layer's activations at a third of NVLink's bandwidth. Here a rank
+NCCL takes longer for the few megabytes of a layer's activations than NVLink needs. Here a rank
 puts what others want where they can read it (torch's symmetric memory), meets them at a barrier of
 the device, and reads theirs: a gather is copies, and a sum is one kernel that reads all parts.
-Everything runs on one stream beside the computation, and can be
-captured in a CUDA graph.
+Everything runs on one stream beside the computation, and can be captured in a CUDA graph.
 
 What a rank has opened may be written again once its readers are through: a rank comes to a barrier
 after all that it has read before, so that is so behind the next barrier of any other exchange.

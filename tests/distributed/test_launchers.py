@@ -68,7 +68,7 @@ def test_a_launcher_without_a_parent_may_have_been_started_so(tmp_path, start):
     if start == "namespace":
         start = "unshare --pid --fork --mount-proc"
         if subprocess.run([*start.split(), "true"], capture_output=True).returncode:
-            pytest.skip("needs the right to make a PID namespace")
+            pytest.skip("`unshare --pid` is not allowed here, so no container can be imitated")
     inner = tmp_path / "launch.py"
     inner.write_text(textwrap.dedent(_LAUNCHER))
     # The rank trains for many looks at its launcher.

@@ -35,15 +35,15 @@ LEVELS = {
 DOORS = {
     "megatron": [
         "megasparse/megatron",
-        "tools/bench/te_baseline.py",
-        "tools/bench/single_layer.py",
+        "tools/bench/parts/te_baseline.py",
+        "tools/bench/parts/single_layer.py",
         "tools/bench/preprocess.py",
     ],
     "deepspeed": ["megasparse/train/engine/deepspeed.py"],
     "transformer_engine": [
         "megasparse/fp8/transformer_engine.py",
-        "tools/bench/te_baseline.py",
-        "tools/bench/operand_cases.py",
+        "tools/bench/parts/te_baseline.py",
+        "tools/bench/parts/operand_cases.py",
     ],
     "transformer_engine_torch": ["megasparse/fp8/transformer_engine.py"],
     "triton": [
@@ -69,14 +69,14 @@ DOORS = {
     "mlflow": ["megasparse/metrics/trackers.py"],
     "lm_eval": ["megasparse/inference/eval_harness.py"],
     "matplotlib": ["megasparse/metrics/plots.py"],
-    "transformers": ["megasparse/nn/callbacks.py", "tools/bench/llama.py"],
+    "transformers": ["megasparse/nn/callbacks.py", "tools/bench/parts/llama.py"],
     "lightning": ["megasparse/nn/callbacks.py"],
     "torchao": ["tools/bench/nn_llama.py"],
 }
 
 # Only these files import the package inside functions, so that they start without torch: a mistake
 # in a flag is told within a second, and a tool that starts ranks does not load what they need.
-LATE = ["launch/pretrain.py", "tools/bench/short_runs.py"]
+LATE = ["launch/pretrain.py", "tools/bench/parts/short_runs.py"]
 
 MAX_MODULE_LINES = 350
 MAX_FUNCTION_LINES = 80

@@ -71,7 +71,11 @@ def test_a_wheel_has_commands_configurations_and_types(tmp_path):
         entry = next(name for name in names if name.endswith("entry_points.txt"))
         assert "megasparse = megasparse.__main__:main" in archive.read(entry).decode()
     scripts = [script for script, _ in COMMANDS.values() if not script.startswith("-m ")]
-    scripts += ["configs/quickstart.yaml", "configs/recipes/fst.yaml", "tools/bench/short_runs.py"]
+    scripts += [
+        "configs/quickstart.yaml",
+        "configs/recipes/fst.yaml",
+        "tools/bench/parts/short_runs.py",
+    ]
     scripts += ["tools/results/gemm-h200.json", "launch/slurm/pretrain.sbatch"]
     assert {f"megasparse/commands/{script}" for script in scripts} <= names
     assert "megasparse/py.typed" in names and not any("__pycache__" in name for name in names)

@@ -30,11 +30,11 @@ from megasparse.checkpoint.model import StoredModel, open_checkpoint
 from megasparse.cli import guarded
 from megasparse.convert.export import ExportOptions, write_huggingface
 from megasparse.convert.flags import DTYPES, add_common, vocabulary_multiple
-from megasparse.convert.huggingface import CONFIG, HuggingFaceModel
-from megasparse.convert.megatron_model import MegatronModel
+from megasparse.convert.huggingface.folder import CONFIG, HuggingFaceModel
+from megasparse.convert.megatron.model import MegatronModel
+from megasparse.convert.megatron.torch_dist import TorchDistModel, is_torch_dist
+from megasparse.convert.megatron.torch_dist_write import write_torch_dist
 from megasparse.convert.source import Source
-from megasparse.convert.torch_dist import TorchDistModel, is_torch_dist
-from megasparse.convert.torch_dist_write import write_torch_dist
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import ConfigError, StorageError
 from megasparse.inference.tokenizer_files import carried_files, run_options

@@ -51,7 +51,7 @@ from megasparse.estimate.time import GemmTable, StepTime, step_time
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.precision import settle_fp8
 from tools.bench import goodput_table
-from tools.bench.short_runs import launch
+from tools.bench.parts.short_runs import launch
 
 TABLE = ROOT / "tools" / "results" / "gemm-h200.json"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from megasparse.atomic_files import write_text
 from megasparse.cli import guarded, markdown_table
 from megasparse.config.fields import ALIASES, FIELDS
-from megasparse.config.flag_table import OURS_ALONE, Row, rows
-from megasparse.config.megatron_flags import VALUES
-from megasparse.config.megatron_missing import FAMILIES
+from megasparse.config.flags.megatron import VALUES
+from megasparse.config.flags.missing import FAMILIES
+from megasparse.config.flags.table import OURS_ALONE, Row, rows
 from megasparse.errors import ConfigError
 
 BEGIN, END = "<!-- flags: begin -->", "<!-- flags: end -->"

@@ -17,7 +17,7 @@ from megasparse.checkpoint.shared_reader import SharedReader
 from megasparse.config import CompleteModel, RunConfig, from_dict, narrowed
 from megasparse.config.batches import DEFAULT_ITERS
 from megasparse.config.shapes import VOCABULARY
-from megasparse.convert.layout import parameter_shapes
+from megasparse.convert.huggingface.layout import parameter_shapes
 from megasparse.convert.source import check_shape, require_finite
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError

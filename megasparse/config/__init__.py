@@ -16,9 +16,9 @@ from megasparse.config.resolved import (
     narrowed,
 )
 from megasparse.config.schema import RunConfig
-from megasparse.config.schema_model import Fp8Config, ModelConfig, SparsityConfig
-from megasparse.config.schema_output import CheckpointConfig, LoggingConfig
-from megasparse.config.schema_training import (
+from megasparse.config.schema.model import Fp8Config, ModelConfig, SparsityConfig
+from megasparse.config.schema.output import CheckpointConfig, LoggingConfig
+from megasparse.config.schema.training import (
     DataConfig,
     DistillationConfig,
     ParallelConfig,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from megasparse.config.schema_training import TrainConfig
+from megasparse.config.schema.training import TrainConfig
 
 DEFAULT_ITERS = 100
 

@@ -1,4 +1,4 @@
-"""A command line read as settings: our flags, and Megatron's by the table of `flag_table.py`.
+"""A command line read as settings: our flags, and Megatron's by the table of `flags/table.py`.
 
 Nothing is raised here. All that is wrong is collected, so that it is told at once, and so is what
 becomes of flags of Megatron-LM and Megatron-DeepSpeed that are not flags here.
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megasparse.config.fields import ALIASES, FIELDS, FieldInfo, expected
-from megasparse.config.flag_table import Row, family, rows
-from megasparse.config.megatron_flags import VALUES
+from megasparse.config.flags.megatron import VALUES
+from megasparse.config.flags.table import Row, family, rows
 from megasparse.config.schema import RunConfig
 from megasparse.errors import EXIT_CODES
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megasparse.config.fields import FieldInfo
 from megasparse.config.schema import RunConfig
-from megasparse.config.schema_training import DataConfig
+from megasparse.config.schema.training import DataConfig
 
 # The ways to say where data come from; a run uses one of them.
 DATA_SOURCES = (

@@ -16,7 +16,7 @@ from typing import Any
 
 from megasparse.config import command_line
 from megasparse.config.command_line import CommandLine
-from megasparse.config.deepspeed_json import take_over
+from megasparse.config.deepspeed.json_file import take_over
 from megasparse.config.fields import ALIASES, FIELDS, FieldInfo, convert, nearest_field
 from megasparse.config.inputs import locate, replace_sources
 from megasparse.config.packaged import find_config

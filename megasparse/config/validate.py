@@ -17,9 +17,9 @@ from megasparse.config.resolved import (
     fill_defaults,
 )
 from megasparse.config.schema import RunConfig
-from megasparse.config.schema_model import ModelConfig
-from megasparse.config.schema_output import LoggingConfig
-from megasparse.config.schema_training import DataConfig, ParallelConfig, TrainConfig
+from megasparse.config.schema.model import ModelConfig
+from megasparse.config.schema.output import LoggingConfig
+from megasparse.config.schema.training import DataConfig, ParallelConfig, TrainConfig
 from megasparse.config.validate_model import check_model
 from megasparse.errors import ConfigError, together
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megasparse.config.resolved import ResolvedModel
-from megasparse.config.schema_model import ModelConfig
+from megasparse.config.schema.model import ModelConfig
 
 ACTIVATIONS = ("swiglu", "geglu", "squared_relu", "relu", "exact_gelu")
 

@@ -15,16 +15,16 @@ import torch
 
 from megasparse.atomic_files import new_folder, replacing, write_json, write_text
 from megasparse.config.shapes import VOCABULARY
-from megasparse.convert.architecture import (
+from megasparse.convert.huggingface.architecture import (
     architecture_of,
     huggingface_config,
     model_config,
 )
-from megasparse.convert.huggingface import CONFIG, SCALES, read_json
-from megasparse.convert.layout import Rule, rules
-from megasparse.convert.model_card import CARD, Facts, model_card
+from megasparse.convert.huggingface.folder import CONFIG, SCALES, read_json
+from megasparse.convert.huggingface.layout import Rule, rules
+from megasparse.convert.huggingface.model_card import CARD, Facts, model_card
+from megasparse.convert.huggingface.shards import Group, write_model
 from megasparse.convert.packed import FORMATS, pack_checked
-from megasparse.convert.shards import Group, write_model
 from megasparse.convert.source import Source, check_model
 from megasparse.data.special_tokens import GENERATION_CONFIG
 from megasparse.errors import CheckpointError, ConfigError, StorageError

@@ -9,7 +9,7 @@ import torch
 
 from megasparse.config import CompleteModel, ResolvedModel
 from megasparse.config.shapes import VOCABULARY
-from megasparse.convert.architecture import differences
+from megasparse.convert.huggingface.architecture import differences
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.sparsity.shard import WeightShard
 from megasparse.tensor_files import Entry

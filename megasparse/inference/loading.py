@@ -24,7 +24,7 @@ from megasparse.config import (
     fill_defaults,
     padded_vocab_size,
 )
-from megasparse.convert.huggingface import HuggingFaceModel
+from megasparse.convert.huggingface.folder import HuggingFaceModel
 from megasparse.convert.source import PartSource
 from megasparse.data.check import token_options
 from megasparse.data.special_tokens import TokenOptions

@@ -9,9 +9,9 @@ from pathlib import Path
 from megasparse.checkpoint.importer import CARRIED_FOLDER
 from megasparse.checkpoint.model import StoredModel
 from megasparse.convert.export import ExportOptions
-from megasparse.convert.huggingface import CARRIED, CONFIG
-from megasparse.convert.model_card import Facts
-from megasparse.convert.tokenizer_export import exported_tokenizer, pad_id
+from megasparse.convert.huggingface.folder import CARRIED, CONFIG
+from megasparse.convert.huggingface.model_card import Facts
+from megasparse.convert.huggingface.tokenizer_export import exported_tokenizer, pad_id
 from megasparse.data.check import token_options
 from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.token_flags import token_flags

@@ -24,13 +24,13 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from megasparse.fp8.shapes import TILE
 from megasparse.kernels import prune24_mask
 from megasparse.megatron import layer_state
-from megasparse.megatron.init import initialize_by, mark_sharded
-from megasparse.megatron.linear_comm import (
+from megasparse.megatron.comm.linear import (
     GatherOverSequence,
     SumOverTensorParallel,
     sum_over_sequence,
 )
-from megasparse.megatron.slorb_comm import SplitOverRank, SumOfProjections
+from megasparse.megatron.comm.slorb import SplitOverRank, SumOfProjections
+from megasparse.megatron.init import initialize_by, mark_sharded
 from megasparse.sparsity.autograd.linear import LinearComm, NoComm, Seed, linear
 from megasparse.sparsity.autograd.norm import Float8Input
 from megasparse.sparsity.controller import SparsityController

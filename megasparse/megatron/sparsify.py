@@ -9,8 +9,8 @@ import torch
 
 from megasparse.errors import ConfigError
 from megasparse.fp8 import Scaling, shapes
-from megasparse.megatron.mlp import fuse_gated_mlps
-from megasparse.megatron.norms import fuse_norms
+from megasparse.megatron.blocks.mlp import fuse_gated_mlps
+from megasparse.megatron.blocks.norms import fuse_norms
 from megasparse.megatron.parallel_linear import ParallelLinear
 from megasparse.sparsity.clock import Clock, draw_key
 from megasparse.sparsity.controller import SparsityController

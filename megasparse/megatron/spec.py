@@ -22,11 +22,11 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from megasparse.megatron.attention import RotaryQkvAttention
+from megasparse.megatron.blocks.attention import RotaryQkvAttention
+from megasparse.megatron.blocks.qk_norm import AllHeadsRMSNorm
+from megasparse.megatron.blocks.residual import ResidualLayer
+from megasparse.megatron.blocks.torch_modules import GatedActivation, SdpaAttention, TorchNorm
 from megasparse.megatron.parallel_linear import SparseColumnParallelLinear, SparseRowParallelLinear
-from megasparse.megatron.qk_norm import AllHeadsRMSNorm
-from megasparse.megatron.residual import ResidualLayer
-from megasparse.megatron.torch_modules import GatedActivation, SdpaAttention, TorchNorm
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from megasparse.config import CompleteModel, RunConfig
-from megasparse.convert.architecture import defining_fields, model_config
+from megasparse.convert.huggingface.architecture import defining_fields, model_config
 from megasparse.data.special_tokens import read_json_object
 from megasparse.data.tokenizer import NULL, tokenizer_file_of
 from megasparse.errors import CheckpointError

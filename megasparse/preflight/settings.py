@@ -27,7 +27,7 @@ from megasparse.config import (
     read_config,
     resolve,
 )
-from megasparse.config.deepspeed import deepspeed_config
+from megasparse.config.deepspeed.derived import deepspeed_config
 from megasparse.data.bpe_files import bpe_tokenizer_json
 from megasparse.data.check import CheckedData, check_data
 from megasparse.distributed.environment import is_same_launch

@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from megasparse.config import RunConfig, SparsityConfig
-from megasparse.config.schema_model import (
+from megasparse.config.schema.model import (
     SPARSE_LAYERS,
     MaskMetric,
     Mvue,

@@ -13,10 +13,10 @@ from megasparse.fp8.delayed import DelayedScaling
 from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.log import warn_once
+from megasparse.megatron.comm.linear import exchange_through
+from megasparse.megatron.comm.peer_memory import peer_memory
 from megasparse.megatron.grid import Grid
-from megasparse.megatron.linear_comm import exchange_through
 from megasparse.megatron.model import build_model, hide_padding
-from megasparse.megatron.peer_memory import peer_memory
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController

@@ -18,7 +18,7 @@ from megasparse.checkpoint.model import StoredModel
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
 from megasparse.config import ResolvedConfig
-from megasparse.convert.huggingface import HuggingFaceModel
+from megasparse.convert.huggingface.folder import HuggingFaceModel
 from megasparse.convert.source import PartSource, check_model
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError, ConfigError

@@ -9,8 +9,8 @@ import pytest
 from megasparse.config import command_line, load_config, resolve
 from megasparse.config.command_line import CommandLine
 from megasparse.config.fields import FIELDS
-from megasparse.config.flag_table import OURS_ALONE, Row, rows
-from megasparse.config.megatron_missing import FAMILIES
+from megasparse.config.flags.missing import FAMILIES
+from megasparse.config.flags.table import OURS_ALONE, Row, rows
 from megasparse.errors import ConfigError
 from tests.config.published import PUBLISHED
 
@@ -62,7 +62,7 @@ def _words(row: Row) -> list[str]:
 
 
 def test_a_field_is_megatrons_or_ours_alone():
-    """A new field is named in `OURS_ALONE` of flag_table.py, or above."""
+    """A new field is named in `OURS_ALONE` of flags/table.py, or above."""
     theirs = set(THEIRS.split())
     assert not theirs & OURS_ALONE and theirs | OURS_ALONE == FIELDS.keys()
 

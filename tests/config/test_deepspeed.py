@@ -7,8 +7,8 @@ import json
 import pytest
 
 from megasparse.config import load_config, read_config, resolve
-from megasparse.config.deepspeed import deepspeed_config
-from megasparse.config.deepspeed_keys import FIELDS_OF, MISSING, NOTHING, PASSED_ON, READ
+from megasparse.config.deepspeed.derived import deepspeed_config
+from megasparse.config.deepspeed.keys import FIELDS_OF, MISSING, NOTHING, PASSED_ON, READ
 from megasparse.config.fields import FIELDS
 from megasparse.errors import ConfigError
 from tests import dist

@@ -167,7 +167,7 @@ def megasparse_logits(
 ) -> torch.Tensor:
     """Logits of a checkpoint or Hugging Face folder, tensor-parallel over all ranks."""
     from megasparse.checkpoint.model import StoredModel, open_checkpoint
-    from megasparse.convert.huggingface import HuggingFaceModel
+    from megasparse.convert.huggingface.folder import HuggingFaceModel
     from megasparse.distributed.control_plane import make_control_plane
     from megasparse.inference.loading import load_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers
 
-from megasparse.convert.architecture import model_config
+from megasparse.convert.huggingface.architecture import model_config
 from megasparse.errors import CheckpointError
 
 LLAMA = {

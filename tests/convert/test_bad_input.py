@@ -190,7 +190,7 @@ def test_an_output_that_is_there_is_refused_and_left_alone(good, tmp_path, capsy
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_conversion_leaves_nothing(good, tmp_path, monkeypatch, number):
     """The signal comes while tensors are written."""
-    from megasparse.convert.huggingface import HuggingFaceModel
+    from megasparse.convert.huggingface.folder import HuggingFaceModel
 
     read, seen = HuggingFaceModel.read, []
 

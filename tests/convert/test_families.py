@@ -10,10 +10,14 @@ import torch
 
 from megasparse.config import narrowed
 from megasparse.config.resolved import CompleteModel
-from megasparse.convert.architecture import differences, huggingface_config, model_config
 from megasparse.convert.export import ExportOptions, write_huggingface
-from megasparse.convert.families import FAMILIES as TABLE
-from megasparse.convert.huggingface import HuggingFaceModel
+from megasparse.convert.huggingface.architecture import (
+    differences,
+    huggingface_config,
+    model_config,
+)
+from megasparse.convert.huggingface.families import FAMILIES as TABLE
+from megasparse.convert.huggingface.folder import HuggingFaceModel
 from tests import dist
 from tests.convert import models
 from tests.convert.models import FAMILIES, TOKENS, VOCAB, load_logits, save_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megasparse.checkpoint.importer import write_imported
-from megasparse.convert.huggingface import HuggingFaceModel
+from megasparse.convert.huggingface.folder import HuggingFaceModel
 from tests import dist
 from tests.convert.models import KINDS, VOCAB, megasparse_logits, save_model, tensors
 from tools import convert_checkpoint

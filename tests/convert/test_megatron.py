@@ -51,10 +51,10 @@ def build(rank: int, world: int, arguments: dict, stages: int = 1):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megasparse.megatron.blocks.torch_modules import TorchNorm
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.init import initialize_weights
     from megasparse.megatron.model import _mark_vocabulary_shards, gelu_tanh
-    from megasparse.megatron.torch_modules import TorchNorm
 
     tp = world // stages
     grid = make_grid(tp, torch.device("cpu"), 1, pipeline_model_parallel_size=stages)
@@ -202,7 +202,7 @@ def test_newer_models(saved, tmp_path):
     ],
 )
 def test_windows_and_patterns_in_megatrons_arguments(arguments, field, found):
-    from megasparse.convert.megatron_arguments import megatron_config
+    from megasparse.convert.megatron.arguments import megatron_config
 
     model = megatron_config({**SIZES, **LLAMA, **arguments}, "here")
     assert getattr(model, field) == found
@@ -210,7 +210,7 @@ def test_windows_and_patterns_in_megatrons_arguments(arguments, field, found):
 
 @pytest.mark.parametrize("window", [(4095, 5), (-1, 0), "x"])
 def test_windows_that_are_not_causal_are_refused(window):
-    from megasparse.convert.megatron_arguments import megatron_config
+    from megasparse.convert.megatron.arguments import megatron_config
     from megasparse.errors import ConfigError
 
     with pytest.raises(ConfigError, match="args: window_size: found"):
@@ -219,7 +219,7 @@ def test_windows_that_are_not_causal_are_refused(window):
 
 def test_what_megatrons_arguments_do_not_say():
     """Is as Megatron has it."""
-    from megasparse.convert.megatron_arguments import megatron_config
+    from megasparse.convert.megatron.arguments import megatron_config
 
     told = ("norm_epsilon", "kv_channels", "rotary_base")
     said = {name: value for name, value in {**SIZES, **LLAMA}.items() if name not in told}
@@ -233,7 +233,7 @@ def test_what_megatrons_arguments_do_not_say():
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
 def test_weights_are_of_the_type_that_was_asked_for(saved, dtype):
-    from megasparse.convert.megatron_model import MegatronModel
+    from megasparse.convert.megatron.model import MegatronModel
 
     model = MegatronModel(saved["llama"][0], dtype)
     for entry in model.entries():
@@ -252,7 +252,7 @@ def test_straight_to_hugging_face(saved, tmp_path):
 
 
 def load(saved, name: str, rank: int = 0) -> dict:
-    from megasparse.convert.megatron_files import load_weights
+    from megasparse.convert.megatron.files import load_weights
 
     folder = saved[name][0] / "iter_0000007"
     content = load_weights(folder / f"mp_rank_{rank:02d}" / "model_optim_rng.pt")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megasparse.convert.model_card import Facts, model_card
+from megasparse.convert.huggingface.model_card import Facts, model_card
 
 MODEL = SimpleNamespace(num_layers=2, hidden_size=8)
 ORIGIN = {"format": "megatron"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from megasparse.convert.architecture import model_config
+from megasparse.convert.huggingface.architecture import model_config
 from megasparse.errors import CheckpointError
 
 KEYS = {

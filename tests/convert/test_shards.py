@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megasparse.convert.huggingface import INDEX, SINGLE
-from megasparse.convert.shards import Group, write_model
+from megasparse.convert.huggingface.folder import INDEX, SINGLE
+from megasparse.convert.huggingface.shards import Group, write_model
 from megasparse.tensor_files import Entry
 
 BYTES = {"a": 40, "b": 60, "c": 4, "d": 200, "e": 100}

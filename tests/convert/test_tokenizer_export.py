@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from megasparse.atomic_files import write_json
-from megasparse.convert.tokenizer_export import exported_tokenizer, pad_id
+from megasparse.convert.huggingface.tokenizer_export import exported_tokenizer, pad_id
 from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.tokenizer import begin, load_tokenizer, tokenizer_file_of, train_sentencepiece
 from megasparse.errors import ConfigError, DataError

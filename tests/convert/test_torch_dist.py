@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from megasparse.convert.huggingface import HuggingFaceModel
-from megasparse.convert.megatron_files import arguments_of, load_weights
-from megasparse.convert.torch_dist import TorchDistModel, is_torch_dist
-from megasparse.convert.torch_dist_write import write_torch_dist
+from megasparse.convert.huggingface.folder import HuggingFaceModel
+from megasparse.convert.megatron.files import arguments_of, load_weights
+from megasparse.convert.megatron.torch_dist import TorchDistModel, is_torch_dist
+from megasparse.convert.megatron.torch_dist_write import write_torch_dist
 from megasparse.errors import CheckpointError, ConfigError
 from tests import dist
 from tests.convert.models import VOCAB, megasparse_logits, save_model
@@ -123,7 +123,7 @@ def test_what_megatron_has_no_layers_for_is_not_written(tmp_path, kind, setting)
 @pytest.mark.parametrize("kind", ["qwen3, tied, windows", "smollm3", "opt", "gpt2"])
 def test_what_is_written_is_read_again(tmp_path, kind):
     """Windows, layers without positions, biases, learned positions; settings too."""
-    from megasparse.convert.architecture import differences
+    from megasparse.convert.huggingface.architecture import differences
 
     save_model(tmp_path / "hf", kind, "10MB")
     source = HuggingFaceModel(tmp_path / "hf")

@@ -49,7 +49,7 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.clock import Clock
     from megasparse.sparsity.recipe import recipe_of
-    from tools.bench.single_layer import build_layer, rotary_frequencies
+    from tools.bench.parts.single_layer import build_layer, rotary_frequencies
 
     everything = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
     config = resolve(
@@ -80,8 +80,8 @@ def test_rotated_projection_is_the_rotated_parts(device, one_rank, groups):
     """Queries, keys and values rotated out of the projection's output, and taken from it first."""
     from megatron.core.transformer.attention import SelfAttention
 
-    from megasparse.megatron.attention import RotaryQkvAttention
-    from tools.bench.single_layer import build_layer, rotary_frequencies
+    from megasparse.megatron.blocks.attention import RotaryQkvAttention
+    from tools.bench.parts.single_layer import build_layer, rotary_frequencies
 
     precision = ["--bf16"] if device.type == "cuda" else ["--no-bf16"]
     config = resolve(load_config([*FLAGS, *precision, "--num-query-groups", str(groups)]), 1)

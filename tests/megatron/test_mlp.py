@@ -24,13 +24,13 @@ def _mlp(world, flags, fused, patterns=None, **options):
 
     from megasparse.config import load_config, resolve
     from megasparse.fp8.delayed import DelayedScaling
-    from megasparse.megatron import mlp
+    from megasparse.megatron.blocks import mlp
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.init import initialize_weights
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.clock import Clock
     from megasparse.sparsity.recipe import recipe_of
-    from tools.bench.single_layer import build_layer
+    from tools.bench.parts.single_layer import build_layer
 
     device = torch.device("cpu")
     config = resolve(load_config([*MODEL, *flags]), world)

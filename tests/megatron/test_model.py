@@ -71,7 +71,7 @@ def _attention(rank, world):
     """SdpaAttention against softmax attention written out, float64."""
     from types import SimpleNamespace
 
-    from megasparse.megatron.torch_modules import SdpaAttention
+    from megasparse.megatron.blocks.torch_modules import SdpaAttention
 
     config = SimpleNamespace(
         attention_dropout=0.0, sequence_parallel=False, window_size=None, window_attn_skip_freq=None

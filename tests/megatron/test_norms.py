@@ -12,14 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from megasparse.config import load_config, resolve
 from megasparse.fp8.current import CurrentScaling
 from megasparse.fp8.delayed import DelayedScaling
-from megasparse.megatron import norms
+from megasparse.megatron.blocks import norms
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.init import initialize_weights
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.recipe import recipe_of
 from tests import dist
-from tools.bench.single_layer import build_layer, rotary_frequencies
+from tools.bench.parts.single_layer import build_layer, rotary_frequencies
 
 S, B, H, F = 32, 2, 256, 256
 MODEL = [

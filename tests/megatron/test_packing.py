@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from megasparse.config import load_config, resolve
+from megasparse.megatron.blocks.packing import CU_SEQLENS, cumulative_lengths, packed
 from megasparse.megatron.data.datasets import SampleOptions, build_mock_stream
 from megasparse.megatron.graphs.captured import GraphedLayer
 from megasparse.megatron.model import packs_documents
-from megasparse.megatron.packing import CU_SEQLENS, cumulative_lengths, packed
 from megasparse.train.engine.deepspeed import start_process, stop_process
 from megasparse.train.engine.plain import LanguageModelLoss
 from tests.runs import LLAMA, TINY
-from tools.bench.short_runs import stand_alone
+from tools.bench.parts.short_runs import stand_alone
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megasparse.megatron.peer_memory import PeerMemory, peer_memory
+from megasparse.megatron.comm.peer_memory import PeerMemory, peer_memory
 from tests.dist import free_port
 
 ROOT = Path(__file__).parents[2]

@@ -116,8 +116,8 @@ def test_the_loss_is_the_mean_over_tokens_that_count():
 
 
 def _attention_draws(rank, world, sequence_parallel):
+    from megasparse.megatron.blocks.torch_modules import SdpaAttention
     from megasparse.megatron.grid import make_grid
-    from megasparse.megatron.torch_modules import SdpaAttention
 
     make_grid(world, torch.device("cpu"), 3)
     torch.manual_seed(1)

@@ -23,7 +23,7 @@ _ROPE = [*LLAMA, "--ffn-hidden-size", "64"]
 _GPT = ["--num-query-groups", "4"]
 ATTENTION = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
 
-# As the families of Hugging Face have them (megasparse/convert/families.py), in few layers.
+# As the families of megasparse/convert/huggingface/families.py have them, in few layers.
 FAMILIES = {
     "mistral": [*_ROPE, "--window-size", "3,0"],
     "qwen2": [*_ROPE, "--add-qkv-bias", "--window-size", "3,0", "--window-attn-skip-freq", "2"],

@@ -1,7 +1,7 @@
 """FP8 and 2:4 over NCCL: a layout of two ranks trains as one does.
 
-Each rank has a GPU, or they share the only one (`tools.bench.short_runs`). The matrix of layouts in
-BF16 is `tools.bench.scaling`; gloo's tests beside this one are exact.
+Each rank has a GPU, or they share the only one (`tools.bench.parts.short_runs`). The matrix of
+layouts in BF16 is `tools.bench.scaling`; gloo's tests beside this one are exact.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.transformer_engine import needs_transformer_engine
-from tools.bench import short_runs
+from tools.bench.parts import short_runs
 from tools.experiments.run_queue import visible_gpus
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megasparse.config import read_config
-from megasparse.convert.architecture import DEFINING
+from megasparse.convert.huggingface.architecture import DEFINING
 from megasparse.errors import CheckpointError, DataError
 from megasparse.preflight.load_hf import take_over
 

@@ -47,7 +47,7 @@ NAMED_IN_THE_CODE = {
     "megasparse/extras.py": {"import importlib.util"},  # whether a library is installed
     "megasparse/preflight/settings.py": {"import importlib.util"},  # whether a tracker is
     # Files of the formats of other libraries, which are written and, without code, read.
-    "megasparse/convert/torch_dist_write.py": {"torch.save(weights_only=None)"},
+    "megasparse/convert/megatron/torch_dist_write.py": {"torch.save(weights_only=None)"},
     "megasparse/nn/callbacks.py": {"torch.save(weights_only=None)"},
     # Faults that are put into the project's own code, to see which tests notice.
     "tools/bench/mutants.py": {"import importlib", "compile(weights_only=None)"},

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megasparse.atomic_files import write_text
 from megasparse.cli import markdown_table
-from tools.bench.short_runs import Result, launch
+from tools.bench.parts.short_runs import Result, launch
 
 MODEL = [
     "--num-layers", "12", "--hidden-size", "768", "--num-attention-heads", "12",

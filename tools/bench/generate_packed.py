@@ -27,7 +27,7 @@ from megasparse.atomic_files import write_text
 from megasparse.cli import guarded, markdown_table
 from megasparse.kernels import prune24_mask
 from megasparse.nn import pack_, unpack_
-from tools.bench import llama
+from tools.bench.parts import llama
 
 WAYS = ("dense", "2:4", "2:4 fp8")
 

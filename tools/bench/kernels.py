@@ -31,8 +31,8 @@ import triton.testing
 from megasparse import kernels
 from megasparse.atomic_files import write_text
 from megasparse.cli import markdown_table
-from tools.bench.kernel_cases import Case, Inputs, Source, Step, single_cases
-from tools.bench.operand_cases import operand_cases
+from tools.bench.parts.kernel_cases import Case, Inputs, Source, Step, single_cases
+from tools.bench.parts.operand_cases import operand_cases
 
 COLUMNS = ("kernel", "shape", "MB", "ms", "GB/s", "of copy", "checked at", "what else exists")
 

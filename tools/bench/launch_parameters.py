@@ -24,9 +24,9 @@ from megasparse.kernels.norm_float8 import triton as norm_float8
 from megasparse.kernels.rotary_qkv import triton as rotary_qkv
 from megasparse.kernels.swiglu_float8 import triton as swiglu_float8
 from megasparse.kernels.swiglu_grad_pack24 import triton as swiglu_grad_pack24
-from tools.bench.kernel_cases import Case, Source
 from tools.bench.kernels import bind, milliseconds, tensors_of
-from tools.bench.operand_cases import operand_cases
+from tools.bench.parts.kernel_cases import Case, Source
+from tools.bench.parts.operand_cases import operand_cases
 
 MODULES = {
     "swiglu_float8": swiglu_float8,

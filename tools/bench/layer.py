@@ -37,10 +37,10 @@ from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.engine.deepspeed import start_process, stop_process
-from tools.bench.profiling import Profile, profiled, table
-from tools.bench.short_runs import stand_alone
-from tools.bench.single_layer import build_layer, rotary_frequencies
-from tools.bench.te_baseline import te_module
+from tools.bench.parts.profiling import Profile, profiled, table
+from tools.bench.parts.short_runs import stand_alone
+from tools.bench.parts.single_layer import build_layer, rotary_frequencies
+from tools.bench.parts.te_baseline import te_module
 
 SEQUENCES, LENGTH, HIDDEN, FFN, HEADS, GROUPS = 4, 4096, 4096, 14336, 32, 8
 MICRO_BATCHES = 8

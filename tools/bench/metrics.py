@@ -40,7 +40,7 @@ from megasparse.train.build import build_engine
 from megasparse.train.engine.deepspeed import start_process, stop_process
 from megasparse.train.recorder import Recorder
 from megasparse.train.state import LoopState
-from tools.bench.short_runs import stand_alone
+from tools.bench.parts.short_runs import stand_alone
 
 LIMIT = 0.01
 DEFAULT = [

@@ -28,7 +28,7 @@ from megasparse.atomic_files import write_text
 from megasparse.cli import guarded, markdown_table
 from megasparse.errors import ConfigError
 from megasparse.nn import sparsify_
-from tools.bench import llama
+from tools.bench.parts import llama
 
 FFN, ATTENTION = ["*.mlp.*"], ["*.self_attn.*"]
 # By name: recipe, FP8, compiled. "torchao" is their float8 training.

@@ -46,8 +46,8 @@ from megasparse.distributed import control_plane, rendezvous
 from megasparse.distributed.supervise import supervise
 from megasparse.distributed.watchdog import Watchdog
 from megasparse.sparsity.shard import WeightShard
-from tools.bench.counted_opens import CountedOpens, note
-from tools.bench.own_network import own_network, traffic
+from tools.bench.parts.counted_opens import CountedOpens, note
+from tools.bench.parts.own_network import own_network, traffic
 
 with contextlib.suppress(ImportError):  # an older commit: it has no phase `reshard`
     from megasparse.checkpoint.shared_reader import Ask, SharedReader

@@ -36,7 +36,7 @@ from typing import Any
 
 from megasparse.atomic_files import write_text
 from megasparse.cli import markdown_table
-from tools.bench.short_runs import Job, Result, launch
+from tools.bench.parts.short_runs import Job, Result, launch
 from tools.experiments.run_queue import visible_gpus
 
 TOLERANCE = 5e-3  # relative, of a BF16 loss

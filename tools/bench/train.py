@@ -42,9 +42,9 @@ from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.build import build_engine
 from megasparse.train.engine.base import Engine
 from megasparse.train.engine.deepspeed import start_process, stop_process
-from tools.bench import te_baseline
-from tools.bench.profiling import Profile, profiled, table
-from tools.bench.short_runs import stand_alone
+from tools.bench.parts import te_baseline
+from tools.bench.parts.profiling import Profile, profiled, table
+from tools.bench.parts.short_runs import stand_alone
 
 LLAMA = [
     "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu",

@@ -31,7 +31,7 @@ from megasparse.megatron.grid import make_grid
 from megasparse.sparsity.recipe import recipe_of
 from megasparse.train.build import build_engine
 from megasparse.train.engine.deepspeed import start_process, stop_process
-from tools.bench.short_runs import stand_alone
+from tools.bench.parts.short_runs import stand_alone
 from tools.experiments.corpus_data import Text, make_data
 
 MODEL = [

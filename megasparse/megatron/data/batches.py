@@ -16,6 +16,7 @@ from megasparse.data.mixture import describe, samples_wanted, shares
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.distributed.signals import ignore_signals
 from megasparse.log import logger
+from megasparse.megatron.blocks.packing import CU_SEQLENS, cumulative_lengths
 from megasparse.megatron.data.datasets import (
     SampleOptions,
     SampleStream,
@@ -25,7 +26,6 @@ from megasparse.megatron.data.datasets import (
 )
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import packs_documents
-from megasparse.megatron.packing import CU_SEQLENS, cumulative_lengths
 
 VALID_SET = "valid:"  # before the name of one of several validation sets
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megasparse.config import ResolvedConfig
-from megasparse.config.deepspeed import deepspeed_config
+from megasparse.config.deepspeed.derived import deepspeed_config
 from megasparse.distributed.events import NO_LISTENERS, Events
 from megasparse.log import is_logging_rank
 from megasparse.megatron.grid import Grid

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from megasparse.config.deepspeed import deepspeed_config
+from megasparse.config.deepspeed.derived import deepspeed_config
 from megasparse.log import is_logging_rank
+from megasparse.megatron.blocks.packing import packed
 from megasparse.megatron.graphs.captured import let_replays_recompute
 from megasparse.megatron.grid import ModelParallelUnit
 from megasparse.megatron.loss import masked_mean
-from megasparse.megatron.packing import packed
 from megasparse.megatron.pipeline import recomputed_layers
 from megasparse.progress import progress
 from megasparse.train.distillation import Distillation

@@ -32,7 +32,7 @@ def test_table_of_made_up_results() -> None:
 
 
 def _measure(rank: int, world: int, jobs: dict[str, dict]) -> dict[str, dict]:
-    from tools.bench.short_runs import measure
+    from tools.bench.parts.short_runs import measure
 
     return {name: measure(**job) for name, job in jobs.items()}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tools.bench import scaling as bench
-from tools.bench import short_runs
-from tools.bench.profiling import length_of_union
+from tools.bench.parts import short_runs
+from tools.bench.parts.profiling import length_of_union
 
 RUN = {
     "losses": [5.0, 4.5], "seconds": [9.0, 9.0, 9.0, 2.0, 4.0, 3.0], "tokens": 600,

@@ -45,7 +45,7 @@ def measure(flags: Sequence[str], steps: int, profile: bool = False) -> Result:
     import torch
 
     from megasparse.megatron.import_without_compile import import_megatron
-    from tools.bench.profiling import profiled
+    from tools.bench.parts.profiling import profiled
 
     import_megatron()  # before the imports that need it
     from megasparse.config import load_config, padded_vocab_size, resolve
@@ -155,7 +155,7 @@ def _start(
         "--nproc-per-node",
         str(ranks),
         "--module",
-        "tools.bench.short_runs",
+        "tools.bench.parts.short_runs",
         str(place),
         json.dumps(jobs),
         *shared,

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from megasparse.config.shapes import VOCABULARY, parameters
-from megasparse.convert.layout import parameter_shapes
-from megasparse.convert.megatron_arguments import complete_model
-from megasparse.convert.megatron_files import MegatronFiles
-from megasparse.convert.megatron_names import renamed
+from megasparse.convert.huggingface.layout import parameter_shapes
+from megasparse.convert.megatron.arguments import complete_model
+from megasparse.convert.megatron.files import MegatronFiles
+from megasparse.convert.megatron.names import renamed
 from megasparse.convert.source import require_finite
 from megasparse.errors import CheckpointError
 from megasparse.sparsity.shard import WeightShard

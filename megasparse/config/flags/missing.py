@@ -1,6 +1,6 @@
 """Flags of Megatron-LM and Megatron-DeepSpeed that are not here: why, and what helps instead.
 
-The notation is that of `megatron_flags.py`. A flag that is there with some of its
+The notation is that of `megatron.py`. A flag that is there with some of its
 values is here with the others.
 """
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from megasparse.config import ResolvedModel
 from megasparse.config.layer_patterns import layers_of, pattern_of, window_text
 from megasparse.config.validate_model import ACTIVATIONS
-from megasparse.convert.config_keys import Found, Reader
+from megasparse.convert.huggingface.config_keys import Found, Reader
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 

@@ -15,7 +15,7 @@ import torch
 from megasparse import kernels
 from megasparse.fp8.delayed import DelayedScaling
 from megasparse.fp8.transformer_engine import refusal
-from tools.bench.kernel_cases import BF16, E4M3, FP32, SHORT, Case, Inputs, Source, Step
+from tools.bench.parts.kernel_cases import BF16, E4M3, FP32, SHORT, Case, Inputs, Source, Step
 
 E5M2 = torch.float8_e5m2
 

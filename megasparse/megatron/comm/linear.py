@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse.megatron.peer_memory import PeerMemory
+from megasparse.megatron.comm.peer_memory import PeerMemory
 
 # Of fewer a GEMM fills the GPU too badly to be cut in two; chosen, not measured.
 LEAST_OWN_TOKENS = 1024

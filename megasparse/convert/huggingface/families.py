@@ -6,8 +6,17 @@ what the family calls its tensors. `docs/extending.md` has how to add one.
 
 from __future__ import annotations
 
-from megasparse.convert.config_keys import Always, Head, Must, Number, Same, Size, Switch, Written
-from megasparse.convert.family import (
+from megasparse.convert.huggingface.config_keys import (
+    Always,
+    Head,
+    Must,
+    Number,
+    Same,
+    Size,
+    Switch,
+    Written,
+)
+from megasparse.convert.huggingface.family import (
     ACTIVATIONS,
     ALL_HEADS,
     ATTENTION_DROPOUT,
@@ -22,8 +31,13 @@ from megasparse.convert.family import (
     tied,
     without,
 )
-from megasparse.convert.layer_keys import Activation, NoRope, Window, WindowOfSome
-from megasparse.convert.rope_keys import Rope
+from megasparse.convert.huggingface.layer_keys import (
+    Activation,
+    NoRope,
+    Window,
+    WindowOfSome,
+)
+from megasparse.convert.huggingface.rope_keys import Rope
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",

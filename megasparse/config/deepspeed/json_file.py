@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from megasparse.config.deepspeed_keys import FIELDS_OF, MISSING, NOTHING, PASSED_ON, READ
+from megasparse.config.deepspeed.keys import FIELDS_OF, MISSING, NOTHING, PASSED_ON, READ
 from megasparse.config.fields import FIELDS, convert
 from megasparse.config.resolved import ResolvedConfig, data_parallel_size
 from megasparse.config.schema import RunConfig

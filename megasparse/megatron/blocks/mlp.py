@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.mlp import MLP
 
+from megasparse.megatron.blocks.torch_modules import GatedActivation
 from megasparse.megatron.parallel_linear import SparseColumnParallelLinear, SparseRowParallelLinear
-from megasparse.megatron.torch_modules import GatedActivation
 from megasparse.sparsity.autograd.feed_forward import gated_feed_forward
 from megasparse.sparsity.autograd.norm import Float8Input
 

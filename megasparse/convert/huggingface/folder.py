@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from megasparse.convert.architecture import architecture_of, model_config
-from megasparse.convert.families import FAMILIES
-from megasparse.convert.layout import Rule, rules
+from megasparse.convert.huggingface.architecture import architecture_of, model_config
+from megasparse.convert.huggingface.families import FAMILIES
+from megasparse.convert.huggingface.layout import Rule, rules
 from megasparse.convert.source import part_of_whole, require_finite
 from megasparse.errors import CheckpointError, one_line
 from megasparse.input_files import open_regular, read_regular, refuse_links

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megasparse.atomic_files import check_free_space, replacing, write_json
-from megasparse.convert.huggingface import INDEX, SINGLE
+from megasparse.convert.huggingface.folder import INDEX, SINGLE
 from megasparse.errors import StorageError
 from megasparse.progress import progress
 from megasparse.tensor_files import Entry, write_tensors

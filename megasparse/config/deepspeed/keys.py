@@ -18,7 +18,7 @@ FIELDS_OF = {
     "optimizer.params.weight_decay": "weight_decay",
 }
 
-# Keys that say what `megasparse.config.deepspeed_json` reads in a way of its own.
+# Keys that say what `megasparse.config.deepspeed.json_file` reads in a way of its own.
 READ = (
     "gradient_accumulation_steps optimizer.type optimizer.params.betas "
     "optimizer.params.adam_w_mode scheduler.type scheduler.params.* data_types.grad_accum_dtype "

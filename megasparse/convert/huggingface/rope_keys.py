@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megasparse.config import ResolvedModel
-from megasparse.convert.config_keys import Found, Reader, default_of
+from megasparse.convert.huggingface.config_keys import Found, Reader, default_of
 from megasparse.errors import CheckpointError
 
 # megatron-core's rotary scaling has these built in; they are those of Llama 3.1 to 3.3.

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from megasparse.config.shapes import VOCABULARY, parameters
-from megasparse.convert import inert_pickle
-from megasparse.convert.inert_pickle import Record
-from megasparse.convert.layout import parameter_shapes
-from megasparse.convert.megatron_arguments import complete_model
-from megasparse.convert.megatron_files import arguments_of, iteration_folder, load_weights
-from megasparse.convert.megatron_names import renamed
+from megasparse.convert.huggingface.layout import parameter_shapes
+from megasparse.convert.megatron import inert_pickle
+from megasparse.convert.megatron.arguments import complete_model
+from megasparse.convert.megatron.files import arguments_of, iteration_folder, load_weights
+from megasparse.convert.megatron.inert_pickle import Record
+from megasparse.convert.megatron.names import renamed
 from megasparse.convert.source import require_finite
 from megasparse.errors import CheckpointError
 from megasparse.input_files import open_regular, read_regular, refuse_links

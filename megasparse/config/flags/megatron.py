@@ -2,7 +2,7 @@
 
 A flag that is a field of the configuration means the same in both, and has no row. Each other flag
 is translated into flags of ours, has nothing to do here, or is missing, with the reason and what
-helps instead (`megatron_missing.py`). `docs/megatron.md` prints the table, and `command_line.py`
+helps instead (`missing.py`). `docs/megatron.md` prints the table, and `command_line.py`
 follows it.
 
 Notation: `--flag` has no value, `--flag=` has one, `--flag=*` any number of them. Of

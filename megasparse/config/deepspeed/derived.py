@@ -1,7 +1,7 @@
 """DeepSpeed's configuration: derived from the ResolvedConfig, with what a file adds to it.
 
 `--deepspeed_config FILE` may say what megasparse does not own (buckets, profilers, communication),
-and may repeat what it does; it may not contradict it (`deepspeed_json.py`).
+and may repeat what it does; it may not contradict it (`json_file.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megasparse.config import ResolvedConfig, gradient_accumulation_steps
-from megasparse.config.deepspeed_json import contradictions, passed_on, read_json
+from megasparse.config.deepspeed.json_file import contradictions, passed_on, read_json
 from megasparse.errors import together
 
 

@@ -21,8 +21,8 @@ import torch
 
 from megasparse.config import CompleteModel
 from megasparse.config.shapes import parameters
-from megasparse.convert.families import FAMILIES
-from megasparse.convert.family import Family
+from megasparse.convert.huggingface.families import FAMILIES
+from megasparse.convert.huggingface.family import Family
 
 Tensors = list[torch.Tensor]
 Split = Callable[[torch.Tensor], Tensors]

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from megasparse.atomic_files import new_folder, synced, write_json, write_text
 from megasparse.config.shapes import VOCABULARY
-from megasparse.convert.megatron_arguments import megatron_arguments
+from megasparse.convert.megatron.arguments import megatron_arguments
 from megasparse.convert.source import Source, pad_vocabulary
 from megasparse.errors import StorageError
 from megasparse.tensor_files import Entry

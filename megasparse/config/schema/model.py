@@ -13,7 +13,7 @@ from megasparse.config.layer_patterns import (
     pattern_text,
     window_text,
 )
-from megasparse.config.option import option
+from megasparse.config.schema.option import option
 
 # The words of the sparsity group, each written here alone.
 RecipeName = Literal["dense", "ste", "sr_ste", "fst", "s_ste", "ast"]

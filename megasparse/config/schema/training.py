@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megasparse.config.option import option
+from megasparse.config.schema.option import option
 
 
 @dataclass

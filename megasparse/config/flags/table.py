@@ -6,8 +6,8 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megasparse.config.megatron_flags import NOTHING, TRANSLATED
-from megasparse.config.megatron_missing import FAMILIES, MISSING
+from megasparse.config.flags.megatron import NOTHING, TRANSLATED
+from megasparse.config.flags.missing import FAMILIES, MISSING
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from megasparse.config import CompleteModel, ModelConfig, ResolvedModel, narrowed
-from megasparse.convert.config_keys import Found, Reader, default_of
-from megasparse.convert.families import FAMILIES
-from megasparse.convert.family import Family
-from megasparse.convert.unbuilt import what_stands_in_the_way
+from megasparse.convert.huggingface.config_keys import Found, Reader, default_of
+from megasparse.convert.huggingface.families import FAMILIES
+from megasparse.convert.huggingface.family import Family
+from megasparse.convert.huggingface.unbuilt import what_stands_in_the_way
 from megasparse.errors import CheckpointError, ConfigError
 
 _MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}

@@ -3,17 +3,17 @@
 A field is at once a YAML key (`group: {field: value}`), a flag (`--field-with-dashes`, spelled as
 in Megatron) and an attribute (`config.group.field`). The text in `option(...)` is the flag's help.
 `choices` and bounds that concern one field alone live there; what ties fields together is in
-`validate.py`. The groups themselves are in `schema_model.py`, `schema_training.py` and
-`schema_output.py`.
+`validate.py`. The groups themselves are in `model.py`, `training.py` and
+`output.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megasparse.config.schema_model import Fp8Config, ModelConfig, SparsityConfig
-from megasparse.config.schema_output import CheckpointConfig, LoggingConfig
-from megasparse.config.schema_training import (
+from megasparse.config.schema.model import Fp8Config, ModelConfig, SparsityConfig
+from megasparse.config.schema.output import CheckpointConfig, LoggingConfig
+from megasparse.config.schema.training import (
     DataConfig,
     DistillationConfig,
     ParallelConfig,

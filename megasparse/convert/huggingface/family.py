@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megasparse.convert.config_keys import Always, Must, Row, Size, Switch, Written
+from megasparse.convert.huggingface.config_keys import (
+    Always,
+    Must,
+    Row,
+    Size,
+    Switch,
+    Written,
+)
 
 # How Q, K and V lie in a tensor that holds them all: one after the other, or as here, by group.
 Fused = Literal["one after the other", "by group"]

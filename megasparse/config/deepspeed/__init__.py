@@ -1,0 +1,1 @@
+"""DeepSpeed's configuration: derived from ours, and its JSON as a source of settings."""

@@ -1,0 +1,1 @@
+"""What the ranks of a tensor-parallel group exchange in a layer: gathers, sums, opened memory."""

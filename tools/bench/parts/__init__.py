@@ -1,0 +1,1 @@
+"""What the benchmarks share: models, baselines, cases, short runs, profiles."""

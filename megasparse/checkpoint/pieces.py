@@ -1,6 +1,7 @@
 """Pieces of tensors: which part of a whole one is, and where two parts meet.
 
-A tensor-parallel shard is a part of the whole along one dimension; a piece is a range of a shard's
+A tensor-parallel shard is a part of the whole along one dimension, or of a block of the whole (the
+experts of a rank); a piece is a range of a shard's
 flattened entries (all of it, or what one data-parallel rank holds). `common` finds what a stored
 piece and a wanted one share, as runs of entries that follow each other in both.
 """
@@ -10,12 +11,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megasparse.checkpoint.manifest import check_fields
 from megasparse.errors import CheckpointError, ConfigError
-from megasparse.sparsity.shard import WeightShard
+from megasparse.sparsity.shard import ShardSlice, WeightShard
 
 _PIECE: dict[str, type] = {"entry": str, "key": str, "shard": dict, "sha256": str}
 _SHARD: dict[str, type] = {"global_shape": list, "rank": int, "world": int, "parts": int}
@@ -52,6 +53,8 @@ class Piece:
     def to_json(self, entry: str, sha256: str) -> dict[str, Any]:
         """The record of the piece, stored under the name `entry`."""
         shard = {k: v for k, v in asdict(self.shard).items() if k != "dim" or v is not None}
+        if self.shard.blocks == 1:
+            del shard["block"], shard["blocks"]
         record = {"entry": entry, "key": self.key, "shard": shard, "sha256": sha256}
         return record if self.start is None else {**record, "start": self.start, "stop": self.stop}
 
@@ -87,15 +90,22 @@ class Stored:
 def _shard_of(record: dict[str, Any], where: str) -> WeightShard:
     shape = record["global_shape"]
     dim, world = record.get("dim"), record["world"]
+    block, blocks = record.get("block", 0), record.get("blocks", 1)
     if (
         any(type(size) is not int or size < 0 for size in shape)
         or not (dim is None or (type(dim) is int and 0 <= dim < len(shape)))
         or not 0 <= record["rank"] < world
         or record["parts"] < 1
+        or type(block) is not int
+        or type(blocks) is not int
+        or not 0 <= block < blocks
+        or (blocks > 1 and not shape)
     ):
         raise CheckpointError(f"{where}: no part of a tensor: {record}")
     try:
-        return WeightShard(tuple(shape), dim, record["rank"], world, record["parts"])
+        return WeightShard(
+            tuple(shape), dim, record["rank"], world, record["parts"], block, blocks
+        )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
 
@@ -150,9 +160,10 @@ def may_meet(one: Piece, other: Piece) -> bool:
     (first, last), (begin, end) = span(one), span(other)
     if last < begin or end < first:
         return False
-    if one.shard == other.shard or one.shard.dim is None or one.shard.dim != other.shard.dim:
-        return True
+    blocks = {(shard.block, shard.blocks) for shard in (one.shard, other.shard)}
     dim = one.shard.dim
+    if one.shard == other.shard or dim is None or dim != other.shard.dim or len(blocks) > 1:
+        return True
     return any(
         a.global_start < b.global_start + b.length and b.global_start < a.global_start + a.length
         for a in one.shard.slices(dim)
@@ -162,14 +173,31 @@ def may_meet(one: Piece, other: Piece) -> bool:
 
 def _place(shard: WeightShard, position: int) -> int:
     """Where an entry of a flattened shard lies in the flattened whole."""
+    base = _base(shard)
     if shard.dim is None:
-        return position
+        return base + position
     inner = math.prod(shard.global_shape[shard.dim + 1 :])
     outer, rest = divmod(position, shard.local_shape[shard.dim] * inner)
     index, column = divmod(rest, inner)
-    (part,) = (p for p in shard.slices(shard.dim) if 0 <= index - p.local_start < p.length)
+    (part,) = (p for p in _in_block(shard) if 0 <= index - p.local_start < p.length)
     index += part.global_start - part.local_start
-    return (outer * shard.global_shape[shard.dim] + index) * inner + column
+    return base + (outer * shard.block_shape[shard.dim] + index) * inner + column
+
+
+def _base(shard: WeightShard) -> int:
+    """Where the shard's block begins in the flattened whole."""
+    return shard.block_start * math.prod(shard.global_shape[1:])
+
+
+def _in_block(shard: WeightShard) -> tuple[ShardSlice, ...]:
+    """The slices along the cut dimension, with their places in the block."""
+    assert shard.dim is not None
+    first = shard.block_start if shard.dim == 0 else 0
+    if not first:
+        return shard.slices(shard.dim)
+    return tuple(
+        replace(part, global_start=part.global_start - first) for part in shard.slices(shard.dim)
+    )
 
 
 def require_cover(found: list[tuple[int, int]], wanted: Piece, where: str) -> None:
@@ -201,26 +229,27 @@ def _runs(
     Args:
         span: places in the whole, outside of which nothing is wanted.
     """
-    shape = shard.global_shape
+    shape, base = shard.block_shape, _base(shard)
     if shard.dim is None:
         if start < stop:
-            yield start, start, stop - start
+            yield start, base + start, stop - start
         return
     inner = math.prod(shape[shard.dim + 1 :])
-    slices = shard.slices(shard.dim)
+    slices = _in_block(shard)
     row = shape[shard.dim] // shard.world * inner  # entries of the shard for each outer index
     if not row:
         return
     first, last = start // row, -(-stop // row)
     if span is not None:
         across = shape[shard.dim] * inner
-        first, last = max(first, span[0] // across), min(last, -(-span[1] // across))
+        first = max(first, (span[0] - base) // across)
+        last = min(last, -(-(span[1] - base) // across))
     for outer in range(first, last):
         for part in slices:
             local = outer * row + part.local_start * inner
             begin, end = max(start, local), min(stop, local + part.length * inner)
             if begin < end:
-                place = outer * shape[shard.dim] * inner + part.global_start * inner
+                place = base + outer * shape[shard.dim] * inner + part.global_start * inner
                 yield begin, place + begin - local, end - begin
 
 

@@ -1,6 +1,8 @@
 """The grid of ranks: process groups by Megatron's rules, passed around as one object.
 
-Rank order is Megatron's and DeepSpeed's own: tensor innermost, then data, then pipeline.
+Rank order is Megatron's and DeepSpeed's own: tensor innermost, then data, then pipeline. Expert
+parallelism divides the data-parallel ranks: `ep_size` of them, one after the other, share the
+experts of a layer; ranks with the same experts are `expert_replicas`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Replicas:
+    """The ranks that hold the same part of some parameters, and this one among them."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+    def from_rank(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        """The values of one of them, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.group, group_src=rank)
+        return tensor
+
+
+@dataclass(frozen=True)
 class Grid:
     """This rank's place, and the groups that it shares with others.
 
@@ -29,6 +46,8 @@ class Grid:
         dp_rank, dp_size, dp_group: ranks that hold the same part of the model.
         pp_rank, pp_size, pp_group: the pipeline's stages.
         model_group: tensor and pipeline together, the ranks that share one copy of the model.
+        ep_rank, ep_size, ep_group: data-parallel ranks that share the experts of a layer.
+        expert_replicas: those that hold the same experts.
         device: where this rank computes.
     """
 
@@ -45,6 +64,25 @@ class Grid:
     pp_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
     device: torch.device
+    ep_rank: int
+    ep_size: int
+    ep_group: dist.ProcessGroup
+    expert_replicas: Replicas
+
+    @property
+    def replicas(self) -> Replicas:
+        """The ranks that hold the same of all but the experts."""
+        return Replicas(self.dp_rank, self.dp_size, self.dp_group)
+
+    def replicas_of(self, parameter: torch.Tensor) -> Replicas:
+        """The ranks that hold the same part of a parameter."""
+        return self.expert_replicas if is_divided_expert(parameter) else self.replicas
+
+    def sum_over_ep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that share the experts, in place."""
+        if self.ep_size > 1:
+            dist.all_reduce(tensor, group=self.ep_group)
+        return tensor
 
     def sum_over_tp(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the tensor-parallel group, in place."""
@@ -124,12 +162,18 @@ class Grid:
         return build() if self.rank != 0 else result  # type: ignore[return-value]
 
 
+def is_divided_expert(parameter: torch.Tensor) -> bool:
+    """Whether a parameter is of experts that expert-parallel ranks share (Megatron's mark)."""
+    return not getattr(parameter, "allreduce", True)
+
+
 def make_grid(
     tensor_model_parallel_size: int,
     device: torch.device,
     seed: int,
     timeout_minutes: float = 10.0,
     pipeline_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
 ) -> Grid:
     """Build the process groups (torch.distributed must be up) and seed dropout.
 
@@ -140,6 +184,7 @@ def make_grid(
             where they are replicated (tensor parallelism's residuals).
         timeout_minutes: for collectives of the groups.
         pipeline_model_parallel_size: stages; its product with the first divides the world.
+        expert_model_parallel_size: data-parallel ranks that share experts; divides their number.
     """
     if device.type != "cuda":
         _use_cpu_in_megatron()
@@ -148,6 +193,7 @@ def make_grid(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,  # nobody uses them; the control plane has its own
     )
@@ -165,6 +211,14 @@ def make_grid(
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         model_group=parallel_state.get_model_parallel_group(),
         device=device,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=expert_model_parallel_size,
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        expert_replicas=Replicas(
+            parallel_state.get_expert_data_parallel_rank(),
+            parallel_state.get_expert_data_parallel_world_size(),
+            parallel_state.get_expert_data_parallel_group(),
+        ),
     )
     seed_dropout(grid, seed)
     return grid

@@ -22,10 +22,15 @@ def _places(piece: Piece) -> list[int]:
 
 def _random_piece(generator: random.Random, shape: tuple[int, ...]) -> Piece:
     dim = generator.choice([None, *range(len(shape))])
-    worlds = [1] if dim is None else [n for n in (1, 2, 3, 4, 6) if shape[dim] % (2 * n) == 0]
+    blocks = generator.choice([1, 1, 2, 4])
+    inner = [shape[0] // blocks, *shape[1:]]
+    worlds = [1] if dim is None else [n for n in (1, 2, 3, 4, 6) if inner[dim] % (2 * n) == 0]
+    if not worlds:
+        dim, worlds = None, [1]
     world = generator.choice(worlds)
     parts = generator.choice([1, 2]) if dim is not None else 1
-    shard = WeightShard(shape, dim, generator.randrange(world), world, parts)
+    block = generator.randrange(blocks)
+    shard = WeightShard(shape, dim, generator.randrange(world), world, parts, block, blocks)
     if generator.random() < 0.3:
         return Piece("k", shard)
     start, stop = sorted(generator.randrange(math.prod(shard.local_shape) + 1) for _ in range(2))

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import time
 from collections import Counter
@@ -82,23 +83,30 @@ def signals(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
 
     Returns:
         Counts by launcher, place and moment; seconds from the signal until no process is left
-        (median, longest); exit codes of what the user started; `wrong`: what broke a promise.
+        (median and longest, by launcher); exit codes of what the user started; `wrong`: runs that
+        broke a promise.
     """
     result: dict[str, Any] = {"signals": 0, "saved": 0, "lost_in_imports": 0, "wrong": []}
-    tried, seconds, codes = Counter[str](), [], Counter[str]()
+    tried, codes = Counter[str](), Counter[str]()
+    seconds: dict[str, list[float]] = {launcher: [] for launcher in PLACES}
     for n, trial in enumerate(trials(count, seed)):
         place = root / f"run-{n}"
         took, code, trained, lost, wrong = attempt(trial, data, place)
         result["signals"] += 1 + trial.twice + lost
         result["lost_in_imports"] += lost
         result["saved"] += trained
-        result["wrong"] += [f"{trial}: {line}" for line in wrong]
+        told = f"{n + 1} of {count}: {trial}: {took} s, exit code {code}"
+        print(told, *wrong, flush=True)
+        result["wrong"] += [told] if wrong else []
         tried.update((trial.launcher, trial.place, trial.moment))
-        seconds.append(took)
+        seconds[trial.launcher].append(took)
         codes[f"{trial.launcher} {trial.place} {trial.number.name} {code}"] += 1
         shutil.rmtree(place, ignore_errors=True)
-    seconds.sort()
-    result["seconds"] = {"median": seconds[len(seconds) // 2], "longest": seconds[-1]}
+    result["seconds"] = {
+        launcher: {"median": statistics.median(found), "longest": max(found)}
+        for launcher, found in seconds.items()
+        if found
+    }
     return {"runs": count, **result, "tried": dict(tried), "codes": dict(sorted(codes.items()))}
 
 

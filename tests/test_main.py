@@ -59,7 +59,7 @@ def test_configurations_are_found_by_name(tmp_path, monkeypatch):
 def test_a_wheel_has_commands_configurations_and_types(tmp_path):
     build = "from setuptools import build_meta as b; import sys; print(b.build_wheel(sys.argv[1]))"
     copy = tmp_path / "source"
-    ignore = ["--exclude=.git", "--exclude=tests", "--exclude=build", "--exclude=runs"]
+    ignore = [f"--exclude={name}" for name in (".git", ".venv", "tests", "build", "runs")]
     pack = subprocess.run(["tar", "-C", ROOT, *ignore, "-cf", "-", "."], stdout=subprocess.PIPE)
     copy.mkdir()
     subprocess.run(["tar", "-C", copy, "-xf", "-"], input=pack.stdout, check=True)

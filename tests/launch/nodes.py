@@ -69,14 +69,16 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-def wait_for(condition: Callable[[], bool], what: str, log: Path | None = None) -> None:
-    """Poll until the condition holds; fails after SECONDS."""
+def wait_for(
+    condition: Callable[[], bool], what: str, log: Path | None = None, pause: float = 0.1
+) -> None:
+    """Poll every `pause` seconds until the condition holds; fails after SECONDS."""
     end = time.monotonic() + SECONDS
     while not condition():
         if time.monotonic() > end:
             tail = log.read_text()[-3000:] if log is not None and log.exists() else ""
             pytest.fail(f"no {what} within {SECONDS:.0f} s\n{tail}")
-        time.sleep(0.1)
+        time.sleep(pause)
 
 
 class Node:
@@ -187,7 +189,7 @@ def end_all_in(node: Node) -> None:
 
 
 class Slurm:
-    """A cluster of two nodes; the controller is on the first."""
+    """A cluster of some nodes; the controller is on the first."""
 
     def __init__(self, folder: Path, nodes: list[Node]) -> None:
         self.folder, self.nodes = folder, nodes
@@ -210,9 +212,15 @@ class Slurm:
         text = self.run("scontrol", "--oneliner", "show", "job", job)
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
+    def wait_until(self, condition: Callable[[], bool], what: str, log: Path) -> None:
+        """`wait_for` what a Slurm command says: starting one costs more than looking at a file."""
+        wait_for(condition, what, log, pause=0.5)
+
     def wait(self, job: str, states: set[str], log: Path) -> dict[str, str]:
         """Poll until the job is in one of the states; its facts."""
-        wait_for(lambda: self.facts(job)["JobState"] in states, f"state {states} of {job}", log)
+        self.wait_until(
+            lambda: self.facts(job)["JobState"] in states, f"state {states} of {job}", log
+        )
         return self.facts(job)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -21,11 +23,27 @@ STEPS = 120  # some seconds: long enough for a signal to come in the midst of it
 DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
 
 
+class Job(NamedTuple):
+    """One job that has ended, and where it wrote."""
+
+    number: str
+    facts: dict[str, str]
+    folder: Path
+
+    @property
+    def text(self) -> str:
+        return (self.folder / "job.log").read_text()
+
+    def rank_log(self, rank: int = 0, start: int = 0) -> str:
+        return (self.folder / f"run/logs/{self.number}-{start}/rank-{rank}.log").read_text()
+
+
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory) -> Iterator[Slurm]:
     require("slurmctld", "slurmd", "munged", "sbatch")
     folder = tmp_path_factory.mktemp("slurm")
-    with make_nodes(2, "ms") as nodes, make_slurm(folder, nodes) as cluster:
+    # Enough for all jobs of this module at once.
+    with make_nodes(6, "ms") as nodes, make_slurm(folder, nodes) as cluster:
         yield cluster
 
 
@@ -48,75 +66,101 @@ def config(tmp_path_factory) -> Path:
     return path
 
 
-def test_stopped_by_the_signal_queued_again_and_resumed_bit_for_bit(slurm, config, tmp_path):
-    run_dir, log, metrics = tmp_path / "run", tmp_path / "job.log", tmp_path / "run/metrics.jsonl"
-    job = slurm.submit(
-        "--nodes=2", f"--output={log}", SCRIPT, str(config), "--run-dir", str(run_dir)
-    )
+def _submit(slurm: Slurm, config: Path, folder: Path, *flags: str, **variables: str) -> str:
+    """The training script for `folder`; sbatch's options come first in `flags`, up to "--"."""
+    options, more = flags[: flags.index("--")], flags[flags.index("--") + 1 :]
+    log, run = f"--output={folder}/job.log", ["--run-dir", str(folder / "run")]
+    return slurm.submit(*options, log, SCRIPT, str(config), *run, *more, **variables)
+
+
+def _wait_for_steps(folder: Path) -> None:
+    metrics, log = folder / "run" / "metrics.jsonl", folder / "job.log"
     wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 5, "first steps", log)
+
+
+def _stopped_by_the_signal(slurm: Slurm, config: Path, folder: Path) -> Job:
+    log, job = folder / "job.log", _submit(slurm, config, folder, "--nodes=2", "--")
+    _wait_for_steps(folder)
     # The warning that Slurm sends ahead of the time limit (--signal=B:USR1@300).
     slurm.run("scancel", "--signal=USR1", "--batch", job)
-    wait_for(lambda: slurm.facts(job).get("Restarts") == "1", "requeue", log)
-    facts = slurm.wait(job, {"COMPLETED", "FAILED", "CANCELLED"}, log)
-    text = log.read_text()
-    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), text
-    assert text.count("told to stop") == 1 and "exit code 75: queued again" in text, text
-    assert f"job {job}, start 1, run {run_dir}" in text, text
+    slurm.wait_until(lambda: slurm.facts(job).get("Restarts") == "1", "requeue", log)
+    return Job(job, slurm.wait(job, {"COMPLETED", "FAILED", "CANCELLED"}, log), folder)
 
-    starts = [
-        sorted(path.name for path in (run_dir / "logs" / f"{job}-{n}").glob("*.log"))
-        for n in (0, 1)
-    ]
-    assert starts == [["rank-0.log", "rank-1.log"]] * 2
-    first, second = ((run_dir / "logs" / f"{job}-{n}") for n in (0, 1))
-    words = (first / "rank-0.log").read_text()
-    assert "stopped at step" in words and "SIGUSR1" in words, words
-    assert "2 ranks meet at 10.77.0.1; the store listens on ('10.77.0.1'" in words, words
-    assert "continuing" in (second / "rank-0.log").read_text()
 
+def _with_a_killed_worker(slurm: Slurm, config: Path, folder: Path) -> Job:
+    log, fault = folder / "job.log", "kill@1:5:step_end"
+    job = _submit(slurm, config, folder, "--nodes=2", "--", MEGASPARSE_FAULT=fault)
+    # The list shows the job with its run.
+    shown = rf"{job} +megasparse +RUNNING .*{folder}/run"
+    slurm.wait_until(
+        lambda: bool(re.search(shown, slurm.run("launch/slurm/watch.sh"))), "list", log
+    )
+    return Job(job, slurm.wait(job, {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"}, log), folder)
+
+
+def _cancelled_on_one_node(slurm: Slurm, config: Path, folder: Path) -> Job:
+    flags = ["--", "--train-iters", "100000"]
+    job = _submit(slurm, config, folder, *flags, RANKS_PER_NODE="2")
+    _wait_for_steps(folder)
+    slurm.run("scancel", job)
+    slurm.wait_until(
+        lambda: not slurm.run("squeue", "--noheader", "--jobs", job), "end", folder / "job.log"
+    )
+    return Job(job, slurm.facts(job), folder)
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm, config, tmp_path_factory) -> Iterator[dict[Callable, Future[Job]]]:
+    """Each job waits for most of its time, so they run side by side."""
+    kinds = (_stopped_by_the_signal, _with_a_killed_worker, _cancelled_on_one_node)
+    with ThreadPoolExecutor() as pool:
+        yield {
+            kind: pool.submit(kind, slurm, config, tmp_path_factory.mktemp(kind.__name__))
+            for kind in kinds
+        }
+
+
+def test_stopped_by_the_signal_queued_again_and_resumed_bit_for_bit(jobs, slurm, config, tmp_path):
     reference = tmp_path / "reference"
     flags = ["--config", str(config), "--run-dir", str(reference)]
     assert forked.run(flags, 2, tmp_path / "reference.log") == [0, 0]
+
+    job = jobs[_stopped_by_the_signal].result()
+    text, run_dir = job.text, job.folder / "run"
+    assert (job.facts["JobState"], job.facts["ExitCode"]) == ("COMPLETED", "0:0"), text
+    assert text.count("told to stop") == 1 and "exit code 75: queued again" in text, text
+    assert f"job {job.number}, start 1, run {run_dir}" in text, text
+    starts = [
+        sorted(path.name for path in (run_dir / "logs" / f"{job.number}-{n}").glob("*.log"))
+        for n in (0, 1)
+    ]
+    assert starts == [["rank-0.log", "rank-1.log"]] * 2
+    words, node = job.rank_log(), re.search(r", nodes n\[(\d)", text)
+    assert node, text
+    first = f"10.77.0.{node[1]}"
+    assert "stopped at step" in words and "SIGUSR1" in words, words
+    assert f"2 ranks meet at {first}; the store listens on ('{first}'" in words, words
+    assert "continuing" in job.rank_log(start=1)
     assert differences(run_dir, reference) == []
 
     shown = slurm.run("launch/slurm/watch.sh", str(run_dir), "1", FOLLOW="no")
     assert shown.startswith(f"{run_dir}: step {STEPS}, loss "), shown
 
 
-def test_a_killed_worker_ends_the_job_with_the_reason(slurm, config, tmp_path):
-    log = tmp_path / "job.log"
-    job = slurm.submit(
-        "--nodes=2",
-        f"--output={log}",
-        SCRIPT,
-        str(config),
-        "--run-dir",
-        str(tmp_path / "run"),
-        MEGASPARSE_FAULT="kill@1:5:step_end",
-    )
-    # The list shows the job with its run.
-    shown = rf"{job} +megasparse +RUNNING .*{tmp_path}/run"
-    wait_for(lambda: bool(re.search(shown, slurm.run("launch/slurm/watch.sh"))), "list", log)
-    facts = slurm.wait(job, {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"}, log)
-    text = log.read_text()
-    assert facts["JobState"] == "FAILED" and facts["Restarts"] == "0", text
-    assert "PeerError: rank 1 was lost" in text, text
+def test_a_killed_worker_ends_the_job_with_the_reason(jobs):
+    job = jobs[_with_a_killed_worker].result()
+    assert job.facts["JobState"] == "FAILED" and job.facts["Restarts"] == "0", job.text
+    assert "PeerError: rank 1 was lost" in job.text, job.text
 
 
-def test_a_cancelled_job_on_one_node_saves_and_stays_cancelled(slurm, config, tmp_path):
-    run_dir, log, metrics = tmp_path / "run", tmp_path / "job.log", tmp_path / "run/metrics.jsonl"
-    flags = ["--run-dir", str(run_dir), "--train-iters", "100000"]
-    job = slurm.submit(f"--output={log}", SCRIPT, str(config), *flags, RANKS_PER_NODE="2")
-    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 5, "first steps", log)
-    slurm.run("scancel", job)
-    wait_for(lambda: not slurm.run("squeue", "--noheader", "--jobs", job), "end", log)
-    facts = slurm.facts(job)
-    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), log.read_text()
-    words = (run_dir / "logs" / f"{job}-0" / "rank-0.log").read_text()
+def test_a_cancelled_job_on_one_node_saves_and_stays_cancelled(jobs):
+    job = jobs[_cancelled_on_one_node].result()
+    assert (job.facts["JobState"], job.facts["Restarts"]) == ("CANCELLED", "0"), job.text
+    words = job.rank_log()
     # Slurm's SIGTERM reaches the ranks, or the batch script's word comes first.
     assert re.search(r"stopped at step \d+ \(SIG(TERM|USR1)\)", words), words
     assert "2 ranks meet at 127.0.0.1; the store listens on ('127.0.0.1'" in words, words
-    assert len(list((run_dir / "checkpoints").glob("step-*"))) == 1
+    assert len(list((job.folder / "run" / "checkpoints").glob("step-*"))) == 1
 
 
 def test_array_dependency_and_hostfile(slurm, config, tmp_path):

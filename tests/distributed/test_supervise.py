@@ -189,9 +189,9 @@ def test_a_second_start_leaves_a_supervised_run_alone(tmp_path, dataset):
             assert time.monotonic() < end and first.poll() is None
             time.sleep(0.1)
         board = (run_dir / ".attempt.json").read_bytes()
-        for more in ((), ("--max-restarts", "0"), ("--save", str(tmp_path / "other"))):
-            second = start(*more)
-            _, text = second.communicate(timeout=60)
+        kinds = ((), ("--max-restarts", "0"), ("--save", str(tmp_path / "other")))
+        for second in [start(*more) for more in kinds]:
+            _, text = second.communicate(timeout=120)
             assert second.returncode == 74
             (line,) = [line for line in text.splitlines() if "Error" in line]
             assert f"another run writes here: process {first.pid} on " in line

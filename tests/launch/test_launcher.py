@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.runs import TINY, make_dataset
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launch" / "pretrain.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCHERS = ["deepspeed", "torchrun"]
 
 
 def _deepspeed(python: str = sys.executable) -> list[str]:
@@ -34,18 +36,31 @@ def _launch(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_run_ends_with_the_table(tmp_path, launcher):
-    prefix = make_dataset(tmp_path / "data")
+def _train(launcher: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    prefix = make_dataset(folder / "data")
     command = _deepspeed() if launcher == "deepspeed" else TORCHRUN
     flags = [*TINY, "--tensor-model-parallel-size", "2", "--data-path", prefix]
-    done = _launch([*command, SCRIPT, *flags, "--run-dir", str(tmp_path / "run")])
+    return _launch([*command, SCRIPT, *flags, "--run-dir", str(folder / "run")])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, tuple[Path, Future]]:
+    """A run below each launcher, side by side: most of their time launchers import, one by one."""
+    folders = {launcher: tmp_path_factory.mktemp(launcher) for launcher in LAUNCHERS}
+    with ThreadPoolExecutor() as pool:
+        return {name: (path, pool.submit(_train, name, path)) for name, path in folders.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_run_ends_with_the_table(runs, launcher):
+    folder, future = runs[launcher]
+    done = future.result()
     assert done.returncode == 0, done.stderr[-3000:]
     output = done.stdout + done.stderr
     assert "Run finished: recipe fst, 20 steps" in output
     assert output.count("0.5000  yes           yes") == 4, output
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
     assert len(rows) == 20
 
 

@@ -22,6 +22,7 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | s_ste_scale(w (..., K), reduce=None)           | 0-d float32: <W, S> / <S, S>                 |
 | scale_from_sums(sums (2,))                     | 0-d float32: that quotient, 1 for 0 / 0      |
 | mvue24(g (R, C), seed, dim=-1, offsets, exact) | like g: unbiased, at most 2 of 4 along dim   |
+| mvue24_variance(g (R, C), dim=-1, exact)       | 0-d float64: its variance, without a draw    |
 | masked_decay_(grad, w, mask, decay)            | grad, in place: += decay * (1 - mask) * w    |
 | accumulate_(total, value)                      | total, in place: += value, of another dtype  |
 | sum_parts(parts)                               | their sum, rounded once                      |
@@ -45,6 +46,7 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | swiglu_float8(fused (T, 2 F), scale)           | swiglu_fused in e4m3: (T', F), (F, T')       |
 | swiglu_grad_pack24(dy (T, F), fused, seed)     | grad_pack24 of swiglu_fused's gradient       |
 | norm_float8(x (T, H), weight, bias, scale)     | a norm in e4m3: (T', H), (H, T'); statistics |
+| transpose_float8(rows (T, K))                  | (K, T) e4m3, in the order of strided groups  |
 | weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T packed or dense; one pass    |
 | effective_weight(w (N, K), mask, beta)         | (N, K) float32: that W~ itself, unrounded    |
 | spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
@@ -67,6 +69,7 @@ from megasparse.kernels.masked_adamw import masked_adamw_ as masked_adamw_
 from megasparse.kernels.masked_decay import count_flips as count_flips
 from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
 from megasparse.kernels.mvue24 import mvue24 as mvue24
+from megasparse.kernels.mvue24 import mvue24_variance as mvue24_variance
 from megasparse.kernels.mvue_pack24 import mvue_pack24 as mvue_pack24
 from megasparse.kernels.norm_float8 import norm_float8 as norm_float8
 from megasparse.kernels.pack24 import pack24 as pack24
@@ -98,6 +101,7 @@ from megasparse.kernels.swiglu import swiglu_fused_backward as swiglu_fused_back
 from megasparse.kernels.swiglu_float8 import swiglu_float8 as swiglu_float8
 from megasparse.kernels.swiglu_grad_pack24 import swiglu_grad_pack24 as swiglu_grad_pack24
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask
+from megasparse.kernels.transpose_float8 import transpose_float8 as transpose_float8
 from megasparse.kernels.weight_pack24 import effective_weight as effective_weight
 from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
 

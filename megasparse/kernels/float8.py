@@ -6,6 +6,7 @@ import torch
 
 from megasparse.kernels.checks import require
 from megasparse.kernels.packed24 import COLUMN_MULTIPLE, E4M3, E4M3_MAX
+from megasparse.kernels.token_order import by_groups
 
 E5M2 = torch.float8_e5m2
 # The largest finite number of each format.
@@ -28,17 +29,19 @@ def whole_tiles(tokens: int) -> int:
 
 
 def operands(
-    y: torch.Tensor, scale: torch.Tensor, transposed: bool
+    y: torch.Tensor, scale: torch.Tensor, transposed: bool, strided: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The definition of operands: y (T, K) in e4m3, and the largest |y|.
 
-    Returns: (T', K), its transpose (K, T') if `transposed`, 0-d float32.
+    Returns: (T', K), its transpose (K, T') if `transposed`, in the order of strided groups if
+    `strided`; 0-d float32.
     """
     tokens, width = y.shape
     # By bytes: torch neither fills nor copies every 8-bit format everywhere.
     rows = torch.zeros((whole_tiles(tokens), width), dtype=torch.uint8, device=y.device)
     rows[:tokens] = quantize(y, scale, E4M3).view(torch.uint8)
-    columns = rows.t().contiguous().view(E4M3) if transposed else None
+    ordered = by_groups(rows) if strided else rows
+    columns = ordered.t().contiguous().view(E4M3) if transposed else None
     return rows.view(E4M3), columns, y.float().abs().amax()
 
 

@@ -78,6 +78,8 @@ _LOG_STEP = (
      "norm of lambda (1 - M) o W / norm of the clipped gradient, mean over layers"),
     ("mvue_amplification", "sparsity/mvue_amplification", "1",
      "sum of squares of MVUE(dZ) / of dZ in the step, mean over layers"),
+    ("mvue_variance", "sparsity/mvue_variance", "1",
+     "expected sum of squares of MVUE(dZ) - dZ / of dZ, mean over layers"),
     ("scale", "sparsity/scale", "1", "beta of S-STE, mean over layers"),
     ("fp8_amax", "fp8/amax", "1", "largest magnitude of any FP8 operand before scaling"),
     ("fp8_saturated", "fp8/saturated", "1",

@@ -57,5 +57,5 @@ def _by_dense_gemms(
     recipe: SparsityRecipe, channels: tuple[ShardSlice, ...], reduce_max: object, probe: Probe
 ) -> LinearGemms:
     if recipe.simulate_fp8:
-        return SimulatedFp8Gemms(recipe.mvue, channels, reduce_max, probe)  # type: ignore[arg-type]
-    return ReferenceSparseGemms(recipe.mvue, channels, probe)
+        return SimulatedFp8Gemms(recipe, channels, reduce_max, probe)  # type: ignore[arg-type]
+    return ReferenceSparseGemms(recipe, channels, probe)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import torch
 
+from megasparse.kernels import mvue24_variance
+from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.timer import StepTimer
 
-# Sums: squared norms of dZ before and after MVUE, of the masked decay and of the gradient; per FP8
-# operand the entries that were rounded to the largest value of the format, those that were not
-# zero and became it, and all of them. Maxima: the largest magnitude of each FP8 operand before it
-# is scaled.
+# Sums: squared norms of dZ before and after MVUE and the variance of the latter; squared norms of
+# the masked decay and of the gradient; per FP8 operand the entries that were rounded to the largest
+# value of the format, those that were not zero and became it, and all of them. Maxima: the largest
+# magnitude of each FP8 operand before it is scaled.
 NOTHING = -1.0  # in maxima, which are all positive
 OPERANDS = ("x", "weight", "grad_output", "grad_output_mvue")
 
@@ -52,16 +54,20 @@ class Probe:
         """Measure no longer; what was measured stays."""
         self.asked = self.waits = False
 
-    def mvue(self, before: torch.Tensor, after: torch.Tensor) -> None:
+    def mvue(self, before: torch.Tensor, after: torch.Tensor, recipe: SparsityRecipe) -> None:
         """A draw.
 
         Args:
-            before: dZ.
+            before: dZ, with the zeros that fill it up.
             after: MVUE(dZ), or its non-zeros alone.
+            recipe: how it was drawn.
         """
         if self.asked:
+            exact, strided = recipe.mvue == "exact", recipe.strided_groups
+            variance = mvue24_variance(before, dim=0, exact=exact, strided=strided)
             self._add("mvue_before", _square(before))
             self._add("mvue_after", _square(after))
+            self._add("mvue_variance", variance)
 
     def decay(self, gradient: torch.Tensor, masked: torch.Tensor, strength: float) -> None:
         """A piece of the weight before its update.

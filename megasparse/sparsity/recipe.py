@@ -22,13 +22,14 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from megasparse.config import RunConfig, SparsityConfig
 from megasparse.config.schema.model import (
     SPARSE_LAYERS,
     MaskMetric,
     Mvue,
+    MvueGroups,
     RecipeName,
     ScaleUpdate,
 )
@@ -50,6 +51,8 @@ class SparsityRecipe:
         projection: how the effective weight W~ follows from the master weight W.
         mvue: how dZ^T is made 2:4 along tokens for the weight gradient: not at all, by the exact
             minimum-variance sampler, or by the papers' approximation.
+        mvue_groups: which four tokens share a group of MVUE: neighbours, or tokens a quarter of the
+            micro-batch apart (strided).
         regulariser: where lambda (1-M) o W enters: nowhere, in the gradient between clipping and
             AdamW (FST, SR-STE), or decoupled from the first moment (AST).
         masked_decay: lambda, per step.
@@ -71,6 +74,7 @@ class SparsityRecipe:
     sparse_layers: tuple[str, ...] = SPARSE_LAYERS
     projection: Projection = "none"
     mvue: Mvue = "off"
+    mvue_groups: MvueGroups = "neighbours"
     regulariser: Regulariser = "none"
     masked_decay: float = 0.0
     masked_decay_before_clipping: bool = False
@@ -99,6 +103,13 @@ class SparsityRecipe:
             raise ConfigError(
                 f"masked_decay_before_clipping: the recipe {self.name} adds no decay to gradients, "
                 f"expected {_presets(lambda recipe: recipe.regulariser == 'masked_decay')}"
+            )
+        if self.mvue_groups not in ("neighbours", "strided"):
+            raise ConfigError(f"mvue_groups {self.mvue_groups!r}, expected neighbours or strided")
+        if self.mvue_groups == "strided" and self.mvue == "off":
+            raise ConfigError(
+                f"mvue_groups strided: the recipe {self.name} with mvue off draws nothing, "
+                "expected mvue exact or approximate"
             )
         if self.s_ste_scale != "frozen" and self.projection != "soft_threshold":
             raise ConfigError(
@@ -138,6 +149,11 @@ class SparsityRecipe:
     def transposable(self) -> bool:
         """Whether W~^T is 2:4 as well."""
         return self.projection == "transposable"
+
+    @property
+    def strided_groups(self) -> bool:
+        """Whether dZ^T is drawn in groups of tokens that lie far apart."""
+        return self.mvue != "off" and self.mvue_groups == "strided"
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -227,6 +243,9 @@ def recipe_with(
             f"unknown setting {unknown[0]!r} of a recipe, expected one of "
             f"{', '.join(sorted(fields - {'name'}))}"
         )
+    if settings.get("mvue_groups") == "auto":
+        # Rows are (B, S) here: four neighbours are always of one sequence.
+        settings = {**settings, "mvue_groups": "strided"}
     if isinstance(recipe, SparsityRecipe):
         made = dataclasses.replace(recipe, **settings)
     else:
@@ -252,6 +271,7 @@ def recipe_of(config: RunConfig) -> SparsityRecipe:
     sparsity = config.sparsity
     settings = {name: getattr(sparsity, name) for name in _SETTINGS}
     settings["sparse_layers"] = tuple(sparsity.sparse_layers)
+    settings["mvue_groups"] = _groups(sparsity, config.train.micro_batch_size)
     recipe = make_recipe(sparsity.sparsity_recipe, **settings)
     if sparsity.slorb_k is not None and recipe.projection != "row":
         raise ConfigError(
@@ -259,6 +279,18 @@ def recipe_of(config: RunConfig) -> SparsityRecipe:
             f"{_presets(lambda other: other.projection == 'row')}"
         )
     return recipe
+
+
+def _groups(sparsity: SparsityConfig, micro_batch_size: int) -> MvueGroups | None:
+    """What `auto` means: rows are (S, B), so four neighbours are of four sequences if 4 divides B.
+
+    A recipe that draws nothing has no groups to choose.
+    """
+    if sparsity.mvue_groups != "auto":
+        return cast("MvueGroups | None", sparsity.mvue_groups)
+    preset = PRESETS.get(sparsity.sparsity_recipe)
+    mvue = sparsity.mvue or (preset.mvue if preset else "off")
+    return "strided" if mvue != "off" and micro_batch_size % 4 else "neighbours"
 
 
 # What a run may set of a recipe: the fields that both have.

@@ -12,6 +12,7 @@ this rank's pipeline stage.
 | scale              | beta of S-STE                                                             |
 | decay_ratio        | norm of lambda (1 - M) o W / norm of the gradient that it meets           |
 | mvue_amplification | sum of squares of MVUE(dZ) / sum of squares of dZ, over the micro-batches |
+| mvue_variance      | E|MVUE(dZ) - dZ|^2 / |dZ|^2, over the micro-batches; without a draw       |
 | fp8_amax_*         | largest magnitude of an operand before it is scaled                       |
 | fp8_saturated_*    | share of an operand's entries rounded to the format's largest value       |
 | fp8_lost_*         | share of an operand's entries that were not zero and became it            |
@@ -35,7 +36,7 @@ from megasparse.sparsity.state import SparseWeight
 WEIGHT_SUMS = ("flips", "nonzeros", "numel", "kept", "magnitude", "nan", "not_24")
 # Of the step: every rank has its part.
 STEP_SUMS = (
-    "mvue_before", "mvue_after", "decay", "gradient",
+    "mvue_before", "mvue_after", "mvue_variance", "decay", "gradient",
     *(f"fp8_{operand}_{kind}" for operand in OPERANDS for kind in ("largest", "lost", "all")),
 )  # fmt: skip
 MAXIMA = ("scale", *OPERANDS)
@@ -155,6 +156,7 @@ def layer_figures(
             one["decay_ratio"] = (s["decay"] / s["gradient"]) ** 0.5
         if s["mvue_before"]:
             one["mvue_amplification"] = s["mvue_after"] / s["mvue_before"]
+            one["mvue_variance"] = s["mvue_variance"] / s["mvue_before"]
         for operand in OPERANDS:
             if s[f"fp8_{operand}_all"]:
                 total = s[f"fp8_{operand}_all"]

@@ -19,7 +19,7 @@ from megasparse.sparsity.stats import MAXIMA, STEP_SUMS, WEIGHT_SUMS, layer_figu
 from megasparse.train.engine.base import Engine
 
 LayerMetrics = dict[str, dict[str, float]]
-MEANS = ("density", "retained_l1", "decay_ratio", "mvue_amplification", "scale")
+MEANS = ("density", "retained_l1", "decay_ratio", "mvue_amplification", "mvue_variance", "scale")
 
 
 def measure_all(

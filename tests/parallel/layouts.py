@@ -103,6 +103,10 @@ RUNS = {
         RICH[:1],
     ),
     "gpt s_ste, one layer": (
-        [*BASE, *GPT, *S_STE, "--sparse-layers", "decoder.layers.1.mlp.*"], RICH[:1],
+        [
+            *BASE, *GPT, *S_STE, "--sparse-layers", "decoder.layers.1.mlp.*",
+            "--mvue-groups", "auto",  # strided: a micro-batch has two sequences
+        ],
+        RICH[:1],
     ),
 }  # fmt: skip

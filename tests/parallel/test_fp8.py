@@ -84,7 +84,11 @@ def runs(tmp_path_factory, dataset):
 
 # The linears of the attention are dense in all of them.
 @pytest.mark.parametrize(
-    ("name", "recipe"), [("fst", [*FST, *FP8]), ("s_ste", [*S_STE, "--fp8-format", "hybrid"])]
+    ("name", "recipe"),
+    [
+        ("fst", [*FST, *FP8]),
+        ("s_ste", [*S_STE, "--fp8-format", "hybrid", "--mvue-groups", "strided"]),
+    ],
 )
 def test_tensor_parallel_ranks_scale_and_train_as_one(runs, tmp_path, dataset, name, recipe):
     rows, scales = runs(name, recipe)

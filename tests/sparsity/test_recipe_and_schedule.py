@@ -42,6 +42,32 @@ def test_overrides_apply_and_useless_ones_are_refused():
         SparsityRecipe("x", projection="soft_threshold", regulariser="masked_decay")
 
 
+def test_groups_of_mvue():
+    assert not make_recipe("fst").strided_groups  # the default stays
+    assert make_recipe("s_ste", mvue_groups="strided").strided_groups
+    assert not make_recipe("sr_ste", mvue_groups="neighbours").strided_groups
+    with pytest.raises(ConfigError, match="sr_ste with mvue off draws nothing"):
+        make_recipe("sr_ste", mvue_groups="strided")
+    with pytest.raises(ConfigError, match="expected neighbours or strided"):
+        make_recipe("fst", mvue_groups="auto")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "micro_batch", "groups"),
+    [
+        ("fst", 1, "strided"),
+        ("fst", 2, "strided"),
+        ("s_ste", 4, "neighbours"),
+        ("s_ste", 8, "neighbours"),
+        ("ast", 1, "neighbours"),  # draws nothing
+    ],
+)
+def test_automatic_groups_follow_the_micro_batch(recipe, micro_batch, groups):
+    flags = ["--mock-data", "--sparsity-recipe", recipe, "--mvue-groups", "auto"]
+    flags += ["--micro-batch-size", str(micro_batch), "--global-batch-size", "8"]
+    assert recipe_of(load_config(flags)).mvue_groups == groups
+
+
 def test_dense_warmup_and_tail_bound_the_sparse_range():
     recipe = make_recipe("fst", dense_warmup_fraction=0.1, dense_tail_fraction=1 / 6)
     sparse = [step for step in range(300) if schedule.is_sparse_step(recipe, step, 300)]
@@ -104,6 +130,7 @@ def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
         masked_decay=0.5,
         masked_decay_ramp_iters=3,
         mvue="approximate",
+        mvue_groups="strided",
         mask_metric="wanda",
         simulate_fp8=True,
         s_ste_scale="frozen",

@@ -11,7 +11,7 @@ import torch
 
 from megasparse.estimate.flops import TokenFlops
 from megasparse.fp8.delayed import DelayedScaling
-from megasparse.kernels import mvue24, transposable24_mask
+from megasparse.kernels import mvue24, mvue24_variance, transposable24_mask
 from megasparse.metrics.schema import LOG_METRICS, METRICS, STEP_METRICS, read_metrics
 from megasparse.optim.fragments import Fragment
 from megasparse.optim.masked_decay import MaskedDecay
@@ -76,6 +76,7 @@ def test_layers_have_the_same_figures_in_every_layout(runs, name):
         "retained_l1",
         "decay_ratio",
         "mvue_amplification",
+        "mvue_variance",
         "fp8_amax_x",
         "fp8_saturated_weight",
         "fp8_lost_grad_output",
@@ -154,6 +155,10 @@ def test_figures_are_what_they_say():
         "decay_ratio": pytest.approx(float(0.25 * lost.norm() / weight.grad.norm()), rel=1e-6),
         "mvue_amplification": pytest.approx(
             float(sum(d.square().sum() for d in drawn) / (5 * dz.square().sum())), rel=1e-6
+        ),
+        # That of 2 dZ is four times that of dZ.
+        "mvue_variance": pytest.approx(
+            float(mvue24_variance(dz, dim=0) / dz.square().sum()), rel=1e-5
         ),
     }
 

@@ -18,6 +18,7 @@ from megasparse.config.schema.option import option
 # The words of the sparsity group, each written here alone.
 RecipeName = Literal["dense", "ste", "sr_ste", "fst", "s_ste", "ast"]
 Mvue = Literal["off", "exact", "approximate"]
+MvueGroups = Literal["neighbours", "strided"]
 MaskMetric = Literal["magnitude", "wanda"]
 ScaleUpdate = Literal["frozen", "every_step"]
 # What a recipe makes sparse unless the run says otherwise: the FFN.
@@ -160,6 +161,13 @@ class SparsityConfig:
         None,
         "how output gradients are made 2:4 for the weight gradient",
         choices=get_args(Mvue),
+    )
+    mvue_groups: str | None = option(
+        None,
+        "which four tokens share a group of MVUE: neighbours, tokens a quarter of the micro-batch "
+        "apart (strided), or auto: strided where neighbours would be of one sequence, that is if "
+        "4 does not divide micro-batch-size; default neighbours",
+        choices=(*get_args(MvueGroups), "auto"),
     )
     dense_warmup_fraction: float | None = option(
         None, "share of the steps that is dense at the start", at_least=0.0, below=1.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megasparse.kernels.device.groups import larger
+from megasparse.kernels.device.groups import first_token, larger
 from megasparse.kernels.dispatch import INTERPRETING
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
@@ -105,6 +105,7 @@ def store_operands(
     first_channel,
     width,
     padded_tokens,
+    STRIDED: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -113,15 +114,17 @@ def store_operands(
     a, b, c, d: (GROUPS, CHANNELS), the four tokens of each group; they exist in both results.
     rows_ptr: int8 (T', width); columns_ptr: int32 (width, T' / 4). width: int64.
 
-    What moves between threads for the transposed copy are words of four tokens.
+    What moves between threads for the transposed copy are words of four tokens. With STRIDED
+    groups the four are a quarter of all tokens apart, and side by side in the transposed copy.
     """
     group = first_group + tl.arange(0, GROUPS)[:, None]
     channel = first_channel + tl.arange(0, CHANNELS)[None, :]
-    out = rows_ptr + group.to(tl.int64) * 4 * width + channel
+    out = rows_ptr + first_token(group, STRIDED) * width + channel
+    stride = width * (padded_tokens // 4) if STRIDED else width
     tl.store(out, to_float8(a, False))
-    tl.store(out + width, to_float8(b, False))
-    tl.store(out + 2 * width, to_float8(c, False))
-    tl.store(out + 3 * width, to_float8(d, False))
+    tl.store(out + stride, to_float8(b, False))
+    tl.store(out + 2 * stride, to_float8(c, False))
+    tl.store(out + 3 * stride, to_float8(d, False))
     if columns_ptr is not None:
         word = e4m3_word(a, b, c, d).to(tl.int32, bitcast=True)
         row = tl.cast(first_channel, tl.int64) + tl.arange(0, CHANNELS)[:, None]

@@ -20,6 +20,12 @@ _INTERPRETING = tl.constexpr(INTERPRETING)
 
 
 @triton.jit
+def first_token(group, STRIDED: tl.constexpr):
+    """int64: the first token of each group; the next are a step further each (`token_order.py`)."""
+    return group.to(tl.int64) if STRIDED else group.to(tl.int64) * 4
+
+
+@triton.jit
 def load_bits(words, group, live, KIND: tl.constexpr):
     """The bits of a group's entries: four int32 tensors, zero where `live` is False.
 

@@ -24,6 +24,7 @@ def grad_pack24(
     packed_scale: torch.Tensor,
     channels: Channels | None = None,
     exact: bool = True,
+    strided: bool = False,
     row_amax: torch.Tensor | None = None,
     packed_amax: torch.Tensor | None = None,
     error_flag: torch.Tensor | None = None,
@@ -48,6 +49,9 @@ def grad_pack24(
         channels: where the channels lie in the whole layer, in sections whose sizes are multiples
             of 64; by default they are the layer's first.
         exact: the exact sampler, or the papers' approximation.
+        strided: groups of tokens a quarter of all (zeros included) apart; columns of the packed
+            part are in the order of groups, as the other operand's must be
+            (`token_order.by_groups`). Rows stay as they are.
         row_amax, packed_amax: float32 (1,) on dz's device, raised to the largest |dz| and
             |MVUE(dz)| (before scaling); a NaN makes them NaN.
         error_flag: int32 (1,) on dz's device, set when a packed group has more than two non-zeros
@@ -68,14 +72,19 @@ def grad_pack24(
     run = dispatch.implementation(
         "grad_pack24", dz, backend, reference=_by_definition, triton=triton.grad_pack24
     )
-    return run(dz, seed, channels, exact, how)
+    return run(dz, seed, channels, exact, strided, how)
 
 
 def _by_definition(
-    dz: torch.Tensor, seed: SeedLike, channels: Channels, exact: bool, how: Quantization
+    dz: torch.Tensor,
+    seed: SeedLike,
+    channels: Channels,
+    exact: bool,
+    strided: bool,
+    how: Quantization,
 ) -> tuple[torch.Tensor | None, Packed24]:
     row, packed, *found = reference.grad_pack24(
-        dz, seed, channels, exact, how.row_scale, how.row_dtype, how.packed_scale
+        dz, seed, channels, exact, strided, how.row_scale, how.row_dtype, how.packed_scale
     )
     how.record(*found)
     if how.sums is not None:

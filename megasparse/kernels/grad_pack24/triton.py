@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.device.float8 import raise_above
-from megasparse.kernels.device.groups import widen
+from megasparse.kernels.device.groups import first_token, widen
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.grad_pack24.quantization import Quantization
 from megasparse.kernels.mvue24.triton_packed import signs16
 from megasparse.kernels.mvue24.triton_sampler import seed_arguments, seed_of
 from megasparse.kernels.mvue24.triton_tile import (
     Launch,
-    load_token,
+    load_group,
     prune,
     store_packed,
     store_rows,
@@ -33,14 +33,20 @@ LAUNCH = Launch(pairs=16, num_warps=4, registers=96)
 
 
 @triton.jit
-def _load(dz_ptr, group, channel, num_tokens, dz_stride, FULL: tl.constexpr):
+def _load(
+    dz_ptr,
+    group,
+    channel,
+    num_tokens,
+    padded_tokens,
+    dz_stride,
+    STRIDED: tl.constexpr,
+    FULL: tl.constexpr,
+):
     """The four tokens of a group, zeros after the last token; then their signs."""
-    token = group.to(tl.int64) * 4
+    token = first_token(group, STRIDED)
     ptrs = dz_ptr + token * dz_stride + channel
-    x0 = load_token(ptrs, token, num_tokens, FULL)
-    x1 = load_token(ptrs + dz_stride, token + 1, num_tokens, FULL)
-    x2 = load_token(ptrs + 2 * dz_stride, token + 2, num_tokens, FULL)
-    x3 = load_token(ptrs + 3 * dz_stride, token + 3, num_tokens, FULL)
+    x0, x1, x2, x3 = load_group(ptrs, dz_stride, token, num_tokens, padded_tokens, STRIDED, FULL)
     return widen(x0), widen(x1), widen(x2), widen(x3), signs16(x0, x1, x2, x3)
 
 
@@ -68,6 +74,7 @@ def _grad_pack24_kernel(
     first_channel,
     first_other,
     EXACT: tl.constexpr,
+    STRIDED: tl.constexpr,
     E5M2: tl.constexpr,
     PAIRS: tl.constexpr,
     FULL: tl.constexpr,
@@ -90,18 +97,42 @@ def _grad_pack24_kernel(
     if (block_row == 0) & (tile == 0):
         tl.store(scale_inv_ptr, tl.div_rn(1.0, packed_scale))
     # Loads and stores keep this order; the second group's loads pass the first one's arithmetic.
-    x = _load(dz_ptr, 2 * pair, channel, num_tokens, dz_stride, FULL)
+    x = _load(dz_ptr, 2 * pair, channel, num_tokens, padded_tokens, dz_stride, STRIDED, FULL)
     scale = 1.0
     if row_ptr is not None:
         scale = tl.load(row_scale_ptr)
-        store_rows(row_ptr, x, scale, 2 * pair, channel, num_tokens, row_stride, E5M2, FULL)
+        store_rows(
+            row_ptr,
+            x,
+            scale,
+            2 * pair,
+            channel,
+            num_tokens,
+            padded_tokens,
+            row_stride,
+            STRIDED,
+            E5M2,
+            FULL,
+        )
     total = x[0]
     if sums_ptr is not None:
         total = (x[0] + x[1]) + (x[2] + x[3])
     pruned0 = prune(x, packed_scale, 2 * pair, other, key, high, EXACT)
-    x = _load(dz_ptr, 2 * pair + 1, channel, num_tokens, dz_stride, FULL)
+    x = _load(dz_ptr, 2 * pair + 1, channel, num_tokens, padded_tokens, dz_stride, STRIDED, FULL)
     if row_ptr is not None:
-        store_rows(row_ptr, x, scale, 2 * pair + 1, channel, num_tokens, row_stride, E5M2, FULL)
+        store_rows(
+            row_ptr,
+            x,
+            scale,
+            2 * pair + 1,
+            channel,
+            num_tokens,
+            padded_tokens,
+            row_stride,
+            STRIDED,
+            E5M2,
+            FULL,
+        )
     if sums_ptr is not None:
         total = tl.sum(total + ((x[0] + x[1]) + (x[2] + x[3])), axis=0, keep_dims=True)
         tl.store(sums_ptr + tile.to(tl.int64) * row_stride + channel, total)
@@ -130,6 +161,7 @@ def grad_pack24(
     seed: SeedLike,
     channels: tuple[tuple[int, int, int], ...],
     exact: bool,
+    strided: bool,
     how: Quantization,
 ) -> tuple[torch.Tensor | None, Packed24]:
     """See reference.py; raises amaxes and flag of `how`."""
@@ -168,6 +200,7 @@ def grad_pack24(
                     start,
                     place,
                     EXACT=exact,
+                    STRIDED=strided,
                     E5M2=how.row_dtype == E5M2,
                     PAIRS=pairs,
                     FULL=dz.shape[0] == padded,

@@ -20,6 +20,7 @@ def mvue24(
     dim: int = -1,
     offsets: tuple[int, int] = (0, 0),
     exact: bool = True,
+    strided: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """An unbiased random estimate of `g` with at most 2 of each 4 entries along `dim` non-zero.
@@ -41,6 +42,8 @@ def mvue24(
         offsets: global index of g[0, 0]. The numbers drawn depend on (seed, global group index
             along dim, global index of the other dimension) alone, so a shard gets the result of
             its place in the whole tensor. offsets[dim] must be a multiple of 4.
+        strided: groups are entries a quarter of the size along `dim` apart (`token_order.py`)
+            instead of neighbours. offsets[dim] must be 0: g is whole along `dim`.
         backend: None, "reference" or "triton".
 
     Returns: like g (shape, dtype; row- or column-major as g), outside autograd. Unbiased up to
@@ -53,13 +56,30 @@ def mvue24(
     Raises: KernelError on a wrong rank, dtype, dim, offset, seed or backend.
     """
     dim = _check(g, dim, offsets)
+    if strided and offsets[dim]:
+        raise KernelError(f"mvue24: offsets={offsets}, expected 0 along dim={dim} where strided")
     check_seed("mvue24", seed, g.device)
     sample = dispatch.implementation(
         "mvue24", g, backend, reference=reference.mvue24, triton=triton.mvue24
     )
     if g.numel() == 0:
         return torch.empty_like(g)
-    return sample(g, seed, dim, offsets, exact)
+    return sample(g, seed, dim, offsets, exact, strided)
+
+
+@torch.no_grad()
+def mvue24_variance(
+    g: torch.Tensor, *, dim: int = -1, exact: bool = True, strided: bool = False
+) -> torch.Tensor:
+    """0-d float64: E|mvue24(g) - g|^2, without a draw. Plain torch on any device.
+
+    The estimator is unbiased, so this is E|mvue24(g)|^2 - |g|^2; arguments are those of `mvue24`.
+
+    Raises: KernelError on a wrong rank, dtype or dim.
+    """
+    dim = _check(g, dim, (0, 0))
+    square = torch.linalg.vector_norm(g, dtype=torch.float32).double().square()
+    return reference.expected_square(g, dim, exact, strided) - square
 
 
 def _check(g: torch.Tensor, dim: int, offsets: tuple[int, int]) -> int:

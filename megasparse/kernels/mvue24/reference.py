@@ -18,17 +18,18 @@ SMALL, SCALE_UP, SCALE_DOWN, TINY = 2.0**60, 2.0**64, 2.0**-4, 2.0**-126
 
 
 def mvue24(
-    g: torch.Tensor, seed: SeedLike, dim: int, offsets: tuple[int, int], exact: bool
+    g: torch.Tensor,
+    seed: SeedLike,
+    dim: int,
+    offsets: tuple[int, int],
+    exact: bool,
+    strided: bool = False,
 ) -> torch.Tensor:
     """See `megasparse.kernels.mvue24`; arguments are checked there, `dim` is 0 or 1."""
     size = g.shape[dim]
-    padded = g
-    if size % 4:
-        shape = list(g.shape)
-        shape[dim] = -size % 4
-        padded = torch.cat([g, g.new_zeros(shape)], dim)
+    padded = _in_fours(g, dim)
     out = torch.empty_like(padded)
-    entries, results = _every_fourth(padded, dim), _every_fourth(out, dim)
+    entries, results = _members(padded, dim, strided), _members(out, dim, strided)
     words = _words(entries[0], seed, dim, offsets)
     x = tuple(entry.float() for entry in entries)
     sample = exact_magnitudes if exact else approximate_magnitudes
@@ -38,7 +39,38 @@ def mvue24(
     return torch.empty_like(g).copy_(out.narrow(dim, 0, size)) if size % 4 else out
 
 
-def _every_fourth(t: torch.Tensor, dim: int) -> Four:
+def expected_square(g: torch.Tensor, dim: int, exact: bool, strided: bool) -> torch.Tensor:
+    """0-d float64: the expectation of the sum of squares of `mvue24(g)`.
+
+    Sum over entries of x_i^2 / p_i, which is |x_i| times the magnitude that is kept: `(m + r)^2 /
+    2` for a group whose largest `m` is below the sum `r` of the others, else `m^2 + r^2`.
+    """
+    a = tuple(t.abs().float() for t in _members(_in_fours(g, dim), dim, strided))
+    if not exact:
+        kept = zip(a, _approximate_kept(a))
+        parts = [torch.where(a_i > 0, a_i * kept_i, 0.0) for a_i, kept_i in kept]
+        return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()
+    largest = torch.maximum(torch.maximum(a[0], a[1]), torch.maximum(a[2], a[3]))
+    total = a[0] + a[1] + a[2] + a[3]
+    rest = total - largest
+    square = torch.where(largest < rest, total.square() / 2, largest.square() + rest.square())
+    return square.sum(dtype=torch.float64)
+
+
+def _in_fours(g: torch.Tensor, dim: int) -> torch.Tensor:
+    """g with zeros along `dim` up to a multiple of 4."""
+    missing = -g.shape[dim] % 4
+    if not missing:
+        return g
+    shape = list(g.shape)
+    shape[dim] = missing
+    return torch.cat([g, g.new_zeros(shape)], dim)
+
+
+def _members(t: torch.Tensor, dim: int, strided: bool) -> Four:
+    """The first entries of all groups, the second ones, and so on."""
+    if strided:
+        return t.chunk(4, dim)
     return tuple(t[i::4] if dim == 0 else t[:, i::4] for i in range(4))
 
 
@@ -106,15 +138,26 @@ def approximate_magnitudes(a: Four, words: Four) -> Four:
     first = _first_above(c, uniform24(words[0]).mul_(c[3]))
     remaining = _cumulative(tuple(a_i.masked_fill(f_i, 0.0) for a_i, f_i in zip(a, first)))
     second = _first_above(remaining, uniform24(words[1]).mul_(remaining[3]))
+    return tuple(
+        (total / divisor).masked_fill_(~(f | s), 0.0)
+        for divisor, f, s in zip(_divisors(a), first, second)
+    )
+
+
+def _divisors(a: Four) -> Four:
+    """What the group's sum is divided by where an entry is kept: 1 + the others' odds."""
     low, high = a[0] + a[1] + TINY, a[2] + a[3] + TINY
     others = (a[1] + high, a[0] + high, low + a[3], low + a[2])
     odds = tuple(a_i / others_i for a_i, others_i in zip(a, others))
     low, high = 1.0 + (odds[0] + odds[1]), 1.0 + (odds[2] + odds[3])
-    divisors = (odds[1] + high, odds[0] + high, low + odds[3], low + odds[2])
-    return tuple(
-        (total / divisor).masked_fill_(~(f | s), 0.0)
-        for divisor, f, s in zip(divisors, first, second)
-    )
+    return odds[1] + high, odds[0] + high, low + odds[3], low + odds[2]
+
+
+def _approximate_kept(a: Four) -> Four:
+    """The magnitudes that the approximate sampler gives entries if it keeps them."""
+    total = _cumulative(a)[3]
+    scale = torch.where(total < SMALL, SCALE_UP, SCALE_DOWN)
+    return tuple(total / divisor for divisor in _divisors(tuple(a_i * scale for a_i in a)))
 
 
 def _cumulative(a: Four) -> Four:

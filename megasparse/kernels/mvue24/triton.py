@@ -14,9 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.groups import first_token
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.mvue24.triton_sampler import sample_scaled, seed_arguments, seed_of
 from megasparse.kernels.random import SeedLike
+from megasparse.kernels.token_order import step_within
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def _along_rows_kernel(
     g_stride,
     first_group,
     first_other,
+    step,
     EXACT: tl.constexpr,
+    STRIDED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -64,13 +68,17 @@ def _along_rows_kernel(
     pid = tl.program_id(0)
     group = (pid // tiles) * ROWS + tl.arange(0, ROWS)[:, None]
     column = (pid % tiles) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    row = group.to(tl.int64) * 4
-    g_stride = tl.cast(g_stride, tl.int64)
-    out_stride = tl.cast(num_columns, tl.int64)
+    row = first_token(group, STRIDED)
     inside = column < num_columns
-    m0, m1 = (row < num_rows) & inside, (row + 1 < num_rows) & inside
-    m2, m3 = (row + 2 < num_rows) & inside, (row + 3 < num_rows) & inside
-    g_ptrs = g_ptr + row * g_stride + column
+    if STRIDED:
+        inside = inside & (group < step)
+    m0, m1 = (row < num_rows) & inside, (row + step < num_rows) & inside
+    m2, m3 = (row + 2 * step < num_rows) & inside, (row + 3 * step < num_rows) & inside
+    g_ptrs = g_ptr + row * tl.cast(g_stride, tl.int64) + column
+    out_ptrs = out_ptr + row * tl.cast(num_columns, tl.int64) + column
+    # From a row of a group to the next.
+    g_stride = tl.cast(g_stride, tl.int64) * step
+    out_stride = tl.cast(num_columns, tl.int64) * step
     x0 = tl.load(g_ptrs, mask=m0, other=0.0).to(tl.float32)
     x1 = tl.load(g_ptrs + g_stride, mask=m1, other=0.0).to(tl.float32)
     x2 = tl.load(g_ptrs + 2 * g_stride, mask=m2, other=0.0).to(tl.float32)
@@ -80,7 +88,6 @@ def _along_rows_kernel(
     o0, o1, o2, o3 = _sample(
         x0, x1, x2, x3, group_counter, other_counter, seed_ptr, key, high, EXACT
     )
-    out_ptrs = out_ptr + row * out_stride + column
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(out_ptrs, o0.to(dtype), mask=m0)
     tl.store(out_ptrs + out_stride, o1.to(dtype), mask=m1)
@@ -127,9 +134,19 @@ def _along_columns_kernel(
 
 
 def mvue24(
-    g: torch.Tensor, seed: SeedLike, dim: int, offsets: tuple[int, int], exact: bool
+    g: torch.Tensor,
+    seed: SeedLike,
+    dim: int,
+    offsets: tuple[int, int],
+    exact: bool,
+    strided: bool = False,
 ) -> torch.Tensor:
     """See `megasparse.kernels.mvue24`; arguments are checked there, `dim` is 0 or 1."""
+    if strided and (dim == 1 or g.stride(1) != 1):
+        # One kernel alone knows strided groups: of rows.
+        along = (g.t() if dim == 1 else g).contiguous()
+        drawn = mvue24(along, seed, 0, (offsets[dim], offsets[1 - dim]), exact, True)
+        return torch.empty_like(g).copy_(drawn.t() if dim == 1 else drawn)
     if g.stride(1) != 1 and g.stride(0) == 1:
         return mvue24(g.t(), seed, 1 - dim, (offsets[1], offsets[0]), exact).t()
     if g.stride(1) != 1:
@@ -147,6 +164,9 @@ def mvue24(
     launch = INTERPRETED if INTERPRETING else launch
     grid = (triton.cdiv(groups[0], launch.rows) * triton.cdiv(groups[1], launch.columns),)
     seed_ptr, key, high = seed_arguments(seed)
+    apart = {}
+    if dim == 0:
+        apart = {"step": step_within(4 * groups[0], strided), "STRIDED": strided}
     kernel[grid](
         g,
         out,
@@ -158,6 +178,7 @@ def mvue24(
         g.stride(0),
         offsets[dim] // 4,
         offsets[1 - dim],
+        **apart,
         EXACT=exact,
         ROWS=launch.rows,
         COLUMNS=launch.columns,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.device.float8 import e4m3_word, to_float8
-from megasparse.kernels.device.groups import raise_flag
+from megasparse.kernels.device.groups import first_token, raise_flag
 from megasparse.kernels.device.layout24 import crowded8, select8
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.mvue24.triton_packed import packed8, sample, word8
@@ -59,6 +59,35 @@ def load_token(ptrs, token, num_tokens, FULL: tl.constexpr):
 
 
 @triton.jit
+def step_of(padded_tokens, STRIDED: tl.constexpr):
+    """int64: from a token of a group to the next."""
+    if STRIDED:
+        return tl.cast(padded_tokens // 4, tl.int64)
+    else:
+        return tl.full((), 1, tl.int64)
+
+
+@triton.jit
+def load_group(
+    ptrs, stride, token, num_tokens, padded_tokens, STRIDED: tl.constexpr, FULL: tl.constexpr
+):
+    """The four tokens of each group.
+
+    Args:
+        ptrs: to the first ones.
+        stride: from a token to its neighbour.
+        token: the first ones' number, int64.
+    """
+    step = step_of(padded_tokens, STRIDED)
+    stride = stride * step
+    x0 = load_token(ptrs, token, num_tokens, FULL)
+    x1 = load_token(ptrs + stride, token + step, num_tokens, FULL)
+    x2 = load_token(ptrs + 2 * stride, token + 2 * step, num_tokens, FULL)
+    x3 = load_token(ptrs + 3 * stride, token + 3 * step, num_tokens, FULL)
+    return x0, x1, x2, x3
+
+
+@triton.jit
 def _store_token(ptrs, x, scale, token, num_tokens, E5M2: tl.constexpr, FULL: tl.constexpr):
     if FULL:
         tl.store(ptrs, to_float8(x * scale, E5M2))
@@ -74,17 +103,21 @@ def store_rows(
     group,
     channel,
     num_tokens,
+    padded_tokens,
     row_stride,
+    STRIDED: tl.constexpr,
     E5M2: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """A group's tokens, quantized; those from `num_tokens` on do not exist, with FULL all do."""
-    token = group.to(tl.int64) * 4
+    token = first_token(group, STRIDED)
     ptrs = row_ptr + token * row_stride + channel
+    step = step_of(padded_tokens, STRIDED)
+    stride = row_stride * step
     _store_token(ptrs, x[0], scale, token, num_tokens, E5M2, FULL)
-    _store_token(ptrs + row_stride, x[1], scale, token + 1, num_tokens, E5M2, FULL)
-    _store_token(ptrs + 2 * row_stride, x[2], scale, token + 2, num_tokens, E5M2, FULL)
-    _store_token(ptrs + 3 * row_stride, x[3], scale, token + 3, num_tokens, E5M2, FULL)
+    _store_token(ptrs + stride, x[1], scale, token + step, num_tokens, E5M2, FULL)
+    _store_token(ptrs + 2 * stride, x[2], scale, token + 2 * step, num_tokens, E5M2, FULL)
+    _store_token(ptrs + 3 * stride, x[3], scale, token + 3 * step, num_tokens, E5M2, FULL)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ def mvue_pack24(
     seed: SeedLike,
     channels: Channels | None = None,
     exact: bool = True,
+    strided: bool = False,
     error_flag: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Packed24:
@@ -34,6 +35,8 @@ def mvue_pack24(
         channels: where the channels lie in the whole layer, in sections whose sizes are multiples
             of 64; by default they are the layer's first.
         exact: the exact sampler, or the papers' approximation.
+        strided: groups of tokens a quarter of all (zeros included) apart; columns are in the order
+            of groups, which the other operand must have too (`token_order.by_groups`).
         error_flag: int32 (1,) on dz's device, set when a group has more than two non-zeros (which
             only infinities and NaN can cause).
         backend: None, "reference" or "triton".
@@ -53,7 +56,7 @@ def mvue_pack24(
     run = dispatch.implementation(
         "mvue_pack24", dz, backend, reference=_by_definition, triton=triton.mvue_pack24
     )
-    return run(dz, seed, channels, exact, error_flag)
+    return run(dz, seed, channels, exact, strided, error_flag)
 
 
 def check_channels(op: str, width: int, channels: Channels) -> None:
@@ -69,8 +72,9 @@ def _by_definition(
     seed: SeedLike,
     channels: Channels,
     exact: bool,
+    strided: bool,
     error_flag: torch.Tensor | None,
 ) -> Packed24:
-    packed, crowded = reference.mvue_pack24(dz, seed, channels, exact)
+    packed, crowded = reference.mvue_pack24(dz, seed, channels, exact, strided)
     set_flag(error_flag, crowded)
     return packed

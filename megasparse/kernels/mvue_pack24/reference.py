@@ -9,24 +9,35 @@ from megasparse.kernels.mvue24.reference import mvue24
 from megasparse.kernels.pack24.reference import pack24
 from megasparse.kernels.packed24 import COLUMN_MULTIPLE, Packed24, unit_scale
 from megasparse.kernels.random import SeedLike
+from megasparse.kernels.token_order import by_groups
 
 
 def mvue_pack24(
-    dz: torch.Tensor, seed: SeedLike, channels: tuple[tuple[int, int, int], ...], exact: bool
+    dz: torch.Tensor,
+    seed: SeedLike,
+    channels: tuple[tuple[int, int, int], ...],
+    exact: bool,
+    strided: bool = False,
 ) -> tuple[Packed24, torch.Tensor]:
     """MVUE(dZ)^T packed; 0-d bool, whether a group of it has more than two non-zeros."""
-    pruned = mvue24_of_sections(dz, seed, channels, exact)
     missing = -dz.shape[0] % COLUMN_MULTIPLE[dz.dtype]
-    return pack24(pad(pruned.t(), (0, missing)), dz.dtype, unit_scale(dz.device))
+    pruned = mvue24_of_sections(pad(dz, (0, 0, 0, missing)), seed, channels, exact, strided)
+    if strided:
+        pruned = by_groups(pruned)
+    return pack24(pruned.t(), dz.dtype, unit_scale(dz.device))
 
 
 def mvue24_of_sections(
-    dz: torch.Tensor, seed: SeedLike, channels: tuple[tuple[int, int, int], ...], exact: bool
+    dz: torch.Tensor,
+    seed: SeedLike,
+    channels: tuple[tuple[int, int, int], ...],
+    exact: bool,
+    strided: bool,
 ) -> torch.Tensor:
     """MVUE(dZ) (T, N), 2:4 along tokens; each section draws the numbers of its place."""
     return torch.cat(
         [
-            mvue24(dz.narrow(1, start, length), seed, 0, (0, place), exact)
+            mvue24(dz.narrow(1, start, length), seed, 0, (0, place), exact, strided)
             for start, place, length in channels
         ],
         1,

@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from megasparse.kernels.device.groups import raise_flag, widen
+from megasparse.kernels.device.groups import first_token, raise_flag, widen
 from megasparse.kernels.device.layout24 import crowded16, select16, to_word
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.mvue24.triton_packed import packed16, sample, signs16
 from megasparse.kernels.mvue24.triton_sampler import draw, sample_scaled, seed_arguments, seed_of
-from megasparse.kernels.mvue24.triton_tile import load_token, tiles
+from megasparse.kernels.mvue24.triton_tile import load_group, tiles
 from megasparse.kernels.packed24 import COLUMN_MULTIPLE, Packed24, empty_packed, unit_scale
 from megasparse.kernels.random import SeedLike
 
@@ -73,6 +73,7 @@ def _mvue_pack16_kernel(
     first_channel,
     first_other,
     EXACT: tl.constexpr,
+    STRIDED: tl.constexpr,
     GROUPS: tl.constexpr,
     FULL: tl.constexpr,
 ):
@@ -82,13 +83,9 @@ def _mvue_pack16_kernel(
     column = block_row * 64 + tl.arange(0, 64)[None, :]
     other = column.to(tl.uint32) + first_other.to(tl.uint32)
     key, high = seed_of(seed_ptr, key, high)
-    dz_stride = tl.cast(dz_stride, tl.int64)
-    token = group.to(tl.int64) * 4
+    token = first_token(group, STRIDED)
     ptrs = dz_ptr + token * dz_stride + (first_channel + column)
-    x0 = load_token(ptrs, token, num_tokens, FULL)
-    x1 = load_token(ptrs + dz_stride, token + 1, num_tokens, FULL)
-    x2 = load_token(ptrs + 2 * dz_stride, token + 2, num_tokens, FULL)
-    x3 = load_token(ptrs + 3 * dz_stride, token + 3, num_tokens, FULL)
+    x0, x1, x2, x3 = load_group(ptrs, dz_stride, token, num_tokens, padded_tokens, STRIDED, FULL)
     group = group.to(tl.uint32)
     kept, code = _prune(x0, x1, x2, x3, group, other, flag_ptr, key, high, EXACT)
     # A word holds the two values that a group of this channel keeps: row `channel` of the packed
@@ -110,6 +107,7 @@ def mvue_pack24(
     seed: SeedLike,
     channels: tuple[tuple[int, int, int], ...],
     exact: bool,
+    strided: bool,
     error_flag: torch.Tensor | None,
 ) -> Packed24:
     """See `megasparse.kernels.mvue_pack24`; arguments are checked there."""
@@ -144,6 +142,7 @@ def mvue_pack24(
                     start,
                     place,
                     EXACT=exact,
+                    STRIDED=strided,
                     GROUPS=groups,
                     FULL=tokens == padded,
                     num_warps=launch.num_warps,

@@ -42,6 +42,7 @@ def norm_float8(
     eps: float,
     scale: torch.Tensor,
     transposed: bool = True,
+    strided: bool = False,
     amax: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> NormFloat8:
@@ -62,6 +63,7 @@ def norm_float8(
         scale: 0-d float32 on the device of x, the multiplier; to nearest even, saturated
             (infinities too); NaN stays NaN.
         transposed: whether the transposed copy is wanted.
+        strided: its tokens in the order of strided groups (`token_order.by_groups`).
         amax: float32 (1,) there, raised to the largest |y|; a NaN makes it NaN.
         backend: None, "reference" or "triton".
 
@@ -80,7 +82,7 @@ def norm_float8(
     run = dispatch.implementation(
         "norm_float8", x, backend, reference=_by_definition, triton=triton.norm_float8
     )
-    return NormFloat8(*run(x, weight, bias, centred, eps, scale, transposed, amax))
+    return NormFloat8(*run(x, weight, bias, centred, eps, scale, transposed, strided, amax))
 
 
 def _by_definition(
@@ -91,10 +93,11 @@ def _by_definition(
     eps: float,
     scale: torch.Tensor,
     transposed: bool,
+    strided: bool,
     amax: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     rows, columns, mean, rstd, found = reference.norm_float8(
-        x, weight, bias, centred, eps, scale, transposed
+        x, weight, bias, centred, eps, scale, transposed, strided
     )
     raise_amax(amax, found)
     return rows, columns, mean, rstd

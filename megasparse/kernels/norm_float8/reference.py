@@ -16,9 +16,11 @@ def norm_float8(
     eps: float,
     scale: torch.Tensor,
     transposed: bool,
+    strided: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """rows, columns, mean, rstd (of `NormFloat8`), and the largest magnitude of the norm, 0-d."""
-    rows, columns, amax = operands(normalize(x, weight, bias, eps, centred), scale, transposed)
+    y = normalize(x, weight, bias, eps, centred)
+    rows, columns, amax = operands(y, scale, transposed, strided)
     values, mean = x.float(), None
     if centred:
         mean = values.mean(1)

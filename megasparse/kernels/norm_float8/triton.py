@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.device.float8 import largest_of_four, raise_amax, store_operands
-from megasparse.kernels.device.groups import rounded_pair, widen
+from megasparse.kernels.device.groups import first_token, rounded_pair, widen
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8 import new_operands
 
@@ -42,15 +42,18 @@ INTERPRETED = Launch(entries=1 << 22, elements=1 << 16, num_warps=4)
 
 
 @triton.jit
-def _load_four(ptrs, stride, token, num_tokens, POLICY: tl.constexpr):
-    """Four tokens at `ptrs`, the first's, in float32; 0 after the last token."""
+def _load_four(ptrs, stride, token, step, num_tokens, POLICY: tl.constexpr):
+    """Four tokens, `step` apart, at `ptrs`, the first's, in float32; 0 after the last token.
+
+    stride: from each to the next.
+    """
     a = tl.load(ptrs, mask=token < num_tokens, other=0.0, eviction_policy=POLICY)
     ptrs += stride
-    b = tl.load(ptrs, mask=token + 1 < num_tokens, other=0.0, eviction_policy=POLICY)
+    b = tl.load(ptrs, mask=token + step < num_tokens, other=0.0, eviction_policy=POLICY)
     ptrs += stride
-    c = tl.load(ptrs, mask=token + 2 < num_tokens, other=0.0, eviction_policy=POLICY)
+    c = tl.load(ptrs, mask=token + 2 * step < num_tokens, other=0.0, eviction_policy=POLICY)
     ptrs += stride
-    d = tl.load(ptrs, mask=token + 3 < num_tokens, other=0.0, eviction_policy=POLICY)
+    d = tl.load(ptrs, mask=token + 3 * step < num_tokens, other=0.0, eviction_policy=POLICY)
     return widen(a), widen(b), widen(c), widen(d)
 
 
@@ -59,6 +62,7 @@ def _means(
     ptrs,
     stride,
     token,
+    step,
     num_tokens,
     width,
     m0,
@@ -73,7 +77,7 @@ def _means(
     s0 = tl.zeros((GROUPS, CHANNELS), tl.float32)
     s1, s2, s3 = s0, s0, s0
     for first in range(0, width, CHANNELS):
-        a, b, c, d = _load_four(ptrs + first, stride, token, num_tokens, "evict_last")
+        a, b, c, d = _load_four(ptrs + first, stride, token, step, num_tokens, "evict_last")
         if SQUARED:
             a, b, c, d = a - m0, b - m1, c - m2, d - m3
             a, b, c, d = a * a, b * b, c * c, d * d
@@ -87,12 +91,15 @@ def _means(
 
 
 @triton.jit
-def _store_four(ptr, token, num_tokens, a, b, c, d):
+def _store_four(ptr, token, step, num_tokens, a, b, c, d):
     """A statistic of the four tokens of each group."""
     tl.store(ptr + token, a, mask=token < num_tokens)
-    tl.store(ptr + token + 1, b, mask=token + 1 < num_tokens)
-    tl.store(ptr + token + 2, c, mask=token + 2 < num_tokens)
-    tl.store(ptr + token + 3, d, mask=token + 3 < num_tokens)
+    token += step
+    tl.store(ptr + token, b, mask=token < num_tokens)
+    token += step
+    tl.store(ptr + token, c, mask=token < num_tokens)
+    token += step
+    tl.store(ptr + token, d, mask=token < num_tokens)
 
 
 @triton.jit
@@ -120,11 +127,13 @@ def _norm_float8_kernel(
     width,
     stride,
     eps,
+    STRIDED: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     first_group = tl.program_id(0) * GROUPS
-    token = (first_group + tl.arange(0, GROUPS)[:, None]).to(tl.int64) * 4
+    token = first_token(first_group + tl.arange(0, GROUPS)[:, None], STRIDED)
+    step = padded_tokens // 4 if STRIDED else 1
     lane = tl.arange(0, CHANNELS)[None, :]
     # Parameters are loaded by every thread as it needs them, not shared out through shared memory.
     all_lanes = tl.broadcast_to(lane, (GROUPS, CHANNELS))
@@ -132,29 +141,30 @@ def _norm_float8_kernel(
     scale = tl.load(scale_ptr)
     KIND: tl.constexpr = "bf16" if x_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
     ptrs = x_ptr + token * stride + lane
+    stride = stride * step
     m0 = tl.zeros((GROUPS, 1), tl.float32)
     m1, m2, m3 = m0, m0, m0
     if mean_ptr is not None:
         m0, m1, m2, m3 = _means(
-            ptrs, stride, token, num_tokens, width, m0, m1, m2, m3, False, GROUPS, CHANNELS
+            ptrs, stride, token, step, num_tokens, width, m0, m1, m2, m3, False, GROUPS, CHANNELS
         )
-        _store_four(mean_ptr, token, num_tokens, m0, m1, m2, m3)
+        _store_four(mean_ptr, token, step, num_tokens, m0, m1, m2, m3)
     r0, r1, r2, r3 = _means(
-        ptrs, stride, token, num_tokens, width, m0, m1, m2, m3, True, GROUPS, CHANNELS
+        ptrs, stride, token, step, num_tokens, width, m0, m1, m2, m3, True, GROUPS, CHANNELS
     )
     r0, r1 = 1.0 / tl.sqrt_rn(r0 + eps), 1.0 / tl.sqrt_rn(r1 + eps)
     r2, r3 = 1.0 / tl.sqrt_rn(r2 + eps), 1.0 / tl.sqrt_rn(r3 + eps)
-    _store_four(rstd_ptr, token, num_tokens, r0, r1, r2, r3)
+    _store_four(rstd_ptr, token, step, num_tokens, r0, r1, r2, r3)
     largest = tl.zeros((GROUPS, CHANNELS), tl.float32)
     for done in range(0, width, CHANNELS):
         first = width - CHANNELS - done
         channel = first + all_lanes
         weight = widen(tl.load(weight_ptr + channel))
-        a, b, c, d = _load_four(ptrs + first, stride, token, num_tokens, "evict_first")
+        a, b, c, d = _load_four(ptrs + first, stride, token, step, num_tokens, "evict_first")
         a = _affine(a, m0, r0, weight, bias_ptr, channel, token < num_tokens)
-        b = _affine(b, m1, r1, weight, bias_ptr, channel, token + 1 < num_tokens)
-        c = _affine(c, m2, r2, weight, bias_ptr, channel, token + 2 < num_tokens)
-        d = _affine(d, m3, r3, weight, bias_ptr, channel, token + 3 < num_tokens)
+        b = _affine(b, m1, r1, weight, bias_ptr, channel, token + step < num_tokens)
+        c = _affine(c, m2, r2, weight, bias_ptr, channel, token + 2 * step < num_tokens)
+        d = _affine(d, m3, r3, weight, bias_ptr, channel, token + 3 * step < num_tokens)
         a, b = rounded_pair(a, b, KIND)
         c, d = rounded_pair(c, d, KIND)
         if amax_ptr is not None:
@@ -171,6 +181,7 @@ def _norm_float8_kernel(
             first,
             tl.cast(width, tl.int64),
             padded_tokens,
+            STRIDED,
             GROUPS,
             CHANNELS,
         )
@@ -186,6 +197,7 @@ def norm_float8(
     eps: float,
     scale: torch.Tensor,
     transposed: bool,
+    strided: bool,
     amax: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """See reference.py; raises `amax`."""
@@ -212,6 +224,7 @@ def norm_float8(
             width,
             x.stride(0),
             float(eps),
+            STRIDED=strided,
             GROUPS=groups,
             CHANNELS=channels,
             num_warps=num_warps,

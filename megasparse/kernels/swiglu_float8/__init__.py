@@ -19,6 +19,7 @@ def swiglu_float8(
     *,
     scale: torch.Tensor,
     transposed: bool = True,
+    strided: bool = False,
     amax: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -33,6 +34,7 @@ def swiglu_float8(
         scale: 0-d float32 on the device of `fused`, the multiplier; to nearest even, saturated
             (infinities too); NaN stays NaN.
         transposed: whether the transposed copy is wanted.
+        strided: its tokens in the order of strided groups (`token_order.by_groups`).
         amax: float32 (1,) there, raised to the largest magnitude before scaling; a NaN makes it
             NaN.
         backend: None, "reference" or "triton".
@@ -56,12 +58,16 @@ def swiglu_float8(
     run = dispatch.implementation(
         "swiglu_float8", fused, backend, reference=_by_definition, triton=triton.swiglu_float8
     )
-    return run(fused, scale, transposed, amax)
+    return run(fused, scale, transposed, strided, amax)
 
 
 def _by_definition(
-    fused: torch.Tensor, scale: torch.Tensor, transposed: bool, amax: torch.Tensor | None
+    fused: torch.Tensor,
+    scale: torch.Tensor,
+    transposed: bool,
+    strided: bool,
+    amax: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    rows, columns, found = reference.swiglu_float8(fused, scale, transposed)
+    rows, columns, found = reference.swiglu_float8(fused, scale, transposed, strided)
     raise_amax(amax, found)
     return rows, columns

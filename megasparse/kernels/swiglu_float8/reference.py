@@ -9,8 +9,8 @@ from megasparse.kernels.swiglu.reference import forward
 
 
 def swiglu_float8(
-    fused: torch.Tensor, scale: torch.Tensor, transposed: bool
+    fused: torch.Tensor, scale: torch.Tensor, transposed: bool, strided: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """The operands (T', F) and (F, T') or None, and the activation's largest magnitude, 0-d."""
     gate, x = fused.chunk(2, dim=1)
-    return operands(forward(x, gate, False), scale, transposed)
+    return operands(forward(x, gate, False), scale, transposed, strided)

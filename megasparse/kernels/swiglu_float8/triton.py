@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.device.float8 import largest_of_four, raise_amax, store_operands
-from megasparse.kernels.device.groups import rounded_pair, widen
+from megasparse.kernels.device.groups import first_token, rounded_pair, widen
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8 import new_operands
 from megasparse.kernels.swiglu.triton import gated
@@ -53,6 +53,7 @@ def _swiglu_float8_kernel(
     padded_tokens,
     width,
     stride,
+    STRIDED: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     blocks = width // 64
@@ -60,15 +61,17 @@ def _swiglu_float8_kernel(
     tile, block = pid // blocks, pid % blocks
     group = tile * GROUPS + tl.arange(0, GROUPS)[:, None]
     channel = block * 64 + tl.arange(0, 64)[None, :]
-    token = group.to(tl.int64) * 4
+    token = first_token(group, STRIDED)
+    step = padded_tokens // 4 if STRIDED else 1
     stride, width = tl.cast(stride, tl.int64), tl.cast(width, tl.int64)
     scale = tl.load(scale_ptr)
     KIND: tl.constexpr = "bf16" if fused_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
     ptrs = fused_ptr + token * stride + channel
+    stride = stride * step
     y0 = _activation(ptrs, width, token, num_tokens)
-    y1 = _activation(ptrs + stride, width, token + 1, num_tokens)
-    y2 = _activation(ptrs + 2 * stride, width, token + 2, num_tokens)
-    y3 = _activation(ptrs + 3 * stride, width, token + 3, num_tokens)
+    y1 = _activation(ptrs + stride, width, token + step, num_tokens)
+    y2 = _activation(ptrs + 2 * stride, width, token + 2 * step, num_tokens)
+    y3 = _activation(ptrs + 3 * stride, width, token + 3 * step, num_tokens)
     y0, y1 = rounded_pair(y0, y1, KIND)
     y2, y3 = rounded_pair(y2, y3, KIND)
     if amax_ptr is not None:
@@ -84,13 +87,18 @@ def _swiglu_float8_kernel(
         block * 64,
         width,
         padded_tokens,
+        STRIDED,
         GROUPS,
         64,
     )
 
 
 def swiglu_float8(
-    fused: torch.Tensor, scale: torch.Tensor, transposed: bool, amax: torch.Tensor | None
+    fused: torch.Tensor,
+    scale: torch.Tensor,
+    transposed: bool,
+    strided: bool,
+    amax: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See reference.py; raises `amax`."""
     if fused.stride(1) != 1:
@@ -111,6 +119,7 @@ def swiglu_float8(
             padded,
             width,
             fused.stride(0),
+            STRIDED=strided,
             GROUPS=groups,
             num_warps=launch.num_warps,
         )

@@ -26,6 +26,7 @@ def swiglu_grad_pack24(
     packed_scale: torch.Tensor,
     channels: Channels | None = None,
     exact: bool = True,
+    strided: bool = False,
     row_amax: torch.Tensor | None = None,
     packed_amax: torch.Tensor | None = None,
     error_flag: torch.Tensor | None = None,
@@ -66,7 +67,7 @@ def swiglu_grad_pack24(
     run = dispatch.implementation(
         op, fused, backend, reference=_by_definition, triton=triton.swiglu_grad_pack24
     )
-    return run(dy, fused, seed, places, exact, how)
+    return run(dy, fused, seed, places, exact, strided, how)
 
 
 def _by_definition(
@@ -75,10 +76,11 @@ def _by_definition(
     seed: SeedLike,
     places: tuple[int, int],
     exact: bool,
+    strided: bool,
     how: Quantization,
 ) -> tuple[torch.Tensor | None, Packed24]:
     row, packed, *found = reference.swiglu_grad_pack24(
-        dy, fused, seed, places, exact, how.row_scale, how.row_dtype, how.packed_scale
+        dy, fused, seed, places, exact, strided, how.row_scale, how.row_dtype, how.packed_scale
     )
     how.record(*found)
     return row, packed

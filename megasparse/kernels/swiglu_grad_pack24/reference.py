@@ -17,6 +17,7 @@ def swiglu_grad_pack24(
     seed: SeedLike,
     places: tuple[int, int],
     exact: bool,
+    strided: bool,
     row_scale: torch.Tensor | None,
     row_dtype: torch.dtype | None,
     packed_scale: torch.Tensor,
@@ -28,4 +29,4 @@ def swiglu_grad_pack24(
     tokens, width = dy.shape
     dz = pad(backward_fused(dy, fused, False), (0, 0, 0, whole_tiles(tokens) - tokens))
     channels = ((0, places[0], width), (width, places[1], width))
-    return grad_pack24(dz, seed, channels, exact, row_scale, row_dtype, packed_scale)
+    return grad_pack24(dz, seed, channels, exact, strided, row_scale, row_dtype, packed_scale)

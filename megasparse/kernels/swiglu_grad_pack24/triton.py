@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.device.float8 import raise_above
-from megasparse.kernels.device.groups import pair16, to_fp32, widen
+from megasparse.kernels.device.groups import first_token, pair16, to_fp32, widen
 from megasparse.kernels.float8 import E5M2, whole_tiles
 from megasparse.kernels.grad_pack24.quantization import Quantization
 from megasparse.kernels.mvue24.triton_packed import signs_of_pairs
@@ -21,6 +21,7 @@ from megasparse.kernels.mvue24.triton_tile import (
     Launch,
     load_token,
     prune,
+    step_of,
     store_packed,
     store_rows,
     tiles,
@@ -49,32 +50,48 @@ def _two_tokens(
     fused_stride,
     width,
     token,
+    step,
     num_tokens,
     KIND: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Two tokens' gradients of the gate, rounded, in one uint32, and of x in another."""
+    """Two tokens' gradients of the gate, rounded, in one uint32, and of x in another.
+
+    The strides are from the one to the other.
+    """
     gate0, x0 = _gradients(dy_ptrs, fused_ptrs, width, token, num_tokens, FULL)
     gate1, x1 = _gradients(
-        dy_ptrs + dy_stride, fused_ptrs + fused_stride, width, token + 1, num_tokens, FULL
+        dy_ptrs + dy_stride, fused_ptrs + fused_stride, width, token + step, num_tokens, FULL
     )
     return pair16(gate0, gate1, KIND), pair16(x0, x1, KIND)
 
 
 @triton.jit
 def _group(
-    dy_ptr, fused_ptr, group, column, width, num_tokens, dy_stride, fused_stride, FULL: tl.constexpr
+    dy_ptr,
+    fused_ptr,
+    group,
+    column,
+    width,
+    num_tokens,
+    padded_tokens,
+    dy_stride,
+    fused_stride,
+    STRIDED: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """A group's gradients of the gate, as two uint32, and of x, as two."""
     KIND: tl.constexpr = "bf16" if dy_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
-    token = group.to(tl.int64) * 4
+    token = first_token(group, STRIDED)
     dy, fused = dy_ptr + token * dy_stride + column, fused_ptr + token * fused_stride + column
+    step = step_of(padded_tokens, STRIDED)
+    dy_stride, fused_stride = dy_stride * step, fused_stride * step
     gate01, x01 = _two_tokens(
-        dy, fused, dy_stride, fused_stride, width, token, num_tokens, KIND, FULL
+        dy, fused, dy_stride, fused_stride, width, token, step, num_tokens, KIND, FULL
     )
     dy, fused = dy + 2 * dy_stride, fused + 2 * fused_stride
     gate23, x23 = _two_tokens(
-        dy, fused, dy_stride, fused_stride, width, token + 2, num_tokens, KIND, FULL
+        dy, fused, dy_stride, fused_stride, width, token + 2 * step, step, num_tokens, KIND, FULL
     )
     return gate01, gate23, x01, x23
 
@@ -117,6 +134,7 @@ def _swiglu_grad_pack24_kernel(
     gate_other,
     x_other,
     EXACT: tl.constexpr,
+    STRIDED: tl.constexpr,
     E5M2: tl.constexpr,
     PAIRS: tl.constexpr,
     FULL: tl.constexpr,
@@ -140,10 +158,30 @@ def _swiglu_grad_pack24_kernel(
     if row_ptr is not None:
         scale = tl.load(row_scale_ptr)
     a01, a23, x01, x23 = _group(
-        dy_ptr, fused_ptr, 2 * pair, column, width, num_tokens, dy_stride, fused_stride, FULL
+        dy_ptr,
+        fused_ptr,
+        2 * pair,
+        column,
+        width,
+        num_tokens,
+        padded_tokens,
+        dy_stride,
+        fused_stride,
+        STRIDED,
+        FULL,
     )
     b01, b23, y01, y23 = _group(
-        dy_ptr, fused_ptr, 2 * pair + 1, column, width, num_tokens, dy_stride, fused_stride, FULL
+        dy_ptr,
+        fused_ptr,
+        2 * pair + 1,
+        column,
+        width,
+        num_tokens,
+        padded_tokens,
+        dy_stride,
+        fused_stride,
+        STRIDED,
+        FULL,
     )
     largest, most = tl.zeros_like(a01).to(tl.int32), tl.zeros_like(a01).to(tl.int32)
     place, first_row = gate_other.to(tl.uint32), block.to(tl.int64) * 64
@@ -153,8 +191,32 @@ def _swiglu_grad_pack24_kernel(
         if row_ptr is not None:
             # Tokens up to the padded number exist in the rows.
             channel = first_row + tl.arange(0, 64)[None, :]
-            store_rows(row_ptr, z0, scale, 2 * pair, channel, 0, 2 * width, E5M2, True)
-            store_rows(row_ptr, z1, scale, 2 * pair + 1, channel, 0, 2 * width, E5M2, True)
+            store_rows(
+                row_ptr,
+                z0,
+                scale,
+                2 * pair,
+                channel,
+                0,
+                padded_tokens,
+                2 * width,
+                STRIDED,
+                E5M2,
+                True,
+            )
+            store_rows(
+                row_ptr,
+                z1,
+                scale,
+                2 * pair + 1,
+                channel,
+                0,
+                padded_tokens,
+                2 * width,
+                STRIDED,
+                E5M2,
+                True,
+            )
         other = column.to(tl.uint32) + place
         pruned0 = prune(z0, packed_scale, 2 * pair, other, key, high, EXACT)
         pruned1 = prune(z1, packed_scale, 2 * pair + 1, other, key, high, EXACT)
@@ -186,6 +248,7 @@ def swiglu_grad_pack24(
     seed: SeedLike,
     places: tuple[int, int],
     exact: bool,
+    strided: bool,
     how: Quantization,
 ) -> tuple[torch.Tensor | None, Packed24]:
     """See reference.py; raises amaxes and flag of `how`."""
@@ -220,6 +283,7 @@ def swiglu_grad_pack24(
                 width,
                 *places,
                 EXACT=exact,
+                STRIDED=strided,
                 E5M2=how.row_dtype == E5M2,
                 PAIRS=pairs,
                 FULL=tokens == padded,

@@ -9,10 +9,10 @@ import torch
 from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megasparse.fp8.scale import Scale
 from megasparse.megatron.parallel_linear import SparseColumnParallelLinear
 from megasparse.sparsity.autograd.norm import Float8Input, norm_to_float8
 from megasparse.sparsity.gemms.dense_fp8 import ALIGNMENT
+from megasparse.sparsity.gemms.protocol import LinearGemms
 
 # What a layer may do with a norm's output beside giving it to the block behind it.
 _OTHER_USES = (
@@ -42,8 +42,9 @@ class NormToFloat8(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | Float8Input:
         """`(..., H)` to the same, or to the linear's input."""
-        scale = self._scale(x)
-        if scale is None:
+        gemms = self._gemms(x)
+        scale = None if gemms is None else gemms.input_scale()
+        if gemms is None or scale is None:
             return super().forward(x)
         linear, _ = self._readers
         return norm_to_float8(
@@ -55,9 +56,11 @@ class NormToFloat8(torch.nn.Module):
             scale=scale,
             trained=linear.weight.requires_grad,
             gathered=linear.comm.gathers,
+            strided=gemms.strided,
         )
 
-    def _scale(self, x: torch.Tensor) -> Scale | None:
+    def _gemms(self, x: torch.Tensor) -> LinearGemms | None:
+        """Of the linear, if it can take x in 8 bits."""
         watched = any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
             for m in (self, *self._readers)
@@ -69,7 +72,7 @@ class NormToFloat8(torch.nn.Module):
         if self._readers[0].comm.gathers and tokens % ALIGNMENT:
             return None  # tiles would be padded on every rank
         gemms, _ = self._readers[0].current_gemms()
-        return gemms.input_scale()
+        return gemms
 
 
 def fuse_norms(model: torch.nn.Module) -> int:

@@ -26,8 +26,8 @@ class Float8Input(NamedTuple):
     Attributes:
         placeholder: (..., H), shape, dtype and place in the graph of the input; it has no values.
         rows: (T', H) e4m3, T' a multiple of 128.
-        columns: (H, T') e4m3, what grad_weight needs; None where it is not computed, or made of
-            the gathered rows.
+        columns: (H, T') e4m3, what grad_weight needs, in its order; None where it is not computed,
+            or made of the gathered rows.
     """
 
     placeholder: torch.Tensor
@@ -47,6 +47,7 @@ class _Norm(torch.autograd.Function):
         scale: Scale,
         keep: bool,
         columns: bool,
+        strided: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         x_TH = x.reshape(-1, x.shape[-1])
         rows, x_HT, mean, rstd = norm_float8(
@@ -57,6 +58,7 @@ class _Norm(torch.autograd.Function):
             eps=eps,
             scale=scale.scale,
             transposed=columns,
+            strided=strided,
             amax=scale.amax if keep else None,
         )
         ctx.eps, ctx.centred = eps, centred
@@ -70,14 +72,14 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         (dy, *_), (x, weight, bias, mean, rstd) = grads, ctx.saved_tensors
         if dy is None:
-            return (None,) * 8
+            return (None,) * 9
         dy_TH, x_TH = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
         if x.is_cuda:
             dx, dweight, *rest = norm_backward(dy_TH, x_TH, weight, mean, rstd)
         else:
             dx, dweight, *rest = _by_definition(dy_TH, x_TH, weight, bias, ctx.centred, ctx.eps)
         dbias = rest[0] if bias is not None else None
-        return dx.view(x.shape), dweight, dbias, None, None, None, None, None
+        return dx.view(x.shape), dweight, dbias, None, None, None, None, None, None
 
 
 def _by_definition(
@@ -107,6 +109,7 @@ def norm_to_float8(
     scale: Scale,
     trained: bool,
     gathered: bool = False,
+    strided: bool = False,
 ) -> Float8Input:
     """LayerNorm or RMSNorm of x as the input of a linear in FP8, with gradients.
 
@@ -119,8 +122,9 @@ def norm_to_float8(
         scale: of the linear's input (`LinearGemms.input_scale`).
         trained: the linear's weight gets a gradient, if gradients are recorded now.
         gathered: the linear gathers its input over ranks, and makes the columns of that.
+        strided: the linear wants its columns in the order of strided groups (`LinearGemms`).
     """
     keep = trained and torch.is_grad_enabled()  # inside the function it is off
     return Float8Input(
-        *_Norm.apply(x, weight, bias, centred, eps, scale, keep, keep and not gathered)
+        *_Norm.apply(x, weight, bias, centred, eps, scale, keep, keep and not gathered, strided)
     )

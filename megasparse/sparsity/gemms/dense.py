@@ -15,7 +15,7 @@ from megasparse.sparsity.gemms.protocol import (
 )
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
-from megasparse.sparsity.recipe import Mvue
+from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import ShardSlice
 
 
@@ -52,17 +52,17 @@ class ReferenceSparseGemms(DenseGemms):
     """2:4 GEMMs computed densely on pruned operands: what the hardware computes, on any device.
 
     Args:
-        mvue: how dZ^T is pruned along tokens.
+        recipe: how dZ^T is pruned along tokens.
         channels: where the local output channels lie in the whole layer, so that every
             tensor-parallel degree draws the same random numbers.
         probe: is told what is drawn and rounded.
     """
 
     def __init__(
-        self, mvue: Mvue, channels: tuple[ShardSlice, ...], probe: Probe | None = None
+        self, recipe: SparsityRecipe, channels: tuple[ShardSlice, ...], probe: Probe | None = None
     ) -> None:
         super().__init__()
-        self._mvue = mvue
+        self._recipe = recipe
         self._channels = channels
         self._probe = probe or Probe()
         self._effective_NK: torch.Tensor | None = None
@@ -76,7 +76,7 @@ class ReferenceSparseGemms(DenseGemms):
         return self._drawn(operands).t() @ saved[0]
 
     def _drawn(self, operands: GradOutput) -> torch.Tensor:
-        if self._mvue == "off":
+        if self._recipe.mvue == "off":
             return operands.dz_TN
         return self._prune_along_tokens(*operands)
 
@@ -88,10 +88,11 @@ class ReferenceSparseGemms(DenseGemms):
                     seed=seed,
                     dim=0,
                     offsets=(0, s.global_start),
-                    exact=self._mvue == "exact",
+                    exact=self._recipe.mvue == "exact",
+                    strided=self._recipe.strided_groups,
                 )
                 for s in self._channels
             ]
             pruned = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        self._probe.mvue(dz_TN, pruned)
+        self._probe.mvue(dz_TN, pruned, self._recipe)
         return pruned

@@ -19,7 +19,12 @@ from torch.nn.functional import pad
 
 from megasparse.fp8.scale import Quantizer, Scale
 from megasparse.fp8.transformer_engine import transposed
-from megasparse.kernels import swiglu_float8, swiglu_fused, swiglu_fused_backward
+from megasparse.kernels import (
+    swiglu_float8,
+    swiglu_fused,
+    swiglu_fused_backward,
+    transpose_float8,
+)
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.random import SeedLike
@@ -93,6 +98,7 @@ class DenseFp8Gemms:
         self, quantizers: OperandQuantizers, hybrid: bool = False, probe: Probe | None = None
     ) -> None:
         self.ran_sparse: set[str] = set()
+        self.strided = False
         self._quantizers, self._probe = quantizers, probe or Probe()
         self._row_dtype = E5M2 if hybrid else E4M3
 
@@ -144,26 +150,42 @@ class DenseFp8Gemms:
         if x is None:  # it follows from the whole activation
             return self._output(swiglu_fused(fused_TF), None, save)
         row, x_KT = swiglu_float8(
-            fused_TF, scale=x.scale, transposed=save, amax=x.amax if save else None
+            fused_TF,
+            scale=x.scale,
+            transposed=save,
+            strided=self.strided,
+            amax=x.amax if save else None,
         )
         return self.output_of_quantized(row, x_KT, fused_TF.shape[0])
 
     def save_input(self, x_TK: torch.Tensor) -> SavedInput:
-        _, x_KT, x = self._quantizers.x.quantized(whole_tiles(x_TK), rows=False, columns=True)
+        _, x_KT, x = self._quantized_input(x_TK, columns=True)
         return self._saved(x_KT, x)
 
     def save_quantized(self, row: torch.Tensor) -> SavedInput:
         x = self._quantizers.x.known_scale()
         assert x is not None
-        return self._saved(transposed(row), x)
+        return self._saved(transpose_float8(row) if self.strided else transposed(row), x)
 
     def _output(
         self, x_TK: torch.Tensor, bias: torch.Tensor | None, save: bool
     ) -> tuple[torch.Tensor, SavedInput]:
-        tiles_TK = whole_tiles(x_TK)
-        row, x_KT, x = self._quantizers.x.quantized(tiles_TK, columns=save, record=save)
+        row, x_KT, x = self._quantized_input(x_TK, columns=save, record=save)
         assert row is not None
         return self._multiply_output(row, x, bias)[: x_TK.shape[0]], self._saved(x_KT, x)
+
+    def _quantized_input(
+        self, x_TK: torch.Tensor, columns: bool, record: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, Scale]:
+        """x in whole tiles of tokens, row-major and, with `columns`, transposed for grad_weight."""
+        direct = columns and not self.strided
+        row, x_KT, x = self._quantizers.x.quantized(
+            whole_tiles(x_TK), columns=direct, record=record
+        )
+        if columns and self.strided:
+            assert row is not None
+            x_KT = transpose_float8(row)
+        return row, x_KT, x
 
     def _saved(self, x_KT: torch.Tensor | None, x: Scale) -> SavedInput:
         return () if x_KT is None else (x_KT, *self._quantizers.x.saved_with(x))

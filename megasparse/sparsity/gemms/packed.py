@@ -15,10 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from megasparse.kernels import matmul24, mvue_pack24, spmm24, weight_pack24
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.spmm24.agreement import packing_disagreement
+from megasparse.kernels.token_order import by_groups
 from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
 from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedInput, with_bias
 from megasparse.sparsity.probe import Probe
@@ -107,12 +109,15 @@ class PackedSparseGemms(PlainOperands):
                 seed=seed,
                 channels=self._channels,
                 exact=self._recipe.mvue == "exact",
+                strided=self._recipe.strided_groups,
                 error_flag=self._projected.error_flag,
             )
-        self._probe.mvue(dz_TN, packed.values)
         missing = packed.shape[1] - x_TK.shape[0]  # tokens of zeros add nothing
         if missing:
-            x_TK = torch.nn.functional.pad(x_TK, (0, 0, 0, missing))
+            x_TK, dz_TN = (pad(t, (0, 0, 0, missing)) for t in (x_TK, dz_TN))
+        if self._recipe.strided_groups:
+            x_TK = by_groups(x_TK)  # one copy: the library takes rows at one distance alone
+        self._probe.mvue(dz_TN, packed.values, self._recipe)
         (n, t), k = packed.shape, x_TK.shape[1]
         choice = self._choice(
             "grad_weight",

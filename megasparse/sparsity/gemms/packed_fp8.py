@@ -73,6 +73,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
     ) -> None:
         super().__init__(quantizers, hybrid and not recipe.transposable, probe)
         self._recipe = recipe
+        self.strided = recipe.strided_groups
         self._channels = tuple((s.local_start, s.global_start, s.length) for s in channels)
         self._chooser = chooser
         self._choices: dict[tuple[str, int], Choice] = {}
@@ -128,11 +129,12 @@ class PackedFp8Gemms(DenseFp8Gemms):
             dz = quantizers.gradient.scale_for(dz_TN, dtype=self._row_dtype)
             draw = quantizers.draw.scale_for_draws(dz_TN, MVUE_HEADROOM, dz)
             how = self._as_operands(dz, draw)
-            row, packed = grad_pack24(whole_tiles(dz_TN), seed=seed, sums=sums, **how)
+            tiles_TN = whole_tiles(dz_TN)
+            row, packed = grad_pack24(tiles_TN, seed=seed, sums=sums, **how)
         assert row is not None
         if self._probe.asked:
             self._tell("grad_output", dz_TN, row)
-            self._probe.mvue(dz_TN, packed.values.float() * draw.scale_inv)
+            self._probe.mvue(tiles_TN, packed.values.float() * draw.scale_inv, self._recipe)
         return Fp8GradOutput(row, packed, tokens, dz, draw)
 
     def prepare_gated_grad_output(
@@ -156,6 +158,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
             "packed_scale": draw.scale,
             "channels": self._channels,
             "exact": self._recipe.mvue == "exact",
+            "strided": self.strided,
             "row_amax": dz.amax,
             "packed_amax": draw.amax,
             "error_flag": self._error_flag,

@@ -37,9 +37,12 @@ class LinearGemms(Protocol):
     Attributes:
         ran_sparse: names of the GEMMs that have run on sparse tensor cores, with half of the
             products.
+        strided: a transposed copy of x, for grad_weight, has its tokens in the order of strided
+            groups (`kernels/token_order.py`).
     """
 
     ran_sparse: set[str]
+    strided: bool
 
     def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
         """Make the operands of the weight for an optimizer step.
@@ -81,7 +84,7 @@ class LinearGemms(Protocol):
 
         Args:
             row: (T', K) e4m3, whole tiles of tokens.
-            x_KT: (K, T') e4m3, or None.
+            x_KT: (K, T') e4m3, its tokens in the order that `strided` says; or None.
             tokens: T.
             out: `(T', N)` bfloat16, contiguous: gets the result.
         """
@@ -147,6 +150,8 @@ def sum_over_tokens(dz_TN: torch.Tensor, sums: torch.Tensor | None) -> None:
 
 class PlainOperands(ABC):
     """For GEMMs that take x and dz as they are, in full."""
+
+    strided = False  # they have no transposed copy
 
     def input_scale(self) -> Scale | None:
         return None

@@ -9,7 +9,7 @@ import torch
 from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
 from megasparse.sparsity.gemms.protocol import GradOutput, SavedInput, with_bias
 from megasparse.sparsity.probe import Probe
-from megasparse.sparsity.recipe import Mvue
+from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import ShardSlice
 
 
@@ -32,12 +32,12 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
 
     def __init__(
         self,
-        mvue: Mvue,
+        recipe: SparsityRecipe,
         channels: tuple[ShardSlice, ...],
         reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
         probe: Probe | None = None,
     ) -> None:
-        super().__init__(mvue, channels, probe)
+        super().__init__(recipe, channels, probe)
         self._reduce_max = reduce_max
 
     def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from megasparse.sparsity.autograd.linear import linear
 from megasparse.sparsity.gemms.dense import DenseGemms
 from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
 from megasparse.sparsity.shard import ShardSlice
-from tests.sparsity.gemms.made import reference_sparse, simulated_fp8
+from tests.sparsity.gemms.made import drawing, reference_sparse, simulated_fp8
 
 
 def _operands(t=12, k=8, n=16):
@@ -116,7 +116,7 @@ def _rounded(x, dtype):
 )
 def test_fp8_rounding_is_to_the_nearest_under_one_scale(dtype, most, step):
     def rounding(reduce_max=None):
-        return SimulatedFp8Gemms("off", (), reduce_max)._round
+        return SimulatedFp8Gemms(drawing("off"), (), reduce_max)._round
 
     x = torch.randn(64, 64)
     rounded = rounding()(x, dtype, None)

@@ -8,6 +8,12 @@ from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms
 from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
 from megasparse.sparsity.projection import Projected
+from megasparse.sparsity.recipe import make_recipe
+
+
+def drawing(mvue):
+    """A recipe that prunes output gradients in a way."""
+    return make_recipe("fst", mvue=mvue)
 
 
 def filled(gemms, w_NK):
@@ -17,11 +23,11 @@ def filled(gemms, w_NK):
 
 
 def reference_sparse(effective_NK, mvue, channels):
-    return filled(ReferenceSparseGemms(mvue, channels), effective_NK)
+    return filled(ReferenceSparseGemms(drawing(mvue), channels), effective_NK)
 
 
 def simulated_fp8(effective_NK, mvue, channels):
-    return filled(SimulatedFp8Gemms(mvue, channels), effective_NK)
+    return filled(SimulatedFp8Gemms(drawing(mvue), channels), effective_NK)
 
 
 def dense_fp8(w_NK, quantizers):

@@ -109,6 +109,25 @@ def _unpacked(pair01, pair23, KIND: tl.constexpr):
     )
 
 
+@triton.jit
+def _store_rows(
+    row_ptr,
+    z0,
+    z1,
+    scale,
+    pair,
+    channel,
+    padded_tokens,
+    row_stride,
+    STRIDED: tl.constexpr,
+    E5M2: tl.constexpr,
+):
+    """Both groups of each pair; tokens up to the padded number exist in the rows."""
+    group, last = 2 * pair, padded_tokens
+    store_rows(row_ptr, z0, scale, group, channel, 0, last, row_stride, STRIDED, E5M2, True)
+    store_rows(row_ptr, z1, scale, group + 1, channel, 0, last, row_stride, STRIDED, E5M2, True)
+
+
 @triton.jit(do_not_specialize=["key", "high", "first_tile", "gate_other", "x_other"])
 def _swiglu_grad_pack24_kernel(
     dy_ptr,
@@ -189,33 +208,9 @@ def _swiglu_grad_pack24_kernel(
     for _ in range(2):
         z0, z1 = _unpacked(a01, a23, KIND), _unpacked(b01, b23, KIND)
         if row_ptr is not None:
-            # Tokens up to the padded number exist in the rows.
             channel = first_row + tl.arange(0, 64)[None, :]
-            store_rows(
-                row_ptr,
-                z0,
-                scale,
-                2 * pair,
-                channel,
-                0,
-                padded_tokens,
-                2 * width,
-                STRIDED,
-                E5M2,
-                True,
-            )
-            store_rows(
-                row_ptr,
-                z1,
-                scale,
-                2 * pair + 1,
-                channel,
-                0,
-                padded_tokens,
-                2 * width,
-                STRIDED,
-                E5M2,
-                True,
+            _store_rows(
+                row_ptr, z0, z1, scale, pair, channel, padded_tokens, 2 * width, STRIDED, E5M2
             )
         other = column.to(tl.uint32) + place
         pruned0 = prune(z0, packed_scale, 2 * pair, other, key, high, EXACT)

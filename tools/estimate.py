@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import shlex
 import statistics
 import sys
@@ -38,14 +39,18 @@ from megasparse.cli import guarded
 from megasparse.config import (
     ResolvedConfig,
     RunConfig,
+    gradient_accumulation_steps,
     load_config,
     padded_vocab_size,
+    pipeline_split,
     resolve,
+    smallest_world,
 )
 from megasparse.config.shapes import parameter_count
 from megasparse.data.check import check_data
 from megasparse.errors import ConfigError
 from megasparse.estimate import check as measured_points
+from megasparse.estimate.bubble import bubble_fraction
 from megasparse.estimate.memory import Footprint, footprint
 from megasparse.estimate.time import GemmTable, StepTime, step_time
 from megasparse.sparsity.recipe import recipe_of
@@ -83,7 +88,9 @@ class Estimate:
         """The layout in words."""
         parallel = self.config.parallel
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        words = [f"tp {tp}", f"pp {pp}", f"dp {self.world // (tp * pp)}"]
+        cp = parallel.context_parallel_size
+        words = [f"tp {tp}", *([f"cp {cp}"] if cp > 1 else []), f"pp {pp}"]
+        words += [f"dp {self.world // (tp * cp * pp)}"]
         words += ["sp"] if parallel.sequence_parallel else []
         words += [f"zero {parallel.zero_stage}"]
         words += [f"recompute {g}"] if (g := parallel.recompute_granularity) else []
@@ -113,25 +120,28 @@ def vocabulary_of(config: ResolvedConfig) -> int:
 def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[ResolvedConfig]:
     """Every division of the run over `world` ranks that a configuration allows."""
     sizes = [n for n in range(1, world + 1) if world % n == 0]
-    for tp in (n for n in sizes if n <= gpus_per_node):
-        for pp in (n for n in sizes if world % (tp * n) == 0):
-            for recompute in (None, "selective", "full"):
-                for zero in (1, 2):
-                    parallel = dataclasses.replace(
-                        config.parallel,
-                        tensor_model_parallel_size=tp,
-                        pipeline_model_parallel_size=pp,
-                        sequence_parallel=tp > 1,
-                        zero_stage=zero,
-                        recompute_granularity=recompute,
-                        recompute_method=None,
-                        recompute_num_layers=None,
-                        **EVEN_STAGES,
-                    )
-                    try:
-                        yield resolve(dataclasses.replace(config, parallel=parallel), world)
-                    except ConfigError:
-                        continue  # sizes that do not divide
+    divided = itertools.product(
+        (n for n in sizes if n <= gpus_per_node), sizes, sizes, (None, "selective", "full"), (1, 2)
+    )
+    for tp, cp, pp, recompute, zero in divided:
+        if world % (tp * cp * pp):
+            continue
+        parallel = dataclasses.replace(
+            config.parallel,
+            tensor_model_parallel_size=tp,
+            context_parallel_size=cp,
+            pipeline_model_parallel_size=pp,
+            sequence_parallel=tp > 1,
+            zero_stage=zero,
+            recompute_granularity=recompute,
+            recompute_method=None,
+            recompute_num_layers=None,
+            **EVEN_STAGES,
+        )
+        try:
+            yield resolve(dataclasses.replace(config, parallel=parallel), world)
+        except ConfigError:
+            continue  # sizes that do not divide
 
 
 def report(found: Estimate, args: argparse.Namespace) -> str:
@@ -157,6 +167,7 @@ def report(found: Estimate, args: argparse.Namespace) -> str:
     limit = args.gpu_memory * USABLE
     fits = "fits" if found.peak / GIB <= limit else "DOES NOT FIT"
     lines.append(f"  {fits} {args.gpu_memory:g} GiB ({limit:.0f} usable)")
+    lines += _bubbles(found)
     if found.time is None:
         return "\n".join([*lines, "", "no step time: the rates are of BF16 and FP8 on a GPU"])
     seconds = found.time.seconds
@@ -164,6 +175,19 @@ def report(found: Estimate, args: argparse.Namespace) -> str:
     for name, part in (found.time.parts | {"waiting for host": found.time.waiting}).items():
         lines.append(f"  {name:<20}{part:>8.3f} s{part / seconds:>7.0%}")
     return "\n".join(lines)
+
+
+def _bubbles(found: Estimate) -> list[str]:
+    """The pipeline's bubble, beside those of virtual stages, which DeepSpeed does not have."""
+    stages = found.config.parallel.pipeline_model_parallel_size
+    if stages == 1:
+        return []
+    count = gradient_accumulation_steps(found.config, found.world)
+    layers = min(pipeline_split(found.config))
+    virtual = [v for v in (2, 4, 8) if layers % v == 0]
+    shares = [f"1F1B {bubble_fraction(stages, count):.1%}"]
+    shares += [f"with {v} virtual stages {bubble_fraction(stages, count, v):.1%}" for v in virtual]
+    return ["", f"pipeline bubble   {count} micro-batches: {', '.join(shares)}"]
 
 
 def search(config: RunConfig, table: GemmTable, args: argparse.Namespace) -> tuple[str, int]:
@@ -262,7 +286,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("config", type=Path, nargs="?", help="YAML file")
-    parser.add_argument("--gpus", type=int, help="ranks (default: tensor x pipeline parallel)")
+    parser.add_argument("--gpus", type=int, help="ranks (default: the fewest of the layout)")
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--gpu-memory", type=float, help="GiB (default: the table's GPU)")
     parser.add_argument("--table", type=Path, default=TABLE, help="measured rates")
@@ -299,10 +323,7 @@ def run(args: argparse.Namespace, flags: list[str], argv: Sequence[str]) -> int:
         return 0
     flags = ["--config", str(args.config), *flags]
     loaded = load_config(flags)
-    parallel = loaded.parallel
-    args.gpus = args.gpus or (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    )
+    args.gpus = args.gpus or smallest_world(loaded)
     if args.goodput is not None:
         goodput(loaded, table, args, argv)
         return 0

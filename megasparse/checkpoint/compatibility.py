@@ -99,7 +99,7 @@ def check_same_layout(
     Raises:
         ConfigError: they do not, and dropout depends on it.
     """
-    if reader.meta["layout"] == layout:
+    if {"cp": 1, **reader.meta["layout"]} == layout:  # older ones do not say it
         return True
     dropout = config.model.hidden_dropout or config.model.attention_dropout
     if dropout and not config.checkpoint.override_rng:

@@ -14,6 +14,9 @@ from megasparse.config.resolved import (
     data_parallel_size,
     fill_defaults,
     narrowed,
+    replicas,
+    smallest_world,
+    tokens_here,
 )
 from megasparse.config.schema import RunConfig
 from megasparse.config.schema.model import Fp8Config, ModelConfig, SparsityConfig
@@ -64,6 +67,9 @@ __all__ = [
     "pipeline_split",
     "problems_of",
     "read_config",
+    "replicas",
     "resolve",
+    "smallest_world",
     "to_dict",
+    "tokens_here",
 ]

@@ -29,6 +29,11 @@ def graphs_refusal(config: ResolvedConfig) -> str | None:
             f"seq_length {model.seq_length} is no multiple of {ATTENTION_TILE}: the gradients of "
             "Transformer Engine's attention would be wrong in a graph",
         ),
+        (
+            parallel.context_parallel_size > 1,
+            "context_parallel_size is above 1, and attention's exchange between ranks runs on "
+            "streams of its own",
+        ),
         (parallel.recompute_granularity == "selective", "recompute_granularity is selective"),
         (dropout > 0.0, f"dropout is {dropout:g}, whose random states graphs would freeze"),
     )

@@ -126,11 +126,29 @@ def narrowed(kind: type[Group], settings: Any, where: str) -> Group:
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Ranks that hold the same part of the model."""
+    """Ranks that hold the same part of the model and train it on other samples."""
+    return replicas(config, world_size) // config.parallel.context_parallel_size
+
+
+def replicas(config: RunConfig, world_size: int) -> int:
+    """Ranks that hold the same part of the model: data parallel x context parallel."""
     parallel = config.parallel
     return world_size // (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     )
+
+
+def smallest_world(config: RunConfig) -> int:
+    """Ranks that hold the whole model once and compute whole sequences: the fewest of a run."""
+    parallel = config.parallel
+    sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return sizes * parallel.context_parallel_size
+
+
+def tokens_here(config: RunConfig) -> int:
+    """Tokens of a micro-batch that a rank has; sequence parallelism divides them further."""
+    whole = config.train.micro_batch_size * config.model.seq_length
+    return whole // config.parallel.context_parallel_size
 
 
 def _fill_model(model: ModelConfig) -> None:

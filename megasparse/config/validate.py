@@ -117,10 +117,11 @@ def _check_parallel(
 ) -> Iterator[str]:
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
+    cp = parallel.context_parallel_size
+    if world_size % (tp * cp * pp):
         yield (
             f"world size {world_size} is not divisible by tensor_model_parallel_size {tp} x "
-            f"pipeline_model_parallel_size {pp}"
+            f"context_parallel_size {cp} x pipeline_model_parallel_size {pp}"
         )
     try:
         smallest = min(pipeline_split(config))
@@ -133,10 +134,33 @@ def _check_parallel(
             f"zero_stage {parallel.zero_stage} with pipeline_model_parallel_size {pp} is not "
             "supported (micro-batches need gradients that are whole), use zero_stage 1"
         )
-    if parallel.sequence_parallel and config.model.seq_length % tp:
+    if cp > 1:
+        yield from _check_context(config, tp, cp)
+    elif parallel.sequence_parallel and config.model.seq_length % tp:
         yield (
             f"sequence_parallel: seq_length {config.model.seq_length} is not divisible by "
             f"tensor_model_parallel_size {tp}"
+        )
+
+
+def _check_context(config: ResolvedConfig, tp: int, cp: int) -> Iterator[str]:
+    """Every rank has two chunks of a sequence, and MVUE's groups of tokens lie within one."""
+    length, sequences = config.model.seq_length, config.train.micro_batch_size
+    split = tp if config.parallel.sequence_parallel else 1
+    if length % (2 * cp) or length // cp % split:
+        also = f", and by {cp} x tensor_model_parallel_size {tp}" if split > 1 else ""
+        yield (f"seq_length {length} is not divisible by 2 x context_parallel_size {cp}{also}")
+    elif length // (2 * cp) * sequences % BLOCK:
+        yield (
+            f"seq_length {length} over 2 x context_parallel_size {cp}, times micro_batch_size "
+            f"{sequences}, leaves chunks of {length // (2 * cp) * sequences} tokens; expected a "
+            f"multiple of {BLOCK}, the tokens of an MVUE group"
+        )
+    groups = config.sparsity.mvue_groups
+    if groups == "strided" or (groups == "auto" and sequences % BLOCK):
+        yield (
+            f"mvue_groups {groups} with context_parallel_size {cp}: a group's tokens would be on "
+            "several ranks, expected neighbours"
         )
 
 

@@ -2,12 +2,13 @@
 
 `config/shapes.py` lists every parameter; everything else follows:
 
-    state         parameters, optimizer (ZeRO-1 and 2: float32 masters and moments over the data-
-                  parallel ranks), the tensors in which gradients are added up (ZeRO 0 and 1),
-                  masks, operands made of weights                       exact, between two steps
+    state         parameters, optimizer (ZeRO-1 and 2: float32 masters and moments over the data
+                  and context parallel ranks), the tensors in which gradients are added up (ZeRO 0
+                  and 1), masks, operands made of weights               exact, between two steps
     gradients     of ZeRO 2 and 3: a rank's share
     activations   what autograd keeps, from the operators of a layer, times micro-batches in flight
-    workspace     reduce buckets, logits and their gradient, temporaries
+    workspace     reduce buckets, logits and their gradient, keys and values of other ranks,
+                  temporaries
 
 Bytes throughout. Activations and workspace are estimates: kernels differ.
 """
@@ -19,11 +20,13 @@ from dataclasses import dataclass
 
 from megasparse.config import (
     ResolvedConfig,
-    data_parallel_size,
     gradient_accumulation_steps,
     pipeline_split,
+    replicas,
+    tokens_here,
 )
 from megasparse.config.shapes import layer_parameters, stage_parameters
+from megasparse.estimate import context
 from megasparse.sparsity.recipe import SparsityRecipe
 
 REDUCE_BUCKET = 500_000_000  # entries; DeepSpeed's default
@@ -110,7 +113,7 @@ def footprint(
     weights = stage_weights(config, recipe, vocabulary, stage)
     numel = sum(weight.numel for weight in weights)
     sparse = sum(weight.numel for weight in weights if weight.sparse)
-    dp, zero = data_parallel_size(config, world), config.parallel.zero_stage
+    dp, zero = replicas(config, world), config.parallel.zero_stage
     size = 2 if config.train.bf16 else FLOAT32
     shard = sum(-(-group // (2 * dp)) * 2 for group in _groups(weights)) if zero else numel
     added = FLOAT32 if config.parallel.accumulate_allreduce_grads_in_fp32 else size
@@ -133,7 +136,7 @@ def footprint(
 def activations(config: ResolvedConfig, world: int, stage: int, gpu: bool = True) -> int:
     """What autograd keeps for the micro-batches that a stage has in flight."""
     parallel = config.parallel
-    tokens = config.train.micro_batch_size * config.model.seq_length
+    tokens = tokens_here(config)
     stages = parallel.pipeline_model_parallel_size
     in_flight = min(stages - stage, gradient_accumulation_steps(config, world))
     layers = pipeline_split(config)[stage]
@@ -159,7 +162,7 @@ def layer_activations(config: ResolvedConfig, gpu: bool = True) -> int:
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
-    tokens = config.train.micro_batch_size * model.seq_length
+    tokens = tokens_here(config)
     size = 2 if config.train.bf16 else FLOAT32
     heads = model.num_attention_heads * model.kv_channels // tp
     groups = model.num_query_groups * model.kv_channels // tp
@@ -180,7 +183,10 @@ def layer_activations(config: ResolvedConfig, gpu: bool = True) -> int:
     attention = heads + 2 * groups + heads
     if model.qk_layernorm:  # what the norms are given, and what they give
         attention += heads + groups
-    angles = FLOAT32 * model.seq_length * model.kv_channels if rotary else 0
+    if not gpu:  # which keeps those that it has gathered
+        attention += 2 * groups * (parallel.context_parallel_size - 1)
+    length = model.seq_length // parallel.context_parallel_size
+    angles = FLOAT32 * length * model.kv_channels if rotary else 0
     if parallel.recompute_granularity == "selective":
         attention -= heads
     ffn = size * (2 if model.gated else 1) * model.ffn_hidden_size // tp
@@ -201,13 +207,15 @@ def fp8_linears(config: ResolvedConfig) -> set[str]:
 def workspace(
     config: ResolvedConfig, vocabulary: int, numel: int, stage: int, gpu: bool = True
 ) -> int:
-    """Buffers of a step: gradient buckets; on the last stage the logits."""
+    """Buffers of a step: gradient buckets, what context parallelism receives; on the last stage the
+    logits."""
     parallel = config.parallel
     size = 2 if config.train.bf16 else FLOAT32
     added = FLOAT32 if parallel.accumulate_allreduce_grads_in_fp32 else size
     total = added * min(REDUCE_BUCKET, numel) if parallel.zero_stage >= 2 else 0
+    total += context.buffers(config, size)
     if stage == parallel.pipeline_model_parallel_size - 1:
-        tokens = config.train.micro_batch_size * config.model.seq_length
+        tokens = tokens_here(config)
         shard = tokens * vocabulary // parallel.tensor_model_parallel_size
         # As the layer gives them; a copy of the same type, which becomes their gradient
         # (megatron/loss.py), or their softmax in float32 and then their gradient.

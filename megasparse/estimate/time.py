@@ -2,7 +2,8 @@
 
 The parts of a micro-batch on one rank: the three GEMMs of every linear, by the nearest measured
 shape; attention; what runs at memory bandwidth (norms, activations, operands of sparse and of FP8
-layers, the loss); the collectives of tensor parallelism. While the device computes them the host
+layers, the loss); the collectives of tensor parallelism, and what of context parallelism's exchange
+attention does not hide. While the device computes them the host
 launches them: a micro-batch takes as long as the slower of the two. Then the pipeline's bubble, the
 reduction of gradients, and the optimizer.
 """
@@ -13,12 +14,14 @@ from dataclasses import dataclass
 
 from megasparse.config import (
     ResolvedConfig,
-    data_parallel_size,
     gradient_accumulation_steps,
     pipeline_split,
+    replicas,
+    tokens_here,
 )
 from megasparse.config.graphs import graphs_refusal
 from megasparse.config.shapes import layer_parameters
+from megasparse.estimate import context
 from megasparse.estimate.flops import seen_keys
 from megasparse.estimate.gemm_table import GemmTable
 from megasparse.estimate.memory import layer_activations, stage_weights
@@ -103,7 +106,7 @@ def step_time(
     """
     parallel = config.parallel
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    dp = data_parallel_size(config, world)
+    dp = replicas(config, world)
     micro_batches = gradient_accumulation_steps(config, world)
     split = pipeline_split(config)
     layer = layer_time(config, recipe, micro_batches, table, gpus_per_node)
@@ -144,7 +147,7 @@ def layer_time(
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
-    tokens = config.train.micro_batch_size * model.seq_length
+    tokens = tokens_here(config)
     sparse = _sparse(config, recipe)
     parts = {"GEMMs": 0.0, "operands": 0.0}
     forward = 0.0
@@ -178,6 +181,11 @@ def layer_time(
     parts["memory"] += table.moving(_not_fused(config))
     if tp > 1:
         parts["tensor parallel"] = _collectives(config, table, gpus_per_node)
+    if (cp := parallel.context_parallel_size) > 1:
+        link = "nvlink" if tp * cp <= gpus_per_node else "network"
+        travelling = table.moving(context.exchanged(config), link)
+        travelling += context.TRIPS * (cp - 1) * table.data["collective_us"] / 1e6
+        parts["context parallel"] = context.exposed_seconds(config, travelling, parts["attention"])
     return parts
 
 
@@ -185,7 +193,7 @@ def _collectives(config: ResolvedConfig, table: GemmTable, gpus_per_node: int) -
     """Seconds of a layer's gathers and sums before and after two pairs of linears, both ways."""
     tp = config.parallel.tensor_model_parallel_size
     link = "nvlink" if tp <= gpus_per_node else "network"
-    tokens = config.train.micro_batch_size * config.model.seq_length
+    tokens = tokens_here(config)
     halves = 4.0 * 2  # sums of whole tensors: a reduction and a gather each
     count = 4
     if config.parallel.sequence_parallel:
@@ -198,7 +206,7 @@ def _collectives(config: ResolvedConfig, table: GemmTable, gpus_per_node: int) -
 def _not_fused(config: ResolvedConfig) -> float:
     """Bytes of what a LLaMA's layer does not have, or has in the kernels of its GEMMs."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
-    tokens = config.train.micro_batch_size * model.seq_length
+    tokens = tokens_here(config)
     moved = 0.0
     if not model.gated:  # read and written forward, two read and one written backward
         moved += 5 * SIZE * tokens * model.ffn_hidden_size / tp
@@ -222,6 +230,9 @@ def layer_launches(config: ResolvedConfig, recipe: SparsityRecipe, micro_batches
         # Forward and backward of two pairs of linears: with sp X, z, dz, X again and dX of each,
         # otherwise z and dX.
         count += 2 * (5 if config.parallel.sequence_parallel else 2) * COLLECTIVE_LAUNCHES
+    if (cp := config.parallel.context_parallel_size) > 1:
+        # An attention and an exchange with each rank, both ways.
+        count += 2 * cp * (1 + COLLECTIVE_LAUNCHES)
     return count * 4 / 3 if config.parallel.recompute_granularity == "full" else count
 
 
@@ -308,7 +319,7 @@ def _operands_dense_fp8(
 
 def _output(config: ResolvedConfig, vocabulary: int, table: GemmTable) -> float:
     """Seconds of the output layer and the loss for one micro-batch, forward and backward."""
-    tokens = config.train.micro_batch_size * config.model.seq_length
+    tokens = tokens_here(config)
     shard, h = vocabulary // config.parallel.tensor_model_parallel_size, config.model.hidden_size
     gemms = (
         table.seconds(tokens, shard, h, False)

@@ -90,7 +90,7 @@ def perplexity(
         here, count = masked_sum(losses, counted)
         total[0] += here
         total[1] += count
-    total = grid.mean_over_dp(total) * grid.dp_size
+    total = grid.sum_over_dp_cp(total)
     return Perplexity(float(total[0] / total[1]), round(float(total[1])))
 
 

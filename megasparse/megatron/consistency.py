@@ -72,8 +72,9 @@ def check_replicas(
     Raises:
         ReplicaError: on every rank of the run, naming the ranks that differ and their tensors.
     """
+    copies = "data" if grid.cp_size == 1 else "data and context"
     comparisons: list[tuple[str, int, dist.ProcessGroup, Callable[[], Named]]] = [
-        ("data", grid.dp_size, grid.dp_group, lambda: _data_parallel(model, controller)),
+        (copies, grid.dp_cp_size, grid.dp_cp_group, lambda: _data_parallel(model, controller)),
         ("tensor", grid.tp_size, grid.tp_group, lambda: _tensor_parallel(model, controller, grid)),
         ("pipeline", grid.pp_size, grid.pp_group, lambda: _tied(model, grid)),
     ]

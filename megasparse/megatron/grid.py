@@ -1,8 +1,10 @@
 """The grid of ranks: process groups by Megatron's rules, passed around as one object.
 
-Rank order is Megatron's and DeepSpeed's own: tensor innermost, then data, then pipeline. Expert
-parallelism divides the data-parallel ranks: `ep_size` of them, one after the other, share the
-experts of a layer; ranks with the same experts are `expert_replicas`.
+Rank order is Megatron's: tensor innermost, then context, then data, then pipeline. DeepSpeed's is
+the same, as it takes context and data parallel ranks together for data parallel ones: all of them
+hold the same part of the model. Expert parallelism divides the data-parallel ranks: `ep_size` of
+them, one after the other, share the experts of a layer; ranks with the same experts are
+`expert_replicas`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings import rotary_pos_embedding
 from megatron.core.tensor_parallel import random as megatron_random
+
+from megasparse.megatron.context.chunks import own_chunks
 
 T = TypeVar("T")
 
@@ -43,7 +48,10 @@ class Grid:
     Attributes:
         rank, world: over all ranks.
         tp_rank, tp_size, tp_group: ranks that share each layer.
-        dp_rank, dp_size, dp_group: ranks that hold the same part of the model.
+        cp_rank, cp_size, cp_group: ranks that share each sequence.
+        dp_rank, dp_size, dp_group: ranks that train the same part of the model on other samples.
+        dp_cp_rank, dp_cp_size, dp_cp_group: both of these, all that hold the same part of the
+            model; context is the inner one.
         pp_rank, pp_size, pp_group: the pipeline's stages.
         model_group: tensor and pipeline together, the ranks that share one copy of the model.
         ep_rank, ep_size, ep_group: data-parallel ranks that share the experts of a layer.
@@ -56,9 +64,15 @@ class Grid:
     tp_rank: int
     tp_size: int
     tp_group: dist.ProcessGroup
+    cp_rank: int
+    cp_size: int
+    cp_group: dist.ProcessGroup
     dp_rank: int
     dp_size: int
     dp_group: dist.ProcessGroup
+    dp_cp_rank: int
+    dp_cp_size: int
+    dp_cp_group: dist.ProcessGroup
     pp_rank: int
     pp_size: int
     pp_group: dist.ProcessGroup
@@ -72,7 +86,7 @@ class Grid:
     @property
     def replicas(self) -> Replicas:
         """The ranks that hold the same of all but the experts."""
-        return Replicas(self.dp_rank, self.dp_size, self.dp_group)
+        return Replicas(self.dp_cp_rank, self.dp_cp_size, self.dp_cp_group)
 
     def replicas_of(self, parameter: torch.Tensor) -> Replicas:
         """The ranks that hold the same part of a parameter."""
@@ -96,11 +110,18 @@ class Grid:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.tp_group)
         return tensor
 
+    def max_over_tp_cp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest value over the ranks that share a micro-batch's activations, in place."""
+        tensor = self.max_over_tp(tensor)
+        if self.cp_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.cp_group)
+        return tensor
+
     def max_over_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """The largest value over the ranks that compute the same layers, in place."""
         tensor = self.max_over_tp(tensor)
-        if self.dp_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.dp_group)
+        if self.dp_cp_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.dp_cp_group)
         return tensor
 
     def sum_over_model(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -123,23 +144,23 @@ class Grid:
             dist.broadcast(tensor, src=self.rank - self.tp_rank, group=self.tp_group)
         return tensor
 
-    def from_dp_rank(self, tensor: torch.Tensor, dp_rank: int) -> torch.Tensor:
-        """The values of one data-parallel rank, in place."""
-        if self.dp_size > 1:
-            dist.broadcast(tensor, group=self.dp_group, group_src=dp_rank)
+    def from_dp_cp_rank(self, tensor: torch.Tensor, dp_cp_rank: int) -> torch.Tensor:
+        """The values of one of the ranks that hold the same part of the model, in place."""
+        if self.dp_cp_size > 1:
+            dist.broadcast(tensor, group=self.dp_cp_group, group_src=dp_cp_rank)
         return tensor
 
-    def sum_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the data-parallel group, in place."""
-        if self.dp_size > 1:
-            dist.all_reduce(tensor, group=self.dp_group)
+    def sum_over_dp_cp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that hold the same part of the model, in place."""
+        if self.dp_cp_size > 1:
+            dist.all_reduce(tensor, group=self.dp_cp_group)
         return tensor
 
-    def mean_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mean over the data-parallel group, in place."""
-        if self.dp_size > 1:
-            dist.all_reduce(tensor, group=self.dp_group)
-            tensor /= self.dp_size
+    def mean_over_dp_cp(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over the ranks that hold the same part of the model, in place."""
+        if self.dp_cp_size > 1:
+            dist.all_reduce(tensor, group=self.dp_cp_group)
+            tensor /= self.dp_cp_size
         return tensor
 
     def first_rank_first(self, build: Callable[[], T]) -> T:
@@ -174,6 +195,7 @@ def make_grid(
     timeout_minutes: float = 10.0,
     pipeline_model_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
 ) -> Grid:
     """Build the process groups (torch.distributed must be up) and seed dropout.
 
@@ -183,8 +205,10 @@ def make_grid(
         seed: dropout is drawn from it, differently on each rank where activations differ, equally
             where they are replicated (tensor parallelism's residuals).
         timeout_minutes: for collectives of the groups.
-        pipeline_model_parallel_size: stages; its product with the first divides the world.
+        pipeline_model_parallel_size: stages.
         expert_model_parallel_size: data-parallel ranks that share experts; divides their number.
+        context_parallel_size: ranks that share each sequence; its product with the tensor and
+            pipeline parallel sizes divides the world.
     """
     if device.type != "cuda":
         _use_cpu_in_megatron()
@@ -194,6 +218,7 @@ def make_grid(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
+        context_parallel_size=context_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=False,  # nobody uses them; the control plane has its own
     )
@@ -203,9 +228,15 @@ def make_grid(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=tensor_model_parallel_size,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=context_parallel_size,
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        dp_cp_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=pipeline_model_parallel_size,
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
@@ -226,7 +257,7 @@ def make_grid(
 
 def seed_dropout(grid: Grid, seed: int) -> None:
     """Set torch's generator and Megatron's tensor-parallel one."""
-    seed += 100 * grid.dp_rank + 10007 * grid.pp_rank
+    seed += 100 * grid.dp_cp_rank + 10007 * grid.pp_rank
     if device_is_cuda := grid.device.type == "cuda":
         megatron_random.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
@@ -273,41 +304,17 @@ def set_rng_state(grid: Grid, states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
-class ModelParallelUnit:
-    """What DeepSpeed asks about process groups (its `mpu`), answered by Megatron."""
-
-    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-    get_model_parallel_world_size = staticmethod(
-        parallel_state.get_tensor_model_parallel_world_size
-    )
-    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
-    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-    get_tensor_model_parallel_world_size = staticmethod(
-        parallel_state.get_tensor_model_parallel_world_size
-    )
-    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
-    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
-    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
-    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
-    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
-    get_pipeline_model_parallel_world_size = staticmethod(
-        parallel_state.get_pipeline_model_parallel_world_size
-    )
-    get_pipeline_model_parallel_group = staticmethod(
-        parallel_state.get_pipeline_model_parallel_group
-    )
-
-
 def collective_timeout(minutes: float) -> datetime.timedelta:
     """The limit of a collective, for `init_process_group`."""
     return datetime.timedelta(minutes=minutes)
 
 
 def _use_cpu_in_megatron() -> None:
-    """Let megatron-core run without CUDA: two questions that it asks CUDA are answered by the CPU.
+    """Let megatron-core run without CUDA: three questions to CUDA are answered by the CPU.
 
-    It allocates on `torch.cuda.current_device()`, and its RNG tracker reads and writes the CUDA
-    generator. Applied only where there is no CUDA device.
+    It allocates on `torch.cuda.current_device()`, its RNG tracker reads and writes the CUDA
+    generator, and it selects rotary positions of context parallel ranks there. Applied only where
+    there is no CUDA device.
     """
     # Here the CPU's generator is the one that its tracker switches: no reason for a warning.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
@@ -319,5 +326,9 @@ def _use_cpu_in_megatron() -> None:
     def set_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
         torch.set_rng_state(state)
 
+    def own_positions(angles: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+        return own_chunks(angles, dim, group.rank(), group.size())
+
+    rotary_pos_embedding.get_pos_emb_on_this_cp_rank = own_positions
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state

@@ -41,7 +41,14 @@ def masked_sum(losses: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, 
     return (losses * mask).sum(), mask.sum()
 
 
-def masked_mean(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """0-d float32: mean of the losses that count; 0 if none does. Args: see `masked_sum`."""
+def masked_mean(
+    losses: torch.Tensor, mask: torch.Tensor, divisor: torch.Tensor | None = None
+) -> torch.Tensor:
+    """0-d float32: mean of the losses that count; 0 if none does.
+
+    Args:
+        losses, mask: see `masked_sum`.
+        divisor: 0-d, what their sum is divided by; None: how many count here, at least 1.
+    """
     total, count = masked_sum(losses.float(), mask)
-    return total / count.clamp(min=1.0)
+    return total / (count.clamp(min=1.0) if divisor is None else divisor)

@@ -51,6 +51,8 @@ def transformer_config(config: ResolvedConfig, device: torch.device) -> Transfor
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
@@ -106,6 +108,11 @@ def _transformer_engine_refusal(config: ResolvedConfig, device: torch.device) ->
     if not config.train.bf16:
         return "the run is in float32, expected bf16"
     if config.data.reset_attention_mask:
+        if config.parallel.context_parallel_size > 1:
+            return (
+                "reset_attention_mask with context parallelism, for which packed documents would "
+                "have to be multiples of 2 x context_parallel_size tokens"
+            )
         if config.parallel.pipeline_model_parallel_size > 1:
             return "reset_attention_mask with a pipeline, whose stages pass masks on"
         if config.distillation.kd_loss_weight:

@@ -30,6 +30,7 @@ from megasparse.megatron.comm.linear import (
     sum_over_sequence,
 )
 from megasparse.megatron.comm.slorb import SplitOverRank, SumOfProjections
+from megasparse.megatron.context.share import token_share
 from megasparse.megatron.init import initialize_by, mark_sharded
 from megasparse.sparsity.autograd.linear import LinearComm, NoComm, Seed, linear
 from megasparse.sparsity.autograd.norm import Float8Input
@@ -60,7 +61,7 @@ class ParallelLinear(torch.nn.Module):
         weight: local master weight `(N_local, K_local)`; initialised by `init_method`, or where
             `config.perform_initialization` is off by the caller (`megatron/init.py`).
         bias: `(N_local,)` or None.
-        shard: where the local weight lies in the whole.
+        shard, tokens: where the local weight and tokens lie in the whole.
         state: sparsity state, or None for a dense layer.
         dense: the FP8 operands of a dense layer, or None where its GEMMs are not in FP8.
     """
@@ -77,7 +78,7 @@ class ParallelLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.shard = shard
+        self.shard, self.tokens = shard, token_share(config)
         self.skip_bias_add = skip_bias_add
         self.tp_group = tp_group
         self.sequence_parallel = config.sequence_parallel and tp_group.size() > 1
@@ -225,8 +226,7 @@ class ParallelLinear(torch.nn.Module):
         )
 
     def _bias_of_gemm(self) -> torch.Tensor | None:
-        """The bias, where the GEMM is to add it: on GPUs, unless the result is a sum over ranks or
-        the caller adds it in a fused activation."""
+        """The bias, where the GEMM adds it: on GPUs, unless the caller does in an activation."""
         fused = self.skip_bias_add and getattr(self.config, "bias_activation_fusion", False)
         return self.bias if self.weight.is_cuda and not fused else None
 
@@ -245,7 +245,7 @@ class ParallelLinear(torch.nn.Module):
 
     @property
     def controller(self) -> SparsityController | None:
-        """Of the model's sparsity, once the layer is 2:4 or in FP8."""
+        """Of the model, once the layer is 2:4 or in FP8."""
         return self._controller
 
     def extra_repr(self) -> str:

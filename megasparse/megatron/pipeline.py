@@ -5,7 +5,8 @@ output, so that any run of consecutive parts can be a stage. A stage's parameter
 that they have in the whole model (`decoder.layers.N` with the global N): initial weights, sparsity
 and checkpoints do not know of the pipeline.
 
-Between parts travels the hidden state `(S, B, H)` (`(S/tp, B, H)` with sequence parallelism), with
+Between parts travels the hidden state `(S, B, H)` (`(S/tp, B, H)` with sequence parallelism, S this
+rank's tokens with context parallelism), with
 the attention mask as uint8 behind it where documents must not see each other.
 """
 
@@ -197,7 +198,7 @@ class LayerPart(torch.nn.Module):
         angles = None
         if rotary is not None:
             split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-            angles = rotary(hidden.shape[0] * split)
+            angles = rotary(hidden.shape[0] * split * config.context_parallel_size)
         # With sequence parallelism residuals differ by rank, and so does their dropout (as in
         # Megatron's TransformerBlock).
         draws = (
@@ -285,12 +286,13 @@ def vocab_parallel_loss(logits: torch.Tensor, labels: Sequence[torch.Tensor]) ->
 
     Args:
         logits: `(S, B, V / tp)`.
-        labels: (labels `(B, S)` int64, loss_mask `(B, S)` float32).
+        labels: (labels `(B, S)` int64, loss_mask `(B, S)` float32[, divisor 0-d, see
+            `masked_mean`]).
     """
-    targets, mask = labels
+    targets, mask, *divisor = labels
     losses = token_cross_entropy(logits, targets.transpose(0, 1).contiguous())
     losses = losses.transpose(0, 1).contiguous()
-    return masked_mean(losses, mask)
+    return masked_mean(losses, mask, *divisor)
 
 
 def gather_logits(logits: torch.Tensor) -> torch.Tensor:

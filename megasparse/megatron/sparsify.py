@@ -45,7 +45,8 @@ def sparsify(
             names.
         recipe: a dense one prunes nothing.
         clock: the run's; shared with the layers.
-        reduce, reduce_max: sum and largest over the tensor-parallel group.
+        reduce: sum over the tensor-parallel group.
+        reduce_max: largest over the ranks that share a micro-batch's activations.
         monitor: keep masks and flips up to date in dense phases.
         num_layers: of the whole model; a stage without a match is no error if another has one.
         timer: of the run.
@@ -79,7 +80,9 @@ def sparsify(
                 module.make_dense_fp8(dense, controller)
             continue
         _check_blocks(name, module)
-        state = SparseWeight(f"{name}.weight", recipe, module.shard, reduce, reduce_max)
+        state = SparseWeight(
+            f"{name}.weight", recipe, module.shard, reduce, reduce_max, module.tokens
+        )
         if fp8 is not None:
             _check_fp8(name, module, sparse=True)
             quantizers = OperandQuantizers.of(fp8, module.shard.dim)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from megasparse import log
-from megasparse.config import load_config, resolve
+from megasparse.config import load_config, resolve, smallest_world
 from megasparse.data.check import check_data
 from megasparse.distributed.control_plane import make_control_plane
 from megasparse.distributed.environment import rank_for_log, settle_environment
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         loaded = load_config(["--config", *arguments])
         parallel = loaded.parallel
-        alone = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        alone = smallest_world(loaded)
         world = settle_environment()[1] if "WORLD_SIZE" in os.environ else alone
         config = resolve(loaded, world)
         data, error = None, None

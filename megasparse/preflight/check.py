@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megasparse import log
-from megasparse.config import ResolvedConfig, padded_vocab_size
+from megasparse.config import ResolvedConfig, padded_vocab_size, smallest_world
 from megasparse.data.check import CheckedData
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import MegasparseError, PreflightError
@@ -80,7 +80,7 @@ def _wanted(
 ) -> dict[str, int]:
     """Bytes of this rank, by the estimate."""
     stages = config.parallel.pipeline_model_parallel_size
-    world = max(control.world, stages * config.parallel.tensor_model_parallel_size)
+    world = max(control.world, smallest_world(config))
     stage = control.rank * stages // world
     need = footprint(
         config,

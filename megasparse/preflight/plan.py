@@ -21,6 +21,7 @@ from megasparse.config import (
     gradient_accumulation_steps,
     padded_vocab_size,
     read_config,
+    smallest_world,
 )
 from megasparse.config.batches import samples_after
 from megasparse.config.shapes import layer_parameters, parameter_count
@@ -120,6 +121,8 @@ def _model(config: ResolvedConfig, vocab_size: int) -> list[tuple[str, str]]:
 def _layout(config: ResolvedConfig, world: int) -> list[tuple[str, str]]:
     parallel, train = config.parallel, config.train
     sizes = f"tensor {parallel.tensor_model_parallel_size}"
+    if parallel.context_parallel_size > 1:
+        sizes += f" x context {parallel.context_parallel_size}"
     sizes += f" x pipeline {parallel.pipeline_model_parallel_size}"
     sizes += f" x data {data_parallel_size(config, world)}, ZeRO {parallel.zero_stage}"
     rows = [("layout", f"{world} ranks: {sizes}")]
@@ -183,7 +186,6 @@ def _without_questions(argv: Sequence[str]) -> tuple[list[str], int | None]:
 def _world(flags: Sequence[str], gpus: int | None) -> int:
     if gpus is not None:
         return gpus
-    parallel = read_config(flags)[0].parallel
-    smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    smallest = smallest_world(read_config(flags)[0])
     launched = os.environ.get("WORLD_SIZE", "")
     return int(launched) if launched.isdigit() and int(launched) else smallest

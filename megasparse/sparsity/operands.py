@@ -13,7 +13,7 @@ from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.sparsity.shard import ShardSlice, WeightShard
+from megasparse.sparsity.shard import ALL_TOKENS, ShardSlice, TokenShare, WeightShard
 
 
 def choose(
@@ -25,6 +25,7 @@ def choose(
     hybrid: bool,
     reduce_max: object,
     probe: Probe,
+    tokens: TokenShare = ALL_TOKENS,
 ) -> LinearGemms:
     """The best implementation that can compute a weight's GEMMs, without operands yet.
 
@@ -37,6 +38,7 @@ def choose(
         hybrid: output gradients in e5m2 where their GEMM is dense.
         reduce_max: largest over the tensor-parallel group, for simulated FP8.
         probe: of the weight.
+        tokens: which tokens of a micro-batch are on this rank.
     """
     if not sparse:
         if quantizers is None:
@@ -44,18 +46,22 @@ def choose(
         return DenseFp8Gemms(quantizers, hybrid, probe)
     channels = shard.slices(0)
     if quantizers is not None:
-        return PackedFp8Gemms(recipe, channels, quantizers, hybrid, probe)
+        return PackedFp8Gemms(recipe, channels, quantizers, hybrid, probe, tokens=tokens)
     reason = packed.refusal(weight, recipe, channels)
     if reason is None:
-        return packed.PackedSparseGemms(recipe, channels, probe)
+        return packed.PackedSparseGemms(recipe, channels, probe, tokens=tokens)
     if weight.is_cuda:
         warn_once("2:4 layers are computed by dense GEMMs, without their speed: %s", reason)
-    return _by_dense_gemms(recipe, channels, reduce_max, probe)
+    return _by_dense_gemms(recipe, channels, reduce_max, probe, tokens)
 
 
 def _by_dense_gemms(
-    recipe: SparsityRecipe, channels: tuple[ShardSlice, ...], reduce_max: object, probe: Probe
+    recipe: SparsityRecipe,
+    channels: tuple[ShardSlice, ...],
+    reduce_max: object,
+    probe: Probe,
+    tokens: TokenShare,
 ) -> LinearGemms:
     if recipe.simulate_fp8:
-        return SimulatedFp8Gemms(recipe, channels, reduce_max, probe)  # type: ignore[arg-type]
-    return ReferenceSparseGemms(recipe, channels, probe)
+        return SimulatedFp8Gemms(recipe, channels, reduce_max, probe, tokens)  # type: ignore[arg-type]
+    return ReferenceSparseGemms(recipe, channels, probe, tokens)

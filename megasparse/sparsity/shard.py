@@ -27,6 +27,30 @@ class ShardSlice:
 
 
 @dataclass(frozen=True)
+class TokenShare:
+    """Which tokens of a micro-batch a context parallel rank has (`megatron/context/chunks.py`).
+
+    Attributes:
+        rank, size: of context parallelism; without it a rank has all.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def places(self, tokens: int) -> tuple[tuple[int, int], ...]:
+        """Runs of consecutive tokens of this rank's `tokens`: (first one here, its place in the
+        micro-batch). Sequences lie side by side, so a chunk of them is one run.
+        """
+        if self.size == 1:
+            return ((0, 0),)
+        half = tokens // 2
+        return ((0, self.rank * half), (half, (2 * self.size - 1 - self.rank) * half))
+
+
+ALL_TOKENS = TokenShare()
+
+
+@dataclass(frozen=True)
 class WeightShard:
     """A rank's part of a 1-D or 2-D parameter.
 

@@ -25,7 +25,7 @@ from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.sparsity.shard import WeightShard
+from megasparse.sparsity.shard import ALL_TOKENS, TokenShare, WeightShard
 from megasparse.sparsity.wanda import InputNorms
 
 
@@ -40,7 +40,8 @@ class SparseWeight(torch.nn.Module):
         recipe: what is done to the weight.
         shard: where the local weight lies in the whole.
         reduce: sums over the tensor-parallel group (the scale's dot products).
-        reduce_max: largest over the tensor-parallel group (FP8 scales).
+        reduce_max: largest over the ranks that share a micro-batch's activations (FP8 scales).
+        tokens: which tokens of a micro-batch are on this rank.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class SparseWeight(torch.nn.Module):
         shard: WeightShard,
         reduce: Reduce | None = None,
         reduce_max: Reduce | None = None,
+        tokens: TokenShare = ALL_TOKENS,
     ) -> None:
         super().__init__()
         self.name = name
@@ -70,7 +72,7 @@ class SparseWeight(torch.nn.Module):
         self.quantizers: OperandQuantizers | None = None  # where GEMMs are in FP8
         self.fp8_hybrid = False
         self._reduce = reduce
-        self._reduce_max = reduce_max
+        self._reduce_max, self._tokens = reduce_max, tokens
         self._gemms: dict[bool, LinearGemms] = {}  # by phase: dense, sparse
         self._ready: tuple[int, bool] | None = None  # step and phase that the operands are of
         self._nan_flag: torch.Tensor | None = None
@@ -127,6 +129,7 @@ class SparseWeight(torch.nn.Module):
                 self.fp8_hybrid,
                 self._reduce_max,
                 self.probe,
+                self._tokens,
             )
         self._ready = (step, sparse)
 

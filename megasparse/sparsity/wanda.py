@@ -76,7 +76,7 @@ class InputNorms:
 
 def finish_step(
     layers: Sequence[tuple[InputNorms, bool]],
-    sum_over_dp: Callable[[torch.Tensor], torch.Tensor],
+    sum_over_replicas: Callable[[torch.Tensor], torch.Tensor],
     sum_over_tp: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """Add a finished step to the running figures, in one reduction for all layers.
@@ -84,7 +84,7 @@ def finish_step(
     Args:
         layers: with whether a layer's inputs are split over the sequence, so that every
             tensor-parallel rank has seen other tokens.
-        sum_over_dp, sum_over_tp: in place; collective calls.
+        sum_over_replicas, sum_over_tp: in place; collective calls.
     """
     for split in (False, True):
         chosen = [one for one, is_split in layers if is_split == split]
@@ -93,7 +93,7 @@ def finish_step(
         if not seen:
             continue
         flat = torch.cat([step for _, step in seen])
-        flat = sum_over_dp(sum_over_tp(flat) if split else flat)
+        flat = sum_over_replicas(sum_over_tp(flat) if split else flat)
         parts = flat.split([step.numel() for _, step in seen])
         counts = torch.stack([part[-1] for part in parts]).round().long().tolist()
         for (one, _), part, count in zip(seen, parts, counts, strict=True):

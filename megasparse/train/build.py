@@ -57,7 +57,7 @@ def build_engine(
             recipe,
             clock,
             reduce=grid.sum_over_tp,
-            reduce_max=grid.max_over_tp,
+            reduce_max=grid.max_over_tp_cp,
             monitor=config.sparsity.track_flip_rate,
             num_layers=config.model.num_layers,
             timer=StepTimer(grid.device),
@@ -108,6 +108,7 @@ def _fp8_scales(config: ResolvedConfig, grid: Grid, sparse: bool) -> Scaling | N
         warn_once("FP8 is not used, the linears stay in bfloat16: %s", reason)
         return None
     if settings.fp8_recipe == "tensorwise":
+        # With context parallelism every rank scales by its own tokens, as Transformer Engine does.
         return CurrentScaling(grid.max_over_tp if grid.tp_size > 1 else None)
     return DelayedScaling(
         grid.device,

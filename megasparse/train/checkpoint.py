@@ -50,6 +50,7 @@ def layout(engine: Engine) -> dict[str, int]:
     return {
         "world": grid.world,
         "tp": grid.tp_size,
+        "cp": grid.cp_size,
         "dp": grid.dp_size,
         "pp": grid.pp_size,
         "zero": engine.config.parallel.zero_stage,
@@ -98,14 +99,14 @@ def parameter_shares(engine: Engine) -> dict[str, list[Share]]:
     They write it once, in equal shares, and read it so. Parameters of ZeRO 3 are no such thing.
     """
     named = [(n, p) for n, p in engine.model.named_parameters() if zero.partition(p) is None]
-    shares = divide([p.numel() for _, p in named], engine.grid.dp_size)
+    shares = divide([p.numel() for _, p in named], engine.grid.dp_cp_size)
     return {name: own for (name, _), own in zip(named, shares, strict=True)}
 
 
 def state_owners(engine: Engine) -> list[int]:
     """The data-parallel rank that writes each sparse weight's state, in order of the weights."""
     sizes = [weight.numel() for _, weight in engine.controller.weights]
-    return owners(sizes, engine.grid.dp_size)
+    return owners(sizes, engine.grid.dp_cp_size)
 
 
 def collect(engine: Engine) -> Tensors:
@@ -123,7 +124,7 @@ def collect(engine: Engine) -> Tensors:
         name: share
         for name, shares in parameter_shares(engine).items()
         for share in shares
-        if name in mine and share.rank == grid.dp_rank
+        if name in mine and share.rank == grid.dp_cp_rank
     }
 
     def add(key: str, name: str, start: int, flat: torch.Tensor) -> None:
@@ -156,9 +157,9 @@ def collect(engine: Engine) -> Tensors:
                 start, flat = share.start, flat[share.start : share.stop]
             add(f"optim/{fragment.name}/{kind}", fragment.name, start, flat)
     for (state_of, _), owner in zip(engine.controller.weights, state_owners(engine), strict=True):
-        if owner == grid.dp_rank:
+        if owner == grid.dp_cp_rank:
             tensors.update(_collect_sparsity(state_of, grid.tp_rank))
-    if grid.dp_rank == DENSE_FP8_OWNER and grid.tp_rank == 0:  # all ranks of a stage share them
+    if grid.dp_cp_rank == DENSE_FP8_OWNER and grid.tp_rank == 0:  # all ranks of a stage share them
         for dense, _ in engine.controller.dense:
             for kind, value in dense.export_state().items():
                 key = f"fp8/{dense.name}/{kind}"

@@ -40,7 +40,7 @@ class Distillation:
     ) -> None:
         self.teacher = Teacher(config, grid, padded_vocab_size)
         self._settings, self._grid, self._vocab_size = config.distillation, grid, vocab_size
-        tokens = config.train.micro_batch_size * config.model.seq_length
+        tokens = config.train.micro_batch_size * config.model.seq_length // grid.cp_size
         size = 2 if self.teacher.dtype == torch.bfloat16 else 4
         self._logits_bytes = size * tokens * padded_vocab_size // grid.tp_size
         self._sums = torch.zeros(3, device=grid.device)
@@ -66,6 +66,7 @@ class Distillation:
         teacher: torch.Tensor,
         labels: torch.Tensor,
         mask: torch.Tensor,
+        divisor: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """0-d float32: the weighted sum, for one micro-batch.
 
@@ -73,14 +74,15 @@ class Distillation:
             student, teacher: logits `(a, b, V / tp)`; the student's may be overwritten.
             labels: `(a, b)` int64.
             mask: `(a, b)` float32, of the tokens that count.
+            divisor: of `masked_mean`.
         """
         settings = self._settings
         divergences = vocab_parallel_kl(
             student, teacher, settings.kd_temperature, self._vocab_size, self._grid.tp_group
         )
-        kd = masked_mean(divergences, mask)
+        kd = masked_mean(divergences, mask, divisor)
         # After the divergence, which keeps nothing of the logits: this overwrites them.
-        lm = masked_mean(token_cross_entropy(student, labels), mask)
+        lm = masked_mean(token_cross_entropy(student, labels), mask, divisor)
         self._sums += torch.stack([kd.detach(), lm.detach(), torch.ones_like(lm)])
         return settings.kd_loss_weight * kd + settings.lm_loss_weight * lm
 

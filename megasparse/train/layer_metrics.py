@@ -40,9 +40,9 @@ def measure_all(
         controller.weights, sparse, grid.device, controller.dense, engine.layout.gathered_parameters
     )
     count = len(measured.names)
-    if grid.dp_size > 1:
-        dist.all_reduce(measured.step_sums, group=grid.dp_group)
-        dist.all_reduce(measured.maxima, op=dist.ReduceOp.MAX, group=grid.dp_group)
+    if grid.dp_cp_size > 1:
+        dist.all_reduce(measured.step_sums, group=grid.dp_cp_group)
+        dist.all_reduce(measured.maxima, op=dist.ReduceOp.MAX, group=grid.dp_cp_group)
     sums = grid.sum_over_tp(torch.cat([measured.weight_sums, measured.step_sums], 1))
     maxima = grid.max_over_tp(measured.maxima)
     of_ranks = torch.tensor(more, dtype=torch.float64, device=grid.device)

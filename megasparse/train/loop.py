@@ -281,13 +281,14 @@ class Trainer:
         recipe = self.recipe
         logger.info(
             "recipe %s: %d sparse layers here, 2:4 in %s%s; %s parameters here, "
-            "tp %d, pp %d, dp %d",
+            "tp %d, cp %d, pp %d, dp %d",
             recipe.name,
             len(self.controller.weights),
             ", ".join(recipe.sparse_gemms) or "no GEMM",
             "" if self.controller.fp8 is None else ", all linears in FP8",
             f"{local:,}",
             self.grid.tp_size,
+            self.grid.cp_size,
             self.grid.pp_size,
             self.grid.dp_size,
         )

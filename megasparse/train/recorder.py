@@ -210,7 +210,7 @@ class Recorder:
         each = self._tokens / self._seconds / world
         self._seconds, self._tokens = 0.0, 0
         of_phases, saved, own = sums[: len(PHASES)], sums[len(PHASES)], sums[len(PHASES) + 1 :]
-        executed = self._flops.dense + self._flops.recomputed - saved / self._grid.dp_size
+        executed = self._flops.dense + self._flops.recomputed - saved / self._grid.dp_cp_size
         row: Row = {
             "tokens_per_second_per_gpu": each,
             "tflops": each * self._flops.dense / 1e12,

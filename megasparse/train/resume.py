@@ -122,7 +122,7 @@ class _Share:
         for fragment in self._engine.fragments:
             self._read_fragment(fragment)
         for number, owner in enumerate(self._owners):
-            if owner == self._grid.dp_rank:
+            if owner == self._grid.dp_cp_rank:
                 self._states[number] = self._read_state(number)
         if same_layout:
             self._generators = self._read_generators()
@@ -137,7 +137,7 @@ class _Share:
             if fragment.name in asks:
                 asks[fragment.name].parts.append(self._of_fragment(fragment)[0])
         for number, owner in enumerate(self._owners):
-            if owner == self._grid.dp_rank and not self._near:
+            if owner == self._grid.dp_cp_rank and not self._near:
                 asks.setdefault(self._state_name(number), Ask()).all = True
         return asks
 
@@ -174,20 +174,20 @@ class _Share:
         shard = parameter_shard(parameter, self._grid.tp_rank, self._grid.tp_size)
         part = zero.partition(parameter)
         if part is None:
-            return self._dp_share(shard, self._shares[name]), self._shares[name]
+            return self._own_share(shard, self._shares[name]), self._shares[name]
         numel = math.prod(shard.local_shape)
-        start = min(self._grid.dp_rank * part.numel(), numel)
+        start = min(self._grid.dp_cp_rank * part.numel(), numel)
         return Piece("", shard, start, min(start + part.numel(), numel)), None
 
     def _of_fragment(self, fragment: Fragment) -> tuple[Piece, list[Share] | None]:
         """The same of the optimizer's tensors."""
         shard = parameter_shard(fragment.parameter, self._grid.tp_rank, self._grid.tp_size)
         if fragment.parameter is fragment.tensor:
-            return self._dp_share(shard, self._shares[fragment.name]), self._shares[fragment.name]
+            return self._own_share(shard, self._shares[fragment.name]), self._shares[fragment.name]
         return Piece("", shard, fragment.start, fragment.start + fragment.length), None
 
-    def _dp_share(self, shard: WeightShard, shares: list[Share]) -> Piece:
-        mine = [(s.start, s.stop) for s in shares if s.rank == self._grid.dp_rank]
+    def _own_share(self, shard: WeightShard, shares: list[Share]) -> Piece:
+        mine = [(s.start, s.stop) for s in shares if s.rank == self._grid.dp_cp_rank]
         return Piece("", shard, *(mine[0] if mine else (0, 0)))
 
     def _read(
@@ -234,9 +234,9 @@ class _Share:
         whole = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
         for share in values.shares or ():
             part = whole[share.start : share.stop]
-            if share.rank == self._grid.dp_rank:
+            if share.rank == self._grid.dp_cp_rank:
                 part.copy_(values.part)
-            self._grid.from_dp_rank(part, share.rank)
+            self._grid.from_dp_cp_rank(part, share.rank)
         return whole
 
     def _read_state(self, number: int) -> State:
@@ -287,10 +287,10 @@ class _Share:
 
 def share_states(grid: Grid, owner: int, states: dict[int, State]) -> dict[int, State]:
     """The states that one data-parallel rank has read, on all of them, on the CPU."""
-    if grid.dp_size == 1:
+    if grid.dp_cp_size == 1:
         return states
     head, content = b"", torch.empty(0, dtype=torch.uint8)
-    if grid.dp_rank == owner:
+    if grid.dp_cp_rank == owner:
         flat = {(n, k): v for n, state in states.items() for k, v in state.items()}
         record = [[*key, str(v.dtype).split(".")[1], list(v.shape)] for key, v in flat.items()]
         head = json.dumps(record).encode()
@@ -298,12 +298,12 @@ def share_states(grid: Grid, owner: int, states: dict[int, State]) -> dict[int, 
             bytearray(head + b"".join(raw_bytes(v) for v in flat.values())), dtype=torch.uint8
         )
     sizes = torch.tensor([len(head), content.numel()], device=grid.device)
-    grid.from_dp_rank(sizes, owner)
+    grid.from_dp_cp_rank(sizes, owner)
     length, total = sizes.tolist()
     room = torch.empty(total, dtype=torch.uint8, device=grid.device)
-    if grid.dp_rank == owner:
+    if grid.dp_cp_rank == owner:
         room.copy_(content)
-    content = grid.from_dp_rank(room, owner).cpu()
+    content = grid.from_dp_cp_rank(room, owner).cpu()
     found: dict[int, State] = {}
     place = length
     for number, kind, name, shape in json.loads(content[:length].numpy().tobytes()):

@@ -16,6 +16,7 @@ from tests.config.published import PUBLISHED
 
 # Fields that are flags of Megatron-LM's (core 0.16.1) or Megatron-DeepSpeed's parser.
 THEIRS = """
+    context_parallel_size cp_comm_type
     num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention
     num_query_groups kv_channels seq_length max_position_embeddings position_embedding_type
     rotary_base rotary_percent use_rope_scaling rope_scaling_factor normalization norm_epsilon

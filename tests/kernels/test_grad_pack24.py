@@ -33,6 +33,20 @@ def quantized(x, scale, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("exact", [True, False])
+def test_runs_of_tokens_draw_the_numbers_of_their_place(device, backend, exact):
+    whole = gradient(512, 64, device, BF16)
+    scale = scalar(100.0, device)
+    arguments = {"seed": 4, "row_dtype": None, "packed_scale": scale, "exact": exact}
+    _, drawn = grad_pack24(whole, backend=backend, **arguments)
+    here = torch.cat([whole[64:128], whole[448:]])
+    _, packed = grad_pack24(here, tokens=((0, 64), (64, 448)), backend=backend, **arguments)
+    expected = unpack24(drawn)
+    expected = torch.cat([expected[:, 64:128], expected[:, 448:]], 1)
+    assert torch.equal(unpack24(packed), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("row_dtype", [E5M2, E4M3, None])
 @pytest.mark.parametrize(
     ("tokens", "width", "dtype"), [(128, 64, BF16), (640, 192, FP16), (131, 128, BF16)]

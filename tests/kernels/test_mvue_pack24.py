@@ -46,6 +46,31 @@ def test_sections_draw_the_numbers_of_their_place(device, backend):
     assert torch.equal(unpack24(packed), torch.cat(parts, 1).t())
 
 
+# Local token 0 and the first of the second run, with their places: context parallelism's chunks.
+RUNS = ((0, 64), (64, 448))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_runs_of_tokens_draw_the_numbers_of_their_place(device, backend, exact):
+    whole = _gradient(512, 128, device)
+    drawn = mvue24(whole, seed=4, dim=0, offsets=(0, 64), exact=exact, backend=backend)
+    here = torch.cat([whole[64:128], whole[448:]])
+    channels = ((0, 64, 128),)
+    arguments = {"seed": 4, "channels": channels, "exact": exact, "backend": backend}
+    packed = mvue_pack24(here, tokens=RUNS, **arguments)
+    assert torch.equal(unpack24(packed).t(), torch.cat([drawn[64:128], drawn[448:]]))
+    packed = mvue_pack24(whole[448:], tokens=((0, 448),), **arguments)
+    assert torch.equal(unpack24(packed).t(), drawn[448:])
+    assert not torch.equal(unpack24(mvue_pack24(whole[448:], **arguments)).t(), drawn[448:])
+
+
+@pytest.mark.parametrize("runs", [(), ((4, 0),), ((0, 2),), ((0, 0), (6, 8)), ((0, 0),) * 2])
+def test_runs_of_tokens_that_cut_a_group_are_refused(device, runs):
+    with pytest.raises(KernelError, match="runs"):
+        mvue_pack24(_gradient(64, 64, device), seed=1, tokens=runs)
+
+
 def special(device, dtype):
     """All groups of nine special numbers, ties among them, each at some place: (412, 64)."""
     tiny = 2.0**-133 if dtype == torch.bfloat16 else 2.0**-24

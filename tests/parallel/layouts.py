@@ -8,6 +8,8 @@ TP2 = ["--tensor-model-parallel-size", "2"]
 TP4 = ["--tensor-model-parallel-size", "4"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 PP4 = ["--pipeline-model-parallel-size", "4"]
+CP2 = ["--context-parallel-size", "2"]
+CP4 = ["--context-parallel-size", "4"]
 SP = ["--sequence-parallel"]
 FULL = ["--recompute-granularity", "full"]
 SELECTIVE = ["--recompute-granularity", "selective"]
@@ -43,6 +45,11 @@ LAYOUTS = {
     "tp 4, sp, full": (4, [*TP4, *SP, *FULL, *WIDE, *SHALLOW]),
     "pp 4, zero 1": (4, [*PP4, *zero(1)]),
     "dp 4, zero 2": (4, [*zero(2), *SHALLOW]),
+    "cp 2": (2, [*CP2, *SHALLOW]),
+    "cp 4, zero 1": (4, [*CP4, *zero(1), *SHALLOW]),
+    "cp 2, dp 2, zero 2": (4, [*CP2, *zero(2), *SHALLOW]),
+    "tp 2, sp, cp 2, full": (4, [*TP2, *SP, *CP2, *FULL, *SHALLOW]),
+    "cp 2, pp 2, zero 1": (4, [*CP2, *PP2, *zero(1)]),
     "tp 2, pp 2": (4, [*TP2, *PP2, *WIDE, *SHALLOW]),
     "tp 2, sp, pp 2, zero 1, full": (4, [*TP2, *SP, *PP2, *zero(1), *FULL, *WIDE]),
     "tp 2, dp 2, zero 2": (4, [*TP2, *zero(2), *SHALLOW]),
@@ -88,7 +95,7 @@ S_STE = [
 
 # name: (flags, layouts). The first goes through all layouts, the second through those of up to two
 # ranks and the richest of four, the others through the richest: four ranks on two cores are slow.
-RICH = ["tp 2, sp, pp 2, zero 1, full", "dp 4, zero 2"]
+RICH = ["tp 2, sp, pp 2, zero 1, full", "dp 4, zero 2", "tp 2, sp, cp 2, full"]
 RUNS = {
     "gpt fst": ([*BASE, *GPT], list(LAYOUTS)),
     "llama s_ste": (
@@ -100,7 +107,7 @@ RUNS = {
             *BASE, *LLAMA_STYLE, *DOCUMENTS_APART,
             "--sparse-layers", "*.mlp.*", "*.self_attention.linear_*",
         ],
-        RICH[:1],
+        [*RICH[:1], "cp 2, pp 2, zero 1"],
     ),
     "gpt s_ste, one layer": (
         [

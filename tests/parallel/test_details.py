@@ -11,6 +11,7 @@ from megasparse.errors import NumericsError
 from tests import dist
 from tests.parallel.layouts import (
     BASE,
+    CP2,
     DOCUMENTS_APART,
     FULL,
     GPT,
@@ -70,6 +71,21 @@ def test_pipeline_equals_one_process(tmp_path, dataset, extra):
         assert two == pytest.approx(one, rel=2e-6)
 
 
+WINDOWED = ["--window-size", "5,0", "--window-attn-skip-freq", "2"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [("dense", [*DOCUMENTS_APART, *WINDOWED]), ("ste", []), ("ast", ["--mask-metric", "wanda"])],
+    ids=["dense, documents, windows", "ste", "ast"],
+)
+def test_context_parallel_equals_one_process(tmp_path, dataset, recipe, more):
+    """What the matrix does not have: other recipes, windows, Wanda's figures."""
+    flags = [*LLAMA_STYLE, "--sparsity-recipe", recipe, "--masked-decay", "none", *more]
+    one = _losses(tmp_path, dataset, "one", 1, flags)
+    assert _losses(tmp_path, dataset, "two", 2, [*flags, *CP2]) == pytest.approx(one, rel=2e-6)
+
+
 @pytest.mark.parametrize("flag", DOCUMENTS_APART[4:])
 def test_the_ends_of_documents_are_in_the_data(tmp_path, dataset, flag):
     """Each flag changes the run from its first step: the comparisons above are of something."""
@@ -114,7 +130,13 @@ def _logits(rank, world, flags):
     parallel = config.parallel
     device = start_process(1.0)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    grid = make_grid(tp, device, config.train.seed, pipeline_model_parallel_size=pp)
+    grid = make_grid(
+        tp,
+        device,
+        config.train.seed,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=parallel.context_parallel_size,
+    )
     data = build_data(config, grid)
     engine = build_engine(config, grid, recipe_of(config), padded_vocab_size(130, config))
     tokens = torch.arange(24).view(2, 12) * 5 % 130
@@ -137,7 +159,13 @@ def test_logits_do_not_depend_on_the_layout(dataset, style):
     base = [*BASE, *(GPT if style == "gpt" else LLAMA_STYLE), "--data-path", dataset]
     (one,) = dist.run(_logits, 1, base)
     assert torch.tensor(one).shape == (2, 2, 12, 144)
-    for world, flags in ((2, PP2), (2, [*TP2, *SP]), (4, [*TP2, *SP, *PP2]), (2, zero(3))):
+    for world, flags in (
+        (2, PP2),
+        (2, [*TP2, *SP]),
+        (4, [*TP2, *SP, *PP2]),
+        (2, zero(3)),
+        (4, [*CP2, *PP2]),
+    ):
         for answer in dist.run(_logits, world, [*base, *flags]):
             torch.testing.assert_close(torch.tensor(answer), torch.tensor(one), atol=1e-5, rtol=0)
 

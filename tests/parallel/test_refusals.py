@@ -6,7 +6,7 @@ import pytest
 
 from megasparse.config import load_config, padded_vocab_size, pipeline_split, resolve
 from megasparse.errors import ConfigError
-from tests.parallel.layouts import FULL, PP2, SP, TP2, TP4, zero
+from tests.parallel.layouts import CP2, FULL, PP2, SP, TP2, TP4, zero
 
 BASE = ["--mock-data", "--vocab-size", "100", "--num-layers", "6", "--seq-length", "30"]
 
@@ -14,6 +14,20 @@ CASES = {
     # name: (ranks, flags, expected in the message)
     "world": (3, TP2, ["world size 3", "tensor_model_parallel_size 2"]),
     "world, tp x pp": (2, [*TP2, *PP2], ["world size 2", "pipeline_model_parallel_size 2"]),
+    "world, tp x cp": (2, [*TP2, *CP2], ["world size 2", "context_parallel_size 2"]),
+    "chunks": (2, CP2, ["seq_length 30", "2 x context_parallel_size 2"]),
+    "chunks under sp": (
+        4, [*TP2, *SP, *CP2], ["seq_length 30", "2 x tensor_model_parallel_size 2"],
+    ),
+    "chunks that cut groups of tokens": (
+        2, [*CP2, "--seq-length", "36", "--micro-batch-size", "2"],
+        ["seq_length 36", "micro_batch_size 2", "18 tokens", "multiple of 4"],
+    ),
+    "strided groups": (
+        2, [*CP2, "--seq-length", "32", "--mvue-groups", "auto"],
+        ["mvue_groups auto", "neighbours"],
+    ),
+    "exchange of attention": (2, [*CP2, "--cp-comm-type", "a2a"], ["a2a", "p2p", "all_gather"]),
     "layers": (4, ["--pipeline-model-parallel-size", "4"], ["num_layers 6", "size 4"]),
     "layers of the first stage": (
         2, [*PP2, "--decoder-first-pipeline-num-layers", "6"], ["num_layers 6", "6 of them"],

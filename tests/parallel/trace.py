@@ -54,7 +54,7 @@ def _across_ranks(
 
     grid, controller = trainer.grid, trainer.controller
     mine = {
-        "place": (grid.dp_rank, grid.pp_rank, grid.tp_rank),
+        "place": (grid.dp_rank, grid.pp_rank, grid.tp_rank, grid.cp_rank),
         "consumed": consumed,
         "masks": {s.name: (s.shard, s.mask) for s, _ in controller.weights if s.mask is not None},
         "scales": {s.name: float(s.scale) for s, _ in controller.weights if s.scale is not None},
@@ -63,7 +63,7 @@ def _across_ranks(
     ranks: list[Any] = [mine] * grid.world
     if grid.world > 1:
         dist.all_gather_object(ranks, mine)
-    first = sorted((r for r in ranks if r["place"][1:] == (0, 0)), key=lambda r: r["place"])
+    first = sorted((r for r in ranks if r["place"][1:] == (0, 0, 0)), key=lambda r: r["place"])
     by_micro_batch = zip(*(r["consumed"] for r in first), strict=True)
     readers = [r for r in ranks if r["place"][1] in (0, grid.pp_size - 1)]
     assert all(r["consumed"] == first[r["place"][0]]["consumed"] for r in readers)
@@ -76,14 +76,15 @@ def _across_ranks(
 
 
 def _digests(ranks: list[dict[str, Any]]) -> dict[str, str]:
-    """SHA-256 of every whole mask, put together from shards; data-parallel replicas must agree."""
+    """SHA-256 of every whole mask, put together from shards; replicas (of data and context
+    parallelism) must agree."""
     import torch
 
     wholes: dict[str, Any] = {}
-    for replica in sorted({r["place"][0] for r in ranks}):
+    for replica in sorted({r["place"][::3] for r in ranks}):
         found: dict[str, torch.Tensor] = {}
         for r in ranks:
-            if r["place"][0] != replica:
+            if r["place"][::3] != replica:
                 continue
             for name, (shard, mask) in r["masks"].items():
                 whole = found.setdefault(name, torch.zeros(shard.global_shape, dtype=torch.bool))
@@ -92,6 +93,6 @@ def _digests(ranks: list[dict[str, Any]]) -> dict[str, str]:
             name: hashlib.sha256(whole.numpy().tobytes()).hexdigest()
             for name, whole in sorted(found.items())
         }
-        assert wholes in ({}, digests), "data-parallel replicas have different masks"
+        assert wholes in ({}, digests), "replicas have different masks"
         wholes = digests
     return wholes

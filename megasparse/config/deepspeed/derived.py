@@ -39,7 +39,8 @@ def _derived(config: ResolvedConfig, world_size: int) -> dict[str, Any]:
         longest = max(model.hidden_size, 2 * model.ffn_hidden_size)
         zero["stage3_param_persistence_threshold"] = longest + 1
     derived: dict[str, Any] = {
-        "train_batch_size": train.global_batch_size,
+        # To DeepSpeed context parallel ranks are data parallel ones, with sequences of their own.
+        "train_batch_size": train.global_batch_size * config.parallel.context_parallel_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps(config, world_size),
         # Without ZeRO the engine clips (`train/engine/base.py`): DeepSpeed's norm leaves out

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 # Why it is not here and what helps instead; the flags.
 MISSING = (
-    ("sequences are not divided over ranks; --sequence-parallel divides norms and residuals",
-     "--context-parallel-size= --hierarchical-context-parallel-sizes=* --hybrid-context-parallel "
+    ("sequences are divided over ranks by --context-parallel-size",
+     "--hierarchical-context-parallel-sizes=* --hybrid-context-parallel "
      "--max-seqlen-per-dp-cp-rank= --ds-sequence-parallel-size= --force-ds-sequence-parallel "
      "--ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-chunk-size= "
      "--ds-sequence-parallel-fpdt-offloading"),

@@ -20,6 +20,17 @@ class ParallelConfig:
     decoder_last_pipeline_num_layers: int | None = option(
         None, "layers of the last stage; default: as many as the others", at_least=1
     )
+    context_parallel_size: int = option(
+        1,
+        "ranks that share each sequence, two chunks of it on each; sequences stay whole with 1",
+        at_least=1,
+    )
+    cp_comm_type: str = option(
+        "p2p",
+        "how Transformer Engine's attention exchanges keys and values with context_parallel_size: "
+        "from rank to rank while it computes (p2p) or all at once (all_gather)",
+        choices=("p2p", "all_gather"),
+    )
     sequence_parallel: bool = option(False, "split norms and residuals over the sequence (with TP)")
     tp_comm_peer_memory: bool = option(
         True,

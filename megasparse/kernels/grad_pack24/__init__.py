@@ -9,6 +9,7 @@ from megasparse.kernels.checks import require
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.grad_pack24 import reference, triton
 from megasparse.kernels.grad_pack24.quantization import Quantization, check_gradient
+from megasparse.kernels.mvue24.places import FIRST, Places, check_places
 from megasparse.kernels.mvue_pack24 import Channels
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike, check_seed
@@ -23,6 +24,7 @@ def grad_pack24(
     row_dtype: torch.dtype | None = E5M2,
     packed_scale: torch.Tensor,
     channels: Channels | None = None,
+    tokens: Places = FIRST,
     exact: bool = True,
     strided: bool = False,
     row_amax: torch.Tensor | None = None,
@@ -48,6 +50,8 @@ def grad_pack24(
             e4m3, likewise. The result's `scale` is its reciprocal.
         channels: where the channels lie in the whole layer, in sections whose sizes are multiples
             of 64; by default they are the layer's first.
+        tokens: where the tokens lie among those that draws are counted over, in one or two runs
+            (`mvue24/places.py`); by default they are the first.
         exact: the exact sampler, or the papers' approximation.
         strided: groups of tokens a quarter of all (zeros included) apart; columns of the packed
             part are in the order of groups, as the other operand's must be
@@ -65,6 +69,7 @@ def grad_pack24(
     """
     channels = channels or ((0, 0, dz.shape[-1]),)
     check_gradient("grad_pack24", dz, channels)
+    check_places("grad_pack24", tokens, strided)
     check_seed("grad_pack24", seed, dz.device)
     how = Quantization(row_scale, row_dtype, packed_scale, row_amax, packed_amax, error_flag, sums)
     how.check("grad_pack24", dz.device)
@@ -72,19 +77,20 @@ def grad_pack24(
     run = dispatch.implementation(
         "grad_pack24", dz, backend, reference=_by_definition, triton=triton.grad_pack24
     )
-    return run(dz, seed, channels, exact, strided, how)
+    return run(dz, seed, channels, tokens, exact, strided, how)
 
 
 def _by_definition(
     dz: torch.Tensor,
     seed: SeedLike,
     channels: Channels,
+    tokens: Places,
     exact: bool,
     strided: bool,
     how: Quantization,
 ) -> tuple[torch.Tensor | None, Packed24]:
     row, packed, *found = reference.grad_pack24(
-        dz, seed, channels, exact, strided, how.row_scale, how.row_dtype, how.packed_scale
+        dz, seed, channels, tokens, exact, strided, how.row_scale, how.row_dtype, how.packed_scale
     )
     how.record(*found)
     if how.sums is not None:

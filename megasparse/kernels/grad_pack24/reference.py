@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from megasparse.kernels.float8 import quantize, whole_tiles
+from megasparse.kernels.mvue24.places import Places
 from megasparse.kernels.mvue_pack24.reference import mvue24_of_sections
 from megasparse.kernels.pack24.reference import pack24
 from megasparse.kernels.packed24 import E4M3, Packed24
@@ -20,6 +21,7 @@ def grad_pack24(
     dz: torch.Tensor,
     seed: SeedLike,
     channels: tuple[tuple[int, int, int], ...],
+    tokens: Places,
     exact: bool,
     strided: bool,
     row_scale: torch.Tensor | None,
@@ -32,7 +34,7 @@ def grad_pack24(
         row = quantize(dz, row_scale, row_dtype)
     missing = whole_tiles(dz.shape[0]) - dz.shape[0]
     padded = pad(dz.float(), (0, 0, 0, missing))
-    pruned = mvue24_of_sections(padded, seed, channels, exact, strided)
+    pruned = mvue24_of_sections(padded, seed, channels, tokens, exact, strided)
     if strided:
         pruned = by_groups(pruned)
     quantized = quantize(pruned.t(), packed_scale, E4M3)

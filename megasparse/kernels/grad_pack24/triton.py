@@ -15,10 +15,12 @@ from megasparse.kernels.device.float8 import raise_above
 from megasparse.kernels.device.groups import first_token, widen
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.grad_pack24.quantization import Quantization
+from megasparse.kernels.mvue24.places import Places, group_shifts
 from megasparse.kernels.mvue24.triton_packed import signs16
 from megasparse.kernels.mvue24.triton_sampler import seed_arguments, seed_of
 from megasparse.kernels.mvue24.triton_tile import (
     Launch,
+    global_group,
     load_group,
     prune,
     store_packed,
@@ -50,7 +52,11 @@ def _load(
     return widen(x0), widen(x1), widen(x2), widen(x3), signs16(x0, x1, x2, x3)
 
 
-@triton.jit(do_not_specialize=["key", "high", "first_tile", "first_other"])
+@triton.jit(
+    do_not_specialize=[
+        "key", "high", "first_tile", "first_other", "split", "first_shift", "second_shift",
+    ]
+)  # fmt: skip
 def _grad_pack24_kernel(
     dz_ptr,
     row_ptr,
@@ -73,6 +79,10 @@ def _grad_pack24_kernel(
     row_stride,
     first_channel,
     first_other,
+    split,
+    first_shift,
+    second_shift,
+    SHIFTED: tl.constexpr,
     EXACT: tl.constexpr,
     STRIDED: tl.constexpr,
     E5M2: tl.constexpr,
@@ -117,7 +127,8 @@ def _grad_pack24_kernel(
     total = x[0]
     if sums_ptr is not None:
         total = (x[0] + x[1]) + (x[2] + x[3])
-    pruned0 = prune(x, packed_scale, 2 * pair, other, key, high, EXACT)
+    group = global_group(2 * pair, split, first_shift, second_shift, SHIFTED)
+    pruned0 = prune(x, packed_scale, group, other, key, high, EXACT)
     x = _load(dz_ptr, 2 * pair + 1, channel, num_tokens, padded_tokens, dz_stride, STRIDED, FULL)
     if row_ptr is not None:
         store_rows(
@@ -136,7 +147,8 @@ def _grad_pack24_kernel(
     if sums_ptr is not None:
         total = tl.sum(total + ((x[0] + x[1]) + (x[2] + x[3])), axis=0, keep_dims=True)
         tl.store(sums_ptr + tile.to(tl.int64) * row_stride + channel, total)
-    pruned1 = prune(x, packed_scale, 2 * pair + 1, other, key, high, EXACT)
+    group = global_group(2 * pair + 1, split, first_shift, second_shift, SHIFTED)
+    pruned1 = prune(x, packed_scale, group, other, key, high, EXACT)
     if row_amax_ptr is not None:
         raise_above(row_amax_ptr, tl.maximum(pruned0[2], pruned1[2]), row_amax)
     if packed_amax_ptr is not None:
@@ -160,6 +172,7 @@ def grad_pack24(
     dz: torch.Tensor,
     seed: SeedLike,
     channels: tuple[tuple[int, int, int], ...],
+    places: Places,
     exact: bool,
     strided: bool,
     how: Quantization,
@@ -174,6 +187,7 @@ def grad_pack24(
     if how.sums is not None:  # of each tile
         sums = how.sums.new_empty(padded // (8 * pairs), dz.shape[1])
     seed_ptr, key, high = seed_arguments(seed)
+    shifts = group_shifts(places)
     for start, place, length in channels:
         for grid, first_tile in tiles(length // 64, padded // (8 * pairs)):
             with torch.cuda.device_of(dz):  # Triton launches on the current device
@@ -199,6 +213,8 @@ def grad_pack24(
                     packed.shape[0],
                     start,
                     place,
+                    *(shifts or (0, 0, 0)),
+                    SHIFTED=shifts is not None,
                     EXACT=exact,
                     STRIDED=strided,
                     E5M2=how.row_dtype == E5M2,

@@ -121,6 +121,15 @@ def store_rows(
 
 
 @triton.jit
+def global_group(group, split, first_shift, second_shift, SHIFTED: tl.constexpr):
+    """The number of a group over the whole, see `places.py`; without SHIFTED its local one."""
+    if SHIFTED:
+        return group + tl.where(group < split, first_shift, second_shift)
+    else:
+        return group
+
+
+@triton.jit
 def _bits(magnitude):
     """As integers, which are ordered as the magnitudes, NaN above all."""
     return magnitude.to(tl.int32, bitcast=True)

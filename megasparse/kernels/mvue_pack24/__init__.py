@@ -7,6 +7,7 @@ import torch
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
 from megasparse.kernels.checks import require, set_flag
+from megasparse.kernels.mvue24.places import FIRST, Places, check_places
 from megasparse.kernels.mvue_pack24 import reference, triton
 from megasparse.kernels.packed24 import COLUMN_MULTIPLE, E4M3, ROW_MULTIPLE, Packed24
 from megasparse.kernels.random import SeedLike, check_seed
@@ -21,6 +22,7 @@ def mvue_pack24(
     *,
     seed: SeedLike,
     channels: Channels | None = None,
+    tokens: Places = FIRST,
     exact: bool = True,
     strided: bool = False,
     error_flag: torch.Tensor | None = None,
@@ -34,6 +36,8 @@ def mvue_pack24(
         seed: int of at most 64 bits, or an int64 tensor, 0-d or (1,), on dz's device; as `mvue24`.
         channels: where the channels lie in the whole layer, in sections whose sizes are multiples
             of 64; by default they are the layer's first.
+        tokens: where the tokens lie among those that draws are counted over, in one or two runs
+            (`mvue24/places.py`); by default they are the first.
         exact: the exact sampler, or the papers' approximation.
         strided: groups of tokens a quarter of all (zeros included) apart; columns are in the order
             of groups, which the other operand must have too (`token_order.by_groups`).
@@ -51,12 +55,13 @@ def mvue_pack24(
         )
     channels = channels or ((0, 0, dz.shape[1]),)
     check_channels("mvue_pack24", dz.shape[1], channels)
+    check_places("mvue_pack24", tokens, strided)
     check_seed("mvue_pack24", seed, dz.device)
     require("mvue_pack24", "error_flag", error_flag, torch.int32, (1,), dz.device)
     run = dispatch.implementation(
         "mvue_pack24", dz, backend, reference=_by_definition, triton=triton.mvue_pack24
     )
-    return run(dz, seed, channels, exact, strided, error_flag)
+    return run(dz, seed, channels, tokens, exact, strided, error_flag)
 
 
 def check_channels(op: str, width: int, channels: Channels) -> None:
@@ -71,10 +76,11 @@ def _by_definition(
     dz: torch.Tensor,
     seed: SeedLike,
     channels: Channels,
+    tokens: Places,
     exact: bool,
     strided: bool,
     error_flag: torch.Tensor | None,
 ) -> Packed24:
-    packed, crowded = reference.mvue_pack24(dz, seed, channels, exact, strided)
+    packed, crowded = reference.mvue_pack24(dz, seed, channels, tokens, exact, strided)
     set_flag(error_flag, crowded)
     return packed

@@ -16,9 +16,10 @@ import triton.language as tl
 from megasparse.kernels.device.groups import first_token, raise_flag, widen
 from megasparse.kernels.device.layout24 import crowded16, select16, to_word
 from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.mvue24.places import Places, group_shifts
 from megasparse.kernels.mvue24.triton_packed import packed16, sample, signs16
 from megasparse.kernels.mvue24.triton_sampler import draw, sample_scaled, seed_arguments, seed_of
-from megasparse.kernels.mvue24.triton_tile import load_group, tiles
+from megasparse.kernels.mvue24.triton_tile import global_group, load_group, tiles
 from megasparse.kernels.packed24 import COLUMN_MULTIPLE, Packed24, empty_packed, unit_scale
 from megasparse.kernels.random import SeedLike
 
@@ -57,7 +58,11 @@ def _prune(x0, x1, x2, x3, group, other, flag_ptr, key, high, EXACT: tl.constexp
         return kept, code.to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["key", "high", "first_tile", "first_other"])
+@triton.jit(
+    do_not_specialize=[
+        "key", "high", "first_tile", "first_other", "split", "first_shift", "second_shift",
+    ]
+)  # fmt: skip
 def _mvue_pack16_kernel(
     dz_ptr,
     words_ptr,
@@ -72,6 +77,10 @@ def _mvue_pack16_kernel(
     dz_stride,
     first_channel,
     first_other,
+    split,
+    first_shift,
+    second_shift,
+    SHIFTED: tl.constexpr,
     EXACT: tl.constexpr,
     STRIDED: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -86,7 +95,7 @@ def _mvue_pack16_kernel(
     token = first_token(group, STRIDED)
     ptrs = dz_ptr + token * dz_stride + (first_channel + column)
     x0, x1, x2, x3 = load_group(ptrs, dz_stride, token, num_tokens, padded_tokens, STRIDED, FULL)
-    group = group.to(tl.uint32)
+    group = global_group(group, split, first_shift, second_shift, SHIFTED).to(tl.uint32)
     kept, code = _prune(x0, x1, x2, x3, group, other, flag_ptr, key, high, EXACT)
     # A word holds the two values that a group of this channel keeps: row `channel` of the packed
     # values, column `group`.
@@ -106,6 +115,7 @@ def mvue_pack24(
     dz: torch.Tensor,
     seed: SeedLike,
     channels: tuple[tuple[int, int, int], ...],
+    places: Places,
     exact: bool,
     strided: bool,
     error_flag: torch.Tensor | None,
@@ -124,6 +134,7 @@ def mvue_pack24(
     if error_flag is None:
         error_flag = torch.zeros(1, dtype=torch.int32, device=dz.device)
     seed_ptr, key, high = seed_arguments(seed)
+    shifts = group_shifts(places)
     for start, place, length in channels:
         for grid, first_tile in tiles(length // 64, padded // (4 * groups)):
             with torch.cuda.device_of(dz):  # Triton launches on the current device
@@ -141,6 +152,8 @@ def mvue_pack24(
                     dz.stride(0),
                     start,
                     place,
+                    *(shifts or (0, 0, 0)),
+                    SHIFTED=shifts is not None,
                     EXACT=exact,
                     STRIDED=strided,
                     GROUPS=groups,

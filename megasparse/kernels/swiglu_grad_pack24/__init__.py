@@ -9,6 +9,7 @@ from megasparse.kernels import dispatch
 from megasparse.kernels.checks import require
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.grad_pack24.quantization import Quantization, check_gradient
+from megasparse.kernels.mvue24.places import FIRST, Places, check_places
 from megasparse.kernels.mvue_pack24 import Channels
 from megasparse.kernels.packed24 import ROW_MULTIPLE, Packed24
 from megasparse.kernels.random import SeedLike, check_seed
@@ -25,6 +26,7 @@ def swiglu_grad_pack24(
     row_dtype: torch.dtype | None = E5M2,
     packed_scale: torch.Tensor,
     channels: Channels | None = None,
+    tokens: Places = FIRST,
     exact: bool = True,
     strided: bool = False,
     row_amax: torch.Tensor | None = None,
@@ -43,6 +45,8 @@ def swiglu_grad_pack24(
             row-major (copied otherwise).
         channels: sections of the 2 F channels; none may cross the middle unless what lies on both
             sides of it is adjacent in the whole layer too, and each half is one piece.
+        tokens: where the tokens lie among those that draws are counted over, in one or two runs
+            (`mvue24/places.py`); by default they are the first.
         seed: int of at most 64 bits, or an int64 tensor, 0-d or (1,), on the device of dy.
         Others: of `grad_pack24`.
 
@@ -54,6 +58,7 @@ def swiglu_grad_pack24(
     op = "swiglu_grad_pack24"
     channels = channels or ((0, 0, fused.shape[-1]),)
     check_gradient(op, fused, channels)
+    check_places(op, tokens, strided)
     width = fused.shape[1] // 2
     require(op, "dy", dy, fused.dtype, (fused.shape[0], width), fused.device)
     if fused.shape[1] % (2 * ROW_MULTIPLE):
@@ -67,7 +72,7 @@ def swiglu_grad_pack24(
     run = dispatch.implementation(
         op, fused, backend, reference=_by_definition, triton=triton.swiglu_grad_pack24
     )
-    return run(dy, fused, seed, places, exact, strided, how)
+    return run(dy, fused, seed, places, tokens, exact, strided, how)
 
 
 def _by_definition(
@@ -75,12 +80,22 @@ def _by_definition(
     fused: torch.Tensor,
     seed: SeedLike,
     places: tuple[int, int],
+    tokens: Places,
     exact: bool,
     strided: bool,
     how: Quantization,
 ) -> tuple[torch.Tensor | None, Packed24]:
     row, packed, *found = reference.swiglu_grad_pack24(
-        dy, fused, seed, places, exact, strided, how.row_scale, how.row_dtype, how.packed_scale
+        dy,
+        fused,
+        seed,
+        places,
+        tokens,
+        exact,
+        strided,
+        how.row_scale,
+        how.row_dtype,
+        how.packed_scale,
     )
     how.record(*found)
     return row, packed

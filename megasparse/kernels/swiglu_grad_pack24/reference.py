@@ -7,6 +7,7 @@ from torch.nn.functional import pad
 
 from megasparse.kernels.float8 import whole_tiles
 from megasparse.kernels.grad_pack24.reference import Result, grad_pack24
+from megasparse.kernels.mvue24.places import Places
 from megasparse.kernels.random import SeedLike
 from megasparse.kernels.swiglu.reference import backward_fused
 
@@ -16,6 +17,7 @@ def swiglu_grad_pack24(
     fused: torch.Tensor,
     seed: SeedLike,
     places: tuple[int, int],
+    tokens: Places,
     exact: bool,
     strided: bool,
     row_scale: torch.Tensor | None,
@@ -26,7 +28,9 @@ def swiglu_grad_pack24(
 
     The gradient has tokens of zeros up to a multiple of 128.
     """
-    tokens, width = dy.shape
-    dz = pad(backward_fused(dy, fused, False), (0, 0, 0, whole_tiles(tokens) - tokens))
+    count, width = dy.shape
+    dz = pad(backward_fused(dy, fused, False), (0, 0, 0, whole_tiles(count) - count))
     channels = ((0, places[0], width), (width, places[1], width))
-    return grad_pack24(dz, seed, channels, exact, strided, row_scale, row_dtype, packed_scale)
+    return grad_pack24(
+        dz, seed, channels, tokens, exact, strided, row_scale, row_dtype, packed_scale
+    )

@@ -15,10 +15,12 @@ from megasparse.kernels.device.float8 import raise_above
 from megasparse.kernels.device.groups import first_token, pair16, to_fp32, widen
 from megasparse.kernels.float8 import E5M2, whole_tiles
 from megasparse.kernels.grad_pack24.quantization import Quantization
+from megasparse.kernels.mvue24.places import Places, group_shifts
 from megasparse.kernels.mvue24.triton_packed import signs_of_pairs
 from megasparse.kernels.mvue24.triton_sampler import seed_arguments, seed_of
 from megasparse.kernels.mvue24.triton_tile import (
     Launch,
+    global_group,
     load_token,
     prune,
     step_of,
@@ -128,7 +130,12 @@ def _store_rows(
     store_rows(row_ptr, z1, scale, group + 1, channel, 0, last, row_stride, STRIDED, E5M2, True)
 
 
-@triton.jit(do_not_specialize=["key", "high", "first_tile", "gate_other", "x_other"])
+@triton.jit(
+    do_not_specialize=[
+        "key", "high", "first_tile", "gate_other", "x_other", "split", "first_shift",
+        "second_shift",
+    ]
+)  # fmt: skip
 def _swiglu_grad_pack24_kernel(
     dy_ptr,
     fused_ptr,
@@ -152,6 +159,10 @@ def _swiglu_grad_pack24_kernel(
     width,
     gate_other,
     x_other,
+    split,
+    first_shift,
+    second_shift,
+    SHIFTED: tl.constexpr,
     EXACT: tl.constexpr,
     STRIDED: tl.constexpr,
     E5M2: tl.constexpr,
@@ -203,6 +214,8 @@ def _swiglu_grad_pack24_kernel(
         FULL,
     )
     largest, most = tl.zeros_like(a01).to(tl.int32), tl.zeros_like(a01).to(tl.int32)
+    group0 = global_group(2 * pair, split, first_shift, second_shift, SHIFTED)
+    group1 = global_group(2 * pair + 1, split, first_shift, second_shift, SHIFTED)
     place, first_row = gate_other.to(tl.uint32), block.to(tl.int64) * 64
     # A loop on purpose: unrolled, the program is twice as long and spills registers.
     for _ in range(2):
@@ -213,8 +226,8 @@ def _swiglu_grad_pack24_kernel(
                 row_ptr, z0, z1, scale, pair, channel, padded_tokens, 2 * width, STRIDED, E5M2
             )
         other = column.to(tl.uint32) + place
-        pruned0 = prune(z0, packed_scale, 2 * pair, other, key, high, EXACT)
-        pruned1 = prune(z1, packed_scale, 2 * pair + 1, other, key, high, EXACT)
+        pruned0 = prune(z0, packed_scale, group0, other, key, high, EXACT)
+        pruned1 = prune(z1, packed_scale, group1, other, key, high, EXACT)
         largest = tl.maximum(largest, tl.maximum(pruned0[2], pruned1[2]))
         most = tl.maximum(most, tl.maximum(pruned0[3], pruned1[3]))
         store_packed(
@@ -241,7 +254,8 @@ def swiglu_grad_pack24(
     dy: torch.Tensor,
     fused: torch.Tensor,
     seed: SeedLike,
-    places: tuple[int, int],
+    channel_places: tuple[int, int],
+    token_places: Places,
     exact: bool,
     strided: bool,
     how: Quantization,
@@ -253,6 +267,7 @@ def swiglu_grad_pack24(
     padded = packed.shape[1]
     pairs, options = LAUNCH.fitted(padded)
     seed_ptr, key, high = seed_arguments(seed)
+    shifts = group_shifts(token_places)
     for grid, first_tile in tiles(width // 64, padded // (8 * pairs)):
         with torch.cuda.device_of(dy):  # Triton launches on the current device
             _swiglu_grad_pack24_kernel[grid](
@@ -276,7 +291,9 @@ def swiglu_grad_pack24(
                 dy.stride(0),
                 fused.stride(0),
                 width,
-                *places,
+                *channel_places,
+                *(shifts or (0, 0, 0)),
+                SHIFTED=shifts is not None,
                 EXACT=exact,
                 STRIDED=strided,
                 E5M2=how.row_dtype == E5M2,

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megasparse.kernels import geglu_fused, swiglu_fused
+from megasparse.megatron.context.attention import (
+    gather_keys_and_values,
+    own_causal_mask,
+    query_places,
+)
 
 
 class TorchNorm:
@@ -28,6 +33,8 @@ class TorchNorm:
 
 class SdpaAttention(torch.nn.Module):
     """Softmax attention by torch's scaled_dot_product_attention: grouped queries, sliding windows.
+
+    With context parallelism queries are this rank's, keys and values are gathered.
 
     Args: those of megatron-core's DotProductAttention.
     """
@@ -50,6 +57,8 @@ class SdpaAttention(torch.nn.Module):
             config.window_size, config.window_attn_skip_freq, layer_number
         )
         self.window = config.window_size[0] + 1 if windowed else None
+        shared = getattr(config, "context_parallel_size", 1) > 1
+        self.cp_group = parallel_state.get_context_parallel_group() if shared else None
 
     def forward(
         self,
@@ -62,17 +71,17 @@ class SdpaAttention(torch.nn.Module):
         """Attention of `(S, B, heads, D)` queries to `(S, B, groups, D)` keys and values.
 
         Args:
-            attention_mask: bool, broadcastable to `(B, 1, S, S)`, True where attention is
-                forbidden (Megatron's convention); None: causal.
+            attention_mask: bool, broadcastable to `(B, 1, S, S)` (its rows this rank's with
+                context parallelism), True where attention is forbidden (Megatron's convention);
+                None: causal.
 
         Returns:
             `(S, B, heads * D)`.
         """
+        if self.cp_group is not None:
+            key, value = gather_keys_and_values(key, value, self.cp_group)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        allowed = None if attention_mask is None else ~attention_mask
-        if self.window is not None and k.shape[2] > self.window:
-            near = within_window(q.shape[2], k.shape[2], self.window, q.device)
-            allowed = near if allowed is None else allowed & near
+        allowed = self._allowed(k.shape[2], q.shape[2], attention_mask, q.device)
         dropout = self.dropout if self.training else 0.0
 
         def attend() -> torch.Tensor:
@@ -96,16 +105,33 @@ class SdpaAttention(torch.nn.Module):
             context = attend()
         return context.permute(2, 0, 1, 3).flatten(2).contiguous()
 
+    def _allowed(
+        self, keys: int, queries: int, mask: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor | None:
+        """What the queries may attend to, broadcastable to `(B, heads, queries, keys)`; None: all
+        that is not after them."""
+        allowed = None if mask is None else ~mask
+        group = self.cp_group
+        if group is not None and allowed is None:
+            allowed = own_causal_mask(keys, group, device)
+        if self.window is None or keys <= self.window:
+            return allowed
+        if group is None:
+            places = torch.arange(keys - queries, keys, device=device)
+        else:
+            places = query_places(keys, group.rank(), group.size(), device)
+        near = within_window(places, keys, self.window)
+        return near if allowed is None else allowed & near
 
-def within_window(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
+
+def within_window(places: torch.Tensor, keys: int, window: int) -> torch.Tensor:
     """`(queries, keys)` bool: the last `window` keys up to a query's own place.
 
     Args:
-        queries: of the last places.
+        places: of the queries, `(queries,)` int64.
         keys: of all places.
     """
-    places = torch.arange(keys - queries, keys, device=device)[:, None]
-    back = places - torch.arange(keys, device=device)
+    back = places[:, None] - torch.arange(keys, device=places.device)
     return (back >= 0) & (back < window)
 
 

@@ -17,6 +17,7 @@ from megasparse.data.tokenizer import Tokenizer
 from megasparse.distributed.signals import ignore_signals
 from megasparse.log import logger
 from megasparse.megatron.blocks.packing import CU_SEQLENS, cumulative_lengths
+from megasparse.megatron.context.batch import own_tokens
 from megasparse.megatron.data.datasets import (
     SampleOptions,
     SampleStream,
@@ -121,7 +122,7 @@ def batches(
 
     Micro-batch `m` of a step holds the samples
     `step_start + (m * dp + dp_rank) * micro_batch_size + [0, micro_batch_size)`: a step's samples
-    do not depend on the data-parallel size.
+    do not depend on the data-parallel size. Of each sample a context parallel rank has its part.
     """
     loader = torch.utils.data.DataLoader(
         stream,
@@ -137,7 +138,10 @@ def batches(
         batch = next(stored)
         if stream.packed_by is not None:
             batch[CU_SEQLENS] = cumulative_lengths(batch["tokens"], stream.packed_by)
-        yield {name: tensor.to(grid.device, non_blocking=True) for name, tensor in batch.items()}
+        yield own_tokens(
+            {name: tensor.to(grid.device, non_blocking=True) for name, tensor in batch.items()},
+            grid,
+        )
 
 
 def is_lost_worker(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from megasparse.sparsity.gemms.protocol import (
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.sparsity.shard import ShardSlice
+from megasparse.sparsity.shard import ALL_TOKENS, ShardSlice, TokenShare
 
 
 class DenseGemms(PlainOperands):
@@ -56,14 +56,19 @@ class ReferenceSparseGemms(DenseGemms):
         channels: where the local output channels lie in the whole layer, so that every
             tensor-parallel degree draws the same random numbers.
         probe: is told what is drawn and rounded.
+        tokens: which tokens of a micro-batch are here; all by default.
     """
 
     def __init__(
-        self, recipe: SparsityRecipe, channels: tuple[ShardSlice, ...], probe: Probe | None = None
+        self,
+        recipe: SparsityRecipe,
+        channels: tuple[ShardSlice, ...],
+        probe: Probe | None = None,
+        tokens: TokenShare = ALL_TOKENS,
     ) -> None:
         super().__init__()
         self._recipe = recipe
-        self._channels = channels
+        self._channels, self._tokens = channels, tokens
         self._probe = probe or Probe()
         self._effective_NK: torch.Tensor | None = None
 
@@ -82,17 +87,25 @@ class ReferenceSparseGemms(DenseGemms):
 
     def _prune_along_tokens(self, dz_TN: torch.Tensor, seed: SeedLike) -> torch.Tensor:
         with self._probe.timer.span("preparation"):
-            parts = [
-                mvue24(
-                    dz_TN.narrow(1, s.local_start, s.length),
-                    seed=seed,
-                    dim=0,
-                    offsets=(0, s.global_start),
-                    exact=self._recipe.mvue == "exact",
-                    strided=self._recipe.strided_groups,
-                )
-                for s in self._channels
-            ]
-            pruned = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            places = self._tokens.places(dz_TN.shape[0])
+            runs = dz_TN.tensor_split([start for start, _ in places[1:]])
+            pruned = torch.cat(
+                [self._pruned(run, p, seed) for run, (_, p) in zip(runs, places, strict=True)]
+            )
         self._probe.mvue(dz_TN, pruned, self._recipe)
         return pruned
+
+    def _pruned(self, run_TN: torch.Tensor, token: int, seed: SeedLike) -> torch.Tensor:
+        """Of consecutive tokens, the first of which is `token` of the micro-batch."""
+        parts = [
+            mvue24(
+                run_TN.narrow(1, s.local_start, s.length),
+                seed=seed,
+                dim=0,
+                offsets=(token, s.global_start),
+                exact=self._recipe.mvue == "exact",
+                strided=self._recipe.strided_groups,
+            )
+            for s in self._channels
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -26,7 +26,7 @@ from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedI
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.sparsity.shard import ShardSlice
+from megasparse.sparsity.shard import ALL_TOKENS, ShardSlice, TokenShare
 
 DTYPES = (torch.bfloat16, torch.float16)
 ALIGNMENT = 64  # rows and columns of a packed 16-bit operand
@@ -58,6 +58,7 @@ class PackedSparseGemms(PlainOperands):
         channels: where the local output channels lie in the whole layer.
         probe: is told what MVUE draws.
         chooser: which GEMM computes which shape; default: the GPU's own, kept on disk.
+        tokens: which tokens of a micro-batch are here; all by default.
     """
 
     _packed: Packed24
@@ -69,7 +70,9 @@ class PackedSparseGemms(PlainOperands):
         channels: tuple[ShardSlice, ...],
         probe: Probe | None = None,
         chooser: GemmChooser | None = None,
+        tokens: TokenShare = ALL_TOKENS,
     ) -> None:
+        self._tokens = tokens
         self.ran_sparse: set[str] = set()
         self._probe, self._recipe, self._chooser = probe or Probe(), recipe, chooser
         self._channels = tuple((s.local_start, s.global_start, s.length) for s in channels)
@@ -108,6 +111,7 @@ class PackedSparseGemms(PlainOperands):
                 dz_TN,
                 seed=seed,
                 channels=self._channels,
+                tokens=self._tokens.places(dz_TN.shape[0]),
                 exact=self._recipe.mvue == "exact",
                 strided=self._recipe.strided_groups,
                 error_flag=self._projected.error_flag,

@@ -41,7 +41,7 @@ from megasparse.sparsity.gemms.protocol import SavedInput
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.sparsity.shard import ShardSlice
+from megasparse.sparsity.shard import ALL_TOKENS, ShardSlice, TokenShare
 
 # MVUE divides what it keeps by a probability: larger entries than dZ's are to be expected.
 MVUE_HEADROOM = 4.0
@@ -57,6 +57,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
         hybrid: dZ in e5m2 where its GEMM is dense.
         probe: is told what is quantized.
         chooser: which of the library's algorithms computes a shape; default: the GPU's own.
+        tokens: which tokens of a micro-batch are here; all by default.
     """
 
     _packed: Packed24
@@ -70,7 +71,9 @@ class PackedFp8Gemms(DenseFp8Gemms):
         hybrid: bool = False,
         probe: Probe | None = None,
         chooser: GemmChooser | None = None,
+        tokens: TokenShare = ALL_TOKENS,
     ) -> None:
+        self._tokens = tokens
         super().__init__(quantizers, hybrid and not recipe.transposable, probe)
         self._recipe = recipe
         self.strided = recipe.strided_groups
@@ -128,7 +131,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
         with self._probe.timer.span("preparation"):
             dz = quantizers.gradient.scale_for(dz_TN, dtype=self._row_dtype)
             draw = quantizers.draw.scale_for_draws(dz_TN, MVUE_HEADROOM, dz)
-            how = self._as_operands(dz, draw)
+            how = self._as_operands(dz, draw, tokens)
             tiles_TN = whole_tiles(dz_TN)
             row, packed = grad_pack24(tiles_TN, seed=seed, sums=sums, **how)
         assert row is not None
@@ -145,18 +148,19 @@ class PackedFp8Gemms(DenseFp8Gemms):
         if dz is None or draw is None or self._recipe.mvue == "off" or self._probe.asked:
             return super().prepare_gated_grad_output(dy_TF, fused_TF, seed)
         with self._probe.timer.span("preparation"):
-            how = self._as_operands(dz, draw)
+            how = self._as_operands(dz, draw, dy_TF.shape[0])
             row, packed = swiglu_grad_pack24(dy_TF, fused_TF, seed=seed, **how)
         assert row is not None
         return Fp8GradOutput(row, packed, dy_TF.shape[0], dz, draw)
 
-    def _as_operands(self, dz: Scale, draw: Scale) -> dict[str, Any]:
-        """How dZ is quantized and drawn."""
+    def _as_operands(self, dz: Scale, draw: Scale, tokens: int) -> dict[str, Any]:
+        """How dZ of so many tokens is quantized and drawn."""
         return {
             "row_scale": dz.scale,
             "row_dtype": self._row_dtype,
             "packed_scale": draw.scale,
             "channels": self._channels,
+            "tokens": self._tokens.places(tokens),
             "exact": self._recipe.mvue == "exact",
             "strided": self.strided,
             "row_amax": dz.amax,

@@ -10,7 +10,7 @@ from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
 from megasparse.sparsity.gemms.protocol import GradOutput, SavedInput, with_bias
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.sparsity.shard import ShardSlice
+from megasparse.sparsity.shard import ALL_TOKENS, ShardSlice, TokenShare
 
 
 class SimulatedFp8Gemms(ReferenceSparseGemms):
@@ -36,8 +36,9 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
         channels: tuple[ShardSlice, ...],
         reduce_max: Callable[[torch.Tensor], torch.Tensor] | None = None,
         probe: Probe | None = None,
+        tokens: TokenShare = ALL_TOKENS,
     ) -> None:
-        super().__init__(recipe, channels, probe)
+        super().__init__(recipe, channels, probe, tokens)
         self._reduce_max = reduce_max
 
     def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -102,7 +102,9 @@ class Engine:
             zero.install_norm(self._engine.optimizer, grid, self._measured)
         # Where the parameters lie in the optimizer's tensors, now that ZeRO has made its own.
         self.fragments = (
-            zero.partition_fragments(model.named_parameters(), self._engine.optimizer, grid.dp_rank)
+            zero.partition_fragments(
+                model.named_parameters(), self._engine.optimizer, grid.dp_cp_rank
+            )
             if zero.is_partitioned(self._engine.optimizer)
             else zero.fragments(model.named_parameters(), self.optimizer)
         )
@@ -159,7 +161,7 @@ class Engine:
             for state, _ in self.controller.weights
             if state.inputs is not None
         ]
-        finish_step(layers, self.grid.sum_over_dp, self.grid.sum_over_tp)
+        finish_step(layers, self.grid.sum_over_dp_cp, self.grid.sum_over_tp)
 
     def _before_step(self, _: torch.optim.Optimizer) -> bool:
         """Runs inside the optimizer, on final gradients: clipping without ZeRO, masked decay."""

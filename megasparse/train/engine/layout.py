@@ -74,7 +74,8 @@ class Layout(ABC):
         if sequences == self.accumulation_steps * per_step:
             return
         self.accumulation_steps = sequences // per_step
-        self._engine.set_train_batch_size(sequences)
+        # To DeepSpeed context parallel ranks are data parallel ones, with sequences of their own.
+        self._engine.set_train_batch_size(sequences * self.grid.cp_size)
         self._engine.micro_steps = 0  # of which DeepSpeed takes the remainder by the new number
 
     @abstractmethod

@@ -16,6 +16,7 @@ from megasparse.config import ResolvedConfig
 from megasparse.config.deepspeed.derived import deepspeed_config
 from megasparse.distributed.events import NO_LISTENERS, Events
 from megasparse.log import is_logging_rank
+from megasparse.megatron.context.batch import DIVISOR, whole_logits
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.pipeline import gather_logits
 from megasparse.progress import progress
@@ -229,6 +230,10 @@ class PipelineLayout(Layout):
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Stage after stage; each hands its output to all, which is slow and simple."""
         self._pipeline.eval()
+        return whole_logits(self._own_logits, tokens, positions, self.grid)
+
+    def _own_logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """`(B, S, V)` of this rank's tokens."""
         grid = self.grid
         value = torch.empty(0)
         ranks = dist.get_process_group_ranks(grid.pp_group)
@@ -255,4 +260,5 @@ def _pairs(batches: Iterator[Batch]) -> Iterator[tuple[Any, Any]]:
         inputs = [batch["tokens"], batch["position_ids"]]
         if "attention_mask" in batch:
             inputs.append(batch["attention_mask"])
-        yield tuple(inputs), (batch["labels"], batch["loss_mask"])
+        wanted = (batch["labels"], batch["loss_mask"])
+        yield tuple(inputs), (*wanted, batch[DIVISOR]) if DIVISOR in batch else wanted

@@ -11,9 +11,10 @@ import torch
 from megasparse.config.deepspeed.derived import deepspeed_config
 from megasparse.log import is_logging_rank
 from megasparse.megatron.blocks.packing import packed
+from megasparse.megatron.context.batch import DIVISOR, whole_logits
 from megasparse.megatron.graphs.captured import let_replays_recompute
-from megasparse.megatron.grid import ModelParallelUnit
 from megasparse.megatron.loss import masked_mean
+from megasparse.megatron.model_parallel_unit import ModelParallelUnit
 from megasparse.megatron.pipeline import recomputed_layers
 from megasparse.progress import progress
 from megasparse.train.distillation import Distillation
@@ -48,7 +49,9 @@ class LanguageModelLoss(torch.nn.Module):
             taken = batch["tokens"], batch["position_ids"], batch.get("attention_mask")
             teacher = self._distillation.teacher.logits(*taken)
             student = self.model(*taken)
-            return self._distillation.loss(student, teacher, batch["labels"], batch["loss_mask"])
+            return self._distillation.loss(
+                student, teacher, batch["labels"], batch["loss_mask"], batch.get(DIVISOR)
+            )
         inputs, lengths = packed(batch)
         more = {} if lengths is None else {"packed_seq_params": lengths}
         losses = self.model(
@@ -58,7 +61,7 @@ class LanguageModelLoss(torch.nn.Module):
             labels=inputs["labels"],
             **more,
         )
-        return masked_mean(losses, inputs["loss_mask"])
+        return masked_mean(losses, inputs["loss_mask"], batch.get(DIVISOR))
 
 
 class PlainLayout(Layout):
@@ -177,12 +180,17 @@ class PlainLayout(Layout):
             if interrupted():
                 return None
             total += self._engine(next(batches))
-        return float(self.grid.mean_over_dp(total / iterations))
+        return float(self.grid.mean_over_dp_cp(total / iterations))
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self._engine.eval()
-        return self._engine({"tokens": tokens, "position_ids": positions})
+        return whole_logits(
+            lambda *own: self._engine(dict(zip(("tokens", "position_ids"), own, strict=True))),
+            tokens,
+            positions,
+            self.grid,
+        )
 
 
 def _hidden_state_first(

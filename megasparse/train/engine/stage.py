@@ -65,7 +65,7 @@ class Pipeline(PipelineModule):
         self.on_forward: Callable[[], None] | None = None
         self.on_loss: Callable[[torch.Tensor], torch.Tensor] | None = None
         topology = PipeModelDataParallelTopology(
-            num_pp=grid.pp_size, num_mp=grid.tp_size, num_dp=grid.dp_size
+            num_pp=grid.pp_size, num_mp=grid.tp_size, num_dp=grid.dp_cp_size
         )
         specs = part_specs(config, grid, padded_vocab_size, clock)
         # DeepSpeed broadcasts tied parameters where they are made; autograd must not see it.
@@ -100,9 +100,9 @@ class Pipeline(PipelineModule):
     def _loss(self, outputs: Any, labels: Any) -> torch.Tensor:
         if isinstance(outputs, tuple):
             assert self.distillation is not None
-            targets, mask = (t.transpose(0, 1).contiguous() for t in labels)
+            targets, mask = (t.transpose(0, 1).contiguous() for t in labels[:2])
             student, teacher = outputs
-            loss = self.distillation.loss(student, teacher, targets, mask)
+            loss = self.distillation.loss(student, teacher, targets, mask, *labels[2:])
         else:
             loss = vocab_parallel_loss(outputs, labels)
         return self.on_loss(loss) if self.training and self.on_loss is not None else loss

@@ -110,7 +110,7 @@ class StepGuard:
         self._bad = (~torch.isfinite(loss)).float()
         if self._grid.world > 1:
             dist.all_reduce(self._bad, op=dist.ReduceOp.MAX)
-        self._mean = self._grid.mean_over_dp(loss.clone())
+        self._mean = self._grid.mean_over_dp_cp(loss.clone())
         self._loss_is_finite = None
 
     def refuse_update(self) -> None:
@@ -126,7 +126,7 @@ class StepGuard:
 
     @property
     def loss(self) -> float:
-        """Mean over data-parallel ranks of the loss that was checked."""
+        """Mean over data and context parallel ranks of the loss that was checked."""
         if self._loss_is_finite is None:
             self.read()
         return self._loss

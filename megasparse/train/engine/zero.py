@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megasparse.megatron.grid import Grid
 from megasparse.optim.fragments import Fragment
@@ -28,7 +27,7 @@ def is_copy(parameter: torch.nn.Parameter) -> bool:
 def global_norm(
     gradients: Iterable[tuple[torch.nn.Parameter, torch.Tensor]],
     grid: Grid,
-    over_dp: bool = False,
+    over_dp_cp: bool = False,
     measured: Measured = gradient_alone,
 ) -> torch.Tensor:
     """0-d float32: the norm of the whole model's gradient, the same on every rank.
@@ -38,7 +37,7 @@ def global_norm(
 
     Args:
         gradients: this rank's parameters with their gradients, or the pieces that it holds.
-        over_dp: the pieces are divided over data-parallel ranks.
+        over_dp_cp: the pieces are divided over the ranks that hold the same part of the model.
         measured: what of each counts.
     """
     counted = [
@@ -51,8 +50,8 @@ def global_norm(
     if counted:
         norms = torch._foreach_norm(counted, 2, dtype=torch.float32)
         total = torch.stack(norms).square().sum()
-    if over_dp and grid.dp_size > 1:
-        dist.all_reduce(total, group=grid.dp_group)
+    if over_dp_cp:
+        total = grid.sum_over_dp_cp(total)
     return grid.sum_over_model(total).sqrt()
 
 
@@ -88,7 +87,7 @@ def install_norm(optimizer: Any, grid: Grid, measured: Measured = gradient_alone
         for number, parameters in enumerate(optimizer.fp16_groups):
             pieces += zip(parameters, optimizer.averaged_gradients[number], strict=True)
         sum_replicated(pieces, grid)
-        return [global_norm(pieces, grid, over_dp=True, measured=measured)]
+        return [global_norm(pieces, grid, over_dp_cp=True, measured=measured)]
 
     def norm(norm_type: int = 2) -> torch.Tensor:
         pieces: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
@@ -98,7 +97,7 @@ def install_norm(optimizer: Any, grid: Grid, measured: Measured = gradient_alone
             ]
             pieces += zip(optimizer.params_in_partition[number], gradients, strict=True)
         sum_replicated(pieces, grid)
-        return global_norm(pieces, grid, over_dp=True, measured=measured)
+        return global_norm(pieces, grid, over_dp_cp=True, measured=measured)
 
     if is_partitioned(optimizer):
         optimizer._get_norm_groups = norm_of_partitions
@@ -135,12 +134,13 @@ def put_partition(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
 
 
 def partition_fragments(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Any, dp_rank: int
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: Any, rank: int
 ) -> list[Fragment]:
     """The pieces that ZeRO 3's optimizer holds on this rank, one of every parameter.
 
     Args:
         optimizer: DeepSpeed's. Its flat float32 tensors hold the parts of `fp16_groups` in order.
+        rank: among those that hold the same part of the model.
     """
     names = {id(parameter): name for name, parameter in named_parameters}
     found = []
@@ -150,7 +150,7 @@ def partition_fragments(
         offset = 0
         for parameter in parameters:
             padded = parameter.partition_numel()
-            start = dp_rank * padded
+            start = rank * padded
             length = min(padded, parameter.ds_numel - start)
             if length > 0:
                 name = names[id(parameter)]
@@ -180,7 +180,7 @@ def fragments(
             continue
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
-            continue  # another data-parallel rank's
+            continue  # another rank's
         piece = mapping.get_hp_fragment()
         flat = by_storage[piece.untyped_storage().data_ptr()]
         address = mapping.lp_fragment_address

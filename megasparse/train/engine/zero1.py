@@ -67,7 +67,7 @@ class Zero1:
         self._zero, self._gradients, self._grid = optimizer, gradients, grid
         self._clip_grad, self._measured, self._guard = clip_grad, measured, guard
         self.fragments: Sequence[Fragment] = ()
-        rank = grid.dp_rank
+        rank = grid.dp_cp_rank
         self._shares = [
             flat.narrow(0, rank * size, size)
             for flat, size in zip(gradients.flat, map(int, optimizer.partition_size), strict=True)
@@ -82,12 +82,12 @@ class Zero1:
         optimizer.zero_grad = lambda set_to_none=True: None  # `GradientBuffers.begin_step`
 
     def _reduce(self, pipeline_parallel: bool = False) -> None:
-        """Every rank's share becomes the mean over data-parallel ranks, in the buffers' dtype."""
-        if self._grid.dp_size == 1:
+        """Every rank's share becomes the mean over all replicas, in the buffers' dtype."""
+        if self._grid.dp_cp_size == 1:
             return
         for flat, share in zip(self._gradients.flat, self._shares, strict=True):
-            flat.div_(self._grid.dp_size)
-            _reduce_scatter(share, flat, group=self._grid.dp_group)
+            flat.div_(self._grid.dp_cp_size)
+            _reduce_scatter(share, flat, group=self._grid.dp_cp_group)
 
     @torch.no_grad()
     def _step(self, closure: Any = None) -> None:
@@ -104,7 +104,7 @@ class Zero1:
         gradients = {id(shard): shard.grad for shard in shards}
         pieces = [(f.parameter, f.of(gradients[id(f.tensor)])) for f in self.fragments]
         sum_replicated(pieces, self._grid)
-        norm = global_norm(pieces, self._grid, over_dp=True, measured=self._measured)
+        norm = global_norm(pieces, self._grid, over_dp_cp=True, measured=self._measured)
         self._guard.send(norm)
         self._update(norm)
         (zero._global_grad_norm,) = self._guard.receive()
@@ -116,15 +116,15 @@ class Zero1:
             shard.grad = None
 
     def _update(self, norm: torch.Tensor) -> None:
-        zero, rank = self._zero, self._grid.dp_rank
+        zero, rank = self._zero, self._grid.dp_cp_rank
         limit, adamw = self._clip_grad, zero.optimizer
         norm = norm.double()
         adamw.clip = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
         adamw.applies = self._guard.may_update(norm)
         adamw.step()
-        if self._grid.dp_size == 1:
+        if self._grid.dp_cp_size == 1:
             return
         for flat, parts in zip(
             zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups, strict=True
         ):
-            dist.all_gather_into_tensor(flat.data, parts[rank].data, group=self._grid.dp_group)
+            dist.all_gather_into_tensor(flat.data, parts[rank].data, group=self._grid.dp_cp_group)

@@ -50,7 +50,7 @@ def _layout(kind, accumulation_steps, dp_size=1, dp_rank=0):
         dp_rank=dp_rank,
         rank=0,
         world=1,
-        mean_over_dp=lambda value: 10 * value,
+        mean_over_dp_cp=lambda value: 10 * value,
     )
     layout.controller = SimpleNamespace(clock=Clock(1, 10), timer=StepTimer())
     layout.guard = StepGuard(layout.grid, torch.nn.Module(), layout.controller)

@@ -1,0 +1,1 @@
+"""Context parallelism: sequences that are divided over ranks."""

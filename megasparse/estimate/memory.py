@@ -236,17 +236,19 @@ def _operands(
     config: ResolvedConfig, recipe: SparsityRecipe, weights: list[Weight], size: int, packed: bool
 ) -> int:
     """Weights as the GEMMs of a step read them. W~: packed values and metadata (9/16 of 16 bits,
-    5/8 of 8 bits; in 8 bits with a dense transpose where that is not 2:4), or dense. Dense weights:
-    nothing beside the parameters, or both orders in 8 bits."""
+    5/8 of 8 bits; W~^T too where it is 2:4, else in 8 bits a dense transpose), or dense. Dense
+    weights: nothing beside the parameters, or both orders in 8 bits."""
     sparse = sum(weight.numel for weight in weights if weight.sparse)
+    both = "grad_input" in recipe.sparse_gemms
     if config.fp8.fp8_format is not None:
         dense = sum(weight.numel for weight in weights if weight.linear and not weight.sparse)
-        return sparse * (10 if recipe.transposable else 13) // 8 + 2 * dense
+        return sparse * (10 if both else 13) // 8 + 2 * dense
     if not recipe.is_sparse:
         return 0
     if packed and not recipe.simulate_fp8:
-        return (2 if recipe.transposable else 1) * sparse * size * 9 // 16
-    return sparse * size
+        return (2 if both else 1) * sparse * size * 9 // 16
+    # Beside W~ what of it grad_input multiplies, if that is less.
+    return (2 if recipe.double_pruned else 1) * sparse * size
 
 
 def _sequence_split(config: ResolvedConfig) -> int:

@@ -260,7 +260,7 @@ def _operands_bf16(
         seconds += table.moving(SIZE * tokens * n * 25 / 16, "mvue_pack")
     remake = REMAKE_BYTES["soft_threshold" if recipe.projection == "soft_threshold" else "row"]
     once = n * k * (remake + 25 / 8)  # W~ made, read and packed
-    if recipe.transposable:
+    if "grad_input" in recipe.sparse_gemms:
         once += n * k * (4 + 25 / 8)  # transposed, read and packed
     else:
         seconds += table.moving(n * k * remake)
@@ -297,7 +297,7 @@ def _operands_fp8(
         seconds += table.moving(tokens * n * (2 * apart[1] + 1 + 5 / 8), "grad_pack")
     else:
         seconds += table.moving(4 * tokens * n, "cast")
-    written = 5 / 4 if recipe.transposable else 13 / 8
+    written = 5 / 4 if "grad_input" in recipe.sparse_gemms else 13 / 8
     once = table.moving(n * k * (2 + recipe.has_mask + written), "weight_pack")
     mask = n * k * MASK_BYTES / recipe.mask_update_interval if recipe.has_mask else 0.0
     return seconds + (once + table.moving(mask)) / micro_batches

@@ -47,7 +47,7 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | swiglu_grad_pack24(dy (T, F), fused, seed)     | grad_pack24 of swiglu_fused's gradient       |
 | norm_float8(x (T, H), weight, bias, scale)     | a norm in e4m3: (T', H), (H, T'); statistics |
 | transpose_float8(rows (T, K))                  | (K, T) e4m3, in the order of strided groups  |
-| weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T packed or dense; one pass    |
+| weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T or W~_d^T too; one pass      |
 | effective_weight(w (N, K), mask, beta)         | (N, K) float32: that W~ itself, unrounded    |
 | spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
 | encode_patterns(mask, transposable)            | uint8: the number of each pattern            |

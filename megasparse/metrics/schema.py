@@ -74,6 +74,8 @@ _LOG_STEP = (
     ("time_slowest_ratio", "time/slowest_ratio", "1",
      "time of its own work in the step before / median of its stage; without communication"),
     ("retained_l1", "sparsity/retained_l1", "1", "sum abs(W o M) / sum abs(W), mean over layers"),
+    ("double_pruned", "sparsity/double_pruned", "1",
+     "of a double-pruned grad_input: norm(W~ - W~_d)^2 / norm(W~)^2, mean over layers"),
     ("decay_ratio", "sparsity/decay_ratio", "1",
      "norm of lambda (1 - M) o W / norm of the clipped gradient, mean over layers"),
     ("mvue_amplification", "sparsity/mvue_amplification", "1",

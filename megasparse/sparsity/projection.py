@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from megasparse.kernels import soft_threshold24
+from megasparse.kernels import prune24_mask, soft_threshold24
 
 
 class Projected(NamedTuple):
@@ -33,3 +33,15 @@ def effective(w_NK: torch.Tensor, projected: Projected) -> torch.Tensor:
         return (threshold.float() * projected.beta).to(w_NK.dtype)
     zero = torch.zeros((), dtype=w_NK.dtype, device=w_NK.device)
     return torch.where(projected.mask, w_NK, zero)
+
+
+def double_pruned(effective_NK: torch.Tensor, nan_flag: torch.Tensor | None = None) -> torch.Tensor:
+    """W~_d (N, K) = W~ o C, in the dtype of W~, where C keeps the two largest magnitudes of each
+    four along N, of equals the later row: 2:4 along N, what a sparse grad_input multiplies.
+
+    Args:
+        nan_flag: int32 (1,), raised on the device when W~ holds a NaN; None: NumericsError.
+    """
+    kept = prune24_mask(effective_NK.t(), nan_flag=nan_flag).t()
+    zero = torch.zeros((), dtype=effective_NK.dtype, device=effective_NK.device)
+    return torch.where(kept, effective_NK, zero)

@@ -2,18 +2,21 @@
 
 For `Z = X W^T` with `X (T, K)`, `W (N, K)`:
 
-| recipe | W~ in output and grad_input      | grad_weight  | regulariser                  |
-|--------|----------------------------------|--------------|------------------------------|
-| dense  | W                                | dZ^T X       | none                         |
-| ste    | W o M, row-wise 2:4              | dZ^T X       | none                         |
-| sr_ste | W o M, row-wise 2:4              | dZ^T X       | grad += lambda (1-M) o W     |
-| fst    | W o M, M transposable; dense end | MVUE(dZ^T) X | grad += lambda (1-M) o W     |
-| s_ste  | beta * S(W), soft threshold      | MVUE(dZ^T) X | none                         |
-| ast    | W o M, row-wise 2:4              | dZ^T X       | decoupled, lambda(t) ramps   |
+| recipe  | W~ in output and grad_input      | grad_weight  | regulariser                  |
+|---------|----------------------------------|--------------|------------------------------|
+| dense   | W                                | dZ^T X       | none                         |
+| ste     | W o M, row-wise 2:4              | dZ^T X       | none                         |
+| sr_ste  | W o M, row-wise 2:4              | dZ^T X       | grad += lambda (1-M) o W     |
+| fst     | W o M, M transposable; dense end | MVUE(dZ^T) X | grad += lambda (1-M) o W     |
+| s_ste   | beta * S(W), soft threshold      | MVUE(dZ^T) X | none                         |
+| s_ste_3 | the same; double-pruned          | MVUE(dZ^T) X | none                         |
+| ast     | W o M, row-wise 2:4              | dZ^T X       | decoupled, lambda(t) ramps   |
 
 A row-wise W~ is 2:4 along K, so the output GEMM is sparse and grad_input is dense; a transposable
-one is 2:4 along N as well, so grad_input is sparse too. `dW` is dense in all of them: the gradient
-passes straight through the projection to the dense master weight.
+one is 2:4 along N as well, so grad_input is sparse too. With "double-pruned" grad_input multiplies
+`W~_d = W~ o C` in place of W~, where C keeps the two largest of each four along N: an approximation
+of the gradient that is 2:4. `dW` is dense in all of them: the gradient passes straight through the
+projection to the dense master weight.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from megasparse.config.schema.model import (
     MvueGroups,
     RecipeName,
     ScaleUpdate,
+    SparseGradInput,
 )
 from megasparse.errors import ConfigError
 
@@ -53,6 +57,8 @@ class SparsityRecipe:
             minimum-variance sampler, or by the papers' approximation.
         mvue_groups: which four tokens share a group of MVUE: neighbours, or tokens a quarter of the
             micro-batch apart (strided).
+        sparse_grad_input: what a row-wise W~ is in grad_input: W~ itself (exact), by a dense GEMM,
+            or the two largest of each four along N of it (double-pruned), by a 2:4 one.
         regulariser: where lambda (1-M) o W enters: nowhere, in the gradient between clipping and
             AdamW (FST, SR-STE), or decoupled from the first moment (AST).
         masked_decay: lambda, per step.
@@ -75,6 +81,7 @@ class SparsityRecipe:
     projection: Projection = "none"
     mvue: Mvue = "off"
     mvue_groups: MvueGroups = "neighbours"
+    sparse_grad_input: SparseGradInput = "exact"
     regulariser: Regulariser = "none"
     masked_decay: float = 0.0
     masked_decay_before_clipping: bool = False
@@ -98,6 +105,12 @@ class SparsityRecipe:
             raise ConfigError(
                 f"recipe {self.name}: {self.regulariser} needs a mask, "
                 f"but the projection is {self.projection!r}"
+            )
+        if self.double_pruned and self.projection not in ("row", "soft_threshold"):
+            raise ConfigError(
+                f"sparse_grad_input {self.sparse_grad_input} with the recipe {self.name}, "
+                "expected weights that are 2:4 by rows alone: "
+                f"{_presets(lambda recipe: recipe.projection in ('row', 'soft_threshold'))}"
             )
         if self.masked_decay_before_clipping and self.regulariser != "masked_decay":
             raise ConfigError(
@@ -156,6 +169,18 @@ class SparsityRecipe:
         return self.mvue != "off" and self.mvue_groups == "strided"
 
     @property
+    def double_pruned(self) -> bool:
+        """Whether grad_input multiplies W~ pruned along N once more."""
+        return self.sparse_grad_input == "double-pruned"
+
+    @property
+    def packed_transpose(self) -> Literal["packed", "double-pruned"] | None:
+        """What the sparse operand of grad_input is made of: W~^T, W~_d^T, or there is none."""
+        if self.transposable:
+            return "packed"
+        return "double-pruned" if self.double_pruned else None
+
+    @property
     def state(self) -> tuple[str, ...]:
         """What each weight keeps from step to step, and checkpoints with it."""
         kept = {
@@ -173,7 +198,7 @@ class SparsityRecipe:
         """The GEMMs with a 2:4 operand, of output, grad_input, grad_weight."""
         chosen = {
             "output": self.is_sparse,
-            "grad_input": self.transposable,
+            "grad_input": self.packed_transpose is not None,
             "grad_weight": self.mvue != "off",
         }
         return tuple(name for name, sparse in chosen.items() if sparse)
@@ -194,6 +219,12 @@ PRESETS: dict[str, SparsityRecipe] = {
             dense_tail_fraction=1 / 6,
         ),
         SparsityRecipe("s_ste", projection="soft_threshold", mvue="exact"),
+        SparsityRecipe(
+            "s_ste_3",
+            projection="soft_threshold",
+            mvue="exact",
+            sparse_grad_input="double-pruned",
+        ),
         SparsityRecipe(
             "ast",
             projection="row",

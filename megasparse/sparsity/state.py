@@ -206,6 +206,11 @@ class SparseWeight(torch.nn.Module):
         found = (self._nan_flag, self._error_flag)
         return torch.cat([none if flag is None else flag.double() for flag in found])
 
+    @property
+    def nan_flag(self) -> torch.Tensor | None:
+        """int32 (1,), raised on the device when the weight holds a NaN; None: kernels raise."""
+        return self._nan_flag
+
     def _make_flags(self, weight: torch.Tensor) -> None:
         """On a GPU kernels raise flags; on a CPU they raise at once."""
         if weight.is_cuda and self._nan_flag is None:

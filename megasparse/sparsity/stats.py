@@ -9,6 +9,7 @@ this rank's pipeline stage.
 | flip_rate          | entries that the last mask refresh changed / all entries (FST, section 4) |
 | density            | non-zeros of W~ as the GEMMs use it / all entries; 1 in dense phases      |
 | retained_l1        | sum |W o M| / sum |W|                                                     |
+| double_pruned      | |W~ - W~_d|^2 / |W~|^2: the share of W~'s squares that grad_input lacks   |
 | scale              | beta of S-STE                                                             |
 | decay_ratio        | norm of lambda (1 - M) o W / norm of the gradient that it meets           |
 | mvue_amplification | sum of squares of MVUE(dZ) / sum of squares of dZ, over the micro-batches |
@@ -30,10 +31,13 @@ import torch
 from megasparse.errors import KernelError, NumericsError
 from megasparse.sparsity.dense_weight import DenseFp8Weight
 from megasparse.sparsity.probe import NOTHING, OPERANDS
+from megasparse.sparsity.projection import double_pruned
 from megasparse.sparsity.state import SparseWeight
 
 # Of the weight: the same on all data-parallel ranks.
-WEIGHT_SUMS = ("flips", "nonzeros", "numel", "kept", "magnitude", "nan", "not_24")
+WEIGHT_SUMS = (
+    "flips", "nonzeros", "numel", "kept", "magnitude", "square", "square_lost", "nan", "not_24",
+)  # fmt: skip
 # Of the step: every rank has its part.
 STEP_SUMS = (
     "mvue_before", "mvue_after", "mvue_variance", "decay", "gradient",
@@ -122,8 +126,21 @@ def _weight_sums(state: SparseWeight, weight: torch.Tensor, sparse_now: bool) ->
         torch.full((), float(weight.numel()), dtype=torch.float64, device=weight.device),
         torch.linalg.vector_norm(kept, 1, dtype=torch.float32),
         torch.linalg.vector_norm(weight, 1, dtype=torch.float32),
+        *_squares(state, used, sparse_now and known),
     )
     return torch.cat([torch.stack([value.double() for value in sums]), state.flags(weight.device)])
+
+
+def _squares(
+    state: SparseWeight, used: torch.Tensor, pruned: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """|W~|^2 and |W~ - W~_d|^2 where grad_input is double-pruned, else zeros."""
+    if not (pruned and state.recipe.double_pruned):
+        zero = torch.zeros((), device=used.device)
+        return zero, zero
+    lost = used - double_pruned(used, state.nan_flag)
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in (used, lost)]
+    return norms[0].double().square(), norms[1].double().square()
 
 
 def layer_figures(
@@ -152,6 +169,8 @@ def layer_figures(
             one["flip_rate"] = w["flips"] / w["numel"]
         if w["magnitude"] and w["kept"]:
             one["retained_l1"] = w["kept"] / w["magnitude"]
+        if w["square"]:
+            one["double_pruned"] = w["square_lost"] / w["square"]
         if s["gradient"] and s["decay"]:
             one["decay_ratio"] = (s["decay"] / s["gradient"]) ** 0.5
         if s["mvue_before"]:

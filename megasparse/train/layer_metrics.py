@@ -19,7 +19,10 @@ from megasparse.sparsity.stats import MAXIMA, STEP_SUMS, WEIGHT_SUMS, layer_figu
 from megasparse.train.engine.base import Engine
 
 LayerMetrics = dict[str, dict[str, float]]
-MEANS = ("density", "retained_l1", "decay_ratio", "mvue_amplification", "mvue_variance", "scale")
+MEANS = (
+    "density", "retained_l1", "double_pruned", "decay_ratio", "mvue_amplification",
+    "mvue_variance", "scale",
+)  # fmt: skip
 
 
 def measure_all(

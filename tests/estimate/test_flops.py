@@ -69,7 +69,14 @@ def test_a_24_gemm_does_half():
     config = _config(["--ffn-hidden-size", "256"])
     h, f, layers = 64, 256, 2
     ffn = layers * 2 * 2 * h * f  # forward of both linears
-    for recipe, gemms in (("ste", 1), ("s_ste", 2), ("fst", 3), ("ast", 1), ("dense", 0)):
+    for recipe, gemms in (
+        ("ste", 1),
+        ("s_ste", 2),
+        ("s_ste_3", 3),
+        ("fst", 3),
+        ("ast", 1),
+        ("dense", 0),
+    ):
         here = flops.token_flops(config.model, config.parallel, 128, make_recipe(recipe))
         assert here.saved == gemms * ffn / 2
         assert here.dense == flops.of_run(config, 128, PRESETS["dense"]).by_recipe

@@ -86,7 +86,7 @@ def _sparse_weights(model: Any) -> list[tuple[str, Any]]:
     [
         [*TP2, *LLAMA, "--bf16"],
         [*PP2, *WIDE],  # tied embeddings: a copy on the last stage
-        ["--zero-stage", "2", "--bf16", "--sparsity-recipe", "fst"],
+        ["--zero-stage", "2", "--bf16", "--sparsity-recipe", "s_ste_3", "--masked-decay", "none"],
         [*TP2, *DENSE_FP8],
     ],
     ids=["tp 2 bf16", "pp 2 tied", "dp 2 zero 2", "tp 2 dense fp8"],
@@ -156,7 +156,7 @@ def test_what_autograd_keeps_of_a_layer(flags):
         assert estimated == counted
 
 
-@pytest.mark.parametrize("name", ["fst", "s_ste"])
+@pytest.mark.parametrize("name", ["fst", "s_ste", "s_ste_3"])
 def test_operands_in_8_bits(name):
     import torch
 
@@ -177,7 +177,7 @@ def test_operands_in_8_bits(name):
         transposable24_mask(w),
         dtype=E4M3,
         scale=torch.tensor(1.0),
-        transposed="packed" if recipe.transposable else "dense",
+        transposed=recipe.packed_transpose or "dense",
     )
     parts = [[m.values, m.metadata] if isinstance(m, Packed24) else [m] for m in made]
     nbytes = sum(t.nbytes for part in parts for t in part)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 
@@ -105,6 +107,70 @@ def test_with_the_soft_threshold(device, backend, source, dtype, monkeypatch):
     assert_packed(packed, converted, scale_inv)
     assert torch.equal(bits(dense), bits(converted).t())
     assert amax == effective.abs().max()
+
+
+def double_pruned(w):
+    """Of each four along the columns the best two of all six pairs, the later one of equals."""
+    groups = w.float().abs().t().reshape(-1, 4).tolist()
+    pairs = list(combinations(range(4), 2))
+    best = [max(pairs, key=lambda p: (g[p[0]] + g[p[1]], p[1], p[0])) for g in groups]
+    kept = torch.zeros(len(groups), 4, dtype=torch.bool)
+    kept[torch.arange(len(groups))[:, None], torch.tensor(best)] = True
+    kept = kept.view(w.shape[1], w.shape[0]).t().to(w.device)
+    return torch.where(kept, bits(w), 0).view(w.dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("source", "dtype"), [(BF16, BF16), (FP32, FP16), (BF16, E4M3)])
+def test_double_pruned(device, backend, masked, source, dtype, monkeypatch):
+    """W~ as it is without, and of it the largest two of each four along N, packed along N.
+
+    Multiples of 1/4 and a coarse format make ties; rows of zeros leave columns less than two.
+    """
+    shape = (128, 384) if dtype == E4M3 else (64, 192)
+    w = weight(shape, FP32, device, seed=2)
+    w[:, : shape[1] // 2] = (w[:, : shape[1] // 2] * 4).round() / 4
+    w[1:24] = 0
+    w[24:28] = 1
+    w = w.to(source)
+    mask = prune24_mask(w) if masked else None
+    beta = None if masked else torch.tensor(1.37, device=device)
+    scale = torch.tensor(100.0, device=device) if dtype == E4M3 else None
+    arguments = {"threshold_scale": beta, "dtype": dtype, "scale": scale, "backend": backend}
+    amax, flag = torch.zeros(1, device=device), torch.zeros(1, device=device, dtype=torch.int32)
+    with monkeypatch.context() as patch:
+        poison_new_tensors(patch)
+        alone, _ = weight_pack24(w, mask, transposed=None, **arguments)
+        packed, other = weight_pack24(
+            w, mask, transposed="double-pruned", amax=amax, error_flag=flag, **arguments
+        )
+    assert torch.equal(packed.buffer, alone.buffer) and not flag.any()
+    if masked:
+        effective = torch.where(mask, w.float(), 0.0)
+    else:
+        effective = soft_threshold24(w, backend="reference").float() * beta
+    converted = effective.to(dtype) if scale is None else (effective * scale).clamp(-448, 448)
+    converted = converted.to(dtype)
+    expected = double_pruned(converted)
+    assert_packed(other, bits(expected).t().contiguous().view(dtype), alone.scale)
+    assert other.scale.data_ptr() == packed.scale.data_ptr()
+    # Its largest entry is W~'s: the scale fits both.
+    assert expected.float().abs().max() == converted.float().abs().max()
+    mask = torch.ones(shape, dtype=torch.bool, device=device)
+    with pytest.raises(KernelError, match="row 0, columns 0 to 3"):
+        arguments["threshold_scale"] = None
+        weight_pack24(w, mask, transposed="double-pruned", **arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_pruning_a_transposable_weight_changes_nothing(device, backend):
+    w = weight((128, 128), FP32, device)
+    arguments = {"dtype": BF16, "backend": backend}
+    both = weight_pack24(w, transposable24_mask(w), transposed="packed", **arguments)
+    again = weight_pack24(w, transposable24_mask(w), transposed="double-pruned", **arguments)
+    for found, expected in zip(again, both, strict=True):
+        assert torch.equal(found.buffer, expected.buffer)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -217,7 +283,7 @@ def memory(operands):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("transposed", ["packed", "dense", None])
+@pytest.mark.parametrize("transposed", ["packed", "double-pruned", "dense", None])
 @pytest.mark.parametrize("dtype", [BF16, E4M3])
 def test_operands_of_an_earlier_step_are_filled_in_place(device, backend, transposed, dtype):
     def operands(seed, out=None):
@@ -279,6 +345,7 @@ ONE = torch.ones(())
         ((64, 64), FP32, {}, "dtype is torch.float32"),
         ((64, 64), BF16, {"transposed": "both"}, "transposed='both'"),
         ((64, 64), BF16, {"mask": None}, "transposed='packed' without a mask"),
+        ((64, 128), BF16, {"dtype": E4M3, "scale": ONE, "transposed": "double-pruned"}, "128, 128"),
         ((64, 64), BF16, {"mask": None, "transposed": None}, "threshold_scale is missing"),
         ((64, 64), BF16, {"threshold_scale": ONE}, "threshold_scale is given"),
         ((64, 64), BF16, {"scale": ONE}, "scale is given"),
@@ -302,8 +369,8 @@ def test_refusals(shape, source, changes, match):
 def test_a_large_weight_on_a_gpu(device, source, dtype):
     w = weight((1408, 4224), source, device)
     scale = torch.tensor(50.0, device=device) if dtype == E4M3 else None
-    mask = transposable24_mask(w)
-    for transposed in ("packed", "dense"):
+    for transposed in ("packed", "double-pruned", "dense"):
+        mask = transposable24_mask(w) if transposed == "packed" else prune24_mask(w)
         results = [
             weight_pack24(w, mask, dtype=dtype, scale=scale, transposed=transposed, backend=backend)
             for backend in BACKENDS

@@ -109,9 +109,10 @@ RUNS = {
         ],
         [*RICH[:1], "cp 2, pp 2, zero 1"],
     ),
-    "gpt s_ste, one layer": (
+    "gpt s_ste_3, one layer": (
         [
-            *BASE, *GPT, *S_STE, "--sparse-layers", "decoder.layers.1.mlp.*",
+            *BASE, *GPT, *S_STE, "--sparsity-recipe", "s_ste_3",
+            "--sparse-layers", "decoder.layers.1.mlp.*",
             "--mvue-groups", "auto",  # strided: a micro-batch has two sequences
         ],
         RICH[:1],

@@ -50,6 +50,8 @@ def test_layout_gives_the_numbers_of_one_process(tmp_path, dataset, name, layout
         assert row["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4), f"step {step}"
         for figure in ("flip_rate", "density", "lr", "masked_decay"):
             assert row.get(figure) == one.get(figure), f"step {step}"
+        lost = one.get("double_pruned")  # of GEMMs that multiply double-pruned weights
+        assert row.get("double_pruned") == (lost and pytest.approx(lost, rel=1e-4)), f"step {step}"
         assert row["scales"] == pytest.approx(one["scales"], rel=1e-5)
         # Once an optimizer step; stages without a sparse layer have nothing to prepare.
         assert row["preparations"] <= {0, 1} and 1 in row["preparations"], f"step {step}"

@@ -23,8 +23,13 @@ def test_presets_name_their_sparse_gemms():
         "sr_ste": ("output",),
         "fst": ("output", "grad_input", "grad_weight"),
         "s_ste": ("output", "grad_weight"),
+        "s_ste_3": ("output", "grad_input", "grad_weight"),
         "ast": ("output",),
     }
+    for name in ("ste", "sr_ste", "ast", "s_ste"):
+        recipe = make_recipe(name, sparse_grad_input="double-pruned")
+        assert {"output", "grad_input"} <= set(recipe.sparse_gemms) and not recipe.transposable
+    assert make_recipe("s_ste_3", sparse_grad_input="exact").sparse_gemms == gemms["s_ste"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         PRESETS["fst"].masked_decay = 0.0  # type: ignore[misc]
 
@@ -126,6 +131,7 @@ def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
     config.sparsity = SparsityConfig(
         sparsity_recipe="ast",
         sparse_layers=["a"],
+        sparse_grad_input="double-pruned",
         mask_update_interval=7,
         masked_decay=0.5,
         masked_decay_ramp_iters=3,
@@ -151,7 +157,9 @@ def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
     [
         ("fst", {"slorb_k": 16}, "recipe fst, expected a row-wise mask: ste, sr_ste or ast"),
         ("s_ste", {"mask_metric": "wanda"}, "expected row-wise masks: ste, sr_ste or ast"),
-        ("ste", {"s_ste_scale": "every_step"}, "expected s_ste"),
+        ("ste", {"s_ste_scale": "every_step"}, "expected s_ste or s_ste_3"),
+        ("fst", {"sparse_grad_input": "double-pruned"}, "by rows alone: ste, sr_ste, s_ste, s_st"),
+        ("dense", {"sparse_grad_input": "double-pruned"}, "by rows alone: ste"),
         ("ast", {"masked_decay_before_clipping": True}, "expected sr_ste or fst"),
     ],
 )
@@ -187,6 +195,7 @@ def test_constants_of_the_presets_are_those_of_the_papers():
         "sr_ste": ("row", "off", "masked_decay", 2e-4, 0, 1, 0.0, 0.0),
         "fst": ("transposable", "exact", "masked_decay", 6e-5, 0, 1, 0.0, 1 / 6),
         "s_ste": ("soft_threshold", "exact", "none", 0.0, 0, 1, 0.0, 0.0),
+        "s_ste_3": ("soft_threshold", "exact", "none", 0.0, 0, 1, 0.0, 0.0),
         "ast": ("row", "off", "decoupled_masked_decay", 1e-4, 10_000, 10, 0.0, 0.0),
     }
 

@@ -54,6 +54,7 @@ MODEL = [
 ]  # fmt: skip
 FST = ["--sparsity-recipe", "fst", "--dense-tail-fraction", "0"]
 S_STE = ["--sparsity-recipe", "s_ste"]
+S_STE_3 = ["--sparsity-recipe", "s_ste_3"]
 FP8 = ["--fp8-format", "e4m3"]
 OURS = {
     "dense": ["--sparsity-recipe", "dense"],
@@ -62,6 +63,8 @@ OURS = {
     "fst fp8 current": [*FST, *FP8, "--fp8-recipe", "tensorwise"],
     "s_ste": S_STE,
     "s_ste fp8": [*S_STE, *FP8],
+    "s_ste_3": S_STE_3,
+    "s_ste_3 fp8": [*S_STE_3, *FP8],
 }
 VARIANTS = ["te bf16", "te fp8", *OURS]
 

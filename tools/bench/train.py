@@ -71,6 +71,7 @@ COMMON = ["--lr", "3e-4", "--bf16", "--mock-data", "--eval-iters", "0", "--train
 ALL = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
 FST = ["--sparsity-recipe", "fst", "--dense-tail-fraction", "0", *ALL]
 S_STE = ["--sparsity-recipe", "s_ste", *ALL]
+S_STE_3 = ["--sparsity-recipe", "s_ste_3", *ALL]
 FP8 = ["--fp8-format", "e4m3"]
 # Documents of generated data have mixed lengths; they do not see each other.
 APART = ["--reset-position-ids", "--reset-attention-mask"]
@@ -90,6 +91,8 @@ VARIANTS = {
     "fst fp8 current": [*FST, *FP8, "--fp8-recipe", "tensorwise"],
     "s_ste": S_STE,
     "s_ste fp8": [*S_STE, *FP8],
+    "s_ste_3": S_STE_3,
+    "s_ste_3 fp8": [*S_STE_3, *FP8],
 }
 # Of what is freed between variants; libraries keep smaller things for good.
 LARGE_BYTES = 2**26

@@ -11,7 +11,7 @@ Trains
 
     dense, half                        the model; and with an FFN of half the width, which takes the
                                        operations of a 2:4 one (the papers' alternative)
-    ste, sr_ste, fst, s_ste            2:4 FFN, no dense tail; fst refreshes masks at every step
+    ste, sr_ste, fst, s_ste, s_ste_3   2:4 FFN, no dense tail; fst refreshes masks at every step
     fst_every_10, fst_every_40         --ablations: the mask interval
     fst_mvue_approximate, fst_no_mvue  how the output gradient is made 2:4, or not
     fst_no_decay, fst_tail             without masked decay; with the paper's dense tail of 1/6
@@ -19,7 +19,8 @@ Trains
     fst_decay_before_clipping          gradient and decay clipped together
     fst_all_linears, s_ste_all_linears attention's linears too
     s_ste_scale_recomputed             S-STE's scale of the current weight, in every step
-    fst_fp8, s_ste_fp8                 --fp8: the sparse layers' GEMMs in e4m3
+    sr_ste_double_pruned               a 2:4 grad_input for sr_ste, as s_ste_3 has it
+    fst_fp8, s_ste_fp8, s_ste_3_fp8    --fp8: the sparse layers' GEMMs in e4m3
 
 and writes results.json, results.md and, through plot_runs.py, pictures/. --sweep-lr trains `dense`
 alone with each rate and writes sweep.json and sweep.md.

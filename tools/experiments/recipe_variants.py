@@ -15,6 +15,7 @@ VARIANTS = {
     "sr_ste": SR_STE,
     "fst": [*FST, *EVERY_STEP],
     "s_ste": S_STE,
+    "s_ste_3": [*S_STE, "--sparse-grad-input", "double-pruned"],
 }
 ABLATIONS = {
     "fst_every_10": [*FST, "--mask-update-interval", "10"],
@@ -28,6 +29,7 @@ ABLATIONS = {
     "fst_decay_before_clipping": [*FST, *EVERY_STEP, "--masked-decay-before-clipping"],
     "fst_tail": ["--sparsity-recipe", "fst", *EVERY_STEP],
     "fst_all_linears": [*FST, *EVERY_STEP, *ALL_LINEARS],
+    "sr_ste_double_pruned": [*SR_STE, "--sparse-grad-input", "double-pruned"],
     "sr_ste_decay_2e-4": [*SR_STE, "--masked-decay", "2e-4"],
     "s_ste_scale_recomputed": [*S_STE, "--s-ste-scale", "every_step"],
     "s_ste_all_linears": [*S_STE, *ALL_LINEARS],
@@ -37,11 +39,13 @@ ABLATIONS = {
 IN_FP8 = {
     "fst_fp8": [*VARIANTS["fst"], "--fp8-format", "e4m3"],
     "s_ste_fp8": [*VARIANTS["s_ste"], "--fp8-format", "e4m3"],
+    "s_ste_3_fp8": [*VARIANTS["s_ste_3"], "--fp8-format", "e4m3"],
 }
 ALL_VARIANTS = VARIANTS | ABLATIONS | IN_FP8
 
+_COMPARED = ("fst", "sr_ste", "s_ste_3", "s_ste")
 # The variant that another changes.
 BASES = {
-    name: next(base for base in ("fst", "sr_ste", "s_ste") if name.startswith(f"{base}_"))
+    name: next(base for base in _COMPARED if name.startswith(f"{base}_"))
     for name in (*ABLATIONS, *IN_FP8)
 }

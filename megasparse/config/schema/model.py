@@ -16,9 +16,10 @@ from megasparse.config.layer_patterns import (
 from megasparse.config.schema.option import option
 
 # The words of the sparsity group, each written here alone.
-RecipeName = Literal["dense", "ste", "sr_ste", "fst", "s_ste", "ast"]
+RecipeName = Literal["dense", "ste", "sr_ste", "fst", "s_ste", "s_ste_3", "ast"]
 Mvue = Literal["off", "exact", "approximate"]
 MvueGroups = Literal["neighbours", "strided"]
+SparseGradInput = Literal["exact", "double-pruned"]
 MaskMetric = Literal["magnitude", "wanda"]
 ScaleUpdate = Literal["frozen", "every_step"]
 # What a recipe makes sparse unless the run says otherwise: the FFN.
@@ -168,6 +169,13 @@ class SparsityConfig:
         "apart (strided), or auto: strided where neighbours would be of one sequence, that is if "
         "4 does not divide micro-batch-size; default neighbours",
         choices=(*get_args(MvueGroups), "auto"),
+    )
+    sparse_grad_input: str | None = option(
+        None,
+        "the weight of grad_input where masks are row-wise: the forward pass's, so that its GEMM "
+        "is dense (exact), or of it the two largest of each four outputs too, so that it is 2:4 "
+        "(double-pruned); default exact",
+        choices=get_args(SparseGradInput),
     )
     dense_warmup_fraction: float | None = option(
         None, "share of the steps that is dense at the start", at_least=0.0, below=1.0

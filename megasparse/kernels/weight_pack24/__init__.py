@@ -19,7 +19,7 @@ from megasparse.kernels.weight_pack24.arguments import (
 )
 from megasparse.kernels.weight_pack24.reference import effective_weight as effective_weight
 
-Transposed = Literal["packed", "dense"]
+Transposed = Literal["packed", "double-pruned", "dense"]
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def weight_pack24(
 
     Args:
         w: (N, K) bfloat16, float16 or float32, copied unless contiguous. N a multiple of 64 (for
-            e4m3 and `transposed="packed"` of 128), K of 64 (e4m3: 128).
+            e4m3 and a packed W~^T of 128), K of 64 (e4m3: 128).
         mask: bool (N, K), True for what is kept, 2:4 along K; along N too ("transposable") with
             `transposed="packed"`. None: the soft threshold.
         threshold_scale: beta, 0-d float32 on w's device; only, and always, without a mask.
@@ -53,8 +53,11 @@ def weight_pack24(
             there is no conversion.
         scale: 0-d finite float32 on the device, only and always for e4m3: values are W~ * scale, to
             nearest even, saturated at 448 (infinities too). The results' `scale` is its reciprocal.
-        transposed: "packed": also W~^T (K, N), packed along N. "dense": W~^T as a row-major (K, N)
-            tensor of `dtype` (e4m3: times `scale`). None: neither.
+        transposed: "packed": also W~^T (K, N), packed along N. "double-pruned": of each four of W~
+            along N, as they were rounded to `dtype`, the two largest magnitudes (of equals the
+            later row), packed so: any mask or soft threshold will do (SLoPe, Mozaffari et al.,
+            2024, with a mask of the moment). "dense": W~^T as a row-major (K, N) tensor of `dtype`
+            (e4m3: times `scale`). None: neither.
         amax: float32 (1,) on w's device, raised to the largest |W~| (before rounding and scaling).
         error_flag: int32 (1,) on w's device. On CUDA it is set to 1, without a synchronization,
             when the mask keeps more than two in a group that is packed; the result is then not W~.
@@ -132,7 +135,8 @@ def _by_triton(
 ) -> Operands:
     if out is None:
         out = _new(w, dtype, transposed)
-    triton.weight_pack24(w, mask, threshold_scale, scale, *out, amax, flag, nan_flag)
+    prune = transposed == "double-pruned"
+    triton.weight_pack24(w, mask, threshold_scale, scale, *out, prune, amax, flag, nan_flag)
     return out
 
 
@@ -141,7 +145,7 @@ def _new(w: torch.Tensor, dtype: torch.dtype, transposed: str | None) -> Operand
     rows, columns = w.shape
     scale_inv = torch.empty((), dtype=torch.float32, device=w.device)
     packed = empty_packed((rows, columns), dtype, scale_inv, w.device)
-    if transposed == "packed":
+    if transposed in ("packed", "double-pruned"):
         return packed, empty_packed((columns, rows), dtype, scale_inv, w.device)
     if transposed == "dense":
         return packed, torch.empty((columns, rows), dtype=dtype, device=w.device)

@@ -21,15 +21,18 @@ def check_weight(
         raise KernelError(f"{name}: dtype is {dtype}, expected bfloat16, float16 or float8_e4m3fn")
     if w.dtype not in WIDE_DTYPES or not (w.dtype in (dtype, torch.float32) or dtype == E4M3):
         raise KernelError(f"{name}: w is {w.dtype}, expected {dtype} or a wider format")
-    if transposed not in ("packed", "dense", None):
-        raise KernelError(f"{name}: transposed={transposed!r}, expected 'packed', 'dense' or None")
+    if transposed not in ("packed", "double-pruned", "dense", None):
+        raise KernelError(
+            f"{name}: transposed={transposed!r}, expected 'packed', 'double-pruned', 'dense' or "
+            "None"
+        )
     if transposed == "packed" and mask is None:
         raise KernelError(
             f"{name}: transposed='packed' without a mask, expected a transposable mask: "
-            "the soft threshold is 2:4 along K only"
+            "the soft threshold is 2:4 along K only ('double-pruned' makes it so along N)"
         )
     columns = COLUMN_MULTIPLE[dtype]
-    rows = columns if transposed == "packed" else ROW_MULTIPLE
+    rows = columns if transposed in ("packed", "double-pruned") else ROW_MULTIPLE
     if w.dim() != 2 or not w.numel() or w.shape[0] % rows or w.shape[1] % columns:
         raise KernelError(
             f"{name}: w has shape {tuple(w.shape)}, expected multiples of ({rows}, {columns}) "
@@ -62,8 +65,8 @@ def check_out(out: Operands, w: torch.Tensor, dtype: torch.dtype, transposed: st
     (rows, columns), op = w.shape, "weight_pack24"
     packed, other = out
     _check_packed("out[0]", packed, (rows, columns), dtype, w.device)
-    kinds = {Packed24: "packed", torch.Tensor: "dense", type(None): None}
-    if kinds.get(type(other), "") != transposed:
+    kinds: dict[str | None, type] = {None: type(None), "dense": torch.Tensor}
+    if not isinstance(other, kinds.get(transposed, Packed24)):
         raise KernelError(
             f"{op}: out[1] is {type(other).__name__}, expected what transposed={transposed!r} gives"
         )

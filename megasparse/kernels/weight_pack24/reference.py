@@ -7,6 +7,7 @@ import torch
 from megasparse.kernels.float8 import quantize
 from megasparse.kernels.pack24.reference import pack24
 from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.prune24.reference import prune24
 from megasparse.kernels.soft_threshold24.reference import soft_threshold24
 
 
@@ -28,7 +29,10 @@ def weight_pack24(
     scale: torch.Tensor | None,
     transposed: str | None,
 ) -> tuple[Packed24, Packed24 | torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """W~ packed, W~^T as `transposed` asks, the largest |W~|, whether the mask is not 2:4 (0-d)."""
+    """W~ packed, W~^T as `transposed` asks, the largest |W~|, whether the mask is not 2:4 (0-d).
+
+    "double-pruned": of each four of W~, as it was rounded, along N the two largest stay.
+    """
     effective = effective_weight(w, mask, threshold_scale)
     if scale is None:
         converted, scale_inv = effective.to(dtype), torch.ones((), device=w.device)
@@ -38,8 +42,11 @@ def weight_pack24(
     other: Packed24 | torch.Tensor | None = None
     if transposed is not None:
         bits = torch.int16 if dtype.itemsize == 2 else torch.int8
-        dense = converted.view(bits).t().contiguous().view(dtype)
-        other = pack24(dense, dtype, scale_inv)[0] if transposed == "packed" else dense
+        other = converted.view(bits).t().contiguous().view(dtype)
+        if transposed == "double-pruned":
+            other = torch.where(prune24(other), other.view(bits), 0).view(dtype)
+        if transposed != "dense":
+            other = pack24(other, dtype, scale_inv)[0]
     return packed, other, effective.abs().amax(), _crowded(mask, w, transposed == "packed")
 
 

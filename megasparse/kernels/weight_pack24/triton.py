@@ -29,6 +29,7 @@ from megasparse.kernels.weight_pack24.triton_block import (
     crowded,
     load_block,
     load_mask,
+    prune_four,
     select_four,
     stacked,
     transposed_tile,
@@ -73,10 +74,13 @@ def _weight_pack24_kernel(
     num_columns,
     KIND: tl.constexpr,
     OUT: tl.constexpr,
+    PRUNE: tl.constexpr,
     COLUMNS: tl.constexpr,
     BANDS: tl.constexpr,
 ):
     """64 x COLUMNS of w; pointers to groups are to words. Without `metadata_t`, values_t is dense.
+
+    With PRUNE columns are pruned to 2:4 before they are packed.
 
     `values_t` has a word for 8 rows (two groups) of w that is as wide as what those become.
     """
@@ -108,7 +112,7 @@ def _weight_pack24_kernel(
     lower_bits = load_block(w, group + 4 * stride, stride, KIND)
     upper_mask, lower_mask = upper_bits, lower_bits  # stands in, unread, without a mask
     if MASK:
-        BOTH: tl.constexpr = metadata_t is not None
+        BOTH: tl.constexpr = metadata_t is not None and not PRUNE
         upper_mask = load_mask(mask, group, stride)
         lower_mask = load_mask(mask, group + 4 * stride, stride)
         found = crowded(upper_mask, BOTH) | crowded(lower_mask, BOTH)
@@ -130,6 +134,8 @@ def _weight_pack24_kernel(
     upper = columns_of(upper[0], upper[1], upper[2], upper[3])
     lower = columns_of(lower[0], lower[1], lower[2], lower[3])
     if metadata_t is not None:
+        if PRUNE:
+            upper, lower = prune_four(upper, OUT), prune_four(lower, OUT)
         kept, codes = select_four(upper, OUT)
         more, more_codes = select_four(lower, OUT)
         words = transposed_tile(
@@ -171,11 +177,15 @@ def weight_pack24(
     scale: torch.Tensor | None,
     packed: Packed24,
     other: Packed24 | torch.Tensor | None,
+    prune: bool,
     amax: torch.Tensor | None,
     flag: torch.Tensor,
     nan_flag: torch.Tensor,
 ) -> None:
-    """Fill `packed`, its scale and `other` with what reference.py gives; raise amax and flags."""
+    """Fill `packed`, its scale and `other` with what reference.py gives; raise amax and flags.
+
+    prune: the columns of W~ are pruned to 2:4 for `other`.
+    """
     rows, total = packed.shape
     launch = INTERPRETED if INTERPRETING else LAUNCH
     columns, bands = launch.columns, launch.bands
@@ -207,6 +217,7 @@ def weight_pack24(
         total,
         KIND=KINDS[w.dtype],
         OUT=KINDS[packed.dtype],
+        PRUNE=prune,
         COLUMNS=columns,
         BANDS=bands,
         num_warps=launch.num_warps,

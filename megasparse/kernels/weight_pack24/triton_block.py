@@ -82,6 +82,39 @@ def select_four(words, OUT: tl.constexpr):
 
 
 @triton.jit
+def _pruned(word, OUT: tl.constexpr):
+    """A word with the two largest magnitudes of its four numbers; of equals the later stays.
+
+    Magnitudes with their places below them are four different integers, and the second largest of
+    those is the least that is kept.
+    """
+    if OUT == "e4m3":
+        a, b = word & 0x7F, (word >> 8) & 0x7F
+        c, d = (word >> 16) & 0x7F, (word >> 24) & 0x7F
+    else:
+        low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
+        a, b = low & 0x7FFF, (low >> 16) & 0x7FFF
+        c, d = high & 0x7FFF, (high >> 16) & 0x7FFF
+    a, b, c, d = a << 2, (b << 2) | 1, (c << 2) | 2, (d << 2) | 3
+    most = tl.minimum(tl.maximum(a, b), tl.maximum(c, d))
+    least = tl.maximum(most, tl.maximum(tl.minimum(a, b), tl.minimum(c, d)))
+    kept = (a >= least).to(tl.uint32) | ((b >= least).to(tl.uint32) << 8)
+    kept = kept | ((c >= least).to(tl.uint32) << 16) | ((d >= least).to(tl.uint32) << 24)
+    return masked_word(word, kept, OUT)
+
+
+@triton.jit
+def prune_four(words, OUT: tl.constexpr):
+    """Four groups, each with its two largest magnitudes alone."""
+    return (
+        _pruned(words[0], OUT),
+        _pruned(words[1], OUT),
+        _pruned(words[2], OUT),
+        _pruned(words[3], OUT),
+    )
+
+
+@triton.jit
 def block(
     loaded,
     kept,

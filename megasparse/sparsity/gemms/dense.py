@@ -14,7 +14,7 @@ from megasparse.sparsity.gemms.protocol import (
     with_bias,
 )
 from megasparse.sparsity.probe import Probe
-from megasparse.sparsity.projection import Projected, effective
+from megasparse.sparsity.projection import Projected, double_pruned, effective
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import ALL_TOKENS, ShardSlice, TokenShare
 
@@ -52,7 +52,7 @@ class ReferenceSparseGemms(DenseGemms):
     """2:4 GEMMs computed densely on pruned operands: what the hardware computes, on any device.
 
     Args:
-        recipe: how dZ^T is pruned along tokens.
+        recipe: how dZ^T is pruned along tokens, and whether W~ is pruned again for grad_input.
         channels: where the local output channels lie in the whole layer, so that every
             tensor-parallel degree draws the same random numbers.
         probe: is told what is drawn and rounded.
@@ -71,11 +71,23 @@ class ReferenceSparseGemms(DenseGemms):
         self._channels, self._tokens = channels, tokens
         self._probe = probe or Probe()
         self._effective_NK: torch.Tensor | None = None
+        self._double_pruned_NK: torch.Tensor | None = None
 
     def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
         assert projected is not None
         pruned = effective(w_NK.detach(), projected)
         self._w_NK = self._effective_NK = kept_in_place(self._effective_NK, pruned)
+        if self._recipe.double_pruned:
+            again = double_pruned(pruned, projected.nan_flag)
+            self._double_pruned_NK = kept_in_place(self._double_pruned_NK, again)
+
+    @property
+    def _of_grad_input(self) -> torch.Tensor:
+        """The weight that grad_input multiplies: W~, or W~_d."""
+        return self._w_NK if self._double_pruned_NK is None else self._double_pruned_NK
+
+    def grad_input(self, operands: GradOutput) -> torch.Tensor:
+        return operands.dz_TN @ self._of_grad_input
 
     def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:
         return self._drawn(operands).t() @ saved[0]

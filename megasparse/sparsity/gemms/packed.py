@@ -1,8 +1,8 @@
 """2:4 GEMMs on sparse tensor cores: 16-bit, by cuSPARSELt on operands packed here.
 
     output       z_TN  = x_TK @ W~^T          W~ packed along K, once a step
-    grad_input   dx_TK = dz_TN @ W~           W~^T packed along N, once a step, if transposable;
-                                              else a dense GEMM with the pruned weight
+    grad_input   dx_TK = dz_TN @ W~           W~^T packed along N, once a step, if transposable or
+                                              double-pruned; else a dense GEMM with W~
     grad_weight  dw_NK = MVUE(dz_TN^T) @ x_TK packed along tokens, every micro-batch
 
 Where a dense GEMM is faster for a shape, output and grad_input are computed by it, on the same
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from megasparse.kernels import matmul24, mvue_pack24, spmm24, weight_pack24
+from megasparse.kernels import matmul24, mvue_pack24, spmm24, unpack24, weight_pack24
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.kernels.token_order import by_groups
@@ -54,7 +54,7 @@ class PackedSparseGemms(PlainOperands):
     """The GEMMs of a sparse phase with W~ packed.
 
     Args:
-        recipe: transposable or not, and how dZ^T is pruned along tokens.
+        recipe: what of W~^T is 2:4, and how dZ^T is pruned along tokens.
         channels: where the local output channels lie in the whole layer.
         probe: is told what MVUE draws.
         chooser: which GEMM computes which shape; default: the GPU's own, kept on disk.
@@ -86,7 +86,7 @@ class PackedSparseGemms(PlainOperands):
             w_NK,
             projected.mask,
             threshold_scale=projected.beta,
-            transposed="packed" if self._recipe.transposable else None,
+            transposed=self._recipe.packed_transpose,
             error_flag=projected.error_flag,
             nan_flag=projected.nan_flag,
             out=self._operands,
@@ -95,12 +95,16 @@ class PackedSparseGemms(PlainOperands):
         self._packed, self._packed_t = self._operands = packed, packed_t
 
     def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self._multiply("output", self._packed, x_TK, lambda w_NK: w_NK.t(), bias)
+        return self._multiply("output", self._packed, x_TK, lambda: self._effective().t(), bias)
 
     def grad_input(self, operands: GradOutput) -> torch.Tensor:
-        if self._packed_t is None:
+        packed_t = self._packed_t
+        if packed_t is None:
             return operands.dz_TN @ self._effective()
-        return self._multiply("grad_input", self._packed_t, operands.dz_TN, lambda w_NK: w_NK)
+        dense = self._effective
+        if self._recipe.double_pruned:
+            dense = lambda: unpack24(packed_t).t()  # noqa: E731
+        return self._multiply("grad_input", packed_t, operands.dz_TN, dense)
 
     def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:
         (dz_TN, seed), (x_TK,) = operands, saved
@@ -139,7 +143,7 @@ class PackedSparseGemms(PlainOperands):
         name: str,
         packed: Packed24,
         a: torch.Tensor,
-        dense_operand: Callable[[torch.Tensor], torch.Tensor],
+        dense_operand: Callable[[], torch.Tensor],
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`a (T, K) @ W^T + bias` of the packed W, or by the dense GEMM where that is faster."""
@@ -150,10 +154,10 @@ class PackedSparseGemms(PlainOperands):
             lambda: f"T {tokens}, N {n}, K {k}, {a.dtype}",
             2 * n * k * tokens,
             lambda algorithm: spmm24(packed, a, algorithm=algorithm, bias=bias),
-            lambda: with_bias(a @ dense_operand(self._effective()), bias),
+            lambda: with_bias(a @ dense_operand(), bias),
         )
         if choice.dense_wins:
-            return with_bias(a @ dense_operand(self._effective()), bias)
+            return with_bias(a @ dense_operand(), bias)
         self.ran_sparse.add(name)
         return spmm24(packed, a, algorithm=choice.algorithm, bias=bias)
 

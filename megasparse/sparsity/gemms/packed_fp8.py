@@ -3,7 +3,8 @@
 | GEMM        | 2:4 operand, packed                  | dense operand                            |
 |-------------|--------------------------------------|------------------------------------------|
 | output      | W~ e4m3                              | X e4m3                                   |
-| grad_input  | W~^T e4m3 (transposable), else dense | dZ e4m3 (dense: e5m2 with "hybrid")      |
+| grad_input  | W~^T e4m3 (transposable) or W~_d^T   | dZ e4m3 (dense: e5m2 with "hybrid")      |
+|             | (double-pruned), else dense          |                                          |
 | grad_weight | MVUE(dZ^T) e4m3, along tokens        | X^T e4m3, saved by the forward pass      |
 
 The sparse tensor cores multiply two operands of one format (e4m3 by e5m2 is refused by the
@@ -51,7 +52,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
     """The GEMMs of a sparse phase with W~ packed in e4m3.
 
     Args:
-        recipe: transposable or not, and how dZ^T is pruned along tokens.
+        recipe: what of W~^T is 2:4, and how dZ^T is pruned along tokens.
         channels: where the local output channels lie in the whole layer.
         quantizers: of the layer.
         hybrid: dZ in e5m2 where its GEMM is dense.
@@ -74,7 +75,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
         tokens: TokenShare = ALL_TOKENS,
     ) -> None:
         self._tokens = tokens
-        super().__init__(quantizers, hybrid and not recipe.transposable, probe)
+        super().__init__(quantizers, hybrid and recipe.packed_transpose is None, probe)
         self._recipe = recipe
         self.strided = recipe.strided_groups
         self._channels = tuple((s.local_start, s.global_start, s.length) for s in channels)
@@ -99,7 +100,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
             threshold_scale=projected.beta,
             dtype=E4M3,
             scale=self._weight.scale,
-            transposed="packed" if self._recipe.transposable else "dense",
+            transposed=self._recipe.packed_transpose or "dense",
             amax=self._weight.amax,
             error_flag=projected.error_flag,
             nan_flag=projected.nan_flag,

@@ -23,7 +23,8 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
     | grad_weight | MVUE(dZ^T) e5m2, X e5m2              |
 
     Scales are per tensor and of the moment: 448 (e4m3) or 57344 (e5m2) over the largest magnitude,
-    which for dZ is taken after MVUE has amplified the entries it keeps.
+    which for dZ is taken after MVUE has amplified the entries it keeps. A double-pruned W~ has
+    its largest entry still, and so its scale.
 
     Args:
         reduce_max: largest value over the ranks that share the layer, so that a shard is rounded as
@@ -45,7 +46,7 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
         return with_bias(self._e4m3(x_TK, "x") @ self._e4m3(self._w_NK, "weight").t(), bias)
 
     def grad_input(self, operands: GradOutput) -> torch.Tensor:
-        return self._e5m2(operands.dz_TN, "grad_output") @ self._e5m2(self._w_NK)
+        return self._e5m2(operands.dz_TN, "grad_output") @ self._e5m2(self._of_grad_input)
 
     def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:
         drawn = self._e5m2(self._drawn(operands), "grad_output_mvue")

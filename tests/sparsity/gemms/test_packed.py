@@ -8,7 +8,7 @@ import torch
 from megasparse.kernels import prune24_mask, transposable24_mask
 from megasparse.sparsity.gemms.choice import GemmChooser
 from megasparse.sparsity.gemms.packed import PackedSparseGemms, refusal
-from megasparse.sparsity.projection import Projected
+from megasparse.sparsity.projection import Projected, double_pruned
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import ShardSlice, WeightShard
 from megasparse.sparsity.state import SparseWeight
@@ -35,17 +35,19 @@ def test_refusals_on_a_gpu(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("transposable", [False, True])
+@pytest.mark.parametrize("kind", ["row", "double-pruned", "transposable"])
 @pytest.mark.parametrize("mvue", ["off", "exact", "approximate"])
 @pytest.mark.parametrize("tokens", [64, 1000])
-def test_equal_to_the_reference(device, transposable, mvue, tokens):
+def test_equal_to_the_reference(device, kind, mvue, tokens):
     n, k = 256, 384
     w = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-    mask = transposable24_mask(w) if transposable else prune24_mask(w)
+    mask = transposable24_mask(w) if kind == "transposable" else prune24_mask(w)
     effective = torch.where(mask, w, torch.zeros((), device=device, dtype=w.dtype))
     channels = (ShardSlice(0, 0, 128), ShardSlice(128, 512, 128))
     flag = torch.zeros(1, dtype=torch.int32, device=device)
-    recipe = make_recipe("fst" if transposable else "ste", mvue=mvue)
+    recipe = make_recipe("fst" if kind == "transposable" else "ste", mvue=mvue)
+    if kind == "double-pruned":
+        recipe = make_recipe("ste", mvue=mvue, sparse_grad_input=kind)
     packed = PackedSparseGemms(recipe, channels, chooser=GemmChooser(None))
     packed.refill(w, Projected(mask, error_flag=flag))
     reference = reference_sparse(effective.double(), mvue, channels)
@@ -57,10 +59,9 @@ def test_equal_to_the_reference(device, transposable, mvue, tokens):
         assert float(error) < 4e-3, float(error)  # bfloat16 rounding of the output
 
     close(packed.output(x), reference.output(x.double()))
-    close(
-        packed.grad_input(packed.prepare_grad_output(dz, 7)),
-        reference.grad_input(reference.prepare_grad_output(dz.double(), 7)),
-    )
+    again = double_pruned(effective) if kind == "double-pruned" else effective
+    close(packed.grad_input(packed.prepare_grad_output(dz, 7)), dz.double() @ again.double())
+    assert ("grad_input" in packed.ran_sparse) == (kind != "row")
     # The draws depend on bfloat16 gradients, so the reference prunes those before it widens them.
     pruned = reference._prune_along_tokens(dz, 7) if mvue != "off" else dz
     close(
@@ -71,7 +72,7 @@ def test_equal_to_the_reference(device, transposable, mvue, tokens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["fst", "ste", "s_ste"])
+@pytest.mark.parametrize("name", ["fst", "ste", "s_ste", "s_ste_3"])
 def test_a_state_packs_its_weight_once(device, name):
     """What the state of a weight gives on a GPU, against the same on the CPU."""
     w = torch.randn(128, 192, generator=torch.Generator().manual_seed(3)).bfloat16()

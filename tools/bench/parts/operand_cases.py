@@ -6,7 +6,7 @@ where it is installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -82,6 +82,7 @@ def operand_cases() -> list[Case]:
             odd_shape=(192, 384),
         )
     )
+    cases += double_pruned_cases()
     found = transformer_engine_is_there()
     others = {"Transformer Engine cast-transpose": transformer_engine_cast_transpose}
     for exact, row_dtype, size in ((True, E5M2, 3.625), (True, None, 2.625), (False, E5M2, 3.625)):
@@ -110,6 +111,30 @@ def operand_cases() -> list[Case]:
         )
     )
     return [*cases, *gated_cases(), *norm_cases(), rotary_case()]
+
+
+def double_pruned_cases() -> Iterator[Case]:
+    """Both operands of a weight whose grad_input is double-pruned."""
+    # Nothing but w is read; both are packed.
+    for dtype, size in ((E4M3, 3.25), (BF16, 4.25)):
+        yield Case(
+            f"weight_pack24 bf16 to {SHORT[dtype]}, soft threshold, double-pruned",
+            "weight_pack24",
+            size,
+            partial(_soft_threshold_inputs, dtype=dtype),
+            partial(_double_pruned, dtype=dtype),
+            odd_shape=(256, 384),
+        )
+
+
+def _soft_threshold_inputs(s: Source, dtype: torch.dtype) -> Inputs:
+    scale = s.number(100.0) if dtype == E4M3 else None
+    return (s.normal(), s.number(1.4), scale, *s.maxima(1))
+
+
+def _double_pruned(op: Callable[..., Any], t: Inputs, dtype: torch.dtype) -> Step:
+    how = {"dtype": dtype, "scale": t[2], "amax": t[3], "transposed": "double-pruned"}
+    return partial(op, t[0], threshold_scale=t[1], **how)
 
 
 def gated_cases() -> list[Case]:

@@ -36,6 +36,8 @@ GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
         "kd_loss_weight", "lm_loss_weight", "kd_temperature", "teacher_dtype",
     )),
     ("override_tokenizer", "data", ("eod_token", "bos_token", "add_bos", "parse_special")),
+    ("override_data", "bert", ("mask_prob", "short_seq_prob")),
+    ("override_tokenizer", "bert", ("cls_token", "sep_token", "mask_token")),
     ("override_data", "data", (
         "split", "mock_data", "reset_position_ids", "reset_attention_mask", "eod_mask_loss",
     )),

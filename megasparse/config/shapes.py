@@ -8,6 +8,7 @@ the count of parameters. No torch.
     embedding   word embeddings (V, H), learned positions       the first; tied: also the last
     layer       norms (H,), four linears (N, K)                 that of the layer
     output      final norm (H,), untied output layer (V, H)     the last
+                BERT: its heads too, (H, H), (2, H) or (C, H)
 
 V: vocabulary, H: hidden size, N: outputs, K: inputs.
 """
@@ -107,12 +108,18 @@ def parameters(model: ResolvedModel, vocabulary: int) -> list[ParameterShape]:
         positions = (model.max_position_embeddings, model.hidden_size)
         name = "embedding.position_embeddings.weight"
         found.append(ParameterShape(name, positions, place="embedding"))
+    if model.token_types:
+        types = (model.token_types, model.hidden_size)
+        name = "embedding.tokentype_embeddings.weight"
+        found.append(ParameterShape(name, types, place="embedding"))
     for number in range(model.num_layers):
         found += [
-            dataclasses.replace(one, name=f"decoder.layers.{number}.{one.name}", layer=number)
+            dataclasses.replace(one, name=f"{model.block}.layers.{number}.{one.name}", layer=number)
             for one in layer_parameters(model)
         ]
-    found += _norm("decoder.final_layernorm", model, "output")
+    found += _norm(f"{model.block}.final_layernorm", model, "output")
+    if model.is_bert:
+        return found + _bert_heads(model, tokens)
     if model.untie_embeddings_and_output_weights:
         found.append(ParameterShape("output_layer.weight", tokens, 0, place="output"))
     return found
@@ -146,6 +153,28 @@ def parameter_count(model: ResolvedModel, vocabulary: int) -> int:
         vocabulary: padded.
     """
     return sum(one.numel for one in parameters(model, vocabulary))
+
+
+def _bert_heads(model: ResolvedModel, tokens: tuple[int, int]) -> list[ParameterShape]:
+    """Of masked tokens and of the segments' order, or of classes; whole on every rank but for what
+    has a row for every token."""
+    hidden = model.hidden_size
+
+    def head(module: str, outputs: int) -> list[ParameterShape]:
+        return [
+            ParameterShape(f"{module}.weight", (outputs, hidden), place="output"),
+            ParameterShape(f"{module}.bias", (outputs,), place="output"),
+        ]
+
+    if model.num_classes is not None:
+        return [*head("pooler.dense", hidden), *head("classification_head", model.num_classes)]
+    found = [*head("lm_head.dense", hidden), *_norm("lm_head.layer_norm", model, "output")]
+    if model.untie_embeddings_and_output_weights:
+        found.append(ParameterShape("output_layer.weight", tokens, 0, place="output"))
+    found.append(ParameterShape("output_layer.bias", tokens[:1], 0, place="output"))
+    if model.bert_binary_head:
+        found += [*head("binary_head", 2), *head("pooler.dense", hidden)]
+    return found
 
 
 def _norm(

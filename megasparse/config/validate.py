@@ -20,6 +20,7 @@ from megasparse.config.schema import RunConfig
 from megasparse.config.schema.model import ModelConfig
 from megasparse.config.schema.output import LoggingConfig
 from megasparse.config.schema.training import DataConfig, ParallelConfig, TrainConfig
+from megasparse.config.validate_bert import check_bert
 from megasparse.config.validate_model import check_model
 from megasparse.errors import ConfigError, together
 
@@ -53,6 +54,7 @@ def problems_of(config: RunConfig, world_size: int) -> list[str]:
         *_check_parallel(config.parallel, resolved, world_size),
         *_check_train(config.train, resolved, world_size),
         *_check_data(resolved.data, resolved.model),
+        *check_bert(resolved),
         *_check_profile(resolved.logging),
         *_check_texts(resolved),
         *_check_start(resolved),
@@ -225,7 +227,7 @@ def _check_profile(logging: LoggingConfig) -> Iterator[str]:
 def _check_data(data: DataConfig, model: ResolvedModel) -> Iterator[str]:
     per_split = bool(data.train_data_path or data.valid_data_path or data.test_data_path)
     sources = [bool(data.data_path), per_split, data.mock_data]
-    if sum(sources) != 1:
+    if sum(sources) != 1 and model.num_classes is None:
         yield (
             "the data must come from exactly one of data_path, train_data_path (with "
             f"valid_data_path, test_data_path) and mock_data; found {sum(sources)}"

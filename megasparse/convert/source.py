@@ -66,6 +66,19 @@ class PartSource(Source, Protocol):
         ...
 
 
+def require_decoder(model: ResolvedModel, where: str, what: str) -> None:
+    """Refuse a BERT.
+
+    Args:
+        what: is of decoders alone.
+
+    Raises:
+        ConfigError: names the model.
+    """
+    if model.is_bert:
+        raise ConfigError(f"{where}: model_type is bert, {what}: expected gpt")
+
+
 def part_of_whole(source: Source, name: str, shard: WeightShard) -> torch.Tensor:
     """What `read_part` gives, where a parameter can only be read whole."""
     value = pad_vocabulary(name, source.read(name), shard.global_shape[0])

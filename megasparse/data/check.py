@@ -10,6 +10,8 @@ from megasparse.config import DataConfig, ResolvedConfig
 from megasparse.data.blend import SPLITS, parse_data_path
 from megasparse.data.fingerprint import sampled_digest, whole_digest
 from megasparse.data.indexed import validate
+from megasparse.data.labelled import Classes, read_classes
+from megasparse.data.masked_tokens import MaskedTokens, masked_tokens
 from megasparse.data.mixture import Source, check_shares, shares, tell_repeated
 from megasparse.data.sidecar import AUTO_VERIFY_BYTES, bin_path, check_sidecar, idx_path
 from megasparse.data.special_tokens import TokenOptions
@@ -25,11 +27,15 @@ class CheckedData:
         tokenizer: None when the run has only token ids.
         vocab_size: tokens before padding.
         sources: by split; "all" when one set is split.
+        masked: of BERT, the tokens that no text has.
+        classes: that texts are to be put into, and those texts.
     """
 
     tokenizer: Tokenizer | None
     vocab_size: int
     sources: dict[str, list[Source]]
+    masked: MaskedTokens | None = None
+    classes: Classes | None = None
 
     def of_split(self, split: str) -> list[Source]:
         """The datasets that a split comes from, if there are any."""
@@ -49,7 +55,8 @@ class CheckedData:
         if len(found) > 1:
             told = " and ".join(f"{eod} in {prefix}" for eod, prefix in found.items())
             raise DataError(f"documents end with other tokens: {told}; expected one")
-        return next((eod for eod in found if eod is not None), self.vocab_size - 1)
+        last = self.vocab_size if self.masked is None else self.masked.ordinary
+        return next((eod for eod in found if eod is not None), last - 1)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -64,6 +71,8 @@ class CheckedData:
         if self.tokenizer is not None:
             found["tokenizer"] = self.tokenizer.digest
             found["tokens"] = json.dumps(token_rules(self.tokenizer))
+        if self.classes is not None:
+            found |= self.classes.digests
         return found
 
 
@@ -96,6 +105,13 @@ def check_data(config: ResolvedConfig, every_byte: bool = False) -> CheckedData:
             f"vocab_size {model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
         )
     vocab_size = model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
+    masked = masked_tokens(config, tokenizer) if model.is_bert else None
+    if masked is not None:
+        vocab_size = model.vocab_size or masked.vocab_size
+    if model.num_classes is not None:
+        classes = read_classes(config)
+        check_amounts(config, len(classes.splits["train"].texts), "valid" in classes.splits)
+        return CheckedData(tokenizer, vocab_size, {}, masked, classes)
     paths = {
         "train": data.train_data_path,
         "valid": data.valid_data_path,
@@ -113,7 +129,7 @@ def check_data(config: ResolvedConfig, every_byte: bool = False) -> CheckedData:
             _check_source(prefix, weight, vocab_size, tokenizer, every_byte)
             for prefix, weight in zip(blend.prefixes, weights, strict=True)
         ]
-    checked = CheckedData(tokenizer, vocab_size, sources)
+    checked = CheckedData(tokenizer, vocab_size, sources, masked)
     if sources:
         _ = checked.eod
         tell_repeated(sources)

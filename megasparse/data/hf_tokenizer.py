@@ -88,6 +88,12 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def pieces(self) -> list[str]:
+        names = [""] * self.vocab_size
+        for piece, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            names[index] = piece
+        return names
+
     def _build(self) -> tokenizers.Tokenizer:
         built = tokenizers.Tokenizer.from_str(json.dumps(self.content))
         built.encode_special_tokens = not self.parse_special  # "<eod>" in a text is text

@@ -83,6 +83,9 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
 
+    def pieces(self) -> list[str]:
+        return [self._processor.id_to_piece(index) for index in range(self.vocab_size)]
+
     @property
     def control_pieces(self) -> list[str]:
         """Names of the tokens that no text becomes, by id."""

@@ -101,6 +101,10 @@ class Tokenizer(Protocol):
         """Text of `ids`."""
         ...
 
+    def pieces(self) -> list[str]:
+        """Name of every token, by id; "" where there is none."""
+        ...
+
 
 class NullTokenizer:
     """No text, for mock data: `encode("5 7")` is `[5, 7]`.
@@ -129,6 +133,9 @@ class NullTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(str(index) for index in ids)
+
+    def pieces(self) -> list[str]:
+        return [str(index) for index in range(self.vocab_size)]
 
 
 def load_tokenizer(

@@ -13,7 +13,7 @@ Three counts, per token of the sequence, over the whole model:
 
 Attention is counted causal: a token sees (S + 1) / 2 keys on average, with a sliding window those
 in it, which is what fused kernels compute (up to their blocks); `causal=False` counts S keys, what
-plain matrix products compute.
+plain matrix products compute. In BERT, whose tokens see all others, a token sees S keys.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def attention_flops(model: ResolvedModel, causal: bool = True) -> float:
 
     Grouped queries save memory, not operations: every query head has its own products.
     """
-    keys = seen_keys(model) if causal else model.seq_length
+    keys = seen_keys(model) if causal and not model.is_bert else model.seq_length
     return 4.0 * keys * model.num_attention_heads * model.kv_channels
 
 
@@ -126,11 +126,14 @@ def token_flops(
         sparse_now: False in dense phases.
         causal: how attention is counted.
     """
-    layers = range(model.num_layers)
+    layers, block = range(model.num_layers), f"{model.block}.layers"
     attention = attention_flops(model, causal)
     linears = [(gemm, 2.0 * gemm.n * gemm.k) for gemm in layer_gemms(model)]
     forward = attention + sum(flops for _, flops in linears)
     logits = 2.0 * padded_vocab_size * model.hidden_size
+    if model.is_bert:  # its other heads compute a token of the sequence
+        head = 2.0 * model.hidden_size**2
+        logits = logits + head if model.num_classes is None else 0.0
     again = layers_recomputed(model, parallel)
     recomputed = 0.0
     if parallel.recompute_granularity == "full":
@@ -141,7 +144,7 @@ def token_flops(
     if sparse_now:
         # The output GEMM runs once more in each layer that is recomputed as a whole.
         for gemm, flops in linears:
-            sparse = sum(recipe.matches(f"decoder.layers.{layer}.{gemm.name}") for layer in layers)
+            sparse = sum(recipe.matches(f"{block}.{layer}.{gemm.name}") for layer in layers)
             saved += sparse * len(recipe.sparse_gemms) * flops / 2
             if "output" in recipe.sparse_gemms:
                 sparse_again = sparse * again / model.num_layers

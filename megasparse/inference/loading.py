@@ -25,7 +25,7 @@ from megasparse.config import (
     padded_vocab_size,
 )
 from megasparse.convert.huggingface.folder import HuggingFaceModel
-from megasparse.convert.source import PartSource
+from megasparse.convert.source import PartSource, require_decoder
 from megasparse.data.check import token_options
 from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.token_flags import add_token_flags, token_flags
@@ -143,6 +143,7 @@ def load_model(
             f"world size {dist.get_world_size()} is not divisible by tensor_model_parallel_size "
             f"{tensor_parallel}"
         )
+    require_decoder(source.model, source.where, "texts are written and scored by decoders")
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         if getattr(source.model, name) % tensor_parallel:
             raise ConfigError(

@@ -29,6 +29,7 @@ from megasparse.config import (
     from_dict,
     to_dict,
 )
+from megasparse.convert.source import require_decoder
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.distributed.rendezvous import join_group, own_device
 from megasparse.errors import CheckpointError, DataError
@@ -71,6 +72,7 @@ class StoredRun:
         self.reader: CheckpointReader = reader
         self.config: RunConfig = from_dict(reader.meta["config"], str(reader.folder))
         stored = StoredModel(reader, fold=False)
+        require_decoder(stored.model, stored.where, "pruning and quantizing are of decoders")
         self.model = stored.model
         names = [key.removeprefix("param/") for key in reader.keys("param/")]
         self.names = [name for name in names if not name.endswith((ADAPTER, PROJECTION))]

@@ -1,4 +1,4 @@
-"""Build a GPT from a ResolvedConfig: megatron-core's `GPTModel` with megasparse's spec provider."""
+"""Build a GPT or a BERT from a ResolvedConfig: megatron-core's models with our spec provider."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megasparse.config import ResolvedConfig, ResolvedModel
 from megasparse.errors import ConfigError
 from megasparse.megatron import loss
+from megasparse.megatron.bert import Bert, BertClassifier
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.init import initialize_weights
 from megasparse.megatron.spec import (
@@ -83,6 +84,7 @@ def layer_style(model: ResolvedModel) -> LayerStyle:
         model.qk_layernorm_scope if model.qk_layernorm else None,
         model.num_attention_heads,
         model.num_query_groups,
+        causal=not model.is_bert,
     )
 
 
@@ -145,7 +147,7 @@ def _activation(model: ResolvedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     return squared_relu if model.squared_relu else gelu_tanh
 
 
-def build_model(config: ResolvedConfig, grid: Grid, padded_vocab_size: int) -> GPTModel:
+def build_model(config: ResolvedConfig, grid: Grid, padded_vocab_size: int) -> GPTModel | Bert:
     """This rank's part of the model, initialised.
 
     Args:
@@ -154,11 +156,17 @@ def build_model(config: ResolvedConfig, grid: Grid, padded_vocab_size: int) -> G
         padded_vocab_size: a multiple of the tensor-parallel size.
     """
     model = config.model
+    layers = transformer_config(config, grid.device)
+    provider = spec_provider(config, grid.device)
+    block = get_block_spec(provider, model.num_layers, layer_style(model))
+    if model.is_bert:
+        kind = Bert if model.num_classes is None else BertClassifier
+        bert = kind(layers, block, provider.layer_norm(), model, padded_vocab_size)
+        finish_model(bert, config, grid)
+        return bert
     gpt = GPTModel(
-        config=transformer_config(config, grid.device),
-        transformer_layer_spec=get_block_spec(
-            spec_provider(config, grid.device), model.num_layers, layer_style(model)
-        ),
+        config=layers,
+        transformer_layer_spec=block,
         vocab_size=padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
         parallel_output=True,

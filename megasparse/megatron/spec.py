@@ -35,7 +35,7 @@ class SparseSpecProvider:
 
     Attributes:
         transformer_engine: norms and attention are Transformer Engine's (GPUs alone), which know
-            no masks but the causal one; else torch's.
+            no masks but the causal one and, of encoders, padding; else torch's.
     """
 
     transformer_engine: bool = False
@@ -82,6 +82,7 @@ class LayerStyle:
         parallel: attention and FFN take the same input.
         qk_norm: norms of queries and keys, "head" by "head" or of "all" together.
         heads, groups: of all ranks; for "all".
+        causal: a token sees those before it; else all but padding (BERT).
     """
 
     placement: str = "pre"
@@ -89,10 +90,11 @@ class LayerStyle:
     qk_norm: str | None = None
     heads: int = 0
     groups: int = 0
+    causal: bool = True
 
 
 def get_layer_spec(provider: SparseSpecProvider, style: LayerStyle = LayerStyle()) -> ModuleSpec:
-    """A causal decoder layer from the provider's classes."""
+    """A layer from the provider's classes: of a causal decoder, or of an encoder."""
     norm = provider.layer_norm()
     before = IdentityOp if style.placement == "post" else norm
     special: dict[str, Any] = {}
@@ -100,6 +102,7 @@ def get_layer_spec(provider: SparseSpecProvider, style: LayerStyle = LayerStyle(
         behind = None if style.placement == "pre" else norm
         special = {"norm_behind": behind, "parallel": style.parallel}
     q_norm, k_norm = _qk_norms(provider, style)
+    mask = AttnMaskType.causal if style.causal else AttnMaskType.padding
     return ModuleSpec(
         module=ResidualLayer if special else TransformerLayer,
         params=special,
@@ -107,7 +110,7 @@ def get_layer_spec(provider: SparseSpecProvider, style: LayerStyle = LayerStyle(
             input_layernorm=before,
             self_attention=ModuleSpec(
                 module=RotaryQkvAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
+                params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=provider.column_parallel_linear(),
                     core_attention=provider.core_attention(),

@@ -133,7 +133,9 @@ def patterns(
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("decoder.layers.").removesuffix(".weight")
+    return (
+        name.removeprefix("decoder.layers.").removeprefix("encoder.layers.").removesuffix(".weight")
+    )
 
 
 def decay_search(

@@ -57,7 +57,19 @@ _STEP = (
 )  # fmt: skip
 _TEACHER = (
     ("kd_loss", "loss/kl_to_teacher", "nat/token", "KL to the teacher"),
-    ("lm_loss", "loss/cross_entropy", "nat/token", "beside it; loss is their weighted sum"),
+    (
+        "lm_loss",
+        "loss/cross_entropy",
+        "nat/token",
+        "beside it; loss is their weighted sum. BERT: of masked tokens",
+    ),
+)
+_BERT = (
+    ("sop_loss", "loss/order", "nat/sample", "of the order of two segments, beside lm_loss"),
+    ("accuracy", "curves/accuracy", "1", "fine-tuning: share of the batch in the right class"),
+    ("valid_lm_loss", "loss/validation_cross_entropy", "nat/token", "lm_loss with valid_loss"),
+    ("valid_sop_loss", "loss/validation_order", "nat/sample", "sop_loss with valid_loss"),
+    ("valid_accuracy", "curves/validation_accuracy", "1", "accuracy with valid_loss"),
 )
 _LOG_STEP = (
     ("tokens_per_second_per_gpu", "throughput/tokens_per_second_per_gpu", "token/s",
@@ -92,7 +104,8 @@ _LOG_STEP = (
 STEP_METRICS = tuple(Metric(*entry) for entry in _STEP)
 TEACHER_METRICS = tuple(Metric(*entry) for entry in _TEACHER)
 LOG_METRICS = tuple(Metric(*entry) for entry in _LOG_STEP)
-METRICS = STEP_METRICS + TEACHER_METRICS + LOG_METRICS
+BERT_METRICS = tuple(Metric(*entry) for entry in _BERT)
+METRICS = STEP_METRICS + TEACHER_METRICS + BERT_METRICS + LOG_METRICS
 
 
 _MAX_BYTES = 1 << 36  # of a run of a hundred million steps
@@ -147,6 +160,8 @@ class ProgressLine:
             parts.append(f"flip rate {row['flip_rate']:.4f}")
         if row.get("valid_loss") is not None:
             parts.append(f"validation {row['valid_loss']:.4f}")
+        if row.get("valid_accuracy") is not None:
+            parts.append(f"accuracy {row['valid_accuracy']:.4f}")
         for name, loss in (row.get("valid_losses") or {}).items():
             parts.append(f"{name} {loss:.4f}")
         logger.info("%s", " | ".join([*parts, f"ETA {_clock(int(left))}"]))

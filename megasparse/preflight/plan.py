@@ -107,7 +107,9 @@ def _model(config: ResolvedConfig, vocab_size: int) -> list[tuple[str, str]]:
     model, recipe = config.model, recipe_of(config)
     padded = padded_vocab_size(vocab_size, config)
     linears = [one.module for one in layer_parameters(model) if one.is_linear]
-    sparse = [name for name in dict.fromkeys(linears) if recipe.matches(f"decoder.layers.0.{name}")]
+    sparse = [
+        name for name in dict.fromkeys(linears) if recipe.matches(f"{model.block}.layers.0.{name}")
+    ]
     return [
         ("model", f"{parameter_count(model, padded):,} parameters"),
         ("model", f"{model.num_layers} layers, hidden {model.hidden_size}, vocabulary {padded:,}"),

@@ -105,9 +105,12 @@ class Evaluations:
         losses: dict[str, float] = {}
         for name in sets or ["valid"]:
             loss = self._loss_on(name, layout, agreement)
+            parts = layout.take_parts() if self._config.model.is_bert else {}
             if loss is None:
                 return False
             losses[name.removeprefix(VALID_SET)] = loss
+            if not sets:
+                row.update({f"valid_{part}": value for part, value in parts.items()})
         row["valid_loss"] = sum(losses.values()) / len(losses)
         if sets:
             row["valid_losses"] = losses

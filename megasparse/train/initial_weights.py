@@ -130,7 +130,7 @@ def put_initial_weights(engine: Engine, sources: WeightSources) -> bool:
             source,
             grid,
             engine.fragments,
-            skip=low_rank_weight_names(engine.model),
+            skip=low_rank_weight_names(engine.model) | _new_heads(engine, source),
             gathered=engine.layout.gathered_parameters,
         )
         keep_frozen_scales(engine.controller, source)
@@ -158,6 +158,16 @@ def keep_frozen_scales(controller: SparsityController, source: PartSource) -> No
     for state, weight in controller.weights:
         if state.name in scales:
             state.keep_scale(scales[state.name], weight.device)
+
+
+def _new_heads(engine: Engine, source: PartSource) -> frozenset[str]:
+    """Parameters of a head for classes that begin as they were drawn: pre-training has none."""
+    if engine.config.model.num_classes is None:
+        return frozenset()
+    there = {entry.name for entry in source.entries()}
+    heads = ("classification_head.", "pooler.")
+    names = (name for name, _ in engine.model.named_parameters() if name.startswith(heads))
+    return frozenset(names) - there
 
 
 def put_weights(

@@ -226,9 +226,8 @@ class Trainer:
         begin = time.monotonic()
         result = self._train_step(stream)
         seconds = time.monotonic() - begin
-        if (teaching := self.engine.layout.distillation) is not None:
-            parts = teaching.take_parts()  # of a skipped step they say nothing
-            known |= dict.fromkeys(parts) if result.loss is None else parts
+        parts = self.engine.layout.take_parts()  # of a skipped step they say nothing
+        known |= dict.fromkeys(parts) if result.loss is None else parts
         row = self.recorder.end(result, seconds, known)
         interval = self.config.parallel.replica_check_interval
         if interval and clock.step % interval == 0:

@@ -57,7 +57,9 @@ def _shape_refusal(config: ResolvedConfig) -> str | None:
     for one in layer_parameters(config.model):
         if not one.is_linear:
             continue
-        names = [f"decoder.layers.{n}.{one.module}" for n in range(config.model.num_layers)]
+        names = [
+            f"{config.model.block}.layers.{n}.{one.module}" for n in range(config.model.num_layers)
+        ]
         for sparse in {recipe.matches(name) for name in names}:
             if reason := shapes.refusal(one.module, one.local_shape(tp), tp, one.parts, sparse):
                 return reason

@@ -49,10 +49,7 @@ def format_report(
     if rows:
         change = f"{rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}"
         facts.append(("training loss, first and last", change))
-    valid = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None]
-    if valid:
-        facts.append(("validation loss", f"{valid[-1]:.4f}"))
-        facts.append(("validation perplexity", f"{math.exp(min(valid[-1], 700.0)):.2f}"))
+    facts += _validation([row for row in rows if row.get("valid_loss") is not None])
     tasks: dict[str, float] = next((row["tasks"] for row in rows[::-1] if row.get("tasks")), {})
     facts += [(name, f"{value:.4f}") for name, value in tasks.items()]
     flips = [row["flip_rate"] for row in rows if row.get("flip_rate") is not None]
@@ -71,6 +68,20 @@ def format_report(
     return "\n".join(lines)
 
 
+def _validation(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Of the last evaluation; BERT's loss is of masked tokens and of more, or of classes."""
+    if not rows:
+        return []
+    last = rows[-1]
+    facts = [("validation loss", f"{last['valid_loss']:.4f}")]
+    if last.get("valid_accuracy") is not None:
+        return [*facts, ("validation accuracy", f"{last['valid_accuracy']:.4f}")]
+    masked = last.get("valid_lm_loss")
+    name = "validation perplexity" if masked is None else "perplexity of masked tokens"
+    loss = last["valid_loss"] if masked is None else masked
+    return [*facts, (name, f"{math.exp(min(loss, 700.0)):.2f}")]
+
+
 def _flip_rate(row: dict[str, Any]) -> float:
     return float(row["flip_rate"])
 
@@ -78,11 +89,14 @@ def _flip_rate(row: dict[str, Any]) -> float:
 def next_commands(config: ResolvedConfig, recipe: SparsityRecipe) -> list[str]:
     """What people do next with a finished run: look at it, try it, take it away."""
     run, shell = config.checkpoint.run_dir, shlex.quote
+    plot = f"{_command('plot')} {shell(run)} --output {shell(run + '/curves')}"
+    if config.model.is_bert:  # which writes no texts, and is of no Hugging Face architecture
+        return [f"tensorboard --logdir {shell(config.logging.tensorboard_dir)}", plot]
     if config.data.tokenizer_model is not None:
         prompt = shell(next(filter(None, config.logging.sample_prompt), "The"))
         second = f"{_command('generate')} --load {shell(run)} --prompt {prompt}"
     else:
-        second = f"{_command('plot')} {shell(run)} --output {shell(run + '/curves')}"
+        second = plot
     output = f"--input {shell(run)} --output {shell(run + '/exported')}"
     if recipe.is_sparse:
         third = f"{_command('export')} {output}"

@@ -38,6 +38,7 @@ THEIRS = """
     fp8_amax_compute_algo save load finetune exit_on_missing_checkpoint save_interval
     save_retain_interval async_save log_interval eval_interval eval_iters tensorboard_dir
     wandb_project wandb_exp_name wandb_save_dir wandb_entity
+    mask_prob short_seq_prob
     multiple_validation_sets profile profile_step_start profile_step_end profile_ranks
     use_pytorch_profiler
     record_memory_history memory_snapshot_path

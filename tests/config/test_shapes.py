@@ -23,6 +23,7 @@ VOCAB = 128
 BASE = [*TINY, "--mock-data"]
 GROUPS = ["--num-query-groups", "2"]
 TP2 = ["--tensor-model-parallel-size", "2"]
+BERT = ["--model-type", "bert", "--data-path", "D"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 
 CASES = {
@@ -39,6 +40,13 @@ CASES = {
     ],
     "gpt2, norms before and behind": ["--norm-placement", "both"],
     "gpt2, branches side by side": ["--parallel-residual"],
+    "bert, GEGLU": ["--geglu", *BERT],
+    "bert, untied, masked tokens alone": [
+        *BERT, "--no-bert-binary-head", "--untie-embeddings-and-output-weights",
+    ],
+    "bert, classes": [
+        "--model-type", "bert", "--num-classes", "3", "--train-data", "T", "--tokenizer-model", "M",
+    ],
 }  # fmt: skip
 PIPELINES = {
     "gpt2, tied": [],
@@ -46,6 +54,11 @@ PIPELINES = {
     "llama": [*LLAMA, *GROUPS],
     "llama, norms behind": [*LLAMA, "--norm-placement", "post", "--qk-layernorm"],
 }  # fmt: skip
+
+
+def base(flags: list[str]) -> list[str]:
+    """Mock data, but for BERT, which has data of its own; nothing is read of them here."""
+    return TINY if "bert" in flags else BASE
 
 
 def _built(rank: int, world: int, cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
@@ -85,17 +98,19 @@ def _built(rank: int, world: int, cases: dict[str, list[str]]) -> dict[str, dict
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, dict[str, Any]]:
-    return dist.run(_built, 1, {name: [*BASE, *flags] for name, flags in CASES.items()})[0]
+    return dist.run(_built, 1, {name: [*base(flags), *flags] for name, flags in CASES.items()})[0]
 
 
 @pytest.fixture(scope="module")
 def halves() -> list[dict[str, dict[str, Any]]]:
-    return dist.run(_built, 2, {name: [*BASE, *flags, *TP2] for name, flags in CASES.items()})
+    return dist.run(
+        _built, 2, {name: [*base(flags), *flags, *TP2] for name, flags in CASES.items()}
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_whole_model(whole, case):
-    model = resolve(load_config([*BASE, *CASES[case]]), 1).model
+    model = resolve(load_config([*base(CASES[case]), *CASES[case]]), 1).model
     table = parameters(model, VOCAB)
     built = {name: shape for name, (shape, *_) in whole[case].items()}
     assert {one.name: one.shape for one in table} == built
@@ -105,7 +120,7 @@ def test_the_whole_model(whole, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_tensor_parallelism_cuts(halves, case):
-    model = resolve(load_config([*BASE, *CASES[case], *TP2]), 2).model
+    model = resolve(load_config([*base(CASES[case]), *CASES[case], *TP2]), 2).model
     expected = {
         one.name: (one.shape, one.local_shape(2), one.shard_dim, one.parts)
         for one in parameters(model, VOCAB)

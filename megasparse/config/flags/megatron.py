@@ -34,6 +34,7 @@ TRANSLATED = (
     ("--fp8-hybrid", "--fp8-format hybrid", "its newer name"),
     ("--fp8-e4m3", "--fp8-format e4m3", "its newer name"),
     ("--pretrained-checkpoint=", "--load {} --finetune", "weights alone"),
+    ("--bert-no-binary-head", "--no-bert-binary-head", "its opposite"),
     ("--load-teacher=", "--teacher-load {}", "with --kd-loss-weight"),
     ("--kd-temp=", "--kd-temperature {}", "with --kd-loss-weight"),
     ("--persistent-save-interval=", "--save-interval {}", "every checkpoint stays on disk"),
@@ -122,8 +123,7 @@ NOTHING = (
      "--data-impl=mmap|infer --no-mmap-bin-files --mmap-warmup --dataloader-type=single "
      "--dataloader-fast-cache-load --dataloader-defer-npy-index-mmap --repeated-dataloader "
      "--mid-level-dataset-surplus= --tiktoken-pattern= --tiktoken-num-special-tokens= "
-     "--tokenizer-hf-use-fast --vocab-extra-ids=0 --legacy-tokenizer --short-seq-prob= "
-     "--mask-prob="),
+     "--tokenizer-hf-use-fast --vocab-extra-ids=0 --legacy-tokenizer"),
     ("checkpoints have one format, which every layout writes and reads in parallel",
      "--ckpt-format= --dist-ckpt-format= --use-dist-ckpt --auto-detect-ckpt-format "
      "--ckpt-fully-parallel-save --ckpt-fully-parallel-load --no-ckpt-fully-parallel-save "

@@ -201,8 +201,8 @@ MISSING = (
      "--rl-skip-bos-token --no-rl-skip-bos-token --rl-training-cuda-graphs "
      "--no-rl-training-cuda-graphs --rl-use-sequence-packing --no-rl-use-sequence-packing "
      "--rl-verify-model-weights-swap --no-rl-verify-model-weights-swap"),
-    ("models are GPT and LLaMA alone (no BERT, T5, Retro, retrieval, vision)",
-     "--bert-load= --bert-no-binary-head --biencoder-projection-dim= "
+    ("models are GPT, LLaMA and BERT alone (no T5, Retro, retrieval, vision)",
+     "--bert-load= --biencoder-projection-dim= "
      "--biencoder-shared-query-context-model --block-data-path= --embedding-path= "
      "--evidence-data-path= --ict-head-size= --ict-load= --indexer-batch-size= "
      "--indexer-log-interval= --query-in-block-prob= --retriever-report-topk-accuracies=* "
@@ -214,7 +214,7 @@ MISSING = (
      "--dino-freeze-last-layer= --dino-head-hidden-size= --dino-local-crops-number= "
      "--dino-local-img-size= --dino-norm-last-layer --dino-teacher-temp= "
      "--dino-warmup-teacher-temp= --dino-warmup-teacher-temp-epochs= --img-h= --img-w= "
-     "--mask-factor= --mask-type= --num-channels= --num-classes= --patch-dim= "
+     "--mask-factor= --mask-type= --num-channels= --patch-dim= "
      "--swin-backbone-type= --vision-backbone-type= --vision-pretraining "
      "--vision-pretraining-type="),
 )  # fmt: skip
@@ -236,6 +236,6 @@ FAMILIES = (
     ("--kitchen-", "8 bits are for the GEMMs of chosen layers: --fp8-format, --sparse-layers"),
     ("--otel-", "metrics go to files, TensorBoard, --wandb-project and --mlflow-experiment"),
     ("--step-batch-size-", "the batch grows by --rampup-batch-size"),
-    ("--retro-", "models are GPT and LLaMA alone (no BERT, T5, Retro, retrieval, vision)"),
-    ("--dino-", "models are GPT and LLaMA alone (no BERT, T5, Retro, retrieval, vision)"),
+    ("--retro-", "models are GPT, LLaMA and BERT alone (no T5, Retro, retrieval, vision)"),
+    ("--dino-", "models are GPT, LLaMA and BERT alone (no T5, Retro, retrieval, vision)"),
 )

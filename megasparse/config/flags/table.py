@@ -71,6 +71,7 @@ def _row(form: str, becomes: str | None, missing: bool, says: str) -> Row:
 _OURS = """
     listen_on_all_interfaces geglu relu exact_gelu parallel_residual norm_placement
     qk_layernorm_scope lr_linear_to_zero_iters lr_linear_to_zero_samples
+    model_type bert_binary_head num_classes cls_token sep_token mask_token train_data valid_data
     eod_token bos_token add_bos parse_special max_skipped_steps
     tp_comm_peer_memory
     replica_check_interval hang_timeout preflight preflight_min_bandwidth

@@ -30,6 +30,20 @@ SPARSE_LAYERS = ("*.mlp.linear_fc1", "*.mlp.linear_fc2")
 class ModelConfig:
     """Size and style of the Transformer."""
 
+    model_type: str = option(
+        "gpt",
+        "a decoder that predicts the next token (gpt), or an encoder that predicts masked ones "
+        "(bert)",
+        choices=("gpt", "bert"),
+    )
+    bert_binary_head: bool = option(
+        True, "bert: token types, and a head that tells whether two segments are in their order"
+    )
+    num_classes: int | None = option(
+        None,
+        "bert: fine-tune a head that puts texts into this many classes, in place of the others",
+        at_least=2,
+    )
     num_layers: int = option(4, "Transformer layers", at_least=1, below=10_001)
     hidden_size: int = option(256, "width of the residual stream", at_least=4)
     ffn_hidden_size: int | None = option(
@@ -107,6 +121,21 @@ class ModelConfig:
     hidden_dropout: float = option(0.0, "dropout on the residual branches", at_least=0.0, below=1.0)
     attention_dropout: float = option(0.0, "dropout on attention weights", at_least=0.0, below=1.0)
     init_method_std: float = option(0.02, "standard deviation of the initial weights", above=0.0)
+
+    @property
+    def is_bert(self) -> bool:
+        """Whether tokens see those behind them, and the loss is of masked ones."""
+        return self.model_type == "bert"
+
+    @property
+    def block(self) -> str:
+        """Name of the module that has the layers: megatron-core's."""
+        return "encoder" if self.is_bert else "decoder"
+
+    @property
+    def token_types(self) -> int:
+        """Kinds of segments that have an embedding; 0: there is none."""
+        return 2 if self.is_bert and self.bert_binary_head else 0
 
     @property
     def gated(self) -> bool:

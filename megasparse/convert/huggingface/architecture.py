@@ -20,6 +20,7 @@ _MODEL_TYPES = {family.model_type: name for name, family in FAMILIES.items()}
 # Fields that say what function the weights compute. The rest (sequence length, dropout, initial
 # weights, padding) may differ from run to run.
 DEFINING = (
+    "model_type", "bert_binary_head",
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
     "kv_channels", "position_embedding_type", "normalization", "norm_epsilon", "swiglu", "geglu",
     "squared_relu", "relu", "exact_gelu", "disable_bias_linear", "add_qkv_bias", "norm_placement",

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from megasparse.atomic_files import new_folder, synced, write_json, write_text
 from megasparse.config.shapes import VOCABULARY
 from megasparse.convert.megatron.arguments import megatron_arguments
-from megasparse.convert.source import Source, pad_vocabulary
+from megasparse.convert.source import Source, pad_vocabulary, require_decoder
 from megasparse.errors import StorageError
 from megasparse.tensor_files import Entry
 
@@ -55,6 +55,7 @@ def write_torch_dist(source: Source, output: Path, multiple: int) -> None:
         ConfigError: Megatron's layers do not compute the model.
         CheckpointError: a weight is damaged. StorageError: the output cannot be written.
     """
+    require_decoder(source.model, source.where, "Megatron's checkpoints are written of decoders")
     rows = -(-source.model.vocab_size // multiple) * multiple
     arguments = megatron_arguments(source.model, rows)
     with new_folder(output, StorageError) as folder:

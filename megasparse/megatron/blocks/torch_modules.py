@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megasparse.kernels import geglu_fused, swiglu_fused
@@ -50,6 +51,7 @@ class SdpaAttention(torch.nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
+        self.causal = attn_mask_type is not AttnMaskType.padding
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
         self.sequence_parallel = config.sequence_parallel
@@ -73,7 +75,7 @@ class SdpaAttention(torch.nn.Module):
         Args:
             attention_mask: bool, broadcastable to `(B, 1, S, S)` (its rows this rank's with
                 context parallelism), True where attention is forbidden (Megatron's convention);
-                None: causal.
+                None: causal, in an encoder nowhere.
 
         Returns:
             `(S, B, heads * D)`.
@@ -91,7 +93,7 @@ class SdpaAttention(torch.nn.Module):
                 v,
                 attn_mask=allowed,
                 dropout_p=dropout,
-                is_causal=allowed is None and q.shape[2] > 1,
+                is_causal=self.causal and allowed is None and q.shape[2] > 1,
                 scale=self.softmax_scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )

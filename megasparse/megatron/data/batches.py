@@ -18,6 +18,7 @@ from megasparse.distributed.signals import ignore_signals
 from megasparse.log import logger
 from megasparse.megatron.blocks.packing import CU_SEQLENS, cumulative_lengths
 from megasparse.megatron.context.batch import own_tokens
+from megasparse.megatron.data.classes import ClassSamples
 from megasparse.megatron.data.datasets import (
     SampleOptions,
     SampleStream,
@@ -25,9 +26,11 @@ from megasparse.megatron.data.datasets import (
     build_mock_stream,
     build_stream,
 )
+from megasparse.megatron.data.masked import MaskedStream
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import packs_documents
 
+Stream = SampleStream | MaskedStream
 VALID_SET = "valid:"  # before the name of one of several validation sets
 
 
@@ -45,7 +48,7 @@ class RunData:
 
     tokenizer: Tokenizer | None
     vocab_size: int
-    streams: dict[str, SampleStream]
+    streams: dict[str, Stream]
     digests: dict[str, str]
 
 
@@ -75,7 +78,15 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
         eod_mask_loss=config.data.eod_mask_loss,
         attention_masks=not packs,
     )
-    streams: dict[str, SampleStream] = {}
+    streams: dict[str, Stream] = {}
+    if checked.classes is not None:
+        return RunData(tokenizer, vocab_size, _of_classes(checked, config), checked.digests)
+
+    def masked(stream: SampleStream | None) -> Stream | None:
+        if stream is None or checked.masked is None:
+            return stream
+        return MaskedStream(stream, checked.masked, config, checked.eod)
+
     for number, split in enumerate(SPLITS):
         if config.data.mock_data:
             streams[split] = build_mock_stream(options, split)
@@ -84,9 +95,11 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
         if chosen is None:
             continue
         shares = parse_split(config.data.split) if "all" in sources else _only(number)
-        stream = grid.first_rank_first(
-            lambda chosen=chosen, split=split, shares=shares: build_stream(  # type: ignore[misc]
-                chosen, split, shares, options, config.data.data_cache_path
+        stream = masked(
+            grid.first_rank_first(
+                lambda chosen=chosen, split=split, shares=shares: build_stream(  # type: ignore[misc]
+                    chosen, split, shares, options, config.data.data_cache_path
+                )
             )
         )
         if stream is not None:
@@ -94,9 +107,11 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
             _tell_mixture(stream, split, config, checked)
     if config.data.multiple_validation_sets:
         for name, source in named_sets(sources["valid"]).items():
-            stream = grid.first_rank_first(
-                lambda source=source: build_stream(  # type: ignore[misc]
-                    [source], "valid", _only(1), options, config.data.data_cache_path
+            stream = masked(
+                grid.first_rank_first(
+                    lambda source=source: build_stream(  # type: ignore[misc]
+                        [source], "valid", _only(1), options, config.data.data_cache_path
+                    )
                 )
             )
             if stream is not None:
@@ -116,7 +131,7 @@ def named_sets(sources: Sequence[Source]) -> dict[str, Source]:
 
 
 def batches(
-    stream: SampleStream, config: ResolvedConfig, grid: Grid, first_sample: int
+    stream: Stream, config: ResolvedConfig, grid: Grid, first_sample: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches of this rank for ever, from global sample `first_sample` on.
 
@@ -152,7 +167,7 @@ def is_lost_worker(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
-def samples_digest(stream: SampleStream, first_sample: int, count: int) -> str:
+def samples_digest(stream: Stream, first_sample: int, count: int) -> str:
     """A short digest of the ids of `count` samples: equal digests mean equal samples, in order."""
     ids = [stream.locate(first_sample + i) for i in range(count)]
     return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
@@ -171,9 +186,17 @@ class _MicroBatches:
             start += self._grid.dp_size * self._size
 
 
-def _tell_mixture(
-    stream: SampleStream, split: str, config: ResolvedConfig, checked: CheckedData
-) -> None:
+def _of_classes(checked: CheckedData, config: ResolvedConfig) -> dict[str, Stream]:
+    assert checked.classes is not None and checked.tokenizer is not None and checked.masked
+    streams: dict[str, Stream] = {}
+    for split, texts in checked.classes.splits.items():
+        length, seed = config.model.seq_length, config.train.seed
+        samples = ClassSamples(texts, checked.tokenizer, checked.masked, length)
+        streams[split] = SampleStream([samples], [1.0], seed)
+    return streams
+
+
+def _tell_mixture(stream: Stream, split: str, config: ResolvedConfig, checked: CheckedData) -> None:
     """What the run reads of each dataset, for the log."""
     wanted = samples_wanted(split, config)
     kept = [share for share in shares(checked.of_split(split), split, config) if share.samples]

@@ -108,6 +108,10 @@ class Layout(ABC):
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`(B, S, V)` on every rank, of `(B, S)` int64 tokens that are the same on all."""
 
+    def take_parts(self) -> dict[str, float]:
+        """What the loss is made of, means since the last call; a collective call."""
+        return {} if self.distillation is None else self.distillation.take_parts()
+
     def gathered_parameters(
         self, parameters: Sequence[torch.nn.Parameter], write: bool = False
     ) -> contextlib.AbstractContextManager[Any]:

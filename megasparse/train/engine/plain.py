@@ -10,6 +10,7 @@ import torch
 
 from megasparse.config.deepspeed.derived import deepspeed_config
 from megasparse.log import is_logging_rank
+from megasparse.megatron.bert import Bert
 from megasparse.megatron.blocks.packing import packed
 from megasparse.megatron.context.batch import DIVISOR, whole_logits
 from megasparse.megatron.graphs.captured import let_replays_recompute
@@ -18,6 +19,7 @@ from megasparse.megatron.model_parallel_unit import ModelParallelUnit
 from megasparse.megatron.pipeline import recomputed_layers
 from megasparse.progress import progress
 from megasparse.train.distillation import Distillation
+from megasparse.train.engine.bert_loss import BertLoss
 from megasparse.train.engine.deepspeed import deepspeed
 from megasparse.train.engine.layout import Layout
 from megasparse.train.engine.step_guard import Batch, MicroBatch, samples_of
@@ -68,17 +70,23 @@ class PlainLayout(Layout):
     """Micro-batch after micro-batch through the whole model."""
 
     _ahead: tuple[Iterator[Batch], Batch] | None = None
+    _loss: LanguageModelLoss | BertLoss
 
     def start(self, optimizer: torch.optim.Optimizer) -> Any:
-        block: Any = self.model.decoder
+        block: Any = getattr(self.model, self.config.model.block)
         if self.config.parallel.zero_stage == 3 and self.controller.fp8 is not None:
             # What is fused reaches over modules, so their weights have to be there together; and
             # hooks of ZeRO 3 on each of them would look like someone's who wants its input.
             for layer in block.layers:
                 deepspeed.utils.set_z3_leaf_module(layer, True)
                 layer.register_forward_pre_hook(_hidden_state_first, with_kwargs=True)
+        self._loss = (
+            BertLoss(self.model, self.grid)
+            if isinstance(self.model, Bert)
+            else LanguageModelLoss(self.model, self.distillation)
+        )
         self._engine, *_ = deepspeed.initialize(
-            model=LanguageModelLoss(self.model, self.distillation),
+            model=self._loss,
             optimizer=optimizer,
             config=deepspeed_config(self.config, self.grid.world),
             mpu=ModelParallelUnit(),
@@ -90,6 +98,9 @@ class PlainLayout(Layout):
         recomputed = recomputed_layers(self.config)
         self._make_graphs([(layer, n in recomputed) for n, layer in enumerate(block.layers)])
         return self._engine
+
+    def take_parts(self) -> dict[str, float]:
+        return self._loss.take_parts() if isinstance(self._loss, BertLoss) else super().take_parts()
 
     def gathered_parameters(
         self, parameters: Sequence[torch.nn.Parameter], write: bool = False

@@ -1,0 +1,101 @@
+"""Runs of BERT: every recipe trains and ends as it promises; a resumed run repeats every bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import dist
+from tests.runs import TINY, train
+
+BERT = [*TINY, "--vocab-size", "132", "--model-type", "bert", "--geglu", "--seq-length", "32"]
+BERT += ["--mask-update-interval", "2", "--eval-iters", "1", "--eval-interval", "3"]
+WIDE = ["--hidden-size", "128", "--ffn-hidden-size", "128", "--num-attention-heads", "2"]
+S_STE = ["--sparsity-recipe", "s_ste", "--masked-decay", "none", "--mask-update-interval", "none"]
+# The report at a run's end reads the checkpoint back and fails where a weight is not 2:4.
+RUNS = {
+    "sr_ste": ["--sparsity-recipe", "sr_ste", "--masked-decay", "1e-3"],
+    "s_ste": S_STE,
+    "ast": ["--sparsity-recipe", "ast", "--masked-decay", "1e-3", "--no-bert-binary-head"],
+    "fst, all linears, fp8": [
+        *WIDE, "--bf16", "--fp8-format", "e4m3", "--sparse-layers", "*.mlp.*", "*.self_attention.*",
+    ],
+}  # fmt: skip
+
+
+def _runs(rank: int, world: int, folder: str, data: str) -> dict[str, list[dict[str, Any]]]:
+    base = [*BERT, "--data-path", data]
+
+    def run(name: str, *flags: str) -> list[dict[str, Any]]:
+        return train(rank, world, [*base, "--run-dir", f"{folder}/{name}", *flags])
+
+    whole = ["--train-iters", "5", "--zero-stage", "1"]
+    found = {"straight": run("straight", *whole)}
+    run("resumed", *whole, "--exit-interval", "3", "--num-workers", "1")
+    found["resumed"] = run("resumed", *whole, "--resume")
+    for name, flags in RUNS.items():
+        found[name] = run(name.split(",")[0], "--train-iters", "3", *flags)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, dataset):
+    folder = tmp_path_factory.mktemp("bert")
+    return folder, dist.run(_runs, 1, str(folder), dataset)[0]
+
+
+def _tensors(run: Path, step: int) -> dict[str, str]:
+    from megasparse.checkpoint.reader import CheckpointReader
+
+    reader = CheckpointReader(run / "checkpoints" / f"step-{step:08d}")
+    return {key: reader.read(key).float().sum().item().hex() for key in reader.keys("")}
+
+
+def test_a_resumed_run_repeats_every_bit(runs):
+    folder, rows = runs
+    names = ("step", "loss", "lm_loss", "sop_loss", "grad_norm", "samples", "valid_lm_loss")
+    for straight, resumed in zip(rows["straight"], rows["resumed"], strict=True):
+        assert {n: straight.get(n) for n in names} == {n: resumed.get(n) for n in names}
+    last = rows["straight"][-1]
+    assert last["valid_loss"] == pytest.approx(last["valid_lm_loss"] + last["valid_sop_loss"])
+    stored = _tensors(folder / "straight", 5)
+    assert stored == _tensors(folder / "resumed", 5)
+    assert any(key.startswith("sparsity/encoder.layers.0.mlp") for key in stored)
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_every_recipe_trains(runs, recipe):
+    rows = runs[1][recipe]
+    assert len(rows) == 3 and all(row["sparse"] for row in rows)
+    assert all(json.dumps(row["loss"]) != "null" for row in rows)
+    pairs = "--no-bert-binary-head" not in RUNS[recipe]
+    assert all(("sop_loss" in row) == pairs and row["lm_loss"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pipeline-model-parallel-size", "2"], "pipeline_model_parallel_size 2 with model_type"),
+        (["--zero-stage", "2"], "zero_stage 2 with model_type bert is not supported"),
+        (["--position-embedding-type", "rope"], "position_embedding_type rope with model_type"),
+        (["--window-size", "7,0"], "window_size 7,0 with model_type bert"),
+        (["--reset-attention-mask"], "reset_attention_mask True with model_type bert"),
+        (["--kd-loss-weight", "1"], "kd_loss_weight 1.0 with model_type bert"),
+        (["--load-hf", "H"], "load_hf H with model_type bert"),
+        (["--num-classes", "3"], "num_classes 3 needs train_data"),
+        (["--train-data", "T"], "train_data and valid_data are of classes, set num_classes"),
+        (["--seq-length", "4"], "seq_length 4 with model_type bert, expected at least 8"),
+        (["--model-type", "gpt", "--num-classes", "3"], "num_classes 3 needs model_type bert"),
+        (["--model-type", "gpt", "--train-data", "T"], "there is no num_classes"),
+    ],
+)
+def test_what_bert_cannot_do_is_named(flags, message):
+    from megasparse.config import load_config, resolve
+    from megasparse.errors import ConfigError
+
+    world = 2 if flags[0].startswith("--pipeline") else 1
+    with pytest.raises(ConfigError, match=message):
+        resolve(load_config([*BERT, "--data-path", "D", *flags]), world)

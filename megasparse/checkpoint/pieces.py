@@ -103,9 +103,7 @@ def _shard_of(record: dict[str, Any], where: str) -> WeightShard:
     ):
         raise CheckpointError(f"{where}: no part of a tensor: {record}")
     try:
-        return WeightShard(
-            tuple(shape), dim, record["rank"], world, record["parts"], block, blocks
-        )
+        return WeightShard(tuple(shape), dim, record["rank"], world, record["parts"], block, blocks)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
 

@@ -7,11 +7,11 @@ import json
 from dataclasses import dataclass
 
 from megasparse.config import DataConfig, ResolvedConfig
+from megasparse.data.bert.labelled import Classes, read_classes
+from megasparse.data.bert.masked_tokens import MaskedTokens, masked_tokens
 from megasparse.data.blend import SPLITS, parse_data_path
 from megasparse.data.fingerprint import sampled_digest, whole_digest
 from megasparse.data.indexed import validate
-from megasparse.data.labelled import Classes, read_classes
-from megasparse.data.masked_tokens import MaskedTokens, masked_tokens
 from megasparse.data.mixture import Source, check_shares, shares, tell_repeated
 from megasparse.data.sidecar import AUTO_VERIFY_BYTES, bin_path, check_sidecar, idx_path
 from megasparse.data.special_tokens import TokenOptions

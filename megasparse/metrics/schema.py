@@ -66,10 +66,10 @@ _TEACHER = (
 )
 _BERT = (
     ("sop_loss", "loss/order", "nat/sample", "of the order of two segments, beside lm_loss"),
-    ("accuracy", "curves/accuracy", "1", "fine-tuning: share of the batch in the right class"),
+    ("accuracy", "training/accuracy", "1", "fine-tuning: share of the batch in the right class"),
     ("valid_lm_loss", "loss/validation_cross_entropy", "nat/token", "lm_loss with valid_loss"),
     ("valid_sop_loss", "loss/validation_order", "nat/sample", "sop_loss with valid_loss"),
-    ("valid_accuracy", "curves/validation_accuracy", "1", "accuracy with valid_loss"),
+    ("valid_accuracy", "evaluation/accuracy", "1", "accuracy with valid_loss"),
 )
 _LOG_STEP = (
     ("tokens_per_second_per_gpu", "throughput/tokens_per_second_per_gpu", "token/s",

@@ -34,16 +34,43 @@ def _runs(rank: int, world: int, folder: str, data: str) -> dict[str, list[dict[
 
     whole = ["--train-iters", "5", "--zero-stage", "1"]
     found = {"straight": run("straight", *whole)}
-    run("resumed", *whole, "--exit-interval", "3", "--num-workers", "1")
+    run("resumed", *whole, "--exit-interval", "3")
     found["resumed"] = run("resumed", *whole, "--resume")
     for name, flags in RUNS.items():
         found[name] = run(name.split(",")[0], "--train-iters", "3", *flags)
+    given = ["--load", f"{folder}/straight", "--finetune", "--override-tokenizer"]
+    given += ["--data-path", "--num-classes", "2", "--train-data", f"{folder}/texts.jsonl"]
+    given += ["--valid-data", f"{folder}/texts.jsonl", "--tokenizer-model", f"{folder}/words.json"]
+    given += ["--train-iters", "30", "--eval-iters", "5", "--lr", "3e-3"]
+    given += ["--micro-batch-size", "8", "--global-batch-size", "8", "--eval-interval", "30"]
+    found["classes"] = run("classes", *given)
     return found
+
+
+def _texts(folder: Path) -> None:
+    """Words w0 to w99 and a tokenizer of them; the class is whether they are below w50."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = {name: number for number, name in enumerate(("[UNK]", "[EOS]", "[PAD]"))}
+    words = {f"w{number}": number + len(names) for number in range(100)}
+    made = Tokenizer(models.WordLevel({**names, **words}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(folder / "words.json"))
+    rows = [
+        {
+            "text": " ".join(f"w{50 * label + (7 * row + 3 * n) % 50}" for n in range(9)),
+            "label": f"{label}",
+        }
+        for row in range(20)
+        for label in range(2)
+    ]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, dataset):
     folder = tmp_path_factory.mktemp("bert")
+    _texts(folder)
     return folder, dist.run(_runs, 1, str(folder), dataset)[0]
 
 
@@ -66,6 +93,22 @@ def test_a_resumed_run_repeats_every_bit(runs):
     assert any(key.startswith("sparsity/encoder.layers.0.mlp") for key in stored)
 
 
+def test_a_head_for_classes_is_fine_tuned(runs):
+    folder, rows = runs
+    rows = rows["classes"]
+    assert rows[-1]["valid_accuracy"] > 0.8 and rows[-1]["valid_loss"] < rows[0]["loss"]
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    before, after = _tensors(folder / "straight", 5), _tensors(folder / "classes", 30)
+    masks = [key for key in before if key.endswith("/mask")]
+    assert len(masks) == 4
+    assert {key: before[key] for key in masks} == {key: after[key] for key in masks}
+    assert "param/classification_head.weight" in after and "param/lm_head.dense.weight" in before
+    assert (
+        before["param/encoder.final_layernorm.weight"]
+        != after["param/encoder.final_layernorm.weight"]
+    )
+
+
 @pytest.mark.parametrize("recipe", RUNS)
 def test_every_recipe_trains(runs, recipe):
     rows = runs[1][recipe]
@@ -84,7 +127,7 @@ def test_every_recipe_trains(runs, recipe):
         (["--window-size", "7,0"], "window_size 7,0 with model_type bert"),
         (["--reset-attention-mask"], "reset_attention_mask True with model_type bert"),
         (["--kd-loss-weight", "1"], "kd_loss_weight 1.0 with model_type bert"),
-        (["--load-hf", "H"], "load_hf H with model_type bert"),
+        (["--load-hf", "H"], "load_hf .*H with model_type bert"),
         (["--num-classes", "3"], "num_classes 3 needs train_data"),
         (["--train-data", "T"], "train_data and valid_data are of classes, set num_classes"),
         (["--seq-length", "4"], "seq_length 4 with model_type bert, expected at least 8"),

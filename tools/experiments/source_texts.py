@@ -59,11 +59,13 @@ def make_texts(
     found: list[str] = []
     names = [package.name.lower() for package in chosen]
     for package in chosen:
+        if len(found) == classes:
+            break
         files = [text for path in sorted(package.rglob("*.py")) if (text := _text(path))]
         draw.shuffle(files)
         held, rest = files[::VALID_EVERY], [f for n, f in enumerate(files) if n % VALID_EVERY]
         pieces = {"train": _pieces(rest, names, train), "valid": _pieces(held, names, valid)}
-        if len(pieces["train"]) < train or len(pieces["valid"]) < valid or len(found) == classes:
+        if len(pieces["train"]) < train or len(pieces["valid"]) < valid:
             continue
         found.append(package.name)
         size = 0

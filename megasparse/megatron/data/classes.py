@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megasparse.data.labelled import LabelledTexts
-from megasparse.data.masked_tokens import MaskedTokens
+from megasparse.data.bert.labelled import LabelledTexts
+from megasparse.data.bert.masked_tokens import MaskedTokens
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.megatron.data.masked import PADDING_MASK, TYPES
 

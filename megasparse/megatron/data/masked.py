@@ -22,7 +22,7 @@ import torch
 from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset
 
 from megasparse.config import ResolvedConfig
-from megasparse.data.masked_tokens import MaskedTokens
+from megasparse.data.bert.masked_tokens import MaskedTokens
 from megasparse.megatron.data.datasets import SampleStream
 
 # Names of a batch. Those that GPT's have too mean the same.

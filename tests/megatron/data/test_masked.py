@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megasparse.config import load_config, resolve
-from megasparse.data.masked_tokens import masked_tokens
+from megasparse.data.bert.masked_tokens import masked_tokens
 from megasparse.errors import ConfigError, DataError
 from megasparse.megatron.data.masked import UNKNOWN_ORDER, MaskedStream
 

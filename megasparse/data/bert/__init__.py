@@ -1,0 +1,1 @@
+"""What BERT reads: its tokens that no text has, and texts with classes."""

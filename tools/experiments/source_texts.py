@@ -82,8 +82,9 @@ def make_texts(
     for name, lines in rows.items():
         draw.shuffle(lines)
         write_text(output / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    files = [output / f"{name}.jsonl" for name in rows]
-    return Sources(_versions(found), *files, (len(rows["train"]), len(rows["valid"])))
+    corpus, learned, tested = (output / f"{name}.jsonl" for name in rows)
+    counts = len(rows["train"]), len(rows["valid"])
+    return Sources(_versions(found), corpus, learned, tested, counts)
 
 
 def _largest(folder: Path, count: int) -> list[Path]:

@@ -20,6 +20,7 @@ def graphs_refusal(config: ResolvedConfig) -> str | None:
     dropout = max(model.hidden_dropout, model.attention_dropout)
     reasons = (
         (config.train.cuda_graph_impl == "none", "cuda_graph_impl is none"),
+        (model.is_bert, "model_type is bert: attention's padding masks were never captured"),
         (
             parallel.zero_stage == 3,
             "ZeRO 3 gathers weights to other addresses in every micro-batch",

@@ -154,6 +154,11 @@ def _data(prepared: Prepared) -> list[tuple[str, str]]:
         for split, sources in prepared.data.sources.items()
         for source in sources
     ]
+    if (classes := prepared.data.classes) is not None:
+        return [
+            ("data", f"{len(texts.texts):,} texts of {len(classes.names)} classes ({split})")
+            for split, texts in classes.splits.items()
+        ]
     return rows or [("data", "generated (--mock-data)")]
 
 

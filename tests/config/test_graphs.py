@@ -31,6 +31,7 @@ def _refusal(*flags: str) -> str | None:
         (["--hidden-dropout", "0.1"], "dropout is 0.1"),
         (["--recompute-granularity", "selective"], "selective"),
         (["--recompute-granularity", "full"], None),
+        (["--model-type", "bert", "--no-mock-data", "--data-path", "D"], "model_type is bert"),
     ],
 )
 def test_reasons(flags, reason):

@@ -9,7 +9,7 @@ from megasparse.config.resolved import ResolvedConfig
 ATTENTION_TILE = 128
 
 
-def _attention_may_be_fused(config: ResolvedConfig) -> bool:
+def attention_may_be_fused(config: ResolvedConfig) -> bool:
     """Whether Transformer Engine computes attention, where it is installed."""
     return config.train.bf16 and config.train.transformer_impl != "local"
 
@@ -26,7 +26,7 @@ def graphs_refusal(config: ResolvedConfig) -> str | None:
             "ZeRO 3 gathers weights to other addresses in every micro-batch",
         ),
         (
-            model.seq_length % ATTENTION_TILE != 0 and _attention_may_be_fused(config),
+            model.seq_length % ATTENTION_TILE != 0 and attention_may_be_fused(config),
             f"seq_length {model.seq_length} is no multiple of {ATTENTION_TILE}: the gradients of "
             "Transformer Engine's attention would be wrong in a graph",
         ),

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 from megasparse.config.batches import check_train
+from megasparse.config.graphs import attention_may_be_fused
 from megasparse.config.resolved import (
     ResolvedConfig,
     ResolvedModel,
@@ -157,6 +158,12 @@ def _check_context(config: ResolvedConfig, tp: int, cp: int) -> Iterator[str]:
             f"seq_length {length} over 2 x context_parallel_size {cp}, times micro_batch_size "
             f"{sequences}, leaves chunks of {length // (2 * cp) * sequences} tokens; expected a "
             f"multiple of {BLOCK}, the tokens of an MVUE group"
+        )
+    exchange = config.parallel.cp_comm_type
+    if config.model.window and exchange == "p2p" and attention_may_be_fused(config):
+        yield (
+            f"window_size {config.model.window_size} with cp_comm_type p2p, in which Transformer "
+            "Engine's attention takes no windows, expected all_gather"
         )
     groups = config.sparsity.mvue_groups
     if groups == "strided" or (groups == "auto" and sequences % BLOCK):

@@ -7,7 +7,7 @@ import pytest
 from megasparse.train.checkpoint import newest_valid
 from tests import dist
 from tests.distillation.runs import AST, DENSE, TEACHER
-from tests.parallel.layouts import FULL, PP2, SP, TP2, zero
+from tests.parallel.layouts import CP2, FULL, PP2, SP, TP2, zero
 from tests.runs import train
 
 APART = ["--reset-attention-mask"]
@@ -16,6 +16,7 @@ LAYOUTS = {
     "tp 2, sp": (2, [*TP2, *SP]),
     "dp 2, zero 2": (2, zero(2)),
     "dp 2, zero 3": (2, zero(3)),
+    "cp 2, pp 2": (4, [*CP2, *PP2]),
     "tp 2, sp, pp 2, zero 1, full": (4, [*TP2, *SP, *PP2, *zero(1), *FULL]),
 }
 

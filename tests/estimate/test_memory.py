@@ -11,6 +11,7 @@ from tests.runs import LLAMA, TINY
 
 BASE = [*TINY, "--mock-data", "--train-iters", "10"]
 TP2 = ["--tensor-model-parallel-size", "2"]
+CP2 = ["--context-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 FP8 = [
     "--bf16", "--fp8-format", "e4m3", "--hidden-size", "128", "--ffn-hidden-size", "256",
@@ -40,7 +41,8 @@ def _measure(rank: int, world: int, flags: list[str]) -> dict[str, Any]:
     parallel, recipe = config.parallel, recipe_of(config)
     device = start_process(5.0)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    grid = make_grid(tp, device, 1, pipeline_model_parallel_size=pp)
+    cp = parallel.context_parallel_size
+    grid = make_grid(tp, device, 1, pipeline_model_parallel_size=pp, context_parallel_size=cp)
     data = build_data(config, grid)
     vocabulary = padded_vocab_size(data.vocab_size, config)
     engine = build_engine(config, grid, recipe, vocabulary)
@@ -88,8 +90,9 @@ def _sparse_weights(model: Any) -> list[tuple[str, Any]]:
         [*PP2, *WIDE],  # tied embeddings: a copy on the last stage
         ["--zero-stage", "2", "--bf16", "--sparsity-recipe", "s_ste_3", "--masked-decay", "none"],
         [*TP2, *DENSE_FP8],
+        [*CP2, "--zero-stage", "1", *LLAMA],
     ],
-    ids=["tp 2 bf16", "pp 2 tied", "dp 2 zero 2", "tp 2 dense fp8"],
+    ids=["tp 2 bf16", "pp 2 tied", "dp 2 zero 2", "tp 2 dense fp8", "cp 2 zero 1"],
 )
 def test_every_parameter_and_every_byte_of_the_state(flags):
     for rank, found in enumerate(dist.run(_measure, 2, [*BASE, *flags])):

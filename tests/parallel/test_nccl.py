@@ -34,6 +34,38 @@ LAYOUTS = {
 STEPS = 10
 
 
+CP2 = ["--context-parallel-size", "2"]
+CONTEXT = {
+    "p2p": CP2,
+    "all_gather": [*CP2, "--cp-comm-type", "all_gather"],
+    "local": [*CP2, "--transformer-impl", "local"],
+    "documents": [*CP2, "--reset-attention-mask", "--reset-position-ids"],
+}
+
+
+@pytest.mark.gpu
+def test_attention_over_two_ranks_is_that_of_one():
+    """Transformer Engine's, both its exchanges, and torch's with gathered keys and values; in BF16
+    without FP8, and with the same draws of MVUE."""
+    needs_transformer_engine(torch.device("cuda"))
+    gpus = visible_gpus()
+    if len(gpus) < 2:
+        pytest.skip("needs two GPUs: context parallel ranks exchange over NCCL")
+    bf16 = [*MODEL[:-2], "--cuda-graph-impl", "none"]
+    apart = CONTEXT["documents"][2:]
+    alone = {
+        name: {"flags": [*bf16, *more], "steps": STEPS}
+        for name, more in (("causal", []), ("documents", apart))
+    }
+    jobs = {name: {"flags": [*bf16, *more], "steps": STEPS} for name, more in CONTEXT.items()}
+    one = short_runs.launch(alone, 1, "cuda", gpus=gpus[:1])
+    for name, run in short_runs.launch(jobs, 2, "cuda", gpus=gpus[:2]).items():
+        expected = one["documents" if name == "documents" else "causal"]
+        assert run["samples"] == expected["samples"]
+        # BF16 rounds sums in another order to 8 bits.
+        assert run["losses"] == pytest.approx(expected["losses"], rel=2e-3), name
+
+
 @pytest.mark.gpu
 def test_fp8_runs_on_two_ranks_as_on_one():
     needs_transformer_engine(torch.device("cuda"))

@@ -23,6 +23,10 @@ CASES = {
         2, [*CP2, "--seq-length", "36", "--micro-batch-size", "2"],
         ["seq_length 36", "micro_batch_size 2", "18 tokens", "multiple of 4"],
     ),
+    "windows from rank to rank": (
+        2, [*CP2, "--seq-length", "32", "--bf16", "--window-size", "5,0"],
+        ["window_size 5,0", "p2p", "expected all_gather"],
+    ),
     "strided groups": (
         2, [*CP2, "--seq-length", "32", "--mvue-groups", "auto"],
         ["mvue_groups auto", "neighbours"],

@@ -7,6 +7,7 @@ import pytest
 from tests import dist
 from tests.parallel.layouts import (
     BASE,
+    CP2,
     GPT,
     LLAMA_STYLE,
     PP2,
@@ -31,6 +32,7 @@ CASES = [
     ("gpt fst", (4, [*TP2, *PP2]), (2, [*zero(1)])),
     ("gpt fst", (2, zero(2)), (4, [*TP2, *SP, *PP2, *zero(1)])),
     ("gpt fst", (2, zero(3)), (2, PP2)),
+    ("gpt fst", (4, [*CP2, *zero(1)]), (2, CP2)),
     ("llama s_ste", (2, TP2), (4, [*TP2, *zero(3)])),
     ("llama s_ste", (4, [*PP4, *zero(1)]), (2, TP2)),
     ("llama s_ste", (4, [*PP2, *zero(1)]), (4, [*TP4, *SP])),

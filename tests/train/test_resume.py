@@ -10,13 +10,14 @@ from unittest import mock
 import pytest
 
 from tests import dist
-from tests.parallel.layouts import PP2, TP2, zero
+from tests.parallel.layouts import CP2, PP2, TP2, zero
 from tests.runs import TINY
 
 LAYOUTS = {
     "zero 0": ["--zero-stage", "0"],
     "zero 1, tp 2": [*TP2, *zero(1)],
     "zero 1, pp 2": [*PP2, *zero(1)],
+    "zero 1, cp 2": [*CP2, *zero(1)],
     "zero 3": zero(3),
 }
 WORLD = 4
@@ -25,6 +26,7 @@ CHANGES = {
     "zero 0": "zero 1, tp 2",
     "zero 1, tp 2": "zero 3",
     "zero 1, pp 2": "zero 0",
+    "zero 1, cp 2": "zero 3",
     "zero 3": "zero 1, pp 2",
 }
 
@@ -55,7 +57,13 @@ def _saved_and_resumed(rank: int, world: int, run: list[str], data: str) -> dict
         config = resolve(load_config(flags), world)
         parallel = config.parallel
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        grid = make_grid(tp, device, config.train.seed, pipeline_model_parallel_size=pp)
+        grid = make_grid(
+            tp,
+            device,
+            config.train.seed,
+            pipeline_model_parallel_size=pp,
+            context_parallel_size=parallel.context_parallel_size,
+        )
         return Trainer(config, grid, build_data(config, grid), services)
 
     def state(of: Trainer) -> dict[str, torch.Tensor]:

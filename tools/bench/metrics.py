@@ -77,6 +77,7 @@ def measure(flags: Sequence[str], rounds: int, run_dir: Path) -> tuple[dict[str,
         device,
         train.seed,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
     )
     data = build_data(config, grid)
     vocabulary, recipe = padded_vocab_size(data.vocab_size, config), recipe_of(config)

@@ -35,10 +35,13 @@ MISSING = (
      "--moe-train-capacity-factor= --moe-upcycling-granularity= --moe-use-legacy-grouped-gemm "
      "--moe-use-upcycling --moe-z-loss-coeff= --overlap-moe-expert-parallel-comm "
      "--ep-overlap-early-attn-memory-release --use-fused-weighted-squared-relu"),
+    ("DeepSpeed's PipelineModule gives a rank one run of layers, and its schedule is 1F1B; "
+     "tools/estimate.py prints the bubble of both, docs/parallelism.md says more",
+     "--num-layers-per-virtual-pipeline-stage= --num-virtual-stages-per-pipeline-rank= "
+     "--microbatch-group-size-per-virtual-pipeline-stage="),
     ("stages hold layers that follow each other; give --pipeline-model-parallel-size and "
      "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers",
-     "--num-layers-per-virtual-pipeline-stage= --num-virtual-stages-per-pipeline-rank= "
-     "--microbatch-group-size-per-virtual-pipeline-stage= --pipeline-model-parallel-layout= "
+     "--pipeline-model-parallel-layout= "
      "--enable-zbh1-pipeline --enable-zbh1-exact-semantics --pipeline-model-parallel-split-rank= "
      "--standalone-embedding-stage --account-for-embedding-in-pipeline-split "
      "--account-for-loss-in-pipeline-split"),

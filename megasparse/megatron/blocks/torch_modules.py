@@ -114,7 +114,7 @@ class SdpaAttention(torch.nn.Module):
         that is not after them."""
         allowed = None if mask is None else ~mask
         group = self.cp_group
-        if group is not None and allowed is None:
+        if group is not None and allowed is None and self.causal:
             allowed = own_causal_mask(keys, group, device)
         if self.window is None or keys <= self.window:
             return allowed

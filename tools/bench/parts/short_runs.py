@@ -69,7 +69,13 @@ def measure(flags: Sequence[str], steps: int, profile: bool = False) -> Result:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else 0
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    grid = make_grid(tp, device, train.seed, pipeline_model_parallel_size=pp)
+    grid = make_grid(
+        tp,
+        device,
+        train.seed,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=parallel.context_parallel_size,
+    )
     data = build_data(config, grid)
     vocabulary = padded_vocab_size(data.vocab_size, config)
     engine = build_engine(config, grid, recipe_of(config), vocabulary)

@@ -30,7 +30,6 @@ from megasparse.megatron.data.masked import MaskedStream
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.model import packs_documents
 
-Stream = SampleStream | MaskedStream
 VALID_SET = "valid:"  # before the name of one of several validation sets
 
 
@@ -48,7 +47,7 @@ class RunData:
 
     tokenizer: Tokenizer | None
     vocab_size: int
-    streams: dict[str, Stream]
+    streams: dict[str, SampleStream]
     digests: dict[str, str]
 
 
@@ -78,11 +77,11 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
         eod_mask_loss=config.data.eod_mask_loss,
         attention_masks=not packs,
     )
-    streams: dict[str, Stream] = {}
+    streams: dict[str, SampleStream] = {}
     if checked.classes is not None:
         return RunData(tokenizer, vocab_size, _of_classes(checked, config), checked.digests)
 
-    def masked(stream: SampleStream | None) -> Stream | None:
+    def masked(stream: SampleStream | None) -> SampleStream | None:
         if stream is None or checked.masked is None:
             return stream
         return MaskedStream(stream, checked.masked, config, checked.eod)
@@ -131,7 +130,7 @@ def named_sets(sources: Sequence[Source]) -> dict[str, Source]:
 
 
 def batches(
-    stream: Stream, config: ResolvedConfig, grid: Grid, first_sample: int
+    stream: SampleStream, config: ResolvedConfig, grid: Grid, first_sample: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches of this rank for ever, from global sample `first_sample` on.
 
@@ -167,7 +166,7 @@ def is_lost_worker(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
-def samples_digest(stream: Stream, first_sample: int, count: int) -> str:
+def samples_digest(stream: SampleStream, first_sample: int, count: int) -> str:
     """A short digest of the ids of `count` samples: equal digests mean equal samples, in order."""
     ids = [stream.locate(first_sample + i) for i in range(count)]
     return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
@@ -186,9 +185,9 @@ class _MicroBatches:
             start += self._grid.dp_size * self._size
 
 
-def _of_classes(checked: CheckedData, config: ResolvedConfig) -> dict[str, Stream]:
+def _of_classes(checked: CheckedData, config: ResolvedConfig) -> dict[str, SampleStream]:
     assert checked.classes is not None and checked.tokenizer is not None and checked.masked
-    streams: dict[str, Stream] = {}
+    streams: dict[str, SampleStream] = {}
     for split, texts in checked.classes.splits.items():
         length, seed = config.model.seq_length, config.train.seed
         samples = ClassSamples(texts, checked.tokenizer, checked.masked, length)
@@ -196,7 +195,9 @@ def _of_classes(checked: CheckedData, config: ResolvedConfig) -> dict[str, Strea
     return streams
 
 
-def _tell_mixture(stream: Stream, split: str, config: ResolvedConfig, checked: CheckedData) -> None:
+def _tell_mixture(
+    stream: SampleStream, split: str, config: ResolvedConfig, checked: CheckedData
+) -> None:
     """What the run reads of each dataset, for the log."""
     wanted = samples_wanted(split, config)
     kept = [share for share in shares(checked.of_split(split), split, config) if share.samples]

@@ -66,7 +66,7 @@ class Masking(BERTMaskedWordPieceDataset):
         return seen, places, labels
 
 
-class MaskedStream(torch.utils.data.Dataset):
+class MaskedStream(SampleStream):
     """Samples of BERT by global index, without end, from GPT's.
 
     A sample is a dict of tokens (with masks), labels (the original tokens), types (the segment, 0
@@ -74,36 +74,23 @@ class MaskedStream(torch.utils.data.Dataset):
     predicted) `(S,)` float32, is_random (whether the segments have changed places; -1: there is one
     alone) 0-d int64, and sample_id.
 
-    Attributes:
-        packed_by: None: samples are never laid end to end.
+    Args:
+        stream: whose windows they are made of.
+        eod: the token that ends a document.
     """
-
-    packed_by = None
 
     def __init__(
         self, stream: SampleStream, tokens: MaskedTokens, config: ResolvedConfig, eod: int
     ) -> None:
-        self._stream, self._tokens, self._eod = stream, tokens, eod
-        self._length, self._seed = config.model.seq_length, config.train.seed
+        super().__init__(stream._datasets, stream._weights.tolist(), config.train.seed)
+        self._tokens, self._eod = tokens, eod
+        self._length = config.model.seq_length
         self._pairs = config.model.bert_binary_head
         self._short = config.bert.short_seq_prob
         self._masking = Masking(tokens, config.bert.mask_prob)
 
-    @property
-    def epoch_length(self) -> int:
-        """Different windows that the sources hold together."""
-        return self._stream.epoch_length
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """(source, window within it) of a global index."""
-        return self._stream.locate(index)
-
-    def samples_of_each(self, count: int) -> list[int]:
-        """How many of the first `count` samples come from each source."""
-        return self._stream.samples_of_each(count)
-
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        given = self._stream[index]
+        given = super().__getitem__(index)
         window = np.append(given["tokens"].numpy(), given["labels"][-1])
         key = np.array([self._seed, index], dtype=np.uint64)
         random = np.random.RandomState(np.random.Philox(key=key))

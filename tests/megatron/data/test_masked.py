@@ -10,6 +10,7 @@ import torch
 from megasparse.config import load_config, resolve
 from megasparse.data.bert.masked_tokens import masked_tokens
 from megasparse.errors import ConfigError, DataError
+from megasparse.megatron.data.datasets import SampleStream
 from megasparse.megatron.data.masked import UNKNOWN_ORDER, MaskedStream
 
 LENGTH, EOD, SIZE = 64, 95, 100
@@ -18,19 +19,25 @@ FLAGS += ["--seq-length", str(LENGTH)]
 
 
 class Windows:
-    """In place of GPT's stream: counting tokens, an end of a document every 40."""
+    """In place of GPT's samples: counting tokens, an end of a document every 40."""
 
-    epoch_length = 7
+    def __len__(self) -> int:
+        return 5
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         whole = torch.arange(LENGTH + 1) * 3 % 90 + index % 5
         whole[39::40] = EOD
-        return {"tokens": whole[:-1], "labels": whole[1:], "sample_id": torch.tensor([0, index])}
+        return {"tokens": whole[:-1], "labels": whole[1:]}
 
 
 def stream(*flags: str) -> MaskedStream:
     config = resolve(load_config([*FLAGS, *flags]), 1)
-    return MaskedStream(Windows(), masked_tokens(config, None), config, EOD)
+    windows = SampleStream([Windows()], [1.0], config.train.seed)
+    return MaskedStream(windows, masked_tokens(config, None), config, EOD)
+
+
+def window_of(samples: MaskedStream, index: int) -> dict[str, torch.Tensor]:
+    return Windows()[samples.locate(index)[1]]
 
 
 def original(sample: dict[str, torch.Tensor]) -> list[int]:
@@ -52,7 +59,7 @@ def test_masked_tokens_alone():
     masked = words = 0
     becomes = {"mask": 0, "other": 0, "same": 0}
     for index in range(200):
-        sample, window = samples[index], Windows()[index]
+        sample, window = samples[index], window_of(samples, index)
         inner = [SEP if t == EOD else int(t) for t in window["tokens"][: LENGTH - 2]]
         assert original(sample) == [CLS, *inner, SEP] and not sample["types"].any()
         assert sample["is_random"] == UNKNOWN_ORDER
@@ -88,7 +95,7 @@ def test_two_segments_of_one_document():
             and not sample["types"][len(tokens) :].any()
         )
         piece = [*second, *first] if sample["is_random"] else [*first, *second]
-        window = torch.cat([Windows()[index]["tokens"][:39]]).tolist()
+        window = window_of(samples, index)["tokens"][:39].tolist()
         assert piece == window[: len(piece)]
         changed += int(sample["is_random"])
     assert 70 < changed < 130 and len(lengths) > 5 and max(lengths) == 39 + 3
@@ -98,8 +105,8 @@ def test_the_index_decides_and_every_epoch_is_masked_anew():
     one, two, other_seed = stream(), stream(), stream("--seed", "5")
     assert all(equal(one[index], two[index]) for index in (0, 3, 1, 9000))
     assert not equal(one[3], other_seed[3])
-    # Window 8 of these is window 3 once more.
-    assert not torch.equal(one[3]["tokens"], one[8]["tokens"])
+    again = next(n for n in range(5, 10) if one.locate(n) == one.locate(3))
+    assert not torch.equal(one[3]["tokens"], one[again]["tokens"])
 
 
 def tokenizer(*pieces: str) -> SimpleNamespace:

@@ -134,12 +134,34 @@ class MaskedAdamW(torch.optim.AdamW):
             copy = self.copies.get(id(tensor))
             derived = None if self._derived is None else self._derived[row]
             whole = [Piece(0, tensor.numel(), None)]
-            for start, length, mask in whole if self._pieces is None else self._pieces(tensor):
+            for piece in whole if self._pieces is None else self._pieces(tensor):
+                start, length, mask = piece[:3]
+                of_piece, derived_of_piece = _with_decay(numbers, derived, piece.decay)
                 weight, grad, exp_avg, exp_avg_sq = (t.narrow(0, start, length) for t in flat)
                 own = None if copy is None else copy.narrow(0, start, length)
                 masked_adamw_(
-                    weight, grad, exp_avg, exp_avg_sq, numbers, mask, own, derived=derived
+                    weight,
+                    grad,
+                    exp_avg,
+                    exp_avg_sq,
+                    of_piece,
+                    mask,
+                    own,
+                    derived=derived_of_piece,
                 )
+
+
+def _with_decay(
+    numbers: AdamW, derived: torch.Tensor | None, decay: torch.Tensor | None
+) -> tuple[AdamW, torch.Tensor | None]:
+    """The numbers of a piece that has a decay of its own, on the host or on the device."""
+    if decay is None:
+        return numbers, derived
+    if derived is None:
+        return numbers._replace(decay=numbers.decay * float(decay)), None
+    derived = derived.clone()
+    derived[DECAY] *= decay
+    return numbers, derived
 
 
 def parameter_groups(

@@ -18,11 +18,14 @@ class Piece(NamedTuple):
     Attributes:
         start, length: in the flattened tensor.
         mask: bool, 1-D, of the entries; None: they are not decayed.
+        decay: 0-d float32 at an address that stays: their lambda, in units of the optimizer's;
+            None: it is the optimizer's.
     """
 
     start: int
     length: int
     mask: torch.Tensor | None
+    decay: torch.Tensor | None = None
 
 
 class MaskedDecay:
@@ -68,18 +71,23 @@ class MaskedDecay:
         )
         return total
 
+    def fragments_of(self, tensor: torch.Tensor) -> list[Fragment]:
+        """What one of the optimizer's tensors holds."""
+        return self._by_tensor.get(id(tensor), [])
+
     def pieces(self, tensor: torch.Tensor) -> list[Piece]:
         """One of the optimizer's tensors in pieces, with the masks that they are decayed by."""
         masks, found, end = self._masks(), [], 0
-        fragments = self._by_tensor.get(id(tensor), [])
-        for fragment in sorted(fragments, key=lambda one: one.tensor_start):
+        decays = {id(weight): state.decay for state, weight in self._controller.weights}
+        for fragment in sorted(self.fragments_of(tensor), key=lambda one: one.tensor_start):
             mask = masks.get(id(fragment.parameter))
             if mask is None:
                 continue
             if fragment.tensor_start > end:
                 found.append(Piece(end, fragment.tensor_start - end, None))
             own = fragment.of_parameter(mask)
-            found.append(Piece(fragment.tensor_start, fragment.length, own))
+            decay = decays[id(fragment.parameter)]
+            found.append(Piece(fragment.tensor_start, fragment.length, own, decay))
             end = fragment.tensor_start + fragment.length
         if tensor.numel() > end:
             found.append(Piece(end, tensor.numel() - end, None))
@@ -96,13 +104,14 @@ class MaskedDecay:
             return
         for group in optimizer.param_groups:
             for tensor in group["params"]:
-                for fragment in self._by_tensor.get(id(tensor), []):
+                for fragment in self.fragments_of(tensor):
                     state = states.get(id(fragment.parameter))
                     if state is None or state.mask is None or tensor.grad is None:
                         continue
                     weight = fragment.of(tensor.data)
                     masked = weight.masked_fill(fragment.of_parameter(state.mask), 0.0)
-                    state.probe.decay(fragment.of(tensor.grad), masked, strength)
+                    own = strength if state.decay is None else strength * state.decay.double()
+                    state.probe.decay(fragment.of(tensor.grad), masked, own)
 
     def _masks(self) -> dict[int, torch.Tensor]:
         return {id(weight): mask for weight, mask in self._controller.masked_weights()}

@@ -36,6 +36,8 @@ class SparsityController:
         seeds: of the draws, on the device; None: taken from the host.
         calibrating: layers compute with their dense weights, in the model's precision, and their
             inputs are observed in evaluation too.
+        mean_decay: of the weights' own lambdas (`optim/decay_rule.py`); None: to be
+            asked for.
     """
 
     recipe: SparsityRecipe
@@ -48,6 +50,7 @@ class SparsityController:
     seeds: DeviceSeeds | None = None
     dense: list[tuple[DenseFp8Weight, torch.nn.Parameter]] = field(default_factory=list)
     calibrating: bool = False
+    mean_decay: float | None = None
 
     def finish_step(self) -> None:
         """After the update of a step, on all ranks: FP8 scales of the next one."""
@@ -202,7 +205,19 @@ class SparsityController:
         )
 
     def masked_decay(self) -> float:
-        """lambda of the clock's step."""
+        """lambda of the clock's step; where each weight has its own, their mean."""
+        if self.recipe.masked_decay_rho is None:
+            return self.decay_factor()
+        if self.mean_decay is None:  # waits for the device, after a refresh
+            own = [state.decay for state, _ in self.weights if state.decay is not None]
+            values = torch.stack(own).tolist() if own else []
+            self.mean_decay = sum(values) / len(values) if values else 0.0
+        return self.mean_decay if self.sparse_now else 0.0
+
+    def decay_factor(self) -> float:
+        """lambda of the clock's step in units of each weight's own (`SparseWeight.decay`)."""
+        if self.recipe.masked_decay_rho is not None:
+            return float(self.sparse_now)
         return schedule.masked_decay(self.recipe, self.clock.step, self.clock.train_iters)
 
     def masked_weights(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:

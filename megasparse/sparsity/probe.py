@@ -69,7 +69,9 @@ class Probe:
             self._add("mvue_after", _square(after))
             self._add("mvue_variance", variance)
 
-    def decay(self, gradient: torch.Tensor, masked: torch.Tensor, strength: float) -> None:
+    def decay(
+        self, gradient: torch.Tensor, masked: torch.Tensor, strength: float | torch.Tensor
+    ) -> None:
         """A piece of the weight before its update.
 
         Args:

@@ -64,6 +64,9 @@ class SparsityRecipe:
         masked_decay: lambda, per step.
         masked_decay_before_clipping: the gradient is clipped with its decay, by their common norm:
             clip(g + lambda (1-M) o W) instead of clip(g) + lambda (1-M) o W.
+        masked_decay_rho: each weight's lambda follows from its second moments, as rho mean sqrt(v)
+            / mean |w| over masked entries; None: it is masked_decay.
+        masked_decay_update_interval: optimizer steps between two such lambdas.
         masked_decay_ramp_iters: lambda(t) = masked_decay * min(1, t / ramp); 0: constant.
         mask_metric: what a row-wise mask keeps the largest of: |w|, or |w| times the root mean
             square of its input channel so far (Wanda).
@@ -85,6 +88,8 @@ class SparsityRecipe:
     regulariser: Regulariser = "none"
     masked_decay: float = 0.0
     masked_decay_before_clipping: bool = False
+    masked_decay_rho: float | None = None
+    masked_decay_update_interval: int = 100
     masked_decay_ramp_iters: int = 0
     mask_metric: MaskMetric = "magnitude"
     mask_update_interval: int = 1
@@ -117,6 +122,7 @@ class SparsityRecipe:
                 f"masked_decay_before_clipping: the recipe {self.name} adds no decay to gradients, "
                 f"expected {_presets(lambda recipe: recipe.regulariser == 'masked_decay')}"
             )
+        self._check_rho()
         if self.mvue_groups not in ("neighbours", "strided"):
             raise ConfigError(f"mvue_groups {self.mvue_groups!r}, expected neighbours or strided")
         if self.mvue_groups == "strided" and self.mvue == "off":
@@ -133,6 +139,20 @@ class SparsityRecipe:
             raise ConfigError(
                 f"mask_metric wanda with the recipe {self.name}, expected row-wise masks: "
                 f"{_presets(lambda recipe: recipe.projection == 'row')}"
+            )
+
+    def _check_rho(self) -> None:
+        if self.masked_decay_rho is None:
+            return
+        if self.regulariser != "masked_decay":
+            raise ConfigError(
+                f"masked_decay_rho {self.masked_decay_rho}: the recipe {self.name} adds no decay "
+                f"to gradients, expected {_presets(lambda one: one.regulariser == 'masked_decay')}"
+            )
+        if self.masked_decay_before_clipping or self.masked_decay_ramp_iters:
+            raise ConfigError(
+                "masked_decay_rho with masked_decay_before_clipping or masked_decay_ramp_iters, "
+                "expected neither"
             )
 
     @property
@@ -190,8 +210,9 @@ class SparsityRecipe:
             # The mask only measures flip rates; the projection follows from weight and scale.
             "soft_threshold": ("scale", "mask", "counters", "flips"),
         }
+        rho = ("decay", "decay_step") if self.masked_decay_rho is not None else ()
         wanda = ("input_square", "input_tokens") if self.mask_metric == "wanda" else ()
-        return kept[self.projection] + wanda
+        return kept[self.projection] + wanda + rho
 
     @property
     def sparse_gemms(self) -> tuple[str, ...]:
@@ -249,6 +270,11 @@ def make_recipe(name: str, **overrides: Any) -> SparsityRecipe:
     given = {key: value for key, value in overrides.items() if value is not None}
     if preset.regulariser == "none" and given.get("masked_decay"):
         raise ConfigError(f"masked_decay {given['masked_decay']}: the recipe {name} has no decay")
+    if given.get("masked_decay") and given.get("masked_decay_rho"):
+        raise ConfigError(
+            f"masked_decay {given['masked_decay']} with masked_decay_rho "
+            f"{given['masked_decay_rho']}, expected one of the two"
+        )
     if not preset.is_sparse and given.get("mvue", "off") != "off":
         raise ConfigError(f"mvue {given['mvue']}: the recipe {name} has no sparse GEMM")
     if not preset.is_sparse and given.get("simulate_fp8"):
@@ -283,6 +309,8 @@ def recipe_with(
         made = make_recipe(recipe, **settings)
     if made.mask_metric != "magnitude":
         raise ConfigError(f"mask_metric {made.mask_metric}: only a run of megasparse calibrates")
+    if made.masked_decay_rho is not None:
+        raise ConfigError("masked_decay_rho: only a run of megasparse follows second moments")
     if train_iters is not None:
         if train_iters < 1:
             raise ConfigError(f"train_iters {train_iters}, expected at least 1")

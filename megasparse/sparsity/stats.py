@@ -11,6 +11,7 @@ this rank's pipeline stage.
 | retained_l1        | sum |W o M| / sum |W|                                                     |
 | double_pruned      | |W~ - W~_d|^2 / |W~|^2: the share of W~'s squares that grad_input lacks   |
 | scale              | beta of S-STE                                                             |
+| masked_decay       | the weight's own lambda of the next step, if it follows second moments    |
 | decay_ratio        | norm of lambda (1 - M) o W / norm of the gradient that it meets           |
 | mvue_amplification | sum of squares of MVUE(dZ) / sum of squares of dZ, over the micro-batches |
 | mvue_variance      | E|MVUE(dZ) - dZ|^2 / |dZ|^2, over the micro-batches; without a draw       |
@@ -43,7 +44,7 @@ STEP_SUMS = (
     "mvue_before", "mvue_after", "mvue_variance", "decay", "gradient",
     *(f"fp8_{operand}_{kind}" for operand in OPERANDS for kind in ("largest", "lost", "all")),
 )  # fmt: skip
-MAXIMA = ("scale", *OPERANDS)
+MAXIMA = ("scale", "masked_decay", *OPERANDS)
 
 
 @dataclass
@@ -97,7 +98,8 @@ def measure(
         beta = one.scale if isinstance(one, SparseWeight) else None
         scale = missing if beta is None else beta.float()
         largest = [one.probe.maxima.get(name, missing) for name in OPERANDS]
-        maxima.append(torch.stack([scale, *largest]))
+        own = one.decay if isinstance(one, SparseWeight) and sparse_now else None
+        maxima.append(torch.stack([scale, missing if own is None else own, *largest]))
     flips = [state.flips is not None for state, _ in weights]
     return Measured(
         [one.name for one in owners],
@@ -183,6 +185,6 @@ def layer_figures(
                 one[f"fp8_lost_{operand}"] = s[f"fp8_{operand}_lost"] / total
         for figure, value in zip(MAXIMA, largest, strict=True):
             if value != NOTHING:
-                one[figure if figure == "scale" else f"fp8_amax_{figure}"] = value
+                one[f"fp8_amax_{figure}" if figure in OPERANDS else figure] = value
         figures[name] = one
     return figures

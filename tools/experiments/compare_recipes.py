@@ -16,6 +16,7 @@ Trains
     fst_mvue_approximate, fst_no_mvue  how the output gradient is made 2:4, or not
     fst_no_decay, fst_tail             without masked decay; with the paper's dense tail of 1/6
     fst_decay_2e-4, _6e-4, _6e-3       with another strength of it; sr_ste_decay_2e-4 likewise
+    fst_rho, sr_ste_rho                lambda follows the second moments, rho 0.05
     fst_decay_before_clipping          gradient and decay clipped together
     fst_all_linears, s_ste_all_linears attention's linears too
     s_ste_scale_recomputed             S-STE's scale of the current weight, in every step

@@ -7,6 +7,7 @@ EVERY_STEP = ["--mask-update-interval", "1"]
 ALL_LINEARS = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]
 PLAIN = ["--masked-decay", "none", "--mask-update-interval", "none"]
 SR_STE = ["--sparsity-recipe", "sr_ste", "--mask-update-interval", "none"]
+FOLLOWED = ["--masked-decay", "none", "--masked-decay-rho", "0.05"]
 S_STE = ["--sparsity-recipe", "s_ste", *PLAIN]
 VARIANTS = {
     "dense": ["--sparsity-recipe", "dense", *PLAIN],
@@ -26,10 +27,12 @@ ABLATIONS = {
     "fst_decay_2e-4": [*FST, *EVERY_STEP, "--masked-decay", "2e-4"],
     "fst_decay_6e-4": [*FST, *EVERY_STEP, "--masked-decay", "6e-4"],
     "fst_decay_6e-3": [*FST, *EVERY_STEP, "--masked-decay", "6e-3"],
+    "fst_rho": [*FST, *EVERY_STEP, *FOLLOWED],
     "fst_decay_before_clipping": [*FST, *EVERY_STEP, "--masked-decay-before-clipping"],
     "fst_tail": ["--sparsity-recipe", "fst", *EVERY_STEP],
     "fst_all_linears": [*FST, *EVERY_STEP, *ALL_LINEARS],
     "sr_ste_double_pruned": [*SR_STE, "--sparse-grad-input", "double-pruned"],
+    "sr_ste_rho": [*SR_STE, *FOLLOWED],
     "sr_ste_decay_2e-4": [*SR_STE, "--masked-decay", "2e-4"],
     "s_ste_scale_recomputed": [*S_STE, "--s-ste-scale", "every_step"],
     "s_ste_all_linears": [*S_STE, *ALL_LINEARS],

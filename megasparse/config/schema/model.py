@@ -181,6 +181,15 @@ class SparsityConfig:
         "decay of masked weights (lambda_W of FST, lambda of SR-STE, final value of AST)",
         at_least=0.0,
     )
+    masked_decay_rho: float | None = option(
+        None,
+        "instead of masked-decay: lambda of each weight follows its second moments, as this times "
+        "mean sqrt(v) / mean |w| over masked weights (0.05 is a good start)",
+        above=0.0,
+    )
+    masked_decay_update_interval: int | None = option(
+        None, "steps between two such lambdas of masked-decay-rho; default 100", at_least=1
+    )
     masked_decay_ramp_iters: int | None = option(
         None, "steps over which the decay grows from 0 (AST's T0)", at_least=0
     )

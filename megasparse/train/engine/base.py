@@ -19,6 +19,7 @@ from megasparse.config.batches import batch_size
 from megasparse.config.shapes import OUTPUT_LAYER, WORD_EMBEDDINGS
 from megasparse.megatron.grid import Grid
 from megasparse.optim.adamw import MaskedAdamW, parameter_groups
+from megasparse.optim.decay_rule import DecayRule
 from megasparse.optim.lr import decoupled, learning_rate
 from megasparse.optim.masked_decay import MaskedDecay
 from megasparse.sparsity.controller import SparsityController
@@ -87,6 +88,7 @@ class Engine:
         self._measured = decay.with_decay if together else zero.gradient_alone
         self._norm_without_zero: float | None = None
         self._engine = layout.start(self.optimizer)
+        self._rule: DecayRule | None = None
         zero1 = None
         if config.parallel.zero_stage == 1:
             assert layout.gradients is not None
@@ -109,6 +111,8 @@ class Engine:
             else zero.fragments(model.named_parameters(), self.optimizer)
         )
         decay.attach(self.fragments)
+        if recipe.masked_decay_rho is not None:
+            self._rule = DecayRule(controller, decay, self.optimizer, self._over_holders)
         if zero1 is not None:
             zero1.fragments = self.fragments
         if layout.graphs is not None and layout.gradients_stay:
@@ -137,7 +141,15 @@ class Engine:
         self.controller.finish_step()
         self.layout.end_step()
         clock.advance()
+        if self._rule is not None:
+            self._rule.follow()
         return StepResult(loss, norm, lr)
+
+    def _over_holders(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over the pieces of the same weights: of shards, and of ZeRO's parts of them."""
+        if self.config.parallel.zero_stage:
+            self.grid.sum_over_dp(sums)
+        return self.grid.sum_over_tp(sums)
 
     def calibrate(self, batches: Iterator[Batch], iterations: int) -> None:
         """Observe what the dense weights' linears see (for Wanda's first masks); collective.
@@ -171,7 +183,7 @@ class Engine:
         if not on_device and not self.layout.guard.loss_is_finite:
             return False
         if self._decay is not None:
-            optimizer, strength = self.optimizer, self.controller.masked_decay()
+            optimizer, strength = self.optimizer, self.controller.decay_factor()
             optimizer.decay = strength
             if self.controller.recipe.masked_decay_before_clipping:
                 optimizer.decay = self._clipped_by() * strength

@@ -38,6 +38,7 @@ from megasparse.config.schema.model import (
     SparseGradInput,
 )
 from megasparse.errors import ConfigError
+from megasparse.sparsity.recipe_checks import groups_refusal, rho_refusal
 
 Projection = Literal["none", "row", "transposable", "soft_threshold"]
 Regulariser = Literal["none", "masked_decay", "decoupled_masked_decay"]
@@ -122,14 +123,9 @@ class SparsityRecipe:
                 f"masked_decay_before_clipping: the recipe {self.name} adds no decay to gradients, "
                 f"expected {_presets(lambda recipe: recipe.regulariser == 'masked_decay')}"
             )
-        self._check_rho()
-        if self.mvue_groups not in ("neighbours", "strided"):
-            raise ConfigError(f"mvue_groups {self.mvue_groups!r}, expected neighbours or strided")
-        if self.mvue_groups == "strided" and self.mvue == "off":
-            raise ConfigError(
-                f"mvue_groups strided: the recipe {self.name} with mvue off draws nothing, "
-                "expected mvue exact or approximate"
-            )
+        reason = groups_refusal(self) or rho_refusal(self)
+        if reason is not None:
+            raise ConfigError(f"recipe {self.name}: {reason}")
         if self.s_ste_scale != "frozen" and self.projection != "soft_threshold":
             raise ConfigError(
                 f"s_ste_scale {self.s_ste_scale}: the recipe {self.name} has no scale, expected "
@@ -139,20 +135,6 @@ class SparsityRecipe:
             raise ConfigError(
                 f"mask_metric wanda with the recipe {self.name}, expected row-wise masks: "
                 f"{_presets(lambda recipe: recipe.projection == 'row')}"
-            )
-
-    def _check_rho(self) -> None:
-        if self.masked_decay_rho is None:
-            return
-        if self.regulariser != "masked_decay":
-            raise ConfigError(
-                f"masked_decay_rho {self.masked_decay_rho}: the recipe {self.name} adds no decay "
-                f"to gradients, expected {_presets(lambda one: one.regulariser == 'masked_decay')}"
-            )
-        if self.masked_decay_before_clipping or self.masked_decay_ramp_iters:
-            raise ConfigError(
-                "masked_decay_rho with masked_decay_before_clipping or masked_decay_ramp_iters, "
-                "expected neither"
             )
 
     @property

@@ -146,11 +146,15 @@ def test_the_update_uses_it():
 
 def test_what_it_does_not_go_with_is_refused():
     for name in ("s_ste", "ast", "ste"):
-        with pytest.raises(ConfigError, match=f"the recipe {name} adds no decay.*sr_ste or fst"):
+        with pytest.raises(
+            ConfigError, match=f"recipe {name}: masked_decay_rho.*expected sr_ste or fst"
+        ):
             make_recipe(name, masked_decay_rho=RHO)
     with pytest.raises(ConfigError, match="masked_decay 0.1 with masked_decay_rho 0.05"):
         make_recipe("fst", masked_decay=0.1, masked_decay_rho=RHO)
-    with pytest.raises(ConfigError, match="expected neither"):
+    with pytest.raises(
+        ConfigError, match="with masked_decay_before_clipping, expected one of the two"
+    ):
         make_recipe("fst", masked_decay_before_clipping=True, masked_decay_rho=RHO)
     with pytest.raises(ConfigError, match="only a run of megasparse"):
         recipe_with("fst", {"masked_decay_rho": RHO}, None)

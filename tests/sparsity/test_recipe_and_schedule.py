@@ -51,7 +51,9 @@ def test_groups_of_mvue():
     assert not make_recipe("fst").strided_groups  # the default stays
     assert make_recipe("s_ste", mvue_groups="strided").strided_groups
     assert not make_recipe("sr_ste", mvue_groups="neighbours").strided_groups
-    with pytest.raises(ConfigError, match="sr_ste with mvue off draws nothing"):
+    with pytest.raises(
+        ConfigError, match="recipe sr_ste: mvue_groups strided, but with mvue off nothing"
+    ):
         make_recipe("sr_ste", mvue_groups="strided")
     with pytest.raises(ConfigError, match="expected neighbours or strided"):
         make_recipe("fst", mvue_groups="auto")

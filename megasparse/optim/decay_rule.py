@@ -19,13 +19,14 @@ import torch
 from megasparse.optim.masked_decay import MaskedDecay
 from megasparse.sparsity import schedule
 from megasparse.sparsity.controller import SparsityController
+from megasparse.sparsity.own_decay import OwnDecay
 
 # The most by which lambda changes at a refresh, but for the first.
 MOST = 2.0
 
 
 class DecayRule:
-    """Keeps `SparseWeight.decay` of all weights of a rank.
+    """Keeps the `OwnDecay` of all weights of a rank.
 
     Args:
         controller: knows the weights, the recipe and the step.
@@ -44,7 +45,7 @@ class DecayRule:
         self._controller, self._decay, self._optimizer = controller, decay, optimizer
         self._add_up = add_up
         for state, weight in controller.weights:
-            state.decay = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state.decay = OwnDecay(weight.device)
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -56,8 +57,8 @@ class DecayRule:
         controller.mean_decay = None  # it is asked for anew
         # As long as it is 0 every update so far was skipped, and it stays due.
         if controller.masked_decay():
-            for state, _ in controller.weights:
-                state.decay_step = controller.clock.step
+            for decay in self._decays():
+                decay.step = controller.clock.step
 
     def _is_due(self) -> bool:
         """On multiples of the interval, and as soon as there are masks and moments."""
@@ -66,11 +67,11 @@ class DecayRule:
         first = schedule.sparse_range(recipe, controller.clock.train_iters).start
         if not controller.sparse_now or step <= first:
             return False
-        before, interval = controller.weights[0][0].decay_step, recipe.masked_decay_update_interval
+        before, interval = self._decays()[0].step, recipe.masked_decay_update_interval
         return before < 0 or step // interval > before // interval
 
     def _refresh(self) -> None:
-        decays = [s.decay for s, _ in self._controller.weights if s.decay is not None]
+        decays = [decay.value for decay in self._decays()]
         roots, sizes = self._add_up(self._sums()).unbind(1)
         known = torch.stack(decays).double()
         rho = self._controller.recipe.masked_decay_rho
@@ -82,6 +83,9 @@ class DecayRule:
         new = torch.where(torch.isfinite(wanted) & (wanted > 0), new, known)
         for decay, value in zip(decays, new.float(), strict=True):
             decay.copy_(value)
+
+    def _decays(self) -> list[OwnDecay]:
+        return [s.decay for s, _ in self._controller.weights if s.decay is not None]
 
     def _sums(self) -> torch.Tensor:
         """float64 (weights, 2): of this rank's masked entries, sqrt(v / (1 - b2^t)) and |w|."""

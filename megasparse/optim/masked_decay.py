@@ -78,16 +78,17 @@ class MaskedDecay:
     def pieces(self, tensor: torch.Tensor) -> list[Piece]:
         """One of the optimizer's tensors in pieces, with the masks that they are decayed by."""
         masks, found, end = self._masks(), [], 0
-        decays = {id(weight): state.decay for state, weight in self._controller.weights}
+        own = {id(weight): state.decay for state, weight in self._controller.weights}
         for fragment in sorted(self.fragments_of(tensor), key=lambda one: one.tensor_start):
             mask = masks.get(id(fragment.parameter))
             if mask is None:
                 continue
             if fragment.tensor_start > end:
                 found.append(Piece(end, fragment.tensor_start - end, None))
-            own = fragment.of_parameter(mask)
-            decay = decays[id(fragment.parameter)]
-            found.append(Piece(fragment.tensor_start, fragment.length, own, decay))
+            kept = fragment.of_parameter(mask)
+            decay = own[id(fragment.parameter)]
+            value = None if decay is None else decay.value
+            found.append(Piece(fragment.tensor_start, fragment.length, kept, value))
             end = fragment.tensor_start + fragment.length
         if tensor.numel() > end:
             found.append(Piece(end, tensor.numel() - end, None))
@@ -110,7 +111,7 @@ class MaskedDecay:
                         continue
                     weight = fragment.of(tensor.data)
                     masked = weight.masked_fill(fragment.of_parameter(state.mask), 0.0)
-                    own = strength if state.decay is None else strength * state.decay.double()
+                    own = strength if state.decay is None else strength * state.decay.value.double()
                     state.probe.decay(fragment.of(tensor.grad), masked, own)
 
     def _masks(self) -> dict[int, torch.Tensor]:

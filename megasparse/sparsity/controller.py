@@ -209,13 +209,13 @@ class SparsityController:
         if self.recipe.masked_decay_rho is None:
             return self.decay_factor()
         if self.mean_decay is None:  # waits for the device, after a refresh
-            own = [state.decay for state, _ in self.weights if state.decay is not None]
+            own = [state.decay.value for state, _ in self.weights if state.decay is not None]
             values = torch.stack(own).tolist() if own else []
             self.mean_decay = sum(values) / len(values) if values else 0.0
         return self.mean_decay if self.sparse_now else 0.0
 
     def decay_factor(self) -> float:
-        """lambda of the clock's step in units of each weight's own (`SparseWeight.decay`)."""
+        """lambda of the clock's step in units of each weight's own (`OwnDecay`)."""
         if self.recipe.masked_decay_rho is not None:
             return float(self.sparse_now)
         return schedule.masked_decay(self.recipe, self.clock.step, self.clock.train_iters)

@@ -22,6 +22,7 @@ from megasparse.kernels.patterns import decode_patterns, encode_patterns, unpack
 from megasparse.sparsity import operands, schedule
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.gemms.protocol import LinearGemms
+from megasparse.sparsity.own_decay import OwnDecay
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -60,8 +61,7 @@ class SparseWeight(torch.nn.Module):
         self.mask: torch.Tensor | None = None  # bool (N, K): kept entries
         self.scale: torch.Tensor | None = None  # float32 0-d: S-STE's beta
         self.flips: torch.Tensor | None = None  # int64 0-d: entries that the last refresh changed
-        self.decay: torch.Tensor | None = None  # float32 0-d: its own lambda, where it has one
-        self.decay_step = -1  # step of its last refresh
+        self.decay: OwnDecay | None = None  # where each weight has its own lambda
         self.first_sparse_step = 0  # the controller knows the run's
         self.last_refresh = -1  # step of the last refresh
         self.refreshes = 0
@@ -279,13 +279,9 @@ class SparseWeight(torch.nn.Module):
             state["scale"] = self.scale.clone()
         if self.flips is not None:
             state["flips"] = self.flips.clone()
-        if self.decay is not None:
-            state["decay"] = self.decay.detach().clone()
-            state["decay_step"] = torch.tensor(self.decay_step, dtype=torch.int64)
-        if self.inputs is not None:
-            state.update(self.inputs.export_state())
-        if self.quantizers is not None:
-            state.update(self.quantizers.export_state())
+        for one in (self.decay, self.inputs, self.quantizers):
+            if one is not None:
+                state.update(one.export_state())
         return state
 
     def snapshot(self) -> tuple[Any, ...]:
@@ -341,9 +337,8 @@ class SparseWeight(torch.nn.Module):
         self.mask = self._decoded_mask(state["mask"].to(device)) if "mask" in state else None
         self.scale = state["scale"].to(device) if "scale" in state else None
         self.flips = state["flips"].to(device) if "flips" in state else None
-        if self.decay is not None and "decay" in state:
-            self.decay.copy_(state["decay"])
-            self.decay_step = int(state["decay_step"])
+        if self.decay is not None:
+            self.decay.import_state(state)
         if self.inputs is not None:
             self.inputs.import_state(state, device)
         if self.quantizers is not None:

@@ -99,7 +99,7 @@ def measure(
         scale = missing if beta is None else beta.float()
         largest = [one.probe.maxima.get(name, missing) for name in OPERANDS]
         own = one.decay if isinstance(one, SparseWeight) and sparse_now else None
-        maxima.append(torch.stack([scale, missing if own is None else own, *largest]))
+        maxima.append(torch.stack([scale, missing if own is None else own.value, *largest]))
     flips = [state.flips is not None for state, _ in weights]
     return Measured(
         [one.name for one in owners],

@@ -98,7 +98,7 @@ def test_decay_finds_its_place_in_a_flat_shard():
     assert torch.equal(pieces[2].mask, state_b.mask.flatten()[:50])
     decay.attach([Fragment("b", b, flat, 2, 0, 50)])  # a tail without an owner: padding
     assert [(p.start, p.length) for p in decay.pieces(flat)] == [(0, 2), (2, 50), (52, 25)]
-    assert decay.pieces(torch.zeros(3)) == [(0, 3, None)]
+    assert decay.pieces(torch.zeros(3)) == [(0, 3, None, None)]
 
 
 @pytest.mark.parametrize("name", ["fst", "ast"])
@@ -110,7 +110,7 @@ def test_a_mask_that_only_measures_flips_decays_nothing(name):
     decay.attach([Fragment("w", weight, weight, 0, 0, weight.numel())])
     assert mask is not None and decay.pieces(weight)[0].mask is not None
     controller.clock.step = 60
-    assert decay.pieces(weight) == [(0, 64, None)]
+    assert decay.pieces(weight) == [(0, 64, None, None)]
 
 
 def test_before_step_can_hold_everything_back():

@@ -13,6 +13,7 @@ from megasparse.optim.fragments import Fragment
 from megasparse.optim.masked_decay import MaskedDecay
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController
+from megasparse.sparsity.own_decay import OwnDecay
 from megasparse.sparsity.recipe import make_recipe, recipe_with
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
@@ -50,7 +51,7 @@ def optimizer_of(tensors, moments, t):
 def follow(controller, rule, step):
     controller.clock.step = step
     rule.follow()
-    return [float(state.decay) for state, _ in controller.weights]
+    return [float(state.decay.value) for state, _ in controller.weights]
 
 
 def test_it_follows_the_moments_at_most_twice_as_strong_at_each_refresh():
@@ -77,9 +78,9 @@ def test_it_follows_the_moments_at_most_twice_as_strong_at_each_refresh():
     # A run that is resumed goes on from there.
     for (state, _), value in zip(controller.weights, found, strict=True):
         other = SparseWeight(state.name, RECIPE, state.shard)
-        other.decay = torch.zeros(())
+        other.decay = OwnDecay(torch.device("cpu"))
         other.import_state(state.export_state(), torch.device("cpu"))
-        assert float(other.decay) == value and other.decay_step == 25
+        assert float(other.decay.value) == value and other.decay.step == 25
     assert set(RECIPE.state) <= {*controller.weights[0][0].export_state(), "mask", "flips"}
 
 
@@ -112,7 +113,7 @@ def test_each_weight_is_decayed_by_its_own_and_pieces_add_up_to_the_whole():
             found.append(follow(controller, DecayRule(controller, decay, optimizer, add_up), 1))
             if add_up is not collect:
                 own = [(p.start, p.length, float(p.decay)) for p in decay.pieces(tensor)]
-                values = [float(state.decay) for state, _ in controller.weights]
+                values = [float(state.decay.value) for state, _ in controller.weights]
                 if begin == 0:
                     assert own == [(0, 37, values[0])]
                 else:
@@ -132,7 +133,7 @@ def test_the_update_uses_it():
     rule = DecayRule(controller, decay, optimizer, lambda sums: sums)
     optimizer.decay = controller.decay_factor()
     for (state, weight), own in zip(controller.weights, (0.5, 2.0), strict=True):
-        state.decay.fill_(own)
+        state.decay.value.fill_(own)
         weight.grad = torch.randn(8, 8)
     before = [w.detach().clone() for w in weights]
     optimizer.step()

@@ -139,6 +139,7 @@ def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
         masked_decay_ramp_iters=3,
         mvue="approximate",
         mvue_groups="strided",
+        masked_decay_update_interval=20,
         mask_metric="wanda",
         simulate_fp8=True,
         s_ste_scale="frozen",

@@ -148,7 +148,7 @@ class Engine:
     def _over_holders(self, sums: torch.Tensor) -> torch.Tensor:
         """Sums over the pieces of the same weights: of shards, and of ZeRO's parts of them."""
         if self.config.parallel.zero_stage:
-            self.grid.sum_over_dp(sums)
+            self.grid.sum_over_dp_cp(sums)
         return self.grid.sum_over_tp(sums)
 
     def calibrate(self, batches: Iterator[Batch], iterations: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megasparse.config import RunConfig, load_config, resolve, to_dict
+from megasparse.config import RunConfig, load_config, resolve, smallest_world, to_dict
 from megasparse.errors import ConfigError
 from megasparse.sparsity.recipe import recipe_of
 
@@ -21,9 +21,7 @@ def load(*paths: Path, flags: tuple[str, ...] = ()) -> RunConfig:
     """Resolved for as many ranks as the layout needs."""
     argv = [word for path in paths for word in ("--config", str(path))]
     config = load_config([*argv, *flags])
-    sizes = config.parallel
-    ranks = sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size
-    return resolve(config, ranks)
+    return resolve(config, smallest_world(config))
 
 
 def settings(config: RunConfig) -> dict[str, object]:

@@ -28,11 +28,14 @@ from megasparse.atomic_files import write_text
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
 from megasparse.cli import guarded, markdown_table
+from megasparse.config import load_config, resolve
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError, MegasparseError
 from megasparse.metrics.schema import read_metrics
+from megasparse.train.main import pretrain
 from tools import preprocess_data, train_tokenizer
-from tools.experiments.run_queue import ROOT, split_flags, start_process
+from tools.bench.parts.short_runs import stand_alone
+from tools.experiments.run_queue import ROOT, split_flags
 from tools.experiments.source_texts import Sources, make_texts
 
 FST = ["--sparsity-recipe", "fst", "--dense-tail-fraction", "0"]
@@ -84,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, flags: list[str], command: str) -> str:
     """Everything; the table."""
     args.output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    stand_alone()
     valid = BATCH * 2  # of each package: whole batches
     sources = make_texts(args.output, args.classes, args.pieces, valid, 400_000, args.seed)
     work = Work(args.output, sources, [*flags, "--seed", str(args.seed)], command)
@@ -121,12 +126,11 @@ def _tokens(work: Work) -> None:
 
 
 def _train(folder: Path, flags: list[str]) -> None:
-    """A run, unless it is finished."""
+    """A run in this process, unless it is finished."""
     arguments = [*flags, "--run-dir", str(folder), "--resume"]
-    log = folder.with_name(f"{folder.name}.log")
-    print(f"{folder}: log in {log}", flush=True)
-    if code := start_process(arguments, {}, log).wait():
-        raise MegasparseError(f"{folder}: ended with exit code {code}; see {log}")
+    print(f"{folder}: {shlex.join(arguments)}", flush=True)
+    if code := pretrain(resolve(load_config(arguments), 1)):
+        raise MegasparseError(f"{folder}: ended with exit code {code}")
 
 
 def table(work: Work) -> str:

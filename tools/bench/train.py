@@ -6,7 +6,8 @@
         -- --tensor-model-parallel-size 2 --sequence-parallel
 
 Shapes have 4 micro-batches a step: a LLaMA of about 1.2B parameters with 8 x 2048 tokens, 8 layers
-of Llama-3-8B with 1 x 4096, and GPT-2 124M with 16 x 1024. Flags after `--` are those of
+of Llama-3-8B with 1 x 4096, 16 layers of Qwen3-8B with 1 x 4096 and of Mistral-7B with 1 x 8192 (as
+many as fit on one GPU), and GPT-2 124M with 16 x 1024. Flags after `--` are those of
 launch/pretrain.py and come last. Data are generated. All linears of the layers are 2:4. Every
 variant trains in the same process, one after the other, with CUDA graphs unless its name ends in
 ", eager"; "te" are megatron-core's own layers of Transformer Engine, captured by the same wrapper,
@@ -60,6 +61,18 @@ SHAPES = {
         *LLAMA, "--num-layers", "8", "--hidden-size", "4096", "--ffn-hidden-size", "14336",
         "--num-attention-heads", "32", "--group-query-attention", "--num-query-groups", "8",
         "--seq-length", "4096", "--micro-batch-size", "1", "--global-batch-size", "4",
+    ],
+    "qwen3-8b": [
+        *LLAMA, "--num-layers", "16", "--hidden-size", "4096", "--ffn-hidden-size", "12288",
+        "--num-attention-heads", "32", "--group-query-attention", "--num-query-groups", "8",
+        "--kv-channels", "128", "--qk-layernorm", "--rotary-base", "1000000", "--vocab-size",
+        "151936", "--seq-length", "4096", "--micro-batch-size", "1", "--global-batch-size", "4",
+    ],
+    "mistral-7b": [
+        *LLAMA, "--num-layers", "16", "--hidden-size", "4096", "--ffn-hidden-size", "14336",
+        "--num-attention-heads", "32", "--group-query-attention", "--num-query-groups", "8",
+        "--window-size", "4095,0", "--seq-length", "8192", "--micro-batch-size", "1",
+        "--global-batch-size", "4",
     ],
     "gpt2-124m": [
         "--num-layers", "12", "--hidden-size", "768", "--num-attention-heads", "12",

@@ -176,7 +176,9 @@ def build_baseline(
     )
     gpt = GPTModel(
         config=layers,
-        transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(),
+        transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=model.qk_layernorm
+        ),
         vocab_size=vocabulary,
         max_sequence_length=model.max_position_embeddings,
         parallel_output=True,

@@ -7,6 +7,7 @@ looks at it when it likes (no synchronization here), otherwise it is read right 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -44,6 +45,12 @@ def require(
             f"{tensor.device}, expected {dtype} {'of one element' if shape is None else shape} "
             f"on {device}"
         )
+
+
+def require_power_of_two(op: str, name: str, value: float) -> None:
+    """KernelError unless `value` is one, greater than 0."""
+    if value <= 0 or math.frexp(value)[0] != 0.5:
+        raise KernelError(f"{op}: {name} is {value}, expected a power of two")
 
 
 def require_if(needed: bool, op: str, name: str, tensor: torch.Tensor | None, when: str) -> None:

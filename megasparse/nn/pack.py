@@ -3,11 +3,14 @@
 A weight that is read costs less where half of it is packed away: decoding reads weights and little
 else, and long prompts are bound by the GEMMs. Which path is faster depends on the shape, so each is
 measured on the GPU at hand at its first use, against the dense GEMM in the model's own precision
-and with all that surrounds the product; the dense weight stays for the shapes where it wins.
+and with all that surrounds the product; the dense weight stays for the shapes where it wins. A
+packed product keeps the host longer, and `generate` waits for the host when tokens are few: it has
+to save more time of the device than it takes of the host.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -21,12 +24,13 @@ from megasparse.kernels import is_24, pack24, scales_of_amax, spmm24
 from megasparse.kernels.float8 import quantize
 from megasparse.kernels.packed24 import COLUMN_MULTIPLE, E4M3, ROW_MULTIPLE, Packed24
 from megasparse.kernels.spmm24.agreement import packing_disagreement
-from megasparse.sparsity.gemms.choice import Choice, GemmChooser, milliseconds, shared_chooser
+from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
 from megasparse.sparsity.gemms.fp8_products import scaled_mm, undone
 from megasparse.sparsity.recipe import SparsityRecipe
 
 DTYPES = (torch.bfloat16, torch.float16)
 _REPEATS = 9
+_HEAD_START = 20_000_000  # cycles, about 10 ms
 # Numbers of tokens up to this are measured one by one, larger ones by powers of two.
 _EACH = 16
 
@@ -163,9 +167,25 @@ class Choices:
         if choice.sparse_ms == float("inf"):
             return None
         best = choice.algorithm
-        packed = milliseconds(lambda: operands.whole(x_TK, bias, best), _REPEATS)
-        dense = milliseconds(lambda: dense_linear(x_TK, w_NK, bias), _REPEATS)
+        packed = milliseconds(lambda: operands.whole(x_TK, bias, best))
+        dense = milliseconds(lambda: dense_linear(x_TK, w_NK, bias))
         return best if packed < dense else None
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Time of a call: the device's and, in addition, the host's."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_HEAD_START)  # the device waits, so that its time holds none of the host's
+    begin.record()
+    start = time.perf_counter()
+    for _ in range(_REPEATS):
+        run()
+    host = time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    return (begin.elapsed_time(end) + 1000 * host) / _REPEATS
 
 
 class PackedLinear(torch.nn.Linear):
@@ -176,6 +196,7 @@ class PackedLinear(torch.nn.Linear):
         """Turn a linear into one, in place."""
         module.__class__ = PackedLinear
         module.__dict__["_operands"], module.__dict__["_choices"] = operands, choices
+        module.__dict__["_chosen"] = {}  # by the number of tokens
 
     @torch.compiler.disable(reason="megasparse chooses among GEMMs by the number of tokens")
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -185,8 +206,11 @@ class PackedLinear(torch.nn.Linear):
         x_TK = x.reshape(-1, x.shape[-1])
         if x_TK.shape[0] == 0:
             return dense_linear(x, self.weight, self.bias)
-        operands, bias = self.__dict__["_operands"], self.bias
-        chosen = self.__dict__["_choices"].algorithm(operands, x_TK, self.weight, bias)
+        operands, bias, known = self.__dict__["_operands"], self.bias, self.__dict__["_chosen"]
+        if x_TK.shape[0] not in known:
+            choices = self.__dict__["_choices"]
+            known[x_TK.shape[0]] = choices.algorithm(operands, x_TK, self.weight, bias)
+        chosen = known[x_TK.shape[0]]
         if chosen is None:
             return dense_linear(x, self.weight, bias)
         return operands.whole(x_TK, bias, chosen).view(*x.shape[:-1], -1)
@@ -237,7 +261,8 @@ def unpack_(model: torch.nn.Module) -> int:
     """Make plain linears of all packed ones; their number."""
     found = [module for module in model.modules() if type(module) is PackedLinear]
     for module in found:
-        del module.__dict__["_operands"], module.__dict__["_choices"]
+        for name in ("_operands", "_choices", "_chosen"):
+            del module.__dict__[name]
         module.__class__ = torch.nn.Linear  # type: ignore[assignment]
     return len(found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from megasparse.sparsity import schedule
 from megasparse.sparsity.autograd.linear import Seed
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.dense_weight import DenseFp8Weight
+from megasparse.sparsity.gradient_sum import GradientSum, StepSums
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.seeds import DeviceSeeds
@@ -71,6 +72,26 @@ class SparsityController:
             state.restore(saved)
         for one, _ in self.dense:
             one.restore()
+
+    def add_up_in(
+        self, places: Mapping[torch.nn.Parameter, torch.Tensor], step: StepSums
+    ) -> set[torch.nn.Parameter]:
+        """Have the layers add up the gradients of their weights by themselves; of which weights.
+
+        Args:
+            places: of parameters' gradients.
+            step: says when.
+        """
+        taken = set()
+        for state, weight in self.weights:
+            if weight in places:
+                state.add_up_in(GradientSum(places[weight], step))
+                taken.add(weight)
+        for one, weight in self.dense:
+            if weight in places:
+                one.add_up_in(GradientSum(places[weight], step))
+                taken.add(weight)
+        return taken
 
     def register(self, state: SparseWeight, weight: torch.nn.Parameter, layer: int) -> int:
         """Add a layer's weight; its place among them.

@@ -10,6 +10,7 @@ import torch
 
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
 from megasparse.sparsity.gemms.protocol import LinearGemms
+from megasparse.sparsity.gradient_sum import GradientSum
 from megasparse.sparsity.probe import Probe
 
 
@@ -44,6 +45,10 @@ class DenseFp8Weight:
             self.begin_step(step)
             self.refill(weight)
         return self._gemms
+
+    def add_up_in(self, total: GradientSum | None) -> None:
+        """Where gradients of the weight are added up from here on; None: they are autograd's."""
+        self._gemms.total = total
 
     @property
     def ready_for(self) -> int:

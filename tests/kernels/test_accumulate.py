@@ -47,3 +47,25 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
         accumulate_(x, x.view(-1))
     with pytest.raises(KernelError, match="contiguous total"):
         accumulate_(x.t()[:2].t(), x[:, :2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_factors_and_beginnings(backend: str, device: torch.device) -> None:
+    for dtype in WIDE:
+        total = weights("normal", (37, 129), dtype, 1).to(device)
+        value = weights("normal", (37, 129), torch.bfloat16, 2).to(device)
+        a, b = torch.tensor(2.0**-7, device=device), torch.tensor(2.0**5, device=device)
+        expected = (total.double() + value.double() * 2.0**-4).to(dtype)
+        accumulate_(total, value, factors=(a, b, 4.0), backend=backend)
+        torch.testing.assert_close(total, expected, rtol=2e-7, atol=1e-7)
+        for begins in (0, 1):
+            before = torch.full_like(total, float("nan")) if begins else total.clone()
+            flag = torch.tensor([begins], device=device)
+            result = accumulate_(before, value, factors=(a, b, 4.0), begins=flag, backend=backend)
+            expected = value.double() * 2.0**-4 + (0 if begins else total.double())
+            torch.testing.assert_close(result, expected.to(dtype), rtol=2e-7, atol=1e-7)
+    one = torch.ones((), device=device)
+    with pytest.raises(KernelError, match="applied is 3.0, expected a power of two"):
+        accumulate_(total, value, factors=(one, one, 3.0))
+    with pytest.raises(KernelError, match="begins is a torch.float32 tensor"):
+        accumulate_(total, value, begins=one)

@@ -80,7 +80,7 @@ def test_a_shape_is_dense_where_that_is_faster(monkeypatch):
             torch.testing.assert_close(sparse(0), dense(), atol=0.1, rtol=0.1)
             return Choice(3 if "T 1," in key else 0, 0.5, 1.0)
 
-    def milliseconds(run, repeats):
+    def milliseconds(run):
         run()
         return times[run.__code__.co_names == ("dense_linear",)]
 

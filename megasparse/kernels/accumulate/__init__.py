@@ -7,12 +7,20 @@ import torch
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
 from megasparse.kernels.accumulate import reference, triton
-from megasparse.kernels.checks import WIDE_DTYPES
+from megasparse.kernels.checks import WIDE_DTYPES, require, require_power_of_two
+
+# Two factors on the device, float32 with one entry, and one that the value has been given already.
+Factors = tuple[torch.Tensor, torch.Tensor, float]
 
 
 @torch.no_grad()
 def accumulate_(
-    total: torch.Tensor, value: torch.Tensor, *, backend: str | None = None
+    total: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    factors: Factors | None = None,
+    begins: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """`total += value` in place, rounded once; returns `total`.
 
@@ -21,6 +29,10 @@ def accumulate_(
     Args:
         total: float32, bfloat16 or float16, contiguous, any shape.
         value: of that shape, float32, bfloat16 or float16.
+        factors: `(a, b, applied)`: the value is multiplied by `a * b / applied` before it is added,
+            in float32; applied is a power of two. None: by 1.
+        begins: int64 with one entry, not 0 where a new sum begins: total is written, not read.
+            None: it does not.
         backend: None, "reference" or "triton".
 
     Raises: KernelError for other dtypes, shapes, devices or layouts, or a backend that cannot run.
@@ -35,13 +47,26 @@ def accumulate_(
             f"accumulate_: value of shape {tuple(value.shape)} on {value.device}, expected "
             f"{tuple(total.shape)} on {total.device}, and a contiguous total"
         )
+    if factors is not None:
+        require("accumulate_", "a", factors[0], torch.float32, (), total.device)
+        require("accumulate_", "b", factors[1], torch.float32, (), total.device)
+        require_power_of_two("accumulate_", "applied", factors[2])
+        factors = (*factors[:2], 1.0 / factors[2])
+    if begins is not None:
+        require("accumulate_", "begins", begins, torch.int64, (1,), total.device)
     add = dispatch.implementation(
         "accumulate_", total, backend, reference=_by_definition, triton=triton.accumulate_
     )
     with torch.cuda.device_of(total):
-        add(total, value)
+        add(total, value, factors, begins)
     return total
 
 
-def _by_definition(total: torch.Tensor, value: torch.Tensor) -> None:
-    total.copy_(reference.accumulated(total, value))
+def _by_definition(
+    total: torch.Tensor,
+    value: torch.Tensor,
+    factors: Factors | None,
+    begins: torch.Tensor | None,
+) -> None:
+    factor = None if factors is None else factors[0] * factors[2] * factors[1]
+    total.copy_(reference.accumulated(total, value, factor, begins))

@@ -5,14 +5,13 @@ Neither waits for the device, so that a step that scales each tensor by its own 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.checks import WIDE_DTYPES, require
+from megasparse.kernels.checks import WIDE_DTYPES, require, require_power_of_two
 from megasparse.kernels.current_scaling import reference, triton
 from megasparse.kernels.packed24 import E4M3_MAX
 
@@ -118,8 +117,7 @@ def rescale_(
         )
     for name, factor in (("a", a), ("b", b)):
         require("rescale_", name, factor, torch.float32, (), z.device)
-    if applied <= 0 or math.frexp(applied)[0] != 0.5:
-        raise KernelError(f"rescale_: applied is {applied}, expected a power of two")
+    require_power_of_two("rescale_", "applied", applied)
     rescale = dispatch.implementation(
         "rescale_", z, backend, reference=_by_definition, triton=triton.rescale_
     )

@@ -33,7 +33,7 @@ from megasparse.sparsity.autograd.linear import (
     whole_shape,
 )
 from megasparse.sparsity.autograd.norm import Float8Input
-from megasparse.sparsity.gemms.protocol import LinearGemms
+from megasparse.sparsity.gemms.protocol import LinearGemms, weight_gradient
 
 
 class _GatedFeedForward(torch.autograd.Function):
@@ -74,7 +74,7 @@ class _GatedFeedForward(torch.autograd.Function):
         if wanted[0] or wanted[1]:
             dy_TF = second.grad_input(operands)
         if wanted[2]:
-            dw2 = second.grad_weight(operands, saved2)
+            dw2 = weight_gradient(second, operands, saved2)
         if dy_TF is not None:
             operands = first.prepare_gated_grad_output(dy_TF, fused_TF, asked(ctx.seeds[0]))
             del dy_TF
@@ -86,7 +86,7 @@ class _GatedFeedForward(torch.autograd.Function):
                     x, arrived = gathered
                     arrived()
                     saved1 = saved_again(first, x.reshape(-1, x.shape[-1]))
-                dw1 = first.grad_weight(operands, saved1)
+                dw1 = weight_gradient(first, operands, saved1)
         if wait is not None:
             wait()
         return dx, dw1, dw2, None, None, None, None, None, None

@@ -22,7 +22,7 @@ import torch
 from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.autograd.norm import Float8Input
-from megasparse.sparsity.gemms.protocol import LinearGemms, SavedInput
+from megasparse.sparsity.gemms.protocol import LinearGemms, SavedInput, weight_gradient
 from megasparse.sparsity.slorb import LowRankBranch
 
 # Of a layer's draws; a function is asked in the backward pass, once.
@@ -131,7 +131,7 @@ class _Linear(torch.autograd.Function):
                 arrived()
             if x_TK is not None and not saved:
                 saved = list(saved_again(ctx.gemms, x_TK))
-            dw = ctx.gemms.grad_weight(operands, tuple(saved))
+            dw = weight_gradient(ctx.gemms, operands, tuple(saved))
             if dh_TR is not None:
                 ds = dz_TN.t() @ h_TR
                 dp = None if p_RK is None else ctx.branch.grad_projection(dh_TR, x_TK)

@@ -25,11 +25,13 @@ from megasparse.kernels import (
     swiglu_fused_backward,
     transpose_float8,
 )
+from megasparse.kernels.accumulate import Factors
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.fp8_products import scaled_mm
 from megasparse.sparsity.gemms.protocol import SavedInput, kept_in_place, sum_over_tokens
+from megasparse.sparsity.gradient_sum import GradientSum
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
 
@@ -90,6 +92,7 @@ class DenseFp8Gemms:
         probe: is told what is quantized.
     """
 
+    total: GradientSum | None = None
     _weight: Scale
     _w_NK: torch.Tensor | None = None
     _w_KN: torch.Tensor | None = None
@@ -226,6 +229,11 @@ class DenseFp8Gemms:
         assert isinstance(operands.along_tokens, torch.Tensor)
         x = self._quantizers.x.scale_of_saved(saved[1:])
         return scaled_mm(operands.along_tokens, saved[0], operands.along_scale, x)
+
+    def grad_weight_to_scale(
+        self, operands: Fp8GradOutput, saved: SavedInput
+    ) -> tuple[torch.Tensor, Factors | None]:
+        return self.grad_weight(operands, saved), None
 
     def _tell(self, operand: str, values: torch.Tensor, stored: torch.Tensor) -> None:
         self._probe.fp8(operand, values, stored.float(), stored.dtype)

@@ -14,6 +14,7 @@ import torch
 
 from megasparse.fp8.scale import Scale
 from megasparse.kernels import rescale_
+from megasparse.kernels.accumulate import Factors
 
 
 def scaled_mm(
@@ -45,6 +46,15 @@ def scaled_mm(
         use_fast_accum=True,
         **({} if out is None else {"out": out}),
     )
+
+
+def with_factors(
+    product: Callable[[float], torch.Tensor], a: Scale, b: Scale
+) -> tuple[torch.Tensor, Factors | None]:
+    """A 2:4 product of two operands, and the factors that undo what is left of their scaling."""
+    alpha = a.assumed * b.assumed
+    factors = None if a.exact and b.exact else (a.scale_inv, b.scale_inv, alpha)
+    return product(alpha), factors
 
 
 def undone(

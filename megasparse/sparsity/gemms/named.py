@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 
+from megasparse.kernels.accumulate import Factors
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.protocol import LinearGemms, SavedInput
 from megasparse.timer import named
@@ -60,6 +61,12 @@ class NamedGemms:
     def grad_weight(self, operands: Any, saved: SavedInput) -> torch.Tensor:
         with named(f"{self._layer} grad_weight"):
             return self._gemms.grad_weight(operands, saved)
+
+    def grad_weight_to_scale(
+        self, operands: Any, saved: SavedInput
+    ) -> tuple[torch.Tensor, Factors | None]:
+        with named(f"{self._layer} grad_weight"):
+            return self._gemms.grad_weight_to_scale(operands, saved)
 
 
 def under_name(gemms: LinearGemms, layer: str | None) -> LinearGemms:

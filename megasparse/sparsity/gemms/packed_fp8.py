@@ -15,6 +15,7 @@ orientations, dZ the copy for grad_input and the packed draw for grad_weight. Re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from megasparse.kernels import (
     swiglu_grad_pack24,
     weight_pack24,
 )
+from megasparse.kernels.accumulate import Factors
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
@@ -37,7 +39,7 @@ from megasparse.sparsity.gemms.dense_fp8 import (
     OperandQuantizers,
     whole_tiles,
 )
-from megasparse.sparsity.gemms.fp8_products import scaled_mm, undone
+from megasparse.sparsity.gemms.fp8_products import scaled_mm, undone, with_factors
 from megasparse.sparsity.gemms.protocol import SavedInput
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
@@ -178,19 +180,29 @@ class PackedFp8Gemms(DenseFp8Gemms):
         return product[: operands.tokens]
 
     def grad_weight(self, operands: Fp8GradOutput, saved: SavedInput) -> torch.Tensor:
-        packed, x_KT = operands.along_tokens, saved[0]
-        if not isinstance(packed, Packed24):
+        if not isinstance(operands.along_tokens, Packed24):
             return super().grad_weight(operands, saved)
-        draw, x = operands.along_scale, self._quantizers.x.scale_of_saved(saved[1:])
+        product, draw, x, choice = self._along_tokens(operands.along_tokens, operands, saved)
+        return undone(lambda alpha, _: product(choice.algorithm, alpha), draw, x)
 
-        def product(algorithm: int) -> torch.Tensor:
-            return undone(
-                lambda alpha, _: matmul24(
-                    packed, x_KT, transposed=True, algorithm=algorithm, alpha=alpha
-                ),
-                draw,
-                x,
-            )
+    def grad_weight_to_scale(
+        self, operands: Fp8GradOutput, saved: SavedInput
+    ) -> tuple[torch.Tensor, Factors | None]:
+        if not isinstance(operands.along_tokens, Packed24):
+            return super().grad_weight_to_scale(operands, saved)
+        product, draw, x, choice = self._along_tokens(operands.along_tokens, operands, saved)
+        return with_factors(lambda alpha: product(choice.algorithm, alpha), draw, x)
+
+    def _along_tokens(
+        self, packed: Packed24, operands: Fp8GradOutput, saved: SavedInput
+    ) -> tuple[Callable[[int, float], torch.Tensor], Scale, Scale, Choice]:
+        """The product of grad_weight by an algorithm and a factor, the scales of its operands, and
+        the algorithm that was chosen."""
+        x_KT, draw = saved[0], operands.along_scale
+        x = self._quantizers.x.scale_of_saved(saved[1:])
+
+        def product(algorithm: int, alpha: float) -> torch.Tensor:
+            return matmul24(packed, x_KT, transposed=True, algorithm=algorithm, alpha=alpha)
 
         # Dense or not, MVUE's draws are part of the result: only the algorithm is chosen.
         (n, t), k = packed.shape, x_KT.shape[0]
@@ -199,11 +211,11 @@ class PackedFp8Gemms(DenseFp8Gemms):
             t,
             lambda: f"e4m3 grad_weight N {n}, K {k}, T {t}",
             2 * n * t * k,
-            product,
+            lambda algorithm: undone(lambda alpha, _: product(algorithm, alpha), draw, x),
             lambda: scaled_mm(packed.stored(), x_KT, draw, x),
         )
         self.ran_sparse.add("grad_weight")
-        return product(choice.algorithm)
+        return product, draw, x, choice
 
     def _sparse(
         self,

@@ -24,7 +24,9 @@ import torch
 
 from megasparse.fp8.scale import Scale
 from megasparse.kernels import swiglu_fused, swiglu_fused_backward
+from megasparse.kernels.accumulate import Factors
 from megasparse.kernels.random import SeedLike
+from megasparse.sparsity.gradient_sum import GradientSum
 from megasparse.sparsity.projection import Projected
 
 # What an x becomes for grad_weight: tensors that autograd saves.
@@ -39,10 +41,12 @@ class LinearGemms(Protocol):
             products.
         strided: a transposed copy of x, for grad_weight, has its tokens in the order of strided
             groups (`kernels/token_order.py`).
+        total: where gradients of the weight are added up; None: they are autograd's.
     """
 
     ran_sparse: set[str]
     strided: bool
+    total: GradientSum | None
 
     def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
         """Make the operands of the weight for an optimizer step.
@@ -134,6 +138,12 @@ class LinearGemms(Protocol):
         """`dZ^T X` or `MVUE(dZ^T) X`, `(N, K)`: straight through to the dense master weight."""
         ...
 
+    def grad_weight_to_scale(
+        self, operands: Any, saved: SavedInput
+    ) -> tuple[torch.Tensor, Factors | None]:
+        """`grad_weight`, and the factors of `accumulate_` that it still lacks."""
+        ...
+
 
 class GradOutput(NamedTuple):
     """dZ as it came, with the seed of what is drawn from it."""
@@ -152,6 +162,16 @@ class PlainOperands(ABC):
     """For GEMMs that take x and dz as they are, in full."""
 
     strided = False  # they have no transposed copy
+    total: GradientSum | None = None
+
+    @abstractmethod
+    def grad_weight(self, operands: Any, saved: SavedInput) -> torch.Tensor:
+        """`dZ^T X`, `(N, K)`."""
+
+    def grad_weight_to_scale(
+        self, operands: Any, saved: SavedInput
+    ) -> tuple[torch.Tensor, Factors | None]:
+        return self.grad_weight(operands, saved), None
 
     def input_scale(self) -> Scale | None:
         return None
@@ -202,6 +222,15 @@ class PlainOperands(ABC):
 def with_bias(z_TN: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The sum, where no GEMM has added the bias."""
     return z_TN if bias is None else z_TN + bias
+
+
+def weight_gradient(gemms: LinearGemms, operands: Any, saved: SavedInput) -> torch.Tensor | None:
+    """`grad_weight`; None where it has been added to the step's sum."""
+    total = gemms.total
+    if total is None or not total.step.open:
+        return gemms.grad_weight(operands, saved)
+    total.add(*gemms.grad_weight_to_scale(operands, saved))
+    return None
 
 
 def kept_in_place(buffer: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:

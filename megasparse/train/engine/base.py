@@ -134,7 +134,8 @@ class Engine:
             group["lr"] = lr_of_ends if group["name"] == "ends" else lr
         guard = self.layout.guard
         guard.begin()
-        loss = self.layout.compute_and_update(batches)
+        with self.layout.adding_up():
+            loss = self.layout.compute_and_update(batches)
         norm = self._grad_norm()
         guard.end(lr, norm, self.layout.compute_again)
         self._finish_inputs()

@@ -7,7 +7,7 @@ stay where they are over the run: captured layers add to them, and reductions ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -36,6 +36,7 @@ class GradientBuffers:
     ) -> None:
         self.dtype = dtype
         self.flat: list[torch.Tensor] = []
+        self._zeroed = self.flat  # before a step
         self.views: dict[torch.nn.Parameter, torch.Tensor] = {}
         for starts, size in zip(groups, sizes, strict=True):
             device = next(iter(starts)).device
@@ -45,9 +46,24 @@ class GradientBuffers:
                 self.views[parameter] = flat[start : start + parameter.numel()].view_as(parameter)
                 parameter.grad_dtype = dtype
 
+    def leave(self, parameters: Collection[torch.nn.Parameter]) -> None:
+        """Of these the first gradient of a step is written over what is there; zero the others."""
+        views = [self.views[parameter] for parameter in parameters]
+        taken = sorted((view.data_ptr(), view.numel()) for view in views)
+        self._zeroed = []
+        for flat in self.flat:
+            base, size, at = flat.data_ptr(), flat.element_size(), 0
+            inside = [(begin, n) for begin, n in taken if 0 <= begin - base < flat.numel() * size]
+            for begin, length in [*inside, (base + flat.numel() * size, 0)]:
+                start = (begin - base) // size
+                if at < start:
+                    self._zeroed.append(flat[at:start])
+                at = start + length
+
     def begin_step(self) -> None:
         """Before the first backward pass of an optimizer step: zeros."""
-        torch._foreach_zero_(self.flat)
+        if self._zeroed:
+            torch._foreach_zero_(self._zeroed)
         for parameter, view in self.views.items():
             parameter.grad = view
 

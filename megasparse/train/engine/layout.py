@@ -20,6 +20,7 @@ from megasparse.megatron.graphs import layer_graphs
 from megasparse.megatron.graphs.layer_graphs import LayerGraphs
 from megasparse.megatron.grid import Grid
 from megasparse.sparsity.controller import SparsityController
+from megasparse.sparsity.gradient_sum import StepSums
 from megasparse.train.distillation import Distillation
 from megasparse.train.engine.gradients import GradientBuffers, one_after_the_other
 from megasparse.train.engine.step_guard import Batch, MicroBatch, Poison, StepGuard
@@ -42,6 +43,7 @@ class Layout(ABC):
         guard: checks each step for values that are not finite.
         graphs: of the layers; None: they run eagerly.
         gradients: in which they are added up; None: DeepSpeed's own (ZeRO 2 and 3).
+        sums: whether layers add to them by themselves now.
         accumulation_steps: micro-batches of a rank in the optimizer step under way.
     """
 
@@ -61,6 +63,8 @@ class Layout(ABC):
         self.guard = StepGuard(grid, model, controller, poison)
         self.graphs: LayerGraphs | None = None
         self.gradients: GradientBuffers | None = None
+        self.sums = StepSums()
+        self._added: set[torch.nn.Parameter] = set()  # by the layers themselves
         self._events = events
         self._engine: Any = None
 
@@ -135,15 +139,19 @@ class Layout(ABC):
             layers: with whether each is recomputed.
             slots: micro-batches of a pipeline that are under way at a time; None: no pipeline.
         """
-        poison = self.guard.poison
         if self.config.train.cuda_graph_impl == "none":
             return
-        poisoned = poison is not None and bool(poison.poisoned_gradients())
-        reason = layer_graphs.refusal(self.grid.device, self.config, poisoned)
+        reason = layer_graphs.refusal(self.grid.device, self.config, self._poisoned)
         if reason is None:
             self.graphs = self._graphs(layers, slots or 1)
         elif self.grid.device.type == "cuda":
             log_once("CUDA graphs are not used: %s", reason)
+
+    @property
+    def _poisoned(self) -> bool:
+        """Whether a test changes gradients in autograd's hands."""
+        poison = self.guard.poison
+        return poison is not None and bool(poison.poisoned_gradients())
 
     def _graphs(self, layers: Sequence[tuple[torch.nn.Module, bool]], slots: int) -> LayerGraphs:
         return LayerGraphs(layers, self.controller, self.grid, self._places(), slots)
@@ -167,10 +175,21 @@ class Layout(ABC):
         elif stage == 0:
             groups = [group["params"] for group in optimizer.param_groups]
             self.gradients = one_after_the_other(groups, torch.float32)
+        if self.gradients is not None and not self._poisoned:
+            self._added = self.controller.add_up_in(self.gradients.views, self.sums)
 
     def _begin_gradients(self) -> None:
         if self.gradients is not None:
             self.gradients.begin_step()
+
+    @contextlib.contextmanager
+    def adding_up(self) -> Iterator[None]:
+        """Within it layers add up the gradients of their weights by themselves."""
+        self.sums.open = True
+        try:
+            yield
+        finally:
+            self.sums.open = False
 
     def close(self) -> None:
         """At the end of a run: communicators cannot be left while graphs refer to them."""

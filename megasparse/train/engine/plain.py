@@ -94,6 +94,9 @@ class PlainLayout(Layout):
         )
         # After DeepSpeed has put the parameters where they stay.
         self._make_gradients()
+        if self.gradients is not None and self._added:
+            self.sums.begins = torch.ones(1, dtype=torch.int64, device=self.grid.device)
+            self.gradients.leave(self._added)
         let_replays_recompute(block)
         recomputed = recomputed_layers(self.config)
         self._make_graphs([(layer, n in recomputed) for n, layer in enumerate(block.layers)])
@@ -119,6 +122,8 @@ class PlainLayout(Layout):
         for number in range(self.accumulation_steps):
             self._passed("micro_batch", number)
             self._set_micro_batch(number)
+            if self.sums.begins is not None and number < 2:
+                self.sums.begins.fill_(number == 0)
             if self.graphs is not None:
                 self.graphs.begin_micro_batch(number)
             self._passed("data", number)

@@ -31,10 +31,10 @@ LAYOUTS = {
 }
 
 
-def _error(rank: int, world: int, flags: list[str]) -> float:
-    """Of the gradient that the optimizer gets, to the sum of the micro-batches' in float64."""
+def _engine(flags: list[str], world: int) -> tuple[Any, Any]:
+    """Of a run, with its data."""
     from megasparse.config import load_config, resolve
-    from megasparse.megatron.data.batches import batches, build_data
+    from megasparse.megatron.data.batches import build_data
     from megasparse.megatron.grid import make_grid
     from megasparse.sparsity.recipe import recipe_of
     from megasparse.train.build import build_engine
@@ -51,6 +51,43 @@ def _error(rank: int, world: int, flags: list[str]) -> float:
     )
     data = build_data(config, grid)
     engine = build_engine(config, grid, recipe_of(config), config.model.vocab_size)
+    return engine, data
+
+
+def _gradients(
+    rank: int, world: int, flags: list[str], by_layers: bool
+) -> tuple[list[torch.Tensor], int]:
+    """What the optimizer gets in two steps, and how many weights got none from autograd."""
+    from megasparse.megatron.data.batches import batches
+
+    engine, data = _engine(flags, world)
+    if not by_layers:
+        for state, _ in engine.controller.weights:
+            state.add_up_in(None)
+        engine.layout.gradients.leave(())
+    weights = [weight for _, weight in engine.controller.weights]
+    asked: set[int] = set()
+    for place, weight in enumerate(weights):
+        weight.register_hook(lambda g, place=place: None if g is None else asked.add(place))
+    found: list[torch.Tensor] = []
+
+    def before_step(optimizer: torch.optim.Optimizer) -> bool:
+        found.extend(fragment.of(fragment.tensor.grad).clone() for fragment in engine.fragments)
+        return False
+
+    engine.optimizer._before_step = before_step
+    stream = batches(data.streams["train"], engine.config, engine.layout.grid, 0)
+    for _ in range(2):
+        engine.train_step(stream)
+    return found, len(weights) - len(asked)
+
+
+def _error(rank: int, world: int, flags: list[str]) -> float:
+    """Of the gradient that the optimizer gets, to the sum of the micro-batches' in float64."""
+    from megasparse.megatron.data.batches import batches
+
+    engine, data = _engine(flags, world)
+    config, grid = engine.config, engine.layout.grid
     sums: dict[str, torch.Tensor] = {}
     marked = set()
     for name, parameter in engine.model.named_parameters():
@@ -115,3 +152,30 @@ def test_buffers_are_the_gradients() -> None:
         assert torch.equal(buffers.flat[0], torch.tensor([300.0] * 12 + [600.0] * 5))
         assert first.grad.data_ptr() == buffers.flat[0].data_ptr()
         first.grad = second.grad = None  # as DeepSpeed leaves them
+
+
+def test_what_layers_add_up_themselves_is_not_zeroed():
+    sizes = {"a": 3, "b": 4, "c": 2, "d": 5}
+    parameters = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
+    a, b, c, d = parameters.values()
+    for taken in ([], [a], [b, c], [a, d], [d], [a, b, c, d]):
+        buffers = one_after_the_other([[a, b, c], [d]], torch.float32)
+        buffers.leave(taken)
+        for flat in buffers.flat:
+            flat.fill_(7)
+        buffers.begin_step()
+        for parameter, view in buffers.views.items():
+            left = any(parameter is one for one in taken)
+            assert (view == (7 if left else 0)).all() and parameter.grad is view
+
+
+@pytest.mark.parametrize("recipe", [["fst"], ["s_ste", "--fp8-format", "e4m3"]], ids=["fst", "fp8"])
+def test_layers_add_up_what_autograd_would(dataset: str, recipe: list[str]) -> None:
+    """Bit for bit, over two steps; in the second the sums hold those of the first."""
+    flags = [*RUN, "--global-batch-size", "4", "--data-path", dataset, "--hidden-size", "128"]
+    flags += ["--ffn-hidden-size", "128", "--seq-length", "128", "--sparsity-recipe", *recipe]
+    ((by_layers, taken),) = dist.run(_gradients, 1, flags, True)
+    ((by_autograd, none),) = dist.run(_gradients, 1, flags, False)
+    assert taken > 0 and none == 0 and len(by_layers) == len(by_autograd) > 2 * taken
+    for ours, theirs in zip(by_layers, by_autograd, strict=True):
+        assert torch.equal(ours, theirs) and ours.any()

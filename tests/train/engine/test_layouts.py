@@ -9,6 +9,7 @@ import torch
 
 from megasparse.megatron.loss import masked_mean
 from megasparse.sparsity.clock import Clock
+from megasparse.sparsity.gradient_sum import StepSums
 from megasparse.timer import StepTimer
 from megasparse.train.distillation import Distillation
 from megasparse.train.engine.pipeline import PipelineLayout, _pairs
@@ -56,6 +57,7 @@ def _layout(kind, accumulation_steps, dp_size=1, dp_rank=0):
     layout.guard = StepGuard(layout.grid, torch.nn.Module(), layout.controller)
     layout.accumulation_steps = accumulation_steps
     layout.graphs = layout.gradients = layout.distillation = None
+    layout.sums = StepSums()
     layout._events = lambda *_: None
     layout._engine = _Engine()
     return layout

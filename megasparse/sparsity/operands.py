@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.log import warn_once
+from megasparse.log import log_once, warn_once
 from megasparse.sparsity.gemms import packed
 from megasparse.sparsity.gemms.dense import DenseGemms, ReferenceSparseGemms
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
+from megasparse.sparsity.gemms.library import LibrarySparseGemms
 from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
 from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
@@ -49,7 +50,14 @@ def choose(
         return PackedFp8Gemms(recipe, channels, quantizers, hybrid, probe, tokens=tokens)
     reason = packed.refusal(weight, recipe, channels)
     if reason is None:
-        return packed.PackedSparseGemms(recipe, channels, probe, tokens=tokens)
+        other = packed.layout_refusal(weight)
+        if recipe.operand_packing == "auto" and other is None:
+            return packed.PackedSparseGemms(recipe, channels, probe, tokens=tokens)
+        reason = LibrarySparseGemms.refusal(weight)
+        if reason is None:
+            why = "operand_packing is cusparselt" if other is None else other
+            log_once("cuSPARSELt packs the 2:4 operands itself: %s", why)
+            return LibrarySparseGemms(recipe, channels, probe, tokens=tokens)
     if weight.is_cuda:
         warn_once("2:4 layers are computed by dense GEMMs, without their speed: %s", reason)
     return _by_dense_gemms(recipe, channels, reduce_max, probe, tokens)

@@ -33,12 +33,13 @@ from megasparse.config.schema.model import (
     MaskMetric,
     Mvue,
     MvueGroups,
+    OperandPacking,
     RecipeName,
     ScaleUpdate,
     SparseGradInput,
 )
 from megasparse.errors import ConfigError
-from megasparse.sparsity.recipe_checks import groups_refusal, rho_refusal
+from megasparse.sparsity.recipe_checks import groups_refusal, packing_refusal, rho_refusal
 
 Projection = Literal["none", "row", "transposable", "soft_threshold"]
 Regulariser = Literal["none", "masked_decay", "decoupled_masked_decay"]
@@ -60,6 +61,8 @@ class SparsityRecipe:
             micro-batch apart (strided).
         sparse_grad_input: what a row-wise W~ is in grad_input: W~ itself (exact), by a dense GEMM,
             or the two largest of each four along N of it (double-pruned), by a 2:4 one.
+        operand_packing: who packs operands in 16 bits on a GPU: "cusparselt", the library itself;
+            "auto", our kernels where they write the GPU's layout, else the library.
         regulariser: where lambda (1-M) o W enters: nowhere, in the gradient between clipping and
             AdamW (FST, SR-STE), or decoupled from the first moment (AST).
         masked_decay: lambda, per step.
@@ -86,6 +89,7 @@ class SparsityRecipe:
     mvue: Mvue = "off"
     mvue_groups: MvueGroups = "neighbours"
     sparse_grad_input: SparseGradInput = "exact"
+    operand_packing: OperandPacking = "auto"
     regulariser: Regulariser = "none"
     masked_decay: float = 0.0
     masked_decay_before_clipping: bool = False
@@ -123,7 +127,7 @@ class SparsityRecipe:
                 f"masked_decay_before_clipping: the recipe {self.name} adds no decay to gradients, "
                 f"expected {_presets(lambda recipe: recipe.regulariser == 'masked_decay')}"
             )
-        reason = groups_refusal(self) or rho_refusal(self)
+        reason = groups_refusal(self) or rho_refusal(self) or packing_refusal(self)
         if reason is not None:
             raise ConfigError(f"recipe {self.name}: {reason}")
         if self.s_ste_scale != "frozen" and self.projection != "soft_threshold":

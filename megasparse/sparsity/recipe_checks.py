@@ -13,6 +13,8 @@ class Settings(Protocol):
     @property
     def mvue_groups(self) -> str: ...
     @property
+    def operand_packing(self) -> str: ...
+    @property
     def regulariser(self) -> str: ...
     @property
     def masked_decay_rho(self) -> float | None: ...
@@ -28,6 +30,13 @@ def groups_refusal(recipe: Settings) -> str | None:
         return f"mvue_groups {recipe.mvue_groups!r}, expected neighbours or strided"
     if recipe.mvue_groups == "strided" and recipe.mvue == "off":
         return "mvue_groups strided, but with mvue off nothing is drawn"
+    return None
+
+
+def packing_refusal(recipe: Settings) -> str | None:
+    """There are two who can pack operands."""
+    if recipe.operand_packing not in ("auto", "cusparselt"):
+        return f"operand_packing {recipe.operand_packing!r}, expected auto or cusparselt"
     return None
 
 

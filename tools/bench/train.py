@@ -12,7 +12,8 @@ launch/pretrain.py and come last. Data are generated. All linears of the layers 
 variant trains in the same process, one after the other, with CUDA graphs unless its name ends in
 ", eager"; "te" are megatron-core's own layers of Transformer Engine, captured by the same wrapper,
 "fused" with GEMMs that add to the weights' gradients. Sparse variants search their masks in every
-step, "40" every 40 steps, as the paper does; of these a step without a search is timed.
+step, "40" every 40 steps, as the paper does; of these a step without a search is timed. "library":
+BF16 with operands that cuSPARSELt packs itself, as on GPUs whose layout our kernels do not write.
 Times are medians of the host's clock around whole steps, each of which reads its loss. Kernel times
 are of a profile of two more steps.
 """
@@ -99,9 +100,11 @@ VARIANTS = {
     "dense packed": ["--sparsity-recipe", "dense", *APART],
     "dense masked": ["--sparsity-recipe", "dense", *APART, "--transformer-impl", "local"],
     "fst": FST,
+    "fst library": [*FST, "--operand-packing", "cusparselt"],
     "fst fp8": [*FST, *FP8],
     "fst fp8 40": [*FST, *FP8, "--mask-update-interval", "40"],
     "fst fp8 current": [*FST, *FP8, "--fp8-recipe", "tensorwise"],
+    "fst fp8 packed": [*FST, *FP8, *APART],
     "s_ste": S_STE,
     "s_ste fp8": [*S_STE, *FP8],
     "s_ste_3": S_STE_3,

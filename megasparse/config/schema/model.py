@@ -21,6 +21,7 @@ Mvue = Literal["off", "exact", "approximate"]
 MvueGroups = Literal["neighbours", "strided"]
 SparseGradInput = Literal["exact", "double-pruned"]
 MaskMetric = Literal["magnitude", "wanda"]
+OperandPacking = Literal["auto", "cusparselt"]
 ScaleUpdate = Literal["frozen", "every_step"]
 # What a recipe makes sparse unless the run says otherwise: the FFN.
 SPARSE_LAYERS = ("*.mlp.linear_fc1", "*.mlp.linear_fc2")
@@ -214,6 +215,12 @@ class SparsityConfig:
         "is dense (exact), or of it the two largest of each four outputs too, so that it is 2:4 "
         "(double-pruned); default exact",
         choices=get_args(SparseGradInput),
+    )
+    operand_packing: str | None = option(
+        None,
+        "who packs 2:4 operands in 16 bits: our kernels on GPUs whose layout they write, else "
+        "cuSPARSELt itself (auto, the default), or always cuSPARSELt",
+        choices=get_args(OperandPacking),
     )
     dense_warmup_fraction: float | None = option(
         None, "share of the steps that is dense at the start", at_least=0.0, below=1.0

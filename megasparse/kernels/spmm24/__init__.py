@@ -9,13 +9,14 @@ from megasparse.kernels import dispatch
 from megasparse.kernels.checks import require
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.spmm24 import cusparselt, reference
+from megasparse.kernels.spmm24.library_packing import LibraryPacked24
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, E4M3)
 
 
 @torch.no_grad()
 def spmm24(
-    packed: Packed24,
+    packed: Packed24 | LibraryPacked24,
     x: torch.Tensor,
     *,
     out_dtype: torch.dtype | None = None,
@@ -28,7 +29,7 @@ def spmm24(
     """x @ W^T + bias with W (N, K) packed 2:4, its scale included; accumulation in float32.
 
     Args:
-        packed: W as `pack24` made it.
+        packed: W as `pack24` made it, or `pack24_by_library`.
         x: (T, K), any T. float32, bfloat16, float16 or float8_e4m3fn; on cuSPARSELt the dtype of
             `packed`. Row-major without a copy. T is padded to a multiple of 8 (16-bit) or 16
             (8-bit) on cuSPARSELt.
@@ -71,7 +72,7 @@ def spmm24(
 
 @torch.no_grad()
 def matmul24(
-    packed: Packed24,
+    packed: Packed24 | LibraryPacked24,
     b: torch.Tensor,
     *,
     transposed: bool = False,
@@ -83,7 +84,7 @@ def matmul24(
     """W @ b with W (N, K) packed 2:4: the weight gradient's GEMM, dW = MVUE(dZ^T) X.
 
     Args:
-        packed: W as `pack24` made it.
+        packed: W as `pack24` made it, or `pack24_by_library`.
         b: (K, M), row-major, or (M, K) when `transposed`, as 8-bit operands on cuSPARSELt must be;
             there of the dtype of `packed`.
         transposed: b is given transposed.

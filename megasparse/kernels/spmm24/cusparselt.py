@@ -13,10 +13,11 @@ from torch.nn.functional import pad
 from megasparse.errors import KernelError
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.spmm24.binding import Problem, plan
+from megasparse.kernels.spmm24.library_packing import LibraryPacked24
 
 
 def spmm24(
-    packed: Packed24,
+    packed: Packed24 | LibraryPacked24,
     x: torch.Tensor,
     out_dtype: torch.dtype,
     algorithm: int,
@@ -61,7 +62,7 @@ def spmm24(
 
 
 def matmul24(
-    packed: Packed24,
+    packed: Packed24 | LibraryPacked24,
     b: torch.Tensor,
     transposed: bool,
     out_dtype: torch.dtype,
@@ -101,7 +102,7 @@ def matmul24(
     return out[:, :columns] if missing else out
 
 
-def _alpha(packed: Packed24, alpha: float | None) -> float:
+def _alpha(packed: Packed24 | LibraryPacked24, alpha: float | None) -> float:
     if alpha is not None:
         return alpha
     return 1.0 if packed.dtype.itemsize == 2 else float(packed.scale)

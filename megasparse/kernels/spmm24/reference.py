@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.spmm24.library_packing import LibraryPacked24
 
 
 def spmm24(
-    packed: Packed24,
+    packed: Packed24 | LibraryPacked24,
     x: torch.Tensor,
     out_dtype: torch.dtype,
     algorithm: int,
@@ -23,7 +24,7 @@ def spmm24(
 
 
 def matmul24(
-    packed: Packed24,
+    packed: Packed24 | LibraryPacked24,
     b: torch.Tensor,
     transposed: bool,
     out_dtype: torch.dtype,
@@ -35,6 +36,6 @@ def matmul24(
     return (_scaled(packed, alpha) @ b).to(out_dtype)
 
 
-def _scaled(packed: Packed24, alpha: float | None) -> torch.Tensor:
+def _scaled(packed: Packed24 | LibraryPacked24, alpha: float | None) -> torch.Tensor:
     dense = packed.dense().float()
     return dense if alpha is None else dense / packed.scale * alpha

@@ -45,6 +45,11 @@ def refusal(
     lengths = [*weight.shape, *(section.length for section in channels)]
     if any(length % ALIGNMENT for length in lengths):
         return f"the shard is {tuple(weight.shape)}, expected multiples of {ALIGNMENT}"
+    return None
+
+
+def layout_refusal(weight: torch.Tensor) -> str | None:
+    """Why our kernels do not write what this GPU's sparse tensor cores read, or None."""
     if torch.cuda.get_device_capability(weight.device)[0] != 9:
         return "the packed layout is Hopper's (compute capability 9)"
     return packing_disagreement(weight.device, weight.dtype)

@@ -41,6 +41,13 @@ PHASES = ["--dense-warmup-fraction", "0.2", "--dense-tail-fraction", "0.25"]
 RUNS = {
     "fst": ["--sparsity-recipe", "fst", *PHASES],
     "fst, fp8": ["--sparsity-recipe", "fst", *LLAMA, *FP8, *PHASES],
+    "fst, packed by the library": [
+        "--sparsity-recipe",
+        "fst",
+        *LLAMA,
+        "--operand-packing",
+        "cusparselt",
+    ],
     "s_ste": ["--sparsity-recipe", "s_ste", *LLAMA],
     "s_ste, fp8": ["--sparsity-recipe", "s_ste", *LLAMA, *FP8],
     "fst, fp8, current": ["--sparsity-recipe", "fst", *LLAMA, *FP8, "--fp8-recipe", "tensorwise"],

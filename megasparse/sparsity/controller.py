@@ -85,11 +85,11 @@ class SparsityController:
         taken = set()
         for state, weight in self.weights:
             if weight in places:
-                state.add_up_in(GradientSum(places[weight], step))
+                state.total = GradientSum(places[weight], step)
                 taken.add(weight)
         for one, weight in self.dense:
             if weight in places:
-                one.add_up_in(GradientSum(places[weight], step))
+                one.total = GradientSum(places[weight], step)
                 taken.add(weight)
         return taken
 

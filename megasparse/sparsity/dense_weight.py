@@ -25,11 +25,13 @@ class DenseFp8Weight:
     Attributes:
         moves: times that operands or scales may have got other addresses.
         probe: is told what is quantized.
+        total: where gradients of the weight are added up, from the next step on; None: by autograd.
     """
 
     def __init__(self, name: str, quantizers: OperandQuantizers, hybrid: bool = False) -> None:
         self.name, self.quantizers = name, quantizers
         self.moves = 0
+        self.total: GradientSum | None = None
         self.probe = Probe()
         self._gemms = DenseFp8Gemms(quantizers, hybrid, self.probe)
         self._ready = -1  # step that the operands are of
@@ -46,10 +48,6 @@ class DenseFp8Weight:
             self.refill(weight)
         return self._gemms
 
-    def add_up_in(self, total: GradientSum | None) -> None:
-        """Where gradients of the weight are added up from here on; None: they are autograd's."""
-        self._gemms.total = total
-
     @property
     def ready_for(self) -> int:
         """Step that the operands are of; -1: of none."""
@@ -58,6 +56,7 @@ class DenseFp8Weight:
     def begin_step(self, step: int) -> None:
         """Note that the operands are of `step`, which `refill` makes them of."""
         self._ready = step
+        self._gemms.total = self.total
 
     def refill(self, weight: torch.Tensor) -> None:
         """Make the operands of the step that has begun; the part that can be captured."""

@@ -74,7 +74,7 @@ class SparseWeight(torch.nn.Module):
         self.inputs = InputNorms() if recipe.mask_metric == "wanda" else None
         self.quantizers: OperandQuantizers | None = None  # where GEMMs are in FP8
         self.fp8_hybrid = False
-        self._total: GradientSum | None = None
+        self.total: GradientSum | None = None  # of gradients, from the next step on; None: autograd
         self._reduce = reduce
         self._reduce_max, self._tokens = reduce_max, tokens
         self._gemms: dict[bool, LinearGemms] = {}  # by phase: dense, sparse
@@ -135,7 +135,7 @@ class SparseWeight(torch.nn.Module):
                 self.probe,
                 self._tokens,
             )
-            self._gemms[sparse].total = self._total
+        self._gemms[sparse].total = self.total
         self._ready = (step, sparse)
 
     def refill(self, weight: torch.Tensor, sparse: bool) -> None:
@@ -143,12 +143,6 @@ class SparseWeight(torch.nn.Module):
         weight = weight.detach()
         self.probe.waits = False
         self._gemms[sparse].refill(weight, self.project(weight) if sparse else None)
-
-    def add_up_in(self, total: GradientSum | None) -> None:
-        """Where gradients of the weight are added up from here on; None: they are autograd's."""
-        self._total = total
-        for gemms in self._gemms.values():
-            gemms.total = total
 
     @property
     def ready_for(self) -> tuple[int, bool] | None:

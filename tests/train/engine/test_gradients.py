@@ -63,7 +63,7 @@ def _gradients(
     engine, data = _engine(flags, world)
     if not by_layers:
         for state, _ in engine.controller.weights:
-            state.add_up_in(None)
+            state.total = None
         engine.layout.gradients.leave(())
     weights = [weight for _, weight in engine.controller.weights]
     asked: set[int] = set()

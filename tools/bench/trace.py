@@ -33,8 +33,7 @@ RUN = [
     "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--vocab-size",
     "32000", "--bf16", "--fp8-format", "e4m3", "--sparsity-recipe", "fst", "--sparse-layers",
     "*.mlp.*", "*.self_attention.linear_*", "--micro-batch-size", "1", "--global-batch-size", "1",
-    "--mock-data", "--lr", "3e-4", "--train-iters", "12", "--eval-iters", "0", "--log-interval",
-    "100", "--profile",
+    "--mock-data", "--lr", "3e-4", "--train-iters", "12", "--eval-iters", "0", "--profile",
     "--profile-step-start", "9", "--profile-step-end", "10",
 ]  # fmt: skip
 LAYER = "decoder.layers.0.mlp"

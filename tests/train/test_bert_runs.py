@@ -141,3 +141,23 @@ def test_what_bert_cannot_do_is_named(flags, message):
     world = 2 if flags[0].startswith("--pipeline") else 1
     with pytest.raises(ConfigError, match=message):
         resolve(load_config([*BERT, "--data-path", "D", *flags]), world)
+
+
+def test_what_is_of_decoders_alone_is_refused(runs, tmp_path):
+    from megasparse.checkpoint.model import StoredModel
+    from megasparse.checkpoint.reader import CheckpointReader
+    from megasparse.convert.huggingface.architecture import huggingface_config
+    from megasparse.convert.megatron.torch_dist_write import write_torch_dist
+    from megasparse.errors import ConfigError
+    from megasparse.inference.offline import StoredRun
+
+    folder, _ = runs
+    saved = folder / "straight" / "checkpoints"
+    stored = StoredModel(CheckpointReader(saved / "step-00000005"), vocab_size=132)
+    assert len(stored.sparse) == 4 and all(name.startswith("encoder.") for name in stored.sparse)
+    with pytest.raises(ConfigError, match="no Hugging Face architecture .* model_type is 'bert'"):
+        huggingface_config(stored.model, "float32")
+    with pytest.raises(ConfigError, match="model_type is bert, Megatron's checkpoints"):
+        write_torch_dist(stored, tmp_path / "out", 16)
+    with pytest.raises(ConfigError, match="model_type is bert, pruning and quantizing"):
+        StoredRun(saved)

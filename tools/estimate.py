@@ -46,7 +46,7 @@ from megasparse.config import (
     resolve,
     smallest_world,
 )
-from megasparse.config.shapes import parameter_count
+from megasparse.config.shapes import active_parameter_count, parameter_count
 from megasparse.data.check import check_data
 from megasparse.errors import ConfigError
 from megasparse.estimate import check as measured_points
@@ -91,6 +91,8 @@ class Estimate:
         cp = parallel.context_parallel_size
         words = [f"tp {tp}", *([f"cp {cp}"] if cp > 1 else []), f"pp {pp}"]
         words += [f"dp {self.world // (tp * cp * pp)}"]
+        if (ep := parallel.expert_model_parallel_size) > 1:
+            words.append(f"ep {ep}")
         words += ["sp"] if parallel.sequence_parallel else []
         words += [f"zero {parallel.zero_stage}"]
         words += [f"recompute {g}"] if (g := parallel.recompute_granularity) else []
@@ -120,10 +122,10 @@ def vocabulary_of(config: ResolvedConfig) -> int:
 def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[ResolvedConfig]:
     """Every division of the run over `world` ranks that a configuration allows."""
     sizes = [n for n in range(1, world + 1) if world % n == 0]
-    divided = itertools.product(
-        (n for n in sizes if n <= gpus_per_node), sizes, sizes, (None, "selective", "full"), (1, 2)
-    )
-    for tp, cp, pp, recompute, zero in divided:
+    experts = sizes if config.model.num_experts else [1]
+    near, kinds = [n for n in sizes if n <= gpus_per_node], (None, "selective", "full")
+    divided = itertools.product(near, sizes, sizes, kinds, (1, 2), experts)
+    for tp, cp, pp, recompute, zero, ep in divided:
         if world % (tp * cp * pp):
             continue
         parallel = dataclasses.replace(
@@ -131,6 +133,7 @@ def layouts(config: RunConfig, world: int, gpus_per_node: int) -> Iterator[Resol
             tensor_model_parallel_size=tp,
             context_parallel_size=cp,
             pipeline_model_parallel_size=pp,
+            expert_model_parallel_size=ep,
             sequence_parallel=tp > 1,
             zero_stage=zero,
             recompute_granularity=recompute,
@@ -149,8 +152,10 @@ def report(found: Estimate, args: argparse.Namespace) -> str:
     config = found.config
     recipe, vocabulary = recipe_of(config), vocabulary_of(config)
     whole = parameter_count(config.model, vocabulary)
+    active = active_parameter_count(config.model, vocabulary)
     lines = [
         f"parameters        {whole:,} (vocabulary padded to {vocabulary:,})",
+        *([f"  for a token     {active:,}"] if active < whole else []),
         f"layout            {found.name}; micro-batch {config.train.micro_batch_size}, global "
         f"batch {config.train.global_batch_size}, recipe {recipe.name}",
         "",

@@ -27,6 +27,8 @@ from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 from megasparse.tensor_files import Entry
 
+# In the names of stacked weights.
+EXPERTS = ".mlp.experts."
 # SLoRB's S and P beside a layer's `.weight`.
 ADAPTER, PROJECTION = ".slorb_adapter", ".slorb_projection"
 
@@ -242,12 +244,21 @@ def _effective(
     reader: CheckpointReader, name: str, recipe: SparsityRecipe, shard: WeightShard
 ) -> torch.Tensor:
     own = reader.read_part(Piece(f"param/{name}", shard)).view(shard.local_shape)
-    state = SparseWeight(name, recipe, shard)
+    experts = stacked_experts(reader, name)
+    state = SparseWeight(
+        name, recipe, shard, experts=None if experts is None else experts // shard.blocks
+    )
     loaded = own_flips(sparsity_state(reader, state), state.shard)
     state.import_state(loaded, torch.device("cpu"))
     iterations = run_length(reader)
     state.first_sparse_step = schedule.sparse_range(recipe, iterations).start
     return state.effective_at(own, reader.meta["step"])
+
+
+def stacked_experts(reader: CheckpointReader, name: str) -> int | None:
+    """How many experts' weights a stored weight has stacked; None: it is no experts'."""
+    number: int | None = reader.meta["config"]["model"].get("num_experts")
+    return number if EXPERTS in name else None
 
 
 def run_length(reader: CheckpointReader) -> int:
@@ -278,6 +289,8 @@ def sparsity_state(
         shard = WeightShard(reader.shape(key))
         if kind == "mask":
             shard = mask_shard(state)
+        elif kind == "scale" and state.experts is not None:
+            shard = scale_shard(state)
         elif kind == "input_square" and state.shard.dim == 1:
             shard = input_shard(state)
         loaded[kind] = reader.read_part(Piece(key, shard)).view(shard.local_shape)
@@ -292,10 +305,11 @@ def own_flips(loaded: dict[str, torch.Tensor], shard: WeightShard) -> dict[str, 
     flips = loaded.get("flips")
     if flips is None:
         return loaded
-    if len(flips) == shard.world:
-        own = flips[shard.rank]
+    here = flips_shard(shard)
+    if len(flips) == here.world:
+        own = flips[here.rank]
     else:
-        own = flips.sum() if shard.rank == 0 else flips.new_zeros(())
+        own = flips.sum() if here.rank == 0 else flips.new_zeros(())
     return {**loaded, "flips": own.clone()}
 
 
@@ -304,9 +318,20 @@ def mask_shard(state: SparseWeight) -> WeightShard:
     rows, columns = state.shard.global_shape
     height = 4 if state.recipe.transposable else 1
     shard = state.shard
-    return WeightShard(
-        (rows // height, columns // 4), shard.dim, shard.rank, shard.world, shard.parts
-    )
+    return dataclasses.replace(shard, global_shape=(rows // height, columns // 4))
+
+
+def flips_shard(shard: WeightShard) -> WeightShard:
+    """Where a rank's flips of a weight lie among those of all ranks that have a part of it."""
+    world = shard.world * shard.blocks
+    return WeightShard((world,), 0, shard.block * shard.world + shard.rank, world)
+
+
+def scale_shard(state: SparseWeight) -> WeightShard:
+    """Where the scales of this rank's experts lie among all."""
+    assert state.experts is not None
+    shard = state.shard
+    return WeightShard((state.experts * shard.blocks,), block=shard.block, blocks=shard.blocks)
 
 
 def input_shard(state: SparseWeight) -> WeightShard:

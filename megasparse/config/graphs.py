@@ -35,6 +35,10 @@ def graphs_refusal(config: ResolvedConfig) -> str | None:
             "context_parallel_size is above 1, and attention's exchange between ranks runs on "
             "streams of its own",
         ),
+        (
+            model.num_experts is not None,
+            "how many tokens each expert gets is not known before, and the host waits for it",
+        ),
         (parallel.recompute_granularity == "selective", "recompute_granularity is selective"),
         (dropout > 0.0, f"dropout is {dropout:g}, whose random states graphs would freeze"),
     )

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from megasparse.config.batches import fill_train
 from megasparse.config.schema import RunConfig
-from megasparse.config.schema.model import ModelConfig
+from megasparse.config.schema.model import EXPERT_SPARSE_LAYERS, SPARSE_LAYERS, ModelConfig
 from megasparse.config.schema.output import CheckpointConfig, LoggingConfig
 from megasparse.config.schema.training import ParallelConfig, TrainConfig
 from megasparse.errors import ConfigError
@@ -97,6 +97,8 @@ def fill_defaults(config: RunConfig, world_size: int) -> ResolvedConfig:
     }
     copy = RunConfig(**groups)
     _fill_model(copy.model)
+    if copy.model.num_experts and tuple(copy.sparsity.sparse_layers) == SPARSE_LAYERS:
+        copy.sparsity.sparse_layers = list(EXPERT_SPARSE_LAYERS)
     _fill_parallel(copy)
     fill_train(copy.train, copy.train.micro_batch_size * data_parallel_size(copy, world_size))
     run_dir = copy.checkpoint.run_dir
@@ -142,7 +144,7 @@ def smallest_world(config: RunConfig) -> int:
     """Ranks that hold the whole model once and compute whole sequences: the fewest of a run."""
     parallel = config.parallel
     sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    return sizes * parallel.context_parallel_size
+    return sizes * parallel.context_parallel_size * parallel.expert_model_parallel_size
 
 
 def tokens_here(config: RunConfig) -> int:
@@ -159,6 +161,8 @@ def _fill_model(model: ModelConfig) -> None:
         model.kv_channels = model.hidden_size // model.num_attention_heads
     model.num_query_groups = model.num_query_groups or model.num_attention_heads
     model.group_query_attention = model.num_query_groups != model.num_attention_heads
+    if model.num_experts is not None:
+        model.moe_ffn_hidden_size = model.moe_ffn_hidden_size or model.ffn_hidden_size
     model.max_position_embeddings = model.max_position_embeddings or model.seq_length
 
 

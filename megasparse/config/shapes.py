@@ -6,7 +6,8 @@ the count of parameters. No torch.
 
     place       what is there                                   pipeline stage
     embedding   word embeddings (V, H), learned positions       the first; tied: also the last
-    layer       norms (H,), four linears (N, K)                 that of the layer
+    layer       norms (H,), four linears (N, K) or, with E      that of the layer
+                experts, a router (E, H) and linears (E N, K)
     output      final norm (H,), untied output layer (V, H)     the last
                 BERT: its heads too, (H, H), (2, H) or (C, H)
 
@@ -26,6 +27,9 @@ from megasparse.config.validate import pipeline_split
 Place = Literal["embedding", "layer", "output"]
 
 WORD_EMBEDDINGS = "embedding.word_embeddings"
+ROUTER = "mlp.router.weight"
+# Matrices that choose and weigh experts, and are no linears to be pruned.
+_GATES = (ROUTER, "mlp.shared_experts.gate_weight")
 # Modules that have a row for every token; the rows are padded.
 OUTPUT_LAYER = "output_layer"
 _VOCABULARY = (WORD_EMBEDDINGS, OUTPUT_LAYER)
@@ -43,6 +47,8 @@ class ParameterShape:
         parts: matrices that are fused along it, each of which is cut (2 for gate and up).
         place: the kind of pipeline stage that it belongs to.
         layer: number of its Transformer layer in the whole model, from 0.
+        experts: whose weights are stacked along dimension 0, one after the other; 1: it is no
+            expert's. Of `parts` each expert has its share.
     """
 
     name: str
@@ -51,6 +57,7 @@ class ParameterShape:
     parts: int = 1
     place: Place = "layer"
     layer: int | None = None
+    experts: int = 1
 
     @property
     def module(self) -> str:
@@ -60,23 +67,32 @@ class ParameterShape:
     @property
     def is_linear(self) -> bool:
         """The weight `(N, K)` of a layer's linear: what a recipe can make sparse."""
-        return self.place == "layer" and len(self.shape) == 2
+        return self.place == "layer" and len(self.shape) == 2 and not self.name.endswith(_GATES)
 
     @property
     def numel(self) -> int:
         """Entries of the whole."""
         return math.prod(self.shape)
 
-    def local_shape(self, tp: int) -> tuple[int, ...]:
-        """Shape on one of `tp` tensor-parallel ranks."""
-        return tuple(
-            size // tp if dim == self.shard_dim else size for dim, size in enumerate(self.shape)
-        )
+    def local_shape(self, tp: int, ep: int = 1) -> tuple[int, ...]:
+        """Shape on one of `tp` tensor-parallel ranks, with experts over `ep` ranks."""
+        cut = [size // tp if dim == self.shard_dim else size for dim, size in enumerate(self.shape)]
+        if self.experts > 1:
+            cut[0] //= ep
+        return tuple(cut)
+
+    def local_numel(self, tp: int, ep: int = 1) -> int:
+        """Entries of `local_shape`."""
+        return math.prod(self.local_shape(tp, ep))
 
 
-def layer_parameters(model: ResolvedModel) -> list[ParameterShape]:
-    """The parameters of one Transformer layer, by their names within it, in the model's order."""
-    hidden, ffn, gated = model.hidden_size, model.ffn_hidden_size, 2 if model.gated else 1
+def layer_parameters(model: ResolvedModel, layer: int = 0) -> list[ParameterShape]:
+    """The parameters of one Transformer layer, by their names within it, in the model's order.
+
+    Args:
+        layer: its number; some layers may have experts, and others none.
+    """
+    hidden = model.hidden_size
     heads = model.num_attention_heads * model.kv_channels
     groups = model.num_query_groups * model.kv_channels
     bias = not model.disable_bias_linear
@@ -89,8 +105,7 @@ def layer_parameters(model: ResolvedModel) -> list[ParameterShape]:
         *_linear("self_attention.linear_qkv", (heads + 2 * groups, hidden), 0, qkv_bias),
         *_qk_norms(model, heads, groups),
         *(_norm("pre_mlp_layernorm", model) if before else ()),
-        *_linear("mlp.linear_fc1", (gated * ffn, hidden), 0, bias, parts=gated),
-        *_linear("mlp.linear_fc2", (hidden, ffn), 1, bias),
+        *(_experts(model) if model.expert_layers[layer] else _mlp("mlp", model, bias)),
         *(_norm("post_self_attn_layernorm", model) if after else ()),
         *(_norm("post_mlp_layernorm", model) if after else ()),
     ]
@@ -115,7 +130,7 @@ def parameters(model: ResolvedModel, vocabulary: int) -> list[ParameterShape]:
     for number in range(model.num_layers):
         found += [
             dataclasses.replace(one, name=f"{model.block}.layers.{number}.{one.name}", layer=number)
-            for one in layer_parameters(model)
+            for one in layer_parameters(model, number)
         ]
     found += _norm(f"{model.block}.final_layernorm", model, "output")
     if model.is_bert:
@@ -146,6 +161,11 @@ def stage_parameters(config: ResolvedConfig, vocabulary: int, stage: int) -> lis
     return [one for one in parameters(model, vocabulary) if is_here(one)]
 
 
+def active_share(one: ParameterShape, model: ResolvedModel) -> float:
+    """The share of a parameter's entries that compute a token: of experts, the chosen ones'."""
+    return 1.0 if one.experts == 1 else model.moe_router_topk / one.experts
+
+
 def parameter_count(model: ResolvedModel, vocabulary: int) -> int:
     """Parameters of the whole model, each once (embedding and output layer included).
 
@@ -174,6 +194,37 @@ def _bert_heads(model: ResolvedModel, tokens: tuple[int, int]) -> list[Parameter
     found.append(ParameterShape("output_layer.bias", tokens[:1], 0, place="output"))
     if model.bert_binary_head:
         found += [*head("binary_head", 2), *head("pooler.dense", hidden)]
+    return found
+
+
+def active_parameter_count(model: ResolvedModel, vocabulary: int) -> int:
+    """`parameter_count` of what computes one token: of a layer's experts the chosen ones alone."""
+    return sum(round(one.numel * active_share(one, model)) for one in parameters(model, vocabulary))
+
+
+def _mlp(
+    module: str, model: ResolvedModel, bias: bool, width: int | None = None, experts: int = 1
+) -> list[ParameterShape]:
+    """Both linears of an FFN, or those of all experts stacked."""
+    hidden, gated = model.hidden_size, 2 if model.gated else 1
+    ffn = width or model.ffn_hidden_size
+    found = [
+        *_linear(f"{module}.linear_fc1", (experts * gated * ffn, hidden), 0, bias, experts * gated),
+        *_linear(f"{module}.linear_fc2", (experts * hidden, ffn), 1, bias),
+    ]
+    return [dataclasses.replace(one, experts=experts) for one in found]
+
+
+def _experts(model: ResolvedModel) -> list[ParameterShape]:
+    """The router, the experts, and the FFN that computes every token beside them."""
+    assert model.num_experts is not None
+    hidden, shared = model.hidden_size, model.moe_shared_expert_intermediate_size
+    found = [ParameterShape(ROUTER, (model.num_experts, hidden))]
+    found += _mlp("mlp.experts", model, False, model.expert_width, model.num_experts)
+    if shared is not None:
+        if model.moe_shared_expert_gate:
+            found.append(ParameterShape("mlp.shared_experts.gate_weight", (1, hidden)))
+        found += _mlp("mlp.shared_experts", model, False, shared)
     return found
 
 

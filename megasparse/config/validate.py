@@ -22,6 +22,7 @@ from megasparse.config.schema.model import ModelConfig
 from megasparse.config.schema.output import LoggingConfig
 from megasparse.config.schema.training import DataConfig, ParallelConfig, TrainConfig
 from megasparse.config.validate_bert import check_bert
+from megasparse.config.validate_experts import check_experts
 from megasparse.config.validate_model import check_model
 from megasparse.errors import ConfigError, together
 
@@ -62,6 +63,7 @@ def problems_of(config: RunConfig, world_size: int) -> list[str]:
         *_check_slorb(resolved),
         *_check_fp8(resolved),
         *_check_divisible(config.model, resolved),
+        *check_experts(resolved, world_size),
     ]
     return list(dict.fromkeys(found))
 

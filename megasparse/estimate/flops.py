@@ -57,11 +57,21 @@ def peak_tflops(gpu: str, precision: str) -> float | None:
 
 @dataclass(frozen=True)
 class Gemm:
-    """One linear of a layer: its name, outputs N and inputs K."""
+    """One linear of a layer: its name, outputs N and inputs K; of experts, of one of them.
+
+    Attributes:
+        times: how often it multiplies a token: of experts, those that are chosen.
+    """
 
     name: str
     n: int
     k: int
+    times: int = 1
+
+    @property
+    def flops(self) -> float:
+        """Of a token, forward."""
+        return 2.0 * self.n * self.k * self.times
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,21 @@ class TokenFlops:
         return self.dense + self.recomputed - self.saved
 
 
-def layer_gemms(model: ResolvedModel) -> list[Gemm]:
+def layer_gemms(model: ResolvedModel, layer: int = 0) -> list[Gemm]:
     """The linears of a Transformer layer, whole (not a shard)."""
-    linears = [one for one in layer_parameters(model) if one.is_linear]
-    return [Gemm(one.module, one.shape[0], one.shape[1]) for one in linears]
+    linears = [one for one in layer_parameters(model, layer) if one.is_linear]
+    chosen = model.moe_router_topk
+    return [
+        Gemm(one.module, one.shape[0] // one.experts, one.shape[1], chosen)
+        if one.experts > 1
+        else Gemm(one.module, one.shape[0], one.shape[1])
+        for one in linears
+    ]
+
+
+def router_flops(model: ResolvedModel) -> float:
+    """Forward operations of a token in the routers of all layers."""
+    return 2.0 * (model.num_experts or 0) * model.hidden_size * sum(model.expert_layers)
 
 
 def seen_keys(model: ResolvedModel) -> float:
@@ -126,30 +147,31 @@ def token_flops(
         sparse_now: False in dense phases.
         causal: how attention is counted.
     """
-    layers, block = range(model.num_layers), f"{model.block}.layers"
     attention = attention_flops(model, causal)
-    linears = [(gemm, 2.0 * gemm.n * gemm.k) for gemm in layer_gemms(model)]
-    forward = attention + sum(flops for _, flops in linears)
+    kinds = {experts: number for number, experts in enumerate(model.expert_layers)}
+    gemms = {experts: layer_gemms(model, number) for experts, number in kinds.items()}
+    forward = model.num_layers * attention + router_flops(model)
     logits = 2.0 * padded_vocab_size * model.hidden_size
     if model.is_bert:  # its other heads compute a token of the sequence
         head = 2.0 * model.hidden_size**2
         logits = logits + head if model.num_classes is None else 0.0
-    again = layers_recomputed(model, parallel)
+    again = layers_recomputed(model, parallel) / model.num_layers
+    saved = 0.0
+    for layer, experts in enumerate(model.expert_layers):
+        forward += sum(gemm.flops for gemm in gemms[experts])
+        if not sparse_now:
+            continue
+        # The output GEMM runs once more in each layer that is recomputed as a whole.
+        times = len(recipe.sparse_gemms) + again * ("output" in recipe.sparse_gemms)
+        for gemm in gemms[experts]:
+            if recipe.matches(f"{model.block}.layers.{layer}.{gemm.name}"):
+                saved += times * gemm.flops / 2
     recomputed = 0.0
     if parallel.recompute_granularity == "full":
         recomputed = again * forward
     elif parallel.recompute_granularity == "selective":
         recomputed = model.num_layers * attention
-    saved = 0.0
-    if sparse_now:
-        # The output GEMM runs once more in each layer that is recomputed as a whole.
-        for gemm, flops in linears:
-            sparse = sum(recipe.matches(f"{block}.{layer}.{gemm.name}") for layer in layers)
-            saved += sparse * len(recipe.sparse_gemms) * flops / 2
-            if "output" in recipe.sparse_gemms:
-                sparse_again = sparse * again / model.num_layers
-                saved += sparse_again * flops / 2
-    return TokenFlops(3.0 * (model.num_layers * forward + logits), recomputed, saved)
+    return TokenFlops(3.0 * (forward + logits), recomputed, saved)
 
 
 def of_run(config: ResolvedConfig, padded_vocab_size: int, recipe: SparsityRecipe) -> TokenFlops:

@@ -35,13 +35,14 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of one rank: name in the whole model, local shape, whether it is 2:4, and whether
-    it is a linear's of a block."""
+    """A parameter of one rank: name in the whole model, local shape, whether it is 2:4, whether it
+    is a linear's of a block, and whether it is of experts that data-parallel ranks share."""
 
     name: str
     shape: tuple[int, ...]
     sparse: bool = False
     linear: bool = False
+    divided: bool = False
 
     @property
     def numel(self) -> int:
@@ -83,12 +84,14 @@ def stage_weights(
         vocabulary: padded.
     """
     tp = config.parallel.tensor_model_parallel_size
+    ep = config.parallel.expert_model_parallel_size
     return [
         Weight(
             one.name,
-            one.local_shape(tp),
+            one.local_shape(tp, ep),
             one.is_linear and recipe.matches(one.module),
             one.is_linear,
+            one.experts > 1 and ep > 1,
         )
         for one in stage_parameters(config, vocabulary, stage)
     ]
@@ -115,11 +118,14 @@ def footprint(
     sparse = sum(weight.numel for weight in weights if weight.sparse)
     dp, zero = replicas(config, world), config.parallel.zero_stage
     size = 2 if config.train.bf16 else FLOAT32
-    shard = sum(-(-group // (2 * dp)) * 2 for group in _groups(weights)) if zero else numel
+    groups = _groups(weights, dp, config.parallel.expert_model_parallel_size)
+    shares = [-(-group // (2 * ranks)) * 2 for group, ranks in groups]
+    shard = sum(shares) if zero else numel
+    whole = sum(share * ranks for share, (_, ranks) in zip(shares, groups, strict=True))
     added = FLOAT32 if config.parallel.accumulate_allreduce_grads_in_fp32 else size
     state = {
         "parameters": size * numel,
-        "gradients": 0 if zero >= 2 else added * (dp * shard if zero else numel),
+        "gradients": 0 if zero >= 2 else added * (whole if zero else numel),
         "optimizer": (3 if zero else 2) * FLOAT32 * shard,
         "masks": sparse if recipe.is_sparse else 0,
         "operands": _operands(config, recipe, weights, size, gpu and config.train.bf16),
@@ -139,26 +145,31 @@ def activations(config: ResolvedConfig, world: int, stage: int, gpu: bool = True
     tokens = tokens_here(config)
     stages = parallel.pipeline_model_parallel_size
     in_flight = min(stages - stage, gradient_accumulation_steps(config, world))
-    layers = pipeline_split(config)[stage]
-    layer = layer_activations(config, gpu)
+    split = pipeline_split(config)
+    first, layers = sum(split[:stage]), split[stage]
+    each = [layer_activations(config, gpu, first + number) for number in range(layers)]
+    layer = max(each)
     size = 2 if config.train.bf16 else FLOAT32
     if parallel.recompute_granularity == "full":
         kept = size * tokens * config.model.hidden_size // _sequence_split(config)
         chunk = parallel.recompute_chunk
         if parallel.recompute_method == "block":
-            once = chunk * kept + (layers - chunk) * layer
+            once = chunk * kept + sum(each[chunk:])
             return in_flight * once + layer
         return in_flight * -(-layers // chunk) * kept + chunk * layer
-    return in_flight * layers * layer
+    return in_flight * sum(each)
 
 
-def layer_activations(config: ResolvedConfig, gpu: bool = True) -> int:
+def layer_activations(config: ResolvedConfig, gpu: bool = True, layer: int = 0) -> int:
     """What autograd keeps of one layer for one micro-batch.
 
     Inputs and results of the norms; q, k and v, rotated, and the angles; the attention's result and
     its log-sums; the FFN's input (both halves of SwiGLU's) and its activation. A linear
     in FP8 keeps its input transposed in 8 bits, unless sequence parallelism gathers it again; the
-    attention keeps its own result beside that.
+    attention keeps its own result beside that. Of experts see `_expert_activations`.
+
+    Args:
+        layer: its number.
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
@@ -189,12 +200,28 @@ def layer_activations(config: ResolvedConfig, gpu: bool = True) -> int:
     angles = FLOAT32 * length * model.kv_channels if rotary else 0
     if parallel.recompute_granularity == "selective":
         attention -= heads
-    ffn = size * (2 if model.gated else 1) * model.ffn_hidden_size // tp
-    ffn += (1 if "mlp.linear_fc2" in fp8 else size) * model.ffn_hidden_size // tp
+    if model.expert_layers[layer]:
+        ffn = _expert_activations(config, size)
+    else:
+        ffn = size * (2 if model.gated else 1) * model.ffn_hidden_size // tp
+        ffn += (1 if "mlp.linear_fc2" in fp8 else size) * model.ffn_hidden_size // tp
     log_sums = FLOAT32 * model.num_attention_heads // tp
     result = heads if "self_attention.linear_proj" in fp8 else 0
     inner = size * attention + result + ffn + log_sums
     return split * (norms + 2 * dropped) + tokens * inner + angles
+
+
+def _expert_activations(config: ResolvedConfig, size: int) -> int:
+    """Bytes of a token that autograd keeps of a mixture of experts, if tokens come evenly.
+
+    Of each chosen expert its input, fc1's result, the activation, the same times the probability,
+    and fc2's result; of the router logits and probabilities of all experts.
+    """
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    gated, width = 2 if model.gated else 1, model.expert_width // tp
+    chosen = size * (2 * model.hidden_size + (gated + 2) * width)
+    shared = size * (gated + 1) * (model.moe_shared_expert_intermediate_size or 0) // tp
+    return model.moe_router_topk * chosen + shared + 3 * FLOAT32 * (model.num_experts or 0)
 
 
 def fp8_linears(config: ResolvedConfig) -> set[str]:
@@ -224,12 +251,15 @@ def workspace(
     return total
 
 
-def _groups(weights: list[Weight]) -> list[int]:
-    """Entries of the optimizer's groups (`optim/adamw.py`), each of which ZeRO divides."""
-    masked = sum(w.numel for w in weights if w.sparse)
-    matrices = sum(w.numel for w in weights if not w.sparse and len(w.shape) > 1)
-    vectors = sum(w.numel for w in weights if len(w.shape) == 1)
-    return [masked, matrices, vectors]
+def _groups(weights: list[Weight], dp: int, ep: int) -> list[tuple[int, int]]:
+    """Entries of the optimizer's groups (`optim/adamw.py`), and the ranks that ZeRO divides each
+    over: of experts those that hold the same."""
+    found: dict[tuple[bool, bool, bool], int] = {}
+    for weight in weights:
+        vector = len(weight.shape) == 1
+        kind = (weight.divided, weight.sparse and not vector, vector)
+        found[kind] = found.get(kind, 0) + weight.numel
+    return [(entries, dp // ep if divided else dp) for (divided, _, _), entries in found.items()]
 
 
 def _operands(

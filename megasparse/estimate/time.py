@@ -20,10 +20,10 @@ from megasparse.config import (
     tokens_here,
 )
 from megasparse.config.graphs import graphs_refusal
-from megasparse.config.shapes import layer_parameters
 from megasparse.estimate import context
 from megasparse.estimate.flops import seen_keys
 from megasparse.estimate.gemm_table import GemmTable
+from megasparse.estimate.linears import dispatch_seconds, layer_kinds, linears, not_fused
 from megasparse.estimate.memory import layer_activations, stage_weights
 from megasparse.sparsity.recipe import SparsityRecipe
 
@@ -109,7 +109,7 @@ def step_time(
     dp = replicas(config, world)
     micro_batches = gradient_accumulation_steps(config, world)
     split = pipeline_split(config)
-    layer = layer_time(config, recipe, micro_batches, table, gpus_per_node)
+    layer = _mean_layer(config, recipe, micro_batches, table, gpus_per_node)
     # The slowest stage sets the pace: the last one has the output layer.
     busiest = {name: seconds * max(split) for name, seconds in layer.items()}
     last = {name: seconds * split[-1] for name, seconds in layer.items()}
@@ -117,20 +117,45 @@ def step_time(
     pace = max(busiest, last, key=lambda parts: sum(parts.values()))
     parts = {name: seconds * micro_batches for name, seconds in pace.items()}
     parts["pipeline bubble"] = sum(pace.values()) * (stages - 1)
-    weights = sum(w.numel for w in stage_weights(config, recipe, vocabulary, 0))
+    found = stage_weights(config, recipe, vocabulary, 0)
+    weights = sum(w.numel for w in found)
+    experts = sum(w.numel for w in found if w.divided)
+    alike = dp // parallel.expert_model_parallel_size
     link = "nvlink" if tp * dp <= gpus_per_node else "network"
     captured = graphs_refusal(config) is None
     # Gradients to the rank that updates in float32, new weights from it.
-    parts["gradient reduction"] = table.moving((4 + SIZE) * weights * (dp - 1) / dp, link)
+    travel = (weights - experts) * (dp - 1) / dp + experts * (alike - 1) / alike
+    parts["gradient reduction"] = table.moving((4 + SIZE) * travel, link)
     added = ADDED_BYTES["captured" if captured else "eager"]
     parts["gradients"] = table.moving(added * weights) * micro_batches
-    parts["optimizer"] = table.moving(OPTIMIZER_BYTES * weights / dp)
+    updated = (weights - experts) / dp + experts / alike
+    parts["optimizer"] = table.moving(OPTIMIZER_BYTES * updated)
     slower = table.data["in_a_step"]["step"]
-    launches = max(split) * layer_launches(config, recipe, micro_batches) + MICRO_BATCH_LAUNCHES
+    each = [
+        layer_launches(config, recipe, micro_batches, number)
+        for number in layer_kinds(config).values()
+    ]
+    launches = max(split) * max(each) + MICRO_BATCH_LAUNCHES
     host = launches * (micro_batches + stages - 1) * table.data["launch_us"] / 1e6
     if captured:
         parts["between steps"] = STEP_HOST_SECONDS + max(split) * LAYER_HOST_SECONDS
     return StepTime({name: seconds * slower for name, seconds in parts.items()}, host)
+
+
+def _mean_layer(
+    config: ResolvedConfig,
+    recipe: SparsityRecipe,
+    micro_batches: int,
+    table: GemmTable,
+    gpus_per_node: int,
+) -> dict[str, float]:
+    """`layer_time` on average over layers with experts and without."""
+    model, parts = config.model, dict[str, float]()
+    for experts, number in layer_kinds(config).items():
+        share = model.expert_layers.count(experts) / model.num_layers
+        one = layer_time(config, recipe, micro_batches, table, gpus_per_node, number)
+        parts = {n: parts.get(n, 0.0) + share * one.get(n, 0.0) for n in {**parts, **one}}
+    return parts
 
 
 def layer_time(
@@ -139,11 +164,13 @@ def layer_time(
     micro_batches: int,
     table: GemmTable,
     gpus_per_node: int = 8,
+    layer: int = 0,
 ) -> dict[str, float]:
     """Seconds of the device in one layer for one micro-batch, forward and backward, by part.
 
     Args:
         micro_batches: of a step, among which the work of once a step is divided.
+        layer: its number.
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
@@ -151,34 +178,36 @@ def layer_time(
     sparse = _sparse(config, recipe)
     parts = {"GEMMs": 0.0, "operands": 0.0}
     forward = 0.0
-    for name, (n, k) in _linears(config):
+    for one in linears(config, layer):
+        name, t, n, k, times = one.name, one.tokens, one.n, one.k, one.times
         chosen = recipe.sparse_gemms if name in sparse else ()
         dtype = "fp8" if config.fp8.fp8_format else "bf16"
-        output = table.seconds(tokens, n, k, "output" in chosen, dtype)
+        output = times * table.seconds(t, n, k, "output" in chosen, dtype)
         forward += output
         parts["GEMMs"] += output
-        parts["GEMMs"] += table.seconds(tokens, k, n, "grad_input" in chosen, dtype)
-        parts["GEMMs"] += table.seconds(k, n, tokens, "grad_weight" in chosen, dtype)
+        parts["GEMMs"] += times * table.seconds(t, k, n, "grad_input" in chosen, dtype)
+        parts["GEMMs"] += times * table.seconds(k, n, t, "grad_weight" in chosen, dtype)
         if dtype == "fp8":
-            apart, shape = _quantized_apart(config, name), (tokens, n, k)
-            parts["operands"] += (
+            apart, shape = _quantized_apart(config, name), (t, n, k)
+            parts["operands"] += times * (
                 _operands_fp8(recipe, shape, micro_batches, table, apart)
                 if name in sparse
                 else _operands_dense_fp8(shape, micro_batches, table, apart[0])
             )
         elif name in sparse:
-            parts["operands"] += _operands_bf16(recipe, (tokens, n, k), micro_batches, table)
+            operands = _operands_bf16(recipe, (t, n, k), micro_batches, table)
+            parts["operands"] += times * operands
     heads = model.num_attention_heads * model.kv_channels // tp
     flops = 4.0 * tokens * seen_keys(model) * heads
     attention = flops / (table.data["attention_tflops"] * 1e12)
     parts["attention"] = 3.5 * attention
-    moved = PASSES * layer_activations(config)
+    moved = PASSES * layer_activations(config, layer=layer)
     parts["memory"] = table.moving(moved)
     if parallel.recompute_granularity == "full":
         parts["recomputation"] = forward + attention + table.moving(moved) * 2 / PASSES
     elif parallel.recompute_granularity == "selective":
         parts["recomputation"] = attention
-    parts["memory"] += table.moving(_not_fused(config))
+    parts["memory"] += table.moving(not_fused(config))
     if tp > 1:
         parts["tensor parallel"] = _collectives(config, table, gpus_per_node)
     if (cp := parallel.context_parallel_size) > 1:
@@ -186,6 +215,8 @@ def layer_time(
         travelling = table.moving(context.exchanged(config), link)
         travelling += context.TRIPS * (cp - 1) * table.data["collective_us"] / 1e6
         parts["context parallel"] = context.exposed_seconds(config, travelling, parts["attention"])
+    if model.expert_layers[layer] and parallel.expert_model_parallel_size > 1:
+        parts["expert parallel"] = dispatch_seconds(config, table, gpus_per_node)
     return parts
 
 
@@ -203,29 +234,17 @@ def _collectives(config: ResolvedConfig, table: GemmTable, gpus_per_node: int) -
     return table.moving(moved, link) + count * table.data["collective_us"] / 1e6
 
 
-def _not_fused(config: ResolvedConfig) -> float:
-    """Bytes of what a LLaMA's layer does not have, or has in the kernels of its GEMMs."""
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
-    tokens = tokens_here(config)
-    moved = 0.0
-    if not model.gated:  # read and written forward, two read and one written backward
-        moved += 5 * SIZE * tokens * model.ffn_hidden_size / tp
-    if not model.disable_bias_linear:  # the sums over tokens, at half of a copy's rate
-        outputs = sum(n for _, (n, _) in _linears(config))
-        moved += 2 * SIZE * tokens * outputs
-    if model.position_embedding_type != "rope":  # q, k and v: copies of strided heads, and a join
-        heads = model.num_attention_heads + 2 * model.num_query_groups
-        moved += 6 * SIZE * tokens * heads * model.kv_channels / tp
-    return moved
-
-
-def layer_launches(config: ResolvedConfig, recipe: SparsityRecipe, micro_batches: int) -> float:
+def layer_launches(
+    config: ResolvedConfig, recipe: SparsityRecipe, micro_batches: int, layer: int = 0
+) -> float:
     """Launches of the host for one layer and micro-batch, both ways, in those of a kernel."""
     if graphs_refusal(config) is None:
         return GRAPH_LAUNCHES
-    linears = {name for name, _ in _linears(config)}
-    made = linears if config.fp8.fp8_format else _sparse(config, recipe)
+    here = linears(config, layer)
+    sparse = _sparse(config, recipe)
+    made = [one for one in here if config.fp8.fp8_format or one.name in sparse]
     count = LAYER_LAUNCHES + len(made) * (SPARSE_LAUNCHES + WEIGHT_LAUNCHES / micro_batches)
+    count += 3 * sum(one.times - 1 for one in here)  # the GEMMs of further experts
     if config.parallel.tensor_model_parallel_size > 1:
         # Forward and backward of two pairs of linears: with sp X, z, dz, X again and dX of each,
         # otherwise z and dX.
@@ -234,14 +253,6 @@ def layer_launches(config: ResolvedConfig, recipe: SparsityRecipe, micro_batches
         # An attention and an exchange with each rank, both ways.
         count += 2 * cp * (1 + COLLECTIVE_LAUNCHES)
     return count * 4 / 3 if config.parallel.recompute_granularity == "full" else count
-
-
-def _linears(config: ResolvedConfig) -> list[tuple[str, tuple[int, int]]]:
-    """Name and local shape of the four linears of a layer."""
-    tp = config.parallel.tensor_model_parallel_size
-    linears = [one for one in layer_parameters(config.model) if one.is_linear]
-    shapes = [(one.name, one.local_shape(tp)) for one in linears]
-    return [(name, (shape[0], shape[1])) for name, shape in shapes]
 
 
 def _sparse(config: ResolvedConfig, recipe: SparsityRecipe) -> set[str]:

@@ -32,7 +32,7 @@ from megasparse.config import (
 from megasparse.convert.source import require_decoder
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.distributed.rendezvous import join_group, own_device
-from megasparse.errors import CheckpointError, DataError
+from megasparse.errors import CheckpointError, ConfigError, DataError
 from megasparse.kernels.patterns import encode_patterns
 from megasparse.megatron.calibrate import LinearInputs, calibrate_layers
 from megasparse.megatron.data.batches import batches, build_data, samples_digest
@@ -121,6 +121,11 @@ class OfflineModel:
             device = own_device()
             join_group(device, collective_timeout(10.0))
         self.config = _own_config(run.config, data_path, micro_batch_size, seed)
+        if self.config.model.num_experts is not None:
+            raise ConfigError(
+                f"num_experts {self.config.model.num_experts}: experts are not pruned or quantized "
+                "after training, expected a model without"
+            )
         self.grid = make_grid(1, device, self.config.train.seed)
         data = build_data(self.config, self.grid)
         self._streams = data.streams

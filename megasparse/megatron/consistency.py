@@ -2,7 +2,8 @@
 
 | compared over   | what                                                                        |
 |-----------------|-----------------------------------------------------------------------------|
-| data parallel   | every parameter, mask and scale of the rank                                 |
+| data parallel   | every parameter, mask and scale of the rank; of experts that these ranks    |
+|                 | share, over those with the same ones                                        |
 | tensor parallel | parameters that are not sharded, scales, number and step of mask refreshes  |
 | pipeline        | tied embeddings: the copies on the first and the last stage                 |
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from megasparse.errors import ReplicaError
 from megasparse.fp8.delayed import DelayedScaling
-from megasparse.megatron.grid import Grid
+from megasparse.megatron.grid import Grid, is_divided_expert
 from megasparse.sparsity.controller import SparsityController
 
 # splitmix64's increment and multipliers, as int64.
@@ -75,6 +76,12 @@ def check_replicas(
     copies = "data" if grid.cp_size == 1 else "data and context"
     comparisons: list[tuple[str, int, dist.ProcessGroup, Callable[[], Named]]] = [
         (copies, grid.dp_cp_size, grid.dp_cp_group, lambda: _data_parallel(model, controller)),
+        (
+            "expert data",
+            grid.expert_replicas.size if grid.ep_size > 1 else 1,
+            grid.expert_replicas.group,
+            lambda: _data_parallel(model, controller, divided=True),
+        ),
         ("tensor", grid.tp_size, grid.tp_group, lambda: _tensor_parallel(model, controller, grid)),
         ("pipeline", grid.pp_size, grid.pp_group, lambda: _tied(model, grid)),
     ]
@@ -95,11 +102,18 @@ def check_replicas(
     raise ReplicaError(f"step {step}: replicas differ: {'; '.join(lines[:8])}{more}")
 
 
-def _data_parallel(model: torch.nn.Module, controller: SparsityController) -> Named:
-    named: Named = list(model.named_parameters())
-    for state, _ in controller.weights:
-        named += [(f"mask of {state.name}", state.mask), (f"scale of {state.name}", state.scale)]
-    return named + _fp8(controller)
+def _data_parallel(
+    model: torch.nn.Module, controller: SparsityController, divided: bool = False
+) -> Named:
+    """Args: divided: of experts that data-parallel ranks share, else of all the rest."""
+    named: Named = [(n, p) for n, p in model.named_parameters() if is_divided_expert(p) == divided]
+    for state, weight in controller.weights:
+        if is_divided_expert(weight) == divided:
+            named += [
+                (f"mask of {state.name}", state.mask),
+                (f"scale of {state.name}", state.scale),
+            ]
+    return named if divided else named + _fp8(controller)
 
 
 def _tensor_parallel(model: torch.nn.Module, controller: SparsityController, grid: Grid) -> Named:

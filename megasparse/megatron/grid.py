@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings import rotary_pos_embedding
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megasparse.megatron.context.chunks import own_chunks
 
@@ -142,12 +143,6 @@ class Grid:
         """The first tensor-parallel rank's values, in place."""
         if self.tp_size > 1:
             dist.broadcast(tensor, src=self.rank - self.tp_rank, group=self.tp_group)
-        return tensor
-
-    def from_dp_cp_rank(self, tensor: torch.Tensor, dp_cp_rank: int) -> torch.Tensor:
-        """The values of one of the ranks that hold the same part of the model, in place."""
-        if self.dp_cp_size > 1:
-            dist.broadcast(tensor, group=self.dp_cp_group, group_src=dp_cp_rank)
         return tensor
 
     def sum_over_dp_cp(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -318,6 +313,8 @@ def _use_cpu_in_megatron() -> None:
     """
     # Here the CPU's generator is the one that its tracker switches: no reason for a warning.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
+    # It makes a stream for its copies to the host, of which there are none here.
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = False  # type: ignore[assignment]
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
     def get_state(*_: Any, **__: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.activations import squared_relu
@@ -18,6 +19,7 @@ from megasparse.config import ResolvedConfig, ResolvedModel
 from megasparse.errors import ConfigError
 from megasparse.megatron import loss
 from megasparse.megatron.bert import Bert, BertClassifier
+from megasparse.megatron.blocks.experts import finish_expert_layers
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.init import initialize_weights
 from megasparse.megatron.spec import (
@@ -73,7 +75,33 @@ def transformer_config(config: ResolvedConfig, device: torch.device) -> Transfor
         cross_entropy_loss_fusion=loss.fused(device, dtype),
         cross_entropy_fusion_impl="te",
         persist_layer_norm=False,
+        **_experts(config),
     )
+
+
+def _experts(config: ResolvedConfig) -> dict[str, Any]:
+    """megatron-core's settings of experts; none of a model without them."""
+    model, parallel = config.model, config.parallel
+    if model.num_experts is None:
+        return {}
+    balance = model.moe_router_load_balancing_type
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.expert_width,
+        "moe_layer_freq": [int(layer) for layer in model.expert_layers],
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.tensor_model_parallel_size,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_dtype": model.moe_router_dtype,
+        "moe_router_load_balancing_type": balance,
+        "moe_aux_loss_coeff": 0.0 if balance == "none" else model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
+        "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
+        "moe_grouped_gemm": parallel.moe_grouped_gemm,
+    }
 
 
 def layer_style(model: ResolvedModel) -> LayerStyle:
@@ -158,7 +186,7 @@ def build_model(config: ResolvedConfig, grid: Grid, padded_vocab_size: int) -> G
     model = config.model
     layers = transformer_config(config, grid.device)
     provider = spec_provider(config, grid.device)
-    block = get_block_spec(provider, model.num_layers, layer_style(model))
+    block = get_block_spec(provider, model.num_layers, layer_style(model), model.expert_layers)
     if model.is_bert:
         kind = Bert if model.num_classes is None else BertClassifier
         bert = kind(layers, block, provider.layer_norm(), model, padded_vocab_size)
@@ -184,6 +212,7 @@ def build_model(config: ResolvedConfig, grid: Grid, padded_vocab_size: int) -> G
 def finish_model(model: torch.nn.Module, config: ResolvedConfig, grid: Grid) -> None:
     """Place, cast, mark and initialise a model, or a part of one with the whole's names."""
     model.to(grid.device)
+    finish_expert_layers(model)
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

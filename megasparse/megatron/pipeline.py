@@ -86,14 +86,15 @@ def part_specs(
             use_cpu_initialization=grid.device.type == "cpu",
         )
     provider = spec_provider(config, grid.device)
-    spec = get_layer_spec(provider, layer_style(model))
+    style = layer_style(model)
+    specs = {experts: get_layer_spec(provider, style, experts) for experts in (False, True)}
     recomputed = recomputed_layers(config)
     body = [
         PartSpec(
             LayerPart,
             {
                 "config": layers,
-                "spec": spec,
+                "spec": specs[model.expert_layers[number]],
                 "number": number,
                 "rotary": rotary,
                 "clock": clock,

@@ -9,8 +9,10 @@ import torch
 
 from megasparse.errors import ConfigError
 from megasparse.fp8 import Scaling, shapes
+from megasparse.megatron.blocks.experts import finish_expert_layers
 from megasparse.megatron.blocks.mlp import fuse_gated_mlps
 from megasparse.megatron.blocks.norms import fuse_norms
+from megasparse.megatron.expert_linear import ExpertLinear
 from megasparse.megatron.parallel_linear import ParallelLinear
 from megasparse.sparsity.clock import Clock, draw_key
 from megasparse.sparsity.controller import SparsityController
@@ -61,6 +63,7 @@ def sparsify(
         ConfigError: a pattern that matches nothing, a shard that cuts a 4x4 block, or one that FP8
             GEMMs do not take.
     """
+    finish_expert_layers(model)
     controller = make_controller(recipe, clock, monitor, timer=timer or StepTimer(), fp8=fp8)
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, ParallelLinear)
@@ -80,9 +83,13 @@ def sparsify(
                 module.make_dense_fp8(dense, controller)
             continue
         _check_blocks(name, module)
+        experts = module.experts if isinstance(module, ExpertLinear) else None
         state = SparseWeight(
-            f"{name}.weight", recipe, module.shard, reduce, reduce_max, module.tokens
+            f"{name}.weight", recipe, module.shard, reduce, reduce_max, module.tokens, experts
         )
+        if experts is not None:
+            state.grouped = module.config.moe_grouped_gemm
+            state.active_share = module.config.moe_router_topk / experts
         if fp8 is not None:
             _check_fp8(name, module, sparse=True)
             quantizers = OperandQuantizers.of(fp8, module.shard.dim)

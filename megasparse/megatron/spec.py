@@ -6,6 +6,7 @@ megatron-core can build, with linears that `sparsify` turns 2:4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megasparse.megatron.blocks.attention import RotaryQkvAttention
+from megasparse.megatron.blocks.experts import expert_layer_spec
 from megasparse.megatron.blocks.qk_norm import AllHeadsRMSNorm
 from megasparse.megatron.blocks.residual import ResidualLayer
 from megasparse.megatron.blocks.torch_modules import GatedActivation, SdpaAttention, TorchNorm
@@ -61,7 +63,11 @@ class SparseSpecProvider:
         return SdpaAttention
 
     def grouped_mlp_modules(self, *_: Any) -> Any:
-        raise ValueError("mixture-of-experts layers are not supported by SparseSpecProvider")
+        """Refused: experts are built by `get_layer_spec(..., experts=True)`."""
+        raise ValueError(
+            "megatron-core's expert classes are not SparseSpecProvider's; use get_layer_spec with "
+            "experts=True"
+        )
 
     def activation_func(self) -> type | None:
         """Used where the layers' config has `use_te_activation_func`: SwiGLU and GEGLU."""
@@ -93,8 +99,14 @@ class LayerStyle:
     causal: bool = True
 
 
-def get_layer_spec(provider: SparseSpecProvider, style: LayerStyle = LayerStyle()) -> ModuleSpec:
-    """A layer from the provider's classes: of a causal decoder, or of an encoder."""
+def get_layer_spec(
+    provider: SparseSpecProvider, style: LayerStyle = LayerStyle(), experts: bool = False
+) -> ModuleSpec:
+    """A layer from the provider's classes: of a causal decoder, or of an encoder.
+
+    Args:
+        experts: its FFN is a mixture of experts.
+    """
     norm = provider.layer_norm()
     before = IdentityOp if style.placement == "post" else norm
     special: dict[str, Any] = {}
@@ -121,7 +133,9 @@ def get_layer_spec(provider: SparseSpecProvider, style: LayerStyle = LayerStyle(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=before,
-            mlp=get_mlp_module_spec_for_backend(backend=provider, use_te_activation_func=True),
+            mlp=expert_layer_spec(provider)
+            if experts
+            else get_mlp_module_spec_for_backend(backend=provider, use_te_activation_func=True),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -140,19 +154,23 @@ def _qk_norms(provider: SparseSpecProvider, style: LayerStyle) -> tuple[Any, Any
 
 
 def get_block_spec(
-    provider: SparseSpecProvider, num_layers: int, style: LayerStyle = LayerStyle()
+    provider: SparseSpecProvider,
+    num_layers: int,
+    style: LayerStyle = LayerStyle(),
+    expert_layers: Sequence[bool] | None = None,
 ) -> TransformerBlockSubmodules:
     """What megatron-core's `GPTModel` takes as `transformer_layer_spec`.
 
     Args:
         provider: says which classes a layer is built from.
-        num_layers: of the whole block, as `TransformerConfig.num_layers`; all are alike.
+        num_layers: of the whole block, as `TransformerConfig.num_layers`.
         style: where the layers' norms are.
+        expert_layers: for each layer whether its FFN is a mixture of experts; None: none is.
 
     Returns:
         The layers and the final norm. Which norm that is (LayerNorm, RMSNorm), and with which
         epsilon, the `TransformerConfig` says when the model is built.
     """
-    return TransformerBlockSubmodules(
-        layer_specs=[get_layer_spec(provider, style)] * num_layers, layer_norm=provider.layer_norm()
-    )
+    kinds = {experts: get_layer_spec(provider, style, experts) for experts in (False, True)}
+    layers = [kinds[experts] for experts in expert_layers or [False] * num_layers]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=provider.layer_norm())

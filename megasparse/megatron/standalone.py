@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 
 from megasparse.errors import ConfigError
 from megasparse.fp8 import CurrentScaling, DelayedScaling, Scaling
+from megasparse.megatron.expert_linear import ExpertLinear
 from megasparse.megatron.parallel_linear import ParallelLinear
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.autograd.linear import Seed
@@ -165,6 +166,8 @@ def sparsify_model(
     layers = {n: m for n, m in whole.named_modules() if isinstance(m, ParallelLinear)}
     if not layers:
         raise ConfigError("sparsify_model: no linears of SparseSpecProvider in the model")
+    if any(isinstance(layer, ExpertLinear) for layer in layers.values()):
+        raise ConfigError("sparsify_model: the model has experts, which runs of megasparse train")
     group = next(iter(layers.values())).tp_group
     device = next(iter(layers.values())).weight.device
     scaling = _scaling(fp8, device, _largest(group))

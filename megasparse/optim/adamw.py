@@ -15,6 +15,8 @@ from megasparse.kernels import AdamW, masked_adamw_
 from megasparse.kernels.masked_adamw.arguments import APPLIES, CLIP, DECAY
 from megasparse.optim.masked_decay import Piece
 
+# Groups of experts that expert-parallel ranks share: those without a mask, and those with one.
+EXPERT_GROUPS = ("experts", "masked experts")
 # The pieces of one of the optimizer's tensors, in order and without gaps.
 Pieces = Callable[[torch.Tensor], Sequence[Piece]]
 
@@ -176,18 +178,29 @@ def parameter_groups(
         masked: ids of the parameters with a sparsity state; a group of their own, so that ZeRO's
             flat tensors hold either only masked weights or none.
         ends: names of parameters with a learning rate of their own (the group `ends`).
+
+    Returns:
+        With `name`; and `moe`, DeepSpeed's mark, where ZeRO divides a group over the ranks that
+        hold the same experts alone.
     """
     groups: dict[str, list[torch.nn.Parameter]] = {}
-    groups |= {name: [] for name in ("masked", "matrices", "vectors", "ends")}
+    groups |= {name: [] for name in ("masked", "matrices", "vectors", "ends", *EXPERT_GROUPS)}
     for name, parameter in named_parameters:
-        if id(parameter) in masked:
+        if not getattr(parameter, "allreduce", True):
+            groups[EXPERT_GROUPS[id(parameter) in masked]].append(parameter)
+        elif id(parameter) in masked:
             groups["masked"].append(parameter)
         elif name in ends:
             groups["ends"].append(parameter)
         else:
             groups["matrices" if parameter.dim() > 1 else "vectors"].append(parameter)
     return [
-        {"params": params, "weight_decay": 0.0 if name == "vectors" else weight_decay, "name": name}
+        {
+            "params": params,
+            "weight_decay": 0.0 if name == "vectors" else weight_decay,
+            "name": name,
+            **({"moe": True} if name in EXPERT_GROUPS else {}),
+        }
         for name, params in groups.items()
         if params
     ]

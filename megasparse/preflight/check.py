@@ -97,8 +97,12 @@ def _checkpoint_bytes(config: ResolvedConfig, data: CheckedData | None) -> int:
     recipe, vocabulary = recipe_of(config), _vocabulary(config, data)
     stages = config.parallel.pipeline_model_parallel_size
     shards = (w for s in range(stages) for w in stage_weights(config, recipe, vocabulary, s))
-    tp = config.parallel.tensor_model_parallel_size
-    return CHECKPOINT_BYTES * tp * sum(w.numel for w in shards if len(w.shape) > 1)
+    tp, ep = (
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.expert_model_parallel_size,
+    )
+    matrices = (w.numel * (ep if w.divided else 1) for w in shards if len(w.shape) > 1)
+    return CHECKPOINT_BYTES * tp * sum(matrices)
 
 
 def _vocabulary(config: ResolvedConfig, data: CheckedData | None) -> int:

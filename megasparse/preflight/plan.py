@@ -24,7 +24,11 @@ from megasparse.config import (
     smallest_world,
 )
 from megasparse.config.batches import samples_after
-from megasparse.config.shapes import layer_parameters, parameter_count
+from megasparse.config.shapes import (
+    active_parameter_count,
+    layer_parameters,
+    parameter_count,
+)
 from megasparse.errors import CheckpointError, ConfigError, DataError
 from megasparse.estimate.memory import footprint
 from megasparse.preflight.settings import Prepared, prepare
@@ -106,12 +110,27 @@ def plan(prepared: Prepared, world: int) -> str:
 def _model(config: ResolvedConfig, vocab_size: int) -> list[tuple[str, str]]:
     model, recipe = config.model, recipe_of(config)
     padded = padded_vocab_size(vocab_size, config)
-    linears = [one.module for one in layer_parameters(model) if one.is_linear]
-    sparse = [
-        name for name in dict.fromkeys(linears) if recipe.matches(f"{model.block}.layers.0.{name}")
+    linears = [
+        (one.module, f"{model.block}.layers.{layer}.{one.module}")
+        for layer in range(model.num_layers)
+        for one in layer_parameters(model, layer)
+        if one.is_linear
     ]
+    sparse = list(dict.fromkeys(name for name, whole in linears if recipe.matches(whole)))
+    experts = []
+    if model.num_experts is not None:
+        active = active_parameter_count(model, padded)
+        experts = [
+            ("model", f"{active:,} of them for a token"),
+            (
+                "experts",
+                f"{model.num_experts} in {sum(model.expert_layers)} layers, "
+                f"{model.moe_router_topk} for a token",
+            ),
+        ]
     return [
         ("model", f"{parameter_count(model, padded):,} parameters"),
+        *experts,
         ("model", f"{model.num_layers} layers, hidden {model.hidden_size}, vocabulary {padded:,}"),
         ("recipe", f"{recipe.name}; 2:4 in {', '.join(recipe.sparse_gemms) or 'no GEMM'}"),
         *(("sparse", name) for name in sparse),
@@ -128,6 +147,8 @@ def _layout(config: ResolvedConfig, world: int) -> list[tuple[str, str]]:
     sizes += f" x pipeline {parallel.pipeline_model_parallel_size}"
     sizes += f" x data {data_parallel_size(config, world)}, ZeRO {parallel.zero_stage}"
     rows = [("layout", f"{world} ranks: {sizes}")]
+    if parallel.expert_model_parallel_size > 1:
+        rows.append(("layout", f"experts over {parallel.expert_model_parallel_size} of these"))
     if parallel.sequence_parallel:
         rows.append(("layout", "sequence parallel"))
     if parallel.recompute_granularity:

@@ -43,6 +43,10 @@ class Clock:
         """Seed of one layer's MVUE draws in the current micro-batch."""
         return derive_seed(self.seed, self.step, self.micro_batch, layer)
 
+    def step_seed(self, layer: int) -> int:
+        """Seed of the draws of a layer whose tokens are of several micro-batches, in this step."""
+        return derive_seed(self.seed, self.step, layer)
+
     @contextlib.contextmanager
     def at(self, micro_batch: int, slot: int) -> Iterator[None]:
         """Set back to a micro-batch for a while: a layer is recomputed with the draws it had."""

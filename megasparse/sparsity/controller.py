@@ -84,7 +84,7 @@ class SparsityController:
         """
         taken = set()
         for state, weight in self.weights:
-            if weight in places:
+            if weight in places and state.experts is None:  # those of experts are autograd's
                 state.total = GradientSum(places[weight], step)
                 taken.add(weight)
         for one, weight in self.dense:
@@ -125,6 +125,10 @@ class SparsityController:
         if self.seeds is not None:
             return self.seeds.of(place, self.clock.slot)
         return self.clock.mvue_seed(self.layers[place])
+
+    def step_seed(self, place: int) -> int:
+        """Of the draws of a layer of experts in the current step."""
+        return self.clock.step_seed(self.layers[place])
 
     def begin_step(self, refresh_all: Callable[[], None] | None = None) -> None:
         """Refresh the masks that are due, and see to it that `refill` has what it needs.
@@ -199,7 +203,9 @@ class SparsityController:
         """
         runs = {"output": 1.0 + recomputed}
         return sum(
-            weight.numel() * sum(runs.get(gemm, 1.0) for gemm in state.ran_sparse)
+            weight.numel()
+            * state.active_share
+            * sum(runs.get(gemm, 1.0) for gemm in state.ran_sparse)
             for state, weight in self.weights
         )
 

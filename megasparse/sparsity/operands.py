@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megasparse.log import log_once, warn_once
-from megasparse.sparsity.gemms import packed
+from megasparse.sparsity.gemms import packed, packed_experts
 from megasparse.sparsity.gemms.dense import DenseGemms, ReferenceSparseGemms
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
+from megasparse.sparsity.gemms.experts import DenseExpertGemms, ExpertGemms, ReferenceExpertGemms
 from megasparse.sparsity.gemms.library import LibrarySparseGemms
 from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
 from megasparse.sparsity.gemms.protocol import LinearGemms
@@ -27,7 +30,9 @@ def choose(
     reduce_max: object,
     probe: Probe,
     tokens: TokenShare = ALL_TOKENS,
-) -> LinearGemms:
+    experts: int | None = None,
+    grouped: bool = False,
+) -> Any:
     """The best implementation that can compute a weight's GEMMs, without operands yet.
 
     Args:
@@ -40,7 +45,14 @@ def choose(
         reduce_max: largest over the tensor-parallel group, for simulated FP8.
         probe: of the weight.
         tokens: which tokens of a micro-batch are on this rank.
+        experts: whose weights are stacked in it; None: it is one linear's.
+        grouped: dense GEMMs of experts are one launch.
+
+    Returns:
+        `LinearGemms`, or `ExpertGemms` of experts.
     """
+    if experts is not None:
+        return _of_experts(experts, weight, recipe, shard, sparse, probe, grouped)
     if not sparse:
         if quantizers is None:
             return DenseGemms()
@@ -73,3 +85,37 @@ def _by_dense_gemms(
     if recipe.simulate_fp8:
         return SimulatedFp8Gemms(recipe, channels, reduce_max, probe, tokens)  # type: ignore[arg-type]
     return ReferenceSparseGemms(recipe, channels, probe, tokens)
+
+
+def _of_experts(
+    experts: int,
+    weight: torch.Tensor,
+    recipe: SparsityRecipe,
+    shard: WeightShard,
+    sparse: bool,
+    probe: Probe,
+    grouped: bool,
+) -> ExpertGemms:
+    if not sparse:
+        return DenseExpertGemms(experts, grouped)
+    channels = channels_of_expert(shard, experts)
+    reason = packed.refusal(weight, recipe, channels)
+    reason = packed_experts.refusal(weight, experts, channels, reason)
+    if reason is None:
+        return packed_experts.PackedExpertGemms(experts, recipe, channels, probe)
+    if weight.is_cuda:
+        warn_once("2:4 experts are computed by dense GEMMs, without their speed: %s", reason)
+    return ReferenceExpertGemms(experts, recipe, channels, probe, grouped)
+
+
+def channels_of_expert(shard: WeightShard, experts: int) -> tuple[ShardSlice, ...]:
+    """Where the local outputs of one expert, the same for each, lie among its own.
+
+    Args:
+        shard: of the stacked weight.
+        experts: of this rank.
+    """
+    rows = shard.global_shape[0] // (shard.blocks * experts)
+    parts = shard.parts // experts if shard.dim == 0 else 1
+    dim = 0 if shard.dim == 0 else None
+    return WeightShard((rows,), dim, shard.rank, shard.world, parts).slices(0)

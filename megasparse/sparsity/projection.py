@@ -14,7 +14,8 @@ class Projected(NamedTuple):
 
     Attributes:
         mask: bool (N, K), what is kept: W~ = W o M.
-        beta: 0-d float32, where there is no mask: W~ = beta * S(W), S-STE's soft threshold.
+        beta: 0-d float32, where there is no mask: W~ = beta * S(W), S-STE's soft threshold; of
+            stacked weights of experts (E,), one each.
         nan_flag: int32 (1,), raised on the device when W holds a NaN; None: the kernels raise.
         error_flag: int32 (1,), raised on the device when an operand to be packed is not 2:4.
     """
@@ -30,7 +31,10 @@ def effective(w_NK: torch.Tensor, projected: Projected) -> torch.Tensor:
     if projected.mask is None:
         assert projected.beta is not None
         threshold = soft_threshold24(w_NK, nan_flag=projected.nan_flag)
-        return (threshold.float() * projected.beta).to(w_NK.dtype)
+        beta = projected.beta
+        if beta.dim():
+            beta = beta.repeat_interleave(w_NK.shape[0] // len(beta)).unsqueeze(1)
+        return (threshold.float() * beta).to(w_NK.dtype)
     zero = torch.zeros((), dtype=w_NK.dtype, device=w_NK.device)
     return torch.where(projected.mask, w_NK, zero)
 

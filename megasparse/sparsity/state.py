@@ -21,7 +21,6 @@ from megasparse.kernels import prune24_mask, replace_mask_, s_ste_scale, transpo
 from megasparse.kernels.patterns import decode_patterns, encode_patterns, unpack_fours
 from megasparse.sparsity import operands, schedule
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
-from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.gradient_sum import GradientSum
 from megasparse.sparsity.own_decay import OwnDecay
 from megasparse.sparsity.probe import Probe
@@ -44,6 +43,7 @@ class SparseWeight(torch.nn.Module):
         reduce: sums over the tensor-parallel group (the scale's dot products).
         reduce_max: largest over the ranks that share a micro-batch's activations (FP8 scales).
         tokens: which tokens of a micro-batch are on this rank.
+        experts: whose weights are stacked here, each with a scale of its own; None: no experts'.
     """
 
     def __init__(
@@ -54,30 +54,29 @@ class SparseWeight(torch.nn.Module):
         reduce: Reduce | None = None,
         reduce_max: Reduce | None = None,
         tokens: TokenShare = ALL_TOKENS,
+        experts: int | None = None,
     ) -> None:
         super().__init__()
-        self.name = name
-        self.recipe = recipe
-        self.shard = shard
+        self.name, self.recipe = name, recipe
+        self.shard, self.experts = shard, experts
+        self.active_share = 1.0  # of its entries, that compute a token: of experts the chosen ones
         self.mask: torch.Tensor | None = None  # bool (N, K): kept entries
-        self.scale: torch.Tensor | None = None  # float32 0-d: S-STE's beta
+        self.scale: torch.Tensor | None = None  # float32 0-d, of experts (E,): S-STE's beta
         self.flips: torch.Tensor | None = None  # int64 0-d: entries that the last refresh changed
         self.decay: OwnDecay | None = None  # where each weight has its own lambda
         self.first_sparse_step = 0  # the controller knows the run's
         self.last_refresh = -1  # step of the last refresh
-        self.refreshes = 0
+        self.refreshes = self.preparations = 0  # of masks and of operands, in all
         self.prepared_step = -1  # step that the operands were last built for
         self.preparations_of_step = 0  # times they were built for it: once
-        self.preparations = 0  # times in all
         self.probe = Probe()  # the controller gives one with the run's timer
         # Wanda's figures of the input channels, kept beside the mask.
         self.inputs = InputNorms() if recipe.mask_metric == "wanda" else None
         self.quantizers: OperandQuantizers | None = None  # where GEMMs are in FP8
-        self.fp8_hybrid = False
+        self.fp8_hybrid = self.grouped = False  # grouped: experts' dense GEMMs are one launch
         self.total: GradientSum | None = None  # of gradients, from the next step on; None: autograd
-        self._reduce = reduce
-        self._reduce_max, self._tokens = reduce_max, tokens
-        self._gemms: dict[bool, LinearGemms] = {}  # by phase: dense, sparse
+        self._reduce, self._reduce_max, self._tokens = reduce, reduce_max, tokens
+        self._gemms: dict[bool, Any] = {}  # by phase: dense, sparse; LinearGemms or ExpertGemms
         self._ready: tuple[int, bool] | None = None  # step and phase that the operands are of
         self._nan_flag: torch.Tensor | None = None
         self._error_flag: torch.Tensor | None = None
@@ -86,7 +85,7 @@ class SparseWeight(torch.nn.Module):
         self._refreshed = False  # in the step under way
         self.moves = 0  # times that mask, scale or operands may have got other addresses
 
-    def gemms(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> LinearGemms:
+    def gemms(self, weight: torch.Tensor, step: int, sparse: bool, monitor: bool) -> Any:
         """The GEMMs of `step`, with operands made at its first use.
 
         Args:
@@ -134,6 +133,8 @@ class SparseWeight(torch.nn.Module):
                 self._reduce_max,
                 self.probe,
                 self._tokens,
+                self.experts,
+                self.grouped,
             )
         self._gemms[sparse].total = self.total
         self._ready = (step, sparse)
@@ -179,10 +180,14 @@ class SparseWeight(torch.nn.Module):
             assert self.mask is not None, f"{self.name}: projected before the first refresh"
             return Projected(self.mask, None, self._nan_flag, self._error_flag)
         if self.scale is None:
-            self.scale = s_ste_scale(weight, reduce=self._reduce)
+            self.scale = self._beta(weight)
         elif self.recipe.s_ste_scale == "every_step":
-            self.scale.copy_(s_ste_scale(weight, reduce=self._reduce))
+            self.scale.copy_(self._beta(weight))
         return self._projected()
+
+    def _beta(self, weight: torch.Tensor) -> torch.Tensor:
+        beta = s_ste_scale(weight, reduce=self._reduce, experts=self.experts or 1)
+        return beta.view(() if self.experts is None else self.experts)
 
     def _projected(self) -> Projected:
         """The projection that is there already."""
@@ -262,22 +267,13 @@ class SparseWeight(torch.nn.Module):
         """Whether a refresh finds everything that it writes, at addresses that stay."""
         return self._before is not None and self.inputs is None
 
-    def _encoded_mask(self) -> torch.Tensor:
-        """The mask as pattern indices, uint8: a byte for 16 entries, or 4."""
-        assert self.mask is not None
-        return encode_patterns(self.mask, transposable=self.recipe.transposable)
-
-    def _decoded_mask(self, patterns: torch.Tensor) -> torch.Tensor:
-        shape = (self.shard.local_shape[0], self.shard.local_shape[1])
-        return decode_patterns(patterns, shape, transposable=self.recipe.transposable)
-
     def export_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps: pattern indices (uint8), scale, counters."""
         state = {
             "counters": torch.tensor([self.last_refresh, self.refreshes], dtype=torch.int64),
         }
         if self.mask is not None:
-            state["mask"] = self._encoded_mask()
+            state["mask"] = encode_patterns(self.mask, transposable=self.recipe.transposable)
         if self.scale is not None:
             state["scale"] = self.scale.clone()
         if self.flips is not None:
@@ -337,7 +333,11 @@ class SparseWeight(torch.nn.Module):
                 f"{self.name}: counters of shape {tuple(counters.shape)}, expected (2,)"
             )
         self.last_refresh, self.refreshes = (int(value) for value in counters)
-        self.mask = self._decoded_mask(state["mask"].to(device)) if "mask" in state else None
+        self.mask = None
+        if "mask" in state:
+            patterns, (rows, columns) = state["mask"].to(device), self.shard.local_shape
+            kind = self.recipe.transposable
+            self.mask = decode_patterns(patterns, (rows, columns), transposable=kind)
         self.scale = state["scale"].to(device) if "scale" in state else None
         self.flips = state["flips"].to(device) if "flips" in state else None
         if self.decay is not None:

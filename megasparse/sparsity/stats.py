@@ -10,7 +10,7 @@ this rank's pipeline stage.
 | density            | non-zeros of W~ as the GEMMs use it / all entries; 1 in dense phases      |
 | retained_l1        | sum |W o M| / sum |W|                                                     |
 | double_pruned      | |W~ - W~_d|^2 / |W~|^2: the share of W~'s squares that grad_input lacks   |
-| scale              | beta of S-STE                                                             |
+| scale              | beta of S-STE; of experts the largest                                     |
 | masked_decay       | the weight's own lambda of the next step, if it follows second moments    |
 | decay_ratio        | norm of lambda (1 - M) o W / norm of the gradient that it meets           |
 | mvue_amplification | sum of squares of MVUE(dZ) / sum of squares of dZ, over the micro-batches |
@@ -96,7 +96,7 @@ def measure(
     for one in owners:
         step_sums.append(torch.stack([one.probe.sums.get(name, zero) for name in STEP_SUMS]))
         beta = one.scale if isinstance(one, SparseWeight) else None
-        scale = missing if beta is None else beta.float()
+        scale = missing if beta is None else beta.float().max()
         largest = [one.probe.maxima.get(name, missing) for name in OPERANDS]
         own = one.decay if isinstance(one, SparseWeight) and sparse_now else None
         maxima.append(torch.stack([scale, missing if own is None else own.value, *largest]))

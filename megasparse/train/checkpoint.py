@@ -9,12 +9,14 @@ What is stored, by key:
     optim/NAME/master                   float32 masters, with ZeRO
     sparsity/NAME/mask|scale|counters   pattern indices, S-STE's beta, refresh counters
     sparsity/NAME/input_square|_tokens  Wanda's sums over the input channels
-    sparsity/NAME/flips                 per tensor-parallel rank, summed on reading
+    sparsity/NAME/flips                 per tensor-parallel rank (and block of experts), summed on
+                                        reading
     sparsity/NAME/fp8_*, fp8/NAME/fp8_* delayed FP8 scales of a sparse, of a dense weight's operands
     rng/RANK/NAME                       generator states
 
 Tensors are stored with their place in the whole, so another layout can read them. What all
-data-parallel ranks have alike they write in equal shares, each value once.
+data-parallel ranks have alike they write in equal shares, each value once; experts that they share
+are written by the ranks that have the same ones. A scale for each expert is one tensor `(E,)`.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from typing import Any
 import torch
 
 import megasparse
-from megasparse.checkpoint.model import input_shard, mask_shard
+from megasparse.checkpoint.model import flips_shard, input_shard, mask_shard, scale_shard
 from megasparse.checkpoint.pieces import Piece, Share, divide, owners
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
 from megasparse.checkpoint.writer import Tensors
 from megasparse.config import to_dict
 from megasparse.distributed.control_plane import ControlPlane
-from megasparse.megatron.grid import rng_state
+from megasparse.megatron.grid import is_divided_expert, rng_state
 from megasparse.megatron.init import parameter_shard
 from megasparse.optim.lr import learning_rate
 from megasparse.sparsity.shard import WeightShard
@@ -47,6 +49,7 @@ DENSE_FP8_OWNER = 0  # data-parallel rank that writes the scales of all dense we
 def layout(engine: Engine) -> dict[str, int]:
     """How the ranks divide model and state; equal layouts resume bit for bit."""
     grid = engine.grid
+    divided = {"ep": grid.ep_size} if grid.ep_size > 1 else {}
     return {
         "world": grid.world,
         "tp": grid.tp_size,
@@ -54,6 +57,7 @@ def layout(engine: Engine) -> dict[str, int]:
         "dp": grid.dp_size,
         "pp": grid.pp_size,
         "zero": engine.config.parallel.zero_stage,
+        **divided,
     }
 
 
@@ -94,19 +98,34 @@ def newest_valid(root: Path) -> CheckpointReader | None:
 
 
 def parameter_shares(engine: Engine) -> dict[str, list[Share]]:
-    """How the data-parallel ranks divide what each of them has whole, by parameter.
+    """How the ranks that hold the same divide what each of them has whole, by parameter.
 
     They write it once, in equal shares, and read it so. Parameters of ZeRO 3 are no such thing.
     """
     named = [(n, p) for n, p in engine.model.named_parameters() if zero.partition(p) is None]
-    shares = divide([p.numel() for _, p in named], engine.grid.dp_cp_size)
-    return {name: own for (name, _), own in zip(named, shares, strict=True)}
+    found: dict[str, list[Share]] = {}
+    for divided in (False, True):
+        kind = [(n, p) for n, p in named if is_divided_expert(p) == divided]
+        world = engine.grid.expert_replicas.size if divided else engine.grid.dp_cp_size
+        shares = divide([p.numel() for _, p in kind], world)
+        found |= {name: own for (name, _), own in zip(kind, shares, strict=True)}
+    return found
 
 
 def state_owners(engine: Engine) -> list[int]:
-    """The data-parallel rank that writes each sparse weight's state, in order of the weights."""
-    sizes = [weight.numel() for _, weight in engine.controller.weights]
-    return owners(sizes, engine.grid.dp_cp_size)
+    """The rank, among those that hold the same, that writes each sparse weight's state, in order
+    of the weights."""
+    found = [0] * len(engine.controller.weights)
+    for divided in (False, True):
+        kind = [
+            (number, weight.numel())
+            for number, (_, weight) in enumerate(engine.controller.weights)
+            if is_divided_expert(weight) == divided
+        ]
+        world = engine.grid.expert_replicas.size if divided else engine.grid.dp_cp_size
+        for (number, _), owner in zip(kind, owners([s for _, s in kind], world), strict=True):
+            found[number] = owner
+    return found
 
 
 def collect(engine: Engine) -> Tensors:
@@ -124,7 +143,7 @@ def collect(engine: Engine) -> Tensors:
         name: share
         for name, shares in parameter_shares(engine).items()
         for share in shares
-        if name in mine and share.rank == grid.dp_cp_rank
+        if name in mine and share.rank == grid.replicas_of(parameters[name]).rank
     }
 
     def add(key: str, name: str, start: int, flat: torch.Tensor) -> None:
@@ -156,8 +175,10 @@ def collect(engine: Engine) -> Tensors:
                 share = own[fragment.name]
                 start, flat = share.start, flat[share.start : share.stop]
             add(f"optim/{fragment.name}/{kind}", fragment.name, start, flat)
-    for (state_of, _), owner in zip(engine.controller.weights, state_owners(engine), strict=True):
-        if owner == grid.dp_cp_rank:
+    for (state_of, weight), owner in zip(
+        engine.controller.weights, state_owners(engine), strict=True
+    ):
+        if owner == grid.replicas_of(weight).rank:
             tensors.update(_collect_sparsity(state_of, grid.tp_rank))
     if grid.dp_cp_rank == DENSE_FP8_OWNER and grid.tp_rank == 0:  # all ranks of a stage share them
         for dense, _ in engine.controller.dense:
@@ -179,9 +200,10 @@ def _collect_sparsity(state: SparseWeight, tp_rank: int) -> dict[str, tuple[Piec
         elif kind == "input_square" and state.shard.dim == 1:
             tensors[key] = (Piece(key, input_shard(state)), value)
         elif kind == "flips":
-            shard = WeightShard((state.shard.world,), 0, tp_rank, state.shard.world)
-            tensors[key] = (Piece(key, shard), value.reshape(1))
-        elif tp_rank == 0:
+            tensors[key] = (Piece(key, flips_shard(state.shard)), value.reshape(1))
+        elif kind == "scale" and state.experts is not None and tp_rank == 0:
+            tensors[key] = (Piece(key, scale_shard(state)), value)
+        elif tp_rank == 0 and state.shard.block == 0:
             tensors[key] = (Piece(key, WeightShard(tuple(value.shape))), value)
     return tensors
 

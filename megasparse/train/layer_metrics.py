@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasparse.megatron.grid import Grid
+from megasparse.megatron.grid import Grid, is_divided_expert
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.probe import OPERANDS
 from megasparse.sparsity.stats import MAXIMA, STEP_SUMS, WEIGHT_SUMS, layer_figures, measure
@@ -46,6 +46,7 @@ def measure_all(
     if grid.dp_cp_size > 1:
         dist.all_reduce(measured.step_sums, group=grid.dp_cp_group)
         dist.all_reduce(measured.maxima, op=dist.ReduceOp.MAX, group=grid.dp_cp_group)
+    _sum_over_experts(measured.weight_sums, controller, grid)
     sums = grid.sum_over_tp(torch.cat([measured.weight_sums, measured.step_sums], 1))
     maxima = grid.max_over_tp(measured.maxima)
     of_ranks = torch.tensor(more, dtype=torch.float64, device=grid.device)
@@ -71,12 +72,25 @@ def flip_rates(controller: SparsityController, grid: Grid) -> LayerMetrics:
     weights = controller.weights
     none = torch.zeros((), dtype=torch.int64, device=grid.device)
     counts = [none if state.flips is None else state.flips for state, _ in weights]
-    totals = grid.sum_over_tp(torch.stack(counts)).tolist() if weights else []
+    totals: list[int] = []
+    if weights:
+        table = _sum_over_experts(torch.stack(counts)[:, None], controller, grid)
+        totals = grid.sum_over_tp(table.flatten()).tolist()
     metrics: LayerMetrics = {}
     for (state, _), flips in zip(weights, totals, strict=True):
         rows, columns = state.shard.global_shape
         metrics[state.name] = {} if state.flips is None else {"flip_rate": flips / (rows * columns)}
     return _over_stages(metrics, grid)
+
+
+def _sum_over_experts(
+    table: torch.Tensor, controller: SparsityController, grid: Grid
+) -> torch.Tensor:
+    """Add up, in place, the rows of weights whose experts are divided over ranks."""
+    rows = [n for n, (_, weight) in enumerate(controller.weights) if is_divided_expert(weight)]
+    if rows:
+        table[rows] = grid.sum_over_ep(table[rows])
+    return table
 
 
 def entries(controller: SparsityController, grid: Grid) -> dict[str, int]:

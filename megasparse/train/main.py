@@ -149,6 +149,7 @@ class _Run:
             config.train.seed,
             parallel.distributed_timeout_minutes,
             parallel.pipeline_model_parallel_size,
+            parallel.expert_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
         )
         injected = faults.from_environment(int(os.environ["RANK"]))

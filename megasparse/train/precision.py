@@ -47,6 +47,8 @@ def settle_fp8(config: ResolvedConfig, device: torch.device | None) -> ResolvedC
 def _refusal(config: ResolvedConfig, device: torch.device | None) -> str | None:
     if not config.train.bf16:
         return "the run is in float32, expected --bf16"
+    if config.model.num_experts is not None:
+        return "the GEMMs of experts are in 16 bits"
     missing = None if device is None else transformer_engine.refusal(device)
     return missing or _shape_refusal(config)
 

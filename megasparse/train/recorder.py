@@ -18,6 +18,7 @@ from megasparse.config import ResolvedConfig, dump_yaml, to_dict
 from megasparse.config.batches import samples_after
 from megasparse.estimate import flops
 from megasparse.log import logger
+from megasparse.megatron import balance
 from megasparse.metrics.schema import ProgressLine
 from megasparse.metrics.writers import MetricsWriter
 from megasparse.sparsity import schedule
@@ -219,6 +220,7 @@ class Recorder:
         }
         if self._peak is not None:
             row["mfu"] = row["tflops"] / self._peak
+        row |= self._balance()
         if seconds:
             row |= {f"time_{p}": total / world for p, total in zip(PHASES, of_phases, strict=True)}
             found = stragglers.slowest(own, world // self._grid.pp_size)
@@ -226,6 +228,15 @@ class Recorder:
             if found is not None:
                 row |= {"time_slowest_rank": found.rank, "time_slowest_ratio": found.ratio}
         return layers, row
+
+    def _balance(self) -> Row:
+        """The losses of the router in this step; a collective call."""
+        layers = sum(self._config.model.expert_layers)
+        if not layers:
+            return {}
+        return dict(
+            balance.losses_of_step(self._grid, layers, self._engine.layout.accumulation_steps)
+        )
 
     def _own_work(self, seconds: dict[str, float]) -> list[float]:
         """Seconds of this rank's own work at its place among all ranks."""

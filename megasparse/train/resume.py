@@ -10,7 +10,6 @@ the ranks read files for each other (`checkpoint/shared_reader.py`), again about
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 
@@ -27,12 +26,11 @@ from megasparse.convert.source import check_shape
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
 from megasparse.log import logger
-from megasparse.megatron.grid import Grid, rng_state, set_rng_state
+from megasparse.megatron.grid import Replicas, rng_state, set_rng_state
 from megasparse.megatron.init import parameter_shard
 from megasparse.optim.fragments import Fragment
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
-from megasparse.tensor_files import raw_bytes
 from megasparse.train.checkpoint import (
     DENSE_FP8_OWNER,
     MOMENTS,
@@ -42,8 +40,7 @@ from megasparse.train.checkpoint import (
 )
 from megasparse.train.engine import zero
 from megasparse.train.engine.base import Engine
-
-State = dict[str, torch.Tensor]
+from megasparse.train.shared_states import State, share_states
 
 
 def load(engine: Engine, reader: CheckpointReader, control: ControlPlane) -> None:
@@ -122,7 +119,7 @@ class _Share:
         for fragment in self._engine.fragments:
             self._read_fragment(fragment)
         for number, owner in enumerate(self._owners):
-            if owner == self._grid.dp_cp_rank:
+            if owner == self._replicas(number).rank:
                 self._states[number] = self._read_state(number)
         if same_layout:
             self._generators = self._read_generators()
@@ -137,7 +134,7 @@ class _Share:
             if fragment.name in asks:
                 asks[fragment.name].parts.append(self._of_fragment(fragment)[0])
         for number, owner in enumerate(self._owners):
-            if owner == self._grid.dp_cp_rank and not self._near:
+            if owner == self._replicas(number).rank and not self._near:
                 asks.setdefault(self._state_name(number), Ask()).all = True
         return asks
 
@@ -157,10 +154,12 @@ class _Share:
                 zero.put_partition(parameter, values.part)
                 continue
             with torch.no_grad():
-                parameter.copy_(self._whole(values, parameter).view(parameter.shape))
+                parameter.copy_(self._whole(values, parameter, parameter).view(parameter.shape))
         for fragment, kind, _, values in self._optimizer:
             target = fragment.of(self._target(fragment, kind))
-            whole = self._whole(values, target) if values.shares is not None else values.part
+            whole = values.part
+            if values.shares is not None:
+                whole = self._whole(values, target, fragment.parameter)
             target.copy_(whole)
         self._put_states()
         if self._generators:
@@ -174,7 +173,7 @@ class _Share:
         shard = parameter_shard(parameter, self._grid.tp_rank, self._grid.tp_size)
         part = zero.partition(parameter)
         if part is None:
-            return self._own_share(shard, self._shares[name]), self._shares[name]
+            return self._own_share(shard, self._shares[name], parameter), self._shares[name]
         numel = math.prod(shard.local_shape)
         start = min(self._grid.dp_cp_rank * part.numel(), numel)
         return Piece("", shard, start, min(start + part.numel(), numel)), None
@@ -183,11 +182,13 @@ class _Share:
         """The same of the optimizer's tensors."""
         shard = parameter_shard(fragment.parameter, self._grid.tp_rank, self._grid.tp_size)
         if fragment.parameter is fragment.tensor:
-            return self._own_share(shard, self._shares[fragment.name]), self._shares[fragment.name]
+            shares = self._shares[fragment.name]
+            return self._own_share(shard, shares, fragment.parameter), shares
         return Piece("", shard, fragment.start, fragment.start + fragment.length), None
 
-    def _own_share(self, shard: WeightShard, shares: list[Share]) -> Piece:
-        mine = [(s.start, s.stop) for s in shares if s.rank == self._grid.dp_cp_rank]
+    def _own_share(self, shard: WeightShard, shares: list[Share], parameter: torch.Tensor) -> Piece:
+        rank = self._grid.replicas_of(parameter).rank
+        mine = [(s.start, s.stop) for s in shares if s.rank == rank]
         return Piece("", shard, *(mine[0] if mine else (0, 0)))
 
     def _read(
@@ -229,14 +230,15 @@ class _Share:
         moment: torch.Tensor = state.setdefault(kind, torch.zeros_like(fragment.tensor))
         return moment
 
-    def _whole(self, values: _Values, like: torch.Tensor) -> torch.Tensor:
-        """1-D, put together from the shares of the data-parallel ranks."""
+    def _whole(self, values: _Values, like: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """1-D, put together from the shares of the ranks that hold the same."""
+        replicas = self._grid.replicas_of(parameter)
         whole = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
         for share in values.shares or ():
             part = whole[share.start : share.stop]
-            if share.rank == self._grid.dp_cp_rank:
+            if share.rank == replicas.rank:
                 part.copy_(values.part)
-            self._grid.from_dp_cp_rank(part, share.rank)
+            replicas.from_rank(part, share.rank)
         return whole
 
     def _read_state(self, number: int) -> State:
@@ -251,6 +253,13 @@ class _Share:
         # The run has another recipe: masks begin with the next step.
         return {} if state.quantizers is None else _fp8_state(reader, state.name)
 
+    def _replicas(self, number: int) -> Replicas:
+        """The ranks that have the same state, of a sparse weight or after those of a dense one."""
+        weights = self._engine.controller.weights
+        if number >= len(weights):
+            return self._grid.replicas
+        return self._grid.replicas_of(weights[number][1])
+
     def _state_name(self, number: int) -> str:
         weights = self._engine.controller.weights
         if number >= len(weights):
@@ -264,8 +273,17 @@ class _Share:
                 shard = weights[number][0].shard
                 self._states[number] = own_flips(self._states[number], shard)
         found: dict[int, State] = {}
-        for owner in sorted(set(self._owners)):
-            found |= share_states(self._grid, owner, self._states)
+        for replicas in {
+            r.group: r for r in map(self._replicas, range(len(self._owners)))
+        }.values():
+            theirs = {
+                number: owner
+                for number, owner in enumerate(self._owners)
+                if self._replicas(number).group is replicas.group
+            }
+            read = {n: state for n, state in self._states.items() if n in theirs}
+            for owner in sorted(set(theirs.values())):
+                found |= share_states(replicas, self._grid.device, owner, read)
         for number in range(len(self._owners)):
             loaded = found.get(number, {})
             if number >= len(weights):
@@ -283,36 +301,6 @@ class _Share:
         if sorted(key.removeprefix(prefix) for key in keys) != expected:
             raise CheckpointError(f"{self._reader.folder}: generators {keys}, expected {expected}")
         return {key.removeprefix(prefix): self._reader.read(key) for key in keys}
-
-
-def share_states(grid: Grid, owner: int, states: dict[int, State]) -> dict[int, State]:
-    """The states that one data-parallel rank has read, on all of them, on the CPU."""
-    if grid.dp_cp_size == 1:
-        return states
-    head, content = b"", torch.empty(0, dtype=torch.uint8)
-    if grid.dp_cp_rank == owner:
-        flat = {(n, k): v for n, state in states.items() for k, v in state.items()}
-        record = [[*key, str(v.dtype).split(".")[1], list(v.shape)] for key, v in flat.items()]
-        head = json.dumps(record).encode()
-        content = torch.frombuffer(
-            bytearray(head + b"".join(raw_bytes(v) for v in flat.values())), dtype=torch.uint8
-        )
-    sizes = torch.tensor([len(head), content.numel()], device=grid.device)
-    grid.from_dp_cp_rank(sizes, owner)
-    length, total = sizes.tolist()
-    room = torch.empty(total, dtype=torch.uint8, device=grid.device)
-    if grid.dp_cp_rank == owner:
-        room.copy_(content)
-    content = grid.from_dp_cp_rank(room, owner).cpu()
-    found: dict[int, State] = {}
-    place = length
-    for number, kind, name, shape in json.loads(content[:length].numpy().tobytes()):
-        dtype = getattr(torch, name)
-        end = place + torch.Size(shape).numel() * dtype.itemsize
-        values = content[place:end].clone().view(dtype).view(shape)
-        found.setdefault(number, {})[kind] = values
-        place = end
-    return found
 
 
 def _fp8_state(reader: CheckpointReader | SharedReader, name: str) -> State:

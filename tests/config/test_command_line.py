@@ -42,6 +42,10 @@ THEIRS = """
     multiple_validation_sets profile profile_step_start profile_step_end profile_ranks
     use_pytorch_profiler
     record_memory_history memory_snapshot_path
+    num_experts moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_router_pre_softmax
+    moe_router_dtype moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff
+    moe_shared_expert_intermediate_size moe_shared_expert_gate moe_token_dispatcher_type
+    moe_grouped_gemm expert_model_parallel_size expert_tensor_parallel_size
 """
 ALL = [row for found in rows().values() for row in found]
 
@@ -117,7 +121,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {num_layer: 3, hidden_size: wide}\nlr: 1\n")
     argv = ["stray", "--config", str(path), "--use-distributed-optimiser", "--lr", "-1"]
-    argv += ["--num-experts", "8", "--swiglu", "yes", "--micro-batch-size", "1", "2", "--seed"]
+    argv += ["--moe-latent-size", "8", "--swiglu", "yes", "--micro-batch-size", "1", "2", "--seed"]
     argv += ["--optimizer", "sgd", "--log-throughput", "3"]
     with pytest.raises(ConfigError) as caught:
         load_config(argv)
@@ -129,7 +133,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
         "unknown group 'lr'",
         "unknown flag --use-distributed-optimiser, did you mean --use-distributed-optimizer?",
         "--lr: found '-1'",
-        "--num-experts 8 is not supported: there are no mixtures of experts",
+        "--moe-latent-size 8 is not supported: experts are megatron-core's, dropless",
         "unexpected argument 'yes' after --swiglu, which has no value",
         "unexpected argument '2' after --micro-batch-size 1",
         "--seed: found no value",

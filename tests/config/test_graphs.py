@@ -32,6 +32,7 @@ def _refusal(*flags: str) -> str | None:
         (["--recompute-granularity", "selective"], "selective"),
         (["--recompute-granularity", "full"], None),
         (["--model-type", "bert", "--no-mock-data", "--data-path", "D"], "model_type is bert"),
+        (["--num-experts", "4", "--disable-bias-linear"], "how many tokens each expert gets"),
     ],
 )
 def test_reasons(flags, reason):

@@ -40,6 +40,11 @@ CASES = {
     ],
     "gpt2, norms before and behind": ["--norm-placement", "both"],
     "gpt2, branches side by side": ["--parallel-residual"],
+    "experts": [
+        *LLAMA, "--num-experts", "4", "--moe-ffn-hidden-size", "32", "--moe-layer-freq", "[0,1]",
+        "--moe-shared-expert-intermediate-size", "64", "--moe-shared-expert-gate",
+        "--sequence-parallel",
+    ],
     "bert, GEGLU": ["--geglu", *BERT],
     "bert, untied, masked tokens alone": [
         *BERT, "--no-bert-binary-head", "--untie-embeddings-and-output-weights",

@@ -50,6 +50,33 @@ def test_defaults_are_filled_in():
     [
         (["--hidden-size", "100", "--num-attention-heads", "3"], 1, "num_attention_heads 3"),
         (["--tensor-model-parallel-size", "2"], 3, "world size 3 is not divisible by"),
+        (["--moe-grouped-gemm"], 1, "moe_grouped_gemm True needs num_experts"),
+        (["--expert-model-parallel-size", "2"], 2, "2 needs num_experts"),
+        (["--num-experts", "4"], 1, "num_experts needs disable_bias_linear"),
+        (["--num-experts", "4", "--moe-router-topk", "5"], 1, "moe_router_topk 5 of num_experts 4"),
+        (["--num-experts", "4", "--moe-router-topk", "1"], 1, "1 needs moe_router_pre_softmax"),
+        (["--num-experts", "4", "--moe-layer-freq", "[1]"], 1, "moe_layer_freq has 1 items"),
+        (
+            ["--num-experts", "3", "--expert-model-parallel-size", "2"],
+            2,
+            "num_experts 3 is not divisible by expert_model_parallel_size 2",
+        ),
+        (
+            ["--num-experts", "4", "--expert-model-parallel-size", "4"],
+            2,
+            "the data parallel size 2 is not divisible by",
+        ),
+        (
+            ["--num-experts", "4", "--tensor-model-parallel-size", "2"],
+            2,
+            "with tensor_model_parallel_size 2 needs sequence_parallel",
+        ),
+        (
+            ["--num-experts", "4", "--expert-tensor-parallel-size", "2"],
+            1,
+            "expert_tensor_parallel_size 2 is not supported",
+        ),
+        (["--num-experts", "4", "--zero-stage", "2"], 1, "zero_stage 2 with num_experts"),
         (["--num-query-groups", "3"], 1, "not divisible by num_query_groups 3"),
         (["--num-query-groups", "1", "--tensor-model-parallel-size", "2"], 2, "num_query_groups 1"),
         (
@@ -108,7 +135,7 @@ def test_committed_configs_resolve(path):
     from megasparse.sparsity.recipe import recipe_of
 
     config = load_config(["--config", str(path)])
-    world = 8 if config.parallel.tensor_model_parallel_size <= 8 else 16
+    world = 8 * config.parallel.expert_model_parallel_size
     if path.stem == "quickstart":
         world = 2
     if path.stem.startswith("compare"):

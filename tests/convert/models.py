@@ -62,6 +62,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
     "starcoder2": ("Starcoder2", {"sliding_window": 4}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 4}),
+    "qwen3 moe": ("Qwen3Moe", {
+        "head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 3}),
     "opt": ("OPT", {"ffn_dim": 48}),
     "opt, gelu, no bias": (
         "OPT", {"ffn_dim": 48, "activation_function": "gelu", "enable_bias": False,

@@ -192,6 +192,20 @@ def test_a_shard_is_a_part_of_the_whole(device, dim, exact, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dim", [0, 1])
+def test_groups_in_any_order_draw_the_numbers_of_their_place(device, dim, backend):
+    g = heavy_tailed((48, 56), device)
+    arguments = {"seed": 99, "dim": dim, "backend": backend}
+    order = torch.tensor([3, 11, 0, 7], device=device)
+    places = (4 * order[:, None] + torch.arange(4, device=device)).flatten()[:-1]  # with a tail
+    taken = g.index_select(dim, places)
+    last = 4 * order[-1] + 3  # what the tail leaves out counts as zero
+    g.select(dim, int(last)).zero_()
+    expected = mvue24(g, **arguments).index_select(dim, places)
+    assert torch.equal(mvue24(taken, **arguments, groups=order), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", [0, 1])
 def test_tails_count_as_padded_with_zeros(device, dim, backend):
     for size in (1, 2, 3, 5, 131):
         g = heavy_tailed((size, 6) if dim == 0 else (6, size), device)
@@ -251,6 +265,9 @@ def test_empty_and_default_dim(device):
         ({"dim": 0, "offsets": (2, 0)}, "multiple of 4"),
         ({"offsets": (-4, 0)}, "at least 0"),
         ({"offsets": (2**32, 0)}, "below"),
+        ({"groups": torch.zeros(2, dtype=torch.int64)}, r"expected int64 \(1,\)"),
+        ({"groups": torch.zeros(1)}, "groups are torch.float32"),
+        ({"groups": torch.zeros(1, dtype=torch.int64), "offsets": (0, 4)}, "with groups"),
         ({"seed": 1.0}, "seed"),
         ({"backend": "cuda"}, "backend"),
     ],

@@ -107,8 +107,7 @@ NOTHING = (
      "--pipeline-model-parallel-comm-backend= "
      "--disable-symmetric-registration"),
     ("it is 1 here",
-     "--expert-model-parallel-size=1 --expert-tensor-parallel-size=1 "
-     "--ds-sequence-parallel-size=1 --moe-expert-parallel-size=1 --num-experts=1 --topk= "
+     "--ds-sequence-parallel-size=1 --moe-expert-parallel-size=1 --topk= "
      "--num-distributed-optimizer-instances=1 --mlp-type=standard "
      "--pipeline-model-parallel-split-rank=0 --num-virtual-stages-per-pipeline-rank=1"),
     ("it is what this optimizer does",

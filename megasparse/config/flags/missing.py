@@ -13,27 +13,25 @@ MISSING = (
      "--max-seqlen-per-dp-cp-rank= --ds-sequence-parallel-size= --force-ds-sequence-parallel "
      "--ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-chunk-size= "
      "--ds-sequence-parallel-fpdt-offloading"),
-    ("there are no mixtures of experts here; dense models alone",
-     "--num-experts= --expert-model-parallel-size= --expert-tensor-parallel-size= "
+    ("experts are megatron-core's, dropless, of one width: --num-experts, --moe-router-topk",
      "--moe-expert-parallel-size= --mlp-type= --num-experts-switch= --num-experts-teacher=* "
      "--expert-interval= --enable-expert-tensor-parallelism --create-moe-param-group --use-tutel "
      "--mos --disable-moe-token-dropping --disable-moe-top2-2nd-expert-sampling "
-     "--moe-apply-probs-on-input --moe-aux-loss-coeff=* --moe-deepep-num-sms= "
-     "--moe-enable-deepep --moe-enable-routing-replay --moe-eval-capacity-factor= "
-     "--moe-expert-capacity-factor= --moe-extended-tp --moe-ffn-hidden-size= "
-     "--moe-flex-dispatcher-backend= --moe-grouped-gemm --moe-hybridep-num-sms= "
-     "--moe-input-jitter-eps= --moe-latent-size= --moe-layer-freq= --moe-layer-recompute "
-     "--moe-loss-coeff= --moe-min-capacity= --moe-pad-expert-input-to-capacity "
-     "--moe-pad-experts-for-cuda-graph-inference --moe-per-layer-logging --moe-permute-fusion "
-     "--moe-router-bias-update-rate= --moe-router-dtype= --moe-router-enable-expert-bias "
-     "--moe-router-force-load-balancing --moe-router-fusion --moe-router-group-topk= "
-     "--moe-router-load-balancing-type=* --moe-router-num-groups= --moe-router-padding-for-fp8 "
-     "--moe-router-padding-for-quantization --moe-router-pre-softmax "
-     "--moe-router-score-function= --moe-router-topk= --moe-router-topk-scaling-factor= "
-     "--moe-shared-expert-gate --moe-shared-expert-intermediate-size= "
-     "--moe-shared-expert-overlap --moe-token-dispatcher-type= --moe-token-drop-policy= "
-     "--moe-train-capacity-factor= --moe-upcycling-granularity= --moe-use-legacy-grouped-gemm "
-     "--moe-use-upcycling --moe-z-loss-coeff= --overlap-moe-expert-parallel-comm "
+     "--moe-eval-capacity-factor= --moe-expert-capacity-factor= --moe-min-capacity= "
+     "--moe-pad-expert-input-to-capacity --moe-pad-experts-for-cuda-graph-inference "
+     "--moe-token-drop-policy= --moe-train-capacity-factor= --moe-latent-size= --moe-extended-tp "
+     "--moe-upcycling-granularity= --moe-use-upcycling --moe-input-jitter-eps= --moe-loss-coeff="),
+    ("a token's experts are its most probable ones, by a softmax: --moe-router-pre-softmax, "
+     "--moe-router-load-balancing-type",
+     "--moe-enable-routing-replay --moe-router-bias-update-rate= --moe-router-enable-expert-bias "
+     "--moe-router-force-load-balancing --moe-router-group-topk= --moe-router-num-groups= "
+     "--moe-router-score-function= --moe-router-topk-scaling-factor= --moe-apply-probs-on-input"),
+    ("tokens get to their experts by --moe-token-dispatcher-type alltoall or allgather",
+     "--moe-deepep-num-sms= --moe-enable-deepep --moe-flex-dispatcher-backend= "
+     "--moe-hybridep-num-sms= --moe-layer-recompute --moe-per-layer-logging "
+     "--moe-permute-fusion --moe-router-fusion --moe-router-padding-for-fp8 "
+     "--moe-router-padding-for-quantization --moe-shared-expert-overlap "
+     "--moe-use-legacy-grouped-gemm --overlap-moe-expert-parallel-comm "
      "--ep-overlap-early-attn-memory-release --use-fused-weighted-squared-relu"),
     ("DeepSpeed's PipelineModule gives a rank one run of layers, and its schedule is 1F1B; "
      "tools/estimate.py prints the bubble of both, docs/parallelism.md says more",
@@ -224,8 +222,11 @@ MISSING = (
 
 # The same for every flag that begins so and is not in the table: newer versions have more of them.
 FAMILIES = (
-    ("--moe-", "there are no mixtures of experts here; dense models alone"),
-    ("--gtp-", "there are no mixtures of experts here; dense models alone"),
+    (
+        "--gtp-",
+        "weights are cut by --tensor-model-parallel-size, experts divided by "
+        "--expert-model-parallel-size",
+    ),
     ("--inference-", "launch/generate.py and launch/evaluate.py compute with a trained model"),
     ("--rl-", "models are pre-trained here, not trained by reinforcement"),
     ("--grpo-", "models are pre-trained here, not trained by reinforcement"),

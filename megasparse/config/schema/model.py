@@ -25,6 +25,8 @@ OperandPacking = Literal["auto", "cusparselt"]
 ScaleUpdate = Literal["frozen", "every_step"]
 # What a recipe makes sparse unless the run says otherwise: the FFN.
 SPARSE_LAYERS = ("*.mlp.linear_fc1", "*.mlp.linear_fc2")
+# The same of a model with experts: those, shared ones, and the FFN of layers that have none.
+EXPERT_SPARSE_LAYERS = ("*.mlp.*linear_fc1", "*.mlp.*linear_fc2")
 
 
 @dataclass
@@ -122,6 +124,45 @@ class ModelConfig:
     hidden_dropout: float = option(0.0, "dropout on the residual branches", at_least=0.0, below=1.0)
     attention_dropout: float = option(0.0, "dropout on attention weights", at_least=0.0, below=1.0)
     init_method_std: float = option(0.02, "standard deviation of the initial weights", above=0.0)
+    num_experts: int | None = option(
+        None, "experts of a layer, in place of one FFN; default: no experts", at_least=2
+    )
+    moe_layer_freq: str = option(
+        "1",
+        "layers with experts: the first of every N, or a list with 1 for those with experts",
+        canonical=pattern_text,
+        form=PATTERN_FORM,
+    )
+    moe_ffn_hidden_size: int | None = option(
+        None, "width of an expert's FFN; default ffn-hidden-size", at_least=4
+    )
+    moe_router_topk: int = option(2, "experts that compute a token", at_least=1)
+    moe_router_pre_softmax: bool = option(
+        False,
+        "the softmax over all experts before the choice, whose probabilities need not sum to 1; "
+        "off: over the chosen ones",
+    )
+    moe_router_dtype: str | None = option(
+        "fp32", "precision of the router's logits and probabilities", choices=("fp32", "fp64")
+    )
+    moe_router_load_balancing_type: str = option(
+        "aux_loss",
+        "what moe-aux-loss-coeff is the weight of: the balance of a micro-batch (aux_loss), of "
+        "every sequence (seq_aux_loss), or nothing (none)",
+        choices=("aux_loss", "seq_aux_loss", "none"),
+    )
+    moe_aux_loss_coeff: float = option(
+        0.0, "weight of the loss that balances the experts (a good start: 0.01)", at_least=0.0
+    )
+    moe_z_loss_coeff: float | None = option(
+        None, "weight of the loss that keeps the router's logits small; default 0", above=0.0
+    )
+    moe_shared_expert_intermediate_size: int | None = option(
+        None,
+        "width of an FFN that computes every token beside the experts; default: none",
+        at_least=4,
+    )
+    moe_shared_expert_gate: bool = option(False, "a sigmoid gate on what the shared expert gives")
 
     @property
     def is_bert(self) -> bool:
@@ -154,6 +195,21 @@ class ModelConfig:
         if self.window_size is None:
             return [False] * self.num_layers
         return layers_of(self.window_attn_skip_freq, self.num_layers, nth=False)
+
+    @property
+    def expert_layers(self) -> list[bool]:
+        """For each layer whether its FFN is a mixture of experts."""
+        if self.num_experts is None:
+            return [False] * self.num_layers
+        if self.moe_layer_freq.isdecimal():
+            every = int(self.moe_layer_freq)
+            return [number % every == 0 for number in range(self.num_layers)]
+        return layers_of(self.moe_layer_freq, self.num_layers, nth=True)
+
+    @property
+    def expert_width(self) -> int:
+        """Of an expert's FFN."""
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size or 0
 
     @property
     def layers_without_rope(self) -> list[bool]:

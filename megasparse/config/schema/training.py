@@ -14,6 +14,24 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer", at_least=1)
     pipeline_model_parallel_size: int = option(1, "pipeline stages", at_least=1)
+    expert_model_parallel_size: int = option(
+        1, "data-parallel ranks that share the experts of a layer", at_least=1
+    )
+    expert_tensor_parallel_size: int | None = option(
+        None,
+        "ranks that share each expert; default, and alone supported: as every other layer",
+        at_least=1,
+    )
+    moe_token_dispatcher_type: str = option(
+        "alltoall",
+        "how tokens get to the ranks of their experts; each rank sends a token where it is wanted "
+        "(alltoall), or all ranks get all tokens (allgather)",
+        choices=("alltoall", "allgather"),
+    )
+    moe_grouped_gemm: bool = option(
+        False,
+        "on GPUs, one launch for the dense GEMMs of all experts of a layer instead of one for each",
+    )
     decoder_first_pipeline_num_layers: int | None = option(
         None, "layers of the first stage; default: as many as the others", at_least=1
     )

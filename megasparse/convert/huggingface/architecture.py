@@ -25,7 +25,9 @@ DEFINING = (
     "kv_channels", "position_embedding_type", "normalization", "norm_epsilon", "swiglu", "geglu",
     "squared_relu", "relu", "exact_gelu", "disable_bias_linear", "add_qkv_bias", "norm_placement",
     "parallel_residual", "qk_layernorm", "qk_layernorm_scope", "window_size",
-    "window_attn_skip_freq", "no_rope_freq", "untie_embeddings_and_output_weights",
+    "window_attn_skip_freq", "no_rope_freq", "untie_embeddings_and_output_weights", "num_experts",
+    "expert_layers", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax",
+    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
 )  # fmt: skip
 ROTARY = ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor")
 # Sequences to train on by default: contexts of 128k tokens are no sensible start.

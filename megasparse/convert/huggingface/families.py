@@ -16,6 +16,7 @@ from megasparse.convert.huggingface.config_keys import (
     Switch,
     Written,
 )
+from megasparse.convert.huggingface.expert_families import EXPERT_FAMILIES
 from megasparse.convert.huggingface.family import (
     ACTIVATIONS,
     ALL_HEADS,
@@ -344,5 +345,6 @@ FAMILIES = {
         GPT_NEOX,
         OPT,
         STARCODER2,
+        *EXPERT_FAMILIES,
     )
 }

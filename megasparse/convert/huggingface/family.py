@@ -33,7 +33,7 @@ class Family:
             lack it.
         layers: before the number of a layer.
         modules: for each module of ours (within its layer) the one of theirs, or the several whose
-            tensors are fused here: Q, K and V; gate and up.
+            tensors are fused here: Q, K and V; gate and up. `{}`: of every expert one.
         fused_qkv: the order within a tensor of Q, K and V.
         transposed: matrices of layers are stored `(in, out)`.
         first_position: row of the table of positions that position 0 has.

@@ -7,6 +7,7 @@ megasparse's parameters are megatron-core's. Where the two differ:
   the same order (GPT-NeoX);
 - gate and up are one matrix, one after the other; Hugging Face has two or the same;
 - GPT-2's matrices are stored `(in, out)` ("Conv1D"), megasparse's `(out, in)`;
+- the weights of a layer's experts are stacked, one expert after the other;
 - OPT's table of positions begins with rows for padding.
 
 Rotary positions rotate halves in both, so no rows are permuted.
@@ -23,6 +24,7 @@ from megasparse.config import CompleteModel
 from megasparse.config.shapes import parameters
 from megasparse.convert.huggingface.families import FAMILIES
 from megasparse.convert.huggingface.family import Family
+from megasparse.errors import ConfigError
 
 Tensors = list[torch.Tensor]
 Split = Callable[[torch.Tensor], Tensors]
@@ -94,8 +96,12 @@ def join_qkv(parts: Sequence[torch.Tensor], model: CompleteModel) -> torch.Tenso
 
 def _rule(name: str, shape: tuple[int, ...], model: CompleteModel, family: Family) -> Rule:
     module, kind, layer = _place(name, family.layers)
-    theirs = family.modules[module]
+    theirs = family.modules.get(module)
+    if theirs is None:
+        raise ConfigError(f"{family.architecture} has no tensors for {name}")
     parts = (theirs,) if isinstance(theirs, str) else theirs
+    if "{}" in parts[0]:
+        parts = tuple(p.format(n) for n in range(model.num_experts or 0) for p in parts)
     split, join = _parts(module, len(parts), model, family)
     # Weights of norms are vectors.
     transposed = family.transposed and bool(layer) and len(shape) == 2

@@ -9,10 +9,7 @@ from typing import Any
 _SOFTCAP = "softmax attention here has no cap on its logits"
 _SCALED = "Gemma multiplies embeddings by the square root of it, which no embedding here does"
 _TWO_ROPES = "layers with a window have a rotary base of their own; megatron-core has one for all"
-_EXPERTS = "there are no mixtures of experts here"
-
-# The key's name differs between releases of transformers.
-_MIXTURE = (("num_local_experts", _EXPERTS), ("num_experts", _EXPERTS))
+_SHARED = "its layers have a shared expert behind a gate, whose tensors are not read"
 
 # Of each the keys, in the order in which they are looked for; the last is in every file.
 _REASONS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -28,10 +25,7 @@ _REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("hidden_size", _SCALED),
     ),
     "Gemma3ForConditionalGeneration": (("vision_config", "there are no images here"),),
-    "MixtralForCausalLM": _MIXTURE,
-    "Qwen2MoeForCausalLM": _MIXTURE,
-    "Qwen3MoeForCausalLM": _MIXTURE,
-    "OlmoeForCausalLM": _MIXTURE,
+    "Qwen2MoeForCausalLM": (("shared_expert_intermediate_size", _SHARED),),
 }
 
 

@@ -104,7 +104,7 @@ _SAME = (
     "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights", "vocab_size",
 )  # fmt: skip
 # Settings that no layer of Megatron has.
-_OURS = ("geglu", "relu", "parallel_residual")
+_OURS = ("geglu", "relu", "parallel_residual", "num_experts")
 
 
 def megatron_arguments(model: CompleteModel, padded_vocab_size: int) -> dict[str, Any]:
@@ -154,6 +154,7 @@ def _refuse_what_is_missing(arguments: dict[str, Any], where: str) -> None:
         ),
         "position_embedding_type": positions not in ("learned_absolute", "rope"),
         "qk_l2_norm": bool(arguments.get("qk_l2_norm")),
+        "num_experts": bool(arguments.get("num_experts")),  # Megatron's are not stacked
         "apply_residual_connection_post_layernorm": bool(
             arguments.get("apply_residual_connection_post_layernorm")
         ),

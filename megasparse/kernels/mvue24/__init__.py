@@ -21,6 +21,7 @@ def mvue24(
     offsets: tuple[int, int] = (0, 0),
     exact: bool = True,
     strided: bool = False,
+    groups: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """An unbiased random estimate of `g` with at most 2 of each 4 entries along `dim` non-zero.
@@ -44,6 +45,9 @@ def mvue24(
             its place in the whole tensor. offsets[dim] must be a multiple of 4.
         strided: groups are entries a quarter of the size along `dim` apart (`token_order.py`)
             instead of neighbours. offsets[dim] must be 0: g is whole along `dim`.
+        groups: int64 (ceil(size / 4),) on g's device, below 2^32: the global index of every group
+            along dim, in place of consecutive ones from offsets[dim] on. So rows that come in any
+            order (the tokens of an expert) draw the numbers of their place.
         backend: None, "reference" or "triton".
 
     Returns: like g (shape, dtype; row- or column-major as g), outside autograd. Unbiased up to
@@ -58,13 +62,17 @@ def mvue24(
     dim = _check(g, dim, offsets)
     if strided and offsets[dim]:
         raise KernelError(f"mvue24: offsets={offsets}, expected 0 along dim={dim} where strided")
+    if groups is not None:
+        _check_groups(g, dim, offsets, groups)
+        if strided:
+            raise KernelError("mvue24: groups and strided are both given, expected one of them")
     check_seed("mvue24", seed, g.device)
     sample = dispatch.implementation(
         "mvue24", g, backend, reference=reference.mvue24, triton=triton.mvue24
     )
     if g.numel() == 0:
         return torch.empty_like(g)
-    return sample(g, seed, dim, offsets, exact, strided)
+    return sample(g, seed, dim, offsets, exact, strided, groups)
 
 
 @torch.no_grad()
@@ -80,6 +88,19 @@ def mvue24_variance(
     dim = _check(g, dim, (0, 0))
     square = torch.linalg.vector_norm(g, dtype=torch.float32).double().square()
     return reference.expected_square(g, dim, exact, strided) - square
+
+
+def _check_groups(
+    g: torch.Tensor, dim: int, offsets: tuple[int, int], groups: torch.Tensor
+) -> None:
+    count = (g.shape[dim] + 3) // 4
+    if groups.shape != (count,) or groups.dtype != torch.int64 or groups.device != g.device:
+        raise KernelError(
+            f"mvue24: groups are {groups.dtype} {tuple(groups.shape)} on {groups.device}, expected "
+            f"int64 ({count},) on {g.device}"
+        )
+    if offsets[dim]:
+        raise KernelError(f"mvue24: offsets={offsets} with groups, expected 0 along dim={dim}")
 
 
 def _check(g: torch.Tensor, dim: int, offsets: tuple[int, int]) -> int:

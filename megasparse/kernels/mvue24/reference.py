@@ -24,13 +24,14 @@ def mvue24(
     offsets: tuple[int, int],
     exact: bool,
     strided: bool = False,
+    groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `megasparse.kernels.mvue24`; arguments are checked there, `dim` is 0 or 1."""
     size = g.shape[dim]
     padded = _in_fours(g, dim)
     out = torch.empty_like(padded)
     entries, results = _members(padded, dim, strided), _members(out, dim, strided)
-    words = _words(entries[0], seed, dim, offsets)
+    words = _words(entries[0], seed, dim, offsets, groups)
     x = tuple(entry.float() for entry in entries)
     sample = exact_magnitudes if exact else approximate_magnitudes
     magnitudes = sample(tuple(t.abs() for t in x), words)
@@ -74,13 +75,23 @@ def _members(t: torch.Tensor, dim: int, strided: bool) -> Four:
     return tuple(t[i::4] if dim == 0 else t[:, i::4] for i in range(4))
 
 
-def _words(entry: torch.Tensor, seed: SeedLike, dim: int, offsets: tuple[int, int]) -> Four:
+def _words(
+    entry: torch.Tensor,
+    seed: SeedLike,
+    dim: int,
+    offsets: tuple[int, int],
+    groups: torch.Tensor | None,
+) -> Four:
     """Philox of (group index along `dim`, index along the other dimension)."""
-    rows, columns = entry.shape
     first = [offsets[0], offsets[1]]
     first[dim] //= 4
-    row = torch.arange(first[0], first[0] + rows, device=entry.device).unsqueeze(1)
-    column = torch.arange(first[1], first[1] + columns, device=entry.device).unsqueeze(0)
+    places = [
+        torch.arange(start, start + size, device=entry.device)
+        for start, size in zip(first, entry.shape, strict=True)
+    ]
+    if groups is not None:
+        places[dim] = groups
+    row, column = places[0].unsqueeze(1), places[1].unsqueeze(0)
     return philox2x32(row, column, seed) if dim == 0 else philox2x32(column, row, seed)
 
 

@@ -49,6 +49,7 @@ def _sample(x0, x1, x2, x3, group, other, seed_ptr, key, high, EXACT: tl.constex
 def _along_rows_kernel(
     g_ptr,
     out_ptr,
+    groups_ptr,
     seed_ptr,
     key,
     high,
@@ -84,6 +85,9 @@ def _along_rows_kernel(
     x2 = tl.load(g_ptrs + 2 * g_stride, mask=m2, other=0.0).to(tl.float32)
     x3 = tl.load(g_ptrs + 3 * g_stride, mask=m3, other=0.0).to(tl.float32)
     group_counter = group.to(tl.uint32) + first_group.to(tl.uint32)
+    if groups_ptr is not None:
+        here = group * 4 < num_rows
+        group_counter = tl.load(groups_ptr + group, mask=here, other=0).to(tl.uint32)
     other_counter = column.to(tl.uint32) + first_other.to(tl.uint32)
     o0, o1, o2, o3 = _sample(
         x0, x1, x2, x3, group_counter, other_counter, seed_ptr, key, high, EXACT
@@ -99,6 +103,7 @@ def _along_rows_kernel(
 def _along_columns_kernel(
     g_ptr,
     out_ptr,
+    groups_ptr,
     seed_ptr,
     key,
     high,
@@ -124,6 +129,9 @@ def _along_columns_kernel(
     x1, x3 = tl.split(odd)
     group = (pid % tiles) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     group_counter = group.to(tl.uint32) + first_group.to(tl.uint32)
+    if groups_ptr is not None:
+        here = group * 4 < num_columns
+        group_counter = tl.load(groups_ptr + group, mask=here, other=0).to(tl.uint32)
     other_counter = row.to(tl.uint32) + first_other.to(tl.uint32)
     o0, o1, o2, o3 = _sample(
         x0, x1, x2, x3, group_counter, other_counter, seed_ptr, key, high, EXACT
@@ -140,6 +148,7 @@ def mvue24(
     offsets: tuple[int, int],
     exact: bool,
     strided: bool = False,
+    groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `megasparse.kernels.mvue24`; arguments are checked there, `dim` is 0 or 1."""
     if strided and (dim == 1 or g.stride(1) != 1):
@@ -148,28 +157,26 @@ def mvue24(
         drawn = mvue24(along, seed, 0, (offsets[dim], offsets[1 - dim]), exact, True)
         return torch.empty_like(g).copy_(drawn.t() if dim == 1 else drawn)
     if g.stride(1) != 1 and g.stride(0) == 1:
-        return mvue24(g.t(), seed, 1 - dim, (offsets[1], offsets[0]), exact).t()
+        return mvue24(g.t(), seed, 1 - dim, (offsets[1], offsets[0]), exact, False, groups).t()
     if g.stride(1) != 1:
         g = g.contiguous()
     rows, columns = g.shape
     out = torch.empty((rows, columns), dtype=g.dtype, device=g.device)
     if dim == 0:
-        kernel, launch, groups = _along_rows_kernel, ALONG_ROWS, (triton.cdiv(rows, 4), columns)
+        kernel, launch, tiles = _along_rows_kernel, ALONG_ROWS, (triton.cdiv(rows, 4), columns)
     else:
-        kernel, launch, groups = (
-            _along_columns_kernel,
-            ALONG_COLUMNS,
-            (rows, triton.cdiv(columns, 4)),
-        )
+        kernel, launch = _along_columns_kernel, ALONG_COLUMNS
+        tiles = (rows, triton.cdiv(columns, 4))
     launch = INTERPRETED if INTERPRETING else launch
-    grid = (triton.cdiv(groups[0], launch.rows) * triton.cdiv(groups[1], launch.columns),)
+    grid = (triton.cdiv(tiles[0], launch.rows) * triton.cdiv(tiles[1], launch.columns),)
     seed_ptr, key, high = seed_arguments(seed)
     apart = {}
     if dim == 0:
-        apart = {"step": step_within(4 * groups[0], strided), "STRIDED": strided}
+        apart = {"step": step_within(4 * tiles[0], strided), "STRIDED": strided}
     kernel[grid](
         g,
         out,
+        None if groups is None else groups.contiguous(),
         seed_ptr,
         key,
         high,

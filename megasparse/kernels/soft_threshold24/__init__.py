@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from megasparse.errors import KernelError
 from megasparse.kernels.checks import WIDE_DTYPES, check_groups, run_pruning
 from megasparse.kernels.soft_threshold24 import reference, triton
 
@@ -60,7 +61,8 @@ def soft_threshold24_with_sums(
 
 
 def scale_from_sums(sums: torch.Tensor) -> torch.Tensor:
-    """0-d float32 beta = <W, S> / <S, S> of float64 (2,) sums; 1 when <S, S> is zero."""
+    """float32 beta = <W, S> / <S, S> of float64 (2,) sums, 0-d, or of (2, E), (E,); 1 when <S, S>
+    is zero."""
     numerator, denominator = sums.unbind()
     zero = denominator == 0
     scale = numerator / torch.where(zero, torch.ones_like(denominator), denominator)
@@ -71,6 +73,7 @@ def s_ste_scale(
     w: torch.Tensor,
     reduce: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
     *,
+    experts: int = 1,
     backend: str | None = None,
     nan_flag: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -83,21 +86,43 @@ def s_ste_scale(
     other shards: it returns the sums, or None after summing in place. Returns a 0-d float32 tensor
     on `w`'s device; 1 when <S, S> is zero.
 
+    experts: weights that are stacked along dimension 0 of `w` `(E N, K)`, each with a scale of its
+    own. Above 1, `reduce` gets a tensor `(2, E)`, and the result is `(E,)`.
+
     S is taken as rounded to `w`'s dtype. The reference accumulates in float64; Triton in float32
     within a program, then in float64 over the programs, always in the same order (its squares need
     weights between 1e-19 and 1e19).
     Raises as `soft_threshold24` does.
     """
     check_groups("s_ste_scale", w, dtypes=WIDE_DTYPES)
-    sums = run_pruning(
-        "s_ste_scale",
-        w,
-        backend=backend,
-        nan_flag=nan_flag,
-        reference=reference.scale_sums,
-        kernel=triton.scale_sums,
-    )
+    if experts > 1:
+        sums = _sums_of_each(w, experts, backend, nan_flag)
+    else:
+        sums = run_pruning(
+            "s_ste_scale",
+            w,
+            backend=backend,
+            nan_flag=nan_flag,
+            reference=reference.scale_sums,
+            kernel=triton.scale_sums,
+        )
     if reduce is not None:
         reduced = reduce(sums)
         sums = sums if reduced is None else reduced
     return scale_from_sums(sums)
+
+
+def _sums_of_each(
+    w: torch.Tensor, experts: int, backend: str | None, nan_flag: torch.Tensor | None
+) -> torch.Tensor:
+    """float64 (2, E): the sums of `s_ste_scale` of stacked weights, from one projection of all.
+
+    Every product is of two numbers of at most 24 bits and exact in float64.
+    """
+    if w.dim() != 2 or w.shape[0] % experts:
+        raise KernelError(
+            f"s_ste_scale: w {tuple(w.shape)} of {experts} experts, expected (E N, K)"
+        )
+    projected = soft_threshold24(w, backend=backend, nan_flag=nan_flag)
+    weights, shrunk = (t.reshape(experts, -1).double() for t in (w, projected))
+    return torch.stack([(weights * shrunk).sum(1), shrunk.square().sum(1)])

@@ -48,7 +48,8 @@ def weight_pack24(
             e4m3 and a packed W~^T of 128), K of 64 (e4m3: 128).
         mask: bool (N, K), True for what is kept, 2:4 along K; along N too ("transposable") with
             `transposed="packed"`. None: the soft threshold.
-        threshold_scale: beta, 0-d float32 on w's device; only, and always, without a mask.
+        threshold_scale: beta, 0-d float32 on w's device; only, and always, without a mask. (E,):
+            of E weights that are stacked in w, each of a multiple of 64 rows.
         dtype: bfloat16, float16 or float8_e4m3fn; by default w's own. From another 16-bit format
             there is no conversion.
         scale: 0-d finite float32 on the device, only and always for e4m3: values are W~ * scale, to

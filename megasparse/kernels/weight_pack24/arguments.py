@@ -54,7 +54,16 @@ def check_tensors(
     require_if(mask is None, op, "threshold_scale", threshold_scale, case)
     require_if(dtype == E4M3, op, "scale", scale, case)
     require(op, "mask", mask, torch.bool, tuple(w.shape), w.device)
-    require(op, "threshold_scale", threshold_scale, torch.float32, (), w.device)
+    if threshold_scale is not None and threshold_scale.dim():
+        count = threshold_scale.numel()
+        require(op, "threshold_scale", threshold_scale, torch.float32, (count,), w.device)
+        if w.shape[0] % (count * ROW_MULTIPLE):
+            raise KernelError(
+                f"{op}: {count} threshold scales for {w.shape[0]} rows, expected a multiple of "
+                f"{ROW_MULTIPLE} rows for each"
+            )
+    else:
+        require(op, "threshold_scale", threshold_scale, torch.float32, (), w.device)
     require(op, "scale", scale, torch.float32, (), w.device)
     require(op, "amax", amax, torch.float32, (1,), w.device)
     require(op, "error_flag", error_flag, torch.int32, (1,), w.device)

@@ -18,6 +18,9 @@ def effective_weight(
     if mask is not None:
         return torch.where(mask, w.float(), 0.0)
     assert threshold_scale is not None
+    if threshold_scale.dim():  # of weights that are stacked
+        rows = w.shape[0] // len(threshold_scale)
+        threshold_scale = threshold_scale.repeat_interleave(rows).unsqueeze(1)
     return soft_threshold24(w).float() * threshold_scale
 
 

@@ -72,6 +72,7 @@ def _weight_pack24_kernel(
     nan_flag,
     num_rows,
     num_columns,
+    blocks_of_beta,
     KIND: tl.constexpr,
     OUT: tl.constexpr,
     PRUNE: tl.constexpr,
@@ -92,7 +93,7 @@ def _weight_pack24_kernel(
     block_row = (pid // (BANDS * tiles)) * BANDS + pid % BANDS
     beta, scale, scale_inv = 1.0, 1.0, 1.0
     if mask is None:
-        beta = tl.load(beta_ptr)
+        beta = tl.load(beta_ptr + block_row // blocks_of_beta)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
         scale_inv = tl.div_rn(1.0, scale)
@@ -215,6 +216,7 @@ def weight_pack24(
         nan_flag,
         rows,
         total,
+        rows // 64 // (1 if threshold_scale is None else threshold_scale.numel()),
         KIND=KINDS[w.dtype],
         OUT=KINDS[packed.dtype],
         PRUNE=prune,

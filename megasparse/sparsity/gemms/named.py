@@ -54,9 +54,9 @@ class NamedGemms:
         with named(f"{self._layer} preparation of grad_output"):
             return self._gemms.prepare_gated_grad_output(*operands)
 
-    def grad_input(self, operands: Any) -> torch.Tensor:
+    def grad_input(self, *operands: Any) -> torch.Tensor:
         with named(f"{self._layer} grad_input"):
-            return self._gemms.grad_input(operands)
+            return self._gemms.grad_input(*operands)
 
     def grad_weight(self, operands: Any, saved: SavedInput) -> torch.Tensor:
         with named(f"{self._layer} grad_weight"):

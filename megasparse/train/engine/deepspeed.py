@@ -29,16 +29,20 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.moe.layer import MoE  # noqa: E402
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec  # noqa: E402
 from deepspeed.runtime.pipe import schedule  # noqa: E402
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology  # noqa: E402
+from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
 
 __all__ = [
     "LayerSpec",
+    "MoE",
     "PipeModelDataParallelTopology",
     "PipelineModule",
     "TiedLayerSpec",
     "deepspeed",
+    "deepspeed_groups",
     "fix_order_of_sums",
     "schedule",
     "start_process",

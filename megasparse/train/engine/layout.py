@@ -16,6 +16,7 @@ import torch
 from megasparse.config import ResolvedConfig, gradient_accumulation_steps
 from megasparse.distributed.events import NO_LISTENERS, Events
 from megasparse.log import log_once
+from megasparse.megatron import balance
 from megasparse.megatron.graphs import layer_graphs
 from megasparse.megatron.graphs.layer_graphs import LayerGraphs
 from megasparse.megatron.grid import Grid
@@ -179,6 +180,7 @@ class Layout(ABC):
             self._added = self.controller.add_up_in(self.gradients.views, self.sums)
 
     def _begin_gradients(self) -> None:
+        balance.begin_step(self.accumulation_steps)
         if self.gradients is not None:
             self.gradients.begin_step()
 

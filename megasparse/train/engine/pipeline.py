@@ -22,6 +22,7 @@ from megasparse.megatron.pipeline import gather_logits
 from megasparse.progress import progress
 from megasparse.sparsity.controller import SparsityController
 from megasparse.train.engine.deepspeed import deepspeed, schedule
+from megasparse.train.engine.experts import tell_of_experts
 from megasparse.train.engine.layout import Layout
 from megasparse.train.engine.stage import Pipeline, quiet
 from megasparse.train.engine.step_guard import Batch, MicroBatch, Poison, samples_of
@@ -67,6 +68,7 @@ class PipelineLayout(Layout):
         pipeline.on_forward, pipeline.on_loss = self._count_forward, self._on_loss
 
     def start(self, optimizer: torch.optim.Optimizer) -> Any:
+        tell_of_experts(self._pipeline, self.grid)
         with quiet():
             engine, *_ = deepspeed.initialize(
                 model=self._pipeline,

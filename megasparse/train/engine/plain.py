@@ -21,6 +21,7 @@ from megasparse.progress import progress
 from megasparse.train.distillation import Distillation
 from megasparse.train.engine.bert_loss import BertLoss
 from megasparse.train.engine.deepspeed import deepspeed
+from megasparse.train.engine.experts import tell_of_experts
 from megasparse.train.engine.layout import Layout
 from megasparse.train.engine.step_guard import Batch, MicroBatch, samples_of
 
@@ -85,6 +86,7 @@ class PlainLayout(Layout):
             if isinstance(self.model, Bert)
             else LanguageModelLoss(self.model, self.distillation)
         )
+        tell_of_experts(self._loss, self.grid)
         self._engine, *_ = deepspeed.initialize(
             model=self._loss,
             optimizer=optimizer,

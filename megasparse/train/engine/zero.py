@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megasparse.megatron.grid import Grid
+from megasparse.megatron.grid import Grid, is_divided_expert
 from megasparse.optim.fragments import Fragment
 
 # What the norm is taken of, given a parameter and its gradient.
@@ -32,27 +32,35 @@ def global_norm(
 ) -> torch.Tensor:
     """0-d float32: the norm of the whole model's gradient, the same on every rank.
 
-    Entries that are sharded over tensor-parallel ranks count once each, replicated ones once, tied
-    ones once.
+    Entries that are sharded over tensor-parallel ranks, or over the ranks that share experts, count
+    once each, replicated ones once, tied ones once.
 
     Args:
         gradients: this rank's parameters with their gradients, or the pieces that it holds.
         over_dp_cp: the pieces are divided over the ranks that hold the same part of the model.
         measured: what of each counts.
     """
-    counted = [
-        measured(parameter, gradient)
-        for parameter, gradient in gradients
-        if not is_copy(parameter)
-        and (getattr(parameter, "tensor_model_parallel", False) or grid.tp_rank == 0)
-    ]
-    total = torch.zeros((), device=grid.device)
-    if counted:
-        norms = torch._foreach_norm(counted, 2, dtype=torch.float32)
-        total = torch.stack(norms).square().sum()
+    shared: list[torch.Tensor] = []
+    experts: list[torch.Tensor] = []
+    for parameter, gradient in gradients:
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        if not is_copy(parameter) and (sharded or grid.tp_rank == 0):
+            kind = experts if is_divided_expert(parameter) else shared
+            kind.append(measured(parameter, gradient))
+    total = _squares(shared, grid)
     if over_dp_cp:
-        total = grid.sum_over_dp_cp(total)
+        total = grid.sum_over_dp_cp(total + _squares(experts, grid))
+    elif grid.ep_size > 1:
+        total = total + grid.sum_over_ep(_squares(experts, grid))
     return grid.sum_over_model(total).sqrt()
+
+
+def _squares(gradients: list[torch.Tensor], grid: Grid) -> torch.Tensor:
+    """0-d float32: the sum of all their squares."""
+    if not gradients:
+        return torch.zeros((), device=grid.device)
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    return torch.stack(norms).square().sum()
 
 
 def sum_replicated(

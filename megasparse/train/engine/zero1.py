@@ -67,14 +67,18 @@ class Zero1:
         self._zero, self._gradients, self._grid = optimizer, gradients, grid
         self._clip_grad, self._measured, self._guard = clip_grad, measured, guard
         self.fragments: Sequence[Fragment] = ()
-        rank = grid.dp_cp_rank
+        # A group has experts alone, or none; the ranks that hold the same experts are fewer.
+        self._replicas = [grid.replicas_of(parameters[0]) for parameters in optimizer.bit16_groups]
+        sizes = map(int, optimizer.partition_size)
         self._shares = [
-            flat.narrow(0, rank * size, size)
-            for flat, size in zip(gradients.flat, map(int, optimizer.partition_size), strict=True)
+            flat.narrow(0, replicas.rank * size, size)
+            for flat, size, replicas in zip(gradients.flat, sizes, self._replicas, strict=True)
         ]
         adamw, partitions = optimizer.optimizer, optimizer.parallel_partitioned_bit16_groups
-        for shard, parts in zip(optimizer.single_partition_of_fp32_groups, partitions, strict=True):
-            adamw.copies[id(shard)] = parts[rank].data
+        for shard, parts, replicas in zip(
+            optimizer.single_partition_of_fp32_groups, partitions, self._replicas, strict=True
+        ):
+            adamw.copies[id(shard)] = parts[replicas.rank].data
         for hook in optimizer._grad_acc_hooks:
             hook.remove()  # they would hand gradients to DeepSpeed's buckets
         optimizer.reduce_gradients = self._reduce
@@ -82,12 +86,19 @@ class Zero1:
         optimizer.zero_grad = lambda set_to_none=True: None  # `GradientBuffers.begin_step`
 
     def _reduce(self, pipeline_parallel: bool = False) -> None:
-        """Every rank's share becomes the mean over all replicas, in the buffers' dtype."""
+        """Every rank's share becomes the mean over all replicas, in the buffers' dtype.
+
+        Tokens of all expert-parallel ranks have met at an expert: its gradient has their sum, and
+        is summed over its replicas alone, but divided by the number of all replicas of the rest.
+        """
         if self._grid.dp_cp_size == 1:
             return
-        for flat, share in zip(self._gradients.flat, self._shares, strict=True):
+        for flat, share, replicas in zip(
+            self._gradients.flat, self._shares, self._replicas, strict=True
+        ):
             flat.div_(self._grid.dp_cp_size)
-            _reduce_scatter(share, flat, group=self._grid.dp_cp_group)
+            if replicas.size > 1:
+                _reduce_scatter(share, flat, group=replicas.group)
 
     @torch.no_grad()
     def _step(self, closure: Any = None) -> None:
@@ -116,7 +127,7 @@ class Zero1:
             shard.grad = None
 
     def _update(self, norm: torch.Tensor) -> None:
-        zero, rank = self._zero, self._grid.dp_cp_rank
+        zero = self._zero
         limit, adamw = self._clip_grad, zero.optimizer
         norm = norm.double()
         adamw.clip = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
@@ -124,7 +135,12 @@ class Zero1:
         adamw.step()
         if self._grid.dp_cp_size == 1:
             return
-        for flat, parts in zip(
-            zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups, strict=True
+        for flat, parts, replicas in zip(
+            zero.bit16_groups_flat,
+            zero.parallel_partitioned_bit16_groups,
+            self._replicas,
+            strict=True,
         ):
-            dist.all_gather_into_tensor(flat.data, parts[rank].data, group=self._grid.dp_cp_group)
+            if replicas.size > 1:
+                own = parts[replicas.rank].data
+                dist.all_gather_into_tensor(flat.data, own, group=replicas.group)

@@ -92,7 +92,7 @@ def test_rows_have_what_is_documented_at_log_steps(runs):
         if row["step"] not in (1, 3, 5):
             assert not log_only & row.keys()
     third = rows[2]
-    assert log_only - {"scale"} <= third.keys()
+    assert log_only - {"scale", "double_pruned"} <= third.keys()
     assert third.keys() <= {metric.key for metric in METRICS}
     assert {metric.key for metric in STEP_METRICS} == rows[4].keys() & {
         metric.key for metric in STEP_METRICS
@@ -296,7 +296,7 @@ def test_rates_are_of_one_rank_and_utilization_of_the_dense_model(monkeypatch, w
     recorder._timer = SimpleNamespace(seconds=lambda split: {"forward": 1.0, "backward": 2.0})
     recorder._controller = SimpleNamespace(halved_flops_per_token=lambda again: 30.0 * again)
     recorder._grid = SimpleNamespace(
-        device=torch.device("cpu"), world=world, dp_size=dp, pp_size=1, rank=0
+        device=torch.device("cpu"), world=world, dp_size=dp, dp_cp_size=dp, pp_size=1, rank=0
     )
     recorder._engine, recorder._sparse, recorder._split = None, True, []
     recorder._again, recorder._peak = 2.0, 5e-10

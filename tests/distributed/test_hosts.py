@@ -8,8 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,7 +77,7 @@ def _rank(rank: int, port: int, folder: str, fault: str, seconds: float) -> None
     os._exit(0)
 
 
-def _run(folder: Path, fault: str, seconds: float = 60.0) -> tuple[list[int | None], list[str]]:
+def _run(folder: Path, fault: str, seconds: float) -> tuple[list[int | None], list[str]]:
     port = free_port()
     ranks = [
         context().Process(target=_rank, args=(rank, port, str(folder), fault, seconds))
@@ -86,38 +89,49 @@ def _run(folder: Path, fault: str, seconds: float = 60.0) -> tuple[list[int | No
     return codes, [(folder / f"log.{rank}").read_text() for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("rank", [0, 2, 3])
-def test_a_killed_rank_is_named_on_all_hosts(tmp_path, rank):
-    """Rank 0, the leader of another host, and one that is led."""
-    codes, texts = _run(tmp_path, f"kill@{rank}")
+KILLS = ["kill@0", "kill@2", "kill@3"]  # rank 0, the leader of another host, one that is led
+HANG, FAIL, NONE = "hang@5", "fail@4", "none@0"
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> Iterator[Callable[[str], Any]]:
+    """Folder, exit codes and logs by fault. The ranks wait, so three groups go side by side."""
+    seconds = {**dict.fromkeys([*KILLS, HANG, FAIL], 60.0), NONE: 4.0}
+    folders = {fault: tmp_path_factory.mktemp("hosts") for fault in seconds}
+    with ThreadPoolExecutor(3) as pool:
+        runs = {f: pool.submit(_run, folder, f, seconds[f]) for f, folder in folders.items()}
+        yield lambda fault: (folders[fault], *runs[fault].result())
+
+
+@pytest.mark.parametrize("fault", KILLS)
+def test_a_killed_rank_is_named_on_all_hosts(ended, fault):
+    rank, (_, codes, texts) = int(fault[-1]), ended(fault)
     assert codes == [-signal.SIGKILL if n == rank else 71 for n in range(WORLD)], texts
     for number, text in enumerate(texts):
         if number != rank:
             assert f"PeerError: rank {rank} was lost" in text, (number, text)
 
 
-@pytest.mark.parametrize("rank", [5])
-def test_a_hanging_rank_is_named_on_all_hosts(tmp_path, rank):
-    codes, texts = _run(tmp_path, f"hang@{rank}")
+def test_a_hanging_rank_is_named_on_all_hosts(ended):
+    _, codes, texts = ended(HANG)
     assert codes == [71] * WORLD, texts
     for text in texts:
-        assert f"PeerError: rank {rank} hangs in step 4, micro-batch 0 for" in text
+        assert "PeerError: rank 5 hangs in step 4, micro-batch 0 for" in text
 
 
-@pytest.mark.parametrize("rank", [4])
-def test_the_words_and_the_code_of_a_rank_that_fails_reach_all_hosts(tmp_path, rank):
-    codes, texts = _run(tmp_path, f"fail@{rank}")
+def test_the_words_and_the_code_of_a_rank_that_fails_reach_all_hosts(ended):
+    _, codes, texts = ended(FAIL)
     assert codes == [65] * WORLD, texts
     for number, text in enumerate(texts):
-        assert number == rank or f"rank {rank} failed: no such file" in text
+        assert number == 4 or "rank 4 failed: no such file" in text
 
 
-def test_all_is_well_and_rank_0_is_connected_with_leaders_alone(tmp_path):
-    codes, texts = _run(tmp_path, "none@0", seconds=4.0)
+def test_all_is_well_and_rank_0_is_connected_with_leaders_alone(ended):
+    folder, codes, texts = ended(NONE)
     assert codes == [0] * WORLD, texts
     # Its store has the ranks' own connections, and of the watchdogs those of two ranks on its own
     # host and of two leaders: not of six.
-    base = int((tmp_path / "files.0").read_text())
+    base = int((folder / "files.0").read_text())
     assert base < 40
 
 

@@ -7,9 +7,11 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -21,26 +23,65 @@ from tests.reliability.runs import differences, flags
 VARIABLE = "MEGASPARSE_FAULT"
 
 
+EVALUATED = ["--eval-iters", "3", "--eval-interval", "5", "--save-interval", "4"]
+KILLS = ["kill@0:6:backward", "kill@1:6:backward", "kill@0:6:save:file", "kill@1:6:save:file"]
+EXCEPTIONS = ["exception@1:4:data", "exception@1:4:evaluate", "exception@1:*:build"]
+HANG, DISK_FULL, NONE = "hang@1:6:forward", "enospc@1:6:save:sync", ""
+# With the step of the save.
+SIGNALS = {
+    "term@1:*:build": 0, "term@1:0:forward": 1, "term@1:7:optimizer": 8, "term@1:5:evaluate": 5,
+    "term@1:20:evaluate": 20, "term@1:4:save:file": 4, "term@0:*:save:rename": 4,
+}  # fmt: skip
+FAULTS = {
+    **dict.fromkeys([*KILLS, DISK_FULL], ["--save-interval", "3"]),
+    **dict.fromkeys(EXCEPTIONS, ["--eval-iters", "1", "--eval-interval", "4"]),
+    NONE: EVALUATED,
+    HANG: ["--hang-timeout", "2"],
+    **{fault: [*EVALUATED, *["--async-save"] * ("rename" in fault)] for fault in SIGNALS},
+}
+
+
+class Ended(NamedTuple):
+    """How a run of two ranks with a fault ended: its exit codes, logs and checkpoints, and the
+    exit codes of its continuation after a signal."""
+
+    run_dir: Path
+    codes: list[int | None]
+    texts: list[str]
+    steps: list[int]
+    resumed: list[int | None]
+
+
 def _texts(log: Path, world: int = 2) -> list[str]:
     return [Path(f"{log}.{rank}").read_text() for rank in range(world)]
 
 
-def _faulty(dataset, tmp_path, fault, *more, world=2):
-    log = tmp_path / "log"
-    run = flags(dataset, tmp_path / "run", *more)
-    codes = forked.run(run, world, log, {VARIABLE: fault})
-    return codes, _texts(log, world)
+def _strike(dataset: str, folder: Path, fault: str) -> Ended:
+    log, run = folder / "log", flags(dataset, folder / "run", *FAULTS[fault])
+    codes = forked.run(run, 2, log, {VARIABLE: fault} if fault else None)
+    texts, steps = _texts(log), list_steps(folder / "run" / "checkpoints")
+    resumed = forked.run([*run, "--resume"], 2, log) if fault in SIGNALS else []
+    return Ended(folder / "run", codes, texts, steps, resumed)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("point", ["backward", "save:file"])
-def test_a_killed_rank_is_named_and_the_other_ends(tmp_path, dataset, rank, point):
-    fault = f"kill@{rank}:6:{point}"
-    codes, texts = _faulty(dataset, tmp_path, fault, "--save-interval", "3")
-    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 71
-    assert f"PeerError: rank {rank} was lost" in texts[1 - rank]
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, dataset) -> Iterator[Callable[[str], Ended]]:
+    """Runs by their fault. Each waits for much of its time, so three go side by side."""
+    with ThreadPoolExecutor(3) as pool:
+        runs = {
+            fault: pool.submit(_strike, dataset, tmp_path_factory.mktemp("fault"), fault)
+            for fault in FAULTS
+        }
+        yield lambda fault: runs[fault].result()
+
+
+@pytest.mark.parametrize("fault", KILLS)
+def test_a_killed_rank_is_named_and_the_other_ends(ended, fault):
+    rank, run = int(fault[5]), ended(fault)
+    assert run.codes[rank] == -signal.SIGKILL and run.codes[1 - rank] == 71
+    assert f"PeerError: rank {rank} was lost" in run.texts[1 - rank]
     # A save that one rank could not finish is not published.
-    assert list_steps(tmp_path / "run" / "checkpoints")[0] == (6 if point == "backward" else 3)
+    assert run.steps[0] == (6 if "backward" in fault else 3)
 
 
 def test_a_stopped_rank_is_named(tmp_path, dataset):
@@ -53,39 +94,31 @@ def test_a_stopped_rank_is_named(tmp_path, dataset):
     assert "PeerError: rank 1 was lost in step" in _texts(tmp_path / "log")[0]
 
 
-def test_a_hanging_rank_is_named_with_what_the_others_wait_for(tmp_path, dataset):
-    codes, texts = _faulty(dataset, tmp_path, "hang@1:6:forward", "--hang-timeout", "2")
-    assert codes == [71, 71]
-    for text in texts:
+def test_a_hanging_rank_is_named_with_what_the_others_wait_for(ended):
+    run = ended(HANG)
+    assert run.codes == [71, 71]
+    for text in run.texts:
         assert "PeerError: rank 1 hangs in step 7, micro-batch 0" in text
         assert "_strike" in text and "others wait in all_reduce" in text
-    assert "_strike" in (tmp_path / "run" / "stacks-rank-00001.txt").read_text()
+    assert "_strike" in (run.run_dir / "stacks-rank-00001.txt").read_text()
 
 
-@pytest.mark.parametrize("point", ["data", "evaluate", "build"])
-def test_an_exception_on_one_rank_reaches_all(tmp_path, dataset, point):
-    step = "*" if point == "build" else "4"
-    codes, texts = _faulty(
-        dataset,
-        tmp_path,
-        f"exception@1:{step}:{point}",
-        "--eval-iters",
-        "1",
-        "--eval-interval",
-        "4",
-    )
-    assert codes == [1, 1]
-    words = f"RuntimeError: exception injected by {VARIABLE} at {point}"
-    assert f"rank 1 failed: {words}" in texts[0] and words in texts[1]
+@pytest.mark.parametrize("fault", EXCEPTIONS)
+def test_an_exception_on_one_rank_reaches_all(ended, fault):
+    run = ended(fault)
+    assert run.codes == [1, 1]
+    words = f"RuntimeError: exception injected by {VARIABLE} at {fault.rpartition(':')[2]}"
+    assert f"rank 1 failed: {words}" in run.texts[0] and words in run.texts[1]
 
 
-def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path, dataset):
-    codes, texts = _faulty(dataset, tmp_path, "enospc@1:6:save:sync", "--save-interval", "3")
-    assert codes == [74, 74]
-    for text in texts:
+def test_a_save_that_fails_on_one_rank_fails_on_all(ended):
+    run = ended(DISK_FULL)
+    assert run.codes == [74, 74]
+    for text in run.texts:
         assert "StorageError: rank 0: step-00000006" in text and "No space left" in text
         assert "rank 1: " in text and "Traceback" not in text
-    assert [e.name for e in (tmp_path / "run" / "checkpoints").glob("step*")] == ["step-00000003"]
+    left = [entry.name for entry in (run.run_dir / "checkpoints").glob("step*")]
+    assert left == ["step-00000003"]
 
 
 def _forks() -> None:
@@ -161,35 +194,17 @@ def test_two_runs_cannot_write_one_folder(tmp_path, dataset):
     assert list_steps(tmp_path / "run" / "checkpoints") == [2]
 
 
-EVALUATED = ["--eval-iters", "3", "--eval-interval", "5", "--save-interval", "4"]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, dataset) -> Path:
-    root = tmp_path_factory.mktemp("reference")
-    assert forked.run(flags(dataset, root / "run", *EVALUATED), 2, root / "log") == [0, 0]
-    return root / "run"
-
-
-@pytest.mark.parametrize(
-    ("fault", "step"),
-    [("*:build", 0), ("0:forward", 1), ("7:optimizer", 8), ("5:evaluate", 5), ("20:evaluate", 20),
-     ("4:save:file", 4), ("*:save:rename", 4)],
-)  # fmt: skip
-def test_a_signal_at_any_moment_gives_one_save_and_an_exact_resume(
-    tmp_path, dataset, reference, fault, step
-):
-    more = [*EVALUATED, "--async-save"] if "rename" in fault else EVALUATED
-    rank = 0 if "save:rename" in fault else 1
-    codes, texts = _faulty(dataset, tmp_path, f"term@{rank}:{fault}", *more)
-    assert codes == [75, 75], texts
-    steps = list_steps(tmp_path / "run" / "checkpoints")
+@pytest.mark.parametrize("fault", SIGNALS)
+def test_a_signal_at_any_moment_gives_one_save_and_an_exact_resume(ended, fault):
+    run, undisturbed = ended(fault), ended(NONE)
+    assert undisturbed.codes == [0, 0] and run.codes == [75, 75], run.texts
     if "rename" not in fault:  # in the background it comes some steps later
-        assert steps[0] == step
-    assert len(steps) == len(set(steps)) and f"stopped at step {steps[0]} (" in texts[0]
-    run = flags(dataset, tmp_path / "run", *more, "--resume")
-    assert forked.run(run, 2, tmp_path / "log") == [0, 0]
-    assert [d for d in differences(tmp_path / "run", reference) if "async" not in d] == []
+        assert run.steps[0] == SIGNALS[fault]
+    assert len(run.steps) == len(set(run.steps))
+    assert f"stopped at step {run.steps[0]} (" in run.texts[0]
+    assert run.resumed == [0, 0]
+    found = differences(run.run_dir, undisturbed.run_dir)
+    assert [difference for difference in found if "async" not in difference] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])

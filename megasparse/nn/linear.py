@@ -7,6 +7,8 @@ in it, of the whole weight: what FSDP2 has gathered by then.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -36,7 +38,8 @@ class SparseLinear(torch.nn.Linear):
     _run: Run | None
     _name: str
     _key: int
-    _draws: tuple[int, int]  # step, backward passes in it
+    _draws: tuple[int, int, int]  # step, backward passes in it, the weight's version
+    _summed: bool  # a gradient was added to `weight.grad` since the last draw
     _made_of: tuple[torch.dtype, int] | None  # dtype and version of the operands' weight
 
     @staticmethod
@@ -62,12 +65,27 @@ class SparseLinear(torch.nn.Linear):
         module.__dict__["state"] = owner if sparse else None
         module.__dict__["dense"] = None if sparse else owner
         module._run, module._name, module._key = run, name, draw_key(name)
-        module._draws, module._made_of = (0, 0), None
+        module._draws, module._made_of, module._summed = (0, 0, 0), None, False
+        module._watch_gradient()
         return module
+
+    def _watch_gradient(self) -> None:
+        """Note when gradients are summed, so that one which is dropped can be told (`_seed`)."""
+        mine = weakref.ref(self)
+
+        def note(_: torch.Tensor) -> None:
+            if (layer := mine()) is not None:
+                layer._summed = True
+
+        if self.weight.requires_grad:
+            self.__dict__["_hook"] = self.weight.register_post_accumulate_grad_hook(note)
 
     def become_dense(self) -> None:
         """Be a plain `torch.nn.Linear` again."""
-        for name in ("state", "dense", "_handle", "_name", "_key", "_draws", "_made_of"):
+        if (hook := self.__dict__.pop("_hook", None)) is not None:
+            hook.remove()
+        known = ("state", "dense", "_handle", "_name", "_key", "_draws", "_made_of", "_summed")
+        for name in known:
             self.__dict__.pop(name, None)
         self._run = None
         was, became = self.__dict__["_was"]
@@ -167,13 +185,18 @@ class SparseLinear(torch.nn.Linear):
         self.invalidate()
 
     def _seed(self) -> int:
-        """Of the draws of one backward pass; asked in it, so that recomputation counts once."""
-        run = self._run
+        """Of the draws of one backward pass; asked in it, so that recomputation counts once.
+
+        A gradient that is gone while the weight is what it was belonged to a step that was skipped,
+        as by GradScaler: the step begins anew, and draws what it would have drawn.
+        """
+        run, weight = self._run, self.weight
         assert run is not None
-        step, number = self._draws
-        if step != run.clock.step:
+        step, number, version = self._draws
+        dropped = self._summed and weight.grad is None and version == weight._version
+        if step != run.clock.step or dropped:
             number = 0
-        self._draws = (run.clock.step, number + 1)
+        self._draws, self._summed = (run.clock.step, number + 1, weight._version), False
         return run.seed(self._key, number)
 
     def extra_repr(self) -> str:

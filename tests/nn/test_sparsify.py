@@ -187,7 +187,7 @@ def test_one_linear_used_twice_in_a_pass_draws_twice():
     model = Twice()
     handle = sparsify_(model, "fst", ["mlp"])
     loss_of(model, micro_batch(0, 0)).backward()
-    assert handle.layers["mlp"]._draws == (0, 2)
+    assert handle.layers["mlp"]._draws[:2] == (0, 2)
 
 
 def test_autocast_computes_in_its_precision_and_keeps_float32_masters():

@@ -102,10 +102,14 @@ class Updates:
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step."""
         taken, self._taken = self._taken, []
+        skipped = _is_skipped(optimizer)
         for name, target, gradient in taken:
             target.tensor.grad = gradient
-            self._masked_adamw(optimizer, name, target)
-        if self._owned(optimizer):
+            if not skipped:
+                self._masked_adamw(optimizer, name, target)
+        if skipped:
+            self._decayed = (-1, set())  # the step's next gradients are decayed again
+        elif self._owned(optimizer):
             self._run.stepped = True
 
     @torch.no_grad()
@@ -202,6 +206,13 @@ def _loss_scale(optimizer: torch.optim.Optimizer) -> float:
     """What gradients are still multiplied by: a GradScaler leaves it to some fused optimizers."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
+
+
+def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step changed nothing: fused optimizers are called by a GradScaler that found an
+    infinity, and look for it themselves (others are not called)."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found > 0)
 
 
 def install(updates: Updates, owner: object) -> list[Any]:

@@ -6,8 +6,8 @@ another number (behind a NAT, in a container). On one node MASTER_ADDR is loopba
 are kept on loopback then as well. Between nodes gloo takes the interface that leads to
 MASTER_ADDR, unless GLOO_SOCKET_IFNAME names one; NCCL finds its own (NCCL_SOCKET_IFNAME).
 
-Under `torchrun` its agent keeps a store, which listens everywhere: torch's own. On one host the
-ranks only learn there where rank 0 keeps theirs, so that they can save when the agent is gone.
+Under `torchrun` its agent keeps a store, which listens everywhere: torch's own. The ranks only learn
+there where rank 0 keeps theirs, so that they can save when the agent is gone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from megasparse.distributed import descriptors
 from megasparse.distributed.environment import attempt, is_unspecified, settle_environment
-from megasparse.distributed.interfaces import interface_towards, is_loopback
+from megasparse.distributed.interfaces import interface_towards, is_loopback, local_address
 from megasparse.errors import ConfigError, PeerError
 from megasparse.log import logger
 
@@ -163,22 +163,46 @@ class _Meeting:
         while not self._answers():
             self._go_on_waiting(lambda: f"rank 0 at {self._host}:{self._port}")
         found = self._client()
-        alone = of_agent and os.environ.get("LOCAL_WORLD_SIZE") == str(self._world)
-        return self._beside(found) if alone else found
+        return self._beside(found) if of_agent else found
 
     def _beside(self, agents: dist.TCPStore) -> dist.TCPStore:
-        """A store of rank 0's own, all ranks being on one host; the agent's says at which port."""
-        key = f"{self._keys}/port"
+        """A store of rank 0's own; the agent's says where it is.
+
+        Where other hosts may not reach an address of rank 0's, the agent's store itself.
+        """
+        key = f"{self._keys}/place"
         if self._rank == 0 and agents.add(f"{self._keys}/keepers", 1) == 1:
-            listener = socket.create_server((LOOPBACK, 0))
+            address = self._own_address()
+            if address is None:
+                agents.set(key, "")
+                return agents
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            listener = socket.create_server((address, 0), family=family)
             self._host, self._port = listener.getsockname()[:2]
             own = self._tcp_store(listener)
-            agents.set(key, str(self._port))
+            agents.set(key, f"{self._host} {self._port}")
             return own
         while not agents.check([key]):
             self._go_on_waiting(lambda: f"rank 0, which has not said its port at {self._host}")
-        self._host, self._port = LOOPBACK, int(agents.get(key))
+        place = agents.get(key).decode().split()
+        if not place:
+            return agents
+        self._host, self._port = place[0], int(place[1])
         return self._client()
+
+    def _own_address(self) -> str | None:
+        """Where rank 0's store listens for ranks of a torchrun; None: they keep to the agent's.
+
+        On several hosts it is the address towards MASTER_ADDR, over which gloo's connections go
+        as well. Not where that name means loopback here and another host elsewhere, nor behind a
+        NAT, where the user says an address for one port.
+        """
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(self._world):
+            return LOOPBACK
+        address = None if LISTEN in os.environ else local_address(self._host)
+        if address is None or (is_loopback(address) and address != self._host):
+            return None
+        return address
 
     @property
     def host(self) -> str:

@@ -1,4 +1,4 @@
-"""`sparsify_` for transformers' Trainer and for Lightning, as a callback of each.
+"""`sparsify_` for transformers' Trainer, for Lightning and for torchtitan.
 
 Steps need nothing from them: torch's hooks count and decay. A callback makes the model sparse once
 the length of the run is known, keeps the sparsity state in their checkpoints, and logs.
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megasparse.errors import CheckpointError
+from megasparse.errors import CheckpointError, ConfigError
 from megasparse.nn.handle import SparsityHandle
 from megasparse.nn.sparsify import sparsify_
 
@@ -120,3 +120,42 @@ def lightning_callback(finalize: bool = True, **arguments: Any) -> Any:
                 self.handle.finalize()
 
     return SparsityCallback()
+
+
+def torchtitan_converter(**arguments: Any) -> type:
+    """A `ModelConverter` of torchtitan 0.1 and 0.2 that trains the model 2:4.
+
+    In the module that `--experimental.custom_import` names, register the class; then give
+    `--model.converters megasparse`:
+
+        converter = torchtitan_converter(recipe="fst", layers=["layers.*.feed_forward.*"])
+        register_model_converter(converter, "megasparse")
+
+    Its attribute `handle` is the latest model's; keep its `state_dict` beside the checkpoints.
+
+    Args:
+        arguments: of `sparsify_`; `train_iters` is `training.steps` unless given.
+    """
+
+    class SparsityConverter:
+        """Of one model, before it is parallelized."""
+
+        handle: SparsityHandle | None = None
+
+        def __init__(self, job_config: Any, parallel_dims: Any) -> None:
+            for name in ("tp", "pp"):
+                if (size := getattr(parallel_dims, name)) > 1:
+                    raise ConfigError(
+                        f"torchtitan's parallelism.{name} is {size}, expected 1: tensor and "
+                        "pipeline parallelism are megasparse.megatron's"
+                    )
+            self._steps = int(job_config.training.steps)
+
+        def convert(self, model: torch.nn.Module) -> None:
+            handle = sparsify_(model, **{"train_iters": self._steps, **arguments})
+            type(self).handle = handle
+
+        def post_optimizer_hook(self, model: Any) -> None:
+            """Nothing: torch's hooks of the optimizers count steps and decay gradients."""
+
+    return SparsityConverter

@@ -78,8 +78,8 @@ def trials(count: int, seed: int) -> list[Trial]:
     return found
 
 
-def signals(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
-    """Try them all.
+def signals(data: str, root: Path, count: int, seed: int, skip: int = 0) -> dict[str, Any]:
+    """Try them all, but for the first `skip`.
 
     Returns:
         Counts by launcher, place and moment; seconds from the signal until no process is left
@@ -89,7 +89,7 @@ def signals(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
     result: dict[str, Any] = {"signals": 0, "saved": 0, "lost_in_imports": 0, "wrong": []}
     tried, codes = Counter[str](), Counter[str]()
     seconds: dict[str, list[float]] = {launcher: [] for launcher in PLACES}
-    for n, trial in enumerate(trials(count, seed)):
+    for n, trial in list(enumerate(trials(count, seed)))[skip:]:
         place = root / f"run-{n}"
         took, code, trained, lost, wrong = attempt(trial, data, place)
         result["signals"] += 1 + trial.twice + lost
@@ -107,7 +107,7 @@ def signals(data: str, root: Path, count: int, seed: int) -> dict[str, Any]:
         for launcher, found in seconds.items()
         if found
     }
-    return {"runs": count, **result, "tried": dict(tried), "codes": dict(sorted(codes.items()))}
+    return {"runs": count - skip, **result, "tried": dict(tried), "codes": dict(sorted(codes.items()))}
 
 
 def attempt(trial: Trial, data: str, root: Path) -> tuple[float, int, bool, bool, list[str]]:
@@ -213,6 +213,7 @@ def _strike(trial: Trial, pid: int, log: Path) -> None:
         elif trial.place == "outer":
             os.kill(pid, trial.number)
         elif trial.place == "inner":
-            os.kill(inner_launcher(log) or pid, trial.number)
+            if inner := inner_launcher(log):  # else the first signal has ended it
+                os.kill(inner, trial.number)
         elif ranks := ranks_of(log):
             os.kill(random.choice(ranks), trial.number)

@@ -188,9 +188,9 @@ def second_starts(count: int, seed: int, root: Path) -> dict[str, Any]:
     return _told(starts.second_starts(make_dataset(root / "data"), root, count, seed))
 
 
-def signals(count: int, seed: int, root: Path) -> dict[str, Any]:
+def signals(count: int, seed: int, root: Path, skip: int = 0) -> dict[str, Any]:
     """Signals to a rank, the group, either launcher or a supervisor, from the first line on."""
-    return _told(signalled.signals(make_dataset(root / "data"), root, count, seed))
+    return _told(signalled.signals(make_dataset(root / "data"), root, count, seed, skip))
 
 
 def _told(result: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def model_folders(root: Path) -> dict[str, Path]:
     }
 
 
-COMMANDS: dict[str, tuple[Callable[[int, int, Path], dict[str, Any]], int]] = {
+COMMANDS: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {
     "save-kills": (save_kills, 1000),
     "corruption": (corruption, 1500),
     "fuzz": (fuzz, 500),
@@ -303,6 +303,9 @@ def main() -> int:
     parser.add_argument("command", choices=[*COMMANDS, "all"])
     parser.add_argument("--count", type=int, help="trials; default: what the table promises")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--skip", type=int, default=0, help="signals: the first trials, which were made before"
+    )
     arguments = parser.parse_args()
     chosen = list(COMMANDS) if arguments.command == "all" else [arguments.command]
     failed = False
@@ -315,10 +318,12 @@ def main() -> int:
             open(os.devnull, "w") as null,
             contextlib.redirect_stderr(null),
         ):
-            result = function(count, arguments.seed, Path(folder))
+            skip = {"skip": arguments.skip} if name == "signals" else {}
+            result = function(count, arguments.seed, Path(folder), **skip)
         failed |= not result["passed"]
         extra = f" --count {count}" if default > 1 and name != "resume" else ""
         extra += f" --seed {arguments.seed}" if arguments.seed else ""
+        extra += f" --skip {arguments.skip}" if arguments.skip and name == "signals" else ""
         record(f"python -m tools.bench.soak {name}{extra}", result, time.monotonic() - begin)
     return int(failed)
 

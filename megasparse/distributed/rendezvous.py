@@ -6,8 +6,8 @@ another number (behind a NAT, in a container). On one node MASTER_ADDR is loopba
 are kept on loopback then as well. Between nodes gloo takes the interface that leads to
 MASTER_ADDR, unless GLOO_SOCKET_IFNAME names one; NCCL finds its own (NCCL_SOCKET_IFNAME).
 
-Under `torchrun` its agent keeps a store, which listens everywhere: torch's own. The ranks only learn
-there where rank 0 keeps theirs, so that they can save when the agent is gone.
+Under `torchrun` its agent keeps a store, which listens everywhere: torch's own. The ranks only
+learn there where rank 0 keeps theirs, so that they can save when the agent is gone.
 """
 
 from __future__ import annotations

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from megasparse.errors import CheckpointError
+from megasparse.errors import CheckpointError, ConfigError
 from megasparse.kernels import is_24
 from megasparse.nn import SparseLinear
-from megasparse.nn.callbacks import FILE, lightning_callback, trainer_callback
+from megasparse.nn.callbacks import (
+    FILE,
+    lightning_callback,
+    torchtitan_converter,
+    trainer_callback,
+)
 
 SETTINGS = {"recipe": "fst", "layers": ["*.mlp.*"], "masked_decay": 1e-2, "seed": 5}
 LLAMA = {
@@ -114,3 +121,26 @@ def test_lightning(tmp_path):
     resumed = fit(4, str(next(tmp_path.glob("*step=2*"))))
     pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_converter_of_torchtitan():
+    """As torchtitan 0.2 calls it: made of the job, given the model on the meta device."""
+    job = SimpleNamespace(training=SimpleNamespace(steps=10))
+    converter = torchtitan_converter(**{**SETTINGS, "layers": ["0"]}, dense_tail_fraction=0.5)
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    made = converter(job, SimpleNamespace(tp=1, pp=1))
+    made.convert(model)
+    model.to_empty(device="cpu")
+    torch.nn.init.normal_(model[0].weight)
+    optimizer, phases = torch.optim.AdamW(model.parameters()), []
+    for _ in range(10):
+        phases.append(converter.handle.sparse_now)
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+        made.post_optimizer_hook([model])
+        optimizer.zero_grad()
+    assert phases == [True] * 5 + [False] * 5
+    assert converter.handle.finalize(prune=True) == 1 and is_24(model[0].weight)
+    with pytest.raises(ConfigError, match="parallelism.tp is 2, expected 1"):
+        converter(job, SimpleNamespace(tp=2, pp=1))

@@ -107,7 +107,12 @@ def signals(data: str, root: Path, count: int, seed: int, skip: int = 0) -> dict
         for launcher, found in seconds.items()
         if found
     }
-    return {"runs": count - skip, **result, "tried": dict(tried), "codes": dict(sorted(codes.items()))}
+    return {
+        "runs": count - skip,
+        **result,
+        "tried": dict(tried),
+        "codes": dict(sorted(codes.items())),
+    }
 
 
 def attempt(trial: Trial, data: str, root: Path) -> tuple[float, int, bool, bool, list[str]]:

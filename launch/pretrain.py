@@ -6,17 +6,28 @@
 `--help` lists every flag and the exit codes.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # First of all: a signal at any moment from here on ends in the run's own exit code. It waits
+    # until the handlers are there, which on a machine with much else to do takes seconds.
+    waiting = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
+
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-from megasparse.distributed.launchers import watch_launchers
 from megasparse.distributed.signals import StoppedEarly, StopRequest
 
 if __name__ == "__main__":
-    # First of all: a signal at any moment from here on ends in the run's own exit code.
     stop = StopRequest().install()
+    signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+
+from megasparse.distributed.launchers import watch_launchers
+
+if __name__ == "__main__":
     watch_launchers()
 
 # Before torch: a lost peer is one line of ours, not a stack of its store's.

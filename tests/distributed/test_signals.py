@@ -64,7 +64,10 @@ def test_a_signal_before_the_handlers_are_there_waits_for_them(tmp_path, number)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(
         [*command, "--run-dir", str(tmp_path / "run")],
-        env=environment, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 75, done.stderr
     assert f"stopped before the ranks had met ({signal.Signals(number).name})" in done.stderr

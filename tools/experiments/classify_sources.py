@@ -4,7 +4,7 @@
 
 Makes texts of the packages that this Python has, trains a tokenizer, pre-trains a dense BERT and
 one with the recipe FST (2:4 to its end), and fine-tunes a head for the packages: on each of them,
-masks kept, and on weights that were never trained. Writes results.md with the table, and prints it.
+and on weights that were never trained. Writes results.md with the table, and prints it.
 
 A run that is finished is not repeated; one that was interrupted goes on from its checkpoint. Flags
 after `--` go to every pre-training run (`-- --train-iters 2000`).
@@ -43,7 +43,7 @@ RECIPES = {"dense": [], "fst": FST}
 # Name: the recipe, and the run whose weights it starts from.
 FINE_TUNED = {
     "dense": ("dense", "dense"),
-    "FST, masks kept": ("fst", "fst"),
+    "FST": ("fst", "fst"),
     "dense, not pre-trained": ("dense", None),
 }
 BATCH, EPOCHS = 32, 4

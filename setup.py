@@ -15,6 +15,7 @@ CONVERT = [
     "sentencepiece>=0.2.1",
     "protobuf>=4",
     "tokenizers>=0.21",
+    "jinja2>=3.1",
     "pyyaml>=6.0",
     "tqdm>=4.66",
 ]

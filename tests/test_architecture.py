@@ -58,6 +58,7 @@ DOORS = {
         "megasparse/data/bpe_files.py",
     ],
     "pyarrow": ["megasparse/data/inputs.py"],
+    "jinja2": ["megasparse/data/chat/template.py"],
     "zstandard": ["megasparse/data/inputs.py"],
     "tqdm": ["megasparse/progress.py"],
     # Which linears are sparse is asked of the recipe: `recipe.matches(name)`.

@@ -7,6 +7,14 @@ Inputs are JSON lines (plain, gzip or zstd, from files, folders and pipes) and P
 
     python tools/preprocess_data.py --input shards/ more.jsonl.zst <(zcat old.jsonl.gz) ...
 
+Conversations are JSON lines too, {"messages": [{"role": ..., "content": ...}, ...]}:
+
+    python tools/preprocess_data.py --sft --input chats.jsonl --output-prefix data/chats \\
+        --tokenizer-model model/tokenizer.json --workers 8
+
+They are written in the tokenizer's own chat template; the .mask beside the other files says which
+tokens belong to answers. Give `data/chats_messages_document` to `--data-path` with `--sft` then.
+
 Give `data/corpus_text_document` to `--data-path` then. The .json holds checksums of the other two
 files and of the tokenizer; keep the three together. PREFIX_manifest.json says what was read.
 """
@@ -20,7 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megasparse.cli import guarded
-from megasparse.data.preprocess import ERROR, ON_BAD_LINE, PreprocessOptions, preprocess
+from megasparse.data.manifest import ERROR, ON_BAD_LINE, PreprocessOptions
+from megasparse.data.preprocess import preprocess
 from megasparse.data.token_flags import add_token_flags, token_flags
 from megasparse.data.tokenizer import HUGGINGFACE, SENTENCEPIECE
 from megasparse.log import logger
@@ -40,8 +49,20 @@ def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
     parser.add_argument(
         "--json-keys",
         nargs="+",
-        default=["text"],
-        help="keys (Parquet: columns) of the texts, one dataset each (default: text)",
+        help="keys (Parquet: columns) of the texts, one dataset each (default: text; with --sft "
+        "the one key of the conversations, messages)",
+    )
+    parser.add_argument(
+        "--sft",
+        action="store_true",
+        help="conversations for supervised fine-tuning, in the chat template of the tokenizer",
+    )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="with --sft: a Jinja template (default: chat_template.jinja or tokenizer_config.json "
+        "beside the tokenizer)",
     )
     parser.add_argument("--output-prefix", required=True, help="path and begin of the names")
     parser.add_argument(
@@ -67,8 +88,8 @@ def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
         "--on-bad-line",
         choices=ON_BAD_LINE,
         default=ERROR,
-        help="a line or row that holds no text ends the work, or is left out and counted "
-        "(default: %(default)s)",
+        help="a line or row that holds no text (or no conversation that the template takes) ends "
+        "the work, or is left out and counted (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     args = parser.parse_args(argv)
@@ -78,11 +99,13 @@ def parse_args(argv: Sequence[str] | None) -> PreprocessOptions:
         tokenizer_model=args.tokenizer_model.expanduser(),
         tokenizer_type=args.tokenizer_type,
         tokens=token_flags(args),
-        json_keys=tuple(args.json_keys),
+        json_keys=tuple(args.json_keys or ["messages" if args.sft else "text"]),
         append_eod=args.append_eod,
         workers=args.workers,
         overwrite=args.overwrite,
         on_bad_line=args.on_bad_line,
+        sft=args.sft,
+        chat_template=args.chat_template and args.chat_template.expanduser(),
     )
 
 
@@ -97,10 +120,12 @@ def run(options: PreprocessOptions) -> None:
             logger.warning("  %s", place)
     for summary in summaries:
         sidecar = summary.sidecar
-        print(
-            f"{summary.prefix}: {sidecar.num_documents} documents, {sidecar.num_tokens} tokens "
-            f"({sidecar.dtype}), {summary.num_empty} empty documents left out"
-        )
+        told = f"{summary.prefix}: {sidecar.num_documents} documents, {sidecar.num_tokens} tokens "
+        told += f"({sidecar.dtype}), {summary.num_empty} empty documents left out"
+        if (chat := sidecar.conversations) is not None:
+            share = chat.num_answer_tokens / sidecar.num_tokens
+            told += f", {chat.num_answer_tokens} tokens of answers ({share:.1%})"
+        print(told)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

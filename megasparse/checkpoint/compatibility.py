@@ -40,6 +40,7 @@ GUARDED: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (
     ("override_tokenizer", "bert", ("cls_token", "sep_token", "mask_token")),
     ("override_data", "data", (
         "split", "mock_data", "reset_position_ids", "reset_attention_mask", "eod_mask_loss",
+        "sft",
     )),
 )  # fmt: skip
 

@@ -87,8 +87,8 @@ class StoredModel:
         names = [key.split("/")[1] for key in reader.keys("sparsity/") if key.endswith("/counters")]
         self.train_iters = run_length(reader)
         sparse_now = schedule.is_sparse_step(self.recipe, self.step, self.train_iters)
-        self._pruned = frozenset(names if sparse_now else ())
-        self.sparse = self._pruned - self.boosted if fold else self._pruned
+        self.pruned = frozenset(names if sparse_now else ())
+        self.sparse = self.pruned - self.boosted if fold else self.pruned
 
     def entries(self) -> list[Entry]:
         return [
@@ -97,7 +97,7 @@ class StoredModel:
         ]
 
     def read(self, name: str) -> torch.Tensor:
-        if self._effective and name in self._pruned:
+        if self._effective and name in self.pruned:
             value = effective_weight(self.reader, name, self.recipe)
         else:
             value = self.reader.read(f"param/{name}")
@@ -119,7 +119,7 @@ class StoredModel:
         (But where S-STE's scale is to be computed, as it is of the whole weight.)
         """
         value: torch.Tensor
-        if self._effective and name in self._pruned:
+        if self._effective and name in self.pruned:
             value = effective_part(self.reader, name, self.recipe, shard)
         elif name in VOCABULARY:
             value = self._rows(name, shard)
@@ -169,7 +169,7 @@ class StoredModel:
             return scales
         keys = {f"sparsity/{name}/scale": name for name in self._shapes}
         frozen = self.recipe.s_ste_scale == "frozen"
-        folded_in = self._pruned if self._effective else frozenset()
+        folded_in = self.pruned if self._effective else frozenset()
         return {
             name: float(self.reader.read(key))
             for key, name in keys.items()
@@ -240,9 +240,33 @@ def effective_part(
     return _effective(reader, name, recipe, shard)
 
 
+def mask_part(
+    reader: CheckpointReader, name: str, recipe: SparsityRecipe, shard: WeightShard
+) -> torch.Tensor | None:
+    """A rank's part of the mask that prunes a stored weight at the checkpoint's step, bool.
+
+    Args:
+        recipe: of the stored run.
+
+    Returns:
+        None: the run had none.
+    """
+    if f"sparsity/{name}/mask" not in reader or not recipe.has_mask:
+        return None
+    _, state = _at_its_step(reader, name, recipe, shard)
+    return state.mask
+
+
 def _effective(
     reader: CheckpointReader, name: str, recipe: SparsityRecipe, shard: WeightShard
 ) -> torch.Tensor:
+    return _at_its_step(reader, name, recipe, shard)[0]
+
+
+def _at_its_step(
+    reader: CheckpointReader, name: str, recipe: SparsityRecipe, shard: WeightShard
+) -> tuple[torch.Tensor, SparseWeight]:
+    """A part of W~, and its state once a mask that is due was refreshed."""
     own = reader.read_part(Piece(f"param/{name}", shard)).view(shard.local_shape)
     experts = stacked_experts(reader, name)
     state = SparseWeight(
@@ -252,7 +276,7 @@ def _effective(
     state.import_state(loaded, torch.device("cpu"))
     iterations = run_length(reader)
     state.first_sparse_step = schedule.sparse_range(recipe, iterations).start
-    return state.effective_at(own, reader.meta["step"])
+    return state.effective_at(own, reader.meta["step"]), state
 
 
 def stacked_experts(reader: CheckpointReader, name: str) -> int | None:

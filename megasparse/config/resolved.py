@@ -106,6 +106,7 @@ def fill_defaults(config: RunConfig, world_size: int) -> ResolvedConfig:
     if _is_continued(config):
         copy.checkpoint.load, copy.checkpoint.resume = None, True
     _fill_logging(copy.logging, run_dir)
+    _fill_fine_tuning(copy)
     return ResolvedConfig(
         **{
             name: narrowed(kind, getattr(copy, name), name)
@@ -170,6 +171,18 @@ def _fill_logging(logging: LoggingConfig, run_dir: str) -> None:
     logging.tensorboard_dir = logging.tensorboard_dir or f"{run_dir}/tensorboard"
     if logging.sample_tokens is None:
         logging.sample_tokens = 0 if logging.sample_interval is None else SAMPLE_TOKENS
+
+
+def _fill_fine_tuning(config: RunConfig) -> None:
+    """With `sft`: conversations see themselves alone, templates are written in control tokens, and
+    what the run starts from stays sparse to the end."""
+    data, sparsity = config.data, config.sparsity
+    if sparsity.freeze_masks is None:
+        sparsity.freeze_masks = data.sft
+    if data.sft:
+        data.reset_position_ids = data.reset_attention_mask = data.parse_special = True
+        if sparsity.dense_tail_fraction is None:
+            sparsity.dense_tail_fraction = 0.0
 
 
 def _fill_parallel(config: RunConfig) -> None:

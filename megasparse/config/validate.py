@@ -60,6 +60,7 @@ def problems_of(config: RunConfig, world_size: int) -> list[str]:
         *_check_profile(resolved.logging),
         *_check_texts(resolved),
         *_check_start(resolved),
+        *_check_fine_tuning(resolved),
         *_check_slorb(resolved),
         *_check_fp8(resolved),
         *_check_divisible(config.model, resolved),
@@ -281,6 +282,24 @@ def _check_start(config: ResolvedConfig) -> Iterator[str]:
         yield (
             f"lm_loss_weight {teacher.lm_loss_weight} without a teacher, expected 1; set "
             "kd_loss_weight"
+        )
+
+
+def _check_fine_tuning(config: ResolvedConfig) -> Iterator[str]:
+    """Conversations have a tokenizer, and a model to begin with."""
+    data, start = config.data, config.checkpoint
+    if not data.sft:
+        return
+    if data.mock_data:
+        yield "sft with mock_data, expected conversations (tools/preprocess_data.py --sft)"
+    elif data.tokenizer_model is None and data.vocab_file is None:
+        yield "sft needs tokenizer_model, that of the conversations"
+    if data.eod_mask_loss:
+        yield "eod_mask_loss with sft, expected one of the two: sft has the loss on answers alone"
+    if start.load is None and start.load_hf is None and not start.resume:
+        yield (
+            "sft fine-tunes given weights: expected load with finetune, or load_hf (or resume, to "
+            "continue)"
         )
 
 

@@ -49,6 +49,7 @@ class ExportOptions:
         extra_tensors: files of tensors beside the model, by name.
         special: ids of bos, eos and pad by their names in `config.json` and
             `generation_config.json`; empty: as they come with `config`, or unknown.
+        stops: other tokens that end a generation (an answer).
         facts: of the run, for the model card.
         sparse: parameters that must be 2:4.
         transposable: they must be so along both dimensions.
@@ -62,6 +63,7 @@ class ExportOptions:
     extra_files: dict[str, Any] = field(default_factory=dict)
     extra_tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     special: dict[str, int | None] = field(default_factory=dict)
+    stops: list[int] = field(default_factory=list)
     facts: Facts | None = None
     sparse: frozenset[str] = frozenset()
     transposable: bool = False
@@ -149,7 +151,12 @@ def _write_generation_config(folder: Path, config: dict[str, Any], options: Expo
     path = folder / GENERATION_CONFIG
     before = read_json(path) if path.is_file() else {}
     known = {name: config[name] for name in _SPECIAL if config.get(name) is not None}
-    write_json(path, {**known, **before, **_kept_lists(before, options.special)}, indent=2)
+    written = {**known, **before, **_kept_lists(before, options.special)}
+    if options.stops:
+        ends = written.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+        written["eos_token_id"] = list(dict.fromkeys([*ends, *options.stops]))
+    write_json(path, written, indent=2)
 
 
 def _kept_lists(before: dict[str, Any], special: dict[str, int | None]) -> dict[str, Any]:

@@ -6,14 +6,24 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+import numpy as np
+
 from megasparse.config import DataConfig, ResolvedConfig
 from megasparse.data.bert.labelled import Classes, read_classes
 from megasparse.data.bert.masked_tokens import MaskedTokens, masked_tokens
 from megasparse.data.blend import SPLITS, parse_data_path
+from megasparse.data.chat.packing import answer_tokens
 from megasparse.data.fingerprint import sampled_digest, whole_digest
-from megasparse.data.indexed import validate
+from megasparse.data.indexed import Index, validate
 from megasparse.data.mixture import Source, check_shares, shares, tell_repeated
-from megasparse.data.sidecar import AUTO_VERIFY_BYTES, bin_path, check_sidecar, idx_path
+from megasparse.data.sidecar import (
+    AUTO_VERIFY_BYTES,
+    Sidecar,
+    bin_path,
+    check_sidecar,
+    idx_path,
+    mask_path,
+)
 from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer, token_rules
 from megasparse.errors import ConfigError, DataError
@@ -57,6 +67,19 @@ class CheckedData:
             raise DataError(f"documents end with other tokens: {told}; expected one")
         last = self.vocab_size if self.masked is None else self.masked.ordinary
         return next((eod for eod in found if eod is not None), last - 1)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Of the conversations; None: there are none.
+
+        Raises:
+            DataError: datasets differ.
+        """
+        found = {s.template: s.prefix for group in self.sources.values() for s in group}
+        if len(found) > 1:
+            told = " and ".join(found.values())
+            raise DataError(f"{told}: made with different chat templates, expected one")
+        return next(iter(found), None)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -126,12 +149,12 @@ def check_data(config: ResolvedConfig, every_byte: bool = False) -> CheckedData:
         blend = parse_data_path(arguments)
         weights = blend.weights or (None,) * len(blend.prefixes)
         sources[split] = [
-            _check_source(prefix, weight, vocab_size, tokenizer, every_byte)
+            _check_source(prefix, weight, vocab_size, tokenizer, every_byte, config)
             for prefix, weight in zip(blend.prefixes, weights, strict=True)
         ]
     checked = CheckedData(tokenizer, vocab_size, sources, masked)
     if sources:
-        _ = checked.eod
+        _ = checked.eod, checked.chat_template
         tell_repeated(sources)
         amounts = {}
         for split in SPLITS:
@@ -173,6 +196,7 @@ def _check_source(
     vocab_size: int,
     tokenizer: Tokenizer | None,
     every_byte: bool,
+    config: ResolvedConfig,
 ) -> Source:
     index = validate(prefix, vocab_size)
     whole = every_byte or index.bin_size < AUTO_VERIFY_BYTES
@@ -186,9 +210,41 @@ def _check_source(
     if whole:
         own = sidecar.bin_sha256 if sidecar is not None else whole_digest(bin_path(prefix))
         tokens["sha256"] = own
+    template = _check_kind(prefix, sidecar, index, config.data.sft)
     if sidecar is not None:
-        digest = hashlib.sha256(f"{sidecar.idx_sha256}{sidecar.bin_sha256}".encode()).hexdigest()
+        mask = sidecar.conversations.mask_sha256 if sidecar.conversations is not None else ""
+        parts = f"{sidecar.idx_sha256}{sidecar.bin_sha256}{mask}"
+        digest = hashlib.sha256(parts.encode()).hexdigest()
     else:
         digest = whole_digest(idx_path(prefix))
     eod = sidecar.eod if sidecar is not None else None
-    return Source(prefix, weight, digest, index.lengths, eod, tokens)
+    answers = None
+    if template is not None:
+        mask_bytes = np.memmap(mask_path(prefix), dtype=np.uint8, mode="r")
+        answers = answer_tokens(mask_bytes, index.lengths, config.model.seq_length)
+    return Source(prefix, weight, digest, index.lengths, eod, tokens, answers, template)
+
+
+def _check_kind(prefix: str, sidecar: Sidecar | None, index: Index, sft: bool) -> str | None:
+    """The chat template of conversations; None of texts.
+
+    Raises:
+        DataError: texts for a fine-tuning, or conversations for another run, or a mask of another
+            length.
+    """
+    chat = sidecar.conversations if sidecar is not None else None
+    if sft and chat is None:
+        raise DataError(
+            f"{prefix}: holds texts, expected conversations with --sft "
+            "(tools/preprocess_data.py --sft makes them)"
+        )
+    if chat is None:
+        return None
+    if not sft:
+        raise DataError(f"{prefix}: holds conversations, expected --sft, or texts without it")
+    if chat.mask_size != index.num_tokens:
+        raise DataError(
+            f"{mask_path(prefix)}: found {chat.mask_size} bytes, expected one for each of "
+            f"{index.num_tokens} tokens"
+        )
+    return chat.template

@@ -42,6 +42,7 @@ class HuggingFaceTokenizer:
 
     Attributes:
         content: the tokenizer as it is used, as the JSON of a `tokenizer.json`.
+        control: ids of the special tokens, by their names.
     """
 
     tokenizer_type = "HuggingFaceTokenizer"
@@ -78,6 +79,8 @@ class HuggingFaceTokenizer:
         self.content["post_processor"] = post_processor(
             self.content.get("post_processor"), self.bos_piece if self.add_bos else None, self.bos
         )
+        added = self.content["added_tokens"]
+        self.control = {token["content"]: token["id"] for token in added if token["special"]}
         self._tokenizer = self._build()
         if not self.parse_special:
             self._keep_text_out(names, name)

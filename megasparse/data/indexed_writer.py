@@ -8,6 +8,7 @@ dataset.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from array import array
@@ -23,7 +24,7 @@ import numpy as np
 from megasparse.atomic_files import discard, rename, sync, temporary_path
 from megasparse.data.file_errors import write_error
 from megasparse.data.indexed import HEADER, MAGIC, VERSION, dtype_code
-from megasparse.data.sidecar import Sidecar, bin_path, idx_path, sidecar_path
+from megasparse.data.sidecar import Chat, Sidecar, bin_path, idx_path, mask_path, sidecar_path
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.errors import DataError
 
@@ -32,11 +33,16 @@ _CHUNK = 1 << 20  # index entries written at a time
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a dataset's tokens come from, for its sidecar."""
+    """Where a dataset's tokens come from, for its sidecar.
+
+    Attributes:
+        chat_template: of conversations; their dataset has a mask.
+    """
 
     tokenizer: Tokenizer
     append_eod: bool
     source: str
+    chat_template: str | None = None
 
 
 class _HashedFile:
@@ -88,18 +94,23 @@ class IndexedDatasetWriter:
     Args:
         prefix: path of the dataset without `.bin`; its directory is created.
         dtype: of the tokens, one of `indexed.DTYPE_CODES`.
+        masked: write `<prefix>.mask` too: a byte for each token, 1 where its prediction has a loss.
 
     Raises:
         DataError: also from the methods, when a file cannot be written.
     """
 
-    def __init__(self, prefix: str | os.PathLike, dtype: np.dtype | type) -> None:
+    def __init__(
+        self, prefix: str | os.PathLike, dtype: np.dtype | type, masked: bool = False
+    ) -> None:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype)
         self._code = dtype_code(self.dtype)
         self._lengths = array("i")
         self._bin = _HashedFile(bin_path(prefix))
         self._files = [self._bin]
+        self._mask = self._open(mask_path(prefix)) if masked else None
+        self._num_answer_tokens = 0
 
     @property
     def num_documents(self) -> int:
@@ -113,12 +124,18 @@ class IndexedDatasetWriter:
         """Append one document of at least one token."""
         self.add_documents(tokens, [len(tokens)])
 
-    def add_documents(self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int]) -> None:
+    def add_documents(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        lengths: Sequence[int],
+        mask: np.ndarray | None = None,
+    ) -> None:
         """Append documents whose tokens lie one after the other.
 
         Args:
             tokens: (T,) ids of all of them.
             lengths: tokens of each, all positive, adding up to T.
+            mask: (T,) bool, of a masked dataset.
 
         Raises:
             DataError: an id that the dtype cannot hold, or lengths that do not fit.
@@ -138,6 +155,10 @@ class IndexedDatasetWriter:
                 f"{self.prefix}: found documents of {sum(lengths)} tokens in all for "
                 f"{values.size} tokens, expected equal sums and lengths from 1 to 2^31 - 1"
             )
+        if self._mask is not None:
+            assert mask is not None and mask.shape == values.shape
+            self._mask.write(np.ascontiguousarray(mask, dtype=np.uint8).data)
+            self._num_answer_tokens += int(mask.sum())
         self._bin.write(np.ascontiguousarray(values, dtype=self.dtype).data.cast("B"))
         self._lengths.extend(int(length) for length in lengths)
 
@@ -150,12 +171,18 @@ class IndexedDatasetWriter:
         if not self._lengths:
             raise DataError(f"{self.prefix}: found no documents, expected at least one")
         bin_digest = self._bin.close()
+        mask_digest = None if self._mask is None else self._mask.close()
         idx = self._open(idx_path(self.prefix))
         self._write_index(idx)
         idx_digest = idx.close()
         sidecar = None
         if provenance is not None:
-            sidecar = self._describe(provenance, bin_digest, idx_digest, idx.size)
+            chat = None
+            if self._mask is not None:
+                assert mask_digest is not None and provenance.chat_template is not None
+                template, answers = provenance.chat_template, self._num_answer_tokens
+                chat = Chat(mask_digest, self._mask.size, answers, template)
+            sidecar = self._describe(provenance, bin_digest, idx_digest, idx.size, chat)
             description = self._open(sidecar_path(self.prefix))
             description.write(sidecar.to_json())
             description.close()
@@ -195,7 +222,12 @@ class IndexedDatasetWriter:
             idx.write(np.arange(start, stop, dtype="<i8").data.cast("B"))
 
     def _describe(
-        self, provenance: Provenance, bin_digest: str, idx_digest: str, idx_size: int
+        self,
+        provenance: Provenance,
+        bin_digest: str,
+        idx_digest: str,
+        idx_size: int,
+        chat: Chat | None,
     ) -> Sidecar:
         tokenizer = provenance.tokenizer
         return Sidecar(
@@ -215,6 +247,7 @@ class IndexedDatasetWriter:
             bos=tokenizer.bos,
             add_bos=tokenizer.add_bos,
             parse_special=tokenizer.parse_special,
+            chat=None if chat is None else dataclasses.asdict(chat),
         )
 
     def _publish(self, idx: _HashedFile) -> None:
@@ -222,6 +255,7 @@ class IndexedDatasetWriter:
         try:
             idx.path.unlink(missing_ok=True)
             sidecar_path(self.prefix).unlink(missing_ok=True)
+            mask_path(self.prefix).unlink(missing_ok=True)
             for file in self._files:
                 if file is not idx:
                     file.publish()

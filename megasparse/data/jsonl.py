@@ -32,6 +32,12 @@ def texts_of(payload: Payload, keys: Sequence[str], where: str) -> list[str]:
 
 def parse_line(line: bytes, keys: Sequence[str], where: str) -> list[str]:
     """The strings under `keys` of one JSON object; raises as `texts_of`."""
+    record = record_of(line, where)
+    return [_text_under(record, key, where) for key in keys]
+
+
+def record_of(line: bytes, where: str) -> dict[str, Any]:
+    """One JSON object; raises as `texts_of`."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -47,7 +53,7 @@ def parse_line(line: bytes, keys: Sequence[str], where: str) -> list[str]:
         raise DataError(f"{where}: broken JSON: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: found a JSON {type(record).__name__}, expected an object")
-    return [_text_under(record, key, where) for key in keys]
+    return record
 
 
 def _text_under(record: dict, key: str, where: str) -> str:
@@ -61,14 +67,23 @@ def _text(text: Any, key: str, where: str) -> str:
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
         raise DataError(f"{where}: key {key!r}: found {kind}, expected a string")
+    check_text(text, f"{where}: key {key!r}")
+    return text
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse half of a surrogate pair.
+
+    Raises:
+        DataError: UTF-8 cannot hold the text.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: key {key!r}: found half of a surrogate pair at character "
-            f"{error.start + 1}, expected text that UTF-8 can hold"
+            f"{where}: found half of a surrogate pair at character {error.start + 1}, expected "
+            "text that UTF-8 can hold"
         ) from None
-    return text
 
 
 def read_texts(path: Path, key: str = "text") -> Iterator[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from megasparse.config import DataConfig, ResolvedConfig
 from megasparse.config.batches import samples_after
 from megasparse.data.blend import SPLITS, parse_split
+from megasparse.data.chat.packing import pack
 from megasparse.errors import DataError
 from megasparse.log import logger
 
@@ -31,6 +32,9 @@ class Source:
         lengths: int32 (documents,) tokens of each.
         eod: token that ends a document, by its sidecar.
         tokens: digests of the `.bin`, by kind: "sampled", "sha256" where all bytes were read.
+        answers: int64 (documents,), of conversations: tokens that have a loss, of those that fit
+            into a sample; None: documents are texts.
+        template: chat template of the conversations.
     """
 
     prefix: str
@@ -39,6 +43,8 @@ class Source:
     lengths: np.ndarray
     eod: int | None = None
     tokens: dict[str, str] = field(default_factory=dict)
+    answers: np.ndarray | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,14 +80,17 @@ def shares(sources: Sequence[Source], split: str, config: ResolvedConfig) -> lis
     """
     found = []
     for source in sources:
-        lengths = source.lengths
+        chosen = slice(None)
         if config.data.data_path:
-            bounds = document_bounds(len(lengths), parse_split(config.data.split))
+            bounds = document_bounds(len(source.lengths), parse_split(config.data.split))
             number = SPLITS.index(split)
-            lengths = lengths[bounds[number] : bounds[number + 1]]
+            chosen = slice(bounds[number], bounds[number + 1])
+        lengths = source.lengths[chosen]
         tokens = int(lengths.sum(dtype=np.int64))
-        # The last token is only a label.
-        samples = max(tokens - 1, 0) // config.model.seq_length
+        if source.answers is not None:
+            samples = len(pack(lengths, source.answers[chosen], config.model.seq_length))
+        else:  # the last token is only a label
+            samples = max(tokens - 1, 0) // config.model.seq_length
         found.append(Share(source.prefix, 0.0, len(lengths), tokens, samples))
     weights = [
         float(share.samples) if source.weight is None else source.weight

@@ -3,6 +3,9 @@
 The index format has no checksum and no word about the tokenizer: a flipped bit, an exchanged
 `.bin` or another vocabulary trains without an error. The sidecar holds the digests of both files
 and of the tokenizer model. Datasets made by Megatron have none; they are read with a warning.
+
+A dataset of conversations has a fourth file, `<prefix>.mask`: a byte for each token, 1 where it
+belongs to an answer. The sidecar has its digest, and the chat template that the tokens are of.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from megasparse.input_files import open_regular, read_regular
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Fields that version 1 did not have, with what its datasets were made by.
 _SINCE_2 = {"bos": None, "add_bos": False, "parse_special": False}
+_SINCE_3 = {"chat": None}
 VERIFY_MODES = ("auto", "index", "full")
 # "auto" hashes the .bin up to this size: about a second of work.
 AUTO_VERIFY_BYTES = 1 << 30
@@ -46,11 +50,33 @@ def sidecar_path(prefix: str | os.PathLike) -> Path:
     return Path(f"{os.fspath(prefix)}.json")
 
 
+def mask_path(prefix: str | os.PathLike) -> Path:
+    """Name of the file that says which tokens have a loss, of a dataset of conversations."""
+    return Path(f"{os.fspath(prefix)}.mask")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """What is kept of conversations.
+
+    Attributes:
+        mask_sha256, mask_size: of the mask.
+        num_answer_tokens: tokens that have a loss.
+        template: the chat template.
+    """
+
+    mask_sha256: str
+    mask_size: int
+    num_answer_tokens: int
+    template: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
     """The sidecar's content; digests are SHA-256 in hex, sizes are in bytes.
 
-    `eod`, `bos`, `add_bos` and `parse_special` are those of `tokenizer.token_rules`.
+    `eod`, `bos`, `add_bos` and `parse_special` are those of `tokenizer.token_rules`; `chat` has the
+    fields of `Chat`, None: documents are no conversations.
     """
 
     bin_sha256: str
@@ -69,7 +95,13 @@ class Sidecar:
     bos: int | None = None
     add_bos: bool = False
     parse_special: bool = False
+    chat: dict | None = None
     format_version: int = FORMAT_VERSION
+
+    @property
+    def conversations(self) -> Chat | None:
+        """`chat`, checked by `read_sidecar`."""
+        return None if self.chat is None else Chat(**self.chat)
 
     def to_json(self) -> bytes:
         """The file's bytes."""
@@ -97,19 +129,26 @@ def read_sidecar(prefix: str | os.PathLike) -> Sidecar | None:
     if not isinstance(values, dict):
         raise DataError(f"{path}: found a JSON {type(values).__name__}, expected an object")
     version = values.get("format_version")
-    if version == 1:
-        values = {**_SINCE_2, **values, "format_version": FORMAT_VERSION}
+    if version in (1, 2):
+        older = _SINCE_2 if version == 1 else {}
+        values = {**older, **_SINCE_3, **values, "format_version": FORMAT_VERSION}
     elif version != FORMAT_VERSION:
         raise DataError(f"{path}: format_version: found {version!r}, expected {FORMAT_VERSION}")
-    fields = {field.name: field.type for field in dataclasses.fields(Sidecar)}
+    _check_fields(values, Sidecar, path)
+    if values["chat"] is not None:
+        _check_fields(values["chat"], Chat, path)
+    return Sidecar(**values)
+
+
+def _check_fields(values: dict, kind: type[Sidecar] | type[Chat], path: Path) -> None:
+    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
     if values.keys() != fields.keys():
         difference = sorted(values.keys() ^ fields.keys())
         raise DataError(f"{path}: missing or unknown fields: {', '.join(map(repr, difference))}")
-    for name, kind in fields.items():
+    for name, expected in fields.items():
         found = values[name]
-        if type(found).__name__.replace("NoneType", "None") not in kind.split(" | "):
-            raise DataError(f"{path}: {name}: found {found!r}, expected a value of type {kind}")
-    return Sidecar(**values)
+        if type(found).__name__.replace("NoneType", "None") not in expected.split(" | "):
+            raise DataError(f"{path}: {name}: found {found!r}, expected a value of type {expected}")
 
 
 def check_sidecar(
@@ -143,6 +182,8 @@ def check_sidecar(
     hash_bin = verify == "full" or (verify == "auto" and sidecar.bin_size < AUTO_VERIFY_BYTES)
     _check_file(idx_path(prefix), sidecar.idx_size, sidecar.idx_sha256)
     _check_file(bin_path(prefix), sidecar.bin_size, sidecar.bin_sha256 if hash_bin else None)
+    if (chat := sidecar.conversations) is not None:
+        _check_file(mask_path(prefix), chat.mask_size, chat.mask_sha256 if hash_bin else None)
     if tokenizer_digest is not None and tokenizer_digest != sidecar.tokenizer_digest:
         raise DataError(
             f"{os.fspath(prefix)}: made with the tokenizer of sha256 {sidecar.tokenizer_digest} "

@@ -36,6 +36,7 @@ class SentencePieceTokenizer:
 
     Attributes:
         model: the model as it is used, as the bytes of a `.model` file.
+        control: ids of the tokens that no text becomes, by their names.
     """
 
     tokenizer_type = "SentencePieceTokenizer"
@@ -68,15 +69,15 @@ class SentencePieceTokenizer:
             if self._processor.is_control(index)
         }
         longest_first = sorted(control, key=len, reverse=True)
-        self._control = control
+        self.control = control
         self._names = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def encode(self, text: str) -> list[int]:
-        if not self.parse_special or not self._control:
+        if not self.parse_special or not self.control:
             return self._processor.encode(text)
         ids: list[int] = []
         for part in self._names.split(text):
-            known = self._control.get(part)
+            known = self.control.get(part)
             ids += [known] if known is not None else self._processor.encode(part)
         return ids
 
@@ -89,7 +90,7 @@ class SentencePieceTokenizer:
     @property
     def control_pieces(self) -> list[str]:
         """Names of the tokens that no text becomes, by id."""
-        return sorted(self._control, key=self._control.__getitem__)
+        return sorted(self.control, key=self.control.__getitem__)
 
     def control_by_unknown(self) -> str | None:
         """A text that its pieces' names make a control token of; None: there is none.
@@ -97,7 +98,7 @@ class SentencePieceTokenizer:
         Without byte fallback an unknown text is a piece of its own name, which a library that goes
         from names to ids takes for the token of that name.
         """
-        for name in self._control:
+        for name in self.control:
             named = [
                 self._processor.piece_to_id(p) for p in self._processor.encode(name, out_type=str)
             ]

@@ -78,7 +78,8 @@ class Tokenizer(Protocol):
     `eod` is the id that ends a document, `bos` the one that begins it (None: there is none), `pad`
     one that fills batches; `eod_piece`, `bos_piece` and `pad_piece` are their names. With `add_bos`
     documents and prompts begin with `bos`; with `parse_special` control tokens that are written in
-    a text become those tokens. `digest` is the SHA-256 (hex) of the model file.
+    a text become those tokens. `digest` is the SHA-256 (hex) of the model file, `control` the ids
+    of control tokens by their names.
     """
 
     tokenizer_type: str
@@ -92,6 +93,7 @@ class Tokenizer(Protocol):
     add_bos: bool
     parse_special: bool
     digest: str
+    control: dict[str, int]
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any token for its begin or end."""
@@ -126,6 +128,7 @@ class NullTokenizer:
         self.pad: int | None = None
         self.pad_piece: str | None = None
         self.add_bos = self.parse_special = False
+        self.control: dict[str, int] = {}
         self.digest = hashlib.sha256(f"{NULL}:{vocab_size}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:

@@ -27,7 +27,6 @@ from megasparse.config import (
 from megasparse.convert.huggingface.folder import HuggingFaceModel
 from megasparse.convert.source import PartSource, require_decoder
 from megasparse.data.check import token_options
-from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.token_flags import add_token_flags, token_flags
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_of
 from megasparse.distributed.control_plane import ControlPlane, make_control_plane
@@ -50,6 +49,7 @@ class LoadedModel:
     Attributes:
         source: where its weights came from.
         tokenizer: None if none was found.
+        tokenizer_file: that it was loaded from.
     """
 
     source: PartSource
@@ -57,6 +57,7 @@ class LoadedModel:
     grid: Grid
     control: ControlPlane
     tokenizer: Tokenizer | None
+    tokenizer_file: Path | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -107,7 +108,7 @@ def open_model(args: argparse.Namespace) -> LoadedModel:
     join_group(device, collective_timeout(_TIMEOUT_MINUTES))
     control = make_control_plane()
     source: PartSource
-    tokenizer = None
+    tokenizer, file = None, None
     if args.load is not None:
         source = StoredModel(open_checkpoint(args.load, control), vocab_size=args.vocab_size)
     else:
@@ -115,13 +116,15 @@ def open_model(args: argparse.Namespace) -> LoadedModel:
     run = token_options(source.config.data) if isinstance(source, StoredModel) else None
     tokens = token_flags(args, run)
     if args.tokenizer_model is not None:
-        tokenizer = load_tokenizer(Path(args.tokenizer_model).expanduser(), options=tokens)
+        given = Path(args.tokenizer_model).expanduser()
+        file = (tokenizer_file_of(given) if given.is_dir() else None) or given
+        tokenizer = load_tokenizer(file, options=tokens)
     elif isinstance(source, StoredModel):
-        tokenizer, _ = tokenizer_of(source, tokens, same_tokens=False)
-    elif isinstance(source, HuggingFaceModel):
-        tokenizer = _tokenizer_beside(source, tokens)
+        tokenizer, file = tokenizer_of(source, tokens, same_tokens=False)
+    elif isinstance(source, HuggingFaceModel) and (file := tokenizer_file_of(source.folder)):
+        tokenizer = load_tokenizer(file, options=tokens)
     model, grid = load_model(source, device, args.tensor_model_parallel_size, args.bf16, control)
-    return LoadedModel(source, model, grid, control, tokenizer)
+    return LoadedModel(source, model, grid, control, tokenizer, file)
 
 
 def load_model(
@@ -184,8 +187,3 @@ def leave(code: int) -> None:
         os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _tokenizer_beside(source: HuggingFaceModel, tokens: TokenOptions) -> Tokenizer | None:
-    file = tokenizer_file_of(source.folder)
-    return load_tokenizer(file, options=tokens) if file is not None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,32 +50,39 @@ def choose_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Gene
     return int(order[torch.multinomial(weights, 1, generator=generator)])
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Tokens of a text as a document begins; of an empty one the token that ends a document."""
+    return begin(tokenizer) + tokenizer.encode(prompt) or [tokenizer.eod]
+
+
 def generate_text(
     decoder: CachedDecoder,
     grid: Grid,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Sequence[int],
     num_tokens: int,
     sampling: Sampling,
     seed: int,
+    ends: Collection[int] = (),
 ) -> str:
-    """The continuation of `prompt`, up to `num_tokens` tokens or the end of the document.
+    """The continuation of a prompt, up to `num_tokens` tokens or the end of the document.
 
     Every rank of the grid takes part; what the first draws, all take.
 
     Args:
         decoder: fresh; with room for prompt and continuation.
+        prompt: at least one token.
+        ends: other tokens that end it.
         seed: of the draws, the same whatever the tensor-parallel size.
     """
     device = grid.device
     generator = torch.Generator(device).manual_seed(seed)
-    ids = begin(tokenizer) + tokenizer.encode(prompt) or [tokenizer.eod]
-    fed, written = ids, []
+    fed, written = list(prompt), []
     for _ in range(num_tokens):
         logits = decoder.feed(torch.tensor([fed], device=device))[0, : tokenizer.vocab_size]
         choice = torch.tensor(choose_token(logits, sampling, generator), device=device)
         token = int(grid.from_first_of_tp(choice))
-        if token == tokenizer.eod:
+        if token == tokenizer.eod or token in ends:
             break
         written.append(token)
         fed = [token]
@@ -106,7 +113,7 @@ def sample_text(
     """
     generator = torch.Generator(device).manual_seed(seed)
     sampling = Sampling(temperature)
-    ids = begin(tokenizer) + tokenizer.encode(prompt) or [tokenizer.eod]
+    ids = prompt_ids(tokenizer, prompt)
     for _ in range(num_tokens):
         context = ids[-max_length:]
         length = min(-(-len(context) // pad_to) * pad_to, max_length)

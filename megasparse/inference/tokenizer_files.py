@@ -17,6 +17,7 @@ from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.token_flags import token_flags
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer, token_rules, tokenizer_file_of
 from megasparse.errors import CheckpointError, DataError
+from megasparse.inference.chat import add_chat_template
 from megasparse.input_files import refuse_links
 from megasparse.log import logger
 from megasparse.metrics.schema import read_metrics
@@ -97,6 +98,7 @@ def _add_tokenizer(
     }
     if options.facts is not None:
         options.facts.tokens = token_rules(tokenizer)
+    add_chat_template(options, stored, tokenizer, file)
 
 
 def _facts(stored: StoredModel) -> Facts | None:

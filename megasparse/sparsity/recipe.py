@@ -76,6 +76,8 @@ class SparsityRecipe:
             square of its input channel so far (Wanda).
         mask_update_interval: optimizer steps between mask refreshes. Soft-threshold weights are
             projected anew every step; there the interval only spaces the flip-rate measurements.
+        freeze_masks: masks stay what they are in the first step: those of the weights that the run
+            starts from.
         s_ste_scale: when beta of a soft-threshold weight is computed: at its first sparse step, or
             of the current weight in every one.
         dense_warmup_fraction, dense_tail_fraction: shares of the run that are dense.
@@ -98,6 +100,7 @@ class SparsityRecipe:
     masked_decay_ramp_iters: int = 0
     mask_metric: MaskMetric = "magnitude"
     mask_update_interval: int = 1
+    freeze_masks: bool = False
     s_ste_scale: ScaleUpdate = "frozen"
     dense_warmup_fraction: float = 0.0
     dense_tail_fraction: float = 0.0
@@ -145,6 +148,11 @@ class SparsityRecipe:
     def has_mask(self) -> bool:
         """Whether a 0/1 mask is the state of a weight."""
         return self.projection in ("row", "transposable")
+
+    @property
+    def keeps_masks(self) -> bool:
+        """Whether there are masks, and they never change."""
+        return self.freeze_masks and self.has_mask
 
     @property
     def is_sparse(self) -> bool:
@@ -318,6 +326,11 @@ def recipe_of(config: RunConfig) -> SparsityRecipe:
     settings["sparse_layers"] = tuple(sparsity.sparse_layers)
     settings["mvue_groups"] = _groups(sparsity, config.train.micro_batch_size)
     recipe = make_recipe(sparsity.sparsity_recipe, **settings)
+    if sparsity.freeze_masks and not recipe.has_mask and not config.data.sft:
+        raise ConfigError(
+            f"freeze_masks: the recipe {recipe.name} has no masks, expected "
+            f"{_presets(lambda other: other.has_mask)}"
+        )
     if sparsity.slorb_k is not None and recipe.projection != "row":
         raise ConfigError(
             f"slorb_k {sparsity.slorb_k} with the recipe {recipe.name}, expected a row-wise mask: "

@@ -44,13 +44,16 @@ def refresh_due(
     """Whether the mask must be computed anew before `step` is computed.
 
     Refreshes fall on multiples of the interval and on the first sparse step: a mask of the dense
-    warm-up only measures flips, and there is one only where they are tracked. Asking twice for one
+    warm-up only measures flips, and there is one only where they are tracked. Frozen masks are
+    searched once, if none came with the weights. Asking twice for one
     step refreshes once, so an evaluation between two steps, or a resume, changes nothing.
 
     Args:
         last_refresh: step of the latest refresh, or -1.
         first_sparse_step: start of `sparse_range`.
     """
+    if recipe.keeps_masks:
+        return last_refresh < 0
     interval = recipe.mask_update_interval
     of_dense_phase = last_refresh < first_sparse_step <= step
     return last_refresh < 0 or of_dense_phase or step // interval > last_refresh // interval

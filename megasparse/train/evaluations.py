@@ -118,10 +118,12 @@ class Evaluations:
 
     def _loss_on(self, name: str, layout: Layout, agreement: Agreement) -> float | None:
         """Mean loss over the same first samples of a validation stream every time; None: stop."""
-        stream = batches(self._data.streams[name], self._config, self._grid, 0)
+        logging, train = self._config.logging, self._config.train
+        samples = logging.eval_iters * train.global_batch_size
+        stream = batches(self._data.streams[name], self._config, self._grid, 0, samples)
         # Of whole batches, whatever the size of the step before.
         steps = gradient_accumulation_steps(self._config, self._grid.world)
-        iterations = self._config.logging.eval_iters * steps
+        iterations = logging.eval_iters * steps
         numbers = itertools.count()
         return layout.evaluate(stream, iterations, lambda: agreement.in_evaluation(next(numbers)))
 

@@ -28,8 +28,8 @@ from megasparse.megatron.init import parameter_shard
 from megasparse.megatron.sparsify import initial_low_rank_weights, low_rank_weight_names
 from megasparse.optim.fragments import Fragment
 from megasparse.preflight.settings import no_teacher
-from megasparse.sparsity.controller import SparsityController
 from megasparse.train.engine.base import Engine
+from megasparse.train.kept import keep, kept_low_rank_weights
 
 Gather = Callable[..., contextlib.AbstractContextManager[Any]]
 
@@ -133,10 +133,11 @@ def put_initial_weights(engine: Engine, sources: WeightSources) -> bool:
             skip=low_rank_weight_names(engine.model) | _new_heads(engine, source),
             gathered=engine.layout.gathered_parameters,
         )
-        keep_frozen_scales(engine.controller, source)
         logger.info("starting from the weights of %s", source.where)
+        keep(engine.controller, source)
     if sources.fresh:
-        for parameter, value in initial_low_rank_weights(engine.model):
+        kept = kept_low_rank_weights(engine.model, engine.controller.recipe, source, grid)
+        for parameter, value in kept or initial_low_rank_weights(engine.model):
             set_parameter(parameter, value, engine.fragments)
         for state, _ in engine.controller.weights:
             state.invalidate()
@@ -146,18 +147,6 @@ def put_initial_weights(engine: Engine, sources: WeightSources) -> bool:
         engine.layout.distillation.teacher.freeze()
         engine.layout.distillation.describe(teacher.where)
     return source is not None
-
-
-def keep_frozen_scales(controller: SparsityController, source: PartSource) -> None:
-    """Let S-STE's weights go on with the scales that they were trained with: anew they would be
-    other ones, and the model another than the one that was saved."""
-    recipe = controller.recipe
-    if recipe.projection != "soft_threshold" or recipe.s_ste_scale != "frozen":
-        return
-    scales = source.frozen_scales()
-    for state, weight in controller.weights:
-        if state.name in scales:
-            state.keep_scale(scales[state.name], weight.device)
 
 
 def _new_heads(engine: Engine, source: PartSource) -> frozenset[str]:

@@ -268,6 +268,8 @@ class Trainer:
         self.services.require_own()
         meta = checkpoint.describe(self.engine, self.data.digests, self.state.to_json())
         meta["state"]["vocab_size"] = self.data.vocab_size
+        if self.data.chat_template is not None:
+            meta["state"]["chat_template"] = self.data.chat_template
         self.saver.save(clock.step, checkpoint.collect(self.engine), meta, final)
         self._passed("saved")
 

@@ -12,7 +12,8 @@ from megasparse.data import inputs as inputs_module
 from megasparse.data import preprocess as pre
 from megasparse.data.indexed import validate
 from megasparse.data.inputs import find_inputs, read_records
-from megasparse.data.preprocess import PreprocessOptions, preprocess
+from megasparse.data.manifest import PreprocessOptions
+from megasparse.data.preprocess import preprocess
 from megasparse.data.sidecar import check_sidecar
 from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.tokenizer import load_tokenizer, token_rules

@@ -110,8 +110,8 @@ def test_what_each_mode_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, "format_version: found 3, expected 2"),
-        ({"format_version": None}, "format_version: found None, expected 2"),
+        ({"format_version": 4}, "format_version: found 4, expected 3"),
+        ({"format_version": None}, "format_version: found None, expected 3"),
         ({"bin_size": "10"}, "bin_size: found '10', expected a value of type int"),
         ({"bin_size": True}, "bin_size: found True, expected a value of type int"),
         ({"append_eod": 1}, "append_eod: found 1, expected a value of type bool"),
@@ -154,7 +154,7 @@ def test_a_sidecar_of_version_1_is_read(tmp_path: Path) -> None:
     for name in ("bos", "add_bos", "parse_special"):
         del old[name]
     path.write_text(json.dumps(old))
-    assert read_sidecar(tmp_path / "d") == sidecar and sidecar.format_version == 2
+    assert read_sidecar(tmp_path / "d") == sidecar and sidecar.format_version == 3
 
 
 def test_other_tokens_than_the_datasets_are_refused(tmp_path: Path) -> None:

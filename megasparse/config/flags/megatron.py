@@ -80,7 +80,8 @@ NOTHING = (
     ("selective recomputation recomputes it", "--recompute-modules=core_attn"),
     ("norms have float32 masters and no weight decay, so 1 + w trains as w does",
      "--apply-layernorm-1p"),
-    ("every sample has --seq-length tokens, so the mean over micro-batches is that over tokens",
+    ("every sample has --seq-length tokens, so the mean over micro-batches is that over tokens; "
+     "with --sft it is the mean over the answers' tokens",
      "--calculate-per-token-loss"),
     ("communication is hidden where that is possible",
      "--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step "
@@ -106,6 +107,8 @@ NOTHING = (
      "--no-contiguous-buffers-in-local-ddp --lazy-mpu-init= "
      "--pipeline-model-parallel-comm-backend= "
      "--disable-symmetric-registration"),
+    ("conversations are in the tokenizer's own chat template",
+     "--sft-tokenizer-prompt-format=default"),
     ("it is 1 here",
      "--ds-sequence-parallel-size=1 --moe-expert-parallel-size=1 --topk= "
      "--num-distributed-optimizer-instances=1 --mlp-type=standard "

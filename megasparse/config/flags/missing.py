@@ -128,7 +128,10 @@ MISSING = (
     ("documents are taken as they are, cut into samples of --seq-length",
      "--fim-data --fim-eod-token= --fim-fragment-rate= --fim-middle-token= --fim-no-prefix= "
      "--fim-pad-token= --fim-prefix-token= --fim-rate= --fim-split-sample= --fim-spm-rate= "
-     "--fim-suffix-token= --sft --sft-tokenizer-prompt-format= --allow-ambiguous-pad-tokens"),
+     "--fim-suffix-token= --allow-ambiguous-pad-tokens"),
+    ("python tools/preprocess_data.py --sft tokenizes conversations, with the tokenizer's own chat "
+     "template or --chat-template FILE",
+     "--sft-tokenizer-prompt-format="),
     ("tokenizers are SentencePiece models and tokenizer.json files: --tokenizer-model",
      "--tokenizer-hf-include-special-tokens --tokenizer-metadata= "
      "--tokenizer-sentencepiece-legacy --tokenizer-special-tokens=* "

@@ -233,6 +233,11 @@ class SparsityConfig:
         "name patterns of the sparse linears, e.g. '*.self_attention.linear_*' for attention too",
     )
     mask_update_interval: int | None = option(None, "steps between mask refreshes", at_least=1)
+    freeze_masks: bool | None = option(
+        None,
+        "keep the masks of the weights that the run starts from (--load with --finetune, "
+        "--load-hf), instead of refreshing them; default: with --sft",
+    )
     masked_decay: float | None = option(
         None,
         "decay of masked weights (lambda_W of FST, lambda of SR-STE, final value of AST)",

@@ -285,6 +285,12 @@ class DataConfig:
     reset_position_ids: bool = option(False, "positions start again after an end of document")
     reset_attention_mask: bool = option(False, "no attention across documents")
     eod_mask_loss: bool = option(False, "no loss on end-of-document tokens")
+    sft: bool = option(
+        False,
+        "supervised fine-tuning on conversations (tools/preprocess_data.py --sft): loss on the "
+        "answers alone, several conversations in a sample, each sees itself only; masks stay "
+        "(freeze-masks), and there is no dense tail unless it is asked for",
+    )
 
 
 @dataclass

@@ -25,6 +25,7 @@ class Facts:
         seq_length: tokens of each.
         losses: by name, e.g. "validation loss".
         tokens: `token_rules` of its tokenizer.
+        is_chat: it was fine-tuned on conversations.
     """
 
     recipe: str
@@ -34,6 +35,7 @@ class Facts:
     seq_length: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
+    is_chat: bool = False
 
 
 def model_card(
@@ -130,4 +132,11 @@ def _loading(packing: str | None, facts: Facts | None, has_tokenizer: bool) -> l
         f"a text {special}.",
         "",
     ]
+    if facts.is_chat:
+        lines += [
+            "The model was fine-tuned on conversations in its chat template: "
+            "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` makes a prompt "
+            "of messages.",
+            "",
+        ]
     return lines

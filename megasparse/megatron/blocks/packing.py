@@ -34,6 +34,19 @@ def cumulative_lengths(tokens: torch.Tensor, eod: int) -> torch.Tensor:
     return torch.cat([bounds.new_zeros(1), bounds]).to(torch.int32)
 
 
+def bounds_by_positions(positions: torch.Tensor) -> torch.Tensor:
+    """The same of documents whose positions begin with 0, whatever their tokens.
+
+    Args:
+        positions: `(B, S)` int64.
+
+    Returns:
+        int32 `(documents + 1,)`, from 0 to B * S.
+    """
+    begins = (positions == 0).flatten().nonzero().flatten()
+    return torch.cat([begins, begins.new_tensor([positions.numel()])]).to(torch.int32)
+
+
 def packed(
     batch: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], PackedSeqParams | None]:

@@ -26,11 +26,11 @@ def own_tokens(batch: dict[str, torch.Tensor], grid: Grid) -> dict[str, torch.Te
     """The batch that this rank computes; without context parallelism the batch as it is.
 
     Args:
-        batch: of whole samples.
+        batch: of whole samples, maybe with `divisor` (conversations).
 
     Returns:
-        The same names, with `divisor`: 0-d float32, the tokens that count over cp, at least 1 of
-        them.
+        The same names, with `divisor`: 0-d float32, that of the batch, or the tokens that count, at
+        least 1 of them; over cp.
     """
     if grid.cp_size == 1:
         return batch
@@ -40,7 +40,8 @@ def own_tokens(batch: dict[str, torch.Tensor], grid: Grid) -> dict[str, torch.Te
         else tensor
         for name, tensor in batch.items()
     }
-    own[DIVISOR] = batch["loss_mask"].sum().clamp(min=1.0) / grid.cp_size
+    whole = batch.get(DIVISOR)
+    own[DIVISOR] = (batch["loss_mask"].sum().clamp(min=1.0) if whole is None else whole) / grid.cp_size
     return own
 
 

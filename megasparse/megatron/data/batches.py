@@ -10,15 +10,17 @@ from pathlib import Path
 import torch
 
 from megasparse.config import ResolvedConfig
+from megasparse.config.batches import batch_size
 from megasparse.data.blend import SPLITS, parse_split
 from megasparse.data.check import CheckedData, check_amounts, check_data
 from megasparse.data.mixture import describe, samples_wanted, shares
 from megasparse.data.tokenizer import Tokenizer
 from megasparse.distributed.signals import ignore_signals
 from megasparse.log import logger
-from megasparse.megatron.blocks.packing import CU_SEQLENS, cumulative_lengths
-from megasparse.megatron.context.batch import own_tokens
+from megasparse.megatron.blocks.packing import CU_SEQLENS
+from megasparse.megatron.context.batch import DIVISOR, own_tokens
 from megasparse.megatron.data.classes import ClassSamples
+from megasparse.megatron.data.conversations import build_conversations
 from megasparse.megatron.data.datasets import (
     SampleOptions,
     SampleStream,
@@ -43,12 +45,14 @@ class RunData:
         streams: samples by split; a split may be missing. "valid:NAME" is one of several
             validation sets.
         digests: of data and tokenizer, to be kept with the run.
+        chat_template: of conversations, kept with the run too; None: the data are texts.
     """
 
     tokenizer: Tokenizer | None
     vocab_size: int
     streams: dict[str, SampleStream]
     digests: dict[str, str]
+    chat_template: str | None = None
 
 
 def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None = None) -> RunData:
@@ -94,30 +98,33 @@ def build_data(config: ResolvedConfig, grid: Grid, checked: CheckedData | None =
         if chosen is None:
             continue
         shares = parse_split(config.data.split) if "all" in sources else _only(number)
-        stream = masked(
-            grid.first_rank_first(
-                lambda chosen=chosen, split=split, shares=shares: build_stream(  # type: ignore[misc]
-                    chosen, split, shares, options, config.data.data_cache_path
-                )
-            )
-        )
+        stream = masked(_stream(chosen, split, shares, options, config, grid))
         if stream is not None:
             streams[split] = stream
             _tell_mixture(stream, split, config, checked)
     if config.data.multiple_validation_sets:
         for name, source in named_sets(sources["valid"]).items():
-            stream = masked(
-                grid.first_rank_first(
-                    lambda source=source: build_stream(  # type: ignore[misc]
-                        [source], "valid", _only(1), options, config.data.data_cache_path
-                    )
-                )
-            )
+            stream = masked(_stream([source], "valid", _only(1), options, config, grid))
             if stream is not None:
                 streams[VALID_SET + name] = stream
     found = streams["train"].epoch_length if "train" in streams else 0
     check_amounts(config, found, "valid" in streams)
-    return RunData(tokenizer, vocab_size, streams, checked.digests)
+    return RunData(tokenizer, vocab_size, streams, checked.digests, checked.chat_template)
+
+
+def _stream(
+    sources: Sequence[Source],
+    split: str,
+    fractions: Sequence[float],
+    options: SampleOptions,
+    config: ResolvedConfig,
+    grid: Grid,
+) -> SampleStream | None:
+    if config.data.sft:
+        return build_conversations(sources, split, fractions, options)
+    return grid.first_rank_first(
+        lambda: build_stream(sources, split, fractions, options, config.data.data_cache_path)
+    )
 
 
 def named_sets(sources: Sequence[Source]) -> dict[str, Source]:
@@ -130,13 +137,21 @@ def named_sets(sources: Sequence[Source]) -> dict[str, Source]:
 
 
 def batches(
-    stream: SampleStream, config: ResolvedConfig, grid: Grid, first_sample: int
+    stream: SampleStream,
+    config: ResolvedConfig,
+    grid: Grid,
+    first_sample: int,
+    together: int | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches of this rank for ever, from global sample `first_sample` on.
 
     Micro-batch `m` of a step holds the samples
     `step_start + (m * dp + dp_rank) * micro_batch_size + [0, micro_batch_size)`: a step's samples
     do not depend on the data-parallel size. Of each sample a context parallel rank has its part.
+
+    Args:
+        together: samples whose losses are averaged, where the numbers of tokens that count differ;
+            None: those of an optimizer step.
     """
     loader = torch.utils.data.DataLoader(
         stream,
@@ -148,14 +163,31 @@ def batches(
         generator=torch.Generator(),
     )
     stored = iter(loader)
-    while True:
+    for tokens in _loss_tokens(stream, config, grid, first_sample, together):
         batch = next(stored)
-        if stream.packed_by is not None:
-            batch[CU_SEQLENS] = cumulative_lengths(batch["tokens"], stream.packed_by)
+        if (bounds := stream.bounds(batch)) is not None:
+            batch[CU_SEQLENS] = bounds
+        if tokens is not None:
+            batch[DIVISOR] = torch.tensor(tokens, dtype=torch.float32)
         yield own_tokens(
             {name: tensor.to(grid.device, non_blocking=True) for name, tensor in batch.items()},
             grid,
         )
+
+
+def _loss_tokens(
+    stream: SampleStream, config: ResolvedConfig, grid: Grid, first: int, together: int | None
+) -> Iterator[float | None]:
+    """For each of this rank's micro-batches what its losses are divided by, so that the
+    mean over micro-batches and ranks is the mean over the tokens of all of them."""
+    train = config.train
+    while True:
+        count = together or batch_size(train, first)
+        total = stream.loss_tokens(first, count)
+        micro_batches = count // train.micro_batch_size
+        for _ in range(micro_batches // grid.dp_size):
+            yield None if total is None else total / micro_batches
+        first += count
 
 
 def is_lost_worker(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from megasparse.data.blend import SPLITS
 from megasparse.data.mixture import document_bounds
 from megasparse.errors import DataError
 from megasparse.log import is_logging_rank
+from megasparse.megatron.blocks.packing import cumulative_lengths
 from megasparse.megatron.data.index_cache import VerifiedGPTDataset
 from megasparse.progress import progress
 
@@ -85,6 +86,14 @@ class _MegatronTokenizer:
         self.unique_identifiers = {"eod": options.eod}
 
 
+class Samples(Protocol):
+    """Samples of one dataset by their number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]: ...
+
+
 class SampleStream(torch.utils.data.Dataset):
     """Samples by global index, without end: `stream[i]` is defined for every `i >= 0`.
 
@@ -98,7 +107,7 @@ class SampleStream(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        datasets: Sequence[GPTDataset],
+        datasets: Sequence[Samples],
         weights: Sequence[float],
         seed: int,
         packed_by: int | None = None,
@@ -109,6 +118,18 @@ class SampleStream(torch.utils.data.Dataset):
         self._seed = seed
         self._blend: tuple[np.ndarray, np.ndarray] | None = None
         self._permutation = functools.lru_cache(maxsize=4)(self._permute)
+
+    def bounds(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Where the documents of a micro-batch begin and end, for packed sequences; None: they are
+        not packed. See `blocks.packing`."""
+        if self.packed_by is None:
+            return None
+        return cumulative_lengths(batch["tokens"], self.packed_by)
+
+    def loss_tokens(self, first: int, count: int) -> int | None:
+        """Tokens that have a loss in `count` samples from `first` on; None: each micro-batch counts
+        its own."""
+        return None
 
     @property
     def epoch_length(self) -> int:

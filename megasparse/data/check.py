@@ -18,11 +18,11 @@ from megasparse.data.indexed import Index, validate
 from megasparse.data.mixture import Source, check_shares, shares, tell_repeated
 from megasparse.data.sidecar import (
     AUTO_VERIFY_BYTES,
-    Sidecar,
     bin_path,
     check_sidecar,
     idx_path,
     mask_path,
+    read_sidecar,
 )
 from megasparse.data.special_tokens import TokenOptions
 from megasparse.data.tokenizer import Tokenizer, load_tokenizer, token_rules
@@ -199,6 +199,7 @@ def _check_source(
     config: ResolvedConfig,
 ) -> Source:
     index = validate(prefix, vocab_size)
+    template = _check_kind(prefix, index, config.data.sft)
     whole = every_byte or index.bin_size < AUTO_VERIFY_BYTES
     verify = "full" if whole else "index"
     if tokenizer is None:
@@ -210,7 +211,6 @@ def _check_source(
     if whole:
         own = sidecar.bin_sha256 if sidecar is not None else whole_digest(bin_path(prefix))
         tokens["sha256"] = own
-    template = _check_kind(prefix, sidecar, index, config.data.sft)
     if sidecar is not None:
         mask = sidecar.conversations.mask_sha256 if sidecar.conversations is not None else ""
         parts = f"{sidecar.idx_sha256}{sidecar.bin_sha256}{mask}"
@@ -225,13 +225,14 @@ def _check_source(
     return Source(prefix, weight, digest, index.lengths, eod, tokens, answers, template)
 
 
-def _check_kind(prefix: str, sidecar: Sidecar | None, index: Index, sft: bool) -> str | None:
+def _check_kind(prefix: str, index: Index, sft: bool) -> str | None:
     """The chat template of conversations; None of texts.
 
     Raises:
         DataError: texts for a fine-tuning, or conversations for another run, or a mask of another
             length.
     """
+    sidecar = read_sidecar(prefix)
     chat = sidecar.conversations if sidecar is not None else None
     if sft and chat is None:
         raise DataError(

@@ -24,7 +24,8 @@ MARKED = (
 # Thinks in the last answer alone.
 THINKING = (
     "{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
-    "{%- if m['role'] == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- if m['role'] == 'assistant' and loop.last %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
     "{{ m['content'] | trim + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
@@ -68,11 +69,32 @@ def make_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
 
 def questions() -> list[tuple[str, str]]:
     """20 questions with answers of different lengths."""
-    words = "red green blue grey pink".split()
+    words = ["red", "green", "blue", "grey", "pink"]
     return [
         (f"Which colour has the {n}?", f"The {n} is {words[i % 5]}" + " indeed" * (i % 4) + ".")
         for i, n in enumerate(
-            "cat dog cow hen fox owl bee ant pig rat bat elk emu yak ape eel cod ray asp gnu".split()
+            [
+                "cat",
+                "dog",
+                "cow",
+                "hen",
+                "fox",
+                "owl",
+                "bee",
+                "ant",
+                "pig",
+                "rat",
+                "bat",
+                "elk",
+                "emu",
+                "yak",
+                "ape",
+                "eel",
+                "cod",
+                "ray",
+                "asp",
+                "gnu",
+            ]
         )
     ]
 

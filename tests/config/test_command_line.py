@@ -34,7 +34,7 @@ THEIRS = """
     train_data_path valid_data_path test_data_path split mock_data data_cache_path
     tokenizer_type tokenizer_model vocab_file merge_file num_workers reset_position_ids
     window_size window_attn_skip_freq no_rope_freq add_qkv_bias qk_layernorm
-    reset_attention_mask eod_mask_loss fp8_format fp8_recipe fp8_margin fp8_amax_history_len
+    reset_attention_mask eod_mask_loss sft fp8_format fp8_recipe fp8_margin fp8_amax_history_len
     fp8_amax_compute_algo save load finetune exit_on_missing_checkpoint save_interval
     save_retain_interval async_save log_interval eval_interval eval_iters tensorboard_dir
     wandb_project wandb_exp_name wandb_save_dir wandb_entity

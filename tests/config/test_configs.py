@@ -60,6 +60,21 @@ def test_every_model_goes_with_every_recipe(model, recipe):
     assert {name: found[name] for name in rest} == {name: base[name] for name in rest}
 
 
+@pytest.mark.parametrize("recipe", ["fst", "s_ste", "ast_llama2"])
+def test_fine_tuning_keeps_what_is_sparse(recipe):
+    flags = ("--load", "runs/a", "--finetune", "--tokenizer-model", "t", "--data-path", "d")
+    files = [CONFIGS / "models/llama_8b.yaml", CONFIGS / f"recipes/{recipe}.yaml"]
+    config = load(*files, CONFIGS / "finetune/sft.yaml", flags=flags)
+    made = recipe_of(config)
+    assert made.freeze_masks and made.keeps_masks == (recipe != "s_ste")
+    assert made.dense_tail_fraction == 0.0 and config.data.reset_attention_mask
+    again = recipe_of(load(*files, CONFIGS / "finetune/sft.yaml", flags=(*flags, *_UNFROZEN)))
+    assert not again.keeps_masks and again.dense_tail_fraction == 0.1
+
+
+_UNFROZEN = ("--no-freeze-masks", "--dense-tail-fraction", "0.1")
+
+
 def test_models_and_recipes_set_different_things():
     for path in MODELS:
         tree = yaml.safe_load(path.read_text())

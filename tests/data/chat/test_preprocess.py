@@ -78,7 +78,12 @@ def test_bad_conversations_are_named_and_may_be_left_out(tmp_path, folder):
     assert summary.sidecar.num_documents == 2 and summary.bad.of_input.total() == 2
     assert "chats.jsonl:3: found the control token" in summary.bad.first[1]
     (summary,) = _run(
-        tmp_path, folder, lines, name="s", on_bad_line="skip", tokens=TokenOptions(parse_special=True)
+        tmp_path,
+        folder,
+        lines,
+        name="s",
+        on_bad_line="skip",
+        tokens=TokenOptions(parse_special=True),
     )
     assert summary.sidecar.num_documents == 3
 

@@ -175,8 +175,7 @@ class SparseWeight(torch.nn.Module):
 
     def keep_mask(self, mask: torch.Tensor, device: torch.device) -> None:
         """Take over a mask `(N, K)` bool, in place of searching the first one."""
-        self.mask = mask.to(device)
-        self.last_refresh = 0
+        self.mask, self.last_refresh = mask.to(device), 0
         self.moves += 1
         self.invalidate()
 

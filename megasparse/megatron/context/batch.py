@@ -41,7 +41,9 @@ def own_tokens(batch: dict[str, torch.Tensor], grid: Grid) -> dict[str, torch.Te
         for name, tensor in batch.items()
     }
     whole = batch.get(DIVISOR)
-    own[DIVISOR] = (batch["loss_mask"].sum().clamp(min=1.0) if whole is None else whole) / grid.cp_size
+    own[DIVISOR] = (
+        batch["loss_mask"].sum().clamp(min=1.0) if whole is None else whole
+    ) / grid.cp_size
     return own
 
 

@@ -46,6 +46,7 @@ def _only(config: ResolvedConfig) -> list[tuple[str, object, object]]:
         ("context_parallel_size", config.parallel.context_parallel_size, 1),
         ("position_embedding_type", model.position_embedding_type, "learned_absolute"),
         ("window_size", model.window_size, None),
+        ("sft", data.sft, False),
         ("reset_position_ids", data.reset_position_ids, False),
         ("reset_attention_mask", data.reset_attention_mask, False),
         ("eod_mask_loss", data.eod_mask_loss, False),

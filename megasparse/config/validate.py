@@ -24,6 +24,7 @@ from megasparse.config.schema.training import DataConfig, ParallelConfig, TrainC
 from megasparse.config.validate_bert import check_bert
 from megasparse.config.validate_experts import check_experts
 from megasparse.config.validate_model import check_model
+from megasparse.config.validate_start import check_start
 from megasparse.errors import ConfigError, together
 
 # A 2:4 group, and the edge of a transposable block.
@@ -59,8 +60,7 @@ def problems_of(config: RunConfig, world_size: int) -> list[str]:
         *check_bert(resolved),
         *_check_profile(resolved.logging),
         *_check_texts(resolved),
-        *_check_start(resolved),
-        *_check_fine_tuning(resolved),
+        *check_start(resolved),
         *_check_slorb(resolved),
         *_check_fp8(resolved),
         *_check_divisible(config.model, resolved),
@@ -267,40 +267,6 @@ def _check_texts(config: ResolvedConfig) -> Iterator[str]:
     # Mock data have a tokenizer of numbers.
     if config.logging.sample_interval is not None and not config.data.mock_data:
         yield "sample_interval is set without tokenizer_model: a run on token ids has no texts"
-
-
-def _check_start(config: ResolvedConfig) -> Iterator[str]:
-    """What a run starts and learns from."""
-    settings, teacher = config.checkpoint, config.distillation
-    if settings.finetune and settings.load is None:
-        yield "finetune needs load, the folder of the weights to start from"
-    if not teacher.kd_loss_weight:
-        for name in ("teacher_load", "teacher_dtype"):
-            if getattr(teacher, name) is not None:
-                yield f"{name} is set, but kd_loss_weight is 0: there is no teacher"
-    if not teacher.kd_loss_weight and teacher.lm_loss_weight != 1.0:
-        yield (
-            f"lm_loss_weight {teacher.lm_loss_weight} without a teacher, expected 1; set "
-            "kd_loss_weight"
-        )
-
-
-def _check_fine_tuning(config: ResolvedConfig) -> Iterator[str]:
-    """Conversations have a tokenizer, and a model to begin with."""
-    data, start = config.data, config.checkpoint
-    if not data.sft:
-        return
-    if data.mock_data:
-        yield "sft with mock_data, expected conversations (tools/preprocess_data.py --sft)"
-    elif data.tokenizer_model is None and data.vocab_file is None:
-        yield "sft needs tokenizer_model, that of the conversations"
-    if data.eod_mask_loss:
-        yield "eod_mask_loss with sft, expected one of the two: sft has the loss on answers alone"
-    if start.load is None and start.load_hf is None and not start.resume:
-        yield (
-            "sft fine-tunes given weights: expected load with finetune, or load_hf (or resume, to "
-            "continue)"
-        )
 
 
 def _check_slorb(config: ResolvedConfig) -> Iterator[str]:

@@ -196,7 +196,11 @@ def _messages(checks: list[Callable[[], object]]) -> list[str]:
 
 
 def _check_recipe(config: ResolvedConfig) -> None:
-    recipe_of(config)
+    recipe = recipe_of(config)
+    if config.sparsity.freeze_masks and not recipe.has_mask and not config.data.sft:
+        raise ConfigError(
+            f"freeze_masks: the recipe {recipe.name} has no masks, expected ste, sr_ste, fst or ast"
+        )
 
 
 def _check_trackers(config: ResolvedConfig) -> None:

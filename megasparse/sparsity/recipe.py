@@ -150,11 +150,6 @@ class SparsityRecipe:
         return self.projection in ("row", "transposable")
 
     @property
-    def keeps_masks(self) -> bool:
-        """Whether there are masks, and they never change."""
-        return self.freeze_masks and self.has_mask
-
-    @property
     def is_sparse(self) -> bool:
         """Whether any GEMM of any phase is sparse."""
         return self.projection != "none"
@@ -326,11 +321,6 @@ def recipe_of(config: RunConfig) -> SparsityRecipe:
     settings["sparse_layers"] = tuple(sparsity.sparse_layers)
     settings["mvue_groups"] = _groups(sparsity, config.train.micro_batch_size)
     recipe = make_recipe(sparsity.sparsity_recipe, **settings)
-    if sparsity.freeze_masks and not recipe.has_mask and not config.data.sft:
-        raise ConfigError(
-            f"freeze_masks: the recipe {recipe.name} has no masks, expected "
-            f"{_presets(lambda other: other.has_mask)}"
-        )
     if sparsity.slorb_k is not None and recipe.projection != "row":
         raise ConfigError(
             f"slorb_k {sparsity.slorb_k} with the recipe {recipe.name}, expected a row-wise mask: "

@@ -38,6 +38,11 @@ def masked_decay(recipe: SparsityRecipe, step: int, train_iters: int) -> float:
     return recipe.masked_decay * min(1.0, since / ramp)
 
 
+def keeps_masks(recipe: SparsityRecipe) -> bool:
+    """Whether there are masks, and they never change."""
+    return recipe.freeze_masks and recipe.has_mask
+
+
 def refresh_due(
     recipe: SparsityRecipe, step: int, last_refresh: int, first_sparse_step: int = 0
 ) -> bool:
@@ -52,7 +57,7 @@ def refresh_due(
         last_refresh: step of the latest refresh, or -1.
         first_sparse_step: start of `sparse_range`.
     """
-    if recipe.keeps_masks:
+    if keeps_masks(recipe):
         return last_refresh < 0
     interval = recipe.mask_update_interval
     of_dense_phase = last_refresh < first_sparse_step <= step

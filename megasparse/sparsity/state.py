@@ -173,12 +173,6 @@ class SparseWeight(torch.nn.Module):
         self.moves += 1
         self.invalidate()
 
-    def keep_mask(self, mask: torch.Tensor, device: torch.device) -> None:
-        """Take over a mask `(N, K)` bool, in place of searching the first one."""
-        self.mask, self.last_refresh = mask.to(device), 0
-        self.moves += 1
-        self.invalidate()
-
     def project(self, weight: torch.Tensor) -> Projected:
         """The projection of a sparse phase's step; computes beta where it is due, with all ranks
         of the shard."""

@@ -20,6 +20,7 @@ from megasparse.megatron.init import parameter_shard
 from megasparse.megatron.sparsify import low_rank_weight_names
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.sparsity.schedule import keeps_masks
 
 Value = tuple[torch.nn.Parameter, torch.Tensor]
 
@@ -33,7 +34,7 @@ def keep(controller: SparsityController, source: PartSource) -> None:
     """
     _tell_another_model(controller.recipe, source)
     _keep_frozen_scales(controller, source)
-    if controller.recipe.keeps_masks:
+    if keeps_masks(controller.recipe):
         _keep_masks(controller, source)
 
 
@@ -46,7 +47,7 @@ def kept_low_rank_weights(
         ConfigError: the source has a low-rank branch, the run has none.
         CheckpointError: they are of another size.
     """
-    if not isinstance(source, StoredModel) or not source.boosted or not recipe.keeps_masks:
+    if not isinstance(source, StoredModel) or not source.boosted or not keeps_masks(recipe):
         return []
     names = low_rank_weight_names(model)
     if not names and recipe.matches(next(iter(source.boosted)).removesuffix(".weight")):
@@ -106,7 +107,9 @@ def _keep_masks(controller: SparsityController, source: PartSource) -> None:
         if isinstance(source, StoredModel):
             mask = mask_part(source.reader, state.name, source.recipe, state.shard)
         if mask is not None and (not transposable or is_24(mask, dim=0)):
-            state.keep_mask(mask, weight.device)
+            state.mask, state.last_refresh = mask.to(weight.device), 0
+            state.moves += 1
+            state.invalidate()
             continue
         value = source.read_part(state.name, state.shard)
         anew += not (is_24(value) and (not transposable or is_24(value, dim=0)))

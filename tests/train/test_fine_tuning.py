@@ -294,9 +294,10 @@ def test_conversations_are_no_texts(made, tmp_path):
 def test_freezing_needs_masks(made, tmp_path):
     from megasparse.config import load_config, resolve
     from megasparse.errors import ConfigError
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.preflight.settings import check
 
-    flags = [*MODEL, "--mock-data", "--vocab-size", "64", "--freeze-masks"]
+    flags = [*MODEL, "--mock-data", "--vocab-size", "64", "--freeze-masks", "--run-dir"]
+    flags += [str(tmp_path), "--sparsity-recipe"]
     with pytest.raises(ConfigError, match="freeze_masks: the recipe s_ste has no masks, expected"):
-        recipe_of(resolve(load_config([*flags, "--sparsity-recipe", "s_ste"]), 1))
-    assert recipe_of(resolve(load_config([*flags, "--sparsity-recipe", "ste"]), 1)).keeps_masks
+        check(resolve(load_config([*flags, "s_ste"]), 1))
+    assert check(resolve(load_config([*flags, "ste"]), 1)).config.sparsity.freeze_masks

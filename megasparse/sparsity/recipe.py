@@ -52,8 +52,7 @@ class SparsityRecipe:
     A field that the configuration's sparsity group has too is a setting of the run (`recipe_of`).
 
     Attributes:
-        name: preset it comes from.
-        sparse_layers: shell patterns of the names of the linears that it makes sparse.
+        name: preset it comes from; sparse_layers: shell patterns of the linears that it prunes.
         projection: how the effective weight W~ follows from the master weight W.
         mvue: how dZ^T is made 2:4 along tokens for the weight gradient: not at all, by the exact
             minimum-variance sampler, or by the papers' approximation.
@@ -74,10 +73,8 @@ class SparsityRecipe:
         masked_decay_ramp_iters: lambda(t) = masked_decay * min(1, t / ramp); 0: constant.
         mask_metric: what a row-wise mask keeps the largest of: |w|, or |w| times the root mean
             square of its input channel so far (Wanda).
-        mask_update_interval: optimizer steps between mask refreshes. Soft-threshold weights are
-            projected anew every step; there the interval only spaces the flip-rate measurements.
-        freeze_masks: masks stay what they are in the first step: those of the weights that the run
-            starts from.
+        mask_update_interval: steps between mask refreshes; of a soft threshold, between flip rates.
+        freeze_masks: masks stay those that the run starts with.
         s_ste_scale: when beta of a soft-threshold weight is computed: at its first sparse step, or
             of the current weight in every one.
         dense_warmup_fraction, dense_tail_fraction: shares of the run that are dense.

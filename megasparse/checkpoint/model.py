@@ -240,33 +240,9 @@ def effective_part(
     return _effective(reader, name, recipe, shard)
 
 
-def mask_part(
-    reader: CheckpointReader, name: str, recipe: SparsityRecipe, shard: WeightShard
-) -> torch.Tensor | None:
-    """A rank's part of the mask that prunes a stored weight at the checkpoint's step, bool.
-
-    Args:
-        recipe: of the stored run.
-
-    Returns:
-        None: the run had none.
-    """
-    if f"sparsity/{name}/mask" not in reader or not recipe.has_mask:
-        return None
-    _, state = _at_its_step(reader, name, recipe, shard)
-    return state.mask
-
-
 def _effective(
     reader: CheckpointReader, name: str, recipe: SparsityRecipe, shard: WeightShard
 ) -> torch.Tensor:
-    return _at_its_step(reader, name, recipe, shard)[0]
-
-
-def _at_its_step(
-    reader: CheckpointReader, name: str, recipe: SparsityRecipe, shard: WeightShard
-) -> tuple[torch.Tensor, SparseWeight]:
-    """A part of W~, and its state once a mask that is due was refreshed."""
     own = reader.read_part(Piece(f"param/{name}", shard)).view(shard.local_shape)
     experts = stacked_experts(reader, name)
     state = SparseWeight(
@@ -276,7 +252,7 @@ def _at_its_step(
     state.import_state(loaded, torch.device("cpu"))
     iterations = run_length(reader)
     state.first_sparse_step = schedule.sparse_range(recipe, iterations).start
-    return state.effective_at(own, reader.meta["step"]), state
+    return state.effective_at(own, reader.meta["step"])
 
 
 def stacked_experts(reader: CheckpointReader, name: str) -> int | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.checkpoint.model import StoredModel, mask_part
+from megasparse.checkpoint.model import StoredModel
 from megasparse.checkpoint.pieces import Piece
+from megasparse.checkpoint.stored_mask import mask_part
 from megasparse.convert.source import PartSource, check_shape
 from megasparse.errors import ConfigError
 from megasparse.kernels import is_24

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasparse.checkpoint.model import StoredModel, mask_part
+from megasparse.checkpoint.model import StoredModel
+from megasparse.checkpoint.stored_mask import mask_part
 from megasparse.data.jsonl import read_texts
 from megasparse.data.manifest import PreprocessOptions
 from megasparse.data.preprocess import preprocess

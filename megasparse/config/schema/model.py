@@ -223,20 +223,14 @@ class ModelConfig:
 class SparsityConfig:
     """Which layers are 2:4, by which recipe. Unset values are the recipe's own."""
 
-    sparsity_recipe: str = option(
-        "dense",
-        "training method",
-        choices=get_args(RecipeName),
-    )
+    sparsity_recipe: str = option("dense", "training method", choices=get_args(RecipeName))
     sparse_layers: list[str] = option(
         list(SPARSE_LAYERS),
         "name patterns of the sparse linears, e.g. '*.self_attention.linear_*' for attention too",
     )
     mask_update_interval: int | None = option(None, "steps between mask refreshes", at_least=1)
     freeze_masks: bool | None = option(
-        None,
-        "keep the masks of the weights that the run starts from (--load with --finetune, "
-        "--load-hf), instead of refreshing them; default: with --sft",
+        None, "keep the masks of the weights that the run starts from; default: with --sft"
     )
     masked_decay: float | None = option(
         None,

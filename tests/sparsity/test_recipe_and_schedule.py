@@ -136,7 +136,6 @@ def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
         sparse_grad_input="double-pruned",
         mask_update_interval=7,
         freeze_masks=True,
-        operand_packing="auto",
         masked_decay=0.5,
         masked_decay_ramp_iters=3,
         mvue="approximate",

@@ -25,12 +25,15 @@ from megasparse.sparsity import schedule, slorb
 from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
+from megasparse.sparsity.weight_scale import scaled
 from megasparse.tensor_files import Entry
 
 # In the names of stacked weights.
 EXPERTS = ".mlp.experts."
 # SLoRB's S and P beside a layer's `.weight`.
 ADAPTER, PROJECTION = ".slorb_adapter", ".slorb_projection"
+# CAST's scales there.
+SCALE = ".weight_scale"
 
 
 class StoredModel:
@@ -83,6 +86,11 @@ class StoredModel:
             for key in reader.keys("param/")
             if key.endswith(ADAPTER)
         )
+        self._scaled = frozenset(
+            key.removeprefix("param/").removesuffix(SCALE) + ".weight"
+            for key in reader.keys("param/")
+            if key.endswith(SCALE)
+        )
         self._check()
         names = [key.split("/")[1] for key in reader.keys("sparsity/") if key.endswith("/counters")]
         self.train_iters = run_length(reader)
@@ -101,6 +109,8 @@ class StoredModel:
             value = effective_weight(self.reader, name, self.recipe)
         else:
             value = self.reader.read(f"param/{name}")
+        if name in self._scaled:
+            value = scaled(value, self._scale_of(name))
         if self._effective and self._fold and name in self.boosted:
             value = slorb.fold(value, *self.low_rank(name))
         if name in VOCABULARY:
@@ -126,6 +136,10 @@ class StoredModel:
         else:
             check_shape(self.reader.shape(f"param/{name}"), shard, name, self.where)
             value = self.reader.read_part(Piece(f"param/{name}", shard)).view(shard.local_shape)
+        if name in self._scaled:
+            scale = self._scale_of(name)
+            columns = shard.global_shape[1] // scale.shape[1]
+            value = value * shard.slice_of(scale.repeat_interleave(columns, 1))
         if self._effective and self._fold and name in self.boosted:
             value = self._boosted(value, name, shard)
         require_finite(value, f"{self.where}: {name}")
@@ -163,6 +177,10 @@ class StoredModel:
             projection = own.slice_of(projection)
         return slorb.fold(value, adapter, projection)
 
+    def _scale_of(self, name: str) -> torch.Tensor:
+        """CAST's scales `(N, n)` of a weight, which belong to it whether it is pruned or not."""
+        return self.reader.read(f"param/{name.removesuffix('.weight')}{SCALE}")
+
     def frozen_scales(self) -> dict[str, float]:
         if self.reader.imported:
             scales: dict[str, float] = self.reader.meta["state"].get("scales", {})
@@ -192,6 +210,9 @@ class StoredModel:
         stored = {key.removeprefix("param/") for key in self.reader.keys("param/")}
         boosts = {name.removesuffix(".weight") for name in self.boosted & self._shapes.keys()}
         stored -= {base + part for base in boosts for part in (ADAPTER, PROJECTION)}
+        stored -= {
+            name.removesuffix(".weight") + SCALE for name in self._scaled & self._shapes.keys()
+        }
         if missing := sorted(self._shapes.keys() - stored):
             raise CheckpointError(f"{self.where}: holds no parameter {missing[0]}")
         if unknown := sorted(stored - self._shapes.keys()):

@@ -39,6 +39,10 @@ def graphs_refusal(config: ResolvedConfig) -> str | None:
             model.num_experts is not None,
             "how many tokens each expert gets is not known before, and the host waits for it",
         ),
+        (
+            config.sparsity.sparsity_recipe == "cast",
+            "the recipe cast makes its weights anew in each pass",
+        ),
         (parallel.recompute_granularity == "selective", "recompute_granularity is selective"),
         (dropout > 0.0, f"dropout is {dropout:g}, whose random states graphs would freeze"),
     )

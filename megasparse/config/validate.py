@@ -62,6 +62,7 @@ def problems_of(config: RunConfig, world_size: int) -> list[str]:
         *_check_texts(resolved),
         *check_start(resolved),
         *_check_slorb(resolved),
+        *_check_cast(resolved),
         *_check_fp8(resolved),
         *_check_divisible(config.model, resolved),
         *check_experts(resolved, world_size),
@@ -278,6 +279,16 @@ def _check_slorb(config: ResolvedConfig) -> Iterator[str]:
         yield "slorb_k with zero_stage 3 is not supported, use zero_stage 2"
     if sparsity.dense_warmup_fraction or sparsity.dense_tail_fraction:
         yield "slorb_k needs a run without dense_warmup_fraction, dense_tail_fraction"
+
+
+def _check_cast(config: ResolvedConfig) -> Iterator[str]:
+    """CAST's weight is a product of two parameters, computed anew in each pass."""
+    if config.sparsity.sparsity_recipe != "cast":
+        return
+    if config.parallel.zero_stage == 3:
+        yield "sparsity_recipe cast with zero_stage 3 is not supported, use zero_stage 2"
+    if config.fp8.fp8_format is not None:
+        yield "sparsity_recipe cast with fp8_format is not supported: its GEMMs are not in 8 bits"
 
 
 def _check_fp8(config: ResolvedConfig) -> Iterator[str]:

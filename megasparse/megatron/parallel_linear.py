@@ -22,14 +22,13 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
 from megasparse.fp8.shapes import TILE
-from megasparse.kernels import prune24_mask
 from megasparse.megatron import layer_state
+from megasparse.megatron.added_parameters import AddedParameters
 from megasparse.megatron.comm.linear import (
     GatherOverSequence,
     SumOverTensorParallel,
     sum_over_sequence,
 )
-from megasparse.megatron.comm.slorb import SplitOverRank, SumOfProjections
 from megasparse.megatron.context.share import token_share
 from megasparse.megatron.init import initialize_by, mark_sharded
 from megasparse.sparsity.autograd.linear import LinearComm, NoComm, Seed, linear
@@ -42,19 +41,10 @@ from megasparse.sparsity.gemms.frozen_fp8 import Fp8StoredGemms
 from megasparse.sparsity.gemms.named import under_name
 from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.shard import WeightShard
-from megasparse.sparsity.slorb import (
-    LocalLowRankComm,
-    LowRankBranch,
-    LowRankComm,
-    adapter_shard,
-    initial_adapter,
-    initial_projection,
-    projection_shard,
-)
 from megasparse.sparsity.state import SparseWeight
 
 
-class ParallelLinear(torch.nn.Module):
+class ParallelLinear(AddedParameters):
     """Parameters and GEMMs that both kinds share.
 
     Attributes:
@@ -104,44 +94,6 @@ class ParallelLinear(torch.nn.Module):
         self._place = 0
         self._frozen: Fp8StoredGemms | None = None
         self.profiled_as: str | None = None  # its name, while a profiler runs
-        self._branch: LowRankBranch | None = None
-        self.slorb_adapter: torch.nn.Parameter | None = None
-        self.slorb_projection: torch.nn.Parameter | None = None
-
-    def add_low_rank_branch(self, group_size: int, trained_projection: bool) -> None:
-        """Give a sparse layer SLoRB's low-rank branch; `initial_low_rank_weights` says with what.
-
-        Raises:
-            ConfigError: `group_size` does not divide the shard's inputs.
-        """
-        comm: LowRankComm = LocalLowRankComm()
-        if self.tp_group.size() > 1 and trained_projection:
-            kind = SplitOverRank if self.shard.dim == 1 else SumOfProjections
-            comm = kind(self.tp_group)
-        self._branch = LowRankBranch(group_size, comm)
-        shards = [adapter_shard(self.shard, group_size)]
-        if trained_projection:
-            shards.append(projection_shard(self.shard, group_size))
-        made = []
-        for shard in shards:
-            made.append(torch.nn.Parameter(self.weight.detach().new_zeros(shard.local_shape)))
-            if shard.dim is not None:
-                mark_sharded(made[-1], shard)
-        self.slorb_adapter = made[0]
-        self.slorb_projection = made[1] if trained_projection else None
-        self._group_size = group_size
-
-    def initial_low_rank_weights(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """The branch's parameters with the values that keep every group's sum of the weight."""
-        if self.slorb_adapter is None:
-            return []
-        weight = self.weight.detach()
-        adapter = initial_adapter(weight, prune24_mask(weight), self._group_size)
-        values = [(self.slorb_adapter, adapter)]
-        if self.slorb_projection is not None:
-            shard = projection_shard(self.shard, self._group_size)
-            values.append((self.slorb_projection, initial_projection(shard, self._group_size)))
-        return values
 
     def make_sparse(self, state: SparseWeight, controller: SparsityController, number: int) -> None:
         """Give the layer a sparsity state; from then on the recipe's GEMMs compute it.
@@ -170,12 +122,16 @@ class ParallelLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(self.weight.detach().new_empty(0), requires_grad=False)
         return self._frozen.bytes_here
 
-    def current_gemms(self) -> tuple[LinearGemms, Seed]:
-        """The GEMMs of the current step, and the seed of this layer's draws."""
-        gemms, seed = self._gemms_of_step()
+    def current_gemms(self, weight: torch.Tensor | None = None) -> tuple[LinearGemms, Seed]:
+        """The GEMMs of the current step, and the seed of this layer's draws.
+
+        Args:
+            weight: with its scales; default: the master weight.
+        """
+        gemms, seed = self._gemms_of_step(weight)
         return under_name(gemms, self.profiled_as), seed
 
-    def _gemms_of_step(self) -> tuple[LinearGemms, Seed]:
+    def _gemms_of_step(self, weight: torch.Tensor | None) -> tuple[LinearGemms, Seed]:
         if self._frozen is not None:
             return self._frozen, 0
         controller = self._controller
@@ -183,10 +139,16 @@ class ParallelLinear(torch.nn.Module):
             controller.begin_forward()
         if self.dense is not None and controller is not None and not controller.calibrating:
             return self.dense.gemms(self.weight, controller.clock.step), 0
+        if weight is None:
+            weight = self.weight
         if self.state is None or controller is None or controller.calibrating:
-            return DenseGemms(self.weight), 0
-        clock = controller.clock
-        gemms = self.state.gemms(self.weight, clock.step, controller.sparse_now, controller.monitor)
+            return DenseGemms(weight), 0
+        clock, sparse = controller.clock, controller.sparse_now
+        if self.state.recipe.dense_forward and self.training:
+            if sparse or controller.monitor:
+                self.state.keep_mask(self.weight, clock.step)
+            return DenseGemms(weight), 0
+        gemms = self.state.gemms(weight, clock.step, sparse, controller.monitor)
         return gemms, controller.seed(self._place)
 
     @property
@@ -205,7 +167,8 @@ class ParallelLinear(torch.nn.Module):
     def _multiply(
         self, x: torch.Tensor | Float8Input, comm: LinearComm, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        gemms, seed = self.current_gemms()
+        weight = self.scaled_weight()
+        gemms, seed = self.current_gemms(weight)
         calibrating = self._controller is not None and self._controller.calibrating
         observed = self.state is not None and self.state.inputs is not None
         # A layer that is recomputed runs twice, without gradients first: it counts once.
@@ -215,7 +178,7 @@ class ParallelLinear(torch.nn.Module):
             self.state.inputs.observe(x)
         return linear(
             x,
-            self.weight,
+            weight,
             gemms,
             comm,
             seed,

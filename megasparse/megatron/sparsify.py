@@ -95,6 +95,8 @@ def sparsify(
             quantizers = OperandQuantizers.of(fp8, module.shard.dim)
             state.quantizers, state.fp8_hybrid = quantizers, fp8_hybrid
         module.make_sparse(state, controller, draw_key(name))
+        if recipe.weight_scale_groups:
+            module.add_weight_scale(recipe.weight_scale_groups)
         if slorb_k is not None:
             module.add_low_rank_branch(slorb_k, slorb_train_projection)
     if fp8 is not None:
@@ -113,11 +115,11 @@ def initial_low_rank_weights(
 
 
 def low_rank_weight_names(model: torch.nn.Module) -> frozenset[str]:
-    """Names of SLoRB's parameters; a dense model has none of them."""
+    """Names of SLoRB's parameters, and of CAST's scales; a dense model has none of them."""
     return frozenset(
         name
         for name, _ in model.named_parameters()
-        if name.endswith((".slorb_adapter", ".slorb_projection"))
+        if name.endswith((".slorb_adapter", ".slorb_projection", ".weight_scale"))
     )
 
 

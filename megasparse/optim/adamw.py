@@ -41,13 +41,15 @@ class MaskedAdamW(torch.optim.AdamW):
         before_step: called with the optimizer once gradients are final but for `clip`; returning
             False leaves everything as it is.
         pieces: of a tensor, with the masks that they are decayed by; None: no masks.
-        decoupled: the decay joins the momentum (AST) instead of the gradient.
+        decoupled: the decay joins the momentum (AST, CAST) instead of the gradient.
+        of_sign: it is of the weight's sign (CAST).
         options: torch.optim.AdamW's (lr, betas, eps, weight_decay).
 
     Attributes:
         clip: what gradients are multiplied by first; a 0-d float64 tensor where the device alone
             knows.
         decay: lambda of the step; a tensor as `clip`.
+        kept: what of the momentum stays beside a decay `of_sign`.
         applies: 0-d bool on the device: whether the step is made at all; None: it is.
         copies: of tensors, by id, flat: get the new values, in their own dtype.
         run: runs the update, which finds everything at the addresses of the step before.
@@ -59,12 +61,15 @@ class MaskedAdamW(torch.optim.AdamW):
         before_step: Callable[[torch.optim.Optimizer], bool],
         pieces: Pieces | None = None,
         decoupled: bool = False,
+        of_sign: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(params, **options)
         self._before_step, self._pieces, self._decoupled = before_step, pieces, decoupled
+        self._of_sign = of_sign
         self.clip: float | torch.Tensor = 1.0
         self.decay: float | torch.Tensor = 0.0
+        self.kept = 1.0
         self.applies: torch.Tensor | None = None
         self.copies: dict[int, torch.Tensor] = {}
         self.run: Callable[[Callable[[], None]], None] = _at_once
@@ -113,6 +118,8 @@ class MaskedAdamW(torch.optim.AdamW):
             clip=_on_host(self.clip),
             decay=_on_host(self.decay),
             decoupled=self._decoupled,
+            of_sign=self._of_sign,
+            kept=self.kept,
         )
 
     def _send(self, rows: list[list[float]]) -> None:
@@ -193,7 +200,8 @@ def parameter_groups(
         elif name in ends:
             groups["ends"].append(parameter)
         else:
-            groups["matrices" if parameter.dim() > 1 else "vectors"].append(parameter)
+            matrix = parameter.dim() > 1 and not name.endswith(".weight_scale")
+            groups["matrices" if matrix else "vectors"].append(parameter)
     return [
         {
             "params": params,

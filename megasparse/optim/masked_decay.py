@@ -110,6 +110,8 @@ class MaskedDecay:
                     if state is None or state.mask is None or tensor.grad is None:
                         continue
                     weight = fragment.of(tensor.data)
+                    if self._controller.recipe.regulariser == "masked_l1_decay":
+                        weight = weight.sign()
                     masked = weight.masked_fill(fragment.of_parameter(state.mask), 0.0)
                     own = strength if state.decay is None else strength * state.decay.value.double()
                     state.probe.decay(fragment.of(tensor.grad), masked, own)

@@ -247,6 +247,12 @@ class SparsityController:
             return float(self.sparse_now)
         return schedule.masked_decay(self.recipe, self.clock.step, self.clock.train_iters)
 
+    def kept_momentum(self) -> float:
+        """What the clock's step keeps of the momentum at masked entries; 1 but for CAST."""
+        if self.recipe.regulariser != "masked_l1_decay":
+            return 1.0
+        return 1.0 - schedule.decayed_share(self.recipe, self.clock.step, self.clock.train_iters)
+
     def masked_weights(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Parameters with the masks that the clock's step prunes them by (bool, like the
         parameter): none in a dense phase, where a mask only measures flips."""

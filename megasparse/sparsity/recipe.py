@@ -11,6 +11,7 @@ For `Z = X W^T` with `X (T, K)`, `W (N, K)`:
 | s_ste   | beta * S(W), soft threshold      | MVUE(dZ^T) X | none                         |
 | s_ste_3 | the same; double-pruned          | MVUE(dZ^T) X | none                         |
 | ast     | W o M, row-wise 2:4              | dZ^T X       | decoupled, lambda(t) ramps   |
+| cast    | A o W; at the end A o W o M      | dZ^T X       | L1, decoupled, over the run  |
 
 A row-wise W~ is 2:4 along K, so the output GEMM is sparse and grad_input is dense; a transposable
 one is 2:4 along N as well, so grad_input is sparse too. With "double-pruned" grad_input multiplies
@@ -39,10 +40,16 @@ from megasparse.config.schema.model import (
     SparseGradInput,
 )
 from megasparse.errors import ConfigError
-from megasparse.sparsity.recipe_checks import groups_refusal, packing_refusal, rho_refusal
+from megasparse.sparsity.recipe_checks import (
+    dense_forward_refusal,
+    groups_refusal,
+    packing_refusal,
+    rho_refusal,
+    useless,
+)
 
 Projection = Literal["none", "row", "transposable", "soft_threshold"]
-Regulariser = Literal["none", "masked_decay", "decoupled_masked_decay"]
+Regulariser = Literal["none", "masked_decay", "decoupled_masked_decay", "masked_l1_decay"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ class SparsityRecipe:
         operand_packing: who packs operands in 16 bits on a GPU: "cusparselt", the library itself;
             "auto", our kernels where they write the GPU's layout, else the library.
         regulariser: where lambda (1-M) o W enters: nowhere, in the gradient between clipping and
-            AdamW (FST, SR-STE), or decoupled from the first moment (AST).
+            AdamW (FST, SR-STE), or decoupled from the first moment (AST); or lambda sign(W) so,
+            in place of a growing share of the momentum (CAST).
         masked_decay: lambda, per step.
         masked_decay_before_clipping: the gradient is clipped with its decay, by their common norm:
             clip(g + lambda (1-M) o W) instead of clip(g) + lambda (1-M) o W.
@@ -71,6 +79,10 @@ class SparsityRecipe:
             / mean |w| over masked entries; None: it is masked_decay.
         masked_decay_update_interval: optimizer steps between two such lambdas.
         masked_decay_ramp_iters: lambda(t) = masked_decay * min(1, t / ramp); 0: constant.
+        dense_forward: training computes with the dense weight, and the mask only says what decays;
+            evaluation and export prune (CAST).
+        weight_scale_groups: learnable scales of each row of a weight, for as many groups of its
+            inputs (CAST); 0: none.
         mask_metric: what a row-wise mask keeps the largest of: |w|, or |w| times the root mean
             square of its input channel so far (Wanda).
         mask_update_interval: steps between mask refreshes; of a soft threshold, between flip rates.
@@ -95,6 +107,8 @@ class SparsityRecipe:
     masked_decay_rho: float | None = None
     masked_decay_update_interval: int = 100
     masked_decay_ramp_iters: int = 0
+    dense_forward: bool = False
+    weight_scale_groups: int = 0
     mask_metric: MaskMetric = "magnitude"
     mask_update_interval: int = 1
     freeze_masks: bool = False
@@ -111,35 +125,13 @@ class SparsityRecipe:
                 f"recipe {self.name}: dense_warmup_fraction {self.dense_warmup_fraction} + "
                 f"dense_tail_fraction {self.dense_tail_fraction} exceed 1"
             )
-        if self.regulariser != "none" and self.projection not in ("row", "transposable"):
-            raise ConfigError(
-                f"recipe {self.name}: {self.regulariser} needs a mask, "
-                f"but the projection is {self.projection!r}"
-            )
-        if self.double_pruned and self.projection not in ("row", "soft_threshold"):
-            raise ConfigError(
-                f"sparse_grad_input {self.sparse_grad_input} with the recipe {self.name}, "
-                "expected weights that are 2:4 by rows alone: "
-                f"{_presets(lambda recipe: recipe.projection in ('row', 'soft_threshold'))}"
-            )
-        if self.masked_decay_before_clipping and self.regulariser != "masked_decay":
-            raise ConfigError(
-                f"masked_decay_before_clipping: the recipe {self.name} adds no decay to gradients, "
-                f"expected {_presets(lambda recipe: recipe.regulariser == 'masked_decay')}"
-            )
         reason = groups_refusal(self) or rho_refusal(self) or packing_refusal(self)
+        reason = reason or dense_forward_refusal(self)
         if reason is not None:
             raise ConfigError(f"recipe {self.name}: {reason}")
-        if self.s_ste_scale != "frozen" and self.projection != "soft_threshold":
-            raise ConfigError(
-                f"s_ste_scale {self.s_ste_scale}: the recipe {self.name} has no scale, expected "
-                f"{_presets(lambda recipe: recipe.projection == 'soft_threshold')}"
-            )
-        if self.mask_metric == "wanda" and self.projection != "row":
-            raise ConfigError(
-                f"mask_metric wanda with the recipe {self.name}, expected row-wise masks: "
-                f"{_presets(lambda recipe: recipe.projection == 'row')}"
-            )
+        reason = useless(self, lambda chosen: _presets(chosen))  # there by then
+        if reason is not None:
+            raise ConfigError(reason)
 
     @property
     def has_mask(self) -> bool:
@@ -204,7 +196,7 @@ class SparsityRecipe:
     def sparse_gemms(self) -> tuple[str, ...]:
         """The GEMMs with a 2:4 operand, of output, grad_input, grad_weight."""
         chosen = {
-            "output": self.is_sparse,
+            "output": self.is_sparse and not self.dense_forward,
             "grad_input": self.packed_transpose is not None,
             "grad_weight": self.mvue != "off",
         }
@@ -238,6 +230,15 @@ PRESETS: dict[str, SparsityRecipe] = {
             regulariser="decoupled_masked_decay",
             masked_decay=1e-4,
             masked_decay_ramp_iters=10_000,
+            mask_update_interval=10,
+        ),
+        SparsityRecipe(
+            "cast",
+            projection="row",
+            regulariser="masked_l1_decay",
+            masked_decay=4e-7,
+            dense_forward=True,
+            weight_scale_groups=2,
             mask_update_interval=10,
         ),
     )
@@ -295,6 +296,8 @@ def recipe_with(
         made = make_recipe(recipe, **settings)
     if made.mask_metric != "magnitude":
         raise ConfigError(f"mask_metric {made.mask_metric}: only a run of megasparse calibrates")
+    if made.dense_forward:
+        raise ConfigError(f"recipe {made.name}: only a run of megasparse trains so")
     if made.masked_decay_rho is not None:
         raise ConfigError("masked_decay_rho: only a run of megasparse follows second moments")
     if train_iters is not None:
@@ -318,10 +321,10 @@ def recipe_of(config: RunConfig) -> SparsityRecipe:
     settings["sparse_layers"] = tuple(sparsity.sparse_layers)
     settings["mvue_groups"] = _groups(sparsity, config.train.micro_batch_size)
     recipe = make_recipe(sparsity.sparsity_recipe, **settings)
-    if sparsity.slorb_k is not None and recipe.projection != "row":
+    if sparsity.slorb_k is not None and (recipe.projection != "row" or recipe.dense_forward):
         raise ConfigError(
             f"slorb_k {sparsity.slorb_k} with the recipe {recipe.name}, expected a row-wise mask: "
-            f"{_presets(lambda other: other.projection == 'row')}"
+            f"{_presets(lambda one: one.projection == 'row' and not one.dense_forward)}"
         )
     return recipe
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 
 class Settings(Protocol):
@@ -22,6 +23,22 @@ class Settings(Protocol):
     def masked_decay_before_clipping(self) -> bool: ...
     @property
     def masked_decay_ramp_iters(self) -> int: ...
+    @property
+    def simulate_fp8(self) -> bool: ...
+    @property
+    def dense_forward(self) -> bool: ...
+    @property
+    def weight_scale_groups(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def projection(self) -> str: ...
+    @property
+    def double_pruned(self) -> bool: ...
+    @property
+    def s_ste_scale(self) -> str: ...
+    @property
+    def mask_metric(self) -> str: ...
 
 
 def groups_refusal(recipe: Settings) -> str | None:
@@ -50,4 +67,58 @@ def rho_refusal(recipe: Settings) -> str | None:
     for name in ("masked_decay_before_clipping", "masked_decay_ramp_iters"):
         if getattr(recipe, name):
             return f"masked_decay_rho {rho} with {name}, expected one of the two"
+    return None
+
+
+def dense_forward_refusal(recipe: Settings) -> str | None:
+    """Training with dense GEMMs (CAST) has scales, a decay over the whole run, and nothing 2:4."""
+    if not recipe.dense_forward:
+        groups = recipe.weight_scale_groups
+        return (
+            f"weight_scale_groups {groups}, but it has no scales; expected cast" if groups else None
+        )
+    given = {
+        f"mvue {recipe.mvue}": recipe.mvue != "off",
+        "simulate_fp8": recipe.simulate_fp8,
+        f"masked_decay_ramp_iters {recipe.masked_decay_ramp_iters}": recipe.masked_decay_ramp_iters,
+        "sparse_grad_input double-pruned": recipe.double_pruned,
+    }
+    for name, there in given.items():
+        if there:
+            return f"{name}, but it trains with dense GEMMs and its decay grows over the whole run"
+    return None
+
+
+def useless(recipe: Settings, presets: Callable[[Callable[[Any], bool]], str]) -> str | None:
+    """A setting that the recipe has no use for, and which recipes have.
+
+    Args:
+        presets: names those that are of a kind.
+    """
+    if recipe.regulariser != "none" and recipe.projection not in ("row", "transposable"):
+        return (
+            f"recipe {recipe.name}: {recipe.regulariser} needs a mask, but the projection is "
+            f"{recipe.projection!r}"
+        )
+    if recipe.double_pruned and recipe.projection not in ("row", "soft_threshold"):
+        return (
+            f"sparse_grad_input double-pruned with the recipe {recipe.name}, expected weights that "
+            "are 2:4 by rows alone: "
+            f"{presets(lambda one: one.projection in ('row', 'soft_threshold'))}"
+        )
+    if recipe.masked_decay_before_clipping and recipe.regulariser != "masked_decay":
+        return (
+            f"masked_decay_before_clipping: the recipe {recipe.name} adds no decay to gradients, "
+            f"expected {presets(lambda one: one.regulariser == 'masked_decay')}"
+        )
+    if recipe.s_ste_scale != "frozen" and recipe.projection != "soft_threshold":
+        return (
+            f"s_ste_scale {recipe.s_ste_scale}: the recipe {recipe.name} has no scale, expected "
+            f"{presets(lambda one: one.projection == 'soft_threshold')}"
+        )
+    if recipe.mask_metric == "wanda" and recipe.projection != "row":
+        return (
+            f"mask_metric wanda with the recipe {recipe.name}, expected row-wise masks: "
+            f"{presets(lambda one: one.projection == 'row')}"
+        )
     return None

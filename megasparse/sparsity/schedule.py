@@ -27,8 +27,10 @@ def masked_decay(recipe: SparsityRecipe, step: int, train_iters: int) -> float:
     """lambda at `step`: 0 outside the sparse phase, ramped linearly inside it.
 
     AST eq. 2: lambda(t) = alpha t for t <= T0, then alpha T0; t counts from the first sparse step.
-    FST and SR-STE have no ramp.
+    FST and SR-STE have no ramp; CAST's is as long as the sparse phase.
     """
+    if recipe.regulariser == "masked_l1_decay":
+        return recipe.masked_decay * decayed_share(recipe, step, train_iters)
     if recipe.regulariser == "none" or not is_sparse_step(recipe, step, train_iters):
         return 0.0
     ramp = recipe.masked_decay_ramp_iters
@@ -41,6 +43,14 @@ def masked_decay(recipe: SparsityRecipe, step: int, train_iters: int) -> float:
 def keeps_masks(recipe: SparsityRecipe) -> bool:
     """Whether there are masks, and they never change."""
     return recipe.freeze_masks and recipe.has_mask
+
+
+def decayed_share(recipe: SparsityRecipe, step: int, train_iters: int) -> float:
+    """alpha of CAST (algorithm 1): t / T in the sparse phase of T steps, t from 0; else 0."""
+    if not is_sparse_step(recipe, step, train_iters):
+        return 0.0
+    phase = sparse_range(recipe, train_iters)
+    return (step - phase.start) / len(phase)
 
 
 def refresh_due(

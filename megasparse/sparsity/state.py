@@ -105,6 +105,12 @@ class SparseWeight(torch.nn.Module):
             self.refill(weight, sparse)  # made by an evaluation, before anyone asked
         return self._gemms[sparse]
 
+    def keep_mask(self, weight: torch.Tensor, step: int) -> None:
+        """Search the mask if it is due, where GEMMs are dense and it says what decays."""
+        if self._refresh_due(step):
+            self.refresh(weight)
+            self._count_refresh(step)
+
     def refresh_is_due(self, step: int, sparse: bool, monitor: bool) -> bool:
         """Whether the mask is to be searched anew before the operands of `step` are made."""
         return (sparse or monitor) and self._refresh_due(step)
@@ -204,9 +210,7 @@ class SparseWeight(torch.nn.Module):
     def effective_at(self, weight: torch.Tensor, step: int) -> torch.Tensor:
         """W~ as the GEMMs of `step` see it: the mask is refreshed before, if it is due then."""
         self._make_flags(weight)
-        if self._refresh_due(step):
-            self.refresh(weight)
-            self._count_refresh(step)
+        self.keep_mask(weight, step)
         return effective(weight, self.project(weight))
 
     def flags(self, device: torch.device) -> torch.Tensor:
@@ -340,11 +344,10 @@ class SparseWeight(torch.nn.Module):
             self.mask = decode_patterns(patterns, (rows, columns), transposable=kind)
         self.scale = state["scale"].to(device) if "scale" in state else None
         self.flips = state["flips"].to(device) if "flips" in state else None
-        if self.decay is not None:
-            self.decay.import_state(state)
+        for one in (self.decay, self.quantizers):
+            if one is not None:
+                one.import_state(state)
         if self.inputs is not None:
             self.inputs.import_state(state, device)
-        if self.quantizers is not None:
-            self.quantizers.import_state(state)
         self._before = None
         self.forget_operands()

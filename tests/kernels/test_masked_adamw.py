@@ -58,6 +58,29 @@ def test_the_papers_updates(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decay_of_the_sign_is_algorithm_1_of_cast(backend: str, device: torch.device) -> None:
+    """alpha mixes the momentum with lambda sign(w) where the mask is 0; v is of the mixture."""
+    size, rate = 1030, 1e-2
+    for step, alpha, strength in ((1, 0.0, 0.3), (4, 0.25, 0.3), (9, 1.0, 0.7)):
+        tensors, mask = _tensors(size, 6, device), _mask(size, device)
+        tensors[0][::7] = 0.0
+        w, g, m, v = (t.double().cpu() for t in tensors)
+        mu = 0.9 * m + (1 - 0.9) * 0.5 * g
+        mixed = torch.empty(size, dtype=torch.float64)
+        for i in range(size):
+            pull = strength * ((w[i] > 0).double() - (w[i] < 0).double())
+            mixed[i] = mu[i] if mask[i] else (1 - alpha) * mu[i] + alpha * pull
+        v = 0.95 * v + (1 - 0.95) * mixed**2
+        root = (v / (1 - 0.95**step)).sqrt() + 1e-8
+        w = w - rate * (mixed / (1 - 0.9**step)) / root
+        numbers = NUMBERS._replace(step=step, clip=0.5, decay=alpha * strength, weight_decay=0.0)
+        numbers = numbers._replace(decoupled=True, of_sign=True, kept=1 - alpha)
+        masked_adamw_(*tensors, numbers, mask, backend=backend)
+        for actual, wanted in zip((tensors[0], *tensors[2:]), (w, mu, v), strict=True):
+            torch.testing.assert_close(actual.double().cpu(), wanted, rtol=4e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, None])
 def test_without_a_mask_it_is_torchs(backend: str, dtype, device: torch.device) -> None:
     weight, grad, m, v = _tensors(4099, 2, device)

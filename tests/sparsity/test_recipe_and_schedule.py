@@ -25,6 +25,7 @@ def test_presets_name_their_sparse_gemms():
         "s_ste": ("output", "grad_weight"),
         "s_ste_3": ("output", "grad_input", "grad_weight"),
         "ast": ("output",),
+        "cast": (),  # trained densely
     }
     for name in ("ste", "sr_ste", "ast", "s_ste"):
         recipe = make_recipe(name, sparse_grad_input="double-pruned")
@@ -89,6 +90,8 @@ def test_decay_acts_in_the_sparse_range_only_and_ramps():
     assert [schedule.masked_decay(fst, s, 4) for s in range(4)] == [6e-5, 6e-5, 0.0, 0.0]
     ast = make_recipe("ast", masked_decay=1.0, masked_decay_ramp_iters=4)
     assert [schedule.masked_decay(ast, s, 9) for s in range(7)] == [0, 0.25, 0.5, 0.75, 1, 1, 1]
+    cast = make_recipe("cast", masked_decay=2.0, dense_warmup_fraction=0.2)
+    assert [schedule.masked_decay(cast, s, 5) for s in range(5)] == [0, 0, 0.5, 1.0, 1.5]
 
 
 @pytest.mark.parametrize("interval", [1, 3, 40])
@@ -141,7 +144,7 @@ def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
         mvue="approximate",
         mvue_groups="strided",
         masked_decay_update_interval=20,
-        operand_packing="auto",
+        weight_scale_groups=0,
         mask_metric="wanda",
         simulate_fp8=True,
         s_ste_scale="frozen",
@@ -161,7 +164,7 @@ def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
     ("recipe", "flags", "message"),
     [
         ("fst", {"slorb_k": 16}, "recipe fst, expected a row-wise mask: ste, sr_ste or ast"),
-        ("s_ste", {"mask_metric": "wanda"}, "expected row-wise masks: ste, sr_ste or ast"),
+        ("s_ste", {"mask_metric": "wanda"}, "expected row-wise masks: ste, sr_ste, ast or cast"),
         ("ste", {"s_ste_scale": "every_step"}, "expected s_ste or s_ste_3"),
         ("fst", {"sparse_grad_input": "double-pruned"}, "by rows alone: ste, sr_ste, s_ste, s_st"),
         ("dense", {"sparse_grad_input": "double-pruned"}, "by rows alone: ste"),
@@ -202,6 +205,7 @@ def test_constants_of_the_presets_are_those_of_the_papers():
         "s_ste": ("soft_threshold", "exact", "none", 0.0, 0, 1, 0.0, 0.0),
         "s_ste_3": ("soft_threshold", "exact", "none", 0.0, 0, 1, 0.0, 0.0),
         "ast": ("row", "off", "decoupled_masked_decay", 1e-4, 10_000, 10, 0.0, 0.0),
+        "cast": ("row", "off", "masked_l1_decay", 4e-7, 0, 10, 0.0, 0.0),
     }
 
 

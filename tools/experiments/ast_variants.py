@@ -31,11 +31,12 @@ from tools.experiments import corpus_data, finished
 from tools.experiments.run_queue import RunQueue, Start, Task, start_process
 
 INT4 = "ast_slorb_int4"
-VARIANTS = ("dense", "dense_longer", *METHODS, "sr_ste", "ast", "ast_slorb", INT4)
+VARIANTS = ("dense", "dense_longer", *METHODS, "sr_ste", "cast", "ast", "ast_slorb", INT4)
 # Made in this order, what takes long or is needed by others first.
 ORDER = (
     "ast_slorb",
     "ast",
+    "cast",
     "sr_ste",
     "dense",
     "dense_longer",
@@ -52,6 +53,12 @@ RETRAINED = {
         *ALONE,
     ],
     "sr_ste": ["--sparsity-recipe", "sr_ste", *ALONE],
+    # lambda only decides where momentum and decay are level; its rate is that of what AdamW trains,
+    # for the weights must have the time to fall.
+    "cast": [
+        "--sparsity-recipe", "cast", "--masked-decay-ramp-iters", "none",
+        "--kd-loss-weight", "0.33", "--lm-loss-weight", "0.67", "--kd-temperature", "1",
+    ],
     "ast": [],
     "ast_slorb": ["--slorb-k", "16"],
 }  # fmt: skip
@@ -124,7 +131,7 @@ class Work:
             start = ["--load", str(self.checkpoints("dense")), "--finetune"]
             config = "_retrain"
             flags = [*start, *self.flags, *self.retrain_flags, *RETRAINED[variant]]
-            if RETRAINED[variant][-len(ALONE) :] == ALONE:
+            if variant == "cast" or RETRAINED[variant][-len(ALONE) :] == ALONE:
                 path = corpus_data.config_path(f"compare_ast_{self.name}_retrain.yaml")
                 rates = load_config(["--config", str(path), *flags]).train
                 flags += ["--lr", f"{ADAMW_RATE * rates.lr:g}"]

@@ -14,6 +14,7 @@ compares on the validation split:
     wanda              | the same, by |w| times the norm of its input
     sparsegpt          | the same, later columns make up for pruned ones
     sr_ste             | retrained by SR-STE, cross entropy alone
+    cast               | retrained by CAST: L1 decay in Adam's metric, scales, distillation
     ast                | retrained by AST: annealed decay, distillation from the dense model
     ast_slorb          | with SLoRB's low-rank branch
     ast_slorb_int4     | and quantized to 4 bits

@@ -16,7 +16,7 @@ from megasparse.config.layer_patterns import (
 from megasparse.config.schema.option import option
 
 # The words of the sparsity group, each written here alone.
-RecipeName = Literal["dense", "ste", "sr_ste", "fst", "s_ste", "s_ste_3", "ast"]
+RecipeName = Literal["dense", "ste", "sr_ste", "fst", "s_ste", "s_ste_3", "ast", "cast"]
 Mvue = Literal["off", "exact", "approximate"]
 MvueGroups = Literal["neighbours", "strided"]
 SparseGradInput = Literal["exact", "double-pruned"]
@@ -234,7 +234,7 @@ class SparsityConfig:
     )
     masked_decay: float | None = option(
         None,
-        "decay of masked weights (lambda_W of FST, lambda of SR-STE, final value of AST)",
+        "decay of masked weights (lambda_W of FST, lambda of SR-STE, final value of AST and CAST)",
         at_least=0.0,
     )
     masked_decay_rho: float | None = option(
@@ -302,6 +302,12 @@ class SparsityConfig:
         "what row-wise masks keep the largest of: weights (magnitude), or weights times the "
         "norm of their input (wanda); default magnitude",
         choices=get_args(MaskMetric),
+    )
+    weight_scale_groups: int | None = option(
+        None,
+        "learnable scales of each row of a sparse weight, one for each of as many groups of its "
+        "inputs; of the recipe cast, default 2",
+        at_least=0,
     )
     slorb_k: int | None = option(
         None,

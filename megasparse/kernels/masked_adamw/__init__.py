@@ -30,10 +30,12 @@ def masked_adamw_(
         D = decay (1 - mask) weight,   g = clip grad
         gradient    g <- g + D;   m <- b1 m + (1 - b1) g;   u = m;       v <- b2 v + (1 - b2) g^2
         decoupled                 m <- b1 m + (1 - b1) g;   u = m + D;   v <- b2 v + (1 - b2) u^2
+        of sign                   m as above;   u = kept m + decay sign(weight);   v as above
         weight <- weight (1 - lr wd) - lr / (1 - b1^step)  u / (sqrt(v / (1 - b2^step)) + eps)
 
     The first line is FST's (Hu et al., ICML 2024, eq. 1.4), the second AST's (Huang et al., AAAI
-    2025, section 3.2). Without a mask both are AdamW.
+    2025, section 3.2), the third CAST's (Huang et al., 2025, algorithm 1) at masked entries; others
+    have u = m. Without a mask all are AdamW.
 
     Args:
         weight, exp_avg, exp_avg_sq: float32, 1-D and contiguous, any size; the master weight and
@@ -42,7 +44,7 @@ def masked_adamw_(
         numbers: of the update.
         mask: bool, of that shape, contiguous; True is kept. None: no masked decay.
         copy: float32, bfloat16 or float16, of that shape, contiguous: gets the new weight.
-        derived: float32 (10,) on the device, `numbers.derived()`: what a kernel reads instead, so
+        derived: float32 (11,) on the device, `numbers.derived()`: what a kernel reads instead, so
             that a captured one updates with other numbers at every replay.
         backend: None, "reference" or "triton".
 

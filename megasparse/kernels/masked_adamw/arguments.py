@@ -17,7 +17,9 @@ class AdamW(NamedTuple):
         lr, beta1, beta2, eps, weight_decay: as AdamW's.
         clip: that the gradient is multiplied by first.
         decay: lambda of the masked decay.
-        decoupled: the decay joins the momentum (AST), not the gradient (FST, SR-STE).
+        decoupled: the decay joins the momentum (AST, CAST), not the gradient (FST, SR-STE).
+        of_sign: it is of sign(w) instead of w (CAST); decoupled.
+        kept: what of the momentum stays at masked entries beside a decay `of_sign`.
     """
 
     step: int
@@ -29,11 +31,13 @@ class AdamW(NamedTuple):
     clip: float = 1.0
     decay: float = 0.0
     decoupled: bool = False
+    of_sign: bool = False
+    kept: float = 1.0
 
     def derived(self) -> list[float]:
         """What a kernel computes with: clip, decay, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr wd,
-        lr over the first moment's bias correction, the root of the second's, and 1: the update is
-        made (0: everything stays as it is)."""
+        lr over the first moment's bias correction, the root of the second's, 1: the update is made
+        (0: everything stays as it is), and what is kept of the momentum."""
         return [
             self.clip,
             self.decay,
@@ -45,4 +49,5 @@ class AdamW(NamedTuple):
             self.lr / (1 - self.beta1**self.step),
             math.sqrt(1 - self.beta2**self.step),
             1.0,
+            self.kept,
         ]

@@ -25,6 +25,7 @@ def _masked_adamw_kernel(
     size,
     DECAYS: tl.constexpr,
     DECOUPLED: tl.constexpr,
+    OF_SIGN: tl.constexpr,
     COPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -40,14 +41,20 @@ def _masked_adamw_kernel(
     v = tl.load(exp_avg_sq + at, mask=live, other=0.0)
     if DECAYS:
         stays = tl.load(mask + at, mask=live, other=0) != 0
-        term = w * decay
+        size = w
+        if OF_SIGN:
+            size = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, w))
+        term = size * decay
         if not DECOUPLED:
             g = tl.where(stays, g, g + term)
     m = m + rest1 * (g - m)
     update = m
     squared = g
     if DECAYS and DECOUPLED:
-        update = tl.where(stays, m, m + term)
+        beside = m
+        if OF_SIGN:
+            beside = m * tl.load(numbers + 10)
+        update = tl.where(stays, m, beside + term)
         squared = update
     v = v * beta2 + rest2 * squared * squared
     denominator = tl.div_rn(tl.sqrt_rn(v), correction) + eps
@@ -92,6 +99,7 @@ def masked_adamw_(
         size,
         DECAYS=mask is not None,
         DECOUPLED=numbers.decoupled,
+        OF_SIGN=numbers.of_sign,
         COPY=kind,
         BLOCK=launch.block,
         num_warps=launch.num_warps,

@@ -79,7 +79,8 @@ class Engine:
             ),
             before_step=self._before_step,
             pieces=None if self._decay is None else decay.pieces,
-            decoupled=recipe.regulariser == "decoupled_masked_decay",
+            decoupled=recipe.regulariser in ("decoupled_masked_decay", "masked_l1_decay"),
+            of_sign=recipe.regulariser == "masked_l1_decay",
             lr=train.lr,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_eps,
@@ -186,6 +187,7 @@ class Engine:
         if self._decay is not None:
             optimizer, strength = self.optimizer, self.controller.decay_factor()
             optimizer.decay = strength
+            optimizer.kept = self.controller.kept_momentum()
             if self.controller.recipe.masked_decay_before_clipping:
                 optimizer.decay = self._clipped_by() * strength
             if self.controller.asked and (clip := float(optimizer.clip)) > 0:

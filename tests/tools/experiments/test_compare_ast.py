@@ -19,8 +19,8 @@ SMALL = [
     "--eval-interval", "none", "--num-attention-heads", "2", "--log-interval", "1000",
 ]  # fmt: skip
 ALL = [
-    "dense", "dense_longer", "magnitude", "wanda", "sparsegpt", "sr_ste", "ast", "ast_slorb",
-    "ast_slorb_int4",
+    "dense", "dense_longer", "magnitude", "wanda", "sparsegpt", "sr_ste", "cast", "ast",
+    "ast_slorb", "ast_slorb_int4",
 ]  # fmt: skip
 DATA = (
     "data_text_document.bin",
@@ -93,20 +93,22 @@ def compared(tmp_path_factory):
 
 def test_every_variant_is_compared_once(compared):
     folder, (trained, made, same) = compared
-    assert same and trained == ["dense", "ast_slorb", "ast", "sr_ste", "dense_longer"]
+    assert same and trained == ["dense", "ast_slorb", "ast", "cast", "sr_ste", "dense_longer"]
     assert sorted(made[:-1]) == sorted(ALL) and made[-2:] == ["ast_slorb_int4", "ast"]
     rows = json.loads((folder / "results.json").read_text())
     loss = {row["variant"]: row["loss"] for row in rows}
     assert list(loss) == ALL
     # A model that has learnt so little loses little by pruning, so the order says nothing here; but
     # all are that model, and no two are the same.
-    assert len(set(loss.values())) == 9
+    assert len(set(loss.values())) == 10
     assert all(abs(value - loss["dense"]) < 0.3 for value in loss.values())
     assert loss["dense"] < math.log(400) - 1.0
     assert abs(loss["ast_slorb_int4"] - loss["ast_slorb"]) < 0.05
     by_name = {row["variant"]: row for row in rows}
     assert by_name["dense"]["sparse_layers"] == 0
-    assert all(by_name[name]["sparse_layers"] == 8 for name in ("wanda", "ast", "ast_slorb"))
+    assert all(
+        by_name[name]["sparse_layers"] == 8 for name in ("wanda", "cast", "ast", "ast_slorb")
+    )
     assert by_name["ast"]["low_rank_share"] == 0 < by_name["ast_slorb"]["low_rank_share"]
     assert by_name["ast_slorb_int4"]["linears_times_smaller_than_fp32"] > 3
     # Retraining has a seed of its own, and so another order of samples; measuring has not.
@@ -260,7 +262,8 @@ def test_adamw_gets_a_higher_rate_than_ast(tmp_path):
 
     work = tool.Work(tmp_path, "tiny", tool.SCALES["tiny"], retrain_flags=["--lr", "1e-5"])
     rates = {name: load_config(work.training(name).arguments).train.lr for name in tool.RETRAINED}
-    assert rates == {"dense_longer": 4e-5, "sr_ste": 4e-5, "ast": 1e-5, "ast_slorb": 1e-5}
+    adamw, ast = dict.fromkeys(("dense_longer", "sr_ste", "cast"), 4e-5), 1e-5
+    assert rates == {**adamw, "ast": ast, "ast_slorb": ast}
 
 
 def test_configurations_of_all_scales_are_valid(tmp_path):

@@ -120,11 +120,6 @@ class SparsityRecipe:
     def __post_init__(self) -> None:
         if self.mask_update_interval < 1:
             raise ConfigError(f"mask_update_interval {self.mask_update_interval}, expected >= 1")
-        if self.dense_warmup_fraction + self.dense_tail_fraction > 1.0:
-            raise ConfigError(
-                f"recipe {self.name}: dense_warmup_fraction {self.dense_warmup_fraction} + "
-                f"dense_tail_fraction {self.dense_tail_fraction} exceed 1"
-            )
         reason = groups_refusal(self) or rho_refusal(self) or packing_refusal(self)
         reason = reason or dense_forward_refusal(self)
         if reason is not None:

@@ -36,6 +36,10 @@ class Settings(Protocol):
     @property
     def double_pruned(self) -> bool: ...
     @property
+    def dense_warmup_fraction(self) -> float: ...
+    @property
+    def dense_tail_fraction(self) -> float: ...
+    @property
     def s_ste_scale(self) -> str: ...
     @property
     def mask_metric(self) -> str: ...
@@ -95,6 +99,11 @@ def useless(recipe: Settings, presets: Callable[[Callable[[Any], bool]], str]) -
     Args:
         presets: names those that are of a kind.
     """
+    if recipe.dense_warmup_fraction + recipe.dense_tail_fraction > 1.0:
+        return (
+            f"recipe {recipe.name}: dense_warmup_fraction {recipe.dense_warmup_fraction} + "
+            f"dense_tail_fraction {recipe.dense_tail_fraction} exceed 1"
+        )
     if recipe.regulariser != "none" and recipe.projection not in ("row", "transposable"):
         return (
             f"recipe {recipe.name}: {recipe.regulariser} needs a mask, but the projection is "

@@ -65,13 +65,11 @@ class SparseWeight(torch.nn.Module):
         self.flips: torch.Tensor | None = None  # int64 0-d: entries that the last refresh changed
         self.decay: OwnDecay | None = None  # where each weight has its own lambda
         self.first_sparse_step = 0  # the controller knows the run's
-        self.last_refresh = -1  # step of the last refresh
-        self.refreshes = self.preparations = 0  # of masks and of operands, in all
+        self.last_refresh, self.refreshes = -1, 0  # step of the last refresh, and their number
         self.prepared_step = -1  # step that the operands were last built for
-        self.preparations_of_step = 0  # times they were built for it: once
+        self.preparations_of_step = self.preparations = 0  # times for it (once), and in all
         self.probe = Probe()  # the controller gives one with the run's timer
-        # Wanda's figures of the input channels, kept beside the mask.
-        self.inputs = InputNorms() if recipe.mask_metric == "wanda" else None
+        self.inputs = InputNorms() if recipe.mask_metric == "wanda" else None  # beside the mask
         self.quantizers: OperandQuantizers | None = None  # where GEMMs are in FP8
         self.fp8_hybrid = self.grouped = False  # grouped: experts' dense GEMMs are one launch
         self.total: GradientSum | None = None  # of gradients, from the next step on; None: autograd

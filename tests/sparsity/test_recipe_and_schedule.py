@@ -145,6 +145,7 @@ def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
         mvue_groups="strided",
         masked_decay_update_interval=20,
         weight_scale_groups=0,
+        operand_packing="auto",
         mask_metric="wanda",
         simulate_fp8=True,
         s_ste_scale="frozen",

@@ -84,7 +84,9 @@ class SparsityController:
         """
         taken = set()
         for state, weight in self.weights:
-            if weight in places and state.experts is None:  # those of experts are autograd's
+            # Gradients of experts, and of weights that learn scales of themselves, are autograd's.
+            own = state.experts is None and not state.recipe.weight_scale_groups
+            if weight in places and own:
                 state.total = GradientSum(places[weight], step)
                 taken.add(weight)
         for one, weight in self.dense:

@@ -57,8 +57,7 @@ class SparseWeight(torch.nn.Module):
         experts: int | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.recipe = name, recipe
-        self.shard, self.experts = shard, experts
+        self.name, self.recipe, self.shard, self.experts = name, recipe, shard, experts
         self.active_share = 1.0  # of its entries, that compute a token: of experts the chosen ones
         self.mask: torch.Tensor | None = None  # bool (N, K): kept entries
         self.scale: torch.Tensor | None = None  # float32 0-d, of experts (E,): S-STE's beta

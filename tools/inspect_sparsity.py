@@ -27,8 +27,8 @@ import_megatron()  # before the imports that need it
 
 import torch
 
-from megasparse.checkpoint.model import effective_weight, run_length
 from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.checkpoint.sparsity_state import effective_weight, run_length
 from megasparse.cli import guarded
 from megasparse.config import from_dict
 from megasparse.errors import CheckpointError, StorageError

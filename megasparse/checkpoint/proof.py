@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megasparse.checkpoint.model import effective_weight
 from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.checkpoint.sparsity_state import effective_weight
 from megasparse.errors import CheckpointError
 from megasparse.kernels import is_24
 from megasparse.sparsity import schedule

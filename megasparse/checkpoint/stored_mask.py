@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.checkpoint.model import own_flips, run_length, sparsity_state
 from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.reader import CheckpointReader
+from megasparse.checkpoint.sparsity_state import own_flips, run_length, sparsity_state
 from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard

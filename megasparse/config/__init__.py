@@ -19,8 +19,9 @@ from megasparse.config.resolved import (
     tokens_here,
 )
 from megasparse.config.schema import RunConfig
-from megasparse.config.schema.model import Fp8Config, ModelConfig, SparsityConfig
+from megasparse.config.schema.model import ModelConfig
 from megasparse.config.schema.output import CheckpointConfig, LoggingConfig
+from megasparse.config.schema.sparsity import Fp8Config, SparsityConfig
 from megasparse.config.schema.training import (
     DataConfig,
     DistillationConfig,

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 from megasparse.config.batches import fill_train
 from megasparse.config.schema import RunConfig
-from megasparse.config.schema.model import EXPERT_SPARSE_LAYERS, SPARSE_LAYERS, ModelConfig
+from megasparse.config.schema.model import ModelConfig
 from megasparse.config.schema.output import CheckpointConfig, LoggingConfig
+from megasparse.config.schema.sparsity import EXPERT_SPARSE_LAYERS, SPARSE_LAYERS
 from megasparse.config.schema.training import ParallelConfig, TrainConfig
 from megasparse.errors import ConfigError
 

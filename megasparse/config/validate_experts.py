@@ -92,6 +92,7 @@ def _not_done(config: ResolvedConfig) -> Iterator[str]:
         ),
         (sparsity.simulate_fp8, "simulate_fp8"),
         (sparsity.mask_metric == "wanda", "mask_metric wanda"),
+        (sparsity.sparsity_recipe == "cast", "sparsity_recipe cast"),
         (sparsity.slorb_k is not None, f"slorb_k {sparsity.slorb_k}"),
         (config.parallel.zero_stage >= 2, f"zero_stage {config.parallel.zero_stage}"),
         (

@@ -72,7 +72,7 @@ class ExpertLinear(ParallelLinear):
         """Whether the tokens' places are wanted: MVUE draws by them."""
         return self.state is not None and self.state.recipe.mvue != "off"
 
-    def _gemms_of_step(self) -> tuple[Any, Seed]:
+    def _gemms_of_step(self, weight: torch.Tensor | None = None) -> tuple[Any, Seed]:
         controller, grouped = self._controller, self.config.moe_grouped_gemm
         if controller is not None:
             controller.begin_forward()

@@ -29,7 +29,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 from megasparse.config import RunConfig, SparsityConfig
-from megasparse.config.schema.model import (
+from megasparse.config.schema.sparsity import (
     SPARSE_LAYERS,
     MaskMetric,
     Mvue,

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 import megasparse
-from megasparse.checkpoint.model import flips_shard, input_shard, mask_shard, scale_shard
 from megasparse.checkpoint.pieces import Piece, Share, divide, owners
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
+from megasparse.checkpoint.sparsity_state import flips_shard, input_shard, mask_shard, scale_shard
 from megasparse.checkpoint.writer import Tensors
 from megasparse.config import to_dict
 from megasparse.distributed.control_plane import ControlPlane

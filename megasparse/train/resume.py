@@ -17,10 +17,10 @@ import torch
 
 from megasparse.checkpoint.compatibility import check_same_layout
 from megasparse.checkpoint.manifest import FORMAT, file_name
-from megasparse.checkpoint.model import own_flips, sparsity_state
 from megasparse.checkpoint.pieces import Piece, Share
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.shared_reader import Ask, SharedReader
+from megasparse.checkpoint.sparsity_state import own_flips, sparsity_state
 from megasparse.config import ResolvedConfig, to_dict
 from megasparse.convert.source import check_shape
 from megasparse.distributed.control_plane import ControlPlane

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megasparse.checkpoint.compatibility import check_same_run
-from megasparse.checkpoint.model import effective_weight
+from megasparse.checkpoint.sparsity_state import effective_weight
 from megasparse.config import load_config, resolve, to_dict
 from megasparse.errors import ConfigError
 from megasparse.kernels import is_24

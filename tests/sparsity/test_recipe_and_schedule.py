@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from megasparse.config import RunConfig, SparsityConfig, load_config
-from megasparse.config.schema.model import RecipeName
+from megasparse.config.schema.sparsity import RecipeName
 from megasparse.errors import ConfigError
 from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import PRESETS, SparsityRecipe, make_recipe, recipe_of

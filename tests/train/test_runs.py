@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasparse.checkpoint.model import effective_weight
 from megasparse.checkpoint.proof import check_sparsity, require_sparsity
+from megasparse.checkpoint.sparsity_state import effective_weight
 from megasparse.errors import CheckpointError
 from megasparse.sparsity.recipe import PRESETS, make_recipe
 from megasparse.train.checkpoint import newest_valid

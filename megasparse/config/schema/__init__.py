@@ -3,8 +3,8 @@
 A field is at once a YAML key (`group: {field: value}`), a flag (`--field-with-dashes`, spelled as
 in Megatron) and an attribute (`config.group.field`). The text in `option(...)` is the flag's help.
 `choices` and bounds that concern one field alone live there; what ties fields together is in
-`validate.py`. The groups themselves are in `model.py`, `training.py`, `bert.py`
-and `output.py`.
+`validate.py`. The groups themselves are in `model.py`, `sparsity.py`,
+`training.py`, `bert.py` and `output.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megasparse.config.schema.bert import BertConfig
-from megasparse.config.schema.model import Fp8Config, ModelConfig, SparsityConfig
+from megasparse.config.schema.model import ModelConfig
 from megasparse.config.schema.output import CheckpointConfig, LoggingConfig
+from megasparse.config.schema.sparsity import Fp8Config, SparsityConfig
 from megasparse.config.schema.training import (
     DataConfig,
     DistillationConfig,

@@ -94,6 +94,7 @@ FREE = {
     },
     "fp8": {"fp8_fallback"},
     "distillation": {"teacher_load"},
+    "bert": {"train_data", "valid_data"},  # their digests are compared
     "data": {
         # Their digests are compared.
         "data_path", "train_data_path", "valid_data_path", "test_data_path", "tokenizer_model",
@@ -212,11 +213,16 @@ LAYOUTS = {
 }
 
 
+# A draw of MVUE turns over where rounding meets its threshold, which differs by layout and machine.
+WITHOUT_DRAWS = ["--mvue", "off"]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, dataset) -> list[dict[str, Any]]:
     """The rows of a run of one rank without dropout, which no layout repeats."""
     root = tmp_path_factory.mktemp("undisturbed")
-    run = [*TINY, *STEPS, "--data-path", dataset, "--run-dir", str(root / "run")]
+    run = [*TINY, *STEPS, *WITHOUT_DRAWS, "--data-path", dataset]
+    run += ["--run-dir", str(root / "run")]
     assert forked.run(run, 1, root / "log") == [0]
     return read_metrics(root / "run" / "metrics.jsonl")
 
@@ -225,7 +231,7 @@ def undisturbed(tmp_path_factory, dataset) -> list[dict[str, Any]]:
 def test_another_layout_goes_on_with_equal_samples_and_losses(
     tmp_path, dataset, undisturbed, before
 ):
-    plain = [*TINY, *STEPS, "--data-path", dataset]
+    plain = [*TINY, *STEPS, *WITHOUT_DRAWS, "--data-path", dataset]
     world = 1 if before == "one" else 2
     cut = [*plain, "--run-dir", str(tmp_path / "cut"), "--exit-interval", "6"]
     codes = forked.run([*cut, *LAYOUTS.get(before, [])], world, tmp_path / "cut.log")

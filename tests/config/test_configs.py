@@ -15,8 +15,8 @@ from megasparse.sparsity.schedule import keeps_masks
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
-# They have a teacher, masks of Wanda or a low-rank branch.
-NOT_FOR_EXPERTS = ("ast_gpt2", "ast_llama2")
+# They have a teacher, masks of Wanda, a low-rank branch or scales.
+NOT_FOR_EXPERTS = ("ast_gpt2", "ast_llama2", "cast_llama2")
 WHOLE = [*sorted((CONFIGS / "experiments").glob("*.yaml")), CONFIGS / "quickstart.yaml"]
 
 

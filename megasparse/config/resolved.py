@@ -175,15 +175,16 @@ def _fill_logging(logging: LoggingConfig, run_dir: str) -> None:
 
 
 def _fill_fine_tuning(config: RunConfig) -> None:
-    """With `sft`: conversations see themselves alone, templates are written in control tokens, and
-    what the run starts from stays sparse to the end."""
+    """With `sft`: conversations see themselves alone, and templates are written in control tokens.
+    With it and with classes, what the run starts from stays sparse to the end."""
     data, sparsity = config.data, config.sparsity
+    tuned = data.sft or config.model.num_classes is not None
     if sparsity.freeze_masks is None:
-        sparsity.freeze_masks = data.sft
+        sparsity.freeze_masks = tuned
+    if tuned and sparsity.dense_tail_fraction is None:
+        sparsity.dense_tail_fraction = 0.0
     if data.sft:
         data.reset_position_ids = data.reset_attention_mask = data.parse_special = True
-        if sparsity.dense_tail_fraction is None:
-            sparsity.dense_tail_fraction = 0.0
 
 
 def _fill_parallel(config: RunConfig) -> None:

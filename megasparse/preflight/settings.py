@@ -197,7 +197,8 @@ def _messages(checks: list[Callable[[], object]]) -> list[str]:
 
 def _check_recipe(config: ResolvedConfig) -> None:
     recipe = recipe_of(config)
-    if config.sparsity.freeze_masks and not recipe.has_mask and not config.data.sft:
+    tuned = config.data.sft or config.model.num_classes is not None
+    if config.sparsity.freeze_masks and not recipe.has_mask and not tuned:
         raise ConfigError(
             f"freeze_masks: the recipe {recipe.name} has no masks, expected ste, sr_ste, fst or ast"
         )

@@ -101,6 +101,7 @@ def test_a_head_for_classes_is_fine_tuned(runs):
     before, after = _tensors(folder / "straight", 5), _tensors(folder / "classes", 30)
     masks = [key for key in before if key.endswith("/mask")]
     assert len(masks) == 4
+    assert {key: before[key] for key in masks} == {key: after[key] for key in masks}
     assert "param/classification_head.weight" in after and "param/lm_head.dense.weight" in before
     assert (
         before["param/encoder.final_layernorm.weight"]

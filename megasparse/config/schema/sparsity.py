@@ -32,7 +32,9 @@ class SparsityConfig:
     )
     mask_update_interval: int | None = option(None, "steps between mask refreshes", at_least=1)
     freeze_masks: bool | None = option(
-        None, "keep the masks of the weights that the run starts from; default: with --sft"
+        None,
+        "keep the masks of the weights that the run starts from (--load with --finetune, "
+        "--load-hf), instead of refreshing them; default: with --sft and --num-classes",
     )
     masked_decay: float | None = option(
         None,

@@ -53,7 +53,7 @@ from megasparse.estimate import check as measured_points
 from megasparse.estimate.bubble import bubble_fraction
 from megasparse.estimate.memory import Footprint, footprint
 from megasparse.estimate.time import GemmTable, StepTime, step_time
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 from megasparse.train.precision import settle_fp8
 from tools.bench import goodput_table
 from tools.bench.parts.short_runs import launch

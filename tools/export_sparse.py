@@ -77,7 +77,7 @@ def export(args: argparse.Namespace) -> None:
     if stored.recipe.simulate_fp8:
         logger.warning("the run simulated FP8 (--simulate-fp8); the export has its weights in full")
     options = run_options(stored, args)
-    options.sparse, options.transposable = stored.sparse, stored.recipe.transposable
+    options.sparse, options.transposable = stored.sparse, stored.phase.transposable
     options.packing = None if args.format == DENSE else args.format
     if stored.boosted and not fold:
         options.extra_tensors[LOW_RANK_FILE] = low_rank_tensors(stored)

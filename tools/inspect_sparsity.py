@@ -37,7 +37,8 @@ from megasparse.kernels.patterns import decode_patterns, encode_patterns
 from megasparse.metrics import plots
 from megasparse.progress import progress
 from megasparse.sparsity import schedule
-from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
+from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.sparsity.run_recipe import recipe_of
 from megasparse.train.checkpoint import newest_valid
 
 
@@ -96,17 +97,19 @@ def inspect_layer(
         sparse: whether the checkpoint is in its sparse phase.
     """
     weight = reader.read(f"param/{name}").float()
-    search = transposable24_mask if recipe.transposable else prune24_mask
+    now = schedule.span_at(recipe, reader.meta["step"], run_length(reader)).masks
+    search = transposable24_mask if now.transposable else prune24_mask
     mask = search(weight)
-    kinds = 90 if recipe.transposable else 6
+    kinds = 90 if now.transposable else 6
     counts = torch.bincount(
-        encode_patterns(mask, transposable=recipe.transposable).flatten().int(), minlength=kinds
+        encode_patterns(mask, transposable=now.transposable).flatten().int(), minlength=kinds
     )
     used = effective_weight(reader, name, recipe) if sparse else weight
     prefix, stale, scale = f"sparsity/{name}/", None, None
     if f"{prefix}mask" in reader:
         indices = reader.read(f"{prefix}mask")
-        stored = decode_patterns(indices, weight.shape, transposable=recipe.transposable)
+        both = indices.shape[0] < weight.shape[0]
+        stored = decode_patterns(indices, weight.shape, transposable=both)
         stale = float((stored != mask).float().mean())
     if f"{prefix}scale" in reader:
         scale = float(reader.read(f"{prefix}scale"))

@@ -77,7 +77,8 @@ def check_same_run(
                 _refuse(reader, config, flag, field.name, before, given)
                 changes.setdefault(flag, []).append(f"{field.name} {before!r} -> {given!r}")
     for flag, told in changes.items():
-        logger.info("--%s: %s", flag.replace("_", "-"), ", ".join(told))
+        shown = flag if getattr(config.checkpoint, flag) else "branch_from"
+        logger.info("--%s: %s", shown.replace("_", "-"), ", ".join(told))
     before, given = (_in_order(d) for d in (reader.meta["digests"], digests))
     if before != given:
         _refuse(reader, config, "override_data", "data with digests", before, given)
@@ -130,6 +131,8 @@ def _refuse(
     reader: CheckpointReader, config: ResolvedConfig, flag: str, name: str, before: Any, given: Any
 ) -> None:
     if getattr(config.checkpoint, flag):
+        return
+    if flag == "override_recipe" and config.checkpoint.branch_from is not None:
         return
     raise ConfigError(
         f"{reader.folder} was trained with {name} {before!r}, this run has {given!r}; "

@@ -21,7 +21,8 @@ from megasparse.convert.source import check_shape, require_finite
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
 from megasparse.sparsity import schedule, slorb
-from megasparse.sparsity.recipe import SparsityRecipe, recipe_of
+from megasparse.sparsity.recipe import SparsityRecipe
+from megasparse.sparsity.run_recipe import recipe_of
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.weight_scale import scaled
 from megasparse.tensor_files import Entry
@@ -90,8 +91,8 @@ class StoredModel:
         self._check()
         names = [key.split("/")[1] for key in reader.keys("sparsity/") if key.endswith("/counters")]
         self.train_iters = run_length(reader)
-        sparse_now = schedule.is_sparse_step(self.recipe, self.step, self.train_iters)
-        self.pruned = frozenset(names if sparse_now else ())
+        self.phase = schedule.span_at(self.recipe, self.step, self.train_iters).recipe
+        self.pruned = frozenset(names if self.phase.is_sparse else ())
         self.sparse = self.pruned - self.boosted if fold else self.pruned
 
     def entries(self) -> list[Entry]:

@@ -69,7 +69,8 @@ def require_sparsity(
     Raises:
         CheckpointError: names the tensors.
     """
-    if not schedule.is_sparse_step(recipe, step, train_iters):
+    recipe = schedule.span_at(recipe, step, train_iters).recipe
+    if not recipe.is_sparse:
         return
     wrong = [
         report.name

@@ -8,8 +8,9 @@ from pathlib import Path
 from megasparse.checkpoint.compatibility import check_same_run
 from megasparse.checkpoint.directory import clean, make_private, set_aside
 from megasparse.checkpoint.identity import own_run, run_of
+from megasparse.checkpoint.manifest import MANIFEST
 from megasparse.checkpoint.reader import CheckpointReader
-from megasparse.checkpoint.saver import Saver, choose, choose_and_tell
+from megasparse.checkpoint.saver import Saver, choose, choose_and_tell, open_together
 from megasparse.checkpoint.writer import Hook
 from megasparse.config import ResolvedConfig
 from megasparse.distributed.control_plane import ControlPlane
@@ -33,8 +34,9 @@ class RunFolder:
     def find_checkpoint(self, digests: dict[str, str]) -> CheckpointReader | None:
         """What the run starts from: nothing, or a verified checkpoint of the same run.
 
-        With `resume` the newest intact one in `save`; else, or if there is none, that of `load`,
-        unless only its weights are wanted (`finetune`, see `train/initial_weights.py`).
+        With `resume` the newest intact one in `save`; else, or if there is none, that of
+        `branch_from`, or that of `load`, unless only its weights are wanted (`finetune`, see
+        `train/initial_weights.py`).
 
         Args:
             digests: of this run's data and tokenizer.
@@ -53,9 +55,20 @@ class RunFolder:
             reader = choose(Path(settings.load), control)
             if reader is None:
                 raise CheckpointError(f"load: {settings.load} holds no checkpoint")
+        if reader is None and settings.branch_from is not None:
+            reader = self._branch(Path(settings.branch_from))
         if reader is not None:
             check_same_run(reader, self._config, digests)
         self._loaded = reader
+        return reader
+
+    def _branch(self, folder: Path) -> CheckpointReader:
+        """A checkpoint by its own folder, or the newest intact one of a run's."""
+        if self._control.on_rank_zero(lambda: (folder / MANIFEST).is_file()):
+            return open_together(folder, self._control)
+        reader = choose(folder, self._control)
+        if reader is None:
+            raise CheckpointError(f"branch_from: {folder} holds no checkpoint")
         return reader
 
     def make_saver(self, hook: Hook) -> Saver:

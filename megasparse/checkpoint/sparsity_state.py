@@ -35,8 +35,9 @@ def effective_part(
         CheckpointError: the weight is of another shape.
     """
     check_shape(reader.shape(f"param/{name}"), shard, name, str(reader.folder))
-    has_scale = recipe.s_ste_scale == "frozen" and f"sparsity/{name}/scale" in reader
-    if recipe.projection == "soft_threshold" and not has_scale:
+    now = schedule.span_at(recipe, reader.meta["step"], run_length(reader)).recipe
+    has_scale = now.s_ste_scale == "frozen" and f"sparsity/{name}/scale" in reader
+    if now.projection == "soft_threshold" and not has_scale:
         return shard.slice_of(effective_weight(reader, name, recipe))
     return _effective(reader, name, recipe, shard)
 
@@ -51,8 +52,7 @@ def _effective(
     )
     loaded = own_flips(sparsity_state(reader, state), state.shard)
     state.import_state(loaded, torch.device("cpu"))
-    iterations = run_length(reader)
-    state.first_sparse_step = schedule.sparse_range(recipe, iterations).start
+    state.train_iters = run_length(reader)
     return state.effective_at(own, reader.meta["step"])
 
 
@@ -89,7 +89,7 @@ def sparsity_state(
         kind = key.removeprefix(prefix)
         shard = WeightShard(reader.shape(key))
         if kind == "mask":
-            shard = mask_shard(state)
+            shard = mask_shard(state, shard.global_shape[0] < state.shard.global_shape[0])
         elif kind == "scale" and state.experts is not None:
             shard = scale_shard(state)
         elif kind == "input_square" and state.shard.dim == 1:
@@ -114,10 +114,10 @@ def own_flips(loaded: dict[str, torch.Tensor], shard: WeightShard) -> dict[str, 
     return {**loaded, "flips": own.clone()}
 
 
-def mask_shard(state: SparseWeight) -> WeightShard:
+def mask_shard(state: SparseWeight, transposable: bool) -> WeightShard:
     """Where the local pattern indices lie: the weight's shard in units of blocks or groups."""
     rows, columns = state.shard.global_shape
-    height = 4 if state.recipe.transposable else 1
+    height = 4 if transposable else 1
     shard = state.shard
     return dataclasses.replace(shard, global_shape=(rows // height, columns // 4))
 

@@ -7,7 +7,6 @@ import torch
 from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.sparsity_state import own_flips, run_length, sparsity_state
-from megasparse.sparsity import schedule
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
@@ -29,6 +28,6 @@ def mask_part(
     own = reader.read_part(Piece(f"param/{name}", shard)).view(shard.local_shape)
     state = SparseWeight(name, recipe, shard)
     state.import_state(own_flips(sparsity_state(reader, state), shard), torch.device("cpu"))
-    state.first_sparse_step = schedule.sparse_range(recipe, run_length(reader)).start
+    state.train_iters = run_length(reader)
     state.effective_at(own, reader.meta["step"])
     return state.mask

@@ -11,6 +11,10 @@ def check_start(config: ResolvedConfig) -> Iterator[str]:
     """What is wrong with what a run starts and learns from, one line each."""
     yield from _check_fine_tuning(config)
     settings, teacher = config.checkpoint, config.distillation
+    if settings.branch_from is not None:
+        for name in ("load", "load_hf", "finetune"):
+            if getattr(settings, name):
+                yield f"branch_from and {name} are both set, expected one start"
     if settings.finetune and settings.load is None:
         yield "finetune needs load, the folder of the weights to start from"
     if not teacher.kd_loss_weight:

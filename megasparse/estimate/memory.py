@@ -128,7 +128,10 @@ def footprint(
         "gradients": 0 if zero >= 2 else added * (whole if zero else numel),
         "optimizer": (3 if zero else 2) * FLOAT32 * shard,
         "masks": sparse if recipe.is_sparse else 0,
-        "operands": _operands(config, recipe, weights, size, gpu and config.train.bf16),
+        "operands": max(
+            _operands(config, phase.recipe, weights, size, gpu and config.train.bf16)
+            for phase in recipe.phases
+        ),
     }
     transient = {
         # Or, of a sum that is not in float32, the copy for the update.

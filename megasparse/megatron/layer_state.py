@@ -103,7 +103,10 @@ def import_(linear: Linear, kept: dict[str, torch.Tensor]) -> None:
     known = {"counters": torch.tensor([last_refresh, refreshes], dtype=torch.int64)}
     if has_mask:
         mask = unpack_fours(kept["mask"].contiguous())
-        known["mask"] = encode_patterns(mask, transposable=state.recipe.transposable)
+        # Which kind it is is not stored: one that fits both is the same mask by either.
+        rows, columns = mask.shape
+        both = not rows % 4 and bool((mask.view(-1, 4, columns).sum(1) == 2).all())
+        known["mask"] = encode_patterns(mask, transposable=both)
     if has_scale:
         known["scale"] = kept["scale"].detach().clone().view(())
     known |= {name: value for name, value in kept.items() if name.startswith("fp8_")}

@@ -49,7 +49,7 @@ _STEP = (
      "lambda of this step; with `--masked-decay-rho` the mean over layers of the first stage"),
     ("flip_rate", "sparsity/flip_rate", "1", "of the latest mask refresh, all flips / all entries"),
     ("density", "sparsity/density", "1", "non-zeros of the weights in use, mean over layers"),
-    ("sparse", None, "-", "whether the step is in the sparse phase"),
+    ("sparse", None, "-", "whether the step is in a sparse phase"),
     ("preparations", None, "1", "most times a weight's operands were built in the step"),
     ("consumed_samples", None, "sequences", "since the first step"),
     ("global_batch_size", "training/global_batch_size", "sequences", "of this step"),

@@ -136,7 +136,7 @@ class SparsityHandle:
         for name, layer in self.layers.items():
             mask = state["layers"][name].get("mask")
             if mask is not None and layer.state is not None:
-                per = 16 if layer.state.recipe.transposable else 4
+                per = 16 if layer.state.mask_transposable else 4
                 if mask.numel() * per != layer.in_features * layer.out_features:
                     raise CheckpointError(
                         f"sparsity state: {name}: a mask of {mask.numel() * per} entries, expected "
@@ -171,7 +171,7 @@ class SparsityHandle:
                 continue
             used = self._used(state, weight)
             both = is_24(used, dim=0)
-            if not is_24(used) or (state.recipe.transposable and not both):
+            if not is_24(used) or (state.now.transposable and not both):
                 raise NumericsError(f"{name}: the weight that the GEMMs use is not 2:4")
             found.append(Verified(name, float(torch.count_nonzero(used)) / used.numel(), both))
             digests[name] = _digest(state)

@@ -13,7 +13,6 @@ from megasparse.fp8 import CurrentScaling, DelayedScaling, Scaling, shapes
 from megasparse.fp8.transformer_engine import refusal as fp8_refusal
 from megasparse.nn.handle import SparsityHandle
 from megasparse.nn.linear import SparseLinear
-from megasparse.sparsity import schedule
 from megasparse.sparsity.automatic.run import Run
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.dense_weight import DenseFp8Weight
@@ -86,7 +85,7 @@ def sparsify_(
             shard = WeightShard((linear.out_features, linear.in_features))
             owner = SparseWeight(f"{name}.weight", made, shard)
             owner.quantizers, owner.fp8_hybrid = quantizers, fp8_hybrid
-            owner.first_sparse_step = schedule.sparse_range(made, clock.train_iters).start
+            owner.train_iters = clock.train_iters
         else:
             assert quantizers is not None
             owner = DenseFp8Weight(f"{name}.weight", quantizers, fp8_hybrid)

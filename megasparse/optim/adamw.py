@@ -41,7 +41,8 @@ class MaskedAdamW(torch.optim.AdamW):
         before_step: called with the optimizer once gradients are final but for `clip`; returning
             False leaves everything as it is.
         pieces: of a tensor, with the masks that they are decayed by; None: no masks.
-        decoupled: the decay joins the momentum (AST, CAST) instead of the gradient.
+        decoupled: the decay joins the momentum (AST, CAST) instead of the gradient; an attribute,
+            too, that `before_step` may set.
         of_sign: it is of the weight's sign (CAST).
         options: torch.optim.AdamW's (lr, betas, eps, weight_decay).
 
@@ -65,7 +66,7 @@ class MaskedAdamW(torch.optim.AdamW):
         **options: Any,
     ) -> None:
         super().__init__(params, **options)
-        self._before_step, self._pieces, self._decoupled = before_step, pieces, decoupled
+        self._before_step, self._pieces, self.decoupled = before_step, pieces, decoupled
         self._of_sign = of_sign
         self.clip: float | torch.Tensor = 1.0
         self.decay: float | torch.Tensor = 0.0
@@ -117,7 +118,7 @@ class MaskedAdamW(torch.optim.AdamW):
             weight_decay=group["weight_decay"],
             clip=_on_host(self.clip),
             decay=_on_host(self.decay),
-            decoupled=self._decoupled,
+            decoupled=self.decoupled,
             of_sign=self._of_sign,
             kept=self.kept,
         )

@@ -64,8 +64,9 @@ class DecayRule:
         """On multiples of the interval, and as soon as there are masks and moments."""
         controller = self._controller
         recipe, step = controller.recipe, controller.clock.step
-        first = schedule.sparse_range(recipe, controller.clock.train_iters).start
-        if not controller.sparse_now or step <= first:
+        spans = schedule.spans(recipe, controller.clock.train_iters)
+        first = next((span.steps.start for span in spans if span.recipe.is_sparse), step)
+        if controller.span.recipe.regulariser == "none" or step <= first:
             return False
         before, interval = self._decays()[0].step, recipe.masked_decay_update_interval
         return before < 0 or step // interval > before // interval

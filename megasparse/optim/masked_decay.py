@@ -48,7 +48,8 @@ class MaskedDecay:
         self._by_parameter = {id(fragment.parameter): fragment for fragment in fragments}
 
     def with_decay(self, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
-        """`grad + lambda (1 - M) o W` in float32, for the norm that both are clipped by.
+        """`grad + lambda (1 - M) o W` in float32, for the norm that both are clipped by, in phases
+        that clip them together.
 
         Args:
             parameter: of the model.
@@ -59,7 +60,8 @@ class MaskedDecay:
             1-D; the gradient itself where there is no mask or no decay.
         """
         strength, mask = self._controller.masked_decay(), self._masks().get(id(parameter))
-        if strength == 0.0 or mask is None:
+        together = self._controller.span.recipe.masked_decay_before_clipping
+        if strength == 0.0 or mask is None or not together:
             return gradient
         piece = self._by_parameter[id(parameter)]
         total = gradient.detach().reshape(-1).to(torch.float32, copy=True)

@@ -18,7 +18,7 @@ from megasparse.preflight import facts as host_facts
 from megasparse.preflight import rules
 from megasparse.preflight.bandwidth import clock_offsets, measure_links
 from megasparse.preflight.rules import GIB, Finding
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 
 CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
 

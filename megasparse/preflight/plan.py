@@ -32,8 +32,9 @@ from megasparse.config.shapes import (
 from megasparse.errors import CheckpointError, ConfigError, DataError
 from megasparse.estimate.memory import footprint
 from megasparse.preflight.settings import Prepared, prepare
-from megasparse.sparsity.recipe import recipe_of
-from megasparse.sparsity.schedule import sparse_range
+from megasparse.sparsity.phases import summary
+from megasparse.sparsity.run_recipe import recipe_of
+from megasparse.sparsity.schedule import spans
 
 VERSION, PRINT_CONFIG, DRY_RUN, GPUS = "--version", "--print-config", "--dry-run", "--gpus"
 _STANDS_ON = ("torch", "triton", "megatron-core", "deepspeed", "transformer-engine")
@@ -162,10 +163,11 @@ def _layout(config: ResolvedConfig, world: int) -> list[tuple[str, str]]:
 def _schedule(config: ResolvedConfig) -> list[tuple[str, str]]:
     train = config.train
     tokens = samples_after(train, train.train_iters) * config.model.seq_length
-    sparse = sparse_range(recipe_of(config), train.train_iters)
     rows = [("length", f"{train.train_iters:,} steps, {tokens:,} tokens")]
-    if len(sparse):
-        rows.append(("length", f"2:4 from step {sparse.start + 1:,} to {sparse.stop:,}"))
+    recipe = recipe_of(config)
+    for span in spans(recipe, train.train_iters) if recipe.is_sparse else ():
+        steps = f"steps {span.steps.start + 1:,} to {span.steps.stop:,}"
+        rows.append(("phase", f"{steps}: {summary(span.recipe)}"))
     return [*rows, ("rate", f"{train.lr_decay_style}, {train.lr:g} to {train.min_lr:g}")]
 
 

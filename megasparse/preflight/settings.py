@@ -18,6 +18,7 @@ from typing import Any
 from megasparse.atomic_files import write_text
 from megasparse.checkpoint.directory import checkpoint_root, list_steps, make_private
 from megasparse.checkpoint.lock import require_free
+from megasparse.checkpoint.manifest import MANIFEST
 from megasparse.config import (
     CommandLine,
     ResolvedConfig,
@@ -44,7 +45,7 @@ from megasparse.errors import (
 )
 from megasparse.preflight.exposure import exposed_inputs
 from megasparse.preflight.load_hf import take_over
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 
 # Settings that want a package that megasparse does not bring (`megasparse.metrics.trackers`).
 _TRACKERS = {"wandb_project": "wandb", "mlflow_experiment": "mlflow"}
@@ -173,6 +174,7 @@ def _checks(config: ResolvedConfig) -> list[Callable[[], object]]:
         _check_tasks,
         _check_save,
         _check_load,
+        _check_branch,
         _check_load_hf,
         _check_teacher,
     ]
@@ -252,6 +254,25 @@ def _check_load(config: ResolvedConfig) -> None:
         raise CheckpointError(f"load: {settings.load} is no folder; it holds no checkpoint")
     if not list_steps(Path(settings.load)):
         raise CheckpointError(f"load: {settings.load} holds no checkpoint")
+
+
+def _check_branch(config: ResolvedConfig) -> None:
+    settings = config.checkpoint
+    if settings.branch_from is None:
+        return
+    folder = Path(settings.branch_from)
+    if not (folder / MANIFEST).is_file():
+        folder = checkpoint_root(folder)
+        settings.branch_from = str(folder)
+    if os.path.realpath(folder) == os.path.realpath(settings.save):
+        raise ConfigError(
+            f"branch_from: {folder} is the folder that this run saves to, expected another "
+            "--run-dir (--resume continues a run)"
+        )
+    if settings.resume and list_steps(Path(settings.save)):
+        return
+    if not (folder / MANIFEST).is_file() and not (folder.is_dir() and list_steps(folder)):
+        raise CheckpointError(f"branch_from: {folder} holds no checkpoint")
 
 
 def _check_load_hf(config: ResolvedConfig) -> None:

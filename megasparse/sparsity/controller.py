@@ -52,6 +52,7 @@ class SparsityController:
     dense: list[tuple[DenseFp8Weight, torch.nn.Parameter]] = field(default_factory=list)
     calibrating: bool = False
     mean_decay: float | None = None
+    _span: tuple[int, schedule.Span] | None = field(default=None, repr=False)
 
     def finish_step(self) -> None:
         """After the update of a step, on all ranks: FP8 scales of the next one."""
@@ -102,7 +103,7 @@ class SparsityController:
             layer: tells the layer's draws from another's.
         """
         state.probe = Probe(self.timer)
-        state.first_sparse_step = schedule.sparse_range(self.recipe, self.clock.train_iters).start
+        state.train_iters = self.clock.train_iters
         self.weights.append((state, weight))
         self.layers.append(layer)
         return len(self.weights) - 1
@@ -213,8 +214,16 @@ class SparsityController:
 
     @property
     def sparse_now(self) -> bool:
-        """Whether the clock's step is in the sparse phase."""
-        return schedule.is_sparse_step(self.recipe, self.clock.step, self.clock.train_iters)
+        """Whether the clock's step is in a sparse phase."""
+        return self.span.recipe.is_sparse
+
+    @property
+    def span(self) -> schedule.Span:
+        """The phase of the clock's step."""
+        step = self.clock.step
+        if self._span is None or self._span[0] != step:  # asked for by every layer's pass
+            self._span = step, schedule.span_at(self.recipe, step, self.clock.train_iters)
+        return self._span[1]
 
     @property
     def refreshes(self) -> int:
@@ -241,12 +250,12 @@ class SparsityController:
             own = [state.decay.value for state, _ in self.weights if state.decay is not None]
             values = torch.stack(own).tolist() if own else []
             self.mean_decay = sum(values) / len(values) if values else 0.0
-        return self.mean_decay if self.sparse_now else 0.0
+        return self.mean_decay * self.decay_factor()
 
     def decay_factor(self) -> float:
         """lambda of the clock's step in units of each weight's own (`OwnDecay`)."""
         if self.recipe.masked_decay_rho is not None:
-            return float(self.sparse_now)
+            return float(self.span.recipe.regulariser != "none")
         return schedule.masked_decay(self.recipe, self.clock.step, self.clock.train_iters)
 
     def kept_momentum(self) -> float:
@@ -256,10 +265,11 @@ class SparsityController:
         return 1.0 - schedule.decayed_share(self.recipe, self.clock.step, self.clock.train_iters)
 
     def masked_weights(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """Parameters with the masks that the clock's step prunes them by (bool, like the
-        parameter): none in a dense phase, where a mask only measures flips."""
+        """Parameters with the masks that the clock's step decays them by (bool, like the
+        parameter): none in a phase without decay, or where a mask only measures flips."""
+        decays = self.span.recipe.regulariser != "none"
         for state, weight in self.weights:
-            if state.mask is not None and self.sparse_now:
+            if state.mask is not None and decays:
                 yield weight, state.mask
 
     def invalidate(self) -> None:

@@ -18,6 +18,8 @@ one is 2:4 along N as well, so grad_input is sparse too. With "double-pruned" gr
 `W~_d = W~ o C` in place of W~, where C keeps the two largest of each four along N: an approximation
 of the gradient that is 2:4. `dW` is dense in all of them: the gradient passes straight through the
 projection to the dense master weight.
+
+A run is a schedule of phases, each with a recipe of its own (`phases.py`, `schedule.py`).
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from functools import cached_property
+from typing import Any, Literal
 
-from megasparse.config import RunConfig, SparsityConfig
 from megasparse.config.schema.sparsity import (
     SPARSE_LAYERS,
     MaskMetric,
@@ -40,13 +42,8 @@ from megasparse.config.schema.sparsity import (
     SparseGradInput,
 )
 from megasparse.errors import ConfigError
-from megasparse.sparsity.recipe_checks import (
-    dense_forward_refusal,
-    groups_refusal,
-    packing_refusal,
-    rho_refusal,
-    useless,
-)
+from megasparse.sparsity.phases import Phase, phases_of
+from megasparse.sparsity.recipe_checks import refusal
 
 Projection = Literal["none", "row", "transposable", "soft_threshold"]
 Regulariser = Literal["none", "masked_decay", "decoupled_masked_decay", "masked_l1_decay"]
@@ -90,6 +87,8 @@ class SparsityRecipe:
         s_ste_scale: when beta of a soft-threshold weight is computed: at its first sparse step, or
             of the current weight in every one.
         dense_warmup_fraction, dense_tail_fraction: shares of the run that are dense.
+        sparsity_phases: the whole schedule, in the words of `phases.py`, in place of these two;
+            `phases` are what either comes to.
         simulate_fp8: round the operands of all GEMMs of the sparse phase to FP8 as S-STE's paper
             does (e4m3 forward, e5m2 backward), computing in higher precision.
     """
@@ -115,18 +114,18 @@ class SparsityRecipe:
     s_ste_scale: ScaleUpdate = "frozen"
     dense_warmup_fraction: float = 0.0
     dense_tail_fraction: float = 0.0
+    sparsity_phases: str | None = None
     simulate_fp8: bool = False
 
     def __post_init__(self) -> None:
-        if self.mask_update_interval < 1:
-            raise ConfigError(f"mask_update_interval {self.mask_update_interval}, expected >= 1")
-        reason = groups_refusal(self) or rho_refusal(self) or packing_refusal(self)
-        reason = reason or dense_forward_refusal(self)
-        if reason is not None:
-            raise ConfigError(f"recipe {self.name}: {reason}")
-        reason = useless(self, lambda chosen: _presets(chosen))  # there by then
-        if reason is not None:
+        # Presets are made before their names can be asked for.
+        if reason := refusal(self, lambda kind: preset_names(kind)):
             raise ConfigError(reason)
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """What the run does, in order; the shares sum to 1. ConfigError where it cannot be."""
+        return phases_of(self, PRESETS)
 
     @property
     def has_mask(self) -> bool:
@@ -135,7 +134,7 @@ class SparsityRecipe:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether any GEMM of any phase is sparse."""
+        """Whether it makes a GEMM sparse; of a run: whether one of some phase may be."""
         return self.projection != "none"
 
     def matches(self, name: str) -> bool:
@@ -212,6 +211,14 @@ PRESETS: dict[str, SparsityRecipe] = {
             masked_decay=6e-5,
             dense_tail_fraction=1 / 6,
         ),
+        SparsityRecipe(
+            "fst_relaxed",
+            projection="transposable",
+            mvue="exact",
+            regulariser="masked_decay",
+            masked_decay=6e-5,
+            sparsity_phases="transposable:2/3,row+grad-input=double-pruned:1/3",
+        ),
         SparsityRecipe("s_ste", projection="soft_threshold", mvue="exact"),
         SparsityRecipe(
             "s_ste_3",
@@ -259,9 +266,11 @@ def make_recipe(name: str, **overrides: Any) -> SparsityRecipe:
         )
     if not preset.is_sparse and given.get("mvue", "off") != "off":
         raise ConfigError(f"mvue {given['mvue']}: the recipe {name} has no sparse GEMM")
+    if given.get("sparsity_phases"):  # in place of what the preset says of its dense steps
+        given = {"dense_warmup_fraction": 0.0, "dense_tail_fraction": 0.0} | given
     if not preset.is_sparse and given.get("simulate_fp8"):
         raise ConfigError(f"simulate_fp8: the recipe {name} has no sparse GEMM")
-    return dataclasses.replace(preset, **given)
+    return _checked(dataclasses.replace(preset, **given))
 
 
 def recipe_with(
@@ -286,7 +295,7 @@ def recipe_with(
         # Rows are (B, S) here: four neighbours are always of one sequence.
         settings = {**settings, "mvue_groups": "strided"}
     if isinstance(recipe, SparsityRecipe):
-        made = dataclasses.replace(recipe, **settings)
+        made = _checked(dataclasses.replace(recipe, **settings))
     else:
         made = make_recipe(recipe, **settings)
     if made.mask_metric != "magnitude":
@@ -302,47 +311,17 @@ def recipe_with(
     for name in ("dense_warmup_fraction", "dense_tail_fraction"):
         if settings.get(name):
             raise ConfigError(f"{name} {settings[name]}: expected train_iters with it")
+    if made.sparsity_phases:
+        raise ConfigError(f"sparsity_phases {made.sparsity_phases!r}: expected train_iters with it")
     return dataclasses.replace(made, dense_warmup_fraction=0.0, dense_tail_fraction=0.0)
 
 
-def recipe_of(config: RunConfig) -> SparsityRecipe:
-    """The run's recipe: the preset with the flags that were given.
-
-    Raises:
-        ConfigError: a setting that the recipe has no use for.
-    """
-    sparsity = config.sparsity
-    settings = {name: getattr(sparsity, name) for name in _SETTINGS}
-    settings["sparse_layers"] = tuple(sparsity.sparse_layers)
-    settings["mvue_groups"] = _groups(sparsity, config.train.micro_batch_size)
-    recipe = make_recipe(sparsity.sparsity_recipe, **settings)
-    if sparsity.slorb_k is not None and (recipe.projection != "row" or recipe.dense_forward):
-        raise ConfigError(
-            f"slorb_k {sparsity.slorb_k} with the recipe {recipe.name}, expected a row-wise mask: "
-            f"{_presets(lambda one: one.projection == 'row' and not one.dense_forward)}"
-        )
+def _checked(recipe: SparsityRecipe) -> SparsityRecipe:
+    assert recipe.phases  # which raises where they cannot be
     return recipe
 
 
-def _groups(sparsity: SparsityConfig, micro_batch_size: int) -> MvueGroups | None:
-    """What `auto` means: rows are (S, B), so four neighbours are of four sequences if 4 divides B.
-
-    A recipe that draws nothing has no groups to choose.
-    """
-    if sparsity.mvue_groups != "auto":
-        return cast("MvueGroups | None", sparsity.mvue_groups)
-    preset = PRESETS.get(sparsity.sparsity_recipe)
-    mvue = sparsity.mvue or (preset.mvue if preset else "off")
-    return "strided" if mvue != "off" and micro_batch_size % 4 else "neighbours"
-
-
-# What a run may set of a recipe: the fields that both have.
-_SETTINGS = {field.name for field in dataclasses.fields(SparsityRecipe)} & {
-    field.name for field in dataclasses.fields(SparsityConfig)
-}
-
-
-def _presets(chosen: Callable[[SparsityRecipe], bool]) -> str:
+def preset_names(chosen: Callable[[SparsityRecipe], bool]) -> str:
     """Names of the presets of a kind, for messages: "a, b or c"."""
     *names, last = (name for name, recipe in PRESETS.items() if chosen(recipe))
     return f"{', '.join(names)} or {last}" if names else last

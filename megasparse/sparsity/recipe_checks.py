@@ -93,26 +93,38 @@ def dense_forward_refusal(recipe: Settings) -> str | None:
     return None
 
 
-def useless(recipe: Settings, presets: Callable[[Callable[[Any], bool]], str]) -> str | None:
-    """A setting that the recipe has no use for, and which recipes have.
+def refusal(recipe: Any, presets: Callable[[Callable[[Any], bool]], str]) -> str | None:
+    """Why a recipe cannot be, or None.
 
     Args:
-        presets: names those that are of a kind.
+        recipe: a SparsityRecipe.
+        presets: the names of the recipes of a kind, for messages.
     """
+    if recipe.mask_update_interval < 1:
+        return f"mask_update_interval {recipe.mask_update_interval}, expected >= 1"
+    reason = groups_refusal(recipe) or rho_refusal(recipe) or packing_refusal(recipe)
+    reason = reason or dense_forward_refusal(recipe)
+    if reason is not None:
+        return f"recipe {recipe.name}: {reason}"
     if recipe.dense_warmup_fraction + recipe.dense_tail_fraction > 1.0:
         return (
             f"recipe {recipe.name}: dense_warmup_fraction {recipe.dense_warmup_fraction} + "
             f"dense_tail_fraction {recipe.dense_tail_fraction} exceed 1"
         )
+    if recipe.sparsity_phases and (recipe.dense_warmup_fraction or recipe.dense_tail_fraction):
+        return (
+            f"recipe {recipe.name}: sparsity_phases {recipe.sparsity_phases!r} with "
+            "dense_warmup_fraction or dense_tail_fraction, expected phases alone: dense:SHARE"
+        )
     if recipe.regulariser != "none" and recipe.projection not in ("row", "transposable"):
         return (
-            f"recipe {recipe.name}: {recipe.regulariser} needs a mask, but the projection is "
-            f"{recipe.projection!r}"
+            f"recipe {recipe.name}: {recipe.regulariser} needs a mask, "
+            f"but the projection is {recipe.projection!r}"
         )
     if recipe.double_pruned and recipe.projection not in ("row", "soft_threshold"):
         return (
-            f"sparse_grad_input double-pruned with the recipe {recipe.name}, expected weights that "
-            "are 2:4 by rows alone: "
+            f"sparse_grad_input {recipe.sparse_grad_input} with the recipe {recipe.name}, "
+            "expected weights that are 2:4 by rows alone: "
             f"{presets(lambda one: one.projection in ('row', 'soft_threshold'))}"
         )
     if recipe.masked_decay_before_clipping and recipe.regulariser != "masked_decay":

@@ -38,7 +38,7 @@ class SparseWeight(torch.nn.Module):
 
     Args:
         name: the weight's name in the whole model.
-        recipe: what is done to the weight.
+        recipe: the run's, whose phases say what is done to the weight.
         shard: where the local weight lies in the whole.
         reduce: sums over the tensor-parallel group (the scale's dot products).
         reduce_max: largest over the ranks that share a micro-batch's activations (FP8 scales).
@@ -63,7 +63,11 @@ class SparseWeight(torch.nn.Module):
         self.scale: torch.Tensor | None = None  # float32 0-d, of experts (E,): S-STE's beta
         self.flips: torch.Tensor | None = None  # int64 0-d: entries that the last refresh changed
         self.decay: OwnDecay | None = None  # where each weight has its own lambda
-        self.first_sparse_step = 0  # the controller knows the run's
+        self.train_iters: int | None = None  # of the run; None: one phase
+        self.now = next((p.recipe for p in recipe.phases if p.recipe.is_sparse), recipe)
+        self._made_for = self.now  # `now` is the latest step's phase, this the sparse GEMMs'
+        self._rescaled = any(p.recipe.s_ste_scale == "every_step" for p in recipe.phases)
+        self.mask_transposable = False
         self.last_refresh, self.refreshes = -1, 0  # step of the last refresh, and their number
         self.prepared_step = -1  # step that the operands were last built for
         self.preparations_of_step = self.preparations = 0  # times for it (once), and in all
@@ -104,13 +108,13 @@ class SparseWeight(torch.nn.Module):
 
     def keep_mask(self, weight: torch.Tensor, step: int) -> None:
         """Search the mask if it is due, where GEMMs are dense and it says what decays."""
-        if self._refresh_due(step):
+        if self._enter(step):
             self.refresh(weight)
             self._count_refresh(step)
 
     def refresh_is_due(self, step: int, sparse: bool, monitor: bool) -> bool:
         """Whether the mask is to be searched anew before the operands of `step` are made."""
-        return (sparse or monitor) and self._refresh_due(step)
+        return self._enter(step) and (sparse or monitor)
 
     def begin_step(self, weight: torch.Tensor, step: int, sparse: bool, refreshed: bool) -> None:
         """See to it that `refill` has what it needs, and count.
@@ -124,21 +128,15 @@ class SparseWeight(torch.nn.Module):
         self.preparations_of_step = self.preparations_of_step + 1 if again else 1
         self.prepared_step = step
         self.preparations += 1
+        if sparse and self._made_for != self.now and self._gemms.pop(True, None) is not None:
+            self.moves += 1
         if sparse not in self._gemms:
             self._make_flags(weight)
-            self._gemms[sparse] = operands.choose(
-                weight,
-                self.recipe,
-                self.shard,
-                sparse,
-                self.quantizers,
-                self.fp8_hybrid,
-                self._reduce_max,
-                self.probe,
-                self._tokens,
-                self.experts,
-                self.grouped,
-            )
+            self._made_for = self.now if sparse else self._made_for
+            how = self.quantizers, self.fp8_hybrid, self._reduce_max, self.probe
+            whose = self._tokens, self.experts, self.grouped
+            made = operands.choose(weight, self.now, self.shard, sparse, *how, *whose)
+            self._gemms[sparse] = made
         self._gemms[sparse].total = self.total
         self._ready = (step, sparse)
 
@@ -179,12 +177,12 @@ class SparseWeight(torch.nn.Module):
     def project(self, weight: torch.Tensor) -> Projected:
         """The projection of a sparse phase's step; computes beta where it is due, with all ranks
         of the shard."""
-        if self.recipe.projection != "soft_threshold":
+        if self.now.projection != "soft_threshold":
             assert self.mask is not None, f"{self.name}: projected before the first refresh"
             return Projected(self.mask, None, self._nan_flag, self._error_flag)
         if self.scale is None:
             self.scale = self._beta(weight)
-        elif self.recipe.s_ste_scale == "every_step":
+        elif self.now.s_ste_scale == "every_step":
             self.scale.copy_(self._beta(weight))
         return self._projected()
 
@@ -194,9 +192,9 @@ class SparseWeight(torch.nn.Module):
 
     def _projected(self) -> Projected:
         """The projection that is there already."""
-        soft = self.recipe.projection == "soft_threshold"
-        mask, beta = (None, self.scale) if soft else (self.mask, None)
-        return Projected(mask, beta, self._nan_flag, self._error_flag)
+        if self.now.projection == "soft_threshold":
+            return Projected(None, self.scale, self._nan_flag, self._error_flag)
+        return Projected(self.mask, None, self._nan_flag, self._error_flag)
 
     def effective(self, weight: torch.Tensor) -> torch.Tensor:
         """W~ `(N, K)` of a sparse phase, as the operands of the latest step have it."""
@@ -217,11 +215,6 @@ class SparseWeight(torch.nn.Module):
         found = (self._nan_flag, self._error_flag)
         return torch.cat([none if flag is None else flag.double() for flag in found])
 
-    @property
-    def nan_flag(self) -> torch.Tensor | None:
-        """int32 (1,), raised on the device when the weight holds a NaN; None: kernels raise."""
-        return self._nan_flag
-
     def _make_flags(self, weight: torch.Tensor) -> None:
         """On a GPU kernels raise flags; on a CPU they raise at once."""
         if weight.is_cuda and self._nan_flag is None:
@@ -229,8 +222,13 @@ class SparseWeight(torch.nn.Module):
                 torch.zeros(1, dtype=torch.int32, device=weight.device) for _ in range(2)
             )
 
-    def _refresh_due(self, step: int) -> bool:
-        return schedule.refresh_due(self.recipe, step, self.last_refresh, self.first_sparse_step)
+    def _enter(self, step: int) -> bool:
+        """Be in the phase of `step`; whether the mask is due to be searched in it."""
+        start = 0
+        if self.train_iters is not None:
+            span = schedule.span_at(self.recipe, step, self.train_iters)
+            self.now, start = span.masks, span.steps.start if span.recipe.is_sparse else 0
+        return schedule.refresh_due(self.now, step, self.last_refresh, start)
 
     def refresh(self, weight: torch.Tensor) -> None:
         """Search the mask of the weight, and count flips; it can be captured from the third on.
@@ -238,7 +236,8 @@ class SparseWeight(torch.nn.Module):
         What a skipped step would have to put back is kept.
         """
         weight = weight.detach()
-        search = transposable24_mask if self.recipe.transposable else prune24_mask
+        self.mask_transposable = self.now.transposable
+        search = transposable24_mask if self.mask_transposable else prune24_mask
         self._make_flags(weight)
         # Until inputs were seen their norms are unknown: the first mask is magnitude's.
         scores = weight if self.inputs is None else self.inputs.scale(weight)
@@ -268,13 +267,18 @@ class SparseWeight(torch.nn.Module):
         """Whether a refresh finds everything that it writes, at addresses that stay."""
         return self._before is not None and self.inputs is None
 
+    def _decoded_mask(self, patterns: torch.Tensor) -> torch.Tensor:
+        """The mask, of the kind that its patterns are of."""
+        rows, columns = self.shard.local_shape
+        self.mask_transposable = patterns.shape[0] < rows
+        return decode_patterns(patterns, (rows, columns), transposable=self.mask_transposable)
+
     def export_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps: pattern indices (uint8), scale, counters."""
-        state = {
-            "counters": torch.tensor([self.last_refresh, self.refreshes], dtype=torch.int64),
-        }
+        counters = torch.tensor([self.last_refresh, self.refreshes], dtype=torch.int64)
+        state = {"counters": counters}
         if self.mask is not None:
-            state["mask"] = encode_patterns(self.mask, transposable=self.recipe.transposable)
+            state["mask"] = encode_patterns(self.mask, transposable=self.mask_transposable)
         if self.scale is not None:
             state["scale"] = self.scale.clone()
         if self.flips is not None:
@@ -286,15 +290,10 @@ class SparseWeight(torch.nn.Module):
 
     def snapshot(self) -> tuple[Any, ...]:
         """What a step may change, for `restore`; of one step at a time."""
-        counts = (
-            self.last_refresh,
-            self.refreshes,
-            self.prepared_step,
-            self.preparations_of_step,
-            self.preparations,
-        )
+        prepared = (self.prepared_step, self.preparations_of_step, self.preparations)
+        counts = (self.last_refresh, self.refreshes, self.mask_transposable, *prepared)
         scale = self.scale
-        if scale is not None and self.recipe.s_ste_scale == "every_step":
+        if scale is not None and self._rescaled:
             scale = scale.clone()
         self._refreshed = False
         return (self.mask is not None, scale, self.flips is not None, counts)
@@ -302,8 +301,8 @@ class SparseWeight(torch.nn.Module):
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         """Put back what `snapshot` gave."""
         had_mask, scale, had_flips, counts = snapshot
-        self.last_refresh, self.refreshes, self.prepared_step = counts[:3]
-        self.preparations_of_step, self.preparations = counts[3:]
+        self.last_refresh, self.refreshes, self.mask_transposable = counts[:3]
+        self.prepared_step, self.preparations_of_step, self.preparations = counts[3:]
         if not had_mask and self.mask is not None:
             self.mask = None
             self.moves += 1
@@ -336,9 +335,7 @@ class SparseWeight(torch.nn.Module):
         self.last_refresh, self.refreshes = (int(value) for value in counters)
         self.mask = None
         if "mask" in state:
-            patterns, (rows, columns) = state["mask"].to(device), self.shard.local_shape
-            kind = self.recipe.transposable
-            self.mask = decode_patterns(patterns, (rows, columns), transposable=kind)
+            self.mask = self._decoded_mask(state["mask"].to(device))
         self.scale = state["scale"].to(device) if "scale" in state else None
         self.flips = state["flips"].to(device) if "flips" in state else None
         for one in (self.decay, self.quantizers):

@@ -113,11 +113,11 @@ def measure(
 def _weight_sums(state: SparseWeight, weight: torch.Tensor, sparse_now: bool) -> torch.Tensor:
     zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
     # Without monitoring the step after a dense warm-up is the first to have a mask.
-    known = state.mask is not None or not state.recipe.has_mask
+    known = state.mask is not None or not state.now.has_mask
     used = state.effective(weight) if sparse_now and known else weight
     if state.mask is None:
         kept = zero
-    elif sparse_now and state.recipe.has_mask:
+    elif sparse_now and state.now.has_mask:
         kept = used
     else:
         kept = torch.where(state.mask, weight, zero)
@@ -137,10 +137,10 @@ def _squares(
     state: SparseWeight, used: torch.Tensor, pruned: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """|W~|^2 and |W~ - W~_d|^2 where grad_input is double-pruned, else zeros."""
-    if not (pruned and state.recipe.double_pruned):
+    if not (pruned and state.now.double_pruned):
         zero = torch.zeros((), device=used.device)
         return zero, zero
-    lost = used - double_pruned(used, state.nan_flag)
+    lost = used - double_pruned(used, state._nan_flag)
     norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in (used, lost)]
     return norms[0].double().square(), norms[1].double().square()
 

@@ -196,7 +196,7 @@ def _collect_sparsity(state: SparseWeight, tp_rank: int) -> dict[str, tuple[Piec
     for kind, value in state.export_state().items():
         key = f"sparsity/{state.name}/{kind}"
         if kind == "mask":
-            tensors[key] = (Piece(key, mask_shard(state)), value)
+            tensors[key] = (Piece(key, mask_shard(state, state.mask_transposable)), value)
         elif kind == "input_square" and state.shard.dim == 1:
             tensors[key] = (Piece(key, input_shard(state)), value)
         elif kind == "flips":

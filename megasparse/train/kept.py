@@ -78,7 +78,7 @@ def _tell_another_model(recipe: SparsityRecipe, source: PartSource) -> None:
             source.where,
             source.recipe.name,
         )
-    elif source.recipe.projection != recipe.projection and source.recipe.is_sparse:
+    elif source.phase.projection != _first_sparse(recipe).projection and source.recipe.is_sparse:
         warn_once(
             "%s was trained with the recipe %s, this run prunes its weights in another way (%s)",
             source.where,
@@ -87,11 +87,17 @@ def _tell_another_model(recipe: SparsityRecipe, source: PartSource) -> None:
         )
 
 
+def _first_sparse(recipe: SparsityRecipe) -> SparsityRecipe:
+    """What prunes the weights first."""
+    return next((phase.recipe for phase in recipe.phases if phase.recipe.is_sparse), recipe)
+
+
 def _keep_frozen_scales(controller: SparsityController, source: PartSource) -> None:
     """Let S-STE's weights go on with the scales that they were trained with: anew they would be
     other ones, and the model another than the one that was saved."""
-    recipe = controller.recipe
-    if recipe.projection != "soft_threshold" or recipe.s_ste_scale != "frozen":
+    recipes = [phase.recipe for phase in controller.recipe.phases]
+    soft = [one for one in recipes if one.projection == "soft_threshold"]
+    if not any(one.s_ste_scale == "frozen" for one in soft):
         return
     scales = source.frozen_scales()
     for state, weight in controller.weights:
@@ -101,14 +107,15 @@ def _keep_frozen_scales(controller: SparsityController, source: PartSource) -> N
 
 def _keep_masks(controller: SparsityController, source: PartSource) -> None:
     """The masks of a checkpoint; weights that came without any are searched once."""
-    transposable = controller.recipe.transposable
     anew = 0
     for state, weight in controller.weights:
+        transposable = state.now.transposable
         mask = None
         if isinstance(source, StoredModel):
             mask = mask_part(source.reader, state.name, source.recipe, state.shard)
         if mask is not None and (not transposable or is_24(mask, dim=0)):
             state.mask, state.last_refresh = mask.to(weight.device), 0
+            state.mask_transposable = transposable
             state.moves += 1
             state.invalidate()
             continue

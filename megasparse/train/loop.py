@@ -23,7 +23,8 @@ from megasparse.log import logger
 from megasparse.megatron.consistency import check_replicas
 from megasparse.megatron.data.batches import RunData, batches, samples_digest
 from megasparse.megatron.grid import Grid
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.phases import summary
+from megasparse.sparsity.run_recipe import recipe_of
 from megasparse.train import checkpoint
 from megasparse.train.agreement import Agreement
 from megasparse.train.build import build_engine
@@ -92,6 +93,7 @@ class Trainer:
         )
         self.controller = self.engine.controller
         self.state = LoopState()
+        self._phase: int | None = None
         if reader is not None and not reader.imported:
             self._events("load")
             load(self.engine, reader, services.control)
@@ -222,6 +224,7 @@ class Trainer:
         }
         if self.grid.rank == 0:  # which writes it
             known["samples"] = samples_digest(self.data.streams["train"], clock.samples, batch)
+        self._tell_phase()
         self.recorder.begin()
         begin = time.monotonic()
         result = self._train_step(stream)
@@ -237,6 +240,16 @@ class Trainer:
                 self.state.pending_row = row
             self._passed("evaluated")
         return row
+
+    def _tell_phase(self) -> None:
+        """One line when the run begins in, or comes to, a phase of a schedule of several."""
+        span, phases = self.controller.span, self.recipe.phases
+        if len(phases) == 1 or span.number == self._phase:
+            return
+        self._phase = span.number
+        first, last = span.steps.start + 1, span.steps.stop
+        where = f"phase {span.number + 1} of {len(phases)}, steps {first} to {last}"
+        logger.info("%s: %s", where, summary(span.recipe))
 
     def _evaluate(self, row: Row) -> bool:
         return self.evaluations.complete(row, self.engine.layout, self.agreement)

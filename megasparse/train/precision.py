@@ -11,7 +11,7 @@ from megasparse.config.shapes import layer_parameters
 from megasparse.errors import ConfigError
 from megasparse.fp8 import shapes, transformer_engine
 from megasparse.log import warn_once
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 
 
 def settle_fp8(config: ResolvedConfig, device: torch.device | None) -> ResolvedConfig:

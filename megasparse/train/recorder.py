@@ -66,7 +66,7 @@ class Recorder:
         self._metrics_at = -1  # refreshes at which they were taken
         self._entries = layer_metrics.entries(self._controller, self._grid)
         # Whether the step under way, and the one before it, are in the sparse phase.
-        self._sparse, self._sparse_before = False, self._phase_before()
+        self._sparse, self._phase, self._phase_before = False, 0, self._last_phase()
         self._stragglers = stragglers.StragglerWatch()
         self.profiler = Profiler(config, engine)
         self.only_log: tuple[int, ...] | None = None
@@ -96,6 +96,7 @@ class Recorder:
         """Before a step."""
         number = self._controller.clock.step + 1
         self._sparse = self._controller.sparse_now
+        self._phase = self._controller.span.number
         self._split = self._timer.take()
         self._controller.ask(self._is_logged(number))
         self.profiler.begin(number)
@@ -174,8 +175,8 @@ class Recorder:
         refreshes = self._refreshes()
         new: LayerMetrics = {}
         row: Row = {}
-        switched = self._sparse != self._sparse_before
-        self._sparse_before = self._sparse
+        switched = self._phase != self._phase_before
+        self._phase_before = self._phase
         measured = self._is_logged(step) or switched
         if measured or self._metrics_at < 0:
             new, row = self._measured(step)
@@ -244,12 +245,13 @@ class Recorder:
         every[self._grid.rank] = sum(seconds.get(phase, 0.0) for phase in stragglers.OWN_WORK)
         return every
 
-    def _phase_before(self) -> bool | None:
-        """Whether the step before this start was sparse; None: there was none."""
+    def _last_phase(self) -> int | None:
+        """The phase of the step before this start; None: there was none."""
         clock = self._controller.clock
         if clock.step == 0:
             return None
-        return schedule.is_sparse_step(self._controller.recipe, clock.step - 1, clock.train_iters)
+        recipe = self._controller.recipe
+        return schedule.span_at(recipe, clock.step - 1, clock.train_iters).number
 
     def _refreshes(self) -> int:
         """Mask refreshes so far in the whole model (a stage may have none); in any layout alike."""

@@ -55,7 +55,9 @@ def load(engine: Engine, reader: CheckpointReader, control: ControlPlane) -> Non
     """
     same = check_same_layout(reader, engine.config, layout(engine))
     # An older format, or another recipe, may have things elsewhere.
-    near = same and reader.meta["format"] == FORMAT and not engine.config.checkpoint.override_recipe
+    settings = engine.config.checkpoint
+    changed = settings.override_recipe or settings.branch_from is not None
+    near = same and reader.meta["format"] == FORMAT and not changed
     rank, grid = engine.grid.rank, engine.grid
     reader.search_first([[file_name(rank), file_name(rank - grid.tp_rank)]])
     shared = SharedReader(reader, control)
@@ -320,8 +322,13 @@ def _has_state(
     reader: CheckpointReader | SharedReader, state: SparseWeight, config: ResolvedConfig
 ) -> bool:
     """Whether the saved state of a weight is to be taken over."""
-    if not config.checkpoint.override_recipe:
+    settings = config.checkpoint
+    if not settings.override_recipe and settings.branch_from is None:
         return True  # if it is missing, reading it is an error
     before, now = reader.meta["config"]["sparsity"], to_dict(config)["sparsity"]
     same = before["sparsity_recipe"] == now["sparsity_recipe"]
-    return same and f"sparsity/{state.name}/counters" in reader
+    # A branch keeps its position, masks too, which a phase of another kind replaces; Wanda's norms
+    # are to be there if they are wanted.
+    norms = state.inputs is None or f"sparsity/{state.name}/input_square" in reader
+    kept = same or (settings.branch_from is not None and norms)
+    return kept and f"sparsity/{state.name}/counters" in reader

@@ -9,7 +9,7 @@ import yaml
 
 from megasparse.config import RunConfig, load_config, resolve, smallest_world, to_dict
 from megasparse.errors import ConfigError
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 from megasparse.sparsity.schedule import keeps_masks
 
 CONFIGS = Path(__file__).parents[2] / "configs"

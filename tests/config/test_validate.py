@@ -132,7 +132,7 @@ def test_refusals(flags, world, message):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_committed_configs_resolve(path):
     from megasparse.config.shapes import parameter_count
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.sparsity.run_recipe import recipe_of
 
     config = load_config(["--config", str(path)])
     world = 8 * config.parallel.expert_model_parallel_size

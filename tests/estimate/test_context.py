@@ -15,7 +15,7 @@ from megasparse.estimate.flops import of_run
 from megasparse.estimate.gemm_table import GemmTable
 from megasparse.estimate.memory import footprint
 from megasparse.estimate.time import step_time
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 
 ROOT = Path(__file__).parents[2]
 TABLE = GemmTable(ROOT / "tools" / "results" / "gemm-h200.json")

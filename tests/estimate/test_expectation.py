@@ -8,7 +8,7 @@ import pytest
 
 from megasparse.config import load_config, resolve
 from megasparse.estimate.expectation import expectation, measured_table
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 
 LLAMA = [
     "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu",

@@ -33,7 +33,7 @@ def _measure(rank: int, world: int, flags: list[str]) -> dict[str, Any]:
     from megasparse.estimate.memory import footprint, stage_weights
     from megasparse.megatron.data.batches import batches, build_data
     from megasparse.megatron.grid import make_grid
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.sparsity.run_recipe import recipe_of
     from megasparse.train.build import build_engine
     from megasparse.train.engine.deepspeed import start_process
 
@@ -113,7 +113,7 @@ def _saved(rank: int, world: int, flags: list[str]) -> list[int]:
     from megasparse.megatron.model import build_model
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.clock import Clock
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.sparsity.run_recipe import recipe_of
     from megasparse.train.engine.deepspeed import start_process
 
     config = resolve(load_config(flags), world)
@@ -167,7 +167,7 @@ def test_operands_in_8_bits(name):
     from megasparse.estimate.memory import footprint
     from megasparse.kernels import transposable24_mask, weight_pack24
     from megasparse.kernels.packed24 import E4M3, Packed24
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.sparsity.run_recipe import recipe_of
 
     config = resolve(
         load_config([*BASE, *LLAMA, *FP8, "--masked-decay", "none", "--sparsity-recipe", name]), 1
@@ -195,7 +195,7 @@ def test_gradients_of_zero_2_are_shares(stage, precision):
     """Ranks hold them whole and all the time, or from ZeRO 2 on a share each, within a step."""
     from megasparse.config import load_config, resolve
     from megasparse.estimate.memory import footprint
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.sparsity.run_recipe import recipe_of
 
     world = 8
     flags = ["--zero-stage", str(stage), "--global-batch-size", str(2 * world)]

@@ -48,7 +48,7 @@ def test_micro_batches_do_not_wait_for_the_device(device, one_rank, flags):
     from megasparse.fp8.delayed import DelayedScaling
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.clock import Clock
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.sparsity.run_recipe import recipe_of
     from tools.bench.parts.single_layer import build_layer, rotary_frequencies
 
     everything = ["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"]

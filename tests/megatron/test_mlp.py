@@ -29,7 +29,7 @@ def _mlp(world, flags, fused, patterns=None, **options):
     from megasparse.megatron.init import initialize_weights
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.clock import Clock
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.sparsity.run_recipe import recipe_of
     from tools.bench.parts.single_layer import build_layer
 
     device = torch.device("cpu")

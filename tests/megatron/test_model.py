@@ -19,7 +19,7 @@ def _build(rank, world, flags):
     from megasparse.megatron.model import build_model
     from megasparse.megatron.sparsify import sparsify
     from megasparse.sparsity.clock import Clock
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.sparsity.run_recipe import recipe_of
 
     config = resolve(load_config(flags), world)
     grid = make_grid(config.parallel.tensor_model_parallel_size, torch.device("cpu"), 1)

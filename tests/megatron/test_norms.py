@@ -17,7 +17,7 @@ from megasparse.megatron.grid import make_grid
 from megasparse.megatron.init import initialize_weights
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.clock import Clock
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 from tests import dist
 from tools.bench.parts.single_layer import build_layer, rotary_frequencies
 

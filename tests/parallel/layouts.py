@@ -105,6 +105,8 @@ RUNS = {
     "llama fst, attention too": (
         [
             *BASE, *LLAMA_STYLE, *DOCUMENTS_APART,
+            # Masks of another kind from step 5 on, with grad_input pruned twice.
+            "--sparsity-phases", "fst:1/2,row+grad-input=double-pruned:1/2",
             "--sparse-layers", "*.mlp.*", "*.self_attention.linear_*",
         ],
         [*RICH[:1], "cp 2, pp 2, zero 1"],

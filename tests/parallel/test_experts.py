@@ -75,7 +75,7 @@ def _differing(rank: int, world: int, flags: list[str]) -> None:
     from megasparse.config import load_config, resolve
     from megasparse.megatron.consistency import check_replicas
     from megasparse.megatron.grid import make_grid
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.sparsity.run_recipe import recipe_of
     from megasparse.train.build import build_engine
     from megasparse.train.engine.deepspeed import start_process
 

@@ -12,7 +12,8 @@ from megasparse.config import RunConfig, SparsityConfig, load_config
 from megasparse.config.schema.sparsity import RecipeName
 from megasparse.errors import ConfigError
 from megasparse.sparsity import schedule
-from megasparse.sparsity.recipe import PRESETS, SparsityRecipe, make_recipe, recipe_of
+from megasparse.sparsity.recipe import PRESETS, SparsityRecipe, make_recipe
+from megasparse.sparsity.run_recipe import recipe_of
 
 
 def test_presets_name_their_sparse_gemms():
@@ -22,6 +23,7 @@ def test_presets_name_their_sparse_gemms():
         "ste": ("output",),
         "sr_ste": ("output",),
         "fst": ("output", "grad_input", "grad_weight"),
+        "fst_relaxed": ("output", "grad_input", "grad_weight"),
         "s_ste": ("output", "grad_weight"),
         "s_ste_3": ("output", "grad_input", "grad_weight"),
         "ast": ("output",),
@@ -169,7 +171,7 @@ def test_a_setting_of_the_run_reaches_the_recipe_by_its_name():
         ("ste", {"s_ste_scale": "every_step"}, "expected s_ste or s_ste_3"),
         ("fst", {"sparse_grad_input": "double-pruned"}, "by rows alone: ste, sr_ste, s_ste, s_st"),
         ("dense", {"sparse_grad_input": "double-pruned"}, "by rows alone: ste"),
-        ("ast", {"masked_decay_before_clipping": True}, "expected sr_ste or fst"),
+        ("ast", {"masked_decay_before_clipping": True}, "expected sr_ste, fst or fst_relaxed"),
     ],
 )
 def test_what_a_recipe_has_no_use_for(recipe, flags, message):
@@ -203,6 +205,7 @@ def test_constants_of_the_presets_are_those_of_the_papers():
         "ste": ("row", "off", "none", 0.0, 0, 1, 0.0, 0.0),
         "sr_ste": ("row", "off", "masked_decay", 2e-4, 0, 1, 0.0, 0.0),
         "fst": ("transposable", "exact", "masked_decay", 6e-5, 0, 1, 0.0, 1 / 6),
+        "fst_relaxed": ("transposable", "exact", "masked_decay", 6e-5, 0, 1, 0.0, 0.0),
         "s_ste": ("soft_threshold", "exact", "none", 0.0, 0, 1, 0.0, 0.0),
         "s_ste_3": ("soft_threshold", "exact", "none", 0.0, 0, 1, 0.0, 0.0),
         "ast": ("row", "off", "decoupled_masked_decay", 1e-4, 10_000, 10, 0.0, 0.0),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megasparse.config import load_config, resolve
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 from megasparse.train.report import format_report, next_commands
 from tests.runs import TINY
 

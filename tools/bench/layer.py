@@ -35,7 +35,7 @@ from megasparse.fp8.transformer_engine import refusal
 from megasparse.megatron.grid import make_grid
 from megasparse.megatron.sparsify import sparsify
 from megasparse.sparsity.clock import Clock
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 from megasparse.train.engine.deepspeed import start_process, stop_process
 from tools.bench.parts.profiling import Profile, profiled, table
 from tools.bench.parts.short_runs import stand_alone

@@ -35,7 +35,7 @@ from megasparse.cli import guarded, markdown_table
 from megasparse.config import load_config, padded_vocab_size, resolve
 from megasparse.megatron.data.batches import batches, build_data
 from megasparse.megatron.grid import make_grid
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 from megasparse.train.build import build_engine
 from megasparse.train.engine.deepspeed import start_process, stop_process
 from megasparse.train.recorder import Recorder

@@ -15,6 +15,7 @@ Trains
     fst_every_10, fst_every_40         --ablations: the mask interval
     fst_mvue_approximate, fst_no_mvue  how the output gradient is made 2:4, or not
     fst_no_decay, fst_tail             without masked decay; with the paper's dense tail of 1/6
+    fst_relaxed, fst_relaxed_exact     row-wise masks in the last third
     fst_decay_2e-4, _6e-4, _6e-3       with another strength of it; sr_ste_decay_2e-4 likewise
     fst_rho, sr_ste_rho                lambda follows the second moments, rho 0.05
     fst_decay_before_clipping          gradient and decay clipped together

@@ -28,7 +28,7 @@ from megasparse.config import load_config, padded_vocab_size, resolve
 from megasparse.fp8 import delayed
 from megasparse.megatron.data.batches import batches, build_data
 from megasparse.megatron.grid import make_grid
-from megasparse.sparsity.recipe import recipe_of
+from megasparse.sparsity.run_recipe import recipe_of
 from megasparse.train.build import build_engine
 from megasparse.train.engine.deepspeed import start_process, stop_process
 from tools.bench.parts.short_runs import stand_alone

@@ -29,6 +29,8 @@ ABLATIONS = {
     "fst_decay_6e-3": [*FST, *EVERY_STEP, "--masked-decay", "6e-3"],
     "fst_rho": [*FST, *EVERY_STEP, *FOLLOWED],
     "fst_decay_before_clipping": [*FST, *EVERY_STEP, "--masked-decay-before-clipping"],
+    "fst_relaxed": ["--sparsity-recipe", "fst_relaxed", *EVERY_STEP],
+    "fst_relaxed_exact": [*FST, *EVERY_STEP, "--sparsity-phases", "fst:2/3,row+mvue=off:1/3"],
     "fst_tail": ["--sparsity-recipe", "fst", *EVERY_STEP],
     "fst_all_linears": [*FST, *EVERY_STEP, *ALL_LINEARS],
     "sr_ste_double_pruned": [*SR_STE, "--sparse-grad-input", "double-pruned"],

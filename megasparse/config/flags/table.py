@@ -79,10 +79,11 @@ _OURS = """
     sparsity_recipe sparse_layers mask_update_interval freeze_masks masked_decay
     masked_decay_ramp_iters masked_decay_rho masked_decay_update_interval
     masked_decay_before_clipping mvue mvue_groups operand_packing sparse_grad_input
-    dense_warmup_fraction dense_tail_fraction s_ste_scale simulate_fp8 mask_metric
-    weight_scale_groups slorb_k slorb_train_projection track_flip_rate
+    dense_warmup_fraction dense_tail_fraction sparsity_phases s_ste_scale simulate_fp8
+    mask_metric weight_scale_groups slorb_k slorb_train_projection track_flip_rate
     kd_loss_weight lm_loss_weight kd_temperature teacher_load teacher_dtype
-    run_dir load_hf resume keep_last max_failed_saves max_restarts max_restarts_without_progress
+    run_dir load_hf branch_from resume keep_last max_failed_saves max_restarts
+    max_restarts_without_progress
     override_batch override_seq_length override_seed override_data override_tokenizer
     override_schedule override_precision override_model override_recipe override_distillation
     override_rng fp8_fallback calibration_samples log_level log_csv log_layers peak_tflops

@@ -32,6 +32,12 @@ class CheckpointConfig:
     finetune: bool = option(
         False, "take the weights of --load alone: step 0, a new optimizer, other data or recipe"
     )
+    branch_from: str | None = option(
+        None,
+        "a checkpoint (step-NUMBER, or a run's newest) to go on from in another folder: same step, "
+        "data order, optimizer and draws, with other phases of the recipe if they are given",
+        path="read",
+    )
     resume: bool = option(
         False, "continue from the newest checkpoint in --save, or start when there is none"
     )

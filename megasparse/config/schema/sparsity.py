@@ -8,7 +8,9 @@ from typing import Literal, get_args
 from megasparse.config.schema.option import option
 
 # The words of the sparsity group, each written here alone.
-RecipeName = Literal["dense", "ste", "sr_ste", "fst", "s_ste", "s_ste_3", "ast", "cast"]
+RecipeName = Literal[
+    "dense", "ste", "sr_ste", "fst", "fst_relaxed", "s_ste", "s_ste_3", "ast", "cast"
+]
 Mvue = Literal["off", "exact", "approximate"]
 MvueGroups = Literal["neighbours", "strided"]
 SparseGradInput = Literal["exact", "double-pruned"]
@@ -89,6 +91,12 @@ class SparsityConfig:
         "share of the steps that is dense at the end (FST's paper: 1/6)",
         at_least=0.0,
         below=1.0,
+    )
+    sparsity_phases: str | None = option(
+        None,
+        "the run's phases and their shares of its steps, in place of the two dense fractions, as "
+        "in dense:0.1,fst:0.57,row+grad-input=exact+mvue=off:0.33: recipes, or the run's recipe "
+        "with transposable, row or soft_threshold weights; options grad-input, mvue, decay",
     )
     s_ste_scale: str | None = option(
         None,

@@ -1,10 +1,10 @@
 """When layers are captured, replayed and let go: the life of CUDA graphs over a run.
 
-Graphs are of a phase (dense or sparse) and of a kind of step (with metrics measured in it, or not).
-The first step of each kind runs eagerly, the next of its kind is captured. They are let go when the
-phase changes, when states got other addresses (a loaded checkpoint), when a step is computed again
-for what was not finite in it, and when the scales that products assume are no longer those of the
-operands (`fp8/scale.py`); the step after that captures anew.
+Graphs are of a phase of the recipe's schedule and of a kind of step (with metrics measured in it,
+or not). The first step of each kind runs eagerly, the next of its kind is captured. They are let go
+when the phase changes, when states got other addresses (a loaded checkpoint), when a step is
+computed again for what was not finite in it, and when the scales that products assume are no longer
+those of the operands (`fp8/scale.py`); the step after that captures anew.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class LayerGraphs:
         self._refill = self._refills()
         self._refresh = Replayed(controller.refresh)
         self._update: Replayed | None = None
-        self._phase: tuple[bool, int] | None = None  # sparse, and moves of the states
+        self._phase: tuple[int, int] | None = None  # of the schedule, and moves of the states
         self._active: list[GraphSet] | None = None
         self._look_at, self._patience = 0, FIRST_PATIENCE
         self._refusal: str | None = None
@@ -85,7 +85,7 @@ class LayerGraphs:
         """
         controller = self._controller
         assert controller.seeds is not None
-        phase = (controller.sparse_now, controller.moves)
+        phase = (controller.span.number, controller.moves)
         if phase != self._phase:
             self.let_go()
             self._warm.clear()
@@ -96,7 +96,7 @@ class LayerGraphs:
             controller.begin_step(lambda: self._refresh(self._recorder))
             if controller.has_operands:
                 self._refill[controller.asked](self._recorder)
-        self._phase = (controller.sparse_now, controller.moves)
+        self._phase = (controller.span.number, controller.moves)
         controller.seeds.begin_step(micro_batches)
         kind = controller.asked
         ready = self._refusal is None and not self.paused
@@ -193,6 +193,8 @@ class LayerGraphs:
             return
         self._look_at = max(self._look_at, controller.clock.step + self._patience)
         what = "the sparse phase" if controller.sparse_now else "the dense phase"
+        if sum(phase.recipe.is_sparse for phase in controller.recipe.phases) > 1:
+            what = f"phase {controller.span.number + 1}"
         what += ", steps with metrics" if kind else ""
         logger.info(
             "CUDA graphs: %d layers captured for %s in %.1f s, %.2f GiB",

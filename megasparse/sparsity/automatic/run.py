@@ -65,6 +65,12 @@ class Run:
         """Whether the step under way is in the sparse phase."""
         return schedule.is_sparse_step(self.recipe, self.clock.step, self.clock.train_iters)
 
+    @property
+    def regulariser(self) -> str:
+        """How the step under way decays masked weights."""
+        span = schedule.span_at(self.recipe, self.clock.step, self.clock.train_iters)
+        return span.recipe.regulariser
+
     def masked_decay(self) -> float:
         """lambda of the step under way."""
         return schedule.masked_decay(self.recipe, self.clock.step, self.clock.train_iters)

@@ -78,7 +78,7 @@ class Updates:
         if not owned or self._run.masked_decay() == 0.0:
             return None
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-        if self._run.recipe.regulariser == "decoupled_masked_decay":
+        if self._run.regulariser == "decoupled_masked_decay":
             self._check_adamw(optimizer, closure)
             self._take_gradients(owned)
             return None
@@ -115,7 +115,7 @@ class Updates:
     @torch.no_grad()
     def by_hand(self) -> None:
         """Decay all gradients, for an optimizer that torch's hooks do not know."""
-        if self._run.recipe.regulariser == "decoupled_masked_decay":
+        if self._run.regulariser == "decoupled_masked_decay":
             return
         if self._run.masked_decay() and not self._run.stepped:
             everything = {id(layer.weight): layer.weight for layer in self._layers.values()}
@@ -199,7 +199,7 @@ class Updates:
 def _mask_of(layer: Layer) -> torch.Tensor | None:
     """The mask that a layer is pruned by; of a soft threshold it only measures."""
     state = layer.state
-    return state.mask if state is not None and state.recipe.has_mask else None
+    return state.mask if state is not None and state.now.has_mask else None
 
 
 def _loss_scale(optimizer: torch.optim.Optimizer) -> float:

@@ -45,6 +45,10 @@ class StepResult:
     lr: float
 
 
+# Decays that join the momentum instead of the gradient.
+DECOUPLED = ("decoupled_masked_decay", "masked_l1_decay")
+
+
 class Engine:
     """DeepSpeed's engine around a model, with masked decay between clipping and AdamW.
 
@@ -67,9 +71,9 @@ class Engine:
         self.model = model = layout.model
         self.timer = controller.timer
         train = config.train
-        recipe = controller.recipe
+        recipes = [phase.recipe for phase in controller.recipe.phases]
         decay = MaskedDecay(controller)
-        self._decay = decay if recipe.regulariser != "none" else None
+        self._decay = decay if any(one.regulariser != "none" for one in recipes) else None
         self.optimizer = MaskedAdamW(
             parameter_groups(
                 model.named_parameters(),
@@ -79,13 +83,12 @@ class Engine:
             ),
             before_step=self._before_step,
             pieces=None if self._decay is None else decay.pieces,
-            decoupled=recipe.regulariser in ("decoupled_masked_decay", "masked_l1_decay"),
-            of_sign=recipe.regulariser == "masked_l1_decay",
+            of_sign=any(one.regulariser == "masked_l1_decay" for one in recipes),
             lr=train.lr,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_eps,
         )
-        together = recipe.masked_decay_before_clipping
+        together = any(one.masked_decay_before_clipping for one in recipes)
         self._measured = decay.with_decay if together else zero.gradient_alone
         self._norm_without_zero: float | None = None
         self._engine = layout.start(self.optimizer)
@@ -112,7 +115,7 @@ class Engine:
             else zero.fragments(model.named_parameters(), self.optimizer)
         )
         decay.attach(self.fragments)
-        if recipe.masked_decay_rho is not None:
+        if controller.recipe.masked_decay_rho is not None:
             self._rule = DecayRule(controller, decay, self.optimizer, self._over_holders)
         if zero1 is not None:
             zero1.fragments = self.fragments
@@ -186,9 +189,11 @@ class Engine:
             return False
         if self._decay is not None:
             optimizer, strength = self.optimizer, self.controller.decay_factor()
+            recipe = self.controller.span.recipe
             optimizer.decay = strength
             optimizer.kept = self.controller.kept_momentum()
-            if self.controller.recipe.masked_decay_before_clipping:
+            optimizer.decoupled = recipe.regulariser in DECOUPLED
+            if recipe.masked_decay_before_clipping:
                 optimizer.decay = self._clipped_by() * strength
             if self.controller.asked and (clip := float(optimizer.clip)) > 0:
                 self._decay.measure(optimizer, float(optimizer.decay) / clip)

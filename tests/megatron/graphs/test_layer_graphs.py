@@ -129,6 +129,14 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             *["--window-size", "3,0", "--no-rope-freq", "2"],
         ],
     ),
+    # Two, six and six steps: each phase is captured anew.
+    "dense, fst, row-wise": (
+        1,
+        [
+            *("--dense-warmup-fraction", "none", "--dense-tail-fraction", "none"),
+            *("--sparsity-phases", "dense:1/7,fst:3/7,row+grad-input=double-pruned:3/7"),
+        ],
+    ),
     "s_ste, scale of every step": (1, [*S_STE, "--s-ste-scale", "every_step"]),
     "fst, ZeRO 1, ramp-up": (
         1,

@@ -72,7 +72,7 @@ def _one_step(rank, world, flags):
     from megasparse.config import load_config, resolve
     from megasparse.megatron.data.batches import batches, build_data
     from megasparse.megatron.grid import make_grid
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.sparsity.run_recipe import recipe_of
     from megasparse.train.build import build_engine
     from megasparse.train.engine.deepspeed import start_process
 

@@ -52,7 +52,7 @@ def measure(flags: Sequence[str], steps: int, profile: bool = False) -> Result:
     from megasparse.config.shapes import parameter_count
     from megasparse.megatron.data.batches import batches, build_data, samples_digest
     from megasparse.megatron.grid import make_grid
-    from megasparse.sparsity.recipe import recipe_of
+    from megasparse.sparsity.run_recipe import recipe_of
     from megasparse.train.build import build_engine
     from megasparse.train.engine.deepspeed import fix_order_of_sums, start_process
 

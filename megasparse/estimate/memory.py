@@ -134,8 +134,8 @@ def footprint(
         ),
     }
     transient = {
-        # Or, of a sum that is not in float32, the copy for the update.
-        "gradients": added * shard if zero >= 2 else (FLOAT32 - added) * shard,
+        # For the update: ZeRO's shards, or the copy of a sum that is not in float32.
+        "gradient copies": added * shard if zero >= 2 else (FLOAT32 - added) * shard,
         "activations": activations(config, world, stage, gpu),
         "workspace": workspace(config, vocabulary, numel, stage, gpu),
     }

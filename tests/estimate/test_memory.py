@@ -207,4 +207,4 @@ def test_gradients_of_zero_2_are_shares(stage, precision):
         assert whole <= found.state["gradients"] <= whole + padding
     else:
         assert found.state["gradients"] == 0
-        assert whole <= world * found.transient["gradients"] <= whole + padding
+        assert whole <= world * found.transient["gradient copies"] <= whole + padding

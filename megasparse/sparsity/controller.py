@@ -85,8 +85,8 @@ class SparsityController:
         """
         taken = set()
         for state, weight in self.weights:
-            # Gradients of experts, and of weights that learn scales of themselves, are autograd's.
-            own = state.experts is None and not state.recipe.weight_scale_groups
+            # Gradients of experts, and of weights that CAST computes with, are autograd's.
+            own = state.experts is None and not state.recipe.dense_forward
             if weight in places and own:
                 state.total = GradientSum(places[weight], step)
                 taken.add(weight)

@@ -136,7 +136,7 @@ class SparsityHandle:
         for name, layer in self.layers.items():
             mask = state["layers"][name].get("mask")
             if mask is not None and layer.state is not None:
-                per = 16 if layer.state.mask_transposable else 4
+                per = 16 if mask.shape[0] < layer.out_features else 4  # patterns of blocks, groups
                 if mask.numel() * per != layer.in_features * layer.out_features:
                     raise CheckpointError(
                         f"sparsity state: {name}: a mask of {mask.numel() * per} entries, expected "

@@ -40,14 +40,19 @@ def take_over(config: RunConfig, given: Collection[str]) -> list[str]:
     differences = []
     for name in (*defining_fields(found), "vocab_size"):
         here, there = getattr(config.model, name), getattr(found, name)
-        if name not in given or here is None:
-            setattr(config.model, name, there)
+        setting = _SETTING_OF.get(name, name)
+        if setting not in given or here is None:
+            setattr(config.model, setting, getattr(found, setting))
         elif here != there:
             differences.append(f"{name} {_shown(there)}, found {_shown(here)}")
     _take_lengths(config, found, given)
     if differences:
         return [f"load_hf: {folder} has " + "; ".join(differences) + "; leave these settings out"]
     return []
+
+
+# What follows from a setting, and is compared in its place: two spellings may mean the same.
+_SETTING_OF = {"expert_layers": "moe_layer_freq"}
 
 
 def _shown(value: object) -> str:

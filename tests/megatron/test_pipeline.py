@@ -30,7 +30,11 @@ class _Layer(torch.nn.Module):
 def _part(sequence_parallel=False, world=1, rotary=None, recompute=False, clock=None):
     from megasparse.megatron import pipeline
 
-    config = SimpleNamespace(sequence_parallel=sequence_parallel, tensor_model_parallel_size=world)
+    config = SimpleNamespace(
+        sequence_parallel=sequence_parallel,
+        tensor_model_parallel_size=world,
+        context_parallel_size=1,
+    )
     layer = _Layer()
     with mock.patch.object(pipeline, "build_module", lambda *_, **__: layer):
         part = pipeline.LayerPart(config, None, 0, rotary, clock or Clock(1, 10), recompute)

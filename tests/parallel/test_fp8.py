@@ -217,7 +217,7 @@ def test_a_shard_that_cuts_a_tile_is_refused(tmp_path, dataset):
 
 def fused_run(rank: int, world: int, flags: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
     """Rows of a run, and how often MLPs and norms took their fused paths."""
-    from megasparse.megatron import mlp, norms
+    from megasparse.megatron.blocks import mlp, norms
 
     with (
         mock.patch.object(mlp, "gated_feed_forward", wraps=mlp.gated_feed_forward) as one,

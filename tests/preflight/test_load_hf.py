@@ -87,7 +87,8 @@ def test_every_defining_setting_comes_from_the_folder(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(GPT2))
     config, problems = taken(folder)
     assert not problems and config.model.seq_length == config.model.max_position_embeddings == 64
-    may_be_none = {"window_size", "window_attn_skip_freq", "no_rope_freq"}
+    may_be_none = {"window_size", "window_attn_skip_freq", "no_rope_freq", "num_experts"}
+    may_be_none |= {"moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"}
     assert all(getattr(config.model, name) is not None for name in {*DEFINING} - may_be_none)
     _, (problem,) = taken(folder, "--max-position-embeddings", "128")
     assert "max_position_embeddings 64, found 128" in problem

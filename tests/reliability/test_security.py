@@ -62,6 +62,7 @@ READ_OTHERWISE = {
     "megasparse/distributed/launchers.py": "/proc",
     "megasparse/preflight/facts.py": "/proc, and the package itself",
     "megasparse/data/corpus.py": "files of Python's library, for the corpus of the quickstart",
+    "megasparse/data/chat/corpus.py": "the same, for the conversations of the example",
     "megasparse/data/inputs.py": "texts to tokenize, which may come through a pipe",
     "launch/evaluate.py": "a text, which may come through a pipe",
     "launch/generate.py": "prompts, which may come through a pipe",

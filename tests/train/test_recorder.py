@@ -92,7 +92,8 @@ def test_rows_have_what_is_documented_at_log_steps(runs):
         if row["step"] not in (1, 3, 5):
             assert not log_only & row.keys()
     third = rows[2]
-    assert log_only - {"scale", "double_pruned"} <= third.keys()
+    of_others = {"scale", "double_pruned", "load_balancing_loss", "z_loss"}
+    assert log_only - of_others <= third.keys()
     assert third.keys() <= {metric.key for metric in METRICS}
     assert {metric.key for metric in STEP_METRICS} == rows[4].keys() & {
         metric.key for metric in STEP_METRICS
@@ -303,7 +304,9 @@ def test_rates_are_of_one_rank_and_utilization_of_the_dense_model(monkeypatch, w
     recorder._flops = TokenFlops(dense=1000.0, recomputed=100.0, saved=-1.0)
     recorder._tokens, recorder._seconds = 4096 * world, 8.0
     recorder._config = SimpleNamespace(
-        logging=SimpleNamespace(log_interval=1), train=SimpleNamespace(train_iters=9)
+        logging=SimpleNamespace(log_interval=1),
+        train=SimpleNamespace(train_iters=9),
+        model=SimpleNamespace(expert_layers=[False]),
     )
     recorder._stragglers, recorder.only_log = StragglerWatch(), None
 

@@ -8,10 +8,10 @@ import torch
 
 from megasparse.log import log_once, warn_once
 from megasparse.sparsity.gemms import packed, packed_experts
+from megasparse.sparsity.gemms.cusparselt_packed import LibrarySparseGemms
 from megasparse.sparsity.gemms.dense import DenseGemms, ReferenceSparseGemms
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
 from megasparse.sparsity.gemms.experts import DenseExpertGemms, ExpertGemms, ReferenceExpertGemms
-from megasparse.sparsity.gemms.library import LibrarySparseGemms
 from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
 from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms

@@ -9,7 +9,7 @@ from megasparse.kernels import dispatch
 from megasparse.kernels.checks import require
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.spmm24 import cusparselt, reference
-from megasparse.kernels.spmm24.library_packing import LibraryPacked24
+from megasparse.kernels.spmm24.cusparselt_packing import LibraryPacked24
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, E4M3)
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from megasparse.errors import KernelError
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.spmm24.binding import Problem, plan
-from megasparse.kernels.spmm24.library_packing import LibraryPacked24
+from megasparse.kernels.spmm24.cusparselt_packing import LibraryPacked24
 
 
 def spmm24(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megasparse.kernels.packed24 import Packed24
-from megasparse.kernels.spmm24.library_packing import LibraryPacked24
+from megasparse.kernels.spmm24.cusparselt_packing import LibraryPacked24
 
 
 def spmm24(

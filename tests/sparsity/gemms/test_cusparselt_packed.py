@@ -7,9 +7,9 @@ import torch
 
 from megasparse.errors import ConfigError, KernelError
 from megasparse.kernels import matmul24, pack24, prune24_mask, spmm24, transposable24_mask
-from megasparse.kernels.spmm24.library_packing import pack24_by_library
+from megasparse.kernels.spmm24.cusparselt_packing import pack24_by_library
+from megasparse.sparsity.gemms.cusparselt_packed import LibrarySparseGemms
 from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
-from megasparse.sparsity.gemms.library import LibrarySparseGemms
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import ShardSlice, WeightShard

@@ -15,7 +15,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import matmul24, spmm24
-from megasparse.kernels.spmm24.library_packing import LibraryPacked24, pack24_by_library
+from megasparse.kernels.spmm24.cusparselt_packing import LibraryPacked24, pack24_by_library
 from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
 from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
 from megasparse.sparsity.gemms.packed import ALIGNMENT

@@ -29,7 +29,7 @@ from megasparse.checkpoint.proof import check_sparsity, format_tensors
 from megasparse.cli import guarded
 from megasparse.data.indexed import validate
 from megasparse.data.sidecar import bin_path, check_sidecar
-from megasparse.data.tokenizer import begin, token_rules
+from megasparse.data.tokenizers.tokenizer import begin, token_rules
 from megasparse.distributed.environment import rank_for_log
 from megasparse.errors import ConfigError, DataError
 from megasparse.inference.loading import LoadedModel, add_model_flags, leave, open_model

@@ -51,11 +51,14 @@ DOORS = {
         "megasparse/kernels/*/triton*.py",
         "tools/bench/kernels.py",
     ],
-    "sentencepiece": ["megasparse/data/tokenizer.py", "megasparse/data/spm_*.py"],
+    "sentencepiece": [
+        "megasparse/data/tokenizers/tokenizer.py",
+        "megasparse/data/tokenizers/spm_*.py",
+    ],
     "tokenizers": [
-        "megasparse/data/hf_tokenizer.py",
-        "megasparse/data/spm_json.py",
-        "megasparse/data/bpe_files.py",
+        "megasparse/data/tokenizers/hf_tokenizer.py",
+        "megasparse/data/tokenizers/spm_json.py",
+        "megasparse/data/tokenizers/bpe_files.py",
     ],
     "pyarrow": ["megasparse/data/inputs.py"],
     "jinja2": ["megasparse/data/chat/template.py"],

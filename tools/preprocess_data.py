@@ -30,8 +30,8 @@ from pathlib import Path
 from megasparse.cli import guarded
 from megasparse.data.manifest import ERROR, ON_BAD_LINE, PreprocessOptions
 from megasparse.data.preprocess import preprocess
-from megasparse.data.token_flags import add_token_flags, token_flags
-from megasparse.data.tokenizer import HUGGINGFACE, SENTENCEPIECE
+from megasparse.data.tokenizers.token_flags import add_token_flags, token_flags
+from megasparse.data.tokenizers.tokenizer import HUGGINGFACE, SENTENCEPIECE
 from megasparse.log import logger
 
 

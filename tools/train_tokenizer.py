@@ -15,7 +15,7 @@ from pathlib import Path
 from megasparse.atomic_files import replacing
 from megasparse.cli import guarded
 from megasparse.data.jsonl import read_texts
-from megasparse.data.tokenizer import load_tokenizer, train_sentencepiece
+from megasparse.data.tokenizers.tokenizer import load_tokenizer, train_sentencepiece
 from megasparse.errors import DataError
 from megasparse.progress import progress
 

@@ -26,7 +26,7 @@ from megasparse.convert.huggingface.model_card import CARD, Facts, model_card
 from megasparse.convert.huggingface.shards import Group, write_model
 from megasparse.convert.packed import FORMATS, pack_checked
 from megasparse.convert.source import Source, check_model
-from megasparse.data.special_tokens import GENERATION_CONFIG
+from megasparse.data.tokenizers.special_tokens import GENERATION_CONFIG
 from megasparse.errors import CheckpointError, ConfigError, StorageError
 from megasparse.input_files import read_regular
 from megasparse.kernels import is_24

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megasparse.cli import byte_count
-from megasparse.data.token_flags import add_token_flags
+from megasparse.data.tokenizers.token_flags import add_token_flags
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,

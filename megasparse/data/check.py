@@ -24,8 +24,8 @@ from megasparse.data.sidecar import (
     mask_path,
     read_sidecar,
 )
-from megasparse.data.special_tokens import TokenOptions
-from megasparse.data.tokenizer import Tokenizer, load_tokenizer, token_rules
+from megasparse.data.tokenizers.special_tokens import TokenOptions
+from megasparse.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, token_rules
 from megasparse.errors import ConfigError, DataError
 
 

@@ -15,7 +15,7 @@ from megasparse.data.chat.template import ChatTemplate, find_template
 from megasparse.data.chat.tokens import ChatEncoder
 from megasparse.data.inputs import Payload
 from megasparse.data.jsonl import texts_of
-from megasparse.data.tokenizer import Tokenizer, begin, tokenizer_file_of
+from megasparse.data.tokenizers.tokenizer import Tokenizer, begin, tokenizer_file_of
 from megasparse.errors import DataError
 
 

@@ -25,7 +25,7 @@ from megasparse.atomic_files import discard, rename, sync, temporary_path
 from megasparse.data.file_errors import write_error
 from megasparse.data.indexed import HEADER, MAGIC, VERSION, dtype_code
 from megasparse.data.sidecar import Chat, Sidecar, bin_path, idx_path, mask_path, sidecar_path
-from megasparse.data.tokenizer import Tokenizer
+from megasparse.data.tokenizers.tokenizer import Tokenizer
 from megasparse.errors import DataError
 
 _CHUNK = 1 << 20  # index entries written at a time

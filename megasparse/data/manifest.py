@@ -12,8 +12,8 @@ from megasparse.atomic_files import write_json
 from megasparse.data.chat.template import ChatTemplate
 from megasparse.data.inputs import STDIN, Source
 from megasparse.data.sidecar import Sidecar
-from megasparse.data.special_tokens import BY_THE_FILES, TokenOptions
-from megasparse.data.tokenizer import Tokenizer, token_rules
+from megasparse.data.tokenizers.special_tokens import BY_THE_FILES, TokenOptions
+from megasparse.data.tokenizers.tokenizer import Tokenizer, token_rules
 
 ERROR, SKIP = "error", "skip"
 ON_BAD_LINE = (ERROR, SKIP)

@@ -37,7 +37,7 @@ from megasparse.data.manifest import (
     write_manifest,
 )
 from megasparse.data.sidecar import bin_path, idx_path, mask_path, sidecar_path
-from megasparse.data.tokenizer import Tokenizer, load_tokenizer
+from megasparse.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megasparse.data.workers import ordered_map
 from megasparse.errors import DataError
 from megasparse.progress import progress

@@ -14,8 +14,8 @@ from megasparse.data.chat.template import (
     named_tokens,
 )
 from megasparse.data.chat.tokens import ChatEncoder
-from megasparse.data.special_tokens import TOKENIZER_CONFIG, read_json_object
-from megasparse.data.tokenizer import Tokenizer
+from megasparse.data.tokenizers.special_tokens import TOKENIZER_CONFIG, read_json_object
+from megasparse.data.tokenizers.tokenizer import Tokenizer
 
 _KEY = "chat_template"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megasparse.data.tokenizer import Tokenizer, begin
+from megasparse.data.tokenizers.tokenizer import Tokenizer, begin
 from megasparse.errors import ConfigError, one_line
 from megasparse.inference.request_scoring import Continuation, Interrupted, RequestScorer
 from megasparse.log import logger

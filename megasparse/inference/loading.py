@@ -27,8 +27,8 @@ from megasparse.config import (
 from megasparse.convert.huggingface.folder import HuggingFaceModel
 from megasparse.convert.source import PartSource, require_decoder
 from megasparse.data.check import token_options
-from megasparse.data.token_flags import add_token_flags, token_flags
-from megasparse.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_of
+from megasparse.data.tokenizers.token_flags import add_token_flags, token_flags
+from megasparse.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_of
 from megasparse.distributed.control_plane import ControlPlane, make_control_plane
 from megasparse.distributed.rendezvous import join_group, own_device
 from megasparse.errors import ConfigError, DataError

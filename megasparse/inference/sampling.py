@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megasparse.data.tokenizer import Tokenizer, begin
+from megasparse.data.tokenizers.tokenizer import Tokenizer, begin
 from megasparse.errors import ConfigError
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.inference import CachedDecoder

@@ -13,9 +13,14 @@ from megasparse.convert.huggingface.folder import CARRIED, CONFIG
 from megasparse.convert.huggingface.model_card import Facts
 from megasparse.convert.huggingface.tokenizer_export import exported_tokenizer, pad_id
 from megasparse.data.check import token_options
-from megasparse.data.special_tokens import TokenOptions
-from megasparse.data.token_flags import token_flags
-from megasparse.data.tokenizer import Tokenizer, load_tokenizer, token_rules, tokenizer_file_of
+from megasparse.data.tokenizers.special_tokens import TokenOptions
+from megasparse.data.tokenizers.token_flags import token_flags
+from megasparse.data.tokenizers.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    token_rules,
+    tokenizer_file_of,
+)
 from megasparse.errors import CheckpointError, DataError
 from megasparse.inference.chat import add_chat_template
 from megasparse.input_files import refuse_links

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megasparse.config import CompleteModel, RunConfig
 from megasparse.convert.huggingface.architecture import defining_fields, model_config
-from megasparse.data.special_tokens import read_json_object
-from megasparse.data.tokenizer import NULL, tokenizer_file_of
+from megasparse.data.tokenizers.special_tokens import read_json_object
+from megasparse.data.tokenizers.tokenizer import NULL, tokenizer_file_of
 from megasparse.errors import CheckpointError
 
 # Of the model's settings those that a run may choose otherwise.

@@ -29,8 +29,8 @@ from megasparse.config import (
     resolve,
 )
 from megasparse.config.deepspeed.derived import deepspeed_config
-from megasparse.data.bpe_files import bpe_tokenizer_json
 from megasparse.data.check import CheckedData, check_data
+from megasparse.data.tokenizers.bpe_files import bpe_tokenizer_json
 from megasparse.distributed.environment import is_same_launch
 from megasparse.distributed.faults import from_environment
 from megasparse.distributed.supervise import is_supervised

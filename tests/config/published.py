@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megasparse.data.tokenizer import train_sentencepiece
+from megasparse.data.tokenizers.tokenizer import train_sentencepiece
 from tests.runs import make_dataset
 
 

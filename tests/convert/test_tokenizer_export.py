@@ -14,8 +14,13 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from megasparse.atomic_files import write_json
 from megasparse.convert.huggingface.tokenizer_export import exported_tokenizer, pad_id
-from megasparse.data.special_tokens import TokenOptions
-from megasparse.data.tokenizer import begin, load_tokenizer, tokenizer_file_of, train_sentencepiece
+from megasparse.data.tokenizers.special_tokens import TokenOptions
+from megasparse.data.tokenizers.tokenizer import (
+    begin,
+    load_tokenizer,
+    tokenizer_file_of,
+    train_sentencepiece,
+)
 from megasparse.errors import ConfigError, DataError
 
 SAMPLE = ["the cat sat on the mat and the dog ran", "def f(x):\n    return x  # café", "aaaa abab"]

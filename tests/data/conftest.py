@@ -8,7 +8,7 @@ import pytest
 
 from megasparse.data.corpus import write_corpus
 from megasparse.data.jsonl import read_texts
-from megasparse.data.tokenizer import train_sentencepiece
+from megasparse.data.tokenizers.tokenizer import train_sentencepiece
 
 
 @pytest.fixture(scope="session")

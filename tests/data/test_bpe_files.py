@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from megasparse.data.bpe_files import bpe_tokenizer_json
-from megasparse.data.tokenizer import HuggingFaceTokenizer
+from megasparse.data.tokenizers.bpe_files import bpe_tokenizer_json
+from megasparse.data.tokenizers.tokenizer import HuggingFaceTokenizer
 from megasparse.errors import DataError
 
 

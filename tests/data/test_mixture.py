@@ -12,7 +12,7 @@ from megasparse.config import load_config, resolve
 from megasparse.data.check import check_data
 from megasparse.data.indexed_writer import IndexedDatasetWriter, Provenance
 from megasparse.data.mixture import describe, shares
-from megasparse.data.tokenizer import NullTokenizer
+from megasparse.data.tokenizers.tokenizer import NullTokenizer
 from megasparse.errors import ConfigError, DataError
 
 BASE = ["--seq-length", "64", "--global-batch-size", "4", "--train-iters", "25"]

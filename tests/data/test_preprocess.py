@@ -15,8 +15,8 @@ from megasparse.data.inputs import find_inputs, read_records
 from megasparse.data.manifest import PreprocessOptions
 from megasparse.data.preprocess import preprocess
 from megasparse.data.sidecar import check_sidecar
-from megasparse.data.special_tokens import TokenOptions
-from megasparse.data.tokenizer import load_tokenizer, token_rules
+from megasparse.data.tokenizers.special_tokens import TokenOptions
+from megasparse.data.tokenizers.tokenizer import load_tokenizer, token_rules
 from megasparse.errors import DataError
 
 
@@ -240,7 +240,9 @@ def test_text_that_the_tokenizer_refuses_is_named(
     def refuse(self: object, text: str) -> list[int]:
         raise RuntimeError("internal\nproblem")
 
-    monkeypatch.setattr("megasparse.data.tokenizer.SentencePieceTokenizer.encode", refuse)
+    monkeypatch.setattr(
+        "megasparse.data.tokenizers.tokenizer.SentencePieceTokenizer.encode", refuse
+    )
     with pytest.raises(DataError, match="input0.jsonl:1: the tokenizer cannot.*internal problem"):
         run(tmp_path, model_file, GOOD)
 

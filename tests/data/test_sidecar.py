@@ -14,7 +14,7 @@ from megasparse.data import sidecar as side
 from megasparse.data.indexed import validate
 from megasparse.data.indexed_writer import IndexedDatasetWriter, Provenance
 from megasparse.data.sidecar import Sidecar, check_sidecar, read_sidecar
-from megasparse.data.tokenizer import NullTokenizer, token_rules
+from megasparse.data.tokenizers.tokenizer import NullTokenizer, token_rules
 from megasparse.errors import DataError
 
 TOKENIZER = NullTokenizer(100)

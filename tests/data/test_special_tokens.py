@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megasparse.data.special_tokens import (
+from megasparse.data.tokenizers.special_tokens import (
     BY_THE_FILES,
     EOD_PIECES,
     NOTHING_DECLARED,

@@ -13,8 +13,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megasparse.data import tokenizer as tok
-from megasparse.data.spm_json import tokenizer_json
+from megasparse.data.tokenizers import tokenizer as tok
+from megasparse.data.tokenizers.spm_json import tokenizer_json
 from megasparse.errors import DataError
 
 HARD_TEXTS = [

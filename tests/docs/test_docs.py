@@ -15,7 +15,7 @@ import pytest
 
 from megasparse import errors, kernels
 from megasparse.config.fields import ALIASES, FIELDS
-from megasparse.data.tokenizer import load_tokenizer, tokenizer_file_of
+from megasparse.data.tokenizers.tokenizer import load_tokenizer, tokenizer_file_of
 from megasparse.metrics.schema import METRICS
 from tests.test_architecture import LEVELS
 from tools.flag_table import BEGIN, END, with_table

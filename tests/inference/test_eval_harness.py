@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megasparse.config import load_config, resolve
-from megasparse.data.tokenizer import load_tokenizer, train_sentencepiece
+from megasparse.data.tokenizers.tokenizer import load_tokenizer, train_sentencepiece
 from megasparse.distributed.control_plane import make_control_plane
 from megasparse.errors import ConfigError
 from megasparse.inference.eval_harness import HarnessTasks, run_tasks

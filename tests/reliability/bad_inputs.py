@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megasparse.data.tokenizer import train_sentencepiece
+from megasparse.data.tokenizers.tokenizer import train_sentencepiece
 from tests.checkpoint.saves import write_checkpoint
 from tests.runs import TINY, make_dataset
 

@@ -19,7 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megasparse.data.indexed import validate
 from megasparse.data.jsonl import read_texts
 from megasparse.data.sidecar import check_sidecar
-from megasparse.data.tokenizer import load_tokenizer
+from megasparse.data.tokenizers.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 60

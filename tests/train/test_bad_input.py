@@ -48,13 +48,13 @@ def _truncate(prefix: Path, suffix: str, keep: int) -> None:
 def _other_tokenizer(prefix: Path) -> list[str]:
     """A sidecar that names another tokenizer than the one that the run is given."""
     folder = Path(prefix).parent
-    from megasparse.data.tokenizer import train_sentencepiece
+    from megasparse.data.tokenizers.tokenizer import train_sentencepiece
 
     model = folder / "tokenizer.model"
     text = ["hello world, this is text " * 20] * 20
     model.write_bytes(train_sentencepiece(text, 300))
     from megasparse.data.indexed_writer import IndexedDatasetWriter, Provenance
-    from megasparse.data.tokenizer import NullTokenizer
+    from megasparse.data.tokenizers.tokenizer import NullTokenizer
 
     other = folder / "other"
     with IndexedDatasetWriter(other, "uint16") as writer:

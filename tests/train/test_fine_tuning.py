@@ -15,8 +15,8 @@ from megasparse.checkpoint.stored_mask import mask_part
 from megasparse.data.jsonl import read_texts
 from megasparse.data.manifest import PreprocessOptions
 from megasparse.data.preprocess import preprocess
-from megasparse.data.special_tokens import TokenOptions
-from megasparse.data.tokenizer import load_tokenizer
+from megasparse.data.tokenizers.special_tokens import TokenOptions
+from megasparse.data.tokenizers.tokenizer import load_tokenizer
 from megasparse.kernels import is_24
 from megasparse.sparsity.shard import WeightShard
 from megasparse.train.checkpoint import newest_valid

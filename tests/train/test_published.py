@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megasparse.data.tokenizer import load_tokenizer
+from megasparse.data.tokenizers.tokenizer import load_tokenizer
 from megasparse.preflight.settings import prepare
 from megasparse.train.checkpoint import newest_valid
 from tests import dist

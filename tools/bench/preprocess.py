@@ -39,8 +39,8 @@ from megasparse.cli import guarded, markdown_table
 from megasparse.data.corpus import write_corpus
 from megasparse.data.indexed import optimal_dtype
 from megasparse.data.jsonl import read_texts
-from megasparse.data.spm_json import tokenizer_json
-from megasparse.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megasparse.data.tokenizers.spm_json import tokenizer_json
+from megasparse.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megasparse.errors import DataError
 
 CHUNK = 32  # lines at a time, as in Megatron

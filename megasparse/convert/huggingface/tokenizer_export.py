@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megasparse.data.hf_tokenizer import HuggingFaceTokenizer, post_processor
-from megasparse.data.special_tokens import TOKENIZER_CONFIG, TOKENS_MAP, read_json_object
-from megasparse.data.spm_json import tokenizer_json
-from megasparse.data.spm_tokenizer import SentencePieceTokenizer
-from megasparse.data.tokenizer import (
+from megasparse.data.tokenizers.hf_tokenizer import HuggingFaceTokenizer, post_processor
+from megasparse.data.tokenizers.special_tokens import TOKENIZER_CONFIG, TOKENS_MAP, read_json_object
+from megasparse.data.tokenizers.spm_json import tokenizer_json
+from megasparse.data.tokenizers.spm_tokenizer import SentencePieceTokenizer
+from megasparse.data.tokenizers.tokenizer import (
     MADE_FROM,
     ORIGINAL_JSON,
     ORIGINAL_MODEL,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megasparse.config import ResolvedConfig
-from megasparse.data.tokenizer import Tokenizer
+from megasparse.data.tokenizers.tokenizer import Tokenizer
 from megasparse.errors import ConfigError, DataError
 
 # How byte-level tokenizers write a space, a line's end, a tab and a carriage return: as letters.

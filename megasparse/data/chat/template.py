@@ -22,8 +22,8 @@ import jinja2.parser
 import jinja2.sandbox
 
 from megasparse.data.file_errors import read_error
-from megasparse.data.special_tokens import TOKENIZER_CONFIG, read_json_object
-from megasparse.data.tokenizer import Tokenizer
+from megasparse.data.tokenizers.special_tokens import TOKENIZER_CONFIG, read_json_object
+from megasparse.data.tokenizers.tokenizer import Tokenizer
 from megasparse.errors import DataError
 from megasparse.input_files import read_regular
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from megasparse.data.chat.conversation import ASSISTANT, Conversation
 from megasparse.data.chat.template import ChatTemplate, Message
-from megasparse.data.tokenizer import Tokenizer
+from megasparse.data.tokenizers.tokenizer import Tokenizer
 from megasparse.errors import DataError
 
 Span = tuple[int, int]

@@ -14,7 +14,7 @@ from megasparse.config.batches import batch_size
 from megasparse.data.blend import SPLITS, parse_split
 from megasparse.data.check import CheckedData, check_amounts, check_data
 from megasparse.data.mixture import describe, samples_wanted, shares
-from megasparse.data.tokenizer import Tokenizer
+from megasparse.data.tokenizers.tokenizer import Tokenizer
 from megasparse.distributed.signals import ignore_signals
 from megasparse.log import logger
 from megasparse.megatron.blocks.packing import CU_SEQLENS

@@ -7,7 +7,7 @@ import torch
 
 from megasparse.data.bert.labelled import LabelledTexts
 from megasparse.data.bert.masked_tokens import MaskedTokens
-from megasparse.data.tokenizer import Tokenizer
+from megasparse.data.tokenizers.tokenizer import Tokenizer
 from megasparse.megatron.data.masked import PADDING_MASK, TYPES
 
 LABEL = "label"

@@ -14,8 +14,8 @@ from megasparse.data.documents import template_of
 from megasparse.data.indexed import validate
 from megasparse.data.manifest import PreprocessOptions
 from megasparse.data.sidecar import check_sidecar, mask_path, read_sidecar
-from megasparse.data.special_tokens import TokenOptions
-from megasparse.data.tokenizer import load_tokenizer, token_rules
+from megasparse.data.tokenizers.special_tokens import TokenOptions
+from megasparse.data.tokenizers.tokenizer import load_tokenizer, token_rules
 from megasparse.errors import DataError
 from tests.chats import CHATML, conversations, make_tokenizer, write_conversations
 from tools import preprocess_data

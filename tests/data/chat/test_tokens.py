@@ -8,8 +8,8 @@ import transformers
 from megasparse.data.chat.conversation import Conversation, conversation_of
 from megasparse.data.chat.tokens import ChatEncoder
 from megasparse.data.documents import template_of
-from megasparse.data.special_tokens import TokenOptions
-from megasparse.data.tokenizer import load_tokenizer
+from megasparse.data.tokenizers.special_tokens import TokenOptions
+from megasparse.data.tokenizers.tokenizer import load_tokenizer
 from megasparse.errors import DataError
 from tests.chats import CHATML, INSTRUCT, MARKED, THINKING, make_tokenizer, message
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megasparse.data.indexed_writer import IndexedDatasetWriter, Provenance
-from megasparse.data.tokenizer import NullTokenizer
+from megasparse.data.tokenizers.tokenizer import NullTokenizer
 from megasparse.megatron.blocks.packing import bounds_by_positions
 from megasparse.megatron.data.batches import _loss_tokens
 from megasparse.megatron.data.conversations import build_conversations

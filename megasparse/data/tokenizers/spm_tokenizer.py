@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-from megasparse.data.special_tokens import (
+from megasparse.data.tokenizers.special_tokens import (
     BY_THE_FILES,
     NOTHING_DECLARED,
     Declared,

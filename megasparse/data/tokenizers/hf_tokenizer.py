@@ -21,7 +21,7 @@ from typing import Any
 
 import tokenizers
 
-from megasparse.data.special_tokens import (
+from megasparse.data.tokenizers.special_tokens import (
     BY_THE_FILES,
     NOTHING_DECLARED,
     Declared,

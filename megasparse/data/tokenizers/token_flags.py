@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megasparse.data.special_tokens import TokenOptions
+from megasparse.data.tokenizers.special_tokens import TokenOptions
 
 
 def add_token_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -24,8 +24,8 @@ from typing import Protocol
 import sentencepiece
 
 from megasparse.data.file_errors import read_error
-from megasparse.data.hf_tokenizer import HuggingFaceTokenizer
-from megasparse.data.special_tokens import (
+from megasparse.data.tokenizers.hf_tokenizer import HuggingFaceTokenizer
+from megasparse.data.tokenizers.special_tokens import (
     BY_THE_FILES,
     EOD_PIECE,
     TOKENIZER_CONFIG,
@@ -33,7 +33,7 @@ from megasparse.data.special_tokens import (
     read_declared,
     read_json_object,
 )
-from megasparse.data.spm_tokenizer import SentencePieceTokenizer
+from megasparse.data.tokenizers.spm_tokenizer import SentencePieceTokenizer
 from megasparse.errors import DataError
 from megasparse.input_files import read_regular
 

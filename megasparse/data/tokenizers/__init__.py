@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece, Hugging Face, byte-pair files; special tokens and their flags."""

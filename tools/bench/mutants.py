@@ -6,16 +6,17 @@ which lines it executes (`--map`, kept for later calls). Then each mutant is jud
 process that has imported everything: its function's code is exchanged, and the tests that execute
 its line run, the quickest first, until one fails. A test that fails is run alone with the fault and
 without it before it counts. Mutants that run at import are judged in a process that imports anew.
+`--jobs` of them are judged at once, in the order of the draw.
 
     python -m tools.bench.mutants --count 100 --map map.json --output mutants.json
 
-What no test notices is listed; a person says which of them change no behaviour.
+What no test notices is listed at the end; a person says which of them change no behaviour.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import compileall
 import gc
 import importlib
 import json
@@ -24,17 +25,20 @@ import random
 import shutil
 import sys
 import tempfile
-import types
-from collections.abc import Iterator
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megasparse.atomic_files import write_text
-from tools.bench.mutation.executed import make_map
-from tools.bench.mutation.forks import Outcome, import_everything, run
-from tools.bench.mutation.places import ROOT, Mutant, mutants, surroundings
+from tests.order import place
+from tools.bench.mutation.executed import follow, load_map, replace, unfollowed
+from tools.bench.mutation.forks import import_everything
+from tools.bench.mutation.judge import Judge, exchangeable
+from tools.bench.mutation.places import ROOT, Mutant, mutants
+from tools.bench.mutation.workers import Worker, ask
 
+VERDICTS = ("noticed", "survived", "not reached")
 COPIED = ("megasparse", "tests", "tools", "launch", "configs", "docs")
 # Folders of tests that execute the areas; others test kernels, data, flags, and real launchers.
 JUDGES = (
@@ -56,163 +60,6 @@ def test_files() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in found if not str(path).startswith(others)]
 
 
-class Judge:
-    """Judges mutants of a copy of the tree.
-
-    Args:
-        folder: the copy.
-        tests: what `executed.make_map` found.
-        budget: seconds of tests for one mutant, by what they took when they were followed.
-    """
-
-    def __init__(self, folder: Path, tests: dict[str, dict[str, Any]], budget: float) -> None:
-        self._folder, self._tests, self._budget = folder, tests, budget
-        self._sound: dict[str, bool] = {}
-
-    def reached_by(self, mutant: Mutant) -> list[str]:
-        """Tests that execute a mutant's statement, the quickest first, within the budget.
-
-        What runs at import is judged by the tests that execute anything of its module.
-        """
-        around = surroundings((ROOT / mutant.module).read_text(), mutant)
-        found = []
-        for test, one in self._tests.items():
-            lines = one["lines"].get(mutant.module, ())
-            if lines and (around.function is None or any(n in around.lines for n in lines)):
-                found.append(test)
-        found.sort(key=lambda test: self._tests[test]["seconds"])
-        total, chosen = 0.0, list[str]()
-        for test in found:
-            total += self._tests[test]["seconds"] + 0.02
-            if not chosen or total <= self._budget:
-                chosen.append(test)
-        return chosen
-
-    def judge(self, mutant: Mutant, imported: bool) -> tuple[str, str] | None:
-        """What becomes of a mutant, and the test that noticed it.
-
-        Args:
-            imported: the project is imported, so that a function's code is exchanged; else a file.
-
-        Returns:
-            ("noticed" | "survived" | "not reached", test); None where only a file can be changed.
-        """
-        tests = self.reached_by(mutant)
-        if not tests:
-            return "not reached", ""
-        path = self._folder / mutant.module
-        source = path.read_text()
-        changed = source[: mutant.start] + mutant.new + source[mutant.end :]
-        if imported:
-            exchange = _exchange(path, changed, surroundings(source, mutant).function)
-            if exchange is None:
-                return None
-            return self._verdict(tests, exchange)
-        write_text(path, changed)
-        try:
-            return self._verdict(tests, lambda: _import_with(path, changed))
-        finally:
-            write_text(path, source)
-
-    def _verdict(self, tests: list[str], put_in: Any) -> tuple[str, str]:
-        while tests:
-            outcome = self._run(tests, put_in)
-            if outcome.state == "passed":
-                return "survived", ""
-            if outcome.state == "timeout" or outcome.test not in tests:
-                return "noticed", outcome.test or "past the limit of time"
-            # The first of them ran alone already.
-            again = outcome.test == tests[0] or self._run([outcome.test], put_in).state != "passed"
-            if again and self._alone(outcome.test):
-                return "noticed", outcome.test
-            tests = [test for test in tests if test != outcome.test]  # it fails by itself
-        return "not reached", ""
-
-    def _run(self, tests: list[str], put_in: Any) -> Outcome:
-        seconds = sum(self._tests[test]["seconds"] for test in tests)
-        return run(self._folder, tests, 60 + 4 * seconds, put_in)
-
-    def _alone(self, test: str) -> bool:
-        """Whether a test passes without a fault."""
-        if test not in self._sound:
-            self._sound[test] = (
-                self._run([test], lambda: import_everything(self._folder)).state == "passed"
-            )
-        return self._sound[test]
-
-
-def _exchange(path: Path, changed: str, function: tuple[str, int] | None) -> Any:
-    """What gives the functions of a name the code of a changed source; None where it cannot."""
-    if function is None:
-        return None
-    codes = [code for code in _codes(compile(changed, str(path), "exec")) if _key(code) == function]
-    live = [one for one in _functions().get(str(path), ()) if _key(one.__code__) == function]
-    if len(codes) != 1 or not live or codes[0].co_freevars != live[0].__code__.co_freevars:
-        return None
-
-    def put_in() -> None:
-        for one in live:
-            one.__code__ = codes[0]
-
-    return put_in
-
-
-@functools.cache
-def _functions() -> dict[str, list[types.FunctionType]]:
-    """All functions that there are, by file; found once, when everything is imported."""
-    found: dict[str, list[types.FunctionType]] = {}
-    for one in gc.get_objects():
-        if type(one) is types.FunctionType:
-            found.setdefault(one.__code__.co_filename, []).append(one)
-    return found
-
-
-def _key(code: types.CodeType) -> tuple[str, int]:
-    return code.co_name, code.co_firstlineno
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-def _import_with(path: Path, changed: str) -> None:
-    """Import the tree with a file of it changed; one that cannot be imported fails every test."""
-    assert path.read_text() == changed
-    import_everything(Path.cwd())
-
-
-def _judge_all(judge: Judge, rows: list[dict[str, Any]], output: Path, imported: bool) -> None:
-    for row in rows:
-        mutant = Mutant(**{name: row[name] for name in Mutant.__dataclass_fields__})
-        if "verdict" in row:
-            continue
-        verdict = judge.judge(mutant, imported)
-        if verdict is None:
-            continue
-        row["verdict"], row["test"] = verdict
-        write_text(output, json.dumps(rows, indent=1))
-        place = f"{mutant.module}:{mutant.line}"
-        print(f"{verdict[0]:11} {place} {mutant.old!r} -> {mutant.new!r} {verdict[1]}", flush=True)
-
-
-def _in_a_fork(work: Any) -> None:
-    """Do something that imports the project, so that this process goes on without it."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-        raise SystemExit("a part of the work failed; see above")
-
-
 def draw(count: int, seed: int, chosen: str = "") -> list[dict[str, Any]]:
     """A sample of mutants, as rows without a verdict."""
     everything = [one for one in mutants() if one.module.startswith(f"megasparse/{chosen}")]
@@ -221,8 +68,68 @@ def draw(count: int, seed: int, chosen: str = "") -> list[dict[str, Any]]:
     return [asdict(one) for one in sample]
 
 
+class _Answers:
+    """What a worker does: `("follow", file)` and `("judge", row)`.
+
+    Args:
+        folder: its copy of the tree.
+        imported: this process has imported the project from there.
+    """
+
+    def __init__(self, folder: Path, imported: bool, map_path: Path, args: Any) -> None:
+        self.imported = imported
+        self._folder, self._map_path, self._args = folder, map_path, args
+        self._judge: Judge | None = None
+
+    def __call__(self, question: tuple[str, Any]) -> Any:
+        """Answer one question."""
+        kind, what = question
+        if kind == "follow":
+            return follow(self._folder, what, self._args.limit)
+        if self._judge is None:
+            tests = load_map(self._map_path)["tests"]
+            self._judge = Judge(self._folder, tests, self._args.budget)
+            if not self.imported:
+                _be_in(self._folder)
+                sys.dont_write_bytecode = True  # of a file that is changed and back at once
+        return self._judge.judge(_mutant(what), self.imported)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Draw, judge and write; 0 whatever was found."""
+    args = _arguments(argv)
+    until = time.monotonic() + args.seconds
+    output = args.output.resolve()
+    map_path = (args.map or args.output.with_suffix(".map.json")).resolve()
+    if output.exists():
+        rows = json.loads(output.read_text())
+    else:
+        rows = draw(args.count, args.seed, args.area)
+    os.environ |= {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        folder = _copy(ROOT, Path(name) / "imported")
+        compileall.compile_dir(folder, quiet=1)
+        folders = [_copy(folder, Path(name) / str(number)) for number in range(args.jobs)]
+        for module in ("torch", "numpy", "pytest", "transformers"):
+            importlib.import_module(module)
+        # These are forked first: they import the project anew for every mutant.
+        anew = [Worker(_Answers(one, False, map_path, args)) for one in folders]
+        _be_in(folder)
+        import_everything(folder)
+        exchanged = [exchangeable(folder, _mutant(row)) for row in rows]
+        gc.freeze()  # forks would copy what their collector looks at
+        warm = [Worker(_Answers(folder, True, map_path, args)) for _ in range(args.jobs)]
+        try:
+            _follow_all(folder, warm, map_path)
+            _judge_all(rows, exchanged, warm, anew, until, output)
+        finally:
+            for worker in (*warm, *anew):
+                worker.end()
+    return _report(rows)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -231,51 +138,96 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--area", default="", help="draw from megasparse/AREA alone")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for a mutant")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds to follow one file")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="mutants at once"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin no mutant after this time"
+    )
     parser.add_argument("--map", type=Path, help="what tests execute; made where it is missing")
     parser.add_argument("--output", type=Path, required=True, help="JSON, written as it goes")
-    args = parser.parse_args(argv)
-    output = args.output.resolve()
-    map_path = (args.map or args.output.with_suffix(".map.json")).resolve()
-    if output.exists():
-        rows = json.loads(output.read_text())
-    else:
-        rows = draw(args.count, args.seed, args.area)
-    os.environ |= {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
-        folder = Path(name)
-        for part in COPIED:
-            shutil.copytree(ROOT / part, folder / part)
-        for file in filter(Path.is_file, ROOT.iterdir()):
-            shutil.copy(file, folder)
-        _be_in(folder)
+    return parser.parse_args(argv)
 
-        def warm() -> None:
-            import_everything(folder)
-            _functions()
-            gc.freeze()  # forks would copy what their collector looks at
-            tests = make_map(folder, test_files(), args.limit, map_path)["tests"]
-            _judge_all(Judge(folder, tests, args.budget), rows, output, imported=True)
 
-        _in_a_fork(warm)
-        rows = json.loads(output.read_text()) if output.exists() else rows
-        tests = json.loads(map_path.read_text())["tests"]
-        sys.dont_write_bytecode = True  # of a file that is changed and back within a second
-        _judge_all(Judge(folder, tests, args.budget), rows, output, imported=False)
-    counts = {v: sum(row["verdict"] == v for row in rows) for v in ("noticed", "survived")}
-    print(f"noticed: {counts['noticed']} of {sum(counts.values())} that tests reach")
-    print(f"reached by no test on this machine: {len(rows) - sum(counts.values())}")
+def _copy(tree: Path, folder: Path) -> Path:
+    for part in COPIED:
+        shutil.copytree(tree / part, folder / part)
+    for file in filter(Path.is_file, tree.iterdir()):
+        shutil.copy(file, folder)
+    return folder
+
+
+def _follow_all(folder: Path, workers: list[Worker], map_path: Path) -> None:
+    """Follow all files of tests that are new or changed; the map is written after each."""
+    known = load_map(map_path)
+
+    def told(question: tuple[str, str], tests: dict[str, Any]) -> None:
+        replace(known, folder, question[1], tests)
+        write_text(map_path, json.dumps(known))
+        took = sum(one["seconds"] for one in tests.values())
+        print(f"{question[1]}: {len(tests)} tests, {took:.1f} s", flush=True)
+
+    files = unfollowed(known, folder, test_files())
+    files.sort(key=lambda file: place(folder / file))
+    ask(workers, [("follow", file) for file in files], told, len(workers))
+
+
+def _judge_all(
+    rows: list[dict[str, Any]],
+    exchanged: list[bool],
+    warm: list[Worker],
+    anew: list[Worker],
+    until: float,
+    output: Path,
+) -> None:
+    numbers = {id(row): number for number, row in enumerate(rows)}
+
+    def told(question: tuple[str, dict[str, Any]], verdict: tuple[str, str]) -> None:
+        row = question[1]
+        row["verdict"], row["test"] = verdict
+        write_text(output, json.dumps(rows, indent=1))
+        print(f"{verdict[0]:11} {_place(row)} {verdict[1]}", flush=True)
+
+    def fits(question: tuple[str, dict[str, Any]], worker: Worker) -> bool:
+        return (worker in warm) == exchanged[numbers[id(question[1])]]
+
+    questions = [("judge", row) for row in rows if "verdict" not in row]
+    ask([*warm, *anew], questions, told, len(warm), fits, until)
+
+
+def _report(rows: list[dict[str, Any]]) -> int:
+    found = {
+        verdict: [row for row in rows if row.get("verdict") == verdict] for verdict in VERDICTS
+    }
+    for verdict in ("survived", "not reached"):
+        print(f"\n{verdict}: {len(found[verdict])}")
+        for row in sorted(found[verdict], key=_place):
+            print(f"  {_place(row)}")
+    judged = len(found["noticed"]) + len(found["survived"])
+    print(f"\nnoticed: {len(found['noticed'])} of {judged} that tests reach")
+    print(f"reached by no test on this machine: {len(found['not reached'])}")
+    print(f"not judged, for want of time: {len(rows) - judged - len(found['not reached'])}")
     return 0
+
+
+def _mutant(row: dict[str, Any]) -> Mutant:
+    return Mutant(**{name: row[name] for name in Mutant.__dataclass_fields__})
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f"{row['module']}:{row['line']} {row['old']!r} -> {row['new']!r}"
 
 
 def _be_in(folder: Path) -> None:
     """Import from a copy of the tree from now on; what is imported of the project is forgotten."""
     os.chdir(folder)
-    os.environ["PYTHONPATH"] = str(folder)
-    sys.path[:] = [str(folder), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    others = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+    sys.path[:] = [str(folder), *others]
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [p for p in paths if p and Path(p).resolve() != ROOT]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *paths])
     for name in [name for name in sys.modules if name.split(".")[0] in ("megasparse", "tests")]:
         del sys.modules[name]
-    for name in ("torch", "numpy", "pytest", "transformers"):
-        importlib.import_module(name)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import json
 import sys
 import types
 
-from tools.bench import mutants
-from tools.bench.mutation import places
-from tools.bench.mutation.executed import Tracer
+import pytest
+
+from tools.bench.mutation import forks, judge, places
+from tools.bench.mutation.executed import Tracer, follow, load_map, replace, unfollowed
 from tools.bench.mutation.places import Mutant, mutants_of, surroundings
+from tools.bench.mutation.workers import Worker, ask
 
 SOURCE = """
 def f(x: int = 3, *, deep: bool = True) -> int:
@@ -88,14 +90,14 @@ def test_functions_get_the_code_of_a_changed_source(tmp_path):
     module = types.ModuleType("changed_here")
     exec(compile(WHERE, str(path), "exec"), module.__dict__)
     kept = module.outer  # someone else's reference
-    mutants._functions.cache_clear()
+    judge._functions.cache_clear()
     for old, new, call in (("x - 1", "x + 1", kept), ("+ 1)", "+ 7)", lambda: module.A().small)):
         before = call()
         changed = WHERE.replace(old, new)
-        mutants._exchange(path, changed, surroundings(WHERE, _at(old)).function)()
+        judge.exchange(path, changed, _at(old))()
         assert call() == before + {"x - 1": 2, "+ 1)": 6}[old]
-    assert mutants._exchange(path, WHERE, None) is None
-    assert mutants._exchange(path, WHERE, ("outer", 99)) is None
+    assert judge.exchange(path, WHERE, _at("3\n\nclass")) is None
+    assert judge.exchange(path, "\n" + WHERE, _at("x - 1")) is None
 
 
 SHORT = "def f(x):\n    if x:\n        return 1\n    return 2\n"
@@ -135,9 +137,86 @@ def test_a_mutant_is_judged_by_the_quickest_tests_that_reach_it(tmp_path):
         "elsewhere": {"seconds": 0.1, "lines": {module: [1]}},
         "other": {"seconds": 0.1, "lines": {"megasparse/sparsity/state.py": [mutant.line]}},
     }
-    assert mutants.Judge(tmp_path, tests, 60.0).reached_by(mutant) == ["quick", "slow"]
-    assert mutants.Judge(tmp_path, tests, 1.0).reached_by(mutant) == ["quick"]
+    assert judge.Judge(tmp_path, tests, 60.0).reached_by(mutant) == ["quick", "slow"]
+    assert judge.Judge(tmp_path, tests, 1.0).reached_by(mutant) == ["quick"]
     assert surroundings((places.ROOT / module).read_text(), default).function is None
     by_time = ["quick", "elsewhere", "slow"]
     # What runs at import: whoever executes anything of the module.
-    assert mutants.Judge(tmp_path, tests, 60.0).reached_by(default) == by_time
+    assert judge.Judge(tmp_path, tests, 60.0).reached_by(default) == by_time
+
+
+FIXTURES = """
+import pytest
+from megasparse.sparsity import traced
+
+@pytest.fixture(scope="module")
+def one():
+    return traced.f(1)
+
+def test_first(one):
+    assert one == 1
+
+def test_second(one):
+    assert traced.f(0) == 2
+
+def test_third():
+    pass
+
+def test_wrong():
+    assert traced.f(1) == 2
+"""
+
+
+def test_what_a_modules_fixture_executes_belongs_to_all_that_use_it(tmp_path, monkeypatch):
+    module = tmp_path / "megasparse" / "sparsity" / "traced.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(SHORT)
+    traced = types.ModuleType("megasparse.sparsity.traced")
+    exec(compile(SHORT, str(module), "exec"), traced.__dict__)
+    monkeypatch.setitem(sys.modules, traced.__name__, traced)
+    monkeypatch.setattr("megasparse.sparsity.traced", traced, raising=False)
+    monkeypatch.setattr(forks, "_fork_ranks", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_them.py").write_text(FIXTURES)
+    found = follow(tmp_path, "test_them.py", 60.0)
+    name = "megasparse/sparsity/traced.py"
+    lines = {test.split("::")[1]: one["lines"] for test, one in found.items()}
+    assert lines == {
+        "test_first": {name: [2, 3]},
+        "test_second": {name: [2, 3, 4]},
+        "test_third": {},
+    }
+    known = load_map(tmp_path / "map.json")
+    assert unfollowed(known, tmp_path, ["test_them.py"]) == ["test_them.py"]
+    replace(known, tmp_path, "test_them.py", found)
+    assert unfollowed(known, tmp_path, ["test_them.py"]) == []
+    replace(known, tmp_path, "test_them.py", {})
+    assert known["tests"] == {}
+
+
+def test_workers_answer_in_order_and_within_the_time():
+    even, odd = Worker(lambda n: (n, "even")), Worker(lambda n: (n, "odd"))
+    answers: list[tuple[int, str]] = []
+
+    def told(question, answer):
+        assert question == answer[0]
+        answers.append(answer)
+
+    def fits(question, worker):
+        return (worker is odd) == bool(question % 2)
+
+    try:
+        ask([even, odd], range(6), told, 1, fits)
+        assert answers == [(n, "odd" if n % 2 else "even") for n in range(6)]
+        ask([even, odd], [7, 8], told, 2, fits, until=0.0)
+        assert len(answers) == 6
+    finally:
+        even.end()
+        odd.end()
+
+
+def test_a_worker_that_fails_ends_the_work():
+    worker = Worker(lambda n: 1 // n)
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        ask([worker], [1, 0], lambda *_: None, 1)
+    worker.end()

@@ -7,6 +7,7 @@ executes it, so that one that is killed has told what it did.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import mmap
 import os
@@ -15,11 +16,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from megasparse.atomic_files import write_text
 from tools.bench.mutation.forks import run
 from tools.bench.mutation.places import AREAS
 
 _LONGEST_NAME = 4000
+_FIXTURE = "fixture "  # before its name, in place of a test's
 
 
 class Tracer:
@@ -66,13 +67,22 @@ class Tracer:
 
 
 class _Watch:
-    """Names tests for the tracer; writes how long each took, and whether it passed."""
+    """Names tests for the tracer; writes how long each took, and whether it passed.
+
+    What a fixture of a wider scope executes belongs to all tests that use it, not to the first.
+    """
 
     def __init__(self, tracer: Tracer, log: Path) -> None:
-        self._tracer, self._log, self._took = tracer, log, 0.0
+        self._tracer, self._log, self._took, self._test = tracer, log, 0.0, ""
+
+    def pytest_collection_finish(self, session) -> None:
+        """Which fixtures each test uses."""
+        for item in session.items:
+            self._write("fixtures", item.nodeid, item.fixturenames)
 
     def pytest_runtest_logstart(self, nodeid: str, location: object) -> None:
         """A test begins."""
+        self._test = nodeid
         self._tracer.name(nodeid)
         self._took = 0.0
 
@@ -80,9 +90,37 @@ class _Watch:
         """A part of a test ends."""
         self._took += report.duration
         if report.when == "teardown" or not report.passed:
-            row = [report.nodeid, self._took, report.outcome]
-            with self._log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            self._write("ended", report.nodeid, [self._took, report.outcome])
+
+    def fixture_begins(self, name: str) -> None:
+        """What is executed from now on belongs to a fixture."""
+        self._tracer.name(_FIXTURE + name)
+
+    def fixture_ends(self) -> None:
+        """It belongs to the test again."""
+        self._tracer.name(self._test)
+
+    def _write(self, *row: Any) -> None:
+        with self._log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _watch(tracer: Tracer, log: Path) -> _Watch:
+    """The plugin; pytest is imported in the fork alone."""
+    pytest = importlib.import_module("pytest")
+    one = _Watch(tracer, log)
+
+    def around(fixturedef, request):
+        if fixturedef.scope == "function":
+            return (yield)
+        one.fixture_begins(fixturedef.argname)
+        try:
+            return (yield)
+        finally:
+            one.fixture_ends()
+
+    one.pytest_fixture_setup = pytest.hookimpl(wrapper=True)(around)  # type: ignore[attr-defined]
+    return one
 
 
 def follow(folder: Path, file: str, limit: float) -> dict[str, dict[str, Any]]:
@@ -91,7 +129,7 @@ def follow(folder: Path, file: str, limit: float) -> dict[str, dict[str, Any]]:
     Returns:
         id of a test -> {"seconds": float, "lines": {module: sorted lines}}.
     """
-    lines, ends = folder / ".lines", folder / ".ends"
+    lines, ends = (folder / f".{name}-{os.getpid()}" for name in ("lines", "ends"))
     for path in (lines, ends):
         path.unlink(missing_ok=True)
     tracer: list[Tracer] = []
@@ -100,42 +138,49 @@ def follow(folder: Path, file: str, limit: float) -> dict[str, dict[str, Any]]:
         tracer.append(Tracer(folder, lines))
         tracer[0].start()
 
-    run(folder, [file], limit, prepare, lambda: [_Watch(tracer[0], ends)], ("--maxfail=1000",))
+    run(folder, [file], limit, prepare, lambda: [_watch(tracer[0], ends)], ("--maxfail=1000",))
     outcomes: dict[str, tuple[float, str]] = {}
+    fixtures: dict[str, list[str]] = {}
     for line in ends.read_text().splitlines() if ends.exists() else []:
-        test, took, outcome = json.loads(line)
-        if outcomes.get(test, (0.0, "passed"))[1] == "passed":
-            outcomes[test] = (took, outcome)
-    found: dict[str, dict[str, set[int]]] = {test: {} for test in outcomes}
+        kind, test, what = json.loads(line)
+        if kind == "fixtures":
+            fixtures[test] = [_FIXTURE + name for name in what]
+        elif outcomes.get(test, (0.0, "passed"))[1] == "passed":
+            outcomes[test] = tuple(what)
+    executed: dict[str, dict[str, set[int]]] = {}
     for row in lines.read_bytes().splitlines() if lines.exists() else []:
         try:
-            test, module, number = json.loads(row)
+            owner, module, number = json.loads(row)
         except ValueError:  # two processes wrote at once
             continue
-        if test in found:
-            found[test].setdefault(module, set()).add(number)
-    return {
-        test: {
-            "seconds": took,
-            "lines": {module: sorted(numbers) for module, numbers in found[test].items()},
-        }
-        for test, (took, outcome) in outcomes.items()
-        if outcome == "passed"
-    }
+        executed.setdefault(owner, {}).setdefault(module, set()).add(number)
+    found = {}
+    for test, (took, outcome) in outcomes.items():
+        if outcome == "passed":
+            parts = [executed.get(owner, {}) for owner in (test, *fixtures.get(test, ()))]
+            modules = sorted({module for part in parts for module in part})
+            merged = {m: sorted(set().union(*(p.get(m, ()) for p in parts))) for m in modules}
+            found[test] = {"seconds": took, "lines": merged}
+    return found
 
 
-def make_map(folder: Path, files: list[str], limit: float, output: Path) -> dict[str, Any]:
-    """Follow all files that are new or changed; the map is written after each."""
-    known = json.loads(output.read_text()) if output.exists() else {"files": {}, "tests": {}}
-    for file in files:
-        digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-        if known["files"].get(file) != digest:
-            tests = follow(folder, file, limit)
-            for test in [test for test in known["tests"] if test.startswith(f"{file}::")]:
-                del known["tests"][test]
-            known["tests"].update(tests)
-            known["files"][file] = digest
-            write_text(output, json.dumps(known))
-            took = sum(one["seconds"] for one in tests.values())
-            print(f"{file}: {len(tests)} tests, {took:.1f} s", flush=True)
-    return known
+def load_map(path: Path) -> dict[str, Any]:
+    """What is known: `{"files": {file of tests: digest}, "tests": what follow returns}`."""
+    return json.loads(path.read_text()) if path.exists() else {"files": {}, "tests": {}}
+
+
+def unfollowed(known: dict[str, Any], folder: Path, files: list[str]) -> list[str]:
+    """The files of tests that are new or changed."""
+    return [file for file in files if known["files"].get(file) != _digest(folder / file)]
+
+
+def replace(known: dict[str, Any], folder: Path, file: str, tests: dict[str, Any]) -> None:
+    """What is known of a file's tests from now on."""
+    for test in [test for test in known["tests"] if test.startswith(f"{file}::")]:
+        del known["tests"][test]
+    known["tests"].update(tests)
+    known["files"][file] = _digest(folder / file)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

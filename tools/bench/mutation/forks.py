@@ -99,7 +99,8 @@ def run(
             _fork_ranks()
             pytest = importlib.import_module("pytest")
             more = [_Order(tests, report), *plugins()]
-            code = int(pytest.main([*OPTIONS, *options, *tests], plugins=more))
+            place = f"--basetemp={folder}/.tests-{os.getppid()}"  # each worker has its own
+            code = int(pytest.main([*OPTIONS, place, *options, *tests], plugins=more))
         finally:
             os._exit(code)
     ended = _end(child, limit)

@@ -36,7 +36,8 @@ def start_script(
         before: more words before the script.
     """
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
-    environment |= {MARK: str(log), "PYTHONPATH": str(ROOT)}
+    above_all = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment |= {MARK: str(log), "PYTHONPATH": os.pathsep.join(filter(None, above_all))}
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     above = LAUNCHERS[launcher].split()
     above += [str(free_port())] if above else []
@@ -75,11 +76,10 @@ def wait_for(what: Callable[[], Any], seconds: float = 180.0) -> Any:
 def processes_of(log: Path) -> list[int]:
     """All living processes of a start, orphans and other sessions too."""
     found, mark = [], f"{MARK}={log}".encode()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(entry.name)
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(pid)
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as stream:
+            if mark in stream.read().split(b"\0"):
+                found.append(int(name))
     return found
 
 

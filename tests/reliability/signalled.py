@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,13 @@ def trials(count: int, seed: int) -> list[Trial]:
     return found
 
 
-def signals(data: str, root: Path, count: int, seed: int, skip: int = 0) -> dict[str, Any]:
+def signals(
+    data: str, root: Path, count: int, seed: int, skip: int = 0, jobs: int = 1
+) -> dict[str, Any]:
     """Try them all, but for the first `skip`.
+
+    Args:
+        jobs: trials at once, each in a folder and on a port of its own.
 
     Returns:
         Counts by launcher, place and moment; seconds from the signal until no process is left
@@ -89,19 +96,29 @@ def signals(data: str, root: Path, count: int, seed: int, skip: int = 0) -> dict
     result: dict[str, Any] = {"signals": 0, "saved": 0, "lost_in_imports": 0, "wrong": []}
     tried, codes = Counter[str](), Counter[str]()
     seconds: dict[str, list[float]] = {launcher: [] for launcher in PLACES}
-    for n, trial in list(enumerate(trials(count, seed)))[skip:]:
-        place = root / f"run-{n}"
-        took, code, trained, lost, wrong = attempt(trial, data, place)
-        result["signals"] += 1 + trial.twice + lost
-        result["lost_in_imports"] += lost
-        result["saved"] += trained
-        told = f"{n + 1} of {count}: {trial}: {took} s, exit code {code}"
-        print(told, *wrong, flush=True)
-        result["wrong"] += [told] if wrong else []
-        tried.update((trial.launcher, trial.place, trial.moment))
-        seconds[trial.launcher].append(took)
-        codes[f"{trial.launcher} {trial.place} {trial.number.name} {code}"] += 1
-        shutil.rmtree(place, ignore_errors=True)
+    context = multiprocessing.get_context("fork")
+    # A fork begins with a seed of its own, by which it finds a free port.
+    with ProcessPoolExecutor(jobs, context, initializer=random.seed) as pool:
+        made = {
+            pool.submit(attempt, trial, data, root / f"run-{n}"): (n, trial)
+            for n, trial in list(enumerate(trials(count, seed)))[skip:]
+        }
+        for future in as_completed(made):
+            n, trial = made[future]
+            try:
+                took, code, trained, lost, wrong = future.result()
+            except TimeoutError as error:  # its moment did not come
+                result["wrong"] += [f"{n + 1} of {count}: {trial}: {error}"]
+                continue
+            result["signals"] += 1 + trial.twice + lost
+            result["lost_in_imports"] += lost
+            result["saved"] += trained
+            told = f"{n + 1} of {count}: {trial}: {took} s, exit code {code}"
+            print(told, *wrong, flush=True)
+            result["wrong"] += [told] if wrong else []
+            tried.update((trial.launcher, trial.place, trial.moment))
+            seconds[trial.launcher].append(took)
+            codes[f"{trial.launcher} {trial.place} {trial.number.name} {code}"] += 1
     result["seconds"] = {
         launcher: {"median": statistics.median(found), "longest": max(found)}
         for launcher, found in seconds.items()
@@ -163,6 +180,7 @@ def attempt(trial: Trial, data: str, root: Path) -> tuple[float, int, bool, bool
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def expected_codes(trial: Trial) -> set[int]:

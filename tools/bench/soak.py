@@ -188,9 +188,9 @@ def second_starts(count: int, seed: int, root: Path) -> dict[str, Any]:
     return _told(starts.second_starts(make_dataset(root / "data"), root, count, seed))
 
 
-def signals(count: int, seed: int, root: Path, skip: int = 0) -> dict[str, Any]:
+def signals(count: int, seed: int, root: Path, skip: int = 0, jobs: int = 1) -> dict[str, Any]:
     """Signals to a rank, the group, either launcher or a supervisor, from the first line on."""
-    return _told(signalled.signals(make_dataset(root / "data"), root, count, seed, skip))
+    return _told(signalled.signals(make_dataset(root / "data"), root, count, seed, skip, jobs))
 
 
 def _told(result: dict[str, Any]) -> dict[str, Any]:
@@ -306,6 +306,7 @@ def main() -> int:
     parser.add_argument(
         "--skip", type=int, default=0, help="signals: the first trials, which were made before"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="signals: trials at once")
     arguments = parser.parse_args()
     chosen = list(COMMANDS) if arguments.command == "all" else [arguments.command]
     failed = False
@@ -318,12 +319,13 @@ def main() -> int:
             open(os.devnull, "w") as null,
             contextlib.redirect_stderr(null),
         ):
-            skip = {"skip": arguments.skip} if name == "signals" else {}
-            result = function(count, arguments.seed, Path(folder), **skip)
+            more = {"skip": arguments.skip, "jobs": arguments.jobs} if name == "signals" else {}
+            result = function(count, arguments.seed, Path(folder), **more)
         failed |= not result["passed"]
         extra = f" --count {count}" if default > 1 and name != "resume" else ""
         extra += f" --seed {arguments.seed}" if arguments.seed else ""
-        extra += f" --skip {arguments.skip}" if arguments.skip and name == "signals" else ""
+        for flag, value in more.items():
+            extra += f" --{flag} {value}" if value != parser.get_default(flag) else ""
         record(f"python -m tools.bench.soak {name}{extra}", result, time.monotonic() - begin)
     return int(failed)
 

@@ -71,7 +71,7 @@ def ask(
         until: by `time.monotonic()`; nothing is handed out later. What was is waited for, so that
             questions that take long are not missing more often than others.
     """
-    asked: dict[Connection, tuple[Worker, Any]] = {}
+    asked: dict[Any, tuple[Worker, Any]] = {}
     free, waiting = list(workers), list(questions)
     while True:
         for question in list(waiting):
@@ -86,7 +86,7 @@ def ask(
         if not asked:
             return
         for pipe in wait(list(asked)):
-            worker, question = asked.pop(pipe)  # type: ignore[arg-type]
+            worker, question = asked.pop(pipe)
             answered, answer = worker.pipe.recv()
             if not answered:
                 raise SystemExit(f"a worker failed:\n{answer}")

@@ -33,7 +33,8 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | swiglu(x, gate), geglu(x, gate)                | like x: act(gate) * x, with autograd         |
 | swiglu_fused(fused (..., 2 F))                 | (..., F): swiglu of [gate | x], autograd     |
 | geglu_fused(fused (..., 2 F))                  | (..., F): geglu of [gate | x], autograd      |
-| swiglu_fused_backward(dy (..., F), fused)      | (..., 2 F): its gradient                     |
+| activated(projected, activation)               | swiglu, geglu or gelu by name, with autograd |
+| activation_backward(dy, projected, activation) | like projected: its gradient                 |
 | rotary_qkv(fused (S, B, width), angles, heads) | q, k, v of a projection, rotated; autograd    |
 | split_qkv(fused, heads)                        | the same, not rotated: views; autograd       |
 | scale_inv_of(w (N, K))                         | 0-d float32: amax / 448, undoes e4m3's scale |
@@ -43,8 +44,8 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | unpack24(packed)                               | (N, K) dense                                 |
 | mvue_pack24(dz (T, N), seed)                   | Packed24 (N, T): MVUE(dZ^T) in 16 bits       |
 | grad_pack24(dz (T, N), seed, scales)           | dz in 8 bits, MVUE(dZ^T) packed in e4m3      |
-| swiglu_float8(fused (T, 2 F), scale)           | swiglu_fused in e4m3: (T', F), (F, T')       |
-| swiglu_grad_pack24(dy (T, F), fused, seed)     | grad_pack24 of swiglu_fused's gradient       |
+| activation_float8(fused (T, 2 F), scale)       | activated in e4m3: (T', F), (F, T')          |
+| activation_grad_pack24(dy (T, F), fused, seed) | grad_pack24 of activated's gradient          |
 | norm_float8(x (T, H), weight, bias, scale)     | a norm in e4m3: (T', H), (H, T'); statistics |
 | transpose_float8(rows (T, K))                  | (K, T) e4m3, in the order of strided groups  |
 | weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T or W~_d^T too; one pass      |
@@ -57,6 +58,17 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 """
 
 from megasparse.kernels.accumulate import accumulate_ as accumulate_
+from megasparse.kernels.activation import Activation as Activation
+from megasparse.kernels.activation import activated as activated
+from megasparse.kernels.activation import activation_backward as activation_backward
+from megasparse.kernels.activation import geglu as geglu
+from megasparse.kernels.activation import geglu_fused as geglu_fused
+from megasparse.kernels.activation import swiglu as swiglu
+from megasparse.kernels.activation import swiglu_fused as swiglu_fused
+from megasparse.kernels.activation_float8 import activation_float8 as activation_float8
+from megasparse.kernels.activation_grad_pack24 import (
+    activation_grad_pack24 as activation_grad_pack24,
+)
 from megasparse.kernels.copy_bytes import copy_bytes_ as copy_bytes_
 from megasparse.kernels.current_scaling import AmaxScales as AmaxScales
 from megasparse.kernels.current_scaling import rescale_ as rescale_
@@ -93,24 +105,22 @@ from megasparse.kernels.soft_threshold24 import (
 from megasparse.kernels.spmm24 import matmul24 as matmul24
 from megasparse.kernels.spmm24 import spmm24 as spmm24
 from megasparse.kernels.sum_parts import sum_parts as sum_parts
-from megasparse.kernels.swiglu import geglu as geglu
-from megasparse.kernels.swiglu import geglu_fused as geglu_fused
-from megasparse.kernels.swiglu import swiglu as swiglu
-from megasparse.kernels.swiglu import swiglu_fused as swiglu_fused
-from megasparse.kernels.swiglu import swiglu_fused_backward as swiglu_fused_backward
-from megasparse.kernels.swiglu_float8 import swiglu_float8 as swiglu_float8
-from megasparse.kernels.swiglu_grad_pack24 import swiglu_grad_pack24 as swiglu_grad_pack24
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask
 from megasparse.kernels.transpose_float8 import transpose_float8 as transpose_float8
 from megasparse.kernels.weight_pack24 import effective_weight as effective_weight
 from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
 
 __all__ = [
+    "Activation",
     "AdamW",
     "AmaxScales",
     "Heads",
     "Packed24",
     "accumulate_",
+    "activated",
+    "activation_backward",
+    "activation_float8",
+    "activation_grad_pack24",
     "copy_bytes_",
     "count_flips",
     "decode_patterns",
@@ -142,10 +152,7 @@ __all__ = [
     "spmm24",
     "sum_parts",
     "swiglu",
-    "swiglu_float8",
     "swiglu_fused",
-    "swiglu_fused_backward",
-    "swiglu_grad_pack24",
     "transposable24_mask",
     "transposable_patterns",
     "unpack24",

@@ -20,6 +20,7 @@ from megasparse.errors import ConfigError
 from megasparse.megatron import loss
 from megasparse.megatron.bert import Bert, BertClassifier
 from megasparse.megatron.blocks.experts import finish_expert_layers
+from megasparse.megatron.blocks.torch_modules import gelu_tanh
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.init import initialize_weights
 from megasparse.megatron.spec import (
@@ -155,11 +156,6 @@ def _transformer_engine_refusal(config: ResolvedConfig, device: torch.device) ->
 def packs_documents(config: ResolvedConfig, device: torch.device) -> bool:
     """Whether documents are kept apart by packed sequences instead of masks (`packing.py`)."""
     return config.data.reset_attention_mask and spec_provider(config, device).transformer_engine
-
-
-def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GPT-2's GELU (tanh form)."""
-    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def _activation(model: ResolvedModel) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -188,8 +188,9 @@ class ParallelLinear(AddedParameters):
             bias,
         )
 
-    def _bias_of_gemm(self) -> torch.Tensor | None:
-        """The bias, where the GEMM adds it: on GPUs, unless the caller does in an activation."""
+    def bias_of_gemm(self) -> torch.Tensor | None:
+        """The bias, where the GEMM adds it: on GPUs, unless the caller does in an activation or the
+        GEMM's result is a part of a sum over ranks."""
         fused = self.skip_bias_add and getattr(self.config, "bias_activation_fusion", False)
         return self.bias if self.weight.is_cuda and not fused else None
 
@@ -257,7 +258,7 @@ class SparseColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(S, B, K)` or, with sp, `(S/p, B, K)` -> `(S, B, N/p)` (N with gather_output), bias."""
-        added = self._bias_of_gemm()
+        added = self.bias_of_gemm()
         z = self._multiply(x, self.comm, added)
         if self.bias is not None and not self.skip_bias_add and added is None:
             z = z + self.bias
@@ -298,9 +299,12 @@ class SparseRowParallelLinear(ParallelLinear):
         """`(S, B, K/p)` -> `(S, B, N)` or, with sp, `(S/p, B, N)`, and the bias if skipped."""
         if not self.input_is_parallel:
             x = mappings.scatter_to_tensor_model_parallel_region(x, group=self.tp_group)
-        if self.tp_group.size() == 1 and (added := self._bias_of_gemm()) is not None:
+        if (added := self.bias_of_gemm()) is not None:
             return self._multiply(x, NoComm(), added), None
         return self.finish(self._multiply(x, NoComm()))
+
+    def bias_of_gemm(self) -> torch.Tensor | None:
+        return super().bias_of_gemm() if self.tp_group.size() == 1 else None
 
     def finish(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer's result from this rank's part `(S, B, N)` of the sum `x W^T`."""

@@ -10,7 +10,7 @@ import torch
 from megasparse.errors import ConfigError
 from megasparse.fp8 import Scaling, shapes
 from megasparse.megatron.blocks.experts import finish_expert_layers
-from megasparse.megatron.blocks.mlp import fuse_gated_mlps
+from megasparse.megatron.blocks.mlp import fuse_mlps
 from megasparse.megatron.blocks.norms import fuse_norms
 from megasparse.megatron.expert_linear import ExpertLinear
 from megasparse.megatron.parallel_linear import ParallelLinear
@@ -101,7 +101,7 @@ def sparsify(
             module.add_low_rank_branch(slorb_k, slorb_train_projection)
     if fp8 is not None:
         fp8.allocate()
-        fuse_gated_mlps(model)
+        fuse_mlps(model)
         fuse_norms(model)
     return controller
 

@@ -105,13 +105,13 @@ class _EightBit:
 
         def multiply(algorithm: int) -> torch.Tensor:
             return undone(
-                lambda alpha, added: spmm24(
+                lambda alpha, **added: spmm24(
                     self.packed,
                     rows,
                     out_dtype=x_TK.dtype,
                     algorithm=algorithm,
                     alpha=alpha,
-                    bias=added,
+                    **added,
                 ),
                 scale,
                 self._weight,

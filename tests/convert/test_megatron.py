@@ -51,10 +51,10 @@ def build(rank: int, world: int, arguments: dict, stages: int = 1):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megasparse.megatron.blocks.torch_modules import TorchNorm
+    from megasparse.megatron.blocks.torch_modules import TorchNorm, gelu_tanh
     from megasparse.megatron.grid import make_grid
     from megasparse.megatron.init import initialize_weights
-    from megasparse.megatron.model import _mark_vocabulary_shards, gelu_tanh
+    from megasparse.megatron.model import _mark_vocabulary_shards
 
     tp = world // stages
     grid = make_grid(tp, torch.device("cpu"), 1, pipeline_model_parallel_size=stages)

@@ -12,7 +12,7 @@ from megasparse.fp8.current import CurrentScaling
 from megasparse.kernels import mvue24, s_ste_scale, swiglu_fused, transposable24_mask
 from megasparse.kernels.float8 import quantize
 from megasparse.kernels.packed24 import E4M3
-from megasparse.sparsity.autograd.feed_forward import gated_feed_forward
+from megasparse.sparsity.autograd.feed_forward import feed_forward
 from megasparse.sparsity.autograd.linear import NoComm, linear
 from megasparse.sparsity.gemms.choice import GemmChooser
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
@@ -181,7 +181,7 @@ def test_a_gated_block_is_its_parts(device, name):
     for fused in (True, False):
         one = x.clone().requires_grad_()
         if fused:
-            z = gated_feed_forward(one, weights, gemms, NoComm(), (5, 6))
+            z = feed_forward(one, weights, gemms, NoComm(), (5, 6))
         else:
             hidden = swiglu_fused(linear(one, weights[0], gemms[0], seed=5))
             z = linear(hidden, weights[1], gemms[1], seed=6)

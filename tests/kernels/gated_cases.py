@@ -1,4 +1,4 @@
-"""Projections [gate | x] and gradients for the tests of the operations that fuse a SwiGLU."""
+"""Projections and gradients for the tests of the operations that fuse an activation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import torch
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BF16, FP16 = torch.bfloat16, torch.float16
-SHAPES = [(128, 64, BF16), (384, 192, FP16), (131, 128, BF16), (3, 64, BF16)]
+# Tokens, width of the activation, dtype, activation.
+SHAPES = [
+    (128, 64, BF16, "swiglu"),
+    (384, 192, FP16, "swiglu"),
+    (131, 128, BF16, "swiglu"),
+    (3, 64, BF16, "swiglu"),
+    (131, 128, BF16, "geglu"),
+    (131, 128, BF16, "gelu"),
+    (256, 192, FP16, "gelu"),
+]
 
 
 def numbers(tokens, width, device, dtype, number=0):
@@ -15,9 +24,10 @@ def numbers(tokens, width, device, dtype, number=0):
     return (x * torch.randn(tokens, width, generator=generator).exp()).to(dtype).to(device)
 
 
-def projection(tokens, width, device, dtype, exact):
-    """[gate | x]; with `exact` gates whose sigmoid is 1 in float32: the same by every formula."""
-    fused = numbers(tokens, 2 * width, device, dtype)
+def projection(tokens, width, device, dtype, exact, activation="swiglu"):
+    """[gate | x], for "gelu" the gate; with `exact` gates whose sigmoid is 1 in float32: the same
+    by every formula."""
+    fused = numbers(tokens, width if activation == "gelu" else 2 * width, device, dtype)
     if exact:
         fused[:, :width] = fused[:, :width].abs() / 8 + 20.0
     return fused

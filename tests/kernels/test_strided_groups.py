@@ -7,6 +7,9 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import (
+    activation_backward,
+    activation_float8,
+    activation_grad_pack24,
     grad_pack24,
     is_24,
     mvue24,
@@ -14,9 +17,6 @@ from megasparse.kernels import (
     mvue_pack24,
     norm_float8,
     pack24,
-    swiglu_float8,
-    swiglu_fused_backward,
-    swiglu_grad_pack24,
     transpose_float8,
     unpack24,
 )
@@ -132,13 +132,13 @@ def test_both_operands_of_a_gated_gradient(device, tokens, backend, monkeypatch)
     # Gates of 0, where the activation's gradients are exact: half of x, and 0.
     dy = gradient(tokens, 64, device)
     fused = torch.cat([torch.zeros_like(dy), gradient(tokens, 64, device) / 64], 1)
-    dz = padded(swiglu_fused_backward(dy, fused, backend="reference"), 128)
+    dz = padded(activation_backward(dy, fused, "swiglu", backend="reference"), 128)
     scale = scalar(0.5, device)
     arguments = {"seed": 4, "row_scale": scale, "packed_scale": scale, "strided": True}
     rows, packed = grad_pack24(dz, backend="reference", **arguments)
     with monkeypatch.context() as patch:
         poison_new_tensors(patch)
-        found, repacked = swiglu_grad_pack24(dy, fused, backend=backend, **arguments)
+        found, repacked = activation_grad_pack24(dy, fused, backend=backend, **arguments)
     assert torch.equal(bits(found), bits(rows))
     assert torch.equal(repacked.buffer, packed.buffer)
 
@@ -156,13 +156,13 @@ def test_the_other_operand_has_the_same_order(device, tokens, backend, monkeypat
     with monkeypatch.context() as patch:
         poison_new_tensors(patch)
         of_norm = norm_float8(x, weight, strided=True, **norm)
-        of_gated = swiglu_float8(fused, scale=one, strided=True, backend=backend)
+        of_gated = activation_float8(fused, scale=one, strided=True, backend=backend)
         again = transpose_float8(of_norm.rows, backend=backend)
     neighbours = norm_float8(x, weight, **norm)
     assert torch.equal(bits(of_norm.rows), bits(neighbours.rows))
     assert torch.equal(of_norm.mean, neighbours.mean)
     assert torch.equal(of_norm.rstd, neighbours.rstd)
-    rows = swiglu_float8(fused, scale=one, backend=backend)[0]
+    rows = activation_float8(fused, scale=one, backend=backend)[0]
     assert torch.equal(bits(of_gated[0]), bits(rows))
     for kept, columns in ((of_norm.rows, of_norm.columns), of_gated, (of_norm.rows, again)):
         assert columns.is_contiguous()

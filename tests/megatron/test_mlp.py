@@ -1,4 +1,4 @@
-"""FP8 gated MLPs computed as one equal their three parts, on one rank and on two, bit for bit."""
+"""FP8 MLPs computed as one equal their three parts, on one rank and on two, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ S, B, H, F = 8, 4, 128, 256
 MODEL = [
     "--num-layers", "1", "--hidden-size", str(H), "--ffn-hidden-size", str(F),
     "--num-attention-heads", "4", "--seq-length", "32", "--position-embedding-type", "rope",
-    "--normalization", "RMSNorm", "--swiglu", "--vocab-size", "128", "--mock-data", "--bf16",
+    "--normalization", "RMSNorm", "--vocab-size", "128", "--mock-data", "--bf16",
     "--train-iters", "10", "--sparsity-recipe", "fst", "--dense-tail-fraction", "0",
 ]  # fmt: skip
 
@@ -43,7 +43,7 @@ def _mlp(world, flags, fused, patterns=None, **options):
     if patterns is not None:
         recipe = dataclasses.replace(recipe, sparse_layers=patterns)
     controller = sparsify(model, recipe, clock, grid.sum_over_tp, fp8=scales, **options)
-    if not fused and isinstance(layer.mlp, mlp.Fp8GatedMLP):
+    if not fused and isinstance(layer.mlp, mlp.Fp8MLP):
         layer.mlp.__class__ = MLP
     return layer.mlp, controller, clock, scales
 
@@ -74,30 +74,33 @@ TWO = ["--tensor-model-parallel-size", "2"]
 @pytest.mark.parametrize(
     ("world", "flags"),
     [
+        (1, ["--swiglu"]),
+        (1, ["--geglu"]),
         (1, []),
-        (1, ["--sparse-layers", "*.linear_fc2"]),
-        (1, ["--sparsity-recipe", "dense", "--dense-tail-fraction", "none"]),
-        (2, TWO),
+        (1, ["--swiglu", "--sparse-layers", "*.linear_fc2"]),
+        (1, ["--swiglu", "--sparsity-recipe", "dense", "--dense-tail-fraction", "none"]),
+        (2, [*TWO, "--swiglu"]),
         (2, [*TWO, "--sequence-parallel"]),
     ],
-    ids=["one", "fc1 dense", "dense", "tp", "tp-sp"],
+    ids=["swiglu", "geglu", "gelu", "fc1 dense", "dense", "tp", "tp-sp gelu"],
 )
 def test_the_same_bits(world, flags):
     flags = [*flags, "--disable-bias-linear"]
     ours, theirs = (dist.run(_steps, world, flags, fused) for fused in (True, False))
     for (name, found), (other, expected) in zip(ours, theirs, strict=True):
-        assert (name, other) == ("Fp8GatedMLP", "MLP")
+        assert (name, other) == ("Fp8MLP", "MLP")
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b) and b.any()
 
 
 def _kinds(rank, world):
     """Which MLPs are computed as one; and that a hook on a linear sees its input."""
-    plain = ["--disable-bias-linear"]
+    plain = ["--disable-bias-linear", "--swiglu"]
     wanda = [*plain, "--sparsity-recipe", "ast", "--mask-metric", "wanda"]
     kinds = {
         "plain": _mlp(world, plain, True),
-        "biases": _mlp(world, [], True),
+        "biases": _mlp(world, ["--swiglu"], True),
+        "relu": _mlp(world, ["--disable-bias-linear", "--relu"], True),
         "slorb": _mlp(world, plain, True, slorb_k=64),
         "wanda": _mlp(world, wanda, True),
         "fc1 alone": _mlp(world, plain, True, ("*.linear_fc1",)),
@@ -114,6 +117,6 @@ def _kinds(rank, world):
 
 def test_what_wants_more_than_the_gemms_is_computed_one_by_one():
     ((names, shapes, same),) = dist.run(_kinds, 1)
-    assert names.pop("plain") == names.pop("fc1 alone") == "Fp8GatedMLP"
+    assert names.pop("plain") == names.pop("fc1 alone") == "Fp8MLP"
     assert set(names.values()) == {"MLP"}
     assert shapes == [(S, B, F)] and same

@@ -220,7 +220,7 @@ def fused_run(rank: int, world: int, flags: list[str]) -> tuple[list[dict[str, A
     from megasparse.megatron.blocks import mlp, norms
 
     with (
-        mock.patch.object(mlp, "gated_feed_forward", wraps=mlp.gated_feed_forward) as one,
+        mock.patch.object(mlp, "feed_forward", wraps=mlp.feed_forward) as one,
         mock.patch.object(norms, "norm_to_float8", wraps=norms.norm_to_float8) as other,
     ):
         return traced(rank, world, flags), [one.call_count, other.call_count]

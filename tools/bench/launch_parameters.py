@@ -18,23 +18,23 @@ from typing import Any
 import torch
 
 from megasparse.cli import markdown_table
+from megasparse.kernels.activation_float8 import triton as activation_float8
+from megasparse.kernels.activation_grad_pack24 import triton as activation_grad_pack24
 from megasparse.kernels.grad_pack24 import triton as grad_pack24
 from megasparse.kernels.mvue_pack24 import triton as mvue_pack24
 from megasparse.kernels.norm_float8 import triton as norm_float8
 from megasparse.kernels.rotary_qkv import triton as rotary_qkv
-from megasparse.kernels.swiglu_float8 import triton as swiglu_float8
-from megasparse.kernels.swiglu_grad_pack24 import triton as swiglu_grad_pack24
 from tools.bench.kernels import bind, milliseconds, tensors_of
 from tools.bench.parts.kernel_cases import Case, Source
 from tools.bench.parts.operand_cases import operand_cases
 
 MODULES = {
-    "swiglu_float8": swiglu_float8,
+    "activation_float8": activation_float8,
     "grad_pack24": grad_pack24,
     "mvue_pack24": mvue_pack24,
     "norm_float8": norm_float8,
     "rotary_qkv": rotary_qkv,
-    "swiglu_grad_pack24": swiglu_grad_pack24,
+    "activation_grad_pack24": activation_grad_pack24,
 }
 
 
@@ -68,7 +68,7 @@ NORM = (
 SWEEPS = (
     Sweep("grad_pack24 exact bf16, e5m2 rows", "grad_pack24", "LAUNCH", GRADIENT),
     Sweep(
-        "swiglu_grad_pack24", "swiglu_grad_pack24", "LAUNCH",
+        "activation_grad_pack24", "activation_grad_pack24", "LAUNCH",
         ((8, 4, 128), (8, 4, 112), (8, 4, 96), (8, 4, 80), (8, 4, 168), (16, 8, 128), (16, 8, 96),
          (16, 8, 80), (16, 4, 168), (16, 4, 200), (16, 4, 255), (8, 2, 168), (8, 2, 255)),
     ),
@@ -78,7 +78,7 @@ SWEEPS = (
          (32, 4, 128), (16, 2, 96), (16, 2, 80), (8, 2, 64), (64, 8, 96)),
     ),
     Sweep(
-        "swiglu_float8", "swiglu_float8", "LAUNCH",
+        "activation_float8", "activation_float8", "LAUNCH",
         ((32, 4), (32, 8), (16, 2), (16, 4), (8, 2), (32, 2)),
     ),
     Sweep(

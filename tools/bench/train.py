@@ -173,8 +173,10 @@ def _train(
     return engine, result, found
 
 
-def report(results: dict[str, tuple[dict[str, Any], Profile]], argv: Sequence[str]) -> str:
-    """The tables in markdown."""
+def report(
+    results: dict[str, tuple[dict[str, Any], Profile]], argv: Sequence[str], kernels: int
+) -> str:
+    """The tables in markdown, with so many kernels of each variant by name."""
     first = next(iter(results.values()))[0]
     rates = {name: result["tokens_per_second"] for name, (result, _) in results.items()}
     best = max((rates[name] for name in DENSE if name in rates), default=None)
@@ -205,7 +207,7 @@ def report(results: dict[str, tuple[dict[str, Any], Profile]], argv: Sequence[st
     for name, (_, found) in results.items():
         lines += ["", f"Longest kernels of {name} (ms, launches):", ""]
         lines += [
-            f"    {1e3 * s:8.2f} {n:5d}  {kernel[:90]}" for s, n, kernel in found.longest[:12]
+            f"    {1e3 * s:8.2f} {n:5d}  {kernel[:90]}" for s, n, kernel in found.longest[:kernels]
         ]
     return "\n".join(lines) + "\n"
 
@@ -232,6 +234,9 @@ def main(argv: Sequence[str]) -> int:
         help="steps that do not count; scales come to rest in them",
     )
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
+    parser.add_argument(
+        "--kernels", type=int, default=12, metavar="N", help="longest kernels to name"
+    )
     parser.add_argument("--output", type=Path, help="markdown file to write")
     args = parser.parse_args(argv[:mark])
     if not torch.cuda.is_available():
@@ -250,7 +255,7 @@ def run(args: argparse.Namespace, argv: Sequence[str], flags: Sequence[str]) -> 
         if name.endswith(EAGER):
             own += ["--cuda-graph-impl", "none"]
         results[name] = measure(name, [*own, *flags], args.warmup, args.steps)
-        text = report(results, argv)
+        text = report(results, argv, args.kernels)
         if is_first:
             rate = results[name][0]["tokens_per_second"]
             print(f"{name}: {rate:,.0f} tokens/s", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What `grad_pack24` and `swiglu_grad_pack24` share: how a gradient is quantized, and where to."""
+"""What `grad_pack24` and `activation_grad_pack24` share: how a gradient is quantized."""
 
 from __future__ import annotations
 
@@ -61,6 +61,15 @@ class Quantization(NamedTuple):
         if flag is None:
             flag = torch.zeros(1, dtype=torch.int32, device=dz.device)
         return row, packed, flag
+
+    def new_sums(self, tiles: int, width: int) -> torch.Tensor | None:
+        """Memory for the sums over the tokens of each tile, where sums are wanted."""
+        return None if self.sums is None else self.sums.new_empty(tiles, width)
+
+    def add_sums(self, of_tiles: torch.Tensor | None) -> None:
+        """Their sum, to where the caller wants it."""
+        if of_tiles is not None:
+            torch.sum(of_tiles, 0, out=self.sums)
 
 
 def check_gradient(op: str, dz: torch.Tensor, channels: Channels) -> None:

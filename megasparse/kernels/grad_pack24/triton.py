@@ -183,9 +183,7 @@ def grad_pack24(
     row, packed, flag = how.new_outputs(dz, dz.shape[0])
     padded = packed.shape[1]
     pairs, options = LAUNCH.fitted(padded)
-    sums = None
-    if how.sums is not None:  # of each tile
-        sums = how.sums.new_empty(padded // (8 * pairs), dz.shape[1])
+    sums = how.new_sums(padded // (8 * pairs), dz.shape[1])
     seed_ptr, key, high = seed_arguments(seed)
     shifts = group_shifts(places)
     for start, place, length in channels:
@@ -223,6 +221,5 @@ def grad_pack24(
                     enable_fp_fusion=False,
                     **options,
                 )
-    if sums is not None:
-        torch.sum(sums, 0, out=how.sums)
+    how.add_sums(sums)
     return row, packed

@@ -6,7 +6,7 @@ programs have in hand lies in the L2 cache (and much of it in L1: the last pass 
 begins with what was read last), yet enough that a channel's tokens are 32 bytes of the transposed
 copy.
 
-As in `swiglu_float8`, a thread holds some channels of groups of four tokens.
+As in `activation_float8`, a thread holds some channels of groups of four tokens.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
+from megasparse.kernels.accumulate import Factors
 from megasparse.kernels.checks import require
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.spmm24 import cusparselt, reference
@@ -23,6 +24,7 @@ def spmm24(
     algorithm: int = 0,
     alpha: float | None = None,
     bias: torch.Tensor | None = None,
+    bias_factors: Factors | None = None,
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -39,6 +41,7 @@ def spmm24(
         alpha: factor of `values @ x^T` in place of the packed scale. cuSPARSELt takes it from the
             host: without it an 8-bit product waits for the device, to read `packed.scale`.
         bias: (N,), added before the sum is rounded; on cuSPARSELt of `out_dtype`.
+        bias_factors: the bias is multiplied by them before, as `accumulate_` does.
         out: (T, N) of `out_dtype`, contiguous: gets the result; on cuSPARSELt T needs no padding.
         backend: None, "reference" or "cusparselt" (CUDA tensors).
 
@@ -67,7 +70,7 @@ def spmm24(
     require("spmm24", "out", out, out_dtype, (x.shape[0], packed.shape[0]), x.device)
     if x.shape[0] == 0:
         return x.new_empty((0, packed.shape[0]), dtype=out_dtype)
-    return multiply(packed, x, out_dtype, algorithm, alpha, bias, out)
+    return multiply(packed, x, out_dtype, algorithm, alpha, bias, bias_factors, out)
 
 
 @torch.no_grad()

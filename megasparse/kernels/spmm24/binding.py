@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megasparse.errors import KernelError
+from megasparse.kernels.accumulate import Factors, accumulate_
 
 CUDA_TYPES = {
     torch.float32: 0,
@@ -164,10 +165,11 @@ class Plan:
         self._handle = _handle(device)
         self._matrices = [_Struct() for _ in range(3)]
         self._matmul, self._selection, self._plan = _Struct(), _Struct(), _Struct()
-        # A plan knows the address of its bias: products copy theirs there.
+        # A plan knows the address of its bias: those of products are written there.
         self._bias: torch.Tensor | None = None
         if problem.biased:
             self._bias = torch.zeros(problem.rows, dtype=problem.out_type, device=device)
+            self._always = torch.ones(1, dtype=torch.int64, device=device)
         with torch.cuda.device(device):
             self._describe_matrices()
             self._describe_product()
@@ -221,19 +223,14 @@ class Plan:
         )
         lib.MatmulPlanInit(self._handle, self._plan, self._matmul, self._selection)
 
-    def run(
-        self,
-        packed: torch.Tensor,
-        b: torch.Tensor,
-        out: torch.Tensor,
-        alpha: float,
-        bias: torch.Tensor | None = None,
-    ) -> None:
-        """`out = alpha * A @ B + bias` on the current stream."""
+    def set_bias(self, bias: torch.Tensor, factors: Factors | None) -> None:
+        """What products add from now on, on the current stream: a bias (N,) times factors."""
+        assert self._bias is not None
+        accumulate_(self._bias, bias, factors=factors, begins=self._always)
+
+    def run(self, packed: torch.Tensor, b: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
+        """`out = alpha * A @ B`, plus the bias that was set, on the current stream."""
         self._alpha.value = alpha
-        if bias is not None:
-            assert self._bias is not None
-            self._bias.copy_(bias)
         address = torch._C._cuda_getCurrentRawStream(self._device.index)
         workspace = _workspace(self._device, address, self._workspace_bytes)
         stream = ctypes.c_void_p(address)

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from megasparse.errors import KernelError
+from megasparse.kernels.accumulate import Factors
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.spmm24.binding import Problem, plan
 from megasparse.kernels.spmm24.cusparselt_packing import LibraryPacked24
@@ -23,6 +24,7 @@ def spmm24(
     algorithm: int,
     alpha: float | None,
     bias: torch.Tensor | None,
+    bias_factors: Factors | None,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     """x (T, K) times W^T as (T, N) of `out_dtype`; see `megasparse.kernels.spmm24`."""
@@ -57,7 +59,10 @@ def spmm24(
         algorithm,
         bias is not None,
     )
-    plan(problem, x.device).run(packed.buffer, x, out, _alpha(packed, alpha), bias)
+    made = plan(problem, x.device)
+    if bias is not None:
+        made.set_bias(bias, bias_factors)
+    made.run(packed.buffer, x, out, _alpha(packed, alpha))
     return out[:tokens] if missing else out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megasparse.kernels.accumulate import Factors
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.spmm24.cusparselt_packing import LibraryPacked24
 
@@ -15,11 +16,14 @@ def spmm24(
     algorithm: int,
     alpha: float | None,
     bias: torch.Tensor | None,
+    bias_factors: Factors | None,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     """x (T, K) times W^T as (T, N) of `out_dtype`; see `megasparse.kernels.spmm24`."""
     product = x.float() @ _scaled(packed, alpha).t()
-    product = (product if bias is None else product + bias.float()).to(out_dtype)
+    if bias is not None:
+        product = product + _multiplied(bias, bias_factors)
+    product = product.to(out_dtype)
     return product if out is None else out.copy_(product)
 
 
@@ -34,6 +38,13 @@ def matmul24(
     """W (N, K) times b (K, M) as (N, M); see `megasparse.kernels.matmul24`."""
     b = b.float().t() if transposed else b.float()
     return (_scaled(packed, alpha) @ b).to(out_dtype)
+
+
+def _multiplied(bias: torch.Tensor, factors: Factors | None) -> torch.Tensor:
+    if factors is None:
+        return bias.float()
+    a, b, applied = factors
+    return (bias.float() * (a * (1.0 / applied) * b)).to(bias.dtype).float()
 
 
 def _scaled(packed: Packed24 | LibraryPacked24, alpha: float | None) -> torch.Tensor:

@@ -1,24 +1,28 @@
-"""Gated MLPs whose linears are both in FP8: computed as one, so that operands need no detour."""
+"""MLPs whose linears are both in FP8: computed as one, so that operands need no detour."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLP
 
-from megasparse.megatron.blocks.torch_modules import GatedActivation
+from megasparse.kernels import Activation, activated
+from megasparse.megatron.blocks.torch_modules import GatedActivation, gelu_tanh
 from megasparse.megatron.parallel_linear import SparseColumnParallelLinear, SparseRowParallelLinear
-from megasparse.sparsity.autograd.feed_forward import gated_feed_forward
+from megasparse.sparsity.autograd.feed_forward import feed_forward
 from megasparse.sparsity.autograd.norm import Float8Input
 
 
-class Fp8GatedMLP(MLP):
-    """megatron-core's MLP with `gated_feed_forward` in place of its three parts one by one.
+class Fp8MLP(MLP):
+    """megatron-core's MLP with `feed_forward` in place of its three parts one by one.
 
     The results are the same to the last bit. Someone who looks at the linears, by a hook, sees them
     called one by one.
     """
+
+    kernel_activation: Activation
 
     def forward(
         self,
@@ -32,42 +36,55 @@ class Fp8GatedMLP(MLP):
         if per_token_scale is not None or watched:
             return super().forward(hidden_states, per_token_scale, **rest)
         (gemms1, seed1), (gemms2, seed2) = first.current_gemms(), second.current_gemms()
-        z = gated_feed_forward(
+        bias2 = second.bias_of_gemm()
+        z = feed_forward(
             hidden_states,
             (first.weight, second.weight),
             (gemms1, gemms2),
             first.comm,
             (seed1, seed2),
+            self.kernel_activation,
+            (first.bias, bias2),
         )
-        return second.finish(z)
+        return (z, None) if bias2 is not None else second.finish(z)
 
 
-def fuse_gated_mlps(model: torch.nn.Module) -> int:
-    """Make `Fp8GatedMLP`s of the MLPs that can be; their number.
+def fuse_mlps(model: torch.nn.Module) -> int:
+    """Make `Fp8MLP`s of the MLPs that can be; their number.
 
-    Their class changes and nothing else (as in torch's parametrisations): a Transformer layer gives
+    Their class changes and little else (as in torch's parametrisations): a Transformer layer gives
     its process groups to no other class than MLP itself.
     """
     fused = 0
     for module in model.modules():
-        if type(module) is MLP and _fits(module):
-            module.__class__ = Fp8GatedMLP
+        activation = _known_activation(module) if type(module) is MLP else None
+        if activation is not None and _fits(module):
+            module.__class__ = Fp8MLP
+            mlp: Any = module
+            mlp.kernel_activation = activation
+            if activation == "gelu":  # one by one too, the same bits
+                mlp.activation_func = partial(activated, activation="gelu")
             fused += 1
     return fused
 
 
+def _known_activation(mlp: MLP) -> Activation | None:
+    """The name under which kernels know an MLP's activation."""
+    if isinstance(mlp.activation_func, GatedActivation):
+        return "geglu" if mlp.activation_func.gelu else "swiglu"
+    return "gelu" if mlp.activation_func is gelu_tanh else None
+
+
 def _fits(mlp: MLP) -> bool:
-    """SwiGLU between two linears of this package that are in FP8 and nothing more: low-rank
-    branches and Wanda's figures want inputs in full, fc1's bias the gradient of its output."""
+    """Two linears of this package that are in FP8 and nothing more: low-rank branches and Wanda's
+    figures want inputs in full, and a bias belongs to the GEMM."""
     first, second = mlp.linear_fc1, mlp.linear_fc2
     return (
-        isinstance(mlp.activation_func, GatedActivation)
-        and not mlp.activation_func.gelu
-        and isinstance(first, SparseColumnParallelLinear)
+        isinstance(first, SparseColumnParallelLinear)
         and isinstance(second, SparseRowParallelLinear)
         and first.in_fp8_alone
         and second.in_fp8_alone
-        and first.bias is None
+        and (first.bias is None or first.bias_of_gemm() is not None)
         and not first.gather_output
         and second.input_is_parallel
     )

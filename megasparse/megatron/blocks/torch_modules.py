@@ -1,4 +1,4 @@
-"""Building blocks of a layer beside its linears: torch's norms and attention, gated activation."""
+"""Building blocks of a layer beside its linears: torch's norms and attention, activations."""
 
 from __future__ import annotations
 
@@ -135,6 +135,11 @@ def within_window(places: torch.Tensor, keys: int, window: int) -> torch.Tensor:
     """
     back = places[:, None] - torch.arange(keys, device=places.device)
     return (back >= 0) & (back < window)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GPT-2's GELU (tanh form)."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 class GatedActivation(torch.nn.Module):

@@ -116,10 +116,7 @@ class _Linear(torch.autograd.Function):
             x, arrived = start_gather(ctx.comm, local)
             x_TK = x.reshape(-1, x.shape[-1])
         dh_TR = None if h_TR is None else ctx.branch.grad_hidden(dz_TN, s_NR)
-        sums = None
-        if wanted[-1]:
-            wide = torch.promote_types(dz.dtype, torch.float32)
-            sums = dz_TN.new_empty(dz_TN.shape[1], dtype=wide)
+        sums = room_for_sums(dz_TN) if wanted[-1] else None
         operands = ctx.gemms.prepare_grad_output(dz_TN, asked(ctx.seed), sums)
         if wanted[0]:
             dx_TK = ctx.gemms.grad_input(operands)
@@ -139,6 +136,12 @@ class _Linear(torch.autograd.Function):
         if wait is not None:
             wait()
         return dx, dw, ds, dp, None, None, None, None, None, None, db
+
+
+def room_for_sums(dz_TN: torch.Tensor) -> torch.Tensor:
+    """Memory for the sums over tokens that a bias's gradient is, at least float32."""
+    wide = torch.promote_types(dz_TN.dtype, torch.float32)
+    return dz_TN.new_empty(dz_TN.shape[1], dtype=wide)
 
 
 def local_input(

@@ -20,9 +20,10 @@ from torch.nn.functional import pad
 from megasparse.fp8.scale import Quantizer, Scale
 from megasparse.fp8.transformer_engine import transposed
 from megasparse.kernels import (
-    swiglu_float8,
-    swiglu_fused,
-    swiglu_fused_backward,
+    Activation,
+    activated,
+    activation_backward,
+    activation_float8,
     transpose_float8,
 )
 from megasparse.kernels.accumulate import Factors
@@ -146,20 +147,25 @@ class DenseFp8Gemms:
         assert x is not None
         return self._multiply_output(row, x, bias, out)[:tokens], self._saved(x_KT, x)
 
-    def output_of_gated(
-        self, fused_TF: torch.Tensor, save: bool
+    def output_of_activated(
+        self,
+        projected_TF: torch.Tensor,
+        activation: Activation,
+        save: bool,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
         x = self._quantizers.x.known_scale()
         if x is None:  # it follows from the whole activation
-            return self._output(swiglu_fused(fused_TF), None, save)
-        row, x_KT = swiglu_float8(
-            fused_TF,
+            return self._output(activated(projected_TF, activation), bias, save)
+        row, x_KT = activation_float8(
+            projected_TF,
             scale=x.scale,
+            activation=activation,
             transposed=save,
             strided=self.strided,
             amax=x.amax if save else None,
         )
-        return self.output_of_quantized(row, x_KT, fused_TF.shape[0])
+        return self.output_of_quantized(row, x_KT, projected_TF.shape[0], bias)
 
     def save_input(self, x_TK: torch.Tensor) -> SavedInput:
         _, x_KT, x = self._quantized_input(x_TK, columns=True)
@@ -215,10 +221,16 @@ class DenseFp8Gemms:
             self._tell("grad_output", dz_TN, row)
         return Fp8GradOutput(row, dz_NT, dz_TN.shape[0], dz, dz)
 
-    def prepare_gated_grad_output(
-        self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: SeedLike
+    def prepare_activated_grad_output(
+        self,
+        dy_TF: torch.Tensor,
+        projected_TF: torch.Tensor,
+        activation: Activation,
+        seed: SeedLike,
+        sums: torch.Tensor | None = None,
     ) -> Fp8GradOutput:
-        return self.prepare_grad_output(swiglu_fused_backward(dy_TF, fused_TF), seed)
+        dz_TN = activation_backward(dy_TF, projected_TF, activation)
+        return self.prepare_grad_output(dz_TN, seed, sums)
 
     def grad_input(self, operands: Fp8GradOutput) -> torch.Tensor:
         assert self._w_KN is not None

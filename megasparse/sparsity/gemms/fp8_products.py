@@ -9,6 +9,7 @@ nothing is to correct its kernel ends at once. Dense GEMMs take both factors fro
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def with_factors(
 
 
 def undone(
-    product: Callable[[float, torch.Tensor | None], torch.Tensor],
+    product: Callable[..., torch.Tensor],
     a: Scale,
     b: Scale,
     bias: torch.Tensor | None = None,
@@ -66,12 +67,14 @@ def undone(
     """A 2:4 product of two operands with their scaling undone, and a bias.
 
     Args:
-        product: computes it with a factor, the library's alpha, and a bias that it adds.
-        bias: what the result is to have; what is corrected with it was divided before.
+        product: computes it with a factor, the library's alpha, and where there is one with a
+            `bias` and its `bias_factors`, as `spmm24` does.
+        bias: what the result is to have; what is corrected with it is divided before.
     """
     alpha = a.assumed * b.assumed
+    added: dict[str, Any] = {} if bias is None else {"bias": bias}
     if a.exact and b.exact:
-        return product(alpha, bias)
+        return product(alpha, **added)
     if bias is not None:
-        bias = rescale_(bias.detach().clone(), a.scale, b.scale, applied=1 / alpha)
-    return rescale_(product(alpha, bias), a.scale_inv, b.scale_inv, applied=alpha)
+        added["bias_factors"] = (a.scale, b.scale, 1 / alpha)
+    return rescale_(product(alpha, **added), a.scale_inv, b.scale_inv, applied=alpha)

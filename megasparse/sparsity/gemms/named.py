@@ -40,9 +40,9 @@ class NamedGemms:
         with named(f"{self._layer} output"):
             return self._gemms.output_of_quantized(*operands, **options)
 
-    def output_of_gated(self, *operands: Any) -> Any:
+    def output_of_activated(self, *operands: Any) -> Any:
         with named(f"{self._layer} output"):
-            return self._gemms.output_of_gated(*operands)
+            return self._gemms.output_of_activated(*operands)
 
     def prepare_grad_output(
         self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
@@ -50,9 +50,9 @@ class NamedGemms:
         with named(f"{self._layer} preparation of grad_output"):
             return self._gemms.prepare_grad_output(dz_TN, seed, sums)
 
-    def prepare_gated_grad_output(self, *operands: Any) -> Any:
+    def prepare_activated_grad_output(self, *operands: Any) -> Any:
         with named(f"{self._layer} preparation of grad_output"):
-            return self._gemms.prepare_gated_grad_output(*operands)
+            return self._gemms.prepare_activated_grad_output(*operands)
 
     def grad_input(self, *operands: Any) -> torch.Tensor:
         with named(f"{self._layer} grad_input"):

@@ -22,11 +22,12 @@ import torch
 
 from megasparse.fp8.scale import Scale
 from megasparse.kernels import (
+    Activation,
+    activation_grad_pack24,
     effective_weight,
     grad_pack24,
     matmul24,
     spmm24,
-    swiglu_grad_pack24,
     weight_pack24,
 )
 from megasparse.kernels.accumulate import Factors
@@ -143,16 +144,25 @@ class PackedFp8Gemms(DenseFp8Gemms):
             self._probe.mvue(tiles_TN, packed.values.float() * draw.scale_inv, self._recipe)
         return Fp8GradOutput(row, packed, tokens, dz, draw)
 
-    def prepare_gated_grad_output(
-        self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: SeedLike
+    def prepare_activated_grad_output(
+        self,
+        dy_TF: torch.Tensor,
+        projected_TF: torch.Tensor,
+        activation: Activation,
+        seed: SeedLike,
+        sums: torch.Tensor | None = None,
     ) -> Fp8GradOutput:
         dz = self._quantizers.gradient.known_scale()
         draw = self._quantizers.draw.known_scale()
         if dz is None or draw is None or self._recipe.mvue == "off" or self._probe.asked:
-            return super().prepare_gated_grad_output(dy_TF, fused_TF, seed)
+            return super().prepare_activated_grad_output(
+                dy_TF, projected_TF, activation, seed, sums
+            )
         with self._probe.timer.span("preparation"):
             how = self._as_operands(dz, draw, dy_TF.shape[0])
-            row, packed = swiglu_grad_pack24(dy_TF, fused_TF, seed=seed, **how)
+            row, packed = activation_grad_pack24(
+                dy_TF, projected_TF, activation=activation, seed=seed, sums=sums, **how
+            )
         assert row is not None
         return Fp8GradOutput(row, packed, dy_TF.shape[0], dz, draw)
 
@@ -183,7 +193,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
         if not isinstance(operands.along_tokens, Packed24):
             return super().grad_weight(operands, saved)
         product, draw, x, choice = self._along_tokens(operands.along_tokens, operands, saved)
-        return undone(lambda alpha, _: product(choice.algorithm, alpha), draw, x)
+        return undone(lambda alpha: product(choice.algorithm, alpha), draw, x)
 
     def grad_weight_to_scale(
         self, operands: Fp8GradOutput, saved: SavedInput
@@ -211,7 +221,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
             t,
             lambda: f"e4m3 grad_weight N {n}, K {k}, T {t}",
             2 * n * t * k,
-            lambda algorithm: undone(lambda alpha, _: product(algorithm, alpha), draw, x),
+            lambda algorithm: undone(lambda alpha: product(algorithm, alpha), draw, x),
             lambda: scaled_mm(packed.stored(), x_KT, draw, x),
         )
         self.ran_sparse.add("grad_weight")
@@ -231,8 +241,8 @@ class PackedFp8Gemms(DenseFp8Gemms):
 
         def product(algorithm: int) -> torch.Tensor:
             return undone(
-                lambda alpha, added: spmm24(
-                    packed, a, algorithm=algorithm, alpha=alpha, bias=added, out=out
+                lambda alpha, **added: spmm24(
+                    packed, a, algorithm=algorithm, alpha=alpha, out=out, **added
                 ),
                 scale,
                 weight,

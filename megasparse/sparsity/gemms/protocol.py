@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from megasparse.fp8.scale import Scale
-from megasparse.kernels import swiglu_fused, swiglu_fused_backward
+from megasparse.kernels import Activation, activated, activation_backward
 from megasparse.kernels.accumulate import Factors
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gradient_sum import GradientSum
@@ -94,13 +94,17 @@ class LinearGemms(Protocol):
         """
         ...
 
-    def output_of_gated(
-        self, fused_TF: torch.Tensor, save: bool
+    def output_of_activated(
+        self,
+        projected_TF: torch.Tensor,
+        activation: Activation,
+        save: bool,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
-        """`output` (with `save` `output_and_saved`) of swiglu([gate | up]).
+        """`output` (with `save` `output_and_saved`) of `activated(projected_TF, activation)`.
 
         Args:
-            fused_TF: (T, 2 K), 16 bits.
+            projected_TF: (T, 2 K) [gate | up], of an activation that is not gated (T, K); 16 bits.
         """
         ...
 
@@ -123,11 +127,16 @@ class LinearGemms(Protocol):
         """
         ...
 
-    def prepare_gated_grad_output(
-        self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: SeedLike
+    def prepare_activated_grad_output(
+        self,
+        dy_TF: torch.Tensor,
+        projected_TF: torch.Tensor,
+        activation: Activation,
+        seed: SeedLike,
+        sums: torch.Tensor | None = None,
     ) -> Any:
-        """`prepare_grad_output` of the gradient of [gate | up], this layer's output, from that of
-        its swiglu, `dy_TF`."""
+        """`prepare_grad_output` of the gradient of `projected_TF`, this layer's output, from that
+        of its activation, `dy_TF`."""
         ...
 
     def grad_input(self, operands: Any) -> torch.Tensor:
@@ -195,11 +204,15 @@ class PlainOperands(ABC):
     ) -> tuple[torch.Tensor, SavedInput]:
         raise TypeError(f"{type(self).__name__} takes inputs in full: input_scale() is None")
 
-    def output_of_gated(
-        self, fused_TF: torch.Tensor, save: bool
+    def output_of_activated(
+        self,
+        projected_TF: torch.Tensor,
+        activation: Activation,
+        save: bool,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
-        y_TK = swiglu_fused(fused_TF)
-        return self.output_and_saved(y_TK) if save else (self.output(y_TK), ())
+        y_TK = activated(projected_TF, activation)
+        return self.output_and_saved(y_TK, bias) if save else (self.output(y_TK, bias), ())
 
     def save_input(self, x_TK: torch.Tensor) -> SavedInput:
         return (x_TK,)
@@ -213,10 +226,16 @@ class PlainOperands(ABC):
         sum_over_tokens(dz_TN, sums)
         return GradOutput(dz_TN, seed)
 
-    def prepare_gated_grad_output(
-        self, dy_TF: torch.Tensor, fused_TF: torch.Tensor, seed: SeedLike
+    def prepare_activated_grad_output(
+        self,
+        dy_TF: torch.Tensor,
+        projected_TF: torch.Tensor,
+        activation: Activation,
+        seed: SeedLike,
+        sums: torch.Tensor | None = None,
     ) -> GradOutput:
-        return self.prepare_grad_output(swiglu_fused_backward(dy_TF, fused_TF), seed)
+        dz_TN = activation_backward(dy_TF, projected_TF, activation)
+        return self.prepare_grad_output(dz_TN, seed, sums)
 
 
 def with_bias(z_TN: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

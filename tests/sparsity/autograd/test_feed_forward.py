@@ -1,4 +1,4 @@
-"""The gated feed-forward function against two linears with an activation between: the same bits."""
+"""The feed-forward function against two linears with an activation between: the same bits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megasparse.fp8.delayed import DelayedScaling
-from megasparse.kernels import prune24_mask, s_ste_scale, swiglu_fused, transposable24_mask
-from megasparse.sparsity.autograd.feed_forward import gated_feed_forward
+from megasparse.kernels import activated, prune24_mask, s_ste_scale, transposable24_mask
+from megasparse.sparsity.autograd.feed_forward import feed_forward
 from megasparse.sparsity.autograd.linear import NoComm, linear
 from megasparse.sparsity.gemms import dense_fp8, packed_fp8
 from megasparse.sparsity.gemms.choice import GemmChooser
@@ -23,7 +23,6 @@ from tests.transformer_engine import needs_transformer_engine
 K, F, N = 128, 128, 128
 # Where the shard's halves lie in the whole layer: that of the second of two ranks.
 PARTS = (ShardSlice(0, F, F), ShardSlice(F, 3 * F, F))
-SECTIONS = (PARTS, (ShardSlice(0, 0, N),))
 
 
 class Waiting:
@@ -54,13 +53,22 @@ class Waiting:
 class Block:
     """Weights, their scaling, and the block's output by either way."""
 
-    def __init__(self, recipe, device, fused, comm=None, hybrid=False):
+    def __init__(self, recipe, device, fused, comm=None, hybrid=False, activation="swiglu"):
         generator = torch.Generator().manual_seed(0)
-        shapes = ((2 * F, K), (N, F))
+        gated = activation != "gelu"
+        self.activation = activation
+        shapes = ((2 * F if gated else F, K), (N, F))
+        self.sections = (PARTS if gated else PARTS[:1], (ShardSlice(0, 0, N),))
         self.weights = [
             (torch.randn(s, generator=generator) / 8).to(device).bfloat16().requires_grad_()
             for s in shapes
         ]
+        self.biases = [None, None]
+        if activation == "gelu":  # whose models have biases
+            self.biases = [
+                torch.randn(n, generator=generator).to(device).bfloat16().requires_grad_()
+                for n, _ in shapes
+            ]
         self.scales = DelayedScaling(device, history_length=2)
         self.slots = [OperandQuantizers.of(self.scales) for _ in shapes]
         self.scales.allocate()
@@ -81,15 +89,19 @@ class Block:
         else:
             mask = (transposable24_mask if recipe.transposable else prune24_mask)(w)
         chooser = GemmChooser(None) if w.is_cuda else None
-        gemms = PackedFp8Gemms(recipe, SECTIONS[number], slots, self.hybrid, chooser=chooser)
+        gemms = PackedFp8Gemms(recipe, self.sections[number], slots, self.hybrid, chooser=chooser)
         gemms.refill(w, Projected(mask, beta))
         return gemms
 
     def __call__(self, x, seeds=(5, 6)):
         if self.fused:
-            return gated_feed_forward(x, self.weights, self.gemms, self.comm, seeds)
-        hidden = swiglu_fused(linear(x, self.weights[0], self.gemms[0], self.comm, seeds[0]))
-        return linear(hidden, self.weights[1], self.gemms[1], seed=seeds[1])
+            return feed_forward(
+                x, self.weights, self.gemms, self.comm, seeds, self.activation, self.biases
+            )
+        one, two = self.biases
+        hidden = linear(x, self.weights[0], self.gemms[0], self.comm, seeds[0], bias=one)
+        hidden = activated(hidden, self.activation)
+        return linear(hidden, self.weights[1], self.gemms[1], seed=seeds[1], bias=two)
 
     def step(self, number, tokens=(50, 3)):
         """One step: its output, the three gradients, and the magnitudes that it has recorded."""
@@ -100,9 +112,10 @@ class Block:
         x.requires_grad_()
         z = self(x)
         z.backward(dz)
-        found = [z.detach(), x.grad, *(w.grad for w in self.weights), self.scales.history.clone()]
-        for w in self.weights:
-            w.grad = None
+        trained = [p for p in (*self.weights, *self.biases) if p is not None]
+        found = [z.detach(), x.grad, *(p.grad for p in trained), self.scales.history.clone()]
+        for p in trained:
+            p.grad = None
         self.scales.finish_step()
         self.prepare()
         return found
@@ -116,15 +129,26 @@ class Checkpointed(Block):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "hybrid", "gathers"),
-    [("fst", False, False), ("s_ste", True, True), ("ste", False, True), (None, False, False)],
+    ("recipe", "hybrid", "gathers", "activation"),
+    [
+        ("fst", False, False, "swiglu"),
+        ("s_ste", True, True, "swiglu"),
+        ("ste", False, True, "geglu"),
+        (None, False, False, "swiglu"),
+        ("fst", False, True, "geglu"),
+        ("fst", False, False, "gelu"),
+        ("s_ste", True, True, "gelu"),
+        (None, False, False, "gelu"),
+    ],
 )
-def test_the_same_bits_in_every_step(device, monkeypatch, recipe, hybrid, gathers):
+def test_the_same_bits_in_every_step(device, monkeypatch, recipe, hybrid, gathers, activation):
     needs_transformer_engine(device)
     comm = Waiting(own_first=True) if gathers else NoComm()
-    ours, theirs = (Block(recipe, device, fused, comm, hybrid) for fused in (True, False))
+    ours, theirs = (
+        Block(recipe, device, fused, comm, hybrid, activation) for fused in (True, False)
+    )
     calls = []
-    for module, name in ((dense_fp8, "swiglu_float8"), (packed_fp8, "swiglu_grad_pack24")):
+    for module, name in ((dense_fp8, "activation_float8"), (packed_fp8, "activation_grad_pack24")):
         kernel = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, n=name, k=kernel, **o: (calls.append(n), k(*a, **o))[1]
@@ -136,7 +160,9 @@ def test_the_same_bits_in_every_step(device, monkeypatch, recipe, hybrid, gather
             assert torch.equal(found, expected)
         assert calls == [] or number  # the very first scales follow from the tensors
     packs = recipe is not None and make_recipe(recipe).mvue != "off"
-    assert calls == 2 * (["swiglu_float8", "swiglu_grad_pack24"] if packs else ["swiglu_float8"])
+    assert calls == 2 * (
+        ["activation_float8", "activation_grad_pack24"] if packs else ["activation_float8"]
+    )
 
 
 def test_what_is_not_trained_is_not_computed_and_leaves_no_trace(device):

@@ -98,7 +98,7 @@ def test_of_inputs_that_were_quantized_before(device):
     for operand in (saved, gemms.save_quantized(one.rows)):
         assert error(gemms.grad_weight(prepared, operand), expected(dz, normed)) < FP8_ERROR
     fused = torch.cat([x, x.flip(0)], 1)
-    _, saved = gemms.output_of_gated(fused, save=True)
+    _, saved = gemms.output_of_activated(fused, "swiglu", save=True)
     found = gemms.grad_weight(prepared, saved)
     assert error(found, expected(dz, swiglu_fused(fused))) < FP8_ERROR
 

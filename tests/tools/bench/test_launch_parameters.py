@@ -21,8 +21,8 @@ def test_each_sweep_names_a_row_and_valid_parameters():
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_candidates_are_set_and_checked(monkeypatch, broken):
-    sweep = next(s for s in tool.SWEEPS if s.module == "swiglu_float8")
-    module = importlib.import_module("megasparse.kernels.swiglu_float8.triton")
+    sweep = next(s for s in tool.SWEEPS if s.module == "activation_float8")
+    module = importlib.import_module("megasparse.kernels.activation_float8.triton")
     before, timed, checked = module.LAUNCH, [], []
 
     def results(case, device):
@@ -31,7 +31,7 @@ def test_candidates_are_set_and_checked(monkeypatch, broken):
         return [torch.tensor([int(wrong)], dtype=torch.uint8)]
 
     class Small:
-        name, op, shape = "swiglu_float8", "swiglu_float8", (4, 64)
+        name, op, shape = "activation_float8", "activation_float8", (4, 64)
         inputs = staticmethod(lambda source: ())
         prepare = staticmethod(lambda op, inputs: lambda: None)
 

@@ -151,8 +151,8 @@ def gated_cases() -> list[Case]:
     shared: dict[str, Any] = {"odd_shape": (131, 64), "wrong_share": 1e-3}
     return [
         Case(
-            "swiglu_float8 bf16, both ways",
-            "swiglu_float8",
+            "activation_float8 bf16, both ways",
+            "activation_float8",
             6,
             forward,
             lambda op, t: partial(op, t[0], scale=t[1], amax=t[2]),
@@ -160,8 +160,8 @@ def gated_cases() -> list[Case]:
             **shared,
         ),
         Case(
-            "swiglu_grad_pack24 exact bf16, e4m3 rows and packed",
-            "swiglu_grad_pack24",
+            "activation_grad_pack24 exact bf16, e4m3 rows and packed",
+            "activation_grad_pack24",
             9.25,
             backward,
             lambda op, t: partial(
@@ -175,7 +175,7 @@ def gated_cases() -> list[Case]:
                 row_amax=t[4],
                 packed_amax=t[5],
             ),
-            others={"swiglu_fused_backward, grad_pack24": unfused_gradient},
+            others={"activation_backward, grad_pack24": unfused_gradient},
             **shared,
         ),
     ]
@@ -259,7 +259,7 @@ def unfused_gradient(t: Inputs) -> Step:
     flag = torch.zeros(1, dtype=torch.int32, device=dy.device)
 
     def step() -> Any:
-        dz = kernels.swiglu_fused_backward(dy, fused)
+        dz = kernels.activation_backward(dy, fused, "swiglu")
         return kernels.grad_pack24(
             dz,
             seed=7,

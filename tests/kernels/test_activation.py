@@ -1,4 +1,4 @@
-"""SwiGLU and GEGLU: values and gradients against float64 autograd, in every layout."""
+"""SwiGLU, GEGLU and GELU: values and gradients against float64 autograd, in every layout."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from megasparse.errors import KernelError
-from megasparse.kernels import geglu, geglu_fused, swiglu, swiglu_fused, swiglu_fused_backward
-from megasparse.kernels.swiglu.layout import Plane, common_plane
+from megasparse.kernels import (
+    activated,
+    activation_backward,
+    geglu,
+    geglu_fused,
+    swiglu,
+    swiglu_fused,
+)
+from megasparse.kernels.activation.layout import Plane, common_plane
 from tests.kernels.poison import poison_new_tensors
 
 BACKENDS = ["reference", "triton"]
@@ -140,10 +147,28 @@ def test_fused_is_the_activation_of_the_halves(device, monkeypatch, name, layout
             out = of_fused(leaf, backend=backend)
             assert len(out.grad_fn.saved_tensors) == 1
             (grad,) = torch.autograd.grad(out, leaf, dy)
-            if name == "swiglu":
-                assert torch.equal(swiglu_fused_backward(dy, fused, backend=backend), grad)
+            assert torch.equal(activation_backward(dy, fused, name, backend=backend), grad)
         assert torch.equal(out, expected) and out.stride() == expected.stride()
         assert torch.equal(grad, halved.grad) and grad.stride() == order_of(fused)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_gelu_has_no_second_half(device, dtype, turned, backend):
+    flat = torch.cat([random(T, H - 4), torch.tensor([-40.0, -1e-3, 0.0, 40.0]).expand(T, 4)], 1)
+    x = (flat.t() if turned else flat).to(device, dtype).requires_grad_()
+    dy = random(*x.shape).to(device, dtype)
+    y = activated(x, "gelu", backend=backend)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert y.stride() == x.stride() and dx.stride() == x.stride()
+    assert torch.equal(activation_backward(dy, x.detach(), "gelu", backend=backend), dx)
+    wide = x.detach().double().requires_grad_()
+    expected = F.gelu(wide, approximate="tanh")
+    (gradient,) = torch.autograd.grad(expected, wide, dy.double())
+    for found, exact in ((y, expected), (dx, gradient)):
+        bound = TOLERANCE[dtype]
+        torch.testing.assert_close(found.double(), exact, rtol=bound, atol=bound)
 
 
 def test_only_the_needed_is_kept():
@@ -186,4 +211,4 @@ def test_refusals(device):
     with pytest.raises(KernelError, match="even last dimension"):
         swiglu_fused(x[:, :3])
     with pytest.raises(KernelError, match="dy is .* expected"):
-        swiglu_fused_backward(x, x)
+        activation_backward(x, x, "swiglu")

@@ -1,4 +1,4 @@
-"""The definition of the gated activations and their gradients in plain torch.
+"""The definition of the activations and their gradients in plain torch.
 
 SwiGLU: y = x * s(g) with s(g) = g * sigmoid(g).
 GEGLU:  y = x * gelu(g), tanh form, which equals g * sigmoid(2 z) with
@@ -6,6 +6,7 @@ GEGLU:  y = x * gelu(g), tanh form, which equals g * sigmoid(2 z) with
 
 So both are y = x * g * sigmoid(h(g)), and with s = sigmoid(h(g)):
         dx = dy * g * s,      dgate = dy * x * (s + g * s * (1 - s) * h'(g)).
+GELU, tanh form: that of GEGLU without x.
 
 Arithmetic is float32 (float64 for float64 inputs); results have the dtype of the inputs.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 import math
 
 import torch
+
+from megasparse.kernels.activation.kinds import Activation, is_gated
 
 # h(g) = H1 * g + H3 * g^3 of the tanh GELU: twice sqrt(2 / pi) and 0.044715 times that.
 GELU_H1 = 2.0 * math.sqrt(2.0 / math.pi)
@@ -48,11 +51,23 @@ def backward(
     return torch.empty_like(x).copy_(dx), torch.empty_like(gate).copy_(dgate)
 
 
-def backward_fused(dy: torch.Tensor, fused: torch.Tensor, gelu: bool) -> torch.Tensor:
-    """The gradient with respect to `fused` = [gate | x], in its layout."""
-    gate, x = fused.chunk(2, dim=-1)
-    dx, dgate = _gradients(dy, x, gate, gelu)
-    return torch.empty_like(fused).copy_(torch.cat([dgate, dx], -1))
+def forward_fused(fused: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """The activation of `fused`: [gate | x], or of "gelu" the gate alone."""
+    if is_gated(activation):
+        gate, x = fused.chunk(2, dim=-1)
+        return forward(x, gate, activation == "geglu")
+    g = _wide(fused)
+    return torch.empty_like(fused).copy_(g * torch.sigmoid(_inner(g, True)[0]))
+
+
+def backward_fused(dy: torch.Tensor, fused: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """The gradient with respect to `fused`, in its layout."""
+    if is_gated(activation):
+        gate, x = fused.chunk(2, dim=-1)
+        dx, dgate = _gradients(dy, x, gate, activation == "geglu")
+        return torch.empty_like(fused).copy_(torch.cat([dgate, dx], -1))
+    one = torch.ones((), dtype=fused.dtype, device=fused.device)
+    return torch.empty_like(fused).copy_(_gradients(dy, one, fused, True)[1])
 
 
 def _gradients(

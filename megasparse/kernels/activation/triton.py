@@ -1,4 +1,4 @@
-"""Triton kernels of the gated activations: one pass forward, one pass backward, along memory."""
+"""Triton kernels of the activations: one pass forward, one pass backward, along memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from megasparse.errors import KernelError
+from megasparse.kernels.activation.kinds import Activation, is_gated
+from megasparse.kernels.activation.layout import Plane, common_plane
+from megasparse.kernels.activation.reference import GELU_H1, GELU_H3
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.swiglu.layout import Plane, common_plane
-from megasparse.kernels.swiglu.reference import GELU_H1, GELU_H3
 
 _H1 = tl.constexpr(GELU_H1)
 _H3 = tl.constexpr(GELU_H3)
@@ -67,9 +68,9 @@ def _sigmoid(h):
 @triton.jit
 def _gate_parts(g, GELU: tl.constexpr):
     """sigmoid(h(g)) and h'(g); see reference.py."""
-    if GELU:
+    if GELU:  # fused as in `grad_gate`
         square = g * g
-        return _sigmoid(g * (_H1 + _H3 * square)), _H1 + 3.0 * _H3 * square
+        return _sigmoid(g * tl.fma(square, _H3, _H1)), tl.fma(square, 3.0 * _H3, _H1)
     else:
         return _sigmoid(g), 1.0
 
@@ -85,9 +86,10 @@ def gated(x, gate, GELU: tl.constexpr):
 def grad_gate(dy, x, gate, GELU: tl.constexpr):
     """The gradient of `gated` with respect to the gate."""
     s, slope = _gate_parts(gate, GELU)
+    # Fused as the compiler does anyway, so that a kernel in which it may not gives the same.
     if GELU:
-        return dy * x * (s + gate * s * (1.0 - s) * slope)
-    else:  # fused as the compiler does anyway, so that a kernel in which it may not gives the same
+        return dy * x * tl.fma(gate * s * (1.0 - s), slope, s)
+    else:
         return dy * x * tl.fma(gate * s, 1.0 - s, s)
 
 
@@ -140,6 +142,22 @@ def _gated_backward_kernel(
     tl.store(dgate_ptr + row * dgate_stride + column, dgate, mask=mask)
 
 
+@triton.jit
+def _gelu_forward_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
+    tl.store(out_ptr + at, gated(1.0, x, True).to(out_ptr.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _gelu_backward_kernel(dy_ptr, x_ptr, dx_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dy = tl.load(dy_ptr + at, mask=at < size).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
+    dx = grad_gate(dy, 1.0, x, True)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=at < size)
+
+
 def forward(x: torch.Tensor, gate: torch.Tensor, gelu: bool) -> torch.Tensor:
     """act(gate) * x, in the layout of `x`; see reference.py."""
     _check(x)
@@ -160,12 +178,27 @@ def backward(
     return dx, dgate
 
 
-def backward_fused(dy: torch.Tensor, fused: torch.Tensor, gelu: bool) -> torch.Tensor:
-    """The gradient with respect to `fused` = [gate | x]; see reference.py."""
-    gate, x = fused.chunk(2, dim=-1)
+def forward_fused(fused: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """The activation of `fused`; see reference.py."""
+    if is_gated(activation):
+        gate, x = fused.chunk(2, dim=-1)
+        return forward(x, gate, activation == "geglu")
+    _check(fused)
+    out = torch.empty_like(fused)
+    _launch_flat(_gelu_forward_kernel, FORWARD, fused, out)
+    return out
+
+
+def backward_fused(dy: torch.Tensor, fused: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """The gradient with respect to `fused`; see reference.py."""
     gradient = torch.empty_like(fused)
-    dgate, dx = gradient.chunk(2, dim=-1)
-    _write_gradients(dy, x, gate, gelu, dx, dgate)
+    if is_gated(activation):
+        gate, x = fused.chunk(2, dim=-1)
+        dgate, dx = gradient.chunk(2, dim=-1)
+        _write_gradients(dy, x, gate, activation == "geglu", dx, dgate)
+    else:
+        _check(fused)
+        _launch_flat(_gelu_backward_kernel, BACKWARD, dy, fused, gradient)
     return gradient
 
 
@@ -213,6 +246,16 @@ def _in_layout_of(
         plane = common_plane(*inputs, out)
     assert plane is not None  # dense tensors in one order are one run; halves of one, a plane
     return plane, inputs
+
+
+def _launch_flat(kernel: triton.JITFunction, launch: Launch, *tensors: torch.Tensor) -> None:
+    """Over the memory of tensors of one shape; the last is written."""
+    out = tensors[-1]
+    inputs = [t if t.stride() == out.stride() else torch.empty_like(out).copy_(t) for t in tensors]
+    launch = INTERPRETED if INTERPRETING else launch
+    grid = (triton.cdiv(out.numel(), launch.elements),)
+    if out.numel():
+        kernel[grid](*inputs, out.numel(), BLOCK=launch.elements, num_warps=launch.num_warps)
 
 
 def _launch(

@@ -1,4 +1,4 @@
-"""Gated activations, with gradients, in any dense layout, of two tensors or of a fused one."""
+"""Activations with gradients, in any dense layout; gated ones of two tensors or of a fused one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
+from megasparse.kernels.activation import reference, triton
+from megasparse.kernels.activation.kinds import Activation, is_gated
 from megasparse.kernels.checks import require
-from megasparse.kernels.swiglu import reference, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,20 +37,21 @@ class _GatedActivation(torch.autograd.Function):
 
 
 class _Fused(torch.autograd.Function):
-    """The same of `[gate | x]`, whose gradient is written as one tensor."""
+    """The same of `[gate | x]` (of "gelu" the gate alone), whose gradient is one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, fused: torch.Tensor, gelu: bool, chosen: ModuleType) -> torch.Tensor:
+    def forward(
+        ctx: Any, fused: torch.Tensor, activation: Activation, chosen: ModuleType
+    ) -> torch.Tensor:
         ctx.save_for_backward(fused)
-        ctx.gelu, ctx.chosen = gelu, chosen
-        gate, x = fused.chunk(2, dim=-1)
-        return chosen.forward(x, gate, gelu)
+        ctx.activation, ctx.chosen = activation, chosen
+        return chosen.forward_fused(fused, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (fused,) = ctx.saved_tensors
-        return ctx.chosen.backward_fused(dy, fused, ctx.gelu), None, None
+        return ctx.chosen.backward_fused(dy, fused, ctx.activation), None, None
 
 
 def swiglu(x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -82,39 +84,52 @@ def swiglu_fused(fused: torch.Tensor, *, backend: str | None = None) -> torch.Te
 
     Raises: KernelError too when the last dimension is odd.
     """
-    _check_fused("swiglu_fused", fused)
-    return _Fused.apply(fused, False, _chosen("swiglu_fused", fused, backend))
+    return activated(fused, "swiglu", backend=backend)
 
 
 def geglu_fused(fused: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """gelu(gate) * x of `fused` = [gate | x], the tanh GELU; all else as in `swiglu_fused`."""
-    _check_fused("geglu_fused", fused)
-    return _Fused.apply(fused, True, _chosen("geglu_fused", fused, backend))
+    return activated(fused, "geglu", backend=backend)
+
+
+def activated(
+    projected: torch.Tensor, activation: Activation, *, backend: str | None = None
+) -> torch.Tensor:
+    """`swiglu_fused`, `geglu_fused` or, for "gelu", gelu(projected) in its tanh form, by name."""
+    _check_fused(activation, projected, activation)
+    return _Fused.apply(projected, activation, _chosen(activation, projected, backend))
 
 
 @torch.no_grad()
-def swiglu_fused_backward(
-    dy: torch.Tensor, fused: torch.Tensor, *, backend: str | None = None
+def activation_backward(
+    dy: torch.Tensor,
+    projected: torch.Tensor,
+    activation: Activation,
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:
-    """The gradient of `swiglu_fused` (..., 2 F) from that of its result (..., F), outside autograd.
+    """The gradient of `activated`, like `projected`, from that of its result, outside autograd.
 
-    Raises: KernelError when dy is not like the result, or as in `swiglu_fused`.
+    Raises: KernelError when dy is not like the result, or as in `activated`.
     """
-    _check_fused("swiglu_fused_backward", fused)
-    shape = (*fused.shape[:-1], fused.shape[-1] // 2)
-    require("swiglu_fused_backward", "dy", dy, fused.dtype, shape, fused.device)
-    return _chosen("swiglu_fused_backward", fused, backend).backward_fused(dy, fused, False)
+    op = "activation_backward"
+    _check_fused(op, projected, activation)
+    shape = (*projected.shape[:-1], projected.shape[-1] // (1 + is_gated(activation)))
+    require(op, "dy", dy, projected.dtype, shape, projected.device)
+    return _chosen(op, projected, backend).backward_fused(dy, projected, activation)
 
 
 def _chosen(op: str, tensor: torch.Tensor, backend: str | None) -> ModuleType:
     return dispatch.implementation(op, tensor, backend, reference=reference, triton=triton)
 
 
-def _check_fused(op: str, fused: torch.Tensor) -> None:
-    if fused.dtype not in DTYPES or fused.dim() == 0 or fused.shape[-1] % 2:
+def _check_fused(op: str, fused: torch.Tensor, activation: Activation) -> None:
+    parts = 1 + is_gated(activation)
+    if fused.dtype not in DTYPES or fused.dim() == 0 or fused.shape[-1] % parts:
+        even = " with an even last dimension" if parts == 2 else ""
         raise KernelError(
             f"{op}: fused is {fused.dtype} {tuple(fused.shape)}, expected float32, bfloat16, "
-            "float16 or float64 with an even last dimension"
+            f"float16 or float64{even}"
         )
 
 

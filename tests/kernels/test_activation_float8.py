@@ -1,4 +1,4 @@
-"""SwiGLU fused with the quantizer of an 8-bit GEMM's operand: the two steps in one."""
+"""An activation fused with the quantizer of an 8-bit GEMM's operand: the two steps in one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megasparse.errors import KernelError
-from megasparse.kernels import swiglu_float8, swiglu_fused
+from megasparse.kernels import activated, activation_float8
 from tests.kernels.gated_cases import (
     BF16,
     E4M3,
@@ -25,35 +25,39 @@ BACKENDS = ["reference", "triton"]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize(("tokens", "width", "dtype"), SHAPES)
-def test_forward_is_the_two_steps(device, monkeypatch, tokens, width, dtype, exact, backend):
-    fused = projection(tokens, width, device, dtype, exact)
-    y = swiglu_fused(fused, backend="reference").float()
+@pytest.mark.parametrize(("tokens", "width", "dtype", "activation"), SHAPES)
+def test_forward_is_the_two_steps(
+    device, monkeypatch, tokens, width, dtype, activation, exact, backend
+):
+    fused = projection(tokens, width, device, dtype, exact, activation)
+    y = activated(fused, activation, backend="reference").float()
+    how = {"activation": activation, "backend": backend}
     scale = scalar(600.0 / float(y.abs().max()), device)  # the largest saturate
     expected = padded((y * scale).clamp(-448, 448), tokens).to(E4M3)
     amax = scalar(0.0, device).view(1)
     with monkeypatch.context() as patch:
         poison_new_tensors(patch)
-        rows, columns = swiglu_float8(fused, scale=scale, amax=amax, backend=backend)
+        rows, columns = activation_float8(fused, scale=scale, amax=amax, **how)
     same(rows, expected, exact)
     assert columns.is_contiguous() and torch.equal(bits(columns), bits(rows.t()))
     assert not bits(rows[tokens:]).any()
     torch.testing.assert_close(amax, y.abs().max().view(1), rtol=0 if exact else 1e-2, atol=0)
     # Half of a wider tensor, without the transposed copy, and a larger maximum that stays.
-    wide = torch.cat([fused, fused], 1)[:, : 2 * width]
+    wide = torch.cat([fused, fused], 1)[:, : fused.shape[1]]
     amax.fill_(1e9)
-    again, none = swiglu_float8(wide, scale=scale, transposed=False, amax=amax, backend=backend)
+    again, none = activation_float8(wide, scale=scale, transposed=False, amax=amax, **how)
     assert none is None and torch.equal(bits(again), bits(rows)) and float(amax) == 1e9
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_on_a_gpu_it_is_the_two_kernels_to_the_last_bit(device, dtype):
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu"])
+def test_on_a_gpu_it_is_the_two_kernels_to_the_last_bit(device, activation, dtype):
     tokens, width = 5000, 1088
-    fused = projection(tokens, width, device, dtype, False)
+    fused = projection(tokens, width, device, dtype, False, activation)
     scale = scalar(3.0, device)
-    y = swiglu_fused(fused).float()
-    rows, columns = swiglu_float8(fused, scale=scale)
+    y = activated(fused, activation).float()
+    rows, columns = activation_float8(fused, scale=scale, activation=activation)
     expected = padded((y * scale).clamp(-448, 448), tokens).to(E4M3)
     assert torch.equal(bits(rows), bits(expected)) and torch.equal(bits(columns), bits(rows.t()))
 
@@ -63,7 +67,7 @@ def test_nan_is_not_hidden(device, backend):
     fused = torch.zeros(128, 128, device=device, dtype=BF16)
     fused[5, 7], fused[:, 64:] = float("nan"), 1.0
     one, amax = scalar(1.0, device), torch.zeros(1, device=device)
-    rows, columns = swiglu_float8(fused, scale=one, amax=amax, backend=backend)
+    rows, columns = activation_float8(fused, scale=one, amax=amax, backend=backend)
     assert rows.float()[5, 7].isnan() and columns.float()[7, 5].isnan()
     assert int(rows.float().isnan().sum()) == 1 and amax.isnan()
 
@@ -71,9 +75,11 @@ def test_nan_is_not_hidden(device, backend):
 def test_refusals():
     one, fused = torch.ones(()), torch.zeros(4, 256).half()
     for wrong in (fused.float(), fused[:, :192], fused[:0], fused[0]):
-        with pytest.raises(KernelError, match="swiglu_float8: fused is"):
-            swiglu_float8(wrong, scale=one)
-    with pytest.raises(KernelError, match="swiglu_float8: scale is"):
-        swiglu_float8(fused, scale=torch.ones(1))
-    with pytest.raises(KernelError, match="swiglu_float8: amax is"):
-        swiglu_float8(fused, scale=one, amax=one)
+        with pytest.raises(KernelError, match="activation_float8: fused is"):
+            activation_float8(wrong, scale=one)
+    with pytest.raises(KernelError, match=r"activation_float8: fused is .*, \(T, F\)"):
+        activation_float8(fused[:, :96], scale=one, activation="gelu")
+    with pytest.raises(KernelError, match="activation_float8: scale is"):
+        activation_float8(fused, scale=torch.ones(1))
+    with pytest.raises(KernelError, match="activation_float8: amax is"):
+        activation_float8(fused, scale=one, amax=one)

@@ -1,4 +1,4 @@
-"""A gated activation that leaves as the operands of an 8-bit GEMM, in one pass."""
+"""An activation that leaves as the operands of an 8-bit GEMM, in one pass."""
 
 from __future__ import annotations
 
@@ -6,33 +6,36 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
+from megasparse.kernels.activation.kinds import Activation, is_gated
+from megasparse.kernels.activation_float8 import reference, triton
 from megasparse.kernels.float8 import check_scaling, raise_amax
-from megasparse.kernels.swiglu_float8 import reference, triton
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTH_MULTIPLE = 64
 
 
 @torch.no_grad()
-def swiglu_float8(
+def activation_float8(
     fused: torch.Tensor,
     *,
     scale: torch.Tensor,
+    activation: Activation = "swiglu",
     transposed: bool = True,
     strided: bool = False,
     amax: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """silu(gate) * x of `fused` = [gate | x], quantized to e4m3, row-major and transposed.
+    """The activation of `fused` = [gate | x], quantized to e4m3, row-major and transposed.
 
-    What `swiglu_fused`, rounded to the dtype of `fused`, times `scale`, saturated, gives: the
-    16-bit activation is never written.
+    What `activated`, rounded to the dtype of `fused`, times `scale`, saturated, gives: the 16-bit
+    activation is never written.
 
     Args:
-        fused: (T, 2 F), bfloat16 or float16, read row-major (copied otherwise); any T, F a multiple
-            of 64.
+        fused: (T, 2 F), for "gelu" (T, F), bfloat16 or float16, read row-major (copied otherwise);
+            any T, F a multiple of 64.
         scale: 0-d float32 on the device of `fused`, the multiplier; to nearest even, saturated
             (infinities too); NaN stays NaN.
+        activation: "swiglu", "geglu" or "gelu".
         transposed: whether the transposed copy is wanted.
         strided: its tokens in the order of strided groups (`token_order.by_groups`).
         amax: float32 (1,) there, raised to the largest magnitude before scaling; a NaN makes it
@@ -44,30 +47,38 @@ def swiglu_float8(
 
     Raises: KernelError on sizes, dtypes, or a backend that cannot run.
     """
+    parts = 1 + is_gated(activation)
     if (
         fused.dim() != 2
         or fused.dtype not in DTYPES
         or not fused.shape[0]
-        or fused.shape[1] % (2 * WIDTH_MULTIPLE)
+        or fused.shape[1] % (parts * WIDTH_MULTIPLE)
     ):
         raise KernelError(
-            f"swiglu_float8: fused is {fused.dtype} of shape {tuple(fused.shape)}, expected 16 "
-            f"bits, (T, 2 F), F a multiple of {WIDTH_MULTIPLE}"
+            f"activation_float8: fused is {fused.dtype} of shape {tuple(fused.shape)}, expected 16 "
+            f"bits, (T, {'2 F' if parts == 2 else 'F'}), F a multiple of {WIDTH_MULTIPLE}"
         )
-    check_scaling("swiglu_float8", fused.device, scale, amax)
+    check_scaling("activation_float8", fused.device, scale, amax)
     run = dispatch.implementation(
-        "swiglu_float8", fused, backend, reference=_by_definition, triton=triton.swiglu_float8
+        "activation_float8",
+        fused,
+        backend,
+        reference=_by_definition,
+        triton=triton.activation_float8,
     )
-    return run(fused, scale, transposed, strided, amax)
+    return run(fused, scale, activation, transposed, strided, amax)
 
 
 def _by_definition(
     fused: torch.Tensor,
     scale: torch.Tensor,
+    activation: Activation,
     transposed: bool,
     strided: bool,
     amax: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    rows, columns, found = reference.swiglu_float8(fused, scale, transposed, strided)
+    rows, columns, found = reference.activation_float8(
+        fused, scale, activation, transposed, strided
+    )
     raise_amax(amax, found)
     return rows, columns

@@ -1,4 +1,4 @@
-"""Both operands that a gated projection's gradient becomes, in one pass that never writes it."""
+"""Both operands of the gradient of a projection before an activation, which is never written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
+from megasparse.kernels.activation.kinds import Activation, is_gated
+from megasparse.kernels.activation.reference import backward_fused
+from megasparse.kernels.activation_grad_pack24 import reference, triton
 from megasparse.kernels.checks import require
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.grad_pack24.quantization import Quantization, check_gradient
@@ -13,15 +16,15 @@ from megasparse.kernels.mvue24.places import FIRST, Places, check_places
 from megasparse.kernels.mvue_pack24 import Channels
 from megasparse.kernels.packed24 import ROW_MULTIPLE, Packed24
 from megasparse.kernels.random import SeedLike, check_seed
-from megasparse.kernels.swiglu_grad_pack24 import reference, triton
 
 
 @torch.no_grad()
-def swiglu_grad_pack24(
+def activation_grad_pack24(
     dy: torch.Tensor,
     fused: torch.Tensor,
     *,
     seed: SeedLike,
+    activation: Activation = "swiglu",
     row_scale: torch.Tensor | None = None,
     row_dtype: torch.dtype | None = E5M2,
     packed_scale: torch.Tensor,
@@ -32,62 +35,70 @@ def swiglu_grad_pack24(
     row_amax: torch.Tensor | None = None,
     packed_amax: torch.Tensor | None = None,
     error_flag: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor | None, Packed24]:
-    """`grad_pack24` of the gradient of a fused projection whose output went into `swiglu_fused`.
+    """`grad_pack24` of the gradient of a projection whose output went into `activated`.
 
-    What `swiglu_fused_backward`, rounded to 16 bits, gives to `grad_pack24`: that gradient is never
+    What `activation_backward`, rounded to 16 bits, gives to `grad_pack24`: that gradient is never
     written.
 
     Args:
         dy: (T, F) gradient of the activation's output.
-        fused: (T, 2 F) its input [gate | x], of the dtype of dy; F a multiple of 64. Both are read
-            row-major (copied otherwise).
-        channels: sections of the 2 F channels; none may cross the middle unless what lies on both
-            sides of it is adjacent in the whole layer too, and each half is one piece.
+        fused: (T, 2 F) its input [gate | x], for "gelu" (T, F), of the dtype of dy; F a multiple of
+            64. Both are read row-major (copied otherwise).
+        activation: "swiglu", "geglu" or "gelu".
+        channels: sections of the channels of `fused`; of a gated activation none may cross the
+            middle unless what lies on both sides of it is adjacent in the whole layer too. Each
+            half, for "gelu" the whole, is one piece.
         tokens: where the tokens lie among those that draws are counted over, in one or two runs
             (`mvue24/places.py`); by default they are the first.
         seed: int of at most 64 bits, or an int64 tensor, 0-d or (1,), on the device of dy.
         Others: of `grad_pack24`.
 
-    Returns: as `grad_pack24`, (T', 2 F) and (2 F, T'), but the first as long as the second: T' is T
-    up to a multiple of 128, with zeros.
+    Returns: as `grad_pack24` of a gradient like `fused`, but the first as long as the second: T' is
+    T up to a multiple of 128, with zeros.
 
     Raises: KernelError on sizes, dtypes, arguments, or a backend that cannot run.
     """
-    op = "swiglu_grad_pack24"
+    op = "activation_grad_pack24"
     channels = channels or ((0, 0, fused.shape[-1]),)
     check_gradient(op, fused, channels)
     check_places(op, tokens, strided)
-    width = fused.shape[1] // 2
+    parts = 1 + is_gated(activation)
+    width = fused.shape[1] // parts
     require(op, "dy", dy, fused.dtype, (fused.shape[0], width), fused.device)
-    if fused.shape[1] % (2 * ROW_MULTIPLE):
+    if fused.shape[1] % (parts * ROW_MULTIPLE):
         raise KernelError(
-            f"{op}: fused has {fused.shape[1]} channels, expected a multiple of {2 * ROW_MULTIPLE}"
+            f"{op}: fused has {fused.shape[1]} channels, expected a multiple of "
+            f"{parts * ROW_MULTIPLE}"
         )
-    places = (_place(channels, 0, width), _place(channels, width, width))
+    places = tuple(_place(channels, part * width, width) for part in range(parts))
     check_seed(op, seed, fused.device)
-    how = Quantization(row_scale, row_dtype, packed_scale, row_amax, packed_amax, error_flag)
+    how = Quantization(row_scale, row_dtype, packed_scale, row_amax, packed_amax, error_flag, sums)
     how.check(op, fused.device)
+    require(op, "sums", sums, torch.float32, (fused.shape[1],), fused.device)
     run = dispatch.implementation(
-        op, fused, backend, reference=_by_definition, triton=triton.swiglu_grad_pack24
+        op, fused, backend, reference=_by_definition, triton=triton.activation_grad_pack24
     )
-    return run(dy, fused, seed, places, tokens, exact, strided, how)
+    return run(dy, fused, activation, seed, places, tokens, exact, strided, how)
 
 
 def _by_definition(
     dy: torch.Tensor,
     fused: torch.Tensor,
+    activation: Activation,
     seed: SeedLike,
-    places: tuple[int, int],
+    places: tuple[int, ...],
     tokens: Places,
     exact: bool,
     strided: bool,
     how: Quantization,
 ) -> tuple[torch.Tensor | None, Packed24]:
-    row, packed, *found = reference.swiglu_grad_pack24(
+    row, packed, *found = reference.activation_grad_pack24(
         dy,
         fused,
+        activation,
         seed,
         places,
         tokens,
@@ -98,6 +109,9 @@ def _by_definition(
         how.packed_scale,
     )
     how.record(*found)
+    if how.sums is not None:
+        dz = backward_fused(dy, fused, activation)
+        torch.sum(dz, 0, dtype=torch.float32, out=how.sums)
     return row, packed
 
 
@@ -107,5 +121,5 @@ def _place(channels: Channels, start: int, length: int) -> int:
         if first <= start and start + length <= first + size:
             return place + start - first
     raise KernelError(
-        f"swiglu_grad_pack24: sections {channels} of channels cut one of the halves of {length}"
+        f"activation_grad_pack24: sections {channels} of channels cut a run of {length}"
     )

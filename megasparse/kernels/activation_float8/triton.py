@@ -1,4 +1,4 @@
-"""Triton kernel of `swiglu_float8`: both halves are read once, coalesced along channels.
+"""Triton kernel of `activation_float8`: the projection is read once, coalesced along channels.
 
 A program takes 64 channels by 4 * GROUPS tokens. A thread holds eight channels of groups of four
 tokens: it writes eight bytes of the row-major copy at a time, and what moves between threads for
@@ -13,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.activation.kinds import Activation, is_gated
+from megasparse.kernels.activation.triton import gated
 from megasparse.kernels.device.float8 import largest_of_four, raise_amax, store_operands
 from megasparse.kernels.device.groups import first_token, rounded_pair, widen
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.float8 import new_operands
-from megasparse.kernels.swiglu.triton import gated
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,19 @@ INTERPRETED = Launch(groups=64, num_warps=4)
 
 
 @triton.jit
-def _activation(ptrs, width, token, num_tokens):
-    """silu(gate) * x in float32 at `ptrs`, which point to the gates; 0 after the last token."""
+def _activation(ptrs, width, token, num_tokens, GATED: tl.constexpr, GELU: tl.constexpr):
+    """act(gate) * x in float32 at `ptrs`, which point to the gates; 0 after the last token."""
     live = token < num_tokens
     gate = widen(tl.load(ptrs, mask=live, other=0.0))
-    x = widen(tl.load(ptrs + width, mask=live, other=0.0))
-    return gated(x, gate, False)
+    if GATED:
+        x = widen(tl.load(ptrs + width, mask=live, other=0.0))
+        return gated(x, gate, GELU)
+    else:
+        return gated(1.0, gate, GELU)
 
 
 @triton.jit
-def _swiglu_float8_kernel(
+def _activation_float8_kernel(
     fused_ptr,
     rows_ptr,
     columns_ptr,
@@ -53,6 +57,8 @@ def _swiglu_float8_kernel(
     padded_tokens,
     width,
     stride,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
     STRIDED: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -68,10 +74,10 @@ def _swiglu_float8_kernel(
     KIND: tl.constexpr = "bf16" if fused_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
     ptrs = fused_ptr + token * stride + channel
     stride = stride * step
-    y0 = _activation(ptrs, width, token, num_tokens)
-    y1 = _activation(ptrs + stride, width, token + step, num_tokens)
-    y2 = _activation(ptrs + 2 * stride, width, token + 2 * step, num_tokens)
-    y3 = _activation(ptrs + 3 * stride, width, token + 3 * step, num_tokens)
+    y0 = _activation(ptrs, width, token, num_tokens, GATED, GELU)
+    y1 = _activation(ptrs + stride, width, token + step, num_tokens, GATED, GELU)
+    y2 = _activation(ptrs + 2 * stride, width, token + 2 * step, num_tokens, GATED, GELU)
+    y3 = _activation(ptrs + 3 * stride, width, token + 3 * step, num_tokens, GATED, GELU)
     y0, y1 = rounded_pair(y0, y1, KIND)
     y2, y3 = rounded_pair(y2, y3, KIND)
     if amax_ptr is not None:
@@ -93,9 +99,10 @@ def _swiglu_float8_kernel(
     )
 
 
-def swiglu_float8(
+def activation_float8(
     fused: torch.Tensor,
     scale: torch.Tensor,
+    activation: Activation,
     transposed: bool,
     strided: bool,
     amax: torch.Tensor | None,
@@ -103,13 +110,14 @@ def swiglu_float8(
     """See reference.py; raises `amax`."""
     if fused.stride(1) != 1:
         fused = fused.contiguous()
-    rows, columns = new_operands(fused.shape[0], fused.shape[1] // 2, transposed, fused.device)
+    width = fused.shape[1] // (1 + is_gated(activation))
+    rows, columns = new_operands(fused.shape[0], width, transposed, fused.device)
     launch = INTERPRETED if INTERPRETING else LAUNCH
-    (padded, width), groups = rows.shape, launch.groups
+    padded, groups = rows.shape[0], launch.groups
     while padded % (4 * groups):
         groups //= 2
     with torch.cuda.device_of(fused):  # Triton launches on the current device
-        _swiglu_float8_kernel[((width // 64) * (padded // (4 * groups)),)](
+        _activation_float8_kernel[((width // 64) * (padded // (4 * groups)),)](
             fused,
             rows.view(torch.int8),
             None if columns is None else columns.view(torch.int32),
@@ -119,6 +127,8 @@ def swiglu_float8(
             padded,
             width,
             fused.stride(0),
+            GATED=is_gated(activation),
+            GELU=activation != "swiglu",
             STRIDED=strided,
             GROUPS=groups,
             num_warps=launch.num_warps,

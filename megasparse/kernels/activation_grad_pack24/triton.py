@@ -1,8 +1,9 @@
-"""Triton kernel of `swiglu_grad_pack24`: dy and [gate | x] are read once, coalesced along channels.
+"""Triton kernel of `activation_grad_pack24`: dy and [gate | x] are read once, along channels.
 
 A program takes 64 channels of both halves, as dZ of the fused projection has two for each of dy, by
 8 * PAIRS tokens. It computes both gradients, rounds them to 16 bits, two tokens in a register, and
-does with the gate's and then with x's what `grad_pack24` does with a gradient that it loads.
+does with the gate's and then with x's what `grad_pack24` does with a gradient that it loads. An
+activation that is not gated has the gate's alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.activation.kinds import Activation, is_gated
+from megasparse.kernels.activation.triton import gated, grad_gate
 from megasparse.kernels.device.float8 import raise_above
 from megasparse.kernels.device.groups import first_token, pair16, to_fp32, widen
 from megasparse.kernels.float8 import E5M2, whole_tiles
@@ -30,18 +33,31 @@ from megasparse.kernels.mvue24.triton_tile import (
 )
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
-from megasparse.kernels.swiglu.triton import gated, grad_gate
 
 LAUNCH = Launch(pairs=8, num_warps=4, registers=128)
 
 
 @triton.jit
-def _gradients(dy_ptrs, fused_ptrs, width, token, num_tokens, FULL: tl.constexpr):
-    """The gradients of the gate and of x in float32; `fused_ptrs` point to gates."""
+def _gradients(
+    dy_ptrs,
+    fused_ptrs,
+    width,
+    token,
+    num_tokens,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """The gradients of the gate and of x, if there is one, in float32; `fused_ptrs` point to
+    gates."""
     dy = widen(load_token(dy_ptrs, token, num_tokens, FULL))
     gate = widen(load_token(fused_ptrs, token, num_tokens, FULL))
-    x = widen(load_token(fused_ptrs + width, token, num_tokens, FULL))
-    return grad_gate(dy, x, gate, False), gated(dy, gate, False)
+    if GATED:
+        x = widen(load_token(fused_ptrs + width, token, num_tokens, FULL))
+        return grad_gate(dy, x, gate, GELU), gated(dy, gate, GELU)
+    else:
+        of_gate = grad_gate(dy, 1.0, gate, GELU)
+        return of_gate, of_gate
 
 
 @triton.jit
@@ -55,21 +71,22 @@ def _two_tokens(
     step,
     num_tokens,
     KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """Two tokens' gradients of the gate, rounded, in one uint32, and of x in another.
 
     The strides are from the one to the other.
     """
-    gate0, x0 = _gradients(dy_ptrs, fused_ptrs, width, token, num_tokens, FULL)
-    gate1, x1 = _gradients(
-        dy_ptrs + dy_stride, fused_ptrs + fused_stride, width, token + step, num_tokens, FULL
-    )
+    gate0, x0 = _gradients(dy_ptrs, fused_ptrs, width, token, num_tokens, GATED, GELU, FULL)
+    dy_ptrs, fused_ptrs, token = dy_ptrs + dy_stride, fused_ptrs + fused_stride, token + step
+    gate1, x1 = _gradients(dy_ptrs, fused_ptrs, width, token, num_tokens, GATED, GELU, FULL)
     return pair16(gate0, gate1, KIND), pair16(x0, x1, KIND)
 
 
 @triton.jit
-def _group(
+def _two_groups(
     dy_ptr,
     fused_ptr,
     group,
@@ -79,23 +96,34 @@ def _group(
     padded_tokens,
     dy_stride,
     fused_stride,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
     STRIDED: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """A group's gradients of the gate, as two uint32, and of x, as two."""
+    """Of `group` and of the next one: gradients of the gate, as two uint32, and of x, as two."""
     KIND: tl.constexpr = "bf16" if dy_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
+    step = step_of(padded_tokens, STRIDED)
     token = first_token(group, STRIDED)
     dy, fused = dy_ptr + token * dy_stride + column, fused_ptr + token * fused_stride + column
-    step = step_of(padded_tokens, STRIDED)
-    dy_stride, fused_stride = dy_stride * step, fused_stride * step
-    gate01, x01 = _two_tokens(
-        dy, fused, dy_stride, fused_stride, width, token, step, num_tokens, KIND, FULL
+    dy_step, fused_step = dy_stride * step, fused_stride * step
+    a01, x01 = _two_tokens(
+        dy, fused, dy_step, fused_step, width, token, step, num_tokens, KIND, GATED, GELU, FULL
     )
-    dy, fused = dy + 2 * dy_stride, fused + 2 * fused_stride
-    gate23, x23 = _two_tokens(
-        dy, fused, dy_stride, fused_stride, width, token + 2 * step, step, num_tokens, KIND, FULL
+    dy, fused, token = dy + 2 * dy_step, fused + 2 * fused_step, token + 2 * step
+    a23, x23 = _two_tokens(
+        dy, fused, dy_step, fused_step, width, token, step, num_tokens, KIND, GATED, GELU, FULL
     )
-    return gate01, gate23, x01, x23
+    token = first_token(group + 1, STRIDED)
+    dy, fused = dy_ptr + token * dy_stride + column, fused_ptr + token * fused_stride + column
+    b01, y01 = _two_tokens(
+        dy, fused, dy_step, fused_step, width, token, step, num_tokens, KIND, GATED, GELU, FULL
+    )
+    dy, fused, token = dy + 2 * dy_step, fused + 2 * fused_step, token + 2 * step
+    b23, y23 = _two_tokens(
+        dy, fused, dy_step, fused_step, width, token, step, num_tokens, KIND, GATED, GELU, FULL
+    )
+    return a01, a23, x01, x23, b01, b23, y01, y23
 
 
 @triton.jit
@@ -136,7 +164,7 @@ def _store_rows(
         "second_shift",
     ]
 )  # fmt: skip
-def _swiglu_grad_pack24_kernel(
+def _activation_grad_pack24_kernel(
     dy_ptr,
     fused_ptr,
     row_ptr,
@@ -148,6 +176,7 @@ def _swiglu_grad_pack24_kernel(
     row_amax_ptr,
     packed_amax_ptr,
     flag_ptr,
+    sums_ptr,
     seed_ptr,
     key,
     high,
@@ -162,6 +191,8 @@ def _swiglu_grad_pack24_kernel(
     split,
     first_shift,
     second_shift,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
     SHIFTED: tl.constexpr,
     EXACT: tl.constexpr,
     STRIDED: tl.constexpr,
@@ -187,7 +218,7 @@ def _swiglu_grad_pack24_kernel(
     scale = 1.0
     if row_ptr is not None:
         scale = tl.load(row_scale_ptr)
-    a01, a23, x01, x23 = _group(
+    a01, a23, x01, x23, b01, b23, y01, y23 = _two_groups(
         dy_ptr,
         fused_ptr,
         2 * pair,
@@ -197,34 +228,28 @@ def _swiglu_grad_pack24_kernel(
         padded_tokens,
         dy_stride,
         fused_stride,
+        GATED,
+        GELU,
         STRIDED,
         FULL,
     )
-    b01, b23, y01, y23 = _group(
-        dy_ptr,
-        fused_ptr,
-        2 * pair + 1,
-        column,
-        width,
-        num_tokens,
-        padded_tokens,
-        dy_stride,
-        fused_stride,
-        STRIDED,
-        FULL,
-    )
+    PARTS: tl.constexpr = 2 if GATED else 1
     largest, most = tl.zeros_like(a01).to(tl.int32), tl.zeros_like(a01).to(tl.int32)
     group0 = global_group(2 * pair, split, first_shift, second_shift, SHIFTED)
     group1 = global_group(2 * pair + 1, split, first_shift, second_shift, SHIFTED)
     place, first_row = gate_other.to(tl.uint32), block.to(tl.int64) * 64
     # A loop on purpose: unrolled, the program is twice as long and spills registers.
-    for _ in range(2):
+    for _ in range(PARTS):
         z0, z1 = _unpacked(a01, a23, KIND), _unpacked(b01, b23, KIND)
         if row_ptr is not None:
             channel = first_row + tl.arange(0, 64)[None, :]
             _store_rows(
-                row_ptr, z0, z1, scale, pair, channel, padded_tokens, 2 * width, STRIDED, E5M2
+                row_ptr, z0, z1, scale, pair, channel, padded_tokens, PARTS * width, STRIDED, E5M2
             )
+        if sums_ptr is not None:
+            total = ((z0[0] + z0[1]) + (z0[2] + z0[3])) + ((z1[0] + z1[1]) + (z1[2] + z1[3]))
+            at = tile.to(tl.int64) * (PARTS * width) + first_row + tl.arange(0, 64)[None, :]
+            tl.store(sums_ptr + at, tl.sum(total, axis=0, keep_dims=True))
         other = column.to(tl.uint32) + place
         pruned0 = prune(z0, packed_scale, group0, other, key, high, EXACT)
         pruned1 = prune(z1, packed_scale, group1, other, key, high, EXACT)
@@ -250,11 +275,12 @@ def _swiglu_grad_pack24_kernel(
         raise_above(packed_amax_ptr, most, packed_amax)
 
 
-def swiglu_grad_pack24(
+def activation_grad_pack24(
     dy: torch.Tensor,
     fused: torch.Tensor,
+    activation: Activation,
     seed: SeedLike,
-    channel_places: tuple[int, int],
+    channel_places: tuple[int, ...],
     token_places: Places,
     exact: bool,
     strided: bool,
@@ -266,11 +292,12 @@ def swiglu_grad_pack24(
     row, packed, flag = how.new_outputs(fused, whole_tiles(tokens))
     padded = packed.shape[1]
     pairs, options = LAUNCH.fitted(padded)
+    sums = how.new_sums(padded // (8 * pairs), fused.shape[1])
     seed_ptr, key, high = seed_arguments(seed)
     shifts = group_shifts(token_places)
     for grid, first_tile in tiles(width // 64, padded // (8 * pairs)):
         with torch.cuda.device_of(dy):  # Triton launches on the current device
-            _swiglu_grad_pack24_kernel[grid](
+            _activation_grad_pack24_kernel[grid](
                 dy,
                 fused,
                 None if row is None else row.view(torch.int8),
@@ -282,6 +309,7 @@ def swiglu_grad_pack24(
                 None if how.row_amax is None else how.row_amax.view(torch.int32),
                 None if how.packed_amax is None else how.packed_amax.view(torch.int32),
                 flag,
+                sums,
                 seed_ptr,
                 key,
                 high,
@@ -291,8 +319,11 @@ def swiglu_grad_pack24(
                 dy.stride(0),
                 fused.stride(0),
                 width,
-                *channel_places,
+                channel_places[0],
+                channel_places[-1],
                 *(shifts or (0, 0, 0)),
+                GATED=is_gated(activation),
+                GELU=activation != "swiglu",
                 SHIFTED=shifts is not None,
                 EXACT=exact,
                 STRIDED=strided,
@@ -302,4 +333,5 @@ def swiglu_grad_pack24(
                 enable_fp_fusion=False,
                 **options,
             )
+    how.add_sums(sums)
     return row, packed

@@ -41,6 +41,8 @@ PHASES = ["--dense-warmup-fraction", "0.2", "--dense-tail-fraction", "0.25"]
 RUNS = {
     "fst": ["--sparsity-recipe", "fst", *PHASES],
     "fst, fp8": ["--sparsity-recipe", "fst", *LLAMA, *FP8, *PHASES],
+    # GPT-2's layers: GELU and biases.
+    "fst, fp8, gelu": ["--sparsity-recipe", "fst", *FP8, *PHASES],
     "fst, packed by the library": [
         "--sparsity-recipe",
         "fst",

@@ -26,14 +26,17 @@ def row_of(run: Finished, dense: Finished | None, base: Finished | None) -> Row:
         row |= dict.fromkeys(("seconds", "tokens_per_second", "hours"))
     row["base"] = None if base is None else base.variant
     row["gap_to_base"] = None if base is None else final / base.figures["valid_loss"] - 1
+    row["nats_to_base"] = None if base is None else final - base.figures["valid_loss"]
     if dense is None:
-        return {**row, "gap": None, "gaps": {}, "dense_share": None, "hours_to": None}
+        unknown = dict.fromkeys(("gap", "nats", "dense_share", "hours_to"))
+        return {**row, **unknown, "gaps": {}}
     last = dense.figures["valid_loss"]
     losses = {step: loss for step, loss, _ in dense.curve}
     return {
         **row,
         "gaps": {step: loss / losses[step] - 1 for step, loss, _ in run.curve if step in losses},
         "gap": final / last - 1,
+        "nats": final - last,
         "dense_share": share_of([(step, loss) for step, loss, _ in dense.curve], final),
         "hours_to": next(
             (hours for _, loss, hours in run.curve if run.alone and loss <= 1.02 * last), None
@@ -56,12 +59,28 @@ def mean_of(rows: Sequence[Row], key: str) -> float | None:
     return None if not values or None in values else statistics.fmean(values)
 
 
-def percent(values: Sequence[float]) -> str:
-    """A share with its range over seeds, in %."""
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of their mean; None: of one alone it is not known."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def with_error(values: Sequence[float], form: str) -> str:
+    """The mean, and its standard error where there are several; `form` is the mean's."""
+    error = standard_error(values)
     if not values:
         return "-"
-    spread = f" ({100 * min(values):+.2f} to {100 * max(values):+.2f})" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):+.2f} %{spread}"
+    tail = "" if error is None else f" ± {error:{form.lstrip('+')}}"
+    return f"{statistics.fmean(values):{form}}{tail}"
+
+
+def percent(values: Sequence[float]) -> str:
+    """The mean of shares in % with its standard error."""
+    return with_error([100 * value for value in values], "+.2f")
+
+
+def nats(values: Sequence[float]) -> str:
+    """The mean of differences of losses with its standard error."""
+    return with_error(values, "+.4f")
 
 
 def _known(rows: Sequence[Row], key: str) -> list[float]:
@@ -101,8 +120,15 @@ def heading(title: str, runs: Sequence[Finished], command: str) -> list[str]:
 
 
 def table(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
-    """A line a variant; several seeds as mean and range."""
-    columns = ["variant", "seeds", "training loss", "validation loss", "to dense"]
+    """A line a variant; several seeds as mean and standard error of pairs."""
+    columns = [
+        "variant",
+        "seeds",
+        "training loss",
+        "validation loss",
+        "nats to dense",
+        "% to dense",
+    ]
     columns += ["dense steps to it", "flip rate, highest and last", "tokens/s", "minutes"]
     lines = []
     for variant in variants:
@@ -113,6 +139,7 @@ def table(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
         lines.append(
             [
                 *_losses(variant, group),
+                nats(_known(group, "nats")),
                 percent(_known(group, "gap")),
                 f"{share} %" if share != "-" else share,
                 _flips(group),
@@ -131,13 +158,13 @@ def _losses(variant: str, group: Sequence[Row]) -> list[str]:
 
 
 def ablation_table(rows: Sequence[Row], bases: Mapping[str, str]) -> list[str]:
-    """A line an ablation beside the variant that it changes; empty if there is none.
+    """A line a variant beside the one that it changes, in pairs of a seed; empty if there is none.
 
     Args:
         bases: by ablation, in order.
     """
-    columns = ["variant", "seeds", "training loss", "validation loss", "changes", "to it"]
-    columns += ["to dense", "flip rate, highest and last", "tokens/s"]
+    columns = ["variant", "seeds", "training loss", "validation loss", "changes", "pairs"]
+    columns += ["nats to it", "% to it", "% to dense", "flip rate, highest and last", "tokens/s"]
     lines = []
     for variant, base in bases.items():
         group = [row for row in rows if row["variant"] == variant]
@@ -146,13 +173,15 @@ def ablation_table(rows: Sequence[Row], bases: Mapping[str, str]) -> list[str]:
                 [
                     *_losses(variant, group),
                     base,
+                    str(len(_known(group, "gap_to_base"))),
+                    nats(_known(group, "nats_to_base")),
                     percent(_known(group, "gap_to_base")),
                     percent(_known(group, "gap")),
                     _flips(group),
                     _shown(_alone(group, "tokens_per_second"), ",.0f"),
                 ]
             )
-    return ["", "## Ablations", "", *markdown_table(columns, lines)] if lines else []
+    return ["", "## Beside what they change", "", *markdown_table(columns, lines)] if lines else []
 
 
 def on_the_way(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
@@ -171,7 +200,7 @@ def on_the_way(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
         "",
         "## On the way",
         "",
-        "Validation loss to dense at the same step.",
+        "Validation loss to dense at the same step, in %.",
         "",
         *markdown_table(["variant", "seeds", *(f"step {step}" for step in chosen)], lines),
     ]

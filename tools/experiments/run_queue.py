@@ -39,12 +39,14 @@ class Task:
         name: shown.
         folder: its --run-dir.
         arguments: of launch/pretrain.py.
+        needs: a folder that another run makes, its checkpoint: not begun before it is there.
     """
 
     kind: str
     name: str
     folder: Path
     arguments: tuple[str, ...]
+    needs: Path | None = None
 
     @property
     def log(self) -> Path:
@@ -160,7 +162,7 @@ class RunQueue:
     say: Callable[[str], None] = lambda line: print(line, flush=True)
 
     def run(self, tasks: Sequence[Task], ended: Callable[[Task, float | None], None]) -> list[Task]:
-        """All tasks in order, but those that would not end in time.
+        """All tasks in order, but those that would not end in time, or whose needs never come.
 
         Args:
             ended: called after each success, with its seconds if it ran from its first step.
@@ -178,12 +180,18 @@ class RunQueue:
             while running or (waiting and (self.goes_on or not failures)):
                 for number in range(self.jobs):
                     ends = failures and not self.goes_on
-                    while waiting and not ends and number not in running:
-                        task = waiting.pop(0)
+                    while not ends and number not in running:
+                        ready = (t for t in waiting if t.needs is None or t.needs.is_dir())
+                        task = next(ready, None)
+                        if task is None:
+                            break
+                        waiting.remove(task)
                         if self._fits(task):
                             running[number] = self._begin(task, number)
                         else:
                             left.append(task)
+                if waiting and not running and (self.goes_on or not failures):
+                    left, waiting = left + waiting, []  # what they need was not made
                 failures += self._collect(running, ended)
                 if self.stops and self.time_is_over():
                     left += self._stop(running)
@@ -216,7 +224,7 @@ class RunQueue:
                 extra["CUDA_VISIBLE_DEVICES"] = gpu
                 where = f" on GPU {gpu}{where}"
         self.say(f"{task.name} ...{where}")
-        whole = not list_steps(task.folder / "checkpoints")
+        whole = task.needs is None and not list_steps(task.folder / "checkpoints")
         return _Slot(task, self.start(task.arguments, extra, log), time.monotonic(), whole)
 
     def _collect(

@@ -11,15 +11,15 @@ import pytest
 from megasparse.errors import ConfigError, DataError
 from tests import dist
 from tools.experiments import compare_recipes as tool
-from tools.experiments import recipe_tables
+from tools.experiments import recipe_runs, recipe_tables
 
 SMALL = [
     "--num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "16",
     "--train-iters", "12", "--eval-interval", "4", "--eval-iters", "2", "--log-interval", "4",
 ]  # fmt: skip
 NAMES = [
-    "dense", "half", "ste", "sr_ste", "fst", "s_ste", "fst_every_40",
-    "fst_decay_before_clipping", "s_ste_scale_recomputed",
+    "dense", "half", "ste", "fst_tail", "sr_ste", "fst", "s_ste", "fst_relaxed", "fst_every_40",
+    "s_ste_scale_recomputed",
 ]  # fmt: skip
 
 
@@ -43,7 +43,8 @@ def _compare(rank, world, folder, names):
 
     def start(arguments, extra, log):
         assert not extra and log is None
-        launched.append(arguments[arguments.index("--run-dir") + 1])
+        branch = "--branch-from" in arguments and arguments[arguments.index("--branch-from") + 1]
+        launched.append((arguments[arguments.index("--run-dir") + 1], branch))
         train(0, 1, list(arguments))
         return _Ended()
 
@@ -54,8 +55,11 @@ def _compare(rank, world, folder, names):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tool.plots, "available", lambda: False)  # drawn once is enough
         again = tool.compare(work)
-        swept = tool.sweep(work, [1e-3, 4e-3, 2e-3])
-    return first == again, launched, swept
+        work.variants = ["dense"]
+        swept = tool.recipe_sweep.sweep(work, [1e-3, 4e-3, 2e-3])
+        work.rates = tool.recipe_sweep.own_rates(work)
+        own = tool.compare(work)
+    return first == again, launched, swept, own
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +70,9 @@ def compared(tmp_path_factory):
 
 
 def test_every_variant_is_trained_once_a_seed(compared):
-    folder, (same, launched, _) = compared
-    assert same and len(launched) == len(set(launched)) == 2 * len(NAMES) + 3
+    folder, (same, launched, *_) = compared
+    assert same and len(launched) == len(set(launched))
+    assert len({run for run, _ in launched if "own-rates" not in run}) == 2 * len(NAMES) + 3
     rows = {(r["variant"], r["seed"]): r for r in json.loads((folder / "results.json").read_text())}
     assert len(rows) == 2 * len(NAMES) and all(row["steps"] == 12 for row in rows.values())
     losses = {row["valid_loss"] for row in rows.values()}
@@ -103,20 +108,76 @@ def test_every_variant_is_trained_once_a_seed(compared):
 
 def _check_ablations(rows, table):
     """They have a section of their own, beside what they change and beside dense."""
-    section = table.partition("## Ablations")[2].partition("##")[0]
+    section = table.partition("## Beside what they change")[2].partition("##")[0]
     for name, base in (("fst_every_40", "fst"), ("s_ste_scale_recomputed", "s_ste")):
-        gaps = []
+        gaps, nats = [], []
         for seed in (1, 2):
             row = rows[name, seed]
             gaps.append(row["valid_loss"] / rows[base, seed]["valid_loss"] - 1)
+            nats.append(row["valid_loss"] - rows[base, seed]["valid_loss"])
             assert row["base"] == base and row["gap_to_base"] == pytest.approx(gaps[-1])
         (line,) = (line for line in section.splitlines() if line.startswith(f"| {name} |"))
-        assert f" | {base} | {50 * sum(gaps):+.2f} % ({100 * min(gaps):+.2f} to " in line
+        # Of two values the standard error is half of what they differ by.
+        error = abs(nats[0] - nats[1]) / 2
+        assert (
+            f" | {base} | 2 | {sum(nats) / 2:+.4f} ± {error:.4f} | {50 * sum(gaps):+.2f} ±" in line
+        )
     assert "| fst | 2 |" not in section and rows["fst", 1]["gap_to_base"] is None
 
 
+def test_tails_go_on_from_the_run_that_they_begin_as(compared):
+    folder, (_, launched, *_) = compared
+    starts = {run.rpartition("/")[2]: branch for run, branch in launched}
+    for seed in (1, 2):
+        saved = f"{folder}/fst-seed-{seed}/checkpoints/step-000000"
+        assert starts[f"fst_tail-seed-{seed}"] == f"{saved}10"
+        assert starts[f"fst_relaxed-seed-{seed}"] == f"{saved}08"
+        assert not starts[f"fst-seed-{seed}"] and not starts[f"fst_every_40-seed-{seed}"]
+    # The tail's first rows are those of the steps after it.
+    rows = [json.loads(line) for line in (folder / "fst_tail-seed-1" / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [11, 12]
+
+
+def test_a_tail_is_trained_whole_where_its_begin_is_gone(compared, tmp_path):
+    folder, _ = compared
+    _travel(folder, tmp_path)
+    shutil.rmtree(tmp_path / "fst_tail-seed-1")
+    work = _work(tmp_path, _never)
+    tasks = {work.task(name, 1): (name, 1) for name in ("fst", "fst_tail")}
+    assert recipe_runs.with_branches(tasks) == tasks
+    (tmp_path / "fst-seed-1" / "finished.json").unlink()
+    _, tail = recipe_runs.with_branches(tasks)
+    assert tail.needs == tmp_path / "fst-seed-1" / "checkpoints" / "step-00000010"
+    # Another rate, or steps that saves do not divide, are another run from its first step.
+    work.rates = {"fst_tail": ["--lr", "0.5"]}
+    tasks = {work.task(name, 1): (name, 1) for name in ("fst", "fst_tail")}
+    assert recipe_runs.with_branches(tasks) == tasks
+    work.rates, work.flags = {}, [*work.flags, "--train-iters", "13"]
+    tasks = {work.task(name, 1): (name, 1) for name in ("fst", "fst_tail")}
+    assert recipe_runs.with_branches(tasks) == tasks
+
+
+def test_a_run_that_would_see_text_twice_is_refused(compared):
+    folder, _ = compared
+    check = tool.corpus_data.check_fresh
+    sidecar = json.loads((folder / "data_text_document.json").read_text())
+    tokens = int(sidecar["num_tokens"] * 0.95)  # the split's share for training
+    arguments = _work(folder, _never).task("dense", 1).arguments
+    check(folder, [*arguments, "--train-iters", str(tokens // (8 * 16))])
+    with pytest.raises(ConfigError, match=rf"tokens a run, but .* has {tokens:,} for training"):
+        check(folder, [*arguments, "--train-iters", str(tokens // (8 * 16) + 1)])
+
+
+def test_own_rates_repeat_only_runs_whose_best_rate_is_another(compared):
+    folder, (_, launched, _, own) = compared
+    best = min(json.loads((folder / "sweep.json").read_text()), key=lambda row: row["valid_loss"])
+    runs = {run.rpartition("/")[2] for run, _ in launched if "/own-rates/" in run}
+    assert runs == (set() if best["lr"] == 2e-3 else {"dense-seed-1", "dense-seed-2"})
+    assert own == (folder / "own_rates.md").read_text().rstrip("\n") or not runs
+
+
 def test_the_sweep_names_the_rate_with_the_lowest_loss(compared):
-    folder, (_, _, table) = compared
+    folder, (_, _, table, _) = compared
     rows = json.loads((folder / "sweep.json").read_text())
     assert [row["lr"] for row in rows] == [1e-3, 4e-3, 2e-3]
     best = min(rows, key=lambda row: row["valid_loss"])["lr"]
@@ -246,8 +307,9 @@ def test_impossible_flags_are_refused(tmp_path, capsys, monkeypatch):
         (["--jobs", "0"], "--jobs 0, expected at least 1"),
         (["--jobs", "3"], "--jobs 3, expected at most 2, one a GPU"),
         (["--jobs", "2", "--launcher", "deepspeed"], "--jobs 2 with --launcher 'deepspeed'"),
-        (["--sweep-lr", "1e-3", "--only", "fst"], "--sweep-lr trains dense alone"),
-        (["--sweep-lr", "1e-3", "--", "--lr", "1"], "--sweep-lr trains dense alone"),
+        (["--sweep-lr", "1e-3", "--fp8"], "--sweep-lr trains dense or --only"),
+        (["--sweep-lr", "1e-3", "--", "--lr", "1"], "choose the rate: not with -- --lr"),
+        (["--own-rates"], "sweep.json is not there"),
     ):
         assert tool.main(["--output", str(tmp_path / "x"), *flags]) == 64
         assert message in capsys.readouterr().err
@@ -307,8 +369,7 @@ def test_gaps_on_the_way_are_of_the_same_step_and_the_mean_of_seeds():
     assert on_the_way(rows, ["dense", "fst", "late"])[-3:] == [
         "| variant | seeds | step 20 | step 40 | step 60 | step 80 |",
         "|---|---:|---:|---:|---:|---:|",
-        "| fst | 2 | +2.10 % (+2.00 to +2.20) | +4.10 % (+4.00 to +4.20) | "
-        "+6.10 % (+6.00 to +6.20) | +8.10 % (+8.00 to +8.20) |",
+        "| fst | 2 | +2.10 ± 0.10 | +4.10 ± 0.10 | +6.10 ± 0.10 | +8.10 ± 0.10 |",
     ]
     assert on_the_way([{"variant": "fst", "seed": 0, "gaps": {10: 0.0}}], ["fst"]) == []
 

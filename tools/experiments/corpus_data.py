@@ -20,6 +20,8 @@ from tools import preprocess_data, train_tokenizer
 from tools.experiments import machine_texts
 from tools.experiments.run_queue import ROOT
 
+TOKENIZER_BYTES = 8_000_000  # that a small vocabulary is trained on
+
 
 @dataclass(frozen=True)
 class Text:
@@ -63,6 +65,8 @@ def make_data(output: Path, text: Text, corpus: Sequence[Path]) -> None:
             write_corpus(files[1], text.corpus_bytes, Path(sysconfig.get_paths()["purelib"]))
     names = ["--input", *map(str, files), "--overwrite"]
     vocabulary = ["--output", str(tokenizer), "--vocab-size", str(text.vocab_size)]
+    if text.whole_machine:
+        vocabulary += ["--max-bytes", str(TOKENIZER_BYTES)]
     workers = ["--tokenizer-model", str(tokenizer), "--workers", str(text.workers)]
     for tool, arguments in (
         (train_tokenizer, vocabulary),

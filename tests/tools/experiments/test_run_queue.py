@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,24 @@ def test_more_jobs_than_gpus_share_them(tmp_path):
     assert (
         not _queue(lines, jobs=2, gpus=["6", "7"]).shares() and not _queue(lines, jobs=2).shares()
     )
+
+
+def test_a_run_waits_for_what_another_makes(tmp_path):
+    made = tmp_path / "made"
+
+    def start(arguments, extra, log):
+        if arguments[0].endswith("b"):
+            made.mkdir()
+        return _start(arguments, extra, log)
+
+    lines, ended = [], []
+    first, maker, never = (_task(tmp_path, name) for name in "abc")
+    first, never = replace(first, needs=made), replace(never, needs=tmp_path / "never")
+    queue = run_queue.RunQueue(start, say=lines.append)
+    left = queue.run([first, never, maker], lambda task, seconds: ended.append((task, seconds)))
+    assert left == [never] and [task for task, _ in ended] == [maker, first]
+    assert ended[1][1] is None  # it did not run from its first step
+    assert [line.split()[0] for line in lines if "..." in line] == ["b", "a"]
 
 
 def test_one_at_a_time_keeps_the_terminal(tmp_path, capfd):

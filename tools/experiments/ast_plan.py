@@ -11,7 +11,15 @@ from tools.experiments.ast_variants import INT4, ORDER, RETRAINED, Work
 
 # Shares of a dense run's tokens/s: 2:4 as measured on an H200 (GPT-2 124M); with a teacher's
 # forward pass and the divergence, and with SLoRB's two small products, as their FLOPs suggest.
-RATES = {"dense_longer": 1.0, "sr_ste": 0.94, "cast": 0.75, "ast": 0.62, "ast_slorb": 0.52}
+RATES = {
+    "dense_longer": 1.0,
+    "sr_ste": 0.94,
+    "cast": 0.75,
+    "ast": 0.62,
+    "ast_double_pruned": 0.62,
+    "ast_slorb": 0.52,
+    "ast_slorb_double_pruned": 0.52,
+}
 DATA_PARALLEL = 0.93  # of as many times one device
 FLOAT32 = 0.25  # tokens/s of a forward pass in float32 (offline) to those of bf16 training
 START, SAVE = 25.0, 8.0  # seconds: of a process until its first step; of a checkpoint

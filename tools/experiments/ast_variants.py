@@ -31,11 +31,16 @@ from tools.experiments import corpus_data, finished
 from tools.experiments.run_queue import RunQueue, Start, Task, start_process
 
 INT4 = "ast_slorb_int4"
-VARIANTS = ("dense", "dense_longer", *METHODS, "sr_ste", "cast", "ast", "ast_slorb", INT4)
+VARIANTS = (
+    *("dense", "dense_longer", *METHODS, "sr_ste", "cast"),
+    *("ast", "ast_double_pruned", "ast_slorb", "ast_slorb_double_pruned", INT4),
+)
 # Made in this order, what takes long or is needed by others first.
 ORDER = (
     "ast_slorb",
+    "ast_slorb_double_pruned",
     "ast",
+    "ast_double_pruned",
     "cast",
     "sr_ste",
     "dense",
@@ -47,6 +52,8 @@ ORDER = (
 )
 
 ALONE = ["--kd-loss-weight", "0", "--lm-loss-weight", "1", "--masked-decay-ramp-iters", "none"]
+SLORB = ["--slorb-k", "16"]
+DOUBLE_PRUNED = ["--sparse-grad-input", "double-pruned"]
 RETRAINED = {
     "dense_longer": [
         "--sparsity-recipe", "dense", "--masked-decay", "none", "--mask-update-interval", "none",
@@ -60,7 +67,9 @@ RETRAINED = {
         "--kd-loss-weight", "0.33", "--lm-loss-weight", "0.67", "--kd-temperature", "1",
     ],
     "ast": [],
-    "ast_slorb": ["--slorb-k", "16"],
+    "ast_double_pruned": DOUBLE_PRUNED,
+    "ast_slorb": SLORB,
+    "ast_slorb_double_pruned": [*SLORB, *DOUBLE_PRUNED],
 }  # fmt: skip
 # The config's rates are AST's. Its second moment is that of the smoothed gradient, which for noise
 # is (1 - b1) / (1 + b1) times the gradient's: at b1 = 0.9 its steps are 4.4 times those of AdamW at
@@ -91,6 +100,10 @@ class Scale:
 SCALES = {
     "tiny": Scale(corpus_data.Text(1024, 4_000_000, False, 1), 64, 8, 16, 128, 25e3, 10),
     "gpu": Scale(corpus_data.Text(32_000, 300_000_000, True, 12), 128, 16, 64, 128, 480e3, 45),
+    "10m": Scale(
+        corpus_data.Text(4096, 800_000_000, True, 16, whole_machine=True),
+        *(256, 32, 64, 128, 2e6, 90),
+    ),
 }
 
 

@@ -4,6 +4,7 @@
     ... --scale gpu --output runs/compare_ast_gpu                           # one H200
     ... --scale gpu --output runs/compare_ast_gpu --jobs 2 --time-limit 9   # two of them
     ... --scale gpu --output runs/compare_ast_gpu --jobs 2 --plan           # how long it takes
+    ... --scale 10m --output runs/compare_ast_10m      # 10.6M parameters, fresh text
 
 Makes a corpus (or takes --corpus), a tokenizer and a dataset, pre-trains a dense GPT on it, and
 compares on the validation split:
@@ -18,6 +19,7 @@ compares on the validation split:
     ast                | retrained by AST: annealed decay, distillation from the dense model
     ast_slorb          | with SLoRB's low-rank branch
     ast_slorb_int4     | and quantized to 4 bits
+    ..._double_pruned  | ast and ast_slorb with a 2:4 grad_input; CAST trains with dense GEMMs
 
 Writes results.json, results.md, results.png and pictures/ into --output. With --jobs N the dense
 model is trained on N devices (data parallel); then every variant is made and measured by a process

@@ -175,7 +175,7 @@ def work_of(args: argparse.Namespace, flags: list[str], argv: list[str], began: 
         command=shlex.join(["python", "-m", "tools.experiments.compare_recipes", *argv]),
     )
     if args.own_rates:
-        work.rates = recipe_sweep.own_rates(work)
+        work.rates, work.table = recipe_sweep.own_rates(work), "own_rates"
     return work
 
 
@@ -210,7 +210,7 @@ def compare(work: Work) -> str:
         *recipe_tables.noise(rows),
         *recipe_tables.missing_line(missing),
     ]
-    write(work.output, "own_rates" if work.rates else "results", rows, lines)
+    write(work.output, work.table, rows, lines)
     draw(work, [task for task, key in tasks.items() if key in complete])
     return "\n".join(lines)
 

@@ -20,75 +20,27 @@ where dense FP8 ends. Restartable like compare_recipes.py; its settings and text
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megasparse.atomic_files import write_json
 from megasparse.cli import guarded
 from megasparse.config import load_config
-from megasparse.errors import ConfigError, DataError
+from megasparse.errors import ConfigError, MegasparseError
 from megasparse.metrics import plots
 from tools.experiments import corpus_data, equal_tables, finished, run_queue
 from tools.experiments.compare_recipes import TEXTS
+from tools.experiments.equal_rates import SPEEDS, needed, rate_of, read_speeds
 from tools.experiments.recipe_runs import Work, train, write
-from tools.experiments.recipe_variants import ALL_LINEARS, ALL_VARIANTS, FP8
+from tools.experiments.recipe_variants import ALL_LINEARS, ALL_VARIANTS
 from tools.experiments.run_queue import RunQueue, Task
 
-SPEEDS = "speeds.json"
 EVALUATIONS = 12  # of a run; steps are a multiple
 DEFAULT = ["dense", "dense_fp8", "fst_fp8", "fst_relaxed_fp8", "fst_tail_fp8", "s_ste_fp8"]
 DEFAULT += ["s_ste_3_fp8"]
-# What is measured for a variant: the fastest of these trains as many steps as it does.
-FASTEST = {
-    "dense": ("dense", "te bf16 fused"),
-    "dense_fp8": ("dense_fp8", "te fp8 fused"),
-}
-# Phases, with their shares of the steps.
-PARTS = {
-    "fst_tail_fp8": {"fst_fp8": 5 / 6, "dense_fp8": 1 / 6},
-    "fst_relaxed_fp8": {"fst_fp8": 2 / 3, "row": 1 / 3},
-    "fst_tail": {"fst": 5 / 6, "dense": 1 / 6},
-}
-# Flags of what is measured and is no variant; a name of Transformer Engine's is taken by it.
-MEASURED = {
-    "row": [*ALL_VARIANTS["sr_ste_double_pruned"], *FP8],
-    "te bf16 fused": ALL_VARIANTS["dense"],
-    "te fp8 fused": ALL_VARIANTS["dense"],
-}
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """tokens/s by name, and where they were measured."""
-
-    hardware: str
-    rates: dict[str, float]
-
-
-def rate_of(variant: str, rates: dict[str, float]) -> float:
-    """tokens/s of a variant, of what was measured (see FASTEST and PARTS)."""
-    if variant in FASTEST:
-        return max(rates[name] for name in FASTEST[variant])
-    parts = PARTS.get(variant, {variant: 1.0})
-    return 1 / sum(share / rates[name] for name, share in parts.items())
-
-
-def needed(variants: Sequence[str]) -> list[str]:
-    """What is to be measured."""
-    names: dict[str, None] = {}
-    for variant in variants:
-        for name in FASTEST.get(variant, PARTS.get(variant, (variant,))):
-            names[name] = None
-    return list(names)
 
 
 def steps_in(minutes: float, rate: float, step_tokens: int) -> int:
@@ -103,47 +55,6 @@ def steps_in(minutes: float, rate: float, step_tokens: int) -> int:
             f"--minutes {minutes:g} is less than {EVALUATIONS} steps at {rate:,.0f} tokens/s"
         )
     return steps
-
-
-def measure(work: Work, variants: Sequence[str], warmup: int, steps: int) -> None:
-    """Measure what speeds.json lacks, in this process, which is a rank of its own from then on.
-
-    Raises:
-        ConfigError: there is no GPU.
-    """
-    if not torch.cuda.is_available():
-        raise ConfigError("--measure: no GPU is here")
-    from tools.bench.parts.short_runs import stand_alone
-    from tools.bench.train import measure as measure_steps
-
-    stand_alone()
-    speeds = read_speeds(work.output) or Speeds(finished.hardware(), {})
-    for name in needed(variants):
-        if name in speeds.rates:
-            continue
-        own = [*ALL_LINEARS, *MEASURED.get(name, ALL_VARIANTS.get(name, []))]
-        arguments = corpus_data.run_arguments(
-            work.config, work.output, work.output / "speed", [*work.flags, *own, "--eval-iters=0"]
-        )
-        result, _ = measure_steps(name, arguments, warmup, steps)
-        speeds.rates[name] = result["tokens_per_second"]
-        print(f"{name}: {speeds.rates[name]:,.0f} tokens/s", flush=True)
-        write_json(work.output / SPEEDS, {"hardware": speeds.hardware, "rates": speeds.rates})
-
-
-def read_speeds(output: Path) -> Speeds | None:
-    """What was measured; None: nothing.
-
-    Raises:
-        DataError: the file is none of these.
-    """
-    path = output / SPEEDS
-    if not path.exists():
-        return None
-    try:
-        return Speeds(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: not what equal_time.py writes: {error}") from None
 
 
 def tasks_of(work: Work, minutes: float, rates: dict[str, float]) -> dict[Task, tuple[str, int]]:
@@ -171,7 +82,7 @@ def compare(work: Work, minutes: float) -> str:
     speeds = read_speeds(work.output)
     missing_rates = [n for n in needed(work.variants) if speeds is None or n not in speeds.rates]
     if speeds is None or missing_rates:
-        raise ConfigError(f"{work.output}/{SPEEDS} lacks {', '.join(missing_rates)}: --measure")
+        raise ConfigError(f"{work.output}/{SPEEDS} lacks {', '.join(missing_rates)}")
     tasks = tasks_of(work, minutes, speeds.rates)
     missing = [task.name for task in train(work, tasks)]
     runs = {key: finished.read(task.folder) for task, key in tasks.items()}
@@ -211,9 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--share-gpus", action="store_true", help="more --jobs than GPUs")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="for the whole command")
-    parser.add_argument("--measure", action="store_true", help="speeds alone, and stop")
-    parser.add_argument("--warmup", type=int, default=16, help="steps that do not count")
-    parser.add_argument("--steps", type=int, default=16, help="steps that are timed")
     args = parser.parse_args(own)
 
     def run() -> None:
@@ -237,15 +145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         speeds = read_speeds(work.output)
         if speeds is None or not set(needed(args.only)) <= speeds.rates.keys():
             corpus_data.make_data(work.output, work.text, work.corpus)
-            if args.measure:
-                measure(work, args.only, args.warmup, args.steps)
-            else:  # in a process that gives all its memory back
-                program = ("-m", "tools.experiments.equal_time")
-                start = partial(run_queue.start_process, program=program)
-                if start([*own, "--measure", "--", *flags], {}, None).wait():
-                    raise ConfigError("speeds could not be measured, see above")
-        if not args.measure:
-            print(compare(work, args.minutes))
+            # In a process of its own, which gives all its memory back.
+            program = ("-m", "tools.experiments.equal_speeds")
+            names = ["--scale", args.scale, "--output", str(args.output), *needed(args.only)]
+            process = run_queue.start_process([*names, "--", *flags], {}, None, program=program)
+            if process.wait():
+                raise MegasparseError("speeds could not be measured, see above")
+        print(compare(work, args.minutes))
 
     return guarded("equal_time.py", run)
 

@@ -33,6 +33,7 @@ class Work:
         flags: of every run.
         queue: runs them.
         rates: flags of a variant's own learning rate.
+        table: name of the files with the results.
         discard: remove the checkpoints of complete runs.
         command: for the table.
     """
@@ -46,6 +47,7 @@ class Work:
     queue: RunQueue
     corpus: list[Path] = field(default_factory=list)
     rates: dict[str, list[str]] = field(default_factory=dict)
+    table: str = "results"
     discard: bool = False
     command: str = "python -m tools.experiments.compare_recipes"
 

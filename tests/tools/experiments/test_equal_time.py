@@ -8,7 +8,7 @@ import pytest
 
 from megasparse.config import load_config, resolve
 from megasparse.errors import ConfigError, DataError
-from tools.experiments import equal_tables, finished
+from tools.experiments import equal_rates, equal_tables, finished
 from tools.experiments import equal_time as tool
 from tools.experiments.recipe_runs import Work
 from tools.experiments.run_queue import RunQueue
@@ -26,18 +26,18 @@ RATES = {
 
 
 def test_everything_that_a_speed_is_made_of_is_measured():
-    assert set(tool.needed(tool.DEFAULT)) == set(RATES)
-    assert tool.needed(["s_ste"]) == ["s_ste"]
+    assert set(equal_rates.needed(tool.DEFAULT)) == set(RATES)
+    assert equal_rates.needed(["s_ste"]) == ["s_ste"]
     for variant in tool.DEFAULT:
-        assert tool.rate_of(variant, RATES) > 0
+        assert equal_rates.rate_of(variant, RATES) > 0
 
 
 def test_dense_has_the_fastest_layers_and_a_schedule_the_time_of_its_phases():
-    assert tool.rate_of("dense", RATES) == 110.0
-    assert tool.rate_of("dense_fp8", RATES) == 120.0
+    assert equal_rates.rate_of("dense", RATES) == 110.0
+    assert equal_rates.rate_of("dense_fp8", RATES) == 120.0
     # Of 6 steps 5 take a token's 1/150, one 1/120.
-    assert tool.rate_of("fst_tail_fp8", RATES) == pytest.approx(6 / (5 / 150 + 1 / 120))
-    assert tool.rate_of("fst_relaxed_fp8", RATES) == pytest.approx(3 / (2 / 150 + 1 / 75))
+    assert equal_rates.rate_of("fst_tail_fp8", RATES) == pytest.approx(6 / (5 / 150 + 1 / 120))
+    assert equal_rates.rate_of("fst_relaxed_fp8", RATES) == pytest.approx(3 / (2 / 150 + 1 / 75))
 
 
 def test_steps_fill_the_minutes():
@@ -66,7 +66,7 @@ def test_runs_are_as_long_as_their_speed_allows(tmp_path):
     for task, (variant, seed) in tasks.items():
         config = resolve(load_config(task.arguments), 1)
         tokens = config.train.train_iters * config.train.global_batch_size * 512
-        whole = 180 * tool.rate_of(variant, rates)
+        whole = 180 * equal_rates.rate_of(variant, rates)
         assert whole - 12 * 65_536 < tokens <= whole and config.train.seed == seed
         assert config.train.train_iters % config.logging.eval_interval == 0
         assert config.fp8.fp8_format == ("e4m3" if variant.endswith("_fp8") else None)
@@ -76,13 +76,13 @@ def test_runs_are_as_long_as_their_speed_allows(tmp_path):
 def test_speeds_must_be_there(tmp_path):
     with pytest.raises(ConfigError, match="lacks dense, te bf16 fused"):
         tool.compare(_work(tmp_path), 1.0)
-    path = tmp_path / tool.SPEEDS
+    path = tmp_path / equal_rates.SPEEDS
     path.write_text(json.dumps({"hardware": "a GPU", "rates": {"dense": 1.0}}))
     with pytest.raises(ConfigError, match="lacks te bf16 fused, dense_fp8"):
         tool.compare(_work(tmp_path), 1.0)
     path.write_text("[]")
     with pytest.raises(DataError, match="not what equal_time.py writes"):
-        tool.read_speeds(tmp_path)
+        equal_rates.read_speeds(tmp_path)
 
 
 def _run(variant, seed, losses):

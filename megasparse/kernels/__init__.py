@@ -40,6 +40,8 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | scale_inv_of(w (N, K))                         | 0-d float32: amax / 448, undoes e4m3's scale |
 | scales_of_amax(amax (1,), maximum=448)         | AmaxScales: current scaling's, of MVUE too   |
 | rescale_(z, a, b)                              | z, in place: *= a * b, device scalars        |
+| quantize_rows(x (T, K))                        | (T', K) e4m3 and (T,): a scale a row         |
+| rescale_rows_(z (T, N), scale_inv (T,))        | z, in place: row by row; undoes that         |
 | pack24(w (N, K), dtype=None, scale_inv=None)   | Packed24: the hardware's 2:4 layout          |
 | unpack24(packed)                               | (N, K) dense                                 |
 | mvue_pack24(dz (T, N), seed)                   | Packed24 (N, T): MVUE(dZ^T) in 16 bits       |
@@ -96,6 +98,9 @@ from megasparse.kernels.random import derive_seed as derive_seed
 from megasparse.kernels.rotary_qkv import Heads as Heads
 from megasparse.kernels.rotary_qkv import rotary_qkv as rotary_qkv
 from megasparse.kernels.rotary_qkv import split_qkv as split_qkv
+from megasparse.kernels.row_float8 import RowFloat8 as RowFloat8
+from megasparse.kernels.row_float8 import quantize_rows as quantize_rows
+from megasparse.kernels.row_float8 import rescale_rows_ as rescale_rows_
 from megasparse.kernels.soft_threshold24 import s_ste_scale as s_ste_scale
 from megasparse.kernels.soft_threshold24 import scale_from_sums as scale_from_sums
 from megasparse.kernels.soft_threshold24 import soft_threshold24 as soft_threshold24
@@ -116,6 +121,7 @@ __all__ = [
     "AmaxScales",
     "Heads",
     "Packed24",
+    "RowFloat8",
     "accumulate_",
     "activated",
     "activation_backward",
@@ -139,8 +145,10 @@ __all__ = [
     "norm_float8",
     "pack24",
     "prune24_mask",
+    "quantize_rows",
     "replace_mask_",
     "rescale_",
+    "rescale_rows_",
     "rotary_qkv",
     "s_ste_scale",
     "scale_from_sums",

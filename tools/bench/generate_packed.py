@@ -6,12 +6,14 @@
 
 A Llama of random weights, pruned 2:4 in all linears but the last one, in bfloat16. Prefill is one
 forward pass over the prompts; decode is `generate` (greedy, static batch) less its prefill. First
-calls, which choose the GEMMs, are not timed.
+calls, which choose between packed and dense, are not timed; then the ways take turns, and the
+fastest call of each counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import shlex
 import sys
@@ -26,10 +28,12 @@ import torch
 from megasparse.atomic_files import write_text
 from megasparse.cli import guarded, markdown_table
 from megasparse.kernels import prune24_mask
-from megasparse.nn import pack_, unpack_
+from megasparse.nn import pack_
 from tools.bench.parts import llama
 
 WAYS = ("dense", "2:4", "2:4 fp8")
+# Passes until shapes are measured and the model has chosen; one more is for what torch prepares.
+WARMUP = 9
 
 
 @dataclass(frozen=True)
@@ -69,46 +73,67 @@ def run(args: argparse.Namespace) -> None:
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             weight = module.weight.data
             weight.masked_fill_(~prune24_mask(weight), 0.0)
-    found = []
-    for way in WAYS:
-        unpack_(model)
-        if way != "dense":
-            pack_(model, fp8=way.endswith("fp8"))
-        for batch in args.batches:
-            found.append(measure(model, way, batch, args))
+    models = {"dense": model}
+    for way in WAYS[1:]:
+        models[way] = copy.deepcopy(model)
+        pack_(models[way], fp8=way.endswith("fp8"))
+    found = [one for batch in args.batches for one in measure(models, batch, args)]
     text = report(found, args, device)
     print(text)
     if args.output is not None:
         write_text(args.output, text + "\n")
 
 
-def measure(model: Any, way: str, batch: int, args: argparse.Namespace) -> Measured:
-    """Prefill and decode of one way."""
+def measure(models: dict[str, Any], batch: int, args: argparse.Namespace) -> list[Measured]:
+    """Prefill and decode of all ways with some prompts."""
     device = torch.device(args.device)
-    prompts = torch.randint(0, model.config.vocab_size, (batch, args.prompt), device=device)
+    vocab = models["dense"].config.vocab_size
+    prompts = torch.randint(0, vocab, (batch, args.prompt), device=device)
 
-    def generate(new: int) -> Callable[[], object]:
+    def generate(model: Any, new: int) -> Callable[[], object]:
         return lambda: model.generate(
             prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
         )
 
-    prefill = seconds(lambda: model(prompts, logits_to_keep=1), device)
-    one, all_of_them = seconds(generate(1), device), seconds(generate(args.new_tokens), device)
-    decoded = batch * (args.new_tokens - 1)
-    return Measured(way, batch, batch * args.prompt / prefill, decoded / (all_of_them - one))
+    def forward(model: Any) -> Callable[[], object]:
+        return lambda: model(prompts, logits_to_keep=1)
+
+    new = args.new_tokens
+    prefill = seconds({way: forward(model) for way, model in models.items()}, device, WARMUP)
+    whole = seconds({way: generate(model, new) for way, model in models.items()}, device, 1)
+    one = seconds({way: generate(model, 1) for way, model in models.items()}, device, 0)
+    return [
+        Measured(
+            way,
+            batch,
+            batch * args.prompt / prefill[way],
+            batch * (new - 1) / (whole[way] - one[way]),
+        )
+        for way in models
+    ]
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """The fastest of some calls, after one that is not timed."""
-    times = []
-    for number in range(repeats + 1):
-        begin = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if number:
-            times.append(time.perf_counter() - begin)
-    return min(times)
+def seconds(
+    ways: dict[str, Callable[[], object]], device: torch.device, warmup: int, rounds: int = 5
+) -> dict[str, float]:
+    """The fastest call of each, after some that are not timed; the ways take turns."""
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for work in ways.values():
+        for _ in range(warmup):
+            work()
+    for _ in range(rounds):
+        for way, work in ways.items():
+            _synchronize(device)
+            begin = time.perf_counter()
+            work()
+            _synchronize(device)
+            times[way].append(time.perf_counter() - begin)
+    return {way: min(found) for way, found in times.items()}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def report(found: list[Measured], args: argparse.Namespace, device: torch.device) -> str:

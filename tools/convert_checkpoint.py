@@ -80,9 +80,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="of a sparse checkpoint, the dense weights behind the masks",
     )
+    parser.add_argument(
+        "--optimizer-state",
+        action="store_true",
+        help="from megatron to megasparse: Adam's moments, float32 masters and steps too "
+        "(torch_dist)",
+    )
     args = parser.parse_args(argv)
     if args.source == args.to:
         parser.error(f"--from and --to are both {args.to}")
+    if args.optimizer_state and (args.source, args.to) != (MEGATRON, MEGASPARSE):
+        parser.error("--optimizer-state: only --from megatron --to megasparse")
+    if args.optimizer_state and args.dtype not in (None, "float32"):
+        parser.error(f"--optimizer-state takes float32 masters, --dtype is {args.dtype}")
     if args.make_vocab_size_divisible_by < 1 or args.tensor_model_parallel_size < 1:
         parser.error("--make-vocab-size-divisible-by and --tensor-model-parallel-size: at least 1")
     return args
@@ -94,8 +104,13 @@ def open_source(args: argparse.Namespace) -> Source:
     if args.source == HUGGINGFACE:
         return HuggingFaceModel(args.input, dtype)
     if args.source == MEGATRON:
-        kind = TorchDistModel if is_torch_dist(args.input) else MegatronModel
-        return kind(args.input, dtype, args.vocab_size)
+        if is_torch_dist(args.input):
+            return TorchDistModel(args.input, dtype, args.vocab_size, args.optimizer_state)
+        if args.optimizer_state:
+            raise ConfigError(
+                f"{args.input}: --optimizer-state is read of torch_dist checkpoints alone"
+            )
+        return MegatronModel(args.input, dtype, args.vocab_size)
     reader = open_checkpoint(args.input, ControlPlane(None))
     stored = StoredModel(reader, False, dtype, args.vocab_size)
     if stored.sparse and not args.master_weights:
@@ -116,7 +131,12 @@ def convert(args: argparse.Namespace) -> None:
         if folder is not None:
             carried = [folder / CONFIG, *carried_files(folder)]
         size, multiple = args.max_shard_size, vocabulary_multiple(args)
-        written = write_imported(source, args.output, size, multiple, carried, bar=True)
+        optimizer = source.optimizer if isinstance(source, TorchDistModel) else None
+        written = write_imported(
+            source, args.output, size, multiple, carried, bar=True, optimizer=optimizer
+        )
+        if optimizer is not None:
+            print(f"with Adam's moments after {optimizer.steps} steps")
         start = f"--config {args.output}/config.yaml --load {args.output}"
         print(f"{written}: {describe(source)}; start with {start}")
         return

@@ -1,7 +1,8 @@
-"""A model from elsewhere as a checkpoint of step 0: parameters, and nothing else."""
+"""A model from elsewhere as a checkpoint of step 0: parameters, and Adam's state if it has one."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import secrets
 from pathlib import Path
@@ -16,6 +17,7 @@ from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.writer import Tensors, publish, write_rank_file
 from megasparse.config import RunConfig, dump_yaml, to_dict
 from megasparse.config.shapes import VOCABULARY
+from megasparse.convert.optimizer_state import MOMENTS, OptimizerState
 from megasparse.convert.source import Source, pad_vocabulary
 from megasparse.errors import StorageError
 from megasparse.input_files import read_regular
@@ -34,6 +36,7 @@ def write_imported(
     vocabulary_multiple: int,
     carried: list[Path],
     bar: bool = False,
+    optimizer: OptimizerState | None = None,
 ) -> Path:
     """Write a source as a checkpoint of step 0; memory for a few tensors.
 
@@ -44,6 +47,7 @@ def write_imported(
         vocabulary_multiple: the vocabulary is padded to a multiple of this.
         carried: config.json, tokenizer.
         bar: show a progress bar.
+        optimizer: of the source's weights, which are its masters then; a run goes on with it.
 
     Returns:
         The folder of the checkpoint.
@@ -55,8 +59,15 @@ def write_imported(
     config = RunConfig(model=source.model)
     config.model.make_vocab_size_divisible_by = vocabulary_multiple
     rows = -(-source.model.vocab_size // vocabulary_multiple) * vocabulary_multiple
-    entries = [_padded(entry, rows) for entry in source.entries()]
-    config.train.bf16 = all(entry.dtype == torch.bfloat16 for entry in entries)
+    weights = [_padded(entry, rows) for entry in source.entries()]
+    config.train.bf16 = all(entry.dtype == torch.bfloat16 for entry in weights)
+    entries = [dataclasses.replace(entry, name=f"param/{entry.name}") for entry in weights]
+    if optimizer is not None:
+        entries += [
+            Entry(f"optim/{entry.name}/{kind}", torch.float32, entry.shape)
+            for entry in weights
+            for kind in MOMENTS
+        ]
     binding = {"run_id": secrets.token_hex(8), "step": 0}
     total = sum(entry.nbytes for entry in entries)
     with new_folder(output, StorageError) as folder:
@@ -71,15 +82,21 @@ def write_imported(
         files: dict[str, dict[str, Any]] = {}
         with progress(desc="converting", total=total, unit="B", enabled=bar) as shown:
 
-            def read(entry: str) -> torch.Tensor:
-                name = entry.removeprefix("param/")
-                value = pad_vocabulary(name, source.read(name), rows)
+            def read(key: str) -> torch.Tensor:
+                kind, name, *moment = key.split("/")
+                if kind == "param":
+                    value = source.read(name)
+                else:
+                    assert optimizer is not None
+                    value = optimizer.read(name, *moment)
+                value = pad_vocabulary(name, value, rows)
                 shown.update(value.numel() * value.element_size())
                 return value
 
             for rank, shard in enumerate(_divide(entries, max_shard_bytes)):
                 files |= write_rank_file(temporary, rank, shard, binding, read=read)
-        meta = _describe(source, config, binding)
+        steps = 0 if optimizer is None else optimizer.steps
+        meta = _describe(source, config, binding, steps)
         publish(temporary, step_folder(folder, 0), files, meta)
         write_pointer(folder, 0)
         write_text(folder / "config.yaml", dump_yaml(config, groups=("model",)))
@@ -100,19 +117,20 @@ def _divide(entries: list[Entry], limit: int) -> list[Tensors]:
         if size + entry.nbytes > limit:
             shards.append({})
             size = 0
-        key = f"param/{entry.name}"
-        piece = Piece(key, WeightShard(entry.shape))
-        shards[-1][key] = (piece, torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
+        piece = Piece(entry.name, WeightShard(entry.shape))
+        shards[-1][entry.name] = (piece, torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
         size += entry.nbytes
     return shards
 
 
-def _describe(source: Source, config: RunConfig, binding: dict[str, Any]) -> dict[str, Any]:
+def _describe(
+    source: Source, config: RunConfig, binding: dict[str, Any], optimizer_steps: int
+) -> dict[str, Any]:
     return {
         **binding,
         "consumed_samples": 0,
         "layout": {"world": 1, "tp": 1, "dp": 1, "pp": 1, "zero": 0},
-        "optimizer_steps": 0,
+        "optimizer_steps": optimizer_steps,
         "digests": {},
         "config": to_dict(config),
         "state": {

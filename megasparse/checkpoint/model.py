@@ -47,6 +47,7 @@ class StoredModel:
 
     Attributes:
         recipe, step, train_iters: of the run.
+        optimizer_steps: that the moments have seen; 0: it holds none.
         boosted: names of the parameters that SLoRB adds to.
         sparse: names of the parameters that are 2:4 at this step.
 
@@ -66,6 +67,7 @@ class StoredModel:
         self.where = str(reader.folder)
         self.config: RunConfig = from_dict(reader.meta["config"], self.where)
         self.step: int = reader.meta["step"]
+        self.optimizer_steps: int = reader.meta["optimizer_steps"]
         self.recipe: SparsityRecipe = recipe_of(self.config)
         self.config.model.vocab_size = vocab_size or _vocab_size(reader, self.config)
         self.model = narrowed(CompleteModel, self.config.model, self.where)
@@ -129,7 +131,7 @@ class StoredModel:
         if self._effective and name in self.pruned:
             value = effective_part(self.reader, name, self.recipe, shard)
         elif name in VOCABULARY:
-            value = self._rows(name, shard)
+            value = self._rows(f"param/{name}", name, shard)
         else:
             check_shape(self.reader.shape(f"param/{name}"), shard, name, self.where)
             value = self.reader.read_part(Piece(f"param/{name}", shard)).view(shard.local_shape)
@@ -142,9 +144,25 @@ class StoredModel:
         require_finite(value, f"{self.where}: {name}")
         return value.to(self._dtype or value.dtype)
 
-    def _rows(self, name: str, shard: WeightShard) -> torch.Tensor:
+    def moment_part(self, name: str, kind: str, shard: WeightShard) -> torch.Tensor | None:
+        """A rank's part of a moment of Adam, as `read_part`; None: there is none.
+
+        Args:
+            kind: one of `convert.optimizer_state.MOMENTS`.
+        """
+        key = f"optim/{name}/{kind}"
+        if key not in self.reader:
+            return None
+        if name in VOCABULARY:
+            value = self._rows(key, name, shard)
+        else:
+            check_shape(self.reader.shape(key), shard, name, self.where)
+            value = self.reader.read_part(Piece(key, shard)).view(shard.local_shape)
+        require_finite(value, f"{self.where}: {kind} of {name}")
+        return value
+
+    def _rows(self, key: str, name: str, shard: WeightShard) -> torch.Tensor:
         """Of a vocabulary that may be padded to another size; padding is zero."""
-        key = f"param/{name}"
         stored = self.reader.shape(key)
         if len(stored) != 2 or stored[0] < self.model.vocab_size:
             check_shape(stored, shard, name, self.where)

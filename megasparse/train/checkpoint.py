@@ -33,6 +33,7 @@ from megasparse.checkpoint.saver import choose
 from megasparse.checkpoint.sparsity_state import flips_shard, input_shard, mask_shard, scale_shard
 from megasparse.checkpoint.writer import Tensors
 from megasparse.config import to_dict
+from megasparse.convert.optimizer_state import MOMENTS
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.megatron.grid import is_divided_expert, rng_state
 from megasparse.megatron.init import parameter_shard
@@ -42,7 +43,6 @@ from megasparse.sparsity.state import SparseWeight
 from megasparse.train.engine import zero
 from megasparse.train.engine.base import Engine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 DENSE_FP8_OWNER = 0  # data-parallel rank that writes the scales of all dense weights, a few numbers
 
 
@@ -206,6 +206,18 @@ def _collect_sparsity(state: SparseWeight, tp_rank: int) -> dict[str, tuple[Piec
         elif tp_rank == 0 and state.shard.block == 0:
             tensors[key] = (Piece(key, WeightShard(tuple(value.shape))), value)
     return tensors
+
+
+def moment(engine: Engine, tensor: torch.Tensor, kind: str, steps: int) -> torch.Tensor:
+    """A moment of one of the optimizer's tensors, zero if it has none yet.
+
+    Args:
+        steps: that a state which begins here has made.
+    """
+    state = engine.optimizer.state[tensor]
+    state.setdefault("step", torch.tensor(float(steps)))
+    found: torch.Tensor = state.setdefault(kind, torch.zeros_like(tensor))
+    return found
 
 
 def _optimizer_steps(engine: Engine) -> int:

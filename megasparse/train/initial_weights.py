@@ -1,8 +1,9 @@
 """Weights that a run starts from, and those that its teacher has.
 
 They come from a Hugging Face folder (`--load-hf`), from an imported checkpoint (`--load`), or from
-the weights alone of another run (`--load` with `--finetune`). The run starts at step 0 with a fresh
-optimizer; its model must be the same, all other settings are its own.
+the weights alone of another run (`--load` with `--finetune`). The run starts at step 0; its model
+must be the same, all other settings are its own. Its optimizer is fresh, or goes on with moments
+and step count of an imported checkpoint that has them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.saver import choose
 from megasparse.config import ResolvedConfig
 from megasparse.convert.huggingface.folder import HuggingFaceModel
+from megasparse.convert.optimizer_state import MOMENTS
 from megasparse.convert.source import PartSource, check_model
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError, ConfigError
@@ -28,6 +30,7 @@ from megasparse.megatron.init import parameter_shard
 from megasparse.megatron.sparsify import initial_low_rank_weights, low_rank_weight_names
 from megasparse.optim.fragments import Fragment
 from megasparse.preflight.settings import no_teacher
+from megasparse.train.checkpoint import moment
 from megasparse.train.engine.base import Engine
 from megasparse.train.kept import keep, kept_low_rank_weights
 
@@ -99,6 +102,11 @@ class WeightSources:
         check_model(source, self._config.model, self._vocab_size)
         return source
 
+    def takes_moments(self, source: StoredModel) -> bool:
+        """Whether the optimizer goes on with what an imported checkpoint holds of Adam's state."""
+        imported, settings = source.reader.imported, self._config.checkpoint
+        return imported and bool(source.optimizer_steps) and not settings.finetune
+
     def _open(self, folder: str, flag: str) -> CheckpointReader:
         reader = choose(Path(folder), self._control)
         if reader is None:
@@ -133,6 +141,8 @@ def put_initial_weights(engine: Engine, sources: WeightSources) -> bool:
             skip=low_rank_weight_names(engine.model) | _new_heads(engine, source),
             gathered=engine.layout.gathered_parameters,
         )
+        if isinstance(source, StoredModel) and sources.takes_moments(source):
+            _put_moments(engine, source)
         logger.info("starting from the weights of %s", source.where)
         keep(engine.controller, source)
     if sources.fresh:
@@ -147,6 +157,21 @@ def put_initial_weights(engine: Engine, sources: WeightSources) -> bool:
         engine.layout.distillation.teacher.freeze()
         engine.layout.distillation.describe(teacher.where)
     return source is not None
+
+
+@torch.no_grad()
+def _put_moments(engine: Engine, source: StoredModel) -> None:
+    """Adam's moments of this rank's pieces of all parameters, and the steps that they have seen."""
+    grid, steps = engine.grid, source.optimizer_steps
+    for fragment in engine.fragments:
+        shard = parameter_shard(fragment.parameter, grid.tp_rank, grid.tp_size)
+        for kind in MOMENTS:
+            value = source.moment_part(fragment.name, kind, shard)
+            if value is None:  # a low-rank weight of this run alone
+                continue
+            target = fragment.of(moment(engine, fragment.tensor, kind, steps))
+            target.copy_(fragment.of_parameter(value))
+    logger.info("the optimizer goes on after its %d steps", steps)
 
 
 def _new_heads(engine: Engine, source: PartSource) -> frozenset[str]:

@@ -22,6 +22,7 @@ from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.checkpoint.shared_reader import Ask, SharedReader
 from megasparse.checkpoint.sparsity_state import own_flips, sparsity_state
 from megasparse.config import ResolvedConfig, to_dict
+from megasparse.convert.optimizer_state import MOMENTS
 from megasparse.convert.source import check_shape
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.errors import CheckpointError
@@ -33,8 +34,8 @@ from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 from megasparse.train.checkpoint import (
     DENSE_FP8_OWNER,
-    MOMENTS,
     layout,
+    moment,
     parameter_shares,
     state_owners,
 )
@@ -227,10 +228,7 @@ class _Share:
     def _target(self, fragment: Fragment, kind: str) -> torch.Tensor:
         if kind == "master":
             return fragment.tensor.data
-        state = self._engine.optimizer.state[fragment.tensor]
-        state.setdefault("step", torch.tensor(float(self._reader.meta["optimizer_steps"])))
-        moment: torch.Tensor = state.setdefault(kind, torch.zeros_like(fragment.tensor))
-        return moment
+        return moment(self._engine, fragment.tensor, kind, self._reader.meta["optimizer_steps"])
 
     def _whole(self, values: _Values, like: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """1-D, put together from the shares of the ranks that hold the same."""

@@ -45,7 +45,7 @@ class Attention(int):
 Attention.__module__ = "megatron.core.transformer.enums"
 
 
-def build(rank: int, world: int, arguments: dict, stages: int = 1):
+def build(rank: int, world: int, arguments: dict, stages: int = 1, replicas: int = 1):
     """megatron-core's GPTModel with its own local layers: this rank's part of it."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -56,7 +56,7 @@ def build(rank: int, world: int, arguments: dict, stages: int = 1):
     from megasparse.megatron.init import initialize_weights
     from megasparse.megatron.model import _mark_vocabulary_shards
 
-    tp = world // stages
+    tp = world // stages // replicas
     grid = make_grid(tp, torch.device("cpu"), 1, pipeline_model_parallel_size=stages)
     a = argparse.Namespace(**arguments)
     silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu

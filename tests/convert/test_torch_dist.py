@@ -168,7 +168,7 @@ def test_hostile_pieces_run_nothing(tmp_path):
 
     path = _metadata(tmp_path)
     source = TorchDistModel(tmp_path / "td")
-    piece = source._tensors["decoder.final_layernorm.weight"][0].pieces[0]
+    piece = source._tensors["decoder.final_layernorm.weight"].pieces[0]
     import io
 
     stream = io.BytesIO()

@@ -73,7 +73,11 @@ DOORS = {
     "mlflow": ["megasparse/metrics/trackers.py"],
     "lm_eval": ["megasparse/inference/eval_harness.py"],
     "matplotlib": ["megasparse/metrics/plots.py"],
-    "transformers": ["megasparse/nn/callbacks.py", "tools/bench/parts/llama.py"],
+    "transformers": [
+        "megasparse/nn/callbacks.py",
+        "tools/bench/parts/family_models.py",
+        "tools/bench/parts/llama.py",
+    ],
     "lightning": ["megasparse/nn/callbacks.py"],
     "torchao": ["tools/bench/nn_llama.py"],
 }

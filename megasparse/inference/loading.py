@@ -133,6 +133,7 @@ def load_model(
     tensor_parallel: int = 1,
     bf16: bool | None = None,
     control: ControlPlane | None = None,
+    grid: Grid | None = None,
 ) -> tuple[torch.nn.Module, Grid]:
     """The model of a source on this rank (torch.distributed must be up), in evaluation mode.
 
@@ -140,6 +141,7 @@ def load_model(
         tensor_parallel: ranks that share each layer; the world's other ranks are copies.
         bf16: compute in bfloat16, else in float32; None: bfloat16 if the weights are 16-bit.
         control: of all ranks, where one's error is to be an error of all.
+        grid: of these ranks, if it is there; process groups keep their threads to the end.
     """
     if tensor_parallel < 1 or dist.get_world_size() % tensor_parallel:
         raise ConfigError(
@@ -160,7 +162,8 @@ def load_model(
     )
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
     config = fill_defaults(RunConfig(source.model, parallel, train), dist.get_world_size())
-    grid = make_grid(tensor_parallel, device, config.train.seed, _TIMEOUT_MINUTES)
+    if grid is None:
+        grid = make_grid(tensor_parallel, device, config.train.seed, _TIMEOUT_MINUTES)
     rows = padded_vocab_size(source.model.vocab_size, config)
     model = build_model(config, grid, rows)
     hide_padding(model, grid, source.model.vocab_size)

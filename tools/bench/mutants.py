@@ -43,7 +43,8 @@ COPIED = ("megasparse", "tests", "tools", "launch", "configs", "docs")
 # Folders of tests that execute the areas; others test kernels, data, flags, and real launchers.
 JUDGES = (
     "sparsity", "optim", "megatron", "checkpoint", "convert", "compress", "estimate", "preflight",
-    "tools", "distillation", "train", "parallel/test_consistency.py", "parallel/test_details.py",
+    "tools", "distillation", "train", "nn", "fp8", "parallel/test_consistency.py",
+    "parallel/test_details.py", "parallel/test_resume.py", "launch/test_inference.py",
 )  # fmt: skip
 # Real experiments: long, and they run what tests of training run.
 NO_JUDGES = ("tools/bench", "tools/experiments", "tools/results", "tools/test_search_decay.py")
@@ -92,7 +93,9 @@ class _Answers:
             if not self.imported:
                 _be_in(self._folder)
                 sys.dont_write_bytecode = True  # of a file that is changed and back at once
-        return self._judge.judge(_mutant(what), self.imported)
+        begin = time.monotonic()
+        verdict = self._judge.judge(_mutant(what), self.imported)
+        return *verdict, round(time.monotonic() - begin, 1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,11 +185,11 @@ def _judge_all(
 ) -> None:
     numbers = {id(row): number for number, row in enumerate(rows)}
 
-    def told(question: tuple[str, dict[str, Any]], verdict: tuple[str, str]) -> None:
+    def told(question: tuple[str, dict[str, Any]], verdict: tuple[str, str, float]) -> None:
         row = question[1]
-        row["verdict"], row["test"] = verdict
+        row["verdict"], row["test"], row["seconds"] = verdict
         write_text(output, json.dumps(rows, indent=1))
-        print(f"{verdict[0]:11} {_place(row)} {verdict[1]}", flush=True)
+        print(f"{verdict[0]:11} {_place(row)} {verdict[1]} ({verdict[2]:.0f} s)", flush=True)
 
     def fits(question: tuple[str, dict[str, Any]], worker: Worker) -> bool:
         return (worker in warm) == exchanged[numbers[id(question[1])]]

@@ -139,6 +139,13 @@ def test_a_mutant_is_judged_by_the_quickest_tests_that_reach_it(tmp_path):
     }
     assert judge.Judge(tmp_path, tests, 60.0).reached_by(mutant) == ["quick", "slow"]
     assert judge.Judge(tmp_path, tests, 1.0).reached_by(mutant) == ["quick"]
+    near = {
+        "tests/train/test_runs.py::a": {"seconds": 0.1, "lines": lines},
+        "tests/sparsity/test_state.py::b": {"seconds": 2.0, "lines": lines},
+        "tests/sparsity/test_schedule_of_phases.py::c": {"seconds": 3.0, "lines": lines},
+    }
+    order = judge.Judge(tmp_path, near, 60.0).reached_by(mutant)
+    assert [test[-1] for test in order] == ["c", "b", "a"]  # of the module, of its folder, others
     assert surroundings((places.ROOT / module).read_text(), default).function is None
     by_time = ["quick", "elsewhere", "slow"]
     # What runs at import: whoever executes anything of the module.

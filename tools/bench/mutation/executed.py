@@ -36,12 +36,23 @@ class Tracer:
 
     def start(self) -> None:
         """Follow this process, its threads and its forks."""
-        threading.settrace(self._called)
-        sys.settrace(self._called)
+        if not hasattr(sys, "monitoring"):  # Python 3.12 has it; it costs a line nothing again
+            threading.settrace(self._called)
+            sys.settrace(self._called)
+            return
+        monitoring, events = sys.monitoring, sys.monitoring.events
+        monitoring.use_tool_id(monitoring.COVERAGE_ID, "mutants")
+        for event, callback in ((events.PY_START, self._began), (events.LINE, self._reached)):
+            monitoring.register_callback(monitoring.COVERAGE_ID, event, callback)
+        monitoring.set_events(monitoring.COVERAGE_ID, events.PY_START)
 
     def stop(self) -> None:
         """Follow new threads no longer; who started it gives this thread its own tracer back."""
-        threading.settrace(None)  # type: ignore[arg-type]
+        if hasattr(sys, "monitoring"):
+            sys.monitoring.set_events(sys.monitoring.COVERAGE_ID, 0)
+            sys.monitoring.free_tool_id(sys.monitoring.COVERAGE_ID)
+        else:
+            threading.settrace(None)  # type: ignore[arg-type]
         os.close(self._descriptor)
 
     def name(self, test: str) -> None:
@@ -50,20 +61,40 @@ class Tracer:
         self._test.seek(0)
         self._test.write(len(text).to_bytes(4, "little") + text)
 
+    def _began(self, code: Any, offset: int) -> Any:
+        monitoring = sys.monitoring
+        if not code.co_filename.startswith(self._areas):
+            return monitoring.DISABLE
+        monitoring.set_local_events(monitoring.COVERAGE_ID, code, monitoring.events.LINE)
+        if self._is_another_test():
+            monitoring.restart_events()
+        return None
+
+    def _reached(self, code: Any, line: int) -> Any:
+        self._note(code.co_filename, line)
+        return sys.monitoring.DISABLE
+
     def _called(self, frame: Any, event: str, argument: object) -> Any:
         return self._line if frame.f_code.co_filename.startswith(self._areas) else None
 
     def _line(self, frame: Any, event: str, argument: object) -> Any:
+        self._note(frame.f_code.co_filename, frame.f_lineno)
+        return self._line
+
+    def _is_another_test(self) -> bool:
         length = int.from_bytes(self._test[:4], "little")
         test = self._test[4 : 4 + length]
-        if test != self._last:
-            self._last, self._seen = test, set()
-        place = (frame.f_code.co_filename, frame.f_lineno)
-        if place not in self._seen:
-            self._seen.add(place)
-            row = [test.decode(), place[0].removeprefix(self._folder), place[1]]
+        if test == self._last:
+            return False
+        self._last, self._seen = test, set()
+        return True
+
+    def _note(self, file: str, line: int) -> None:
+        self._is_another_test()
+        if (file, line) not in self._seen:
+            self._seen.add((file, line))
+            row = [self._last.decode(), file.removeprefix(self._folder), line]
             os.write(self._descriptor, json.dumps(row).encode() + b"\n")
-        return self._line
 
 
 class _Watch:

@@ -264,8 +264,13 @@ def _mark_partial_gradients(model: torch.nn.Module, grid: Grid) -> None:
 
 
 def _mark_vocabulary_shards(model: torch.nn.Module) -> None:
-    """Mark Megatron's own sharded weights; it does so only while it initialises them itself."""
+    """Mark Megatron's own sharded weights.
+
+    megatron-core 0.16 does so only while it initialises them itself.
+    """
     for module in model.modules():
         sharded = isinstance(module, (VocabParallelEmbedding, ColumnParallelLinear))
-        if sharded and module.weight is not None:
+        if not sharded or module.weight is None:
+            continue
+        if not getattr(module.weight, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(module.weight, True, dim=0, stride=1)

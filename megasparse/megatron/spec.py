@@ -54,7 +54,9 @@ class SparseSpecProvider:
     def column_parallel_layer_norm_linear(self) -> type | None:
         return None
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+    def layer_norm(
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> type:
         return transformer_engine.TENorm if self.transformer_engine else TorchNorm
 
     def core_attention(self) -> type:

@@ -14,6 +14,7 @@ gradient buffers and data parallelism. None has phases, seeds or a pipeline of D
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -191,16 +192,20 @@ def is_replayed(layer: torch.nn.Module) -> bool:
 
 def let_replays_recompute(block: Any) -> None:
     """Have megatron-core's TransformerBlock leave recomputation to layers that are replayed."""
-    checkpointed = block._checkpointed_forward
+    forward = block.forward
 
-    def forward(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    def run(*args: Any, **arguments: Any) -> torch.Tensor:
         if not is_replayed(block.layers[0]):
-            return checkpointed(hidden_states=hidden_states, **arguments)
-        for layer in block.layers:
-            hidden_states, _ = layer(hidden_states=hidden_states)
-        return hidden_states
+            return forward(*args, **arguments)
+        config = block.config
+        block.config = copy.copy(config)  # others read it too
+        block.config.recompute_granularity = None
+        try:
+            return forward(*args, **arguments)
+        finally:
+            block.config = config
 
-    block._checkpointed_forward = forward
+    block.forward = run
 
 
 class GraphSet:

@@ -10,7 +10,8 @@ that of its output. Neither knows of the other's backward pass.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,8 +21,11 @@ from megasparse.kernels import norm_float8
 from megasparse.kernels.norm_float8.reference import normalize
 
 
-class Float8Input(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Float8Input:
     """The input of a linear in FP8, quantized with the scale of the linear's input.
+
+    It is no tuple: newer versions of megatron-core take a tuple from a norm for two outputs.
 
     Attributes:
         placeholder: (..., H), shape, dtype and place in the graph of the input; it has no values.

@@ -35,6 +35,7 @@ from megasparse.metrics.schema import read_metrics
 from megasparse.train.main import pretrain
 from tools import preprocess_data, train_tokenizer
 from tools.bench.parts.short_runs import stand_alone
+from tools.experiments.finished import hardware
 from tools.experiments.run_queue import ROOT, split_flags
 from tools.experiments.source_texts import Sources, make_texts
 
@@ -78,6 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pieces", type=int, default=320, help="of each to train on (default: %(default)s)"
     )
+    parser.add_argument(
+        "--corpus-characters",
+        type=int,
+        default=400_000,
+        help="of each to pre-train on, at most (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(own)
     command = shlex.join(["python", "-m", "tools.experiments.classify_sources", *argv])
@@ -90,7 +97,9 @@ def run(args: argparse.Namespace, flags: list[str], command: str) -> str:
     torch.set_num_threads(1)
     stand_alone()
     valid = BATCH * 2  # of each package: whole batches
-    sources = make_texts(args.output, args.classes, args.pieces, valid, 400_000, args.seed)
+    sources = make_texts(
+        args.output, args.classes, args.pieces, valid, args.corpus_characters, args.seed
+    )
     work = Work(args.output, sources, [*flags, "--seed", str(args.seed)], command)
     _tokens(work)
     for recipe, own in RECIPES.items():
@@ -154,8 +163,7 @@ def table(work: Work) -> str:
     lines = [
         "# Which package does a source file come from? BERT, dense beside 2:4",
         "",
-        f"{today}, one CPU core ({platform.machine()}), torch {torch.__version__}, Python "
-        f"{platform.python_version()}. Made by",
+        f"{today}, {hardware()}, Python {platform.python_version()}. Made by",
         "",
         f"    {work.command}",
         "",

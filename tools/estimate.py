@@ -25,7 +25,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,8 @@ from megasparse.cli import guarded
 from megasparse.config import (
     ResolvedConfig,
     RunConfig,
-    gradient_accumulation_steps,
     load_config,
     padded_vocab_size,
-    pipeline_split,
     resolve,
     smallest_world,
 )
@@ -50,8 +48,9 @@ from megasparse.config.shapes import active_parameter_count, parameter_count
 from megasparse.data.check import check_data
 from megasparse.errors import ConfigError
 from megasparse.estimate import check as measured_points
-from megasparse.estimate.bubble import bubble_fraction
+from megasparse.estimate.bubble import bubble_lines
 from megasparse.estimate.memory import Footprint, footprint
+from megasparse.estimate.phases import PhaseTime, describe, phase_times
 from megasparse.estimate.time import GemmTable, StepTime, step_time
 from megasparse.sparsity.run_recipe import recipe_of
 from megasparse.train.precision import settle_fp8
@@ -71,12 +70,14 @@ EVEN_STAGES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """One layout: every stage's bytes, and the time of a step (None: no rates for its dtype)."""
+    """One layout: every stage's bytes, and the time of a step (None: no rates for its dtype), which
+    is one of the first sparse phase, and those of all phases."""
 
     config: ResolvedConfig
     world: int
     stages: list[Footprint]
     time: StepTime | None
+    phases: list[PhaseTime] = field(default_factory=list)
 
     @property
     def peak(self) -> int:
@@ -107,10 +108,11 @@ def estimate(config: ResolvedConfig, world: int, table: GemmTable, args: Any) ->
         footprint(config, recipe, vocabulary, world, stage, gpu=args.device == "cuda")
         for stage in range(config.parallel.pipeline_model_parallel_size)
     ]
-    time = None
+    time, phases = None, []
     if config.train.bf16 and args.device == "cuda":
-        time = step_time(config, recipe, vocabulary, world, table, args.gpus_per_node)
-    return Estimate(config, world, stages, time)
+        rest = (vocabulary, world, table, args.gpus_per_node)
+        time, phases = step_time(config, recipe, *rest), phase_times(config, recipe, *rest)
+    return Estimate(config, world, stages, time, phases)
 
 
 def vocabulary_of(config: ResolvedConfig) -> int:
@@ -172,27 +174,15 @@ def report(found: Estimate, args: argparse.Namespace) -> str:
     limit = args.gpu_memory * USABLE
     fits = "fits" if found.peak / GIB <= limit else "DOES NOT FIT"
     lines.append(f"  {fits} {args.gpu_memory:g} GiB ({limit:.0f} usable)")
-    lines += _bubbles(found)
+    lines += bubble_lines(config, found.world)
     if found.time is None:
         return "\n".join([*lines, "", "no step time: the rates are of BF16 and FP8 on a GPU"])
     seconds = found.time.seconds
     lines += ["", f"step time         {seconds:.3f} s, {_rate(found):,.0f} tokens/s"]
     for name, part in (found.time.parts | {"waiting for host": found.time.waiting}).items():
         lines.append(f"  {name:<20}{part:>8.3f} s{part / seconds:>7.0%}")
+    lines += describe(found.phases, config.train.global_batch_size * config.model.seq_length)
     return "\n".join(lines)
-
-
-def _bubbles(found: Estimate) -> list[str]:
-    """The pipeline's bubble, beside those of virtual stages, which DeepSpeed does not have."""
-    stages = found.config.parallel.pipeline_model_parallel_size
-    if stages == 1:
-        return []
-    count = gradient_accumulation_steps(found.config, found.world)
-    layers = min(pipeline_split(found.config))
-    virtual = [v for v in (2, 4, 8) if layers % v == 0]
-    shares = [f"1F1B {bubble_fraction(stages, count):.1%}"]
-    shares += [f"with {v} virtual stages {bubble_fraction(stages, count, v):.1%}" for v in virtual]
-    return ["", f"pipeline bubble   {count} micro-batches: {', '.join(shares)}"]
 
 
 def search(config: RunConfig, table: GemmTable, args: argparse.Namespace) -> tuple[str, int]:

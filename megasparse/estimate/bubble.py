@@ -7,6 +7,8 @@ times shorter: p - 1 of v m + p - 1.
 
 from __future__ import annotations
 
+from megasparse.config import ResolvedConfig, gradient_accumulation_steps, pipeline_split
+
 
 def bubble_fraction(stages: int, micro_batches: int, virtual_stages: int = 1) -> float:
     """Idle turns over all turns of a step.
@@ -17,3 +19,17 @@ def bubble_fraction(stages: int, micro_batches: int, virtual_stages: int = 1) ->
         virtual_stages: v, of a rank; 1: not interleaved.
     """
     return (stages - 1) / (virtual_stages * micro_batches + stages - 1)
+
+
+def bubble_lines(config: ResolvedConfig, world: int) -> list[str]:
+    """The pipeline's bubble, beside those of virtual stages, which DeepSpeed does not have; empty
+    without a pipeline."""
+    stages = config.parallel.pipeline_model_parallel_size
+    if stages == 1:
+        return []
+    count = gradient_accumulation_steps(config, world)
+    layers = min(pipeline_split(config))
+    virtual = [v for v in (2, 4, 8) if layers % v == 0]
+    shares = [f"1F1B {bubble_fraction(stages, count):.1%}"]
+    shares += [f"with {v} virtual stages {bubble_fraction(stages, count, v):.1%}" for v in virtual]
+    return ["", f"pipeline bubble   {count} micro-batches: {', '.join(shares)}"]

@@ -42,6 +42,15 @@ def test_llama_3_8b_has_its_published_size(capsys):
     assert re.search(r"waiting for host +0\.000 s", capsys.readouterr().out)
 
 
+def test_phases_have_a_line_each(capsys):
+    phases = ["--sparsity-phases", "fst:2/3,row:1/3", "--dense-tail-fraction", "0"]
+    assert tool.main([*LLAMA_8B, "--gpus", "8", *phases]) == 0
+    text = capsys.readouterr().out
+    found = re.findall(r"^ +([\d.]+)% of the steps +[\d.]+ s  (\w+) weights", text, re.M)
+    assert found == [("66.7", "transposable"), ("33.3", "row")]
+    assert re.search(r"^  a mean step +[\d.]+ s, [\d,]+ tokens/s$", text, re.M)
+
+
 def test_search_lists_only_what_fits_and_says_when_nothing_does(capsys):
     search = ["--search", "--gpu-memory", "40"]
     assert tool.main([*LLAMA_8B, "--gpus", "8", *search, "--top", "99"]) == 0

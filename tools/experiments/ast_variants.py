@@ -101,7 +101,7 @@ SCALES = {
     "tiny": Scale(corpus_data.Text(1024, 4_000_000, False, 1), 64, 8, 16, 128, 25e3, 10),
     "gpu": Scale(corpus_data.Text(32_000, 300_000_000, True, 12), 128, 16, 64, 128, 480e3, 45),
     "10m": Scale(
-        corpus_data.Text(4096, 800_000_000, True, 16, whole_machine=True),
+        corpus_data.Text(4096, 650_000_000, True, 16, whole_machine=True),
         *(256, 32, 64, 128, 2e6, 90),
     ),
 }

@@ -82,7 +82,7 @@ TEXTS = {
     "gpu": corpus_data.Text(32_000, 300_000_000, True, 12),
     "cluster": corpus_data.Text(32_000, 8_000_000_000, True, 32),
     # Bytes: a little more than the tokens of a run take.
-    "10m": corpus_data.Text(4096, 800_000_000, True, 16, whole_machine=True),
+    "10m": corpus_data.Text(4096, 650_000_000, True, 16, whole_machine=True),
     "30m": corpus_data.Text(4096, 4_000_000_000, True, 16, whole_machine=True),
     "124m": corpus_data.Text(4096, 4_000_000_000, True, 16, whole_machine=True),
     "400m": corpus_data.Text(4096, 4_000_000_000, True, 16, whole_machine=True),

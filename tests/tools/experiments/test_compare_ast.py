@@ -52,7 +52,7 @@ def _work(folder, start_run=_never, dense_iters=120):
 
 def _session(work, start_dense=_never, start_make=_never, **options):
     quiet = {"say": lambda line: None, **options}
-    return tool.Session(work, list(tool.VARIANTS), start_dense, start_make, **quiet)
+    return tool.Session(work, list(ALL), start_dense, start_make, **quiet)
 
 
 def _compare(rank, world, folder):
@@ -223,16 +223,16 @@ def test_on_two_devices_with_the_flags_of_a_user(
 def test_the_plan_adds_up(tmp_path, capsys):
     plan, work = tool.ast_plan, _work(tmp_path / "none")
     found = {stage.name: stage for stage in plan.stages(work, 2, 1000.0)}
-    assert set(found) == {"data", "training dense", *ALL}
+    assert set(found) == {"data", "training dense", *tool.VARIANTS}
     dense = found["training dense"]
     steps = 120 * 16 * 32 / (1000.0 * 2 * plan.DATA_PARALLEL)
     assert dense.end - dense.begin == pytest.approx(steps + plan.START + plan.SAVE)
-    variants = [found[name] for name in ALL]
+    variants = [found[name] for name in tool.VARIANTS]
     assert min(stage.begin for stage in variants) == dense.end
     for device in (0, 1):
         mine = sorted((s for s in variants if s.device == device), key=lambda s: s.begin)
         assert all(a.end <= b.begin for a, b in zip(mine, mine[1:], strict=False))
-    assert found["ast_slorb_int4"].begin == max(s.end for s in variants if s.name in ALL[:-1])
+    assert found["ast_slorb_int4"].begin == max(s.end for s in variants[:-1])
     flags = ["--output", str(tmp_path / "none"), "--jobs", "2", "--plan", "--scale", "gpu"]
     assert tool.main([*flags, "--tokens-per-second", "240000"]) == 0
     assert "210M tokens on 2" in capsys.readouterr().out and not (tmp_path / "none").exists()
@@ -263,7 +263,17 @@ def test_adamw_gets_a_higher_rate_than_ast(tmp_path):
     work = tool.Work(tmp_path, "tiny", tool.SCALES["tiny"], retrain_flags=["--lr", "1e-5"])
     rates = {name: load_config(work.training(name).arguments).train.lr for name in tool.RETRAINED}
     adamw, ast = dict.fromkeys(("dense_longer", "sr_ste", "cast"), 4e-5), 1e-5
-    assert rates == {**adamw, "ast": ast, "ast_slorb": ast}
+    assert rates == {**adamw, **{name: ast for name in tool.RETRAINED if name.startswith("ast")}}
+
+
+def test_a_double_pruned_grad_input_is_all_that_its_variants_change(tmp_path):
+    settings = tool.ast_variants.finished.settings_of
+    work = tool.Work(tmp_path, "tiny", tool.SCALES["tiny"])
+    for name in ("ast", "ast_slorb"):
+        one = settings(work.training(name).arguments)
+        other = settings(work.training(f"{name}_double_pruned").arguments)
+        assert one["sparsity"].pop("sparse_grad_input") is None
+        assert other["sparsity"].pop("sparse_grad_input") == "double-pruned" and one == other
 
 
 def test_configurations_of_all_scales_are_valid(tmp_path):

@@ -29,7 +29,9 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -88,21 +90,21 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype) -> Row:
     device = torch.device("cuda", 0)
     z = torch.randn(tokens, ffn, device=device, dtype=torch.bfloat16)
     one = torch.ones((), device=device)
-    flags = {
-        "error_flag": torch.zeros(1, dtype=torch.int32, device=device),
-        "nan_flag": torch.zeros(1, dtype=torch.int32, device=device),
-    }
-    if dtype == E4M3:
-        flags["scale"] = one
+    error_flag, nan_flag = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    scale = one if dtype == E4M3 else None
 
-    def packing(transposed: str | None) -> Callable[[], object]:
-        def pack(out: object = None) -> object:
-            return weight_pack24(
-                z, threshold_scale=one, dtype=dtype, transposed=transposed, out=out, **flags
-            )
-
-        kept = pack()
-        return lambda: pack(kept)
+    def packing(transposed: Literal["dense"] | None) -> Callable[[], object]:
+        pack = partial(
+            weight_pack24,
+            z,
+            threshold_scale=one,
+            dtype=dtype,
+            scale=scale,
+            transposed=transposed,
+            error_flag=error_flag,
+            nan_flag=nan_flag,
+        )
+        return partial(pack, out=pack())
 
     h = torch.empty(tokens, ffn, dtype=dtype, device=device)
 

@@ -1,7 +1,7 @@
 """Recipes compared in equal time: each trains as many steps as its speed allows in some minutes.
 
     python -m tools.experiments.equal_time --scale 30m --minutes 5 --output runs/equal_30m
-    ... --scale 400m --minutes 10 --seeds 1 2 --output runs/equal_400m --jobs 2      # two GPUs
+    ... --scale 200m --minutes 10 --seeds 1 2 --output runs/equal_200m --jobs 2      # two GPUs
     ... --scale 30m --minutes 5 --output runs/equal_30m --jobs 3 --share-gpus        # side by side
 
 First it measures tokens/s of every variant alone on a GPU, with CUDA graphs (`tools.bench.train`),

@@ -23,7 +23,7 @@ compares on the validation split:
 
 Writes results.json, results.md, results.png and pictures/ into --output. With --jobs N the dense
 model is trained on N devices (data parallel); then every variant is made and measured by a process
-of its own, N at a time, each with a GPU and a log in --output.
+of its own, N at a time, each with a GPU and a log in --output (--share-gpus: several with one).
 
 Restartable: a variant that has its VARIANT.json is not made again, an interrupted training goes on
 from its last checkpoint. --time-limit ends what is under way at the limit (it saves, which takes
@@ -145,6 +145,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="these, what they are made of, and dense",
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="devices")
+    parser.add_argument("--share-gpus", action="store_true", help="more --jobs than GPUs")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="for the whole command")
     parser.add_argument("--data-only", action="store_true", help="make the data and stop")
     parser.add_argument("--discard-checkpoints", action="store_true", help="of complete variants")
@@ -166,8 +167,9 @@ def session_of(args: argparse.Namespace, work: Work, argv: list[str], began: flo
         ConfigError: it cannot be met.
     """
     gpus = run_queue.visible_gpus()
-    run_queue.check_jobs(args.jobs, "", gpus)
-    resolve(load_config(work.training("dense").arguments), args.jobs)
+    run_queue.check_jobs(args.jobs, "", gpus, args.share_gpus)
+    devices = min(args.jobs, len(gpus)) if gpus else args.jobs
+    resolve(load_config(work.training("dense").arguments), devices)
     chosen = {"dense", *args.only, *(["ast_slorb"] if INT4 in args.only else [])}
     own = ["--scale", args.scale, "--output", str(args.output)]
     for name in ("dense_iters", "retrain_iters"):
@@ -175,8 +177,8 @@ def session_of(args: argparse.Namespace, work: Work, argv: list[str], began: flo
             own += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     own += [f"--retrain-flags={args.retrain_flags}"] if args.retrain_flags else []
     launcher = ""
-    if args.jobs > 1:
-        ranks = ["--standalone", "--nproc-per-node", str(args.jobs)]
+    if devices > 1:
+        ranks = ["--standalone", "--nproc-per-node", str(devices)]
         launcher = shlex.join([sys.executable, "-m", "torch.distributed.run", *ranks])
     dense = partial(run_queue.start_process, launcher=launcher)
     log = work.training("dense").log if args.jobs > 1 else None

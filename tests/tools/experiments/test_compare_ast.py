@@ -249,6 +249,15 @@ def test_impossible_flags_are_refused(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
+def test_jobs_that_share_a_gpu_train_the_dense_model_on_it_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool.run_queue, "visible_gpus", lambda: ["4"])
+    monkeypatch.setattr(tool.run_queue, "start_process", lambda *_, **options: options)
+    flags = ["--output", str(tmp_path), "--jobs", "3", "--share-gpus"]
+    args, _ = tool.parse(flags)
+    session = tool.session_of(args, _work(tmp_path), flags, 0.0)
+    assert session.start_dense([], {}, None)["launcher"] == "" and session.queue(_never, 3).shares()
+
+
 def test_the_data_alone(compared, tmp_path, capsys):
     for name in DATA:
         shutil.copy(compared[0] / name, tmp_path)

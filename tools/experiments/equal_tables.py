@@ -9,9 +9,7 @@ from typing import Any
 from megasparse.cli import markdown_table
 from megasparse.metrics.plots import Chart
 from tools.experiments.finished import Finished
-from tools.experiments.recipe_tables import mean_of, missing_line, nats, percent
-
-__all__ = ["chart", "missing_line", "report", "row_of", "share_until"]
+from tools.experiments.recipe_tables import mean_of, nats, percent
 
 Row = dict[str, Any]
 PARTS = (0.25, 0.5, 0.75, 1.0)  # of the time, for which losses are shown

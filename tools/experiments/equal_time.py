@@ -35,6 +35,7 @@ from tools.experiments import corpus_data, equal_tables, finished, run_queue
 from tools.experiments.compare_recipes import TEXTS
 from tools.experiments.equal_rates import SPEEDS, needed, rate_of, read_speeds
 from tools.experiments.recipe_runs import Work, train, write
+from tools.experiments.recipe_tables import missing_line
 from tools.experiments.recipe_variants import ALL_LINEARS, ALL_VARIANTS
 from tools.experiments.run_queue import RunQueue, Task
 
@@ -96,7 +97,7 @@ def compare(work: Work, minutes: float) -> str:
         for (variant, seed), run in complete.items()
     ]
     lines = equal_tables.report(rows, work.variants, speeds.rates, minutes, work.command)
-    lines += [f"Speeds: {speeds.hardware}.", *equal_tables.missing_line(missing)]
+    lines += [f"Speeds: {speeds.hardware}.", *missing_line(missing)]
     write(work.output, "equal_time", rows, lines)
     if plots.available():
         plots.save_chart(

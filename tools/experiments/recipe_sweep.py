@@ -69,7 +69,7 @@ def own_rates(work: Work) -> dict[str, list[str]]:
     shared = load_config(work.task("dense", work.seeds[0]).arguments).train.lr
     chosen = {}
     for variant in work.variants:
-        group = [row for row in rows if row["variant"] == variant]
+        group = [row for row in rows if row.get("variant", "dense") == variant]
         best = min(group, key=lambda row: row["valid_loss"])["lr"] if group else shared
         if best != shared:
             chosen[variant] = _flags(work, best)

@@ -3,7 +3,7 @@
 Pruned matrices are made dense first, by the definition's kernels, and compressed by the library.
 So a step has more passes over weights and output gradients than `packed.py` needs. A GEMM is sparse
 where that was measured to be faster than the dense one on the GPU at hand; of `grad_weight` the
-compression of the draw, which every micro-batch needs, is measured too.
+transposition and the compression of the draw, which every micro-batch needs, are measured too.
 """
 
 from __future__ import annotations
@@ -89,18 +89,23 @@ class LibrarySparseGemms(ReferenceSparseGemms):
         tokens, (n, k) = x_TK.shape[0], self._w_NK.shape
         if not self._packs_draws or tokens % ALIGNMENT:
             return super().grad_weight(operands, saved)
-        drawn_NT = self._drawn(operands).t().contiguous()
+        drawn_NT = self._drawn(operands).t()
+
+        def sparse(algorithm: int) -> torch.Tensor:
+            # Rows of the draw have to lie in memory one after the other: its transposition counts.
+            return matmul24(pack24_by_library(drawn_NT.contiguous()), x_TK, algorithm=algorithm)
+
         choice = self._choice(
             "grad_weight",
             tokens,
-            f"packed by the library, grad_weight N {n}, K {k}, T {tokens}, {x_TK.dtype}",
-            lambda algorithm: matmul24(pack24_by_library(drawn_NT), x_TK, algorithm=algorithm),
+            f"drawn, packed by the library, grad_weight N {n}, K {k}, T {tokens}, {x_TK.dtype}",
+            sparse,
             lambda: drawn_NT @ x_TK,
         )
         if choice.dense_wins:
             return drawn_NT @ x_TK
         self.ran_sparse.add("grad_weight")
-        return matmul24(pack24_by_library(drawn_NT), x_TK, algorithm=choice.algorithm)
+        return sparse(choice.algorithm)
 
     def _multiply(
         self,

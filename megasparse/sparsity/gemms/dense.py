@@ -101,9 +101,8 @@ class ReferenceSparseGemms(DenseGemms):
         with self._probe.timer.span("preparation"):
             places = self._tokens.places(dz_TN.shape[0])
             runs = dz_TN.tensor_split([start for start, _ in places[1:]])
-            pruned = torch.cat(
-                [self._pruned(run, p, seed) for run, (_, p) in zip(runs, places, strict=True)]
-            )
+            parts = [self._pruned(run, p, seed) for run, (_, p) in zip(runs, places, strict=True)]
+            pruned = parts[0] if len(parts) == 1 else torch.cat(parts)
         self._probe.mvue(dz_TN, pruned, self._recipe)
         return pruned
 

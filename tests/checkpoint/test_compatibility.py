@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megasparse.checkpoint.compatibility import check_same_run
+from megasparse.checkpoint.compatibility import check_same_layout, check_same_run
 from megasparse.checkpoint.sparsity_state import effective_weight
 from megasparse.config import load_config, resolve, to_dict
 from megasparse.errors import ConfigError
@@ -298,3 +298,15 @@ def test_other_tokens_of_the_same_tokenizer_are_refused():
     del meta["digests"]["tokens"]  # by a version that did not keep them
     config.checkpoint.override_tokenizer = False
     check_same_run(reader, config, other)
+
+
+def test_a_layout_without_context_parallelism_may_leave_it_out():
+    """Checkpoints from before context parallelism do not say its size."""
+    config = resolve(load_config([*TINY, "--data-path", "d"]), 1)
+    old = {"tp": 1, "pp": 1, "dp": 2}
+    reader: Any = SimpleNamespace(meta={"layout": old})
+    assert check_same_layout(reader, config, {"cp": 1, **old})
+    assert not check_same_layout(reader, config, {"cp": 2, **old})
+    assert not check_same_layout(reader, config, {"cp": 1, **old, "dp": 1})
+    reader.meta["layout"] = {"cp": 2, **old}
+    assert check_same_layout(reader, config, {"cp": 2, **old})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from megasparse.checkpoint import directory
+from megasparse.checkpoint.run_directory import RunFolder
 from megasparse.checkpoint.saver import choose
 from megasparse.distributed.control_plane import ControlPlane
 from tests.checkpoint.saves import (
@@ -38,3 +41,13 @@ def test_checkpoints_newer_than_the_verified_one_neither_count_nor_go(tmp_path):
         write_checkpoint(tmp_path, step)
     directory.prune(tmp_path, 3, 2)
     assert directory.list_steps(tmp_path) == [9, 8, 3, 2]
+
+
+def test_a_run_begins_with_a_tidy_private_folder(tmp_path):
+    root = tmp_path / "checkpoints"
+    write_checkpoint(root, 2)
+    (root / "step-00000003.tmp-ab").mkdir()
+    RunFolder(SimpleNamespace(checkpoint=SimpleNamespace(save=str(root))), ALONE)
+    assert [path.name for path in root.glob("step-*")] == ["step-00000002"]
+    RunFolder(SimpleNamespace(checkpoint=SimpleNamespace(save=str(tmp_path / "new"))), ALONE)
+    assert (tmp_path / "new").stat().st_mode & 0o077 == 0

@@ -204,3 +204,25 @@ def test_a_refusal_leaves_no_file_open(tmp_path):
         with pytest.raises(StorageError):
             FolderLock(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_line_of_a_silent_owner_says_a_second_at_least(tmp_path):
+    """Rounded it could say that the folder is free, to one who is refused."""
+    for silent, left in ((0.0, "120"), (119.7, "1"), (119.0, "1"), (117.4, "3")):
+        line = lock_owner.Owner({"host": "elsewhere"}, silent, False).refusal(tmp_path)
+        assert line.endswith(f"without a sign of life, in {left} s"), silent
+
+
+def test_an_owner_without_a_name_is_waited_for_two_refreshes_and_no_longer(tmp_path, monkeypatch):
+    clock, nameless = [100.0], lock_owner.Owner({}, 3.0, True)
+    monkeypatch.setattr(lock_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(
+        lock_module.time, "sleep", lambda seconds: clock.append(clock.pop() + seconds)
+    )
+    for found in (nameless, None):
+        clock[0] = 100.0
+        monkeypatch.setattr(lock_module, "owner_of", lambda folder, found=found: found)
+        owner = lock_module._owner_by_name(tmp_path)
+        assert owner is nameless if found else (owner.record, owner.alive) == ({}, True)
+        waited = clock[0] - 100.0
+        assert 0 <= waited - 2 * lock_module.REFRESH_SECONDS < 0.2

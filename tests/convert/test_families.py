@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from megasparse.config import narrowed
 from megasparse.config.resolved import CompleteModel
@@ -201,3 +202,17 @@ def _neox() -> CompleteModel:
     flags = ["--position-embedding-type", "rope", "--parallel-residual", "--exact-gelu"]
     flags += ["--vocab-size", "131", "--rotary-percent", "0.5"]
     return narrowed(CompleteModel, fill_defaults(load_config(flags), 1).model, "here")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_family_is_written_with_dropout(saved, kind):
+    """The class's own default is another one in some families: OPT's is 0.1."""
+    source = HuggingFaceModel(saved[kind][0])
+    written = huggingface_config(source.model, "float32")
+    config = transformers.CONFIG_MAPPING[written["model_type"]].from_dict(written)
+    # What the file leaves out is what transformers takes.
+    for found in (written, config.to_dict()):
+        # Heads that are no part of a language model have dropout of their own.
+        heads = ("classifier_dropout", "summary_first_dropout")
+        dropped = {k: v for k, v in found.items() if "drop" in k and k not in heads}
+        assert not any(dropped.values()), dropped

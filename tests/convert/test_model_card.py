@@ -47,6 +47,11 @@ def test_training_is_what_is_known_of_it():
     ):
         assert f"{line}\n" in text
     assert "Converted" not in text
+    assert "chat template" not in card(
+        facts=Facts("fst", 1, tokens=RULES), has_tokenizer=True
+    ) and "chat template" in card(
+        facts=Facts("fst", 1, tokens=RULES, is_chat=True), has_tokenizer=True
+    )
     short = card(facts=Facts("fst", 1))
     assert "sequences" not in short and "data:" not in short
 

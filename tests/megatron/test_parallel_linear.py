@@ -178,3 +178,38 @@ def _observed(rank, world):
 
 def test_inputs_are_observed_in_training_and_calibration_alone():
     assert dist.run(_observed, 1) == [[0, 0, 0, 6, 6, 12]]
+
+
+def _singleton(rank, world):
+    from types import SimpleNamespace
+
+    from megasparse.megatron import layer_state
+    from megasparse.megatron.grid import make_grid
+    from megasparse.megatron.parallel_linear import SparseColumnParallelLinear
+    from megasparse.megatron.sparsify import sparsify
+    from megasparse.sparsity.clock import Clock
+    from megasparse.sparsity.recipe import make_recipe
+
+    grid = make_grid(world, torch.device("cpu"), seed=1)
+    config = SimpleNamespace(
+        sequence_parallel=False, use_cpu_initialization=True, params_dtype=torch.float32
+    )
+    model = torch.nn.ModuleDict(
+        {"linear_fc1": SparseColumnParallelLinear(H, 2 * F, config=config, stride=2)}
+    )
+    torch.nn.init.normal_(model["linear_fc1"].weight)
+    recipe = make_recipe("ste", sparse_layers=("linear_*",))
+    sparsify(model, recipe, Clock(seed=5, train_iters=10), grid.sum_over_tp)
+    model["linear_fc1"](torch.ones(1, 1, H))
+    asked = []
+    layer_state.apply_swiglu_sharded_factory = lambda made, offsets, singleton: asked.append(
+        singleton
+    )
+    for metadata in (None, {}, {"singleton_local_shards": True}):
+        made = model["linear_fc1"].sharded_state_dict("fc1.", (), metadata)
+    return asked, sorted(made)
+
+
+def test_gate_and_up_of_a_mask_are_sharded_as_the_checkpoint_asks():
+    asked, names = dist.run(_singleton, 1)[0]
+    assert asked == [False, False, True] and "fc1.weight" in names

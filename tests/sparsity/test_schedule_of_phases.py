@@ -92,6 +92,18 @@ def test_the_flags_of_a_run_make_its_schedule():
     assert _spans(recipe, 100) == [(0, 0, 10), (1, 10, 67), (2, 67, 100)]
 
 
+def test_a_rho_is_of_all_phases_that_decay_and_of_no_other():
+    rho = {"masked_decay_rho": 0.05}
+    made = make_recipe("fst", sparsity_phases="dense:1/4,fst:1/2,row:1/4", **rho)
+    assert [phase.recipe.masked_decay_rho for phase in made.phases][1:] == [0.05, 0.05]
+    make_recipe("fst", sparsity_phases="dense:1/2,fst:1/2", **rho)  # dense training has none
+    for text in ("fst:1/2,sr_ste:1/2", "sr_ste:1/2,dense:1/2"):
+        with pytest.raises(ConfigError, match=r"masked_decay_rho 0.05 with .* recipe alone"):
+            make_recipe("fst", sparsity_phases=text, **rho)
+    with pytest.raises(ConfigError, match="expected one of"):
+        make_recipe("fst", sparsity_phases="fst(masked_decay=1e-3):1/2,dense:1/2", **rho)
+
+
 def test_dense_fractions_are_phases_said_shorter():
     short = make_recipe("fst", dense_warmup_fraction=0.375, dense_tail_fraction=1 / 6)
     text = make_recipe("fst", sparsity_phases="dense:0.375,fst:11/24,dense:1/6")

@@ -13,6 +13,7 @@ from megasparse.kernels import (
     transposable24_mask,
     weight_pack24,
 )
+from megasparse.sparsity.gemms import packed_experts
 from megasparse.sparsity.gemms.choice import GemmChooser
 from megasparse.sparsity.gemms.experts import Arrivals, DenseExpertGemms, ReferenceExpertGemms
 from megasparse.sparsity.gemms.packed_experts import PackedExpertGemms, by_expert, refusal
@@ -93,6 +94,20 @@ def test_a_scale_for_each_stacked_weight(device, backend):
     for n, part in enumerate(packed.dense().split(64)):
         expected = soft_threshold24(w.split(64)[n]).float() * beta[n]
         assert torch.equal(part, expected.bfloat16())
+
+
+def test_the_pruned_weight_is_made_once_a_step(monkeypatch):
+    made = []
+    compute = packed_experts.effective
+    monkeypatch.setattr(packed_experts, "effective", lambda *a: made.append(1) or compute(*a))
+    w = torch.randn(E * N, K).bfloat16()
+    gemms = PackedExpertGemms(E, make_recipe("ste"), CHANNELS, chooser=GemmChooser(None))
+    for step in (1, 2):
+        w.mul_(step)
+        gemms.refill(w, Projected(prune24_mask(w), None))
+        first, second = gemms._weights(), gemms._weights()
+        assert len(made) == step and first.data_ptr() == second.data_ptr()
+        assert torch.equal(first.reshape(w.shape), w * prune24_mask(w))
 
 
 def test_refusals():

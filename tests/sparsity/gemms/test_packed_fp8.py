@@ -72,6 +72,15 @@ def gemms_of(name, w, slots, **more):
     return gemms, effective, recipe
 
 
+def test_output_gradients_are_e4m3_unless_hybrid_is_asked_for(device):
+    needs_transformer_engine(device)
+    _, w, _ = operands(device)
+    for name, kind in (("ste", torch.float8_e5m2), ("fst", E4M3)):  # fst: its GEMM is sparse
+        slots = [scaling(device)[1] for _ in range(2)]
+        assert gemms_of(name, w, slots[0])[0]._row_dtype == E4M3
+        assert gemms_of(name, w, slots[1], hybrid=True)[0]._row_dtype == kind
+
+
 def dense_gemms(w, slots, hybrid=False):
     gemms = DenseFp8Gemms(slots, hybrid)
     gemms.refill(w.detach(), None)

@@ -15,6 +15,10 @@ from tools.bench.mutation.places import Mutant, mutants_of, surroundings
 from tools.bench.mutation.workers import Worker, ask
 
 SOURCE = """
+@dataclass(frozen=True)
+class A:
+    ok = 5 if zip(a, b, strict=True) else 6
+
 def f(x: int = 3, *, deep: bool = True) -> int:
     assert x > 0, "é"
     if x <= 2 and not deep:
@@ -27,16 +31,18 @@ def f(x: int = 3, *, deep: bool = True) -> int:
 def test_mutants_are_programs_that_differ_in_one_place():
     found = mutants_of("m.py", SOURCE)
     assert [(m.line, m.old, m.new) for m in found] == [
-        (2, "3", "4"),
-        (2, "True", "False"),
-        (4, "x <= 2 and not deep", "(x <= 2) or (not deep)"),
-        (4, "x <= 2", "(x) < (2)"),
-        (4, "2", "3"),
-        (4, "not deep", "(deep)"),
-        (6, "g(x)", "pass"),
-        (7, "-x + 1", "(-x) - (1)"),
-        (7, "-x", "(x)"),
-        (7, "1", "2"),
+        (4, "5", "6"),
+        (4, "6", "7"),
+        (6, "3", "4"),
+        (6, "True", "False"),
+        (8, "x <= 2 and not deep", "(x <= 2) or (not deep)"),
+        (8, "x <= 2", "(x) < (2)"),
+        (8, "2", "3"),
+        (8, "not deep", "(deep)"),
+        (10, "g(x)", "pass"),
+        (11, "-x + 1", "(-x) - (1)"),
+        (11, "-x", "(x)"),
+        (11, "1", "2"),
     ]
     for mutant in found:
         changed = SOURCE[: mutant.start] + mutant.new + SOURCE[mutant.end :]

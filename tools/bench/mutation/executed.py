@@ -19,6 +19,7 @@ from typing import Any
 from tools.bench.mutation.forks import run
 from tools.bench.mutation.places import AREAS
 
+_MONITORING: Any = getattr(sys, "monitoring", None)  # from Python 3.12 on
 _LONGEST_NAME = 4000
 _FIXTURE = "fixture "  # before its name, in place of a test's
 
@@ -36,11 +37,11 @@ class Tracer:
 
     def start(self) -> None:
         """Follow this process, its threads and its forks."""
-        if not hasattr(sys, "monitoring"):  # Python 3.12 has it; it costs a line nothing again
+        if _MONITORING is None:
             threading.settrace(self._called)
             sys.settrace(self._called)
             return
-        monitoring, events = sys.monitoring, sys.monitoring.events
+        monitoring, events = _MONITORING, _MONITORING.events
         monitoring.use_tool_id(monitoring.COVERAGE_ID, "mutants")
         for event, callback in ((events.PY_START, self._began), (events.LINE, self._reached)):
             monitoring.register_callback(monitoring.COVERAGE_ID, event, callback)
@@ -48,9 +49,9 @@ class Tracer:
 
     def stop(self) -> None:
         """Follow new threads no longer; who started it gives this thread its own tracer back."""
-        if hasattr(sys, "monitoring"):
-            sys.monitoring.set_events(sys.monitoring.COVERAGE_ID, 0)
-            sys.monitoring.free_tool_id(sys.monitoring.COVERAGE_ID)
+        if _MONITORING is not None:
+            _MONITORING.set_events(_MONITORING.COVERAGE_ID, 0)
+            _MONITORING.free_tool_id(_MONITORING.COVERAGE_ID)
         else:
             threading.settrace(None)  # type: ignore[arg-type]
         os.close(self._descriptor)
@@ -62,7 +63,7 @@ class Tracer:
         self._test.write(len(text).to_bytes(4, "little") + text)
 
     def _began(self, code: Any, offset: int) -> Any:
-        monitoring = sys.monitoring
+        monitoring = _MONITORING
         if not code.co_filename.startswith(self._areas):
             return monitoring.DISABLE
         monitoring.set_local_events(monitoring.COVERAGE_ID, code, monitoring.events.LINE)
@@ -72,7 +73,7 @@ class Tracer:
 
     def _reached(self, code: Any, line: int) -> Any:
         self._note(code.co_filename, line)
-        return sys.monitoring.DISABLE
+        return _MONITORING.DISABLE
 
     def _called(self, frame: Any, event: str, argument: object) -> Any:
         return self._line if frame.f_code.co_filename.startswith(self._areas) else None

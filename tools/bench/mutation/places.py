@@ -70,6 +70,16 @@ class _Places(ast.NodeVisitor):
         for statement in node.body:
             self.visit(statement)
 
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        """The body; that a dataclass is frozen changes nothing where nobody assigns."""
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        """Not `zip(..., strict=True)`, which says that lengths are equal."""
+        if node.arg != "strict":
+            self.visit(node.value)
+
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         """The value alone."""
         if node.value is not None:

@@ -85,7 +85,7 @@ TEXTS = {
     "10m": corpus_data.Text(4096, 650_000_000, True, 16, whole_machine=True),
     "30m": corpus_data.Text(4096, 4_000_000_000, True, 16, whole_machine=True),
     "124m": corpus_data.Text(4096, 4_000_000_000, True, 16, whole_machine=True),
-    "200m": corpus_data.Text(4096, 4_000_000_000, True, 16, whole_machine=True),
+    "200m": corpus_data.Text(4096, 1_000_000_000, True, 16, whole_machine=True),
 }
 
 

@@ -118,7 +118,7 @@ class TorchDistModel:
             )
         for one in parameters(self.model, self._rows):
             tensor = self._tensors[one.name]
-            assert tensor.dtype  # refuses others
+            tensor.check_dtype()
             if tensor.shape != one.shape:
                 raise CheckpointError(
                     f"{self.where}: {one.name}: found shape {tensor.shape}, expected {one.shape}"

@@ -89,14 +89,22 @@ class DistTensor:
         """Of the values.
 
         Raises:
-            CheckpointError: not a type that weights have.
+            CheckpointError: as `check_dtype`.
+        """
+        self.check_dtype()
+        return _DTYPES[self.dtype_name]
+
+    def check_dtype(self) -> None:
+        """Refuse a type that weights do not have.
+
+        Raises:
+            CheckpointError: it is one.
         """
         if self.dtype_name not in _DTYPES:
             raise CheckpointError(
                 f"{self.folder}: {self.name}: found {self.dtype_name}, expected "
                 f"{', '.join(_DTYPES)}"
             )
-        return _DTYPES[self.dtype_name]
 
     def read(self) -> torch.Tensor:
         """The values, on the CPU.

@@ -73,7 +73,7 @@ def report(
         if not group:
             continue
         known = [row for row in group if row["nats"] is not None]
-        rate, share = group[0]["tokens_per_second"], mean_of(group, "share")
+        rate = group[0]["tokens_per_second"]
         loss = mean_of(group, "valid_loss")
         ends.append(
             [
@@ -86,7 +86,7 @@ def report(
                 f"{loss:.4f}",
                 nats([row["nats"] for row in known]),
                 percent([row["gap"] for row in known]),
-                "not reached" if share is None else f"{100 * share:.0f} %",
+                _reached(known),
             ]
         )
         losses = [[_at(row["curve"], part * minutes) for part in PARTS] for row in group]
@@ -119,6 +119,14 @@ def report(
         *markdown_table(["measured", "tokens/s"], [[n, f"{r:,.0f}"] for n, r in rates.items()]),
         "",
     ]
+
+
+def _reached(rows: Sequence[Row]) -> str:
+    """The mean share of the time until dense FP8's end, of runs beside one of its seeds."""
+    if not rows:
+        return "-"
+    share = mean_of(rows, "share")
+    return "not reached" if share is None else f"{100 * share:.0f} %"
 
 
 def _at(curve: Sequence[tuple[float, float]], minutes: float) -> float:

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,9 @@ def signals(
             try:
                 took, code, trained, lost, wrong = future.result()
             except TimeoutError as error:  # its moment did not come
-                result["wrong"] += [f"{n + 1} of {count}: {trial}: {error}"]
+                told = f"{n + 1} of {count}: {trial}: {error}"
+                print(told, flush=True)
+                result["wrong"].append(told)
                 continue
             result["signals"] += 1 + trial.twice + lost
             result["lost_in_imports"] += lost
@@ -147,7 +150,7 @@ def attempt(trial: Trial, data: str, root: Path) -> tuple[float, int, bool, bool
     process = start_script(run, log, "none" if alone else trial.launcher)
     wrong = []
     try:
-        _await(trial, log, run_dir)
+        _await(trial, log, run_dir, process)
         begin = time.monotonic()
         for _ in range(1 + trial.twice):
             _strike(trial, process.pid, log)
@@ -199,21 +202,35 @@ def expected_codes(trial: Trial) -> set[int]:
     return {0, 1, 75, *own}
 
 
-def _await(trial: Trial, log: Path, run_dir: Path) -> None:
-    """Until the moment of a trial has come."""
+def _await(trial: Trial, log: Path, run_dir: Path, process: subprocess.Popen) -> None:
+    """Until the moment of a trial has come.
+
+    Raises:
+        TimeoutError: it does not come, as when the run has ended by itself.
+    """
+
+    def wait(what: Callable[[], Any]) -> Any:
+        def unless_ended() -> Any:
+            if not (found := what()) and process.poll() is not None:
+                text = log.read_text(errors="replace")[-600:]
+                raise TimeoutError(f"ended by itself with {process.returncode}: {text}")
+            return found
+
+        return wait_for(unless_ended)
+
     if trial.moment == "launch":
         end = time.monotonic() + trial.delay
         if trial.place == "inner":
-            wait_for(lambda: inner_launcher(log))
+            wait(lambda: inner_launcher(log))
             end = time.monotonic() + trial.delay / 2
         while time.monotonic() < end and not ranks_of(log):
             time.sleep(0.02)
         return
     alone = trial.launcher in ("none", "supervised")
-    ranks = wait_for(lambda: len(found := ranks_of(log)) == (1 if alone else 2) and found)
-    wait_for(lambda: all(handles(rank, trial.number) for rank in ranks))
+    ranks = wait(lambda: len(found := ranks_of(log)) == (1 if alone else 2) and found)
+    wait(lambda: all(handles(rank, trial.number) for rank in ranks))
     if trial.moment == "training":
-        wait_for(lambda: read_metrics(run_dir / "metrics.jsonl"))
+        wait(lambda: read_metrics(run_dir / "metrics.jsonl"))
     time.sleep(trial.delay)
 
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import io
 import multiprocessing
+import os
+import pickle
 import queue
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megasparse.checkpoint.model import StoredModel
 from megasparse.checkpoint.reader import CheckpointReader
 from megasparse.config.shapes import VOCABULARY, parameters
 from megasparse.convert.megatron.names import renamed
 from megasparse.convert.megatron.torch_dist import TorchDistModel
+from megasparse.convert.megatron.torch_dist_files import read_metadata
 from megasparse.errors import CheckpointError, ConfigError
 from megasparse.optim.adamw import MaskedAdamW
 from megasparse.sparsity.shard import WeightShard
@@ -284,6 +291,51 @@ def test_weights_alone_are_converted_without_the_flag(written, tmp_path):
     assert reader.dtype("param/decoder.final_layernorm.weight") == torch.bfloat16
 
 
+def _common(folder: Path) -> dict[str, Any]:
+    """What Megatron has written of no rank: in a file, or as an object among the tensors."""
+    if (folder / "common.pt").is_file():
+        return torch.load(folder / "common.pt", weights_only=False)
+    data = read_metadata(folder).objects["common_state/shard_0_1"].data("common_state")
+    return torch.load(io.BytesIO(data), weights_only=False)[0]
+
+
+def test_what_was_in_common_may_be_an_object_among_the_tensors(written, tmp_path):
+    """So megatron-core 0.19 writes it."""
+    folder = tmp_path / "iter"
+    shutil.copytree(written[0] / "distributed, TP 2" / f"iter_{STEPS:07d}", folder)
+    common = _common(folder)
+    (folder / "common.pt").unlink(missing_ok=True)
+    torch.save([common], folder / "__9_0.distcp")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    size = (folder / "__9_0.distcp").stat().st_size
+    index = MetadataIndex("common_state/shard_0_1")
+    metadata.storage_data[index] = _StorageInfo("__9_0.distcp", 0, size)
+    metadata.state_dict_metadata[index.fqn] = BytesStorageMetadata()
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    source = TorchDistModel(folder, optimizer_state=True)
+    assert source.model == _source(written, "distributed, TP 2").model
+    assert source.optimizer is not None and source.optimizer.steps == STEPS
+    torch.save([7], folder / "__9_0.distcp")
+    with pytest.raises(
+        CheckpointError, match="common_state/shard_0_1: found list, expected a dict"
+    ):
+        TorchDistModel(folder)
+    torch.save([Hostile(tmp_path / "made")], folder / "__9_0.distcp")
+    with pytest.raises(CheckpointError, match="common_state/shard_0_1: names .*mkdir, expected"):
+        TorchDistModel(folder)
+    assert not (tmp_path / "made").exists()
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -298,11 +350,9 @@ def test_weights_alone_are_converted_without_the_flag(written, tmp_path):
     ],
 )
 def test_what_common_says_is_checked(written, tmp_path, change, message):
-    import shutil
-
     folder = tmp_path / "iter"
     shutil.copytree(written[0] / "distributed, TP 2" / f"iter_{STEPS:07d}", folder)
-    common = torch.load(folder / "common.pt", weights_only=False)
+    common = _common(folder)
     change(common)
     torch.save(common, folder / "common.pt")
     with pytest.raises(CheckpointError, match=message):

@@ -18,7 +18,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +35,14 @@ from megasparse.convert.source import PartSource
 from megasparse.distributed.control_plane import ControlPlane
 from megasparse.inference.loading import load_model
 from megasparse.megatron.grid import Grid, make_grid
-from tools.bench.parts.family_models import FAMILIES, TOKENS, VOCAB, make_model, their_logits
+from tools.bench.parts.family_models import (
+    FAMILIES,
+    TOKENS,
+    VERSION,
+    VOCAB,
+    make_model,
+    their_logits,
+)
 
 LIMIT = 1e-4
 KINDS = ("llama", "llama-tied-scaled", "gpt2", *FAMILIES)
@@ -158,7 +164,7 @@ def report(found: list[Compared]) -> str:
             "",
             f"{datetime.date.today()}, CPU ({platform.machine()}), float32, Python "
             f"{platform.python_version()}, torch {torch.__version__}, transformers "
-            f"{metadata.version('transformers')}, megasparse {megasparse.__version__}. Made by",
+            f"{VERSION}, megasparse {megasparse.__version__}. Made by",
             "",
             f"    {command} {shlex.join(sys.argv[1:])}".rstrip(),
             "",

@@ -111,6 +111,8 @@ def run(args: argparse.Namespace, flags: list[str], command: str) -> str:
         given += ["--train-data", str(sources.train), "--valid-data", str(sources.valid)]
         given += ["--lr", "5e-4", "--eval-interval", str(steps), "--seed", str(args.seed)]
         given += ["--eval-iters", str(sources.pieces[1] // BATCH), *RECIPES[recipe]]
+        if "--bf16" in work.flags:  # as it was pre-trained
+            given.append("--bf16")
         if start is not None:
             given += ["--load", str(work.folder("pretrain", start)), "--finetune"]
         _train(work.folder("finetune", name), [*work.common(), *given])

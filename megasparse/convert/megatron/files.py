@@ -14,6 +14,7 @@ file that names anything else is refused.
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import warnings
 from pathlib import Path
@@ -165,8 +166,28 @@ def load_weights(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: damaged, or it names an object that is neither.
     """
+    content = load_inert(path, str(path))
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: found {type(content).__name__}, expected a dict")
+    return content
+
+
+def load_inert(file: Path | bytes, path: str) -> Any:
+    """What `torch.save` has written, as plain containers and tensors; nothing in it is executed.
+
+    Args:
+        file: its bytes, or where they are: then they are mapped until they are used.
+        path: for messages.
+
+    Raises:
+        CheckpointError: damaged, or it names an object that is neither.
+    """
+
+    def opened() -> Path | io.BytesIO:
+        return file if isinstance(file, Path) else io.BytesIO(file)
+
     try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(opened())
         if strange := [name for name in named if not name.startswith(_INERT)]:
             raise CheckpointError(
                 f"{path}: names {', '.join(sorted(strange))}, expected tensors and plain values"
@@ -174,15 +195,13 @@ def load_weights(path: Path) -> dict[str, Any]:
         inert = [(Record, name) for name in named]
         with torch.serialization.safe_globals(inert), warnings.catch_warnings():  # type: ignore[arg-type]
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mapped = isinstance(file, Path)
+            return torch.load(opened(), map_location="cpu", weights_only=True, mmap=mapped)
     except CheckpointError:
         raise
     except Exception as error:  # pickle and zip files raise of everything
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: cannot be loaded: {reason}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: found {type(content).__name__}, expected a dict")
-    return content
 
 
 def iteration_folder(path: Path) -> Path:

@@ -4,7 +4,8 @@
                    common.pt             Megatron's arguments, and the optimizer's settings
                    metadata.json         the format's name
 
-Layers are stacked along a first dimension, or have their numbers in their names.
+Newer versions keep what was in `common.pt` as an object of the `.distcp` files. Layers are stacked
+along a first dimension, or have their numbers in their names.
 """
 
 from __future__ import annotations
@@ -19,16 +20,26 @@ import torch
 from megasparse.config.shapes import VOCABULARY, parameters
 from megasparse.convert.huggingface.layout import parameter_shapes
 from megasparse.convert.megatron.arguments import complete_model
-from megasparse.convert.megatron.files import arguments_of, iteration_folder, load_weights
+from megasparse.convert.megatron.files import (
+    arguments_of,
+    iteration_folder,
+    load_inert,
+    load_weights,
+)
 from megasparse.convert.megatron.names import renamed
-from megasparse.convert.megatron.torch_dist_files import METADATA, DistTensor, read_metadata
+from megasparse.convert.megatron.torch_dist_files import (
+    METADATA,
+    Contents,
+    DistTensor,
+    read_metadata,
+)
 from megasparse.convert.megatron.torch_dist_optimizer import TorchDistOptimizer
 from megasparse.convert.source import require_finite
 from megasparse.errors import CheckpointError
 from megasparse.input_files import refuse_links
 from megasparse.tensor_files import Entry
 
-COMMON = "common.pt"
+COMMON, _COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
 _LAYERS = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 # What else a checkpoint holds beside weights.
 _OTHERS = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state_machine_state|opt_param).*")
@@ -71,9 +82,10 @@ class TorchDistModel:
         refuse_links(self._folder, CheckpointError)
         self.where = str(self._folder)
         self.origin: dict[str, Any] = {"format": "torch_dist", "folder": str(path.absolute())}
-        common = load_weights(self._folder / COMMON)
+        contents = read_metadata(self._folder)
+        common = _common(self._folder, contents)
         arguments = arguments_of(common, self._folder / COMMON)
-        stored = read_metadata(self._folder)
+        stored = contents.tensors
         weights = {name: one for name, one in stored.items() if not _OTHERS.fullmatch(name)}
         self._tensors = _by_our_names(weights)
         words = self._tensors.get("embedding.word_embeddings.weight")
@@ -123,6 +135,23 @@ class TorchDistModel:
                 raise CheckpointError(
                     f"{self.where}: {one.name}: found shape {tensor.shape}, expected {one.shape}"
                 )
+
+
+def _common(folder: Path, contents: Contents) -> dict[str, Any]:
+    """What is of no rank: arguments, and the optimizer's settings.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    piece = contents.objects.get(_COMMON_OBJECT)
+    if piece is None or (folder / COMMON).is_file():
+        return load_weights(folder / COMMON)
+    where = f"{piece.file}: {_COMMON_OBJECT}"
+    match load_inert(piece.data(_COMMON_OBJECT), where):
+        case [dict() as content]:
+            return content
+        case found:
+            raise CheckpointError(f"{where}: found {type(found).__name__}, expected a dict in it")
 
 
 def _by_our_names(tensors: dict[str, DistTensor]) -> dict[str, DistTensor]:

@@ -35,6 +35,19 @@ class Piece:
     start: int
     length: int
 
+    def data(self, name: str) -> bytes:
+        """What `torch.save` has written.
+
+        Raises:
+            CheckpointError: cannot be read.
+        """
+        try:
+            with open_regular(self.file) as stream:
+                stream.seek(self.start)
+                return stream.read(self.length)
+        except (OSError, OverflowError, ValueError) as error:
+            raise CheckpointError(f"{self.file}: {name}: cannot be read: {error}") from None
+
     def value(self, dtype: torch.dtype, name: str) -> torch.Tensor:
         """Of shape `sizes`.
 
@@ -44,10 +57,8 @@ class Piece:
         Raises:
             CheckpointError: damaged, or of another type or size.
         """
+        data = self.data(name)
         try:
-            with open_regular(self.file) as stream:
-                stream.seek(self.start)
-                data = stream.read(self.length)
             value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # zip files and pickles raise of everything
             reason = " ".join(str(error).split())[:200]
@@ -131,8 +142,16 @@ class DistTensor:
         return whole
 
 
-def read_metadata(folder: Path) -> dict[str, DistTensor]:
-    """What the metadata says of every tensor, by the names in the checkpoint.
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds, by the names in it: tensors, and objects of other kinds."""
+
+    tensors: dict[str, DistTensor]
+    objects: dict[str, Piece]
+
+
+def read_metadata(folder: Path) -> Contents:
+    """What the metadata says.
 
     Raises:
         CheckpointError: missing, damaged, or of another kind.
@@ -148,11 +167,13 @@ def read_metadata(folder: Path) -> dict[str, DistTensor]:
             (index.state["fqn"], index.state.get("offset")): info.state
             for index, info in metadata.state["storage_data"].items()
         }
-        return {
-            name: _tensor(name, record, places, folder)
-            for name, record in metadata.state["state_dict_metadata"].items()
-            if record.name.endswith(".TensorStorageMetadata")
-        }
+        tensors, objects = {}, {}
+        for name, record in metadata.state["state_dict_metadata"].items():
+            if record.name.endswith(".TensorStorageMetadata"):
+                tensors[name] = _tensor(name, record, places, folder)
+            elif (name, None) in places:
+                objects[name] = _piece(name, (), (), places[name, None], folder)
+        return Contents(tensors, objects)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: is no metadata of torch_dist ({error!r})") from None
 
@@ -163,13 +184,22 @@ def _tensor(
     pieces = []
     for chunk in record.state["chunks"]:
         offsets, sizes = chunk.state["offsets"], chunk.state["sizes"]
-        info = places[name, offsets]
-        file = info["relative_path"]
-        if Path(file).name != file:
-            raise CheckpointError(f"{folder}: {name}: found file {file!r}, expected a name")
-        pieces.append(Piece(offsets, sizes, folder / file, info["offset"], info["length"]))
+        pieces.append(_piece(name, offsets, sizes, places[name, offsets], folder))
     dtype = _dtype_of(record.state["properties"])
     return DistTensor(name, dtype, tuple(record.state["size"]), tuple(pieces), folder)
+
+
+def _piece(
+    name: str,
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+    info: dict[str, Any],
+    folder: Path,
+) -> Piece:
+    file = info["relative_path"]
+    if Path(file).name != file:
+        raise CheckpointError(f"{folder}: {name}: found file {file!r}, expected a name")
+    return Piece(offsets, sizes, folder / file, info["offset"], info["length"])
 
 
 def _dtype_of(properties: Record) -> str:

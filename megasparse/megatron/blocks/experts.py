@@ -36,10 +36,12 @@ from megasparse.sparsity.gemms.experts import Arrivals
 class Experts(torch.nn.Module):
     """The experts of this rank: `fc2(probability * activation(fc1(x)))` each.
 
-    Args: those that megatron-core's MoELayer gives.
+    Args: those that megatron-core's MoELayer gives; newer versions give a name.
     """
 
-    def __init__(self, num_local_experts: int, config: Any, pg_collection: Any) -> None:
+    def __init__(
+        self, num_local_experts: int, config: Any, pg_collection: Any, name: str | None = None
+    ) -> None:
         super().__init__()
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size
         gated = 2 if config.gated_linear_unit else 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
+VERSION = str(transformers.__version__)
 # No multiple of anything: padding must come and go.
 VOCAB = 131
 TOKENS = [[5, 130, 7, 0, 99, 4, 4, 60, 22, 101], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]

@@ -45,12 +45,15 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | pack24(w (N, K), dtype=None, scale_inv=None)   | Packed24: the hardware's 2:4 layout          |
 | unpack24(packed)                               | (N, K) dense                                 |
 | mvue_pack24(dz (T, N), seed)                   | Packed24 (N, T): MVUE(dZ^T) in 16 bits       |
+| mvue_pack24_experts(dz (T, N), counts, groups) | the same, packed for each expert; one launch |
 | grad_pack24(dz (T, N), seed, scales)           | dz in 8 bits, MVUE(dZ^T) packed in e4m3      |
+| grad_pack24_experts(dz (T, N), counts, groups) | the same, packed for each expert; one launch |
 | activation_float8(fused (T, 2 F), scale)       | activated in e4m3: (T', F), (F, T')          |
 | activation_grad_pack24(dy (T, F), fused, seed) | grad_pack24 of activated's gradient          |
 | norm_float8(x (T, H), weight, bias, scale)     | a norm in e4m3: (T', H), (H, T'); statistics |
 | transpose_float8(rows (T, K))                  | (K, T) e4m3, in the order of strided groups  |
 | weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T or W~_d^T too; one pass      |
+| weight_pack24_experts(w (E N, K), E, mask)     | the same of E stacked weights; one launch    |
 | effective_weight(w (N, K), mask, beta)         | (N, K) float32: that W~ itself, unrounded    |
 | spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
 | encode_patterns(mask, transposable)            | uint8: the number of each pattern            |
@@ -77,6 +80,7 @@ from megasparse.kernels.current_scaling import rescale_ as rescale_
 from megasparse.kernels.current_scaling import scale_inv_of as scale_inv_of
 from megasparse.kernels.current_scaling import scales_of_amax as scales_of_amax
 from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
+from megasparse.kernels.grad_pack24.experts import grad_pack24_experts as grad_pack24_experts
 from megasparse.kernels.mask_update import replace_mask_ as replace_mask_
 from megasparse.kernels.masked_adamw import AdamW as AdamW
 from megasparse.kernels.masked_adamw import masked_adamw_ as masked_adamw_
@@ -85,10 +89,12 @@ from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
 from megasparse.kernels.mvue24 import mvue24 as mvue24
 from megasparse.kernels.mvue24 import mvue24_variance as mvue24_variance
 from megasparse.kernels.mvue_pack24 import mvue_pack24 as mvue_pack24
+from megasparse.kernels.mvue_pack24.experts import mvue_pack24_experts as mvue_pack24_experts
 from megasparse.kernels.norm_float8 import norm_float8 as norm_float8
 from megasparse.kernels.pack24 import pack24 as pack24
 from megasparse.kernels.pack24 import unpack24 as unpack24
 from megasparse.kernels.packed24 import Packed24 as Packed24
+from megasparse.kernels.packed24 import PackedStack as PackedStack
 from megasparse.kernels.patterns import decode_patterns as decode_patterns
 from megasparse.kernels.patterns import encode_patterns as encode_patterns
 from megasparse.kernels.patterns import transposable_patterns as transposable_patterns
@@ -114,6 +120,7 @@ from megasparse.kernels.transposable24 import transposable24_mask as transposabl
 from megasparse.kernels.transpose_float8 import transpose_float8 as transpose_float8
 from megasparse.kernels.weight_pack24 import effective_weight as effective_weight
 from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
+from megasparse.kernels.weight_pack24.experts import weight_pack24_experts as weight_pack24_experts
 
 __all__ = [
     "Activation",
@@ -121,6 +128,7 @@ __all__ = [
     "AmaxScales",
     "Heads",
     "Packed24",
+    "PackedStack",
     "RowFloat8",
     "accumulate_",
     "activated",
@@ -136,12 +144,14 @@ __all__ = [
     "geglu",
     "geglu_fused",
     "grad_pack24",
+    "grad_pack24_experts",
     "is_24",
     "masked_adamw_",
     "masked_decay_",
     "matmul24",
     "mvue24",
     "mvue_pack24",
+    "mvue_pack24_experts",
     "norm_float8",
     "pack24",
     "prune24_mask",
@@ -165,4 +175,5 @@ __all__ = [
     "transposable_patterns",
     "unpack24",
     "weight_pack24",
+    "weight_pack24_experts",
 ]

@@ -11,6 +11,7 @@ a = r // 16 % 4, h = r // 8 % 2 and b = r % 8:
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,11 +101,64 @@ def empty_packed(
     shape: tuple[int, int], dtype: torch.dtype, scale: torch.Tensor, device: torch.device
 ) -> Packed24:
     """A Packed24 in one uninitialized buffer."""
+    buffer = torch.empty(packed_bytes(shape, dtype), dtype=torch.uint8, device=device)
+    return packed_in(buffer, shape, dtype, scale)
+
+
+def packed_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Of a Packed24 in one buffer: values and metadata."""
+    rows, columns = shape
+    return rows * (columns // 2) * dtype.itemsize + rows * columns // 8
+
+
+def packed_in(
+    buffer: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, scale: torch.Tensor
+) -> Packed24:
+    """A Packed24 in a buffer of `packed_bytes`, uint8."""
     rows, columns = shape
     value_bytes = rows * (columns // 2) * dtype.itemsize
-    buffer = torch.empty(value_bytes + rows * columns // 8, dtype=torch.uint8, device=device)
     values = buffer[:value_bytes].view(dtype).view(rows, columns // 2)
     return Packed24(values, buffer[value_bytes:], shape, dtype, scale)
+
+
+def parts_of(packed: Packed24, counts: Sequence[int]) -> tuple[Packed24, ...]:
+    """The memory of a Packed24 (N, T') as those of parts (N, T_e), one after the other.
+
+    Args:
+        counts: T_e of each, multiples of `COLUMN_MULTIPLE`.
+    """
+    sizes = [packed_bytes((packed.shape[0], count), packed.dtype) for count in counts]
+    shapes = [(packed.shape[0], count) for count in counts]
+    return tuple(
+        packed_in(buffer, shape, packed.dtype, packed.scale)
+        for buffer, shape in zip(packed.buffer.split(sizes), shapes, strict=True)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PackedStack:
+    """2:4 matrices of one shape (N, K), one after the other in memory; they share their scale.
+
+    buffer: (E, `packed_bytes`) uint8, contiguous.
+    each: the matrices, views of it.
+    """
+
+    buffer: torch.Tensor
+    each: tuple[Packed24, ...]
+
+    @classmethod
+    def empty(
+        cls,
+        count: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        scale: torch.Tensor,
+        device: torch.device,
+    ) -> PackedStack:
+        """Of `count` matrices, uninitialized."""
+        size = packed_bytes(shape, dtype)
+        buffer = torch.empty(count, size, dtype=torch.uint8, device=device)
+        return cls(buffer, tuple(packed_in(one, shape, dtype, scale) for one in buffer))
 
 
 def join_packed(values: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> Packed24:

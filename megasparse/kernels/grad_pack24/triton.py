@@ -7,6 +7,9 @@ and only what the groups keep, one 32-bit word for both, and their codes move be
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -15,19 +18,21 @@ from megasparse.kernels.device.float8 import raise_above
 from megasparse.kernels.device.groups import first_token, widen
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.grad_pack24.quantization import Quantization
-from megasparse.kernels.mvue24.places import Places, group_shifts
+from megasparse.kernels.mvue24.places import FIRST, Places, group_shifts
 from megasparse.kernels.mvue24.triton_packed import signs16
 from megasparse.kernels.mvue24.triton_sampler import seed_arguments, seed_of
 from megasparse.kernels.mvue24.triton_tile import (
     Launch,
-    global_group,
     load_group,
+    number_of,
+    parts_of_tiles,
+    place_in_part,
     prune,
     store_packed,
     store_rows,
     tiles,
 )
-from megasparse.kernels.packed24 import Packed24
+from megasparse.kernels.packed24 import Packed24, parts_of
 from megasparse.kernels.random import SeedLike
 
 # Five programs fit on a multiprocessor.
@@ -69,6 +74,8 @@ def _grad_pack24_kernel(
     packed_amax_ptr,
     flag_ptr,
     sums_ptr,
+    groups_ptr,
+    parts_ptr,
     seed_ptr,
     key,
     high,
@@ -127,7 +134,7 @@ def _grad_pack24_kernel(
     total = x[0]
     if sums_ptr is not None:
         total = (x[0] + x[1]) + (x[2] + x[3])
-    group = global_group(2 * pair, split, first_shift, second_shift, SHIFTED)
+    group = number_of(groups_ptr, 2 * pair, split, first_shift, second_shift, SHIFTED)
     pruned0 = prune(x, packed_scale, group, other, key, high, EXACT)
     x = _load(dz_ptr, 2 * pair + 1, channel, num_tokens, padded_tokens, dz_stride, STRIDED, FULL)
     if row_ptr is not None:
@@ -147,13 +154,16 @@ def _grad_pack24_kernel(
     if sums_ptr is not None:
         total = tl.sum(total + ((x[0] + x[1]) + (x[2] + x[3])), axis=0, keep_dims=True)
         tl.store(sums_ptr + tile.to(tl.int64) * row_stride + channel, total)
-    group = global_group(2 * pair + 1, split, first_shift, second_shift, SHIFTED)
+    group = number_of(groups_ptr, 2 * pair + 1, split, first_shift, second_shift, SHIFTED)
     pruned1 = prune(x, packed_scale, group, other, key, high, EXACT)
     if row_amax_ptr is not None:
         raise_above(row_amax_ptr, tl.maximum(pruned0[2], pruned1[2]), row_amax)
     if packed_amax_ptr is not None:
         raise_above(packed_amax_ptr, tl.maximum(pruned0[3], pruned1[3]), packed_amax)
     first_row = first_channel + block_row.to(tl.int64) * 64
+    words_ptr, metadata_ptr, tile, padded_tokens = place_in_part(
+        words_ptr, metadata_ptr, parts_ptr, tile, padded_tokens, row_stride, 8 * PAIRS, 4
+    )
     store_packed(
         words_ptr,
         metadata_ptr,
@@ -178,11 +188,53 @@ def grad_pack24(
     how: Quantization,
 ) -> tuple[torch.Tensor | None, Packed24]:
     """See reference.py; raises amaxes and flag of `how`."""
+    row, packed, flag = how.new_outputs(dz, dz.shape[0])
+    _launch(dz, seed, channels, places, exact, strided, how, row, packed, flag)
+    return row, packed
+
+
+def grad_pack24_experts(
+    dz: torch.Tensor,
+    seed: SeedLike,
+    groups: torch.Tensor,
+    counts: Sequence[int],
+    channels: tuple[tuple[int, int, int], ...],
+    exact: bool,
+    how: Quantization,
+) -> tuple[torch.Tensor | None, tuple[Packed24, ...]]:
+    """See experts.py; raises amaxes and flag of `how`."""
+    row, packed, flag = how.new_outputs(dz, dz.shape[0])
+    tokens = 8 * LAUNCH.fitted(math.gcd(*counts))[0]
+    table = parts_of_tiles(counts, tokens, dz.device)
+    _launch(dz, seed, channels, FIRST, exact, False, how, row, packed, flag, groups, table, tokens)
+    return row, parts_of(packed, counts)
+
+
+def _launch(
+    dz: torch.Tensor,
+    seed: SeedLike,
+    channels: tuple[tuple[int, int, int], ...],
+    places: Places,
+    exact: bool,
+    strided: bool,
+    how: Quantization,
+    row: torch.Tensor | None,
+    packed: Packed24,
+    flag: torch.Tensor,
+    groups: torch.Tensor | None = None,
+    parts: torch.Tensor | None = None,
+    tile: int | None = None,
+) -> None:
+    """Fill `row` and `packed`.
+
+    Args:
+        groups, parts: see `number_of` and `place_in_part`; None: there are none.
+        tile: tokens that divide all parts.
+    """
     if dz.stride(1) != 1:
         dz = dz.contiguous()
-    row, packed, flag = how.new_outputs(dz, dz.shape[0])
     padded = packed.shape[1]
-    pairs, options = LAUNCH.fitted(padded)
+    pairs, options = LAUNCH.fitted(tile or padded)
     sums = how.new_sums(padded // (8 * pairs), dz.shape[1])
     seed_ptr, key, high = seed_arguments(seed)
     shifts = group_shifts(places)
@@ -193,7 +245,7 @@ def grad_pack24(
                     dz,
                     None if row is None else row.view(torch.int8),
                     packed.values.view(torch.int32),
-                    packed.metadata,
+                    packed.metadata if parts is None else packed.buffer,
                     how.row_scale,
                     how.packed_scale,
                     packed.scale,
@@ -201,6 +253,8 @@ def grad_pack24(
                     None if how.packed_amax is None else how.packed_amax.view(torch.int32),
                     flag,
                     sums,
+                    groups,
+                    parts,
                     seed_ptr,
                     key,
                     high,
@@ -222,4 +276,3 @@ def grad_pack24(
                     **options,
                 )
     how.add_sums(sums)
-    return row, packed

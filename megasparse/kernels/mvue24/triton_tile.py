@@ -6,9 +6,10 @@ in float32, and a uint32 of their signs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 
@@ -47,6 +48,19 @@ def tiles(blocks: int, count: int) -> Iterator[tuple[tuple[int, int], int]]:
     """The grids of `count` tiles along the tokens, for each of `blocks`, and their first tiles."""
     for first in range(0, count, MOST_TILES):
         yield (blocks, min(count - first, MOST_TILES)), first
+
+
+def parts_of_tiles(counts: Sequence[int], tile: int, device: torch.device) -> torch.Tensor:
+    """int64 (tiles, 2): of each tile of tokens the first token of its part, and the part's tokens.
+
+    Args:
+        counts: tokens of the parts, one after the other; multiples of `tile`.
+    """
+    parts, begin = [], 0
+    for count in counts:
+        parts += [(begin, count)] * (count // tile)
+        begin += count
+    return torch.tensor(parts, dtype=torch.int64).to(device, non_blocking=True)
 
 
 @triton.jit
@@ -127,6 +141,44 @@ def global_group(group, split, first_shift, second_shift, SHIFTED: tl.constexpr)
         return group + tl.where(group < split, first_shift, second_shift)
     else:
         return group
+
+
+@triton.jit
+def number_of(groups_ptr, group, split, first_shift, second_shift, SHIFTED: tl.constexpr):
+    """What a group draws by: what `groups_ptr` (int64) says, else its number over the whole."""
+    if groups_ptr is None:
+        return global_group(group, split, first_shift, second_shift, SHIFTED)
+    else:
+        return tl.load(groups_ptr + group)
+
+
+@triton.jit
+def place_in_part(
+    words_ptr,
+    metadata_ptr,
+    parts_ptr,
+    tile,
+    padded_tokens,
+    width,
+    TOKENS: tl.constexpr,
+    RATIO: tl.constexpr,
+):
+    """Where the part of a tile has its words and metadata, its tile within it, its tokens.
+
+    Args:
+        metadata_ptr: with parts to where everything begins.
+        parts_ptr: `parts_of_tiles`, of parts that are packed one after the other; None: one part.
+        width: rows of the packed parts.
+        TOKENS: of a tile.
+        RATIO: bytes of values for a byte of metadata.
+    """
+    if parts_ptr is None:
+        return words_ptr, metadata_ptr, tile, padded_tokens
+    else:
+        begin, length = tl.load(parts_ptr + 2 * tile), tl.load(parts_ptr + 2 * tile + 1)
+        before = (RATIO + 1) * begin * (width // 8)
+        metadata = metadata_ptr + before + RATIO * length * (width // 8)
+        return words_ptr + before // 4, metadata, tile - begin // TOKENS, length
 
 
 @triton.jit

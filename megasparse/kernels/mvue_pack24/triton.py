@@ -7,6 +7,8 @@ eight channels of groups of four tokens: 16 bytes of each. What a group keeps, t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +18,23 @@ import triton.language as tl
 from megasparse.kernels.device.groups import first_token, raise_flag, widen
 from megasparse.kernels.device.layout24 import crowded16, select16, to_word
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.mvue24.places import Places, group_shifts
+from megasparse.kernels.mvue24.places import FIRST, Places, group_shifts
 from megasparse.kernels.mvue24.triton_packed import packed16, sample, signs16
 from megasparse.kernels.mvue24.triton_sampler import draw, sample_scaled, seed_arguments, seed_of
-from megasparse.kernels.mvue24.triton_tile import global_group, load_group, tiles
-from megasparse.kernels.packed24 import COLUMN_MULTIPLE, Packed24, empty_packed, unit_scale
+from megasparse.kernels.mvue24.triton_tile import (
+    load_group,
+    number_of,
+    parts_of_tiles,
+    place_in_part,
+    tiles,
+)
+from megasparse.kernels.packed24 import (
+    COLUMN_MULTIPLE,
+    Packed24,
+    empty_packed,
+    parts_of,
+    unit_scale,
+)
 from megasparse.kernels.random import SeedLike
 
 
@@ -68,6 +82,8 @@ def _mvue_pack16_kernel(
     words_ptr,
     metadata_ptr,
     flag_ptr,
+    groups_ptr,
+    parts_ptr,
     seed_ptr,
     key,
     high,
@@ -75,6 +91,7 @@ def _mvue_pack16_kernel(
     padded_tokens,
     first_tile,
     dz_stride,
+    width,
     first_channel,
     first_other,
     split,
@@ -95,11 +112,14 @@ def _mvue_pack16_kernel(
     token = first_token(group, STRIDED)
     ptrs = dz_ptr + token * dz_stride + (first_channel + column)
     x0, x1, x2, x3 = load_group(ptrs, dz_stride, token, num_tokens, padded_tokens, STRIDED, FULL)
-    group = global_group(group, split, first_shift, second_shift, SHIFTED).to(tl.uint32)
+    group = number_of(groups_ptr, group, split, first_shift, second_shift, SHIFTED).to(tl.uint32)
     kept, code = _prune(x0, x1, x2, x3, group, other, flag_ptr, key, high, EXACT)
     # A word holds the two values that a group of this channel keeps: row `channel` of the packed
     # values, column `group`.
     first_row = first_channel + block_row.to(tl.int64) * 64
+    words_ptr, metadata_ptr, tile, padded_tokens = place_in_part(
+        words_ptr, metadata_ptr, parts_ptr, tile, padded_tokens, width, 4 * GROUPS, 8
+    )
     row = first_row + tl.arange(0, 64)[:, None]
     out = words_ptr + row * (padded_tokens // 4) + (tile * GROUPS + tl.arange(0, GROUPS)[None, :])
     tl.store(out, tl.trans(kept).to(tl.int32, bitcast=True))
@@ -121,28 +141,78 @@ def mvue_pack24(
     error_flag: torch.Tensor | None,
 ) -> Packed24:
     """See `megasparse.kernels.mvue_pack24`; arguments are checked there."""
+    multiple = COLUMN_MULTIPLE[dz.dtype]
+    padded = -(-dz.shape[0] // multiple) * multiple
+    tile = _groups_of_tile(padded, exact)
+    return _launch(dz, seed, channels, places, exact, strided, error_flag, padded, tile)
+
+
+def mvue_pack24_experts(
+    dz: torch.Tensor,
+    seed: SeedLike,
+    groups: torch.Tensor,
+    counts: Sequence[int],
+    channels: tuple[tuple[int, int, int], ...],
+    exact: bool,
+    error_flag: torch.Tensor | None,
+) -> tuple[Packed24, ...]:
+    """See experts.py; arguments are checked there."""
+    tile = _groups_of_tile(math.gcd(*counts), exact)
+    parts = parts_of_tiles(counts, 4 * tile, dz.device)
+    packed = _launch(
+        dz, seed, channels, FIRST, exact, False, error_flag, dz.shape[0], tile, groups, parts
+    )
+    return parts_of(packed, counts)
+
+
+def _groups_of_tile(tokens: int, exact: bool) -> int:
+    """Groups of a program, whose tokens divide `tokens`."""
+    groups = _launch_of(exact).groups
+    while tokens % (4 * groups):
+        groups //= 2
+    return groups
+
+
+def _launch_of(exact: bool) -> Launch:
+    return INTERPRETED if INTERPRETING else LAUNCH if exact else APPROXIMATE
+
+
+def _launch(
+    dz: torch.Tensor,
+    seed: SeedLike,
+    channels: tuple[tuple[int, int, int], ...],
+    places: Places,
+    exact: bool,
+    strided: bool,
+    error_flag: torch.Tensor | None,
+    padded: int,
+    groups_of_tile: int,
+    groups: torch.Tensor | None = None,
+    parts: torch.Tensor | None = None,
+) -> Packed24:
+    """The packed `(N, padded)`.
+
+    Args:
+        groups, parts: see `number_of` and `place_in_part`; None: there are none.
+    """
     if dz.stride(1) != 1:
         dz = dz.contiguous()
-    tokens, width = dz.shape
-    multiple = COLUMN_MULTIPLE[dz.dtype]
-    padded = -(-tokens // multiple) * multiple
-    launch = INTERPRETED if INTERPRETING else LAUNCH if exact else APPROXIMATE
-    groups = launch.groups
-    while padded % (4 * groups):
-        groups //= 2
+    (tokens, width), launch = dz.shape, _launch_of(exact)
     packed = empty_packed((width, padded), dz.dtype, unit_scale(dz.device), dz.device)
     if error_flag is None:
         error_flag = torch.zeros(1, dtype=torch.int32, device=dz.device)
     seed_ptr, key, high = seed_arguments(seed)
     shifts = group_shifts(places)
     for start, place, length in channels:
-        for grid, first_tile in tiles(length // 64, padded // (4 * groups)):
+        for grid, first_tile in tiles(length // 64, padded // (4 * groups_of_tile)):
             with torch.cuda.device_of(dz):  # Triton launches on the current device
                 _mvue_pack16_kernel[grid](
                     dz,
                     packed.values.view(torch.int32),
-                    packed.metadata,
+                    packed.metadata if parts is None else packed.buffer,
                     error_flag,
+                    groups,
+                    parts,
                     seed_ptr,
                     key,
                     high,
@@ -150,13 +220,14 @@ def mvue_pack24(
                     padded,
                     first_tile,
                     dz.stride(0),
+                    width,
                     start,
                     place,
                     *(shifts or (0, 0, 0)),
                     SHIFTED=shifts is not None,
                     EXACT=exact,
                     STRIDED=strided,
-                    GROUPS=groups,
+                    GROUPS=groups_of_tile,
                     FULL=tokens == padded,
                     num_warps=launch.num_warps,
                     maxnreg=launch.registers,

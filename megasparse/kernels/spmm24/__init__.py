@@ -82,6 +82,7 @@ def matmul24(
     out_dtype: torch.dtype | None = None,
     algorithm: int = 0,
     alpha: float | None = None,
+    out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """W @ b with W (N, K) packed 2:4: the weight gradient's GEMM, dW = MVUE(dZ^T) X.
@@ -91,9 +92,10 @@ def matmul24(
         b: (K, M), row-major, or (M, K) when `transposed`, as 8-bit operands on cuSPARSELt must be;
             there of the dtype of `packed`.
         transposed: b is given transposed.
+        out: (N, M) of `out_dtype`, contiguous: gets the result; on cuSPARSELt M needs no padding.
         out_dtype, algorithm, alpha, backend: as in `spmm24`.
 
-    Returns: (N, M), accumulated in float32, outside autograd.
+    Returns: `out`, or a new (N, M), accumulated in float32, outside autograd.
 
     Raises: KernelError when shapes, dtypes or devices do not fit or the backend cannot run.
     """
@@ -110,4 +112,6 @@ def matmul24(
     multiply = dispatch.implementation(
         "matmul24", b, backend, reference=reference.matmul24, cusparselt=cusparselt.matmul24
     )
-    return multiply(packed, b, transposed, out_dtype, algorithm, alpha)
+    columns = b.shape[0 if transposed else 1]
+    require("matmul24", "out", out, out_dtype, (packed.shape[0], columns), b.device)
+    return multiply(packed, b, transposed, out_dtype, algorithm, alpha, out)

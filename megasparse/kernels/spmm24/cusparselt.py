@@ -73,6 +73,7 @@ def matmul24(
     out_dtype: torch.dtype,
     algorithm: int,
     alpha: float | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """W (N, K) times b (K, M) as (N, M); see `megasparse.kernels.matmul24`."""
     if b.dtype != packed.dtype:
@@ -84,14 +85,21 @@ def matmul24(
         raise KernelError("matmul24: an e4m3 b must be given transposed (M, K) to cusparselt")
     rows, inner = packed.shape
     columns = b.shape[0] if transposed else b.shape[1]
-    missing = -columns % (16 // min(b.dtype.itemsize, out_dtype.itemsize))
+    multiple = 16 // min(b.dtype.itemsize, out_dtype.itemsize)
+    missing = -columns % multiple
+    if out is not None and (missing or not out.is_contiguous()):
+        raise KernelError(
+            f"matmul24: out of {columns} columns, strides {out.stride()}, expected a contiguous "
+            f"one of a multiple of {multiple} for cusparselt"
+        )
     if missing:
         edge = (0, 0, 0, missing) if transposed else (0, missing)
         kind = torch.uint8 if b.dtype == E4M3 else b.dtype
         b = pad(b.contiguous().view(kind), edge).view(b.dtype)
     elif not b.is_contiguous():
         b = b.contiguous()
-    out = b.new_empty((rows, columns + missing), dtype=out_dtype)
+    if out is None:
+        out = b.new_empty((rows, columns + missing), dtype=out_dtype)
     problem = Problem(
         rows,
         inner,

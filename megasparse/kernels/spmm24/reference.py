@@ -34,10 +34,12 @@ def matmul24(
     out_dtype: torch.dtype,
     algorithm: int,
     alpha: float | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """W (N, K) times b (K, M) as (N, M); see `megasparse.kernels.matmul24`."""
     b = b.float().t() if transposed else b.float()
-    return (_scaled(packed, alpha) @ b).to(out_dtype)
+    product = (_scaled(packed, alpha) @ b).to(out_dtype)
+    return product if out is None else out.copy_(product)
 
 
 def _multiplied(bias: torch.Tensor, factors: Factors | None) -> torch.Tensor:

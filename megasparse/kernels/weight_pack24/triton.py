@@ -70,9 +70,9 @@ def _weight_pack24_kernel(
     amax_ptr,
     flag,
     nan_flag,
-    num_rows,
     num_columns,
     blocks_of_beta,
+    blocks_of_part,
     KIND: tl.constexpr,
     OUT: tl.constexpr,
     PRUNE: tl.constexpr,
@@ -81,9 +81,9 @@ def _weight_pack24_kernel(
 ):
     """64 x COLUMNS of w; pointers to groups are to words. Without `metadata_t`, values_t is dense.
 
-    With PRUNE columns are pruned to 2:4 before they are packed.
-
-    `values_t` has a word for 8 rows (two groups) of w that is as wide as what those become.
+    With PRUNE columns are pruned to 2:4 before they are packed. `values_t` has a word for 8 rows
+    (two groups) of w that is as wide as what those become. Of a stack of parts what they become
+    follows one another; `entries` are of the parts before.
     """
     GROUPS: tl.constexpr = COLUMNS // 4
     BITS: tl.constexpr = 8 if OUT == "e4m3" else 16
@@ -91,6 +91,10 @@ def _weight_pack24_kernel(
     pid = tl.program_id(0)
     tile = (pid // BANDS) % tiles
     block_row = (pid // (BANDS * tiles)) * BANDS + pid % BANDS
+    part = block_row // blocks_of_part
+    own_row, own_rows = block_row - part * blocks_of_part, blocks_of_part * 64
+    entries = part.to(tl.int64) * own_rows * num_columns
+    value_bytes, metadata_bytes = entries * BITS // 16, entries // 8
     beta, scale, scale_inv = 1.0, 1.0, 1.0
     if mask is None:
         beta = tl.load(beta_ptr + block_row // blocks_of_beta)
@@ -104,6 +108,7 @@ def _weight_pack24_kernel(
     group = (block_row.to(tl.int64) * 64 + 8 * p) * stride + (
         tile * GROUPS + tl.arange(0, GROUPS)[None, :]
     )
+    values += metadata_bytes // (BITS // 4)
     # Groups that a thread holds side by side: as many as 16 bytes of w.
     HELD: tl.constexpr = 1 if KIND == "fp32" else 2
     group = tl.max_contiguous(group, [1, HELD])
@@ -129,7 +134,7 @@ def _weight_pack24_kernel(
         raise_amax(amax_ptr, larger(amax, lower_amax))
     byte = row_metadata(upper_codes | (lower_codes << 16), BITS, COLUMNS)
     start = block_row.to(tl.int64) * 8 * num_columns + tile * (8 * COLUMNS)
-    tl.store(metadata + start + tl.arange(0, 8 * COLUMNS), byte)
+    tl.store(metadata + value_bytes + start + tl.arange(0, 8 * COLUMNS), byte)
 
     column = tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     upper = columns_of(upper[0], upper[1], upper[2], upper[3])
@@ -146,12 +151,14 @@ def _weight_pack24_kernel(
             stacked(kept[3], more[3], OUT),
             GROUPS,
         )
-        place = column * (num_rows // 8) + block_row * 8 + tl.arange(0, 8)[None, :]
+        before = value_bytes + metadata_bytes
+        place = column * (own_rows // 8) + own_row * 8 + tl.arange(0, 8)[None, :]
+        place += before // (BITS // 2)
         tl.store(values_t + place, words.to(values_t.dtype.element_ty))
         byte = column_metadata(codes | (more_codes << 16), BITS, COLUMNS)
         block_column = (tile * (COLUMNS // 64) + tl.arange(0, COLUMNS // 64)[:, None]).to(tl.int64)
-        inner = block_row * 512 + tl.arange(0, 512)[None, :]
-        tl.store(metadata_t + block_column * 8 * num_rows + inner, byte)
+        inner = own_row * 512 + tl.arange(0, 512)[None, :]
+        tl.store(metadata_t + before + block_column * 8 * own_rows + inner, byte)
     elif values_t is not None and BITS == 8:
         words = transposed_tile(
             upper[0].to(tl.uint64) | (lower[0].to(tl.uint64) << 32),
@@ -160,15 +167,16 @@ def _weight_pack24_kernel(
             upper[3].to(tl.uint64) | (lower[3].to(tl.uint64) << 32),
             GROUPS,
         )
-        place = column * (num_rows // 8) + block_row * 8 + tl.arange(0, 8)[None, :]
-        tl.store(values_t + place, words.to(tl.int64, bitcast=True))
+        place = column * (own_rows // 8) + own_row * 8 + tl.arange(0, 8)[None, :]
+        tl.store(values_t + entries // 8 + place, words.to(tl.int64, bitcast=True))
     elif values_t is not None:
         words = tl.join(
             transposed_tile(upper[0], upper[1], upper[2], upper[3], GROUPS),
             transposed_tile(lower[0], lower[1], lower[2], lower[3], GROUPS),
         )
-        place = column * (num_rows // 4) + block_row * 16 + tl.arange(0, 16)[None, :]
-        tl.store(values_t + place, tl.reshape(words, (COLUMNS, 16)).to(tl.int64, bitcast=True))
+        place = column * (own_rows // 4) + own_row * 16 + tl.arange(0, 16)[None, :]
+        words = tl.reshape(words, (COLUMNS, 16)).to(tl.int64, bitcast=True)
+        tl.store(values_t + entries // 4 + place, words)
 
 
 def weight_pack24(
@@ -182,12 +190,15 @@ def weight_pack24(
     amax: torch.Tensor | None,
     flag: torch.Tensor,
     nan_flag: torch.Tensor,
+    parts: int = 1,
 ) -> None:
     """Fill `packed`, its scale and `other` with what reference.py gives; raise amax and flags.
 
     prune: the columns of W~ are pruned to 2:4 for `other`.
+    parts: equal matrices that are stacked in w; `packed` and `other` are the first's, and the
+        others' follow in memory.
     """
-    rows, total = packed.shape
+    rows, total = w.shape
     launch = INTERPRETED if INTERPRETING else LAUNCH
     columns, bands = launch.columns, launch.bands
     while total % columns:
@@ -214,9 +225,9 @@ def weight_pack24(
         None if amax is None else amax.view(torch.int32),
         flag,
         nan_flag,
-        rows,
         total,
         rows // 64 // (1 if threshold_scale is None else threshold_scale.numel()),
+        rows // 64 // parts,
         KIND=KINDS[w.dtype],
         OUT=KINDS[packed.dtype],
         PRUNE=prune,

@@ -4,10 +4,14 @@
     python -m tools.bench.train --shape 8b-layers --variants "te fp8" "fst fp8" "fst fp8, eager"
     python -m torch.distributed.run --nproc-per-node 2 -m tools.bench.train --shape 1.2b \
         -- --tensor-model-parallel-size 2 --sequence-parallel
+    python -m torch.distributed.run --nproc-per-node 2 -m tools.bench.train --shape 32k \
+        -- --context-parallel-size 2
 
 Shapes have 4 micro-batches a step: a LLaMA of about 1.2B parameters with 8 x 2048 tokens, 8 layers
 of Llama-3-8B with 1 x 4096, 16 layers of Qwen3-8B with 1 x 4096 and of Mistral-7B with 1 x 8192 (as
-many as fit on one GPU), and GPT-2 124M with 16 x 1024. Flags after `--` are those of
+many as fit on one GPU), and GPT-2 124M with 16 x 1024. Two have 2 micro-batches: a mixture of 8
+experts, 2 of which compute a token (3.2B parameters, 1.1B of a token), with 4 x 4096 tokens, and 6
+layers of Llama-3-8B with one sequence of 32768. Flags after `--` are those of
 launch/pretrain.py and come last. Data are generated. All linears of the layers are 2:4. Every
 variant trains in the same process, one after the other, with CUDA graphs unless its name ends in
 ", eager"; "te" are megatron-core's own layers of Transformer Engine, captured by the same wrapper,
@@ -74,6 +78,17 @@ SHAPES = {
         "--num-attention-heads", "32", "--group-query-attention", "--num-query-groups", "8",
         "--window-size", "4095,0", "--seq-length", "8192", "--micro-batch-size", "1",
         "--global-batch-size", "4",
+    ],
+    "moe": [
+        *LLAMA, "--num-layers", "14", "--hidden-size", "2048", "--ffn-hidden-size", "4096",
+        "--num-attention-heads", "16", "--num-experts", "8", "--moe-router-topk", "2",
+        "--moe-aux-loss-coeff", "0.01", "--moe-grouped-gemm", "--seq-length", "4096",
+        "--micro-batch-size", "4", "--global-batch-size", "8",
+    ],
+    "32k": [
+        *LLAMA, "--num-layers", "6", "--hidden-size", "4096", "--ffn-hidden-size", "14336",
+        "--num-attention-heads", "32", "--group-query-attention", "--num-query-groups", "8",
+        "--seq-length", "32768", "--micro-batch-size", "1", "--global-batch-size", "2",
     ],
     "gpt2-124m": [
         "--num-layers", "12", "--hidden-size", "768", "--num-attention-heads", "12",
@@ -147,7 +162,14 @@ def _train(
 ) -> tuple[Engine, dict[str, Any], Profile]:
     config = resolve(load_config(list(flags)), int(os.environ["WORLD_SIZE"]))
     device = start_process(config.parallel.distributed_timeout_minutes)
-    grid = make_grid(config.parallel.tensor_model_parallel_size, device, config.train.seed)
+    parallel = config.parallel
+    grid = make_grid(
+        parallel.tensor_model_parallel_size,
+        device,
+        config.train.seed,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+    )
     data = build_data(config, grid)
     vocabulary = padded_vocab_size(data.vocab_size, config)
     if name.startswith("te "):

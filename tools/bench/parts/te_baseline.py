@@ -177,7 +177,9 @@ def build_baseline(
     gpt = GPTModel(
         config=layers,
         transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=model.qk_layernorm
+            num_experts=model.num_experts,
+            moe_grouped_gemm=layers.moe_grouped_gemm,
+            qk_layernorm=model.qk_layernorm,
         ),
         vocab_size=vocabulary,
         max_sequence_length=model.max_position_embeddings,

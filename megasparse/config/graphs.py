@@ -36,8 +36,17 @@ def graphs_refusal(config: ResolvedConfig) -> str | None:
             "streams of its own",
         ),
         (
-            model.num_experts is not None,
-            "how many tokens each expert gets is not known before, and the host waits for it",
+            model.num_experts is not None and parallel.recompute_granularity == "full",
+            "layers with experts are recomputed: how many tokens each expert gets is not known "
+            "before, and the host waits for it",
+        ),
+        (
+            model.num_experts is not None and parallel.pipeline_model_parallel_size > 1,
+            "a pipeline of layers with experts was never captured",
+        ),
+        (
+            model.num_experts is not None and model.parallel_residual,
+            "experts beside attention (parallel_residual) were never captured",
         ),
         (
             config.sparsity.sparsity_recipe == "cast",

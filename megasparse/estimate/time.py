@@ -126,8 +126,9 @@ def step_time(
     # Gradients to the rank that updates in float32, new weights from it.
     travel = (weights - experts) * (dp - 1) / dp + experts * (alike - 1) / alike
     parts["gradient reduction"] = table.moving((4 + SIZE) * travel, link)
-    added = ADDED_BYTES["captured" if captured else "eager"]
-    parts["gradients"] = table.moving(added * weights) * micro_batches
+    eager = sum(w.numel for w in found if ".experts." in w.name) if captured else weights
+    added = ADDED_BYTES["captured"] * (weights - eager) + ADDED_BYTES["eager"] * eager
+    parts["gradients"] = table.moving(added) * micro_batches
     updated = (weights - experts) / dp + experts / alike
     parts["optimizer"] = table.moving(OPTIMIZER_BYTES * updated)
     slower = table.data["in_a_step"]["step"]
@@ -238,12 +239,16 @@ def layer_launches(
     config: ResolvedConfig, recipe: SparsityRecipe, micro_batches: int, layer: int = 0
 ) -> float:
     """Launches of the host for one layer and micro-batch, both ways, in those of a kernel."""
-    if graphs_refusal(config) is None:
+    captured, experts = graphs_refusal(config) is None, config.model.expert_layers[layer]
+    if captured and not experts:
         return GRAPH_LAUNCHES
     here = linears(config, layer)
+    if captured:  # the attention alone
+        here = [one for one in here if one.name.startswith("mlp.")]
     sparse = _sparse(config, recipe)
     made = [one for one in here if config.fp8.fp8_format or one.name in sparse]
-    count = LAYER_LAUNCHES + len(made) * (SPARSE_LAUNCHES + WEIGHT_LAUNCHES / micro_batches)
+    count = GRAPH_LAUNCHES + LAYER_LAUNCHES / 2 if captured else LAYER_LAUNCHES
+    count += len(made) * (SPARSE_LAUNCHES + WEIGHT_LAUNCHES / micro_batches)
     count += 3 * sum(one.times - 1 for one in here)  # the GEMMs of further experts
     if config.parallel.tensor_model_parallel_size > 1:
         # Forward and backward of two pairs of linears: with sp X, z, dz, X again and dX of each,

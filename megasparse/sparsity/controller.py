@@ -91,7 +91,7 @@ class SparsityController:
                 state.total = GradientSum(places[weight], step)
                 taken.add(weight)
         for one, weight in self.dense:
-            if weight in places:
+            if weight in places and one.experts is None:
                 one.total = GradientSum(places[weight], step)
                 taken.add(weight)
         return taken
@@ -160,12 +160,23 @@ class SparsityController:
             state.refresh(weight)
 
     def refill(self) -> None:
-        """Make the operands of all weights for the step that has begun; it can be captured."""
+        """Make the operands of all weights but those of experts (`refill_experts`) for the step
+        that has begun; it can be captured."""
+        self._refill(experts=False)
+
+    def refill_experts(self) -> None:
+        """Make the operands of experts. Which GEMMs compute them depends on the tokens of each
+        step, and so does what they keep of the weights: it is not captured."""
+        self._refill(experts=True)
+
+    def _refill(self, experts: bool) -> None:
         sparse = self.sparse_now
         for state, weight in self.weights:
-            state.refill(weight, sparse)
+            if (state.experts is not None) == experts:
+                state.refill(weight, sparse)
         for one, weight in self.dense:
-            one.refill(weight)
+            if (one.experts is not None) == experts:
+                one.refill(weight)
 
     @property
     def has_operands(self) -> bool:

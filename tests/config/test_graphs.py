@@ -32,7 +32,15 @@ def _refusal(*flags: str) -> str | None:
         (["--recompute-granularity", "selective"], "selective"),
         (["--recompute-granularity", "full"], None),
         (["--model-type", "bert", "--no-mock-data", "--data-path", "D"], "model_type is bert"),
-        (["--num-experts", "4", "--disable-bias-linear"], "how many tokens each expert gets"),
+        (["--num-experts", "4", "--disable-bias-linear"], None),
+        (
+            ["--num-experts", "4", "--disable-bias-linear", "--recompute-granularity", "full"],
+            "how many tokens each expert gets",
+        ),
+        (
+            ["--num-experts", "4", "--disable-bias-linear", "--pipeline-model-parallel-size", "2"],
+            "a pipeline of layers with experts",
+        ),
     ],
 )
 def test_reasons(flags, reason):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megasparse.kernels import accumulate_
 from megasparse.megatron.graphs.recorder import Recorder
@@ -143,16 +144,25 @@ class LayerPair:
 class GraphedLayer:
     """A layer's `forward`: replayed where its graphs are in use, else the layer's own.
 
+    Of a layer with experts the attention alone: how many tokens each expert gets is known in the
+    step, and the host waits for it.
+
     Args:
-        layer: a Transformer layer; its `forward` is replaced.
+        layer: a Transformer layer; its `forward` is replaced, with experts that of its attention.
         recompute: whether it is recomputed in the backward pass.
+
+    Attributes:
+        whole: whether its output is the layer's.
     """
 
     def __init__(self, layer: torch.nn.Module, recompute: bool) -> None:
-        self.layer, self.eager, self.recompute = layer, layer.forward, recompute
+        self.layer, self.recompute = layer, recompute
+        self.whole = not isinstance(getattr(layer, "mlp", None), MoELayer)
+        name = "forward" if self.whole else "_forward_attention"
+        self.eager: Callable[..., Any] = getattr(layer, name)
         self.pair: LayerPair | None = None
         self.seen: tuple[torch.Tensor, dict[str, Any]] | None = None
-        layer.forward = self  # type: ignore[method-assign, assignment]
+        setattr(layer, name, self)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -233,8 +243,11 @@ class GraphSet:
         pool = recorder.new_pool()
         first = layers[0].seen
         assert first is not None
-        hidden = torch.zeros_like(first[0], device=recorder.device)
-        grad = torch.zeros_like(hidden)
+
+        def place() -> torch.Tensor:
+            return torch.zeros_like(first[0], device=recorder.device)
+
+        hidden, grad = place(), place()
         for layer in layers:
             assert layer.seen is not None
             parameters = layer.parameters
@@ -245,9 +258,11 @@ class GraphSet:
             with around():
                 hidden = pair.capture_forward(hidden, recorder, pool)
             self.pairs.append(pair)
+            if not layer.whole:  # what it gives goes through experts before the next layer has it
+                hidden = place()
             captured()
-        for pair in reversed(self.pairs):
-            grad = pair.capture_backward(grad, recorder, pool)
+        for layer, pair in zip(reversed(layers), reversed(self.pairs), strict=True):
+            grad = pair.capture_backward(grad if layer.whole else place(), recorder, pool)
             captured()
 
 

@@ -96,6 +96,7 @@ class LayerGraphs:
             controller.begin_step(lambda: self._refresh(self._recorder))
             if controller.has_operands:
                 self._refill[controller.asked](self._recorder)
+                controller.refill_experts()
         self._phase = (controller.span.number, controller.moves)
         controller.seeds.begin_step(micro_batches)
         kind = controller.asked
@@ -196,9 +197,11 @@ class LayerGraphs:
         if sum(phase.recipe.is_sparse for phase in controller.recipe.phases) > 1:
             what = f"phase {controller.span.number + 1}"
         what += ", steps with metrics" if kind else ""
+        parts = sum(not layer.whole for layer in self._layers)
         logger.info(
-            "CUDA graphs: %d layers captured for %s in %.1f s, %.2f GiB",
+            "CUDA graphs: %d layers captured%s for %s in %.1f s, %.2f GiB",
             len(self._layers),
+            f", of {parts} with experts the attention alone," if parts else "",
             what,
             time.monotonic() - begin,
             (torch.cuda.memory_reserved() - before) / 2**30,

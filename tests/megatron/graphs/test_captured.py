@@ -102,6 +102,13 @@ RUNS["fst, olmo2"] = [
 RUNS["fst, neox"] = [
     *RUNS["fst"], *LLAMA, "--parallel-residual", "--rotary-percent", "0.5", "--no-rope-freq", "2"
 ]  # fmt: skip
+# The attention of layers with experts, and a whole layer without.
+EXPERTS = [
+    *LLAMA, "--num-experts", "4", "--moe-layer-freq", "[0,1,1,0]", "--moe-ffn-hidden-size", "512",
+    "--moe-aux-loss-coeff", "0.01",
+]  # fmt: skip
+RUNS["fst, experts"] = ["--sparsity-recipe", "fst", *EXPERTS, *PHASES]
+RUNS["s_ste, fp8, experts"] = ["--sparsity-recipe", "s_ste", *EXPERTS, *FP8]
 # Names of metrics that the clock or the allocator decides begin so.
 MEASURED = ("tokens_per_second", "tflops", "mfu", "memory_gib", "time_")
 

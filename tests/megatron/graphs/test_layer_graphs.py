@@ -137,6 +137,15 @@ RUNS: dict[str, tuple[int, list[str]]] = {
             *("--sparsity-phases", "dense:1/7,fst:3/7,row+grad-input=double-pruned:3/7"),
         ],
     ),
+    # A dense layer, and two whose attention alone is captured.
+    "fst, experts": (
+        1,
+        [
+            *[*LLAMA, "--num-experts", "4", "--moe-layer-freq", "[0,1,1]", "--moe-ffn-hidden-size"],
+            *["32", "--moe-aux-loss-coeff", "0.01", "--num-layers", "3"],
+            *["--sparse-layers", "*.mlp.*", "*.self_attention.linear_*"],
+        ],
+    ),
     "s_ste, scale of every step": (1, [*S_STE, "--s-ste-scale", "every_step"]),
     "fst, ZeRO 1, ramp-up": (
         1,

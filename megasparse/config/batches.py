@@ -235,3 +235,20 @@ def _check_turns(given: TrainConfig, train: TrainConfig, unit: str) -> Iterator[
             f"lr_linear_to_zero_{unit} {found.linear_to_zero}, expected at most the "
             f"{found.end - found.warmup} {words} after lr_warmup_{unit}"
         )
+
+
+# Positions of a sequence among which experts' tokens are grouped for MVUE.
+MOST_SEGMENT, FEWEST_SEGMENTS = 256, 8
+
+
+def expert_segment(sequence: int) -> int:
+    """Positions whose tokens are grouped for MVUE at an expert: a part of the sequence, which ranks
+    of context parallelism do not cut; the whole where its length is no multiple of 64.
+
+    Args:
+        sequence: tokens of a sequence.
+    """
+    power = sequence & -sequence
+    if power < FEWEST_SEGMENTS * FEWEST_SEGMENTS:
+        return sequence
+    return min(MOST_SEGMENT, power // FEWEST_SEGMENTS)

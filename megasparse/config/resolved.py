@@ -8,6 +8,7 @@ otherwise be asserted where it is used.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -146,7 +147,8 @@ def smallest_world(config: RunConfig) -> int:
     """Ranks that hold the whole model once and compute whole sequences: the fewest of a run."""
     parallel = config.parallel
     sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    return sizes * parallel.context_parallel_size * parallel.expert_model_parallel_size
+    # Experts are divided over the ranks that hold the same of all else, whatever their tokens.
+    return sizes * math.lcm(parallel.context_parallel_size, parallel.expert_model_parallel_size)
 
 
 def tokens_here(config: RunConfig) -> int:

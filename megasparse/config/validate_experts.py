@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megasparse.config.resolved import ResolvedConfig, ResolvedModel, data_parallel_size
+from megasparse.config.batches import expert_segment
+from megasparse.config.resolved import ResolvedConfig, ResolvedModel, replicas
 
 # Settings of experts; set without any they say nothing.
 SETTINGS = (
@@ -35,10 +36,18 @@ def check_experts(config: ResolvedConfig, world_size: int) -> Iterator[str]:
         )
     if model.num_experts % ep:
         yield f"num_experts {model.num_experts} is not divisible by expert_model_parallel_size {ep}"
-    if data_parallel_size(config, world_size) % ep:
+    if replicas(config, world_size) % ep:
         yield (
-            f"the data parallel size {data_parallel_size(config, world_size)} is not divisible by "
-            f"expert_model_parallel_size {ep}"
+            f"the data parallel size x context_parallel_size {replicas(config, world_size)} is not "
+            f"divisible by expert_model_parallel_size {ep}"
+        )
+    length, cp = model.seq_length, parallel.context_parallel_size
+    chunk, segment = length // (2 * cp), expert_segment(length)
+    if cp > 1 and chunk % segment:
+        yield (
+            f"num_experts with context_parallel_size {cp} and seq_length {length}: a rank's chunks "
+            f"of {chunk} tokens cut segments of {segment}, in which MVUE groups the tokens of "
+            "experts; expected whole ones"
         )
     if tp > 1 and not parallel.sequence_parallel:
         yield (
@@ -86,10 +95,6 @@ def _not_done(config: ResolvedConfig) -> Iterator[str]:
     """What other layers have and experts have not."""
     sparsity = config.sparsity
     reasons = (
-        (
-            config.fp8.fp8_format is not None and not config.fp8.fp8_fallback,
-            f"fp8_format {config.fp8.fp8_format}",
-        ),
         (sparsity.simulate_fp8, "simulate_fp8"),
         (sparsity.mask_metric == "wanda", "mask_metric wanda"),
         (sparsity.sparsity_recipe == "cast", "sparsity_recipe cast"),
@@ -102,10 +107,6 @@ def _not_done(config: ResolvedConfig) -> Iterator[str]:
         (bool(config.distillation.kd_loss_weight), "kd_loss_weight"),
         (sparsity.masked_decay_rho is not None, f"masked_decay_rho {sparsity.masked_decay_rho}"),
         (config.model.is_bert, "model_type bert"),
-        (
-            config.parallel.context_parallel_size > 1,
-            f"context_parallel_size {config.parallel.context_parallel_size}",
-        ),
     )
     for holds, name in reasons:
         if holds:

@@ -204,7 +204,7 @@ def layer_activations(config: ResolvedConfig, gpu: bool = True, layer: int = 0) 
     if parallel.recompute_granularity == "selective":
         attention -= heads
     if model.expert_layers[layer]:
-        ffn = _expert_activations(config, size)
+        ffn = _expert_activations(config, size, 1 if fp8 else size)
     else:
         ffn = size * (2 if model.gated else 1) * model.ffn_hidden_size // tp
         ffn += (1 if "mlp.linear_fc2" in fp8 else size) * model.ffn_hidden_size // tp
@@ -214,16 +214,20 @@ def layer_activations(config: ResolvedConfig, gpu: bool = True, layer: int = 0) 
     return split * (norms + 2 * dropped) + tokens * inner + angles
 
 
-def _expert_activations(config: ResolvedConfig, size: int) -> int:
+def _expert_activations(config: ResolvedConfig, size: int, of_inputs: int) -> int:
     """Bytes of a token that autograd keeps of a mixture of experts, if tokens come evenly.
 
     Of each chosen expert its input, fc1's result, the activation, the same times the probability,
     and fc2's result; of the router logits and probabilities of all experts.
+
+    Args:
+        of_inputs: bytes of an entry of a linear's input.
     """
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     gated, width = 2 if model.gated else 1, model.expert_width // tp
-    chosen = size * (2 * model.hidden_size + (gated + 2) * width)
-    shared = size * (gated + 1) * (model.moe_shared_expert_intermediate_size or 0) // tp
+    chosen = size * (model.hidden_size + (gated + 1) * width)
+    chosen += of_inputs * (model.hidden_size + width)
+    shared = (size * gated + of_inputs) * (model.moe_shared_expert_intermediate_size or 0) // tp
     return model.moe_router_topk * chosen + shared + 3 * FLOAT32 * (model.num_experts or 0)
 
 

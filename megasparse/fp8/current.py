@@ -118,21 +118,28 @@ class CurrentScaling:
 
     Args:
         reduce_max: largest over the tensor-parallel group, in place.
+        reduce_experts: largest over the ranks that share a layer's experts, tensor-parallel ones
+            too.
     """
 
     host_follows = False
 
-    def __init__(self, reduce_max: Reduce | None = None) -> None:
-        self._reduce_max = reduce_max
+    def __init__(
+        self, reduce_max: Reduce | None = None, reduce_experts: Reduce | None = None
+    ) -> None:
+        self._reduce_max, self._reduce_experts = reduce_max, reduce_experts
         self._quantizers: list[CurrentQuantizer] = []
 
-    def quantizer(self, sharded: bool = True) -> CurrentQuantizer:
+    def quantizer(self, sharded: bool = True, of_experts: bool = False) -> CurrentQuantizer:
         """A new one.
 
         Args:
             sharded: over the tensor-parallel group, along any dimension.
+            of_experts: its tensors are weights of a layer's experts.
         """
-        self._quantizers.append(CurrentQuantizer(self, self._reduce_max if sharded else None))
+        reduce = self._reduce_max if sharded else None
+        reduce = self._reduce_experts if of_experts else reduce
+        self._quantizers.append(CurrentQuantizer(self, reduce))
         return self._quantizers[-1]
 
     def allocate(self) -> None:

@@ -146,7 +146,7 @@ class DelayedScaling:
         self.initialized: list[bool] = []
         self.host_follows = True
 
-    def quantizer(self, sharded: bool = True) -> DelayedQuantizer:
+    def quantizer(self, sharded: bool = True, of_experts: bool = False) -> DelayedQuantizer:
         """A new one; before `allocate`. Whether its tensors are shards does not matter here: the
         magnitudes of all are reduced together."""
         self._quantizers.append(DelayedQuantizer(self, len(self._quantizers)))

@@ -23,13 +23,15 @@ LOSSES = {
 }
 
 
-def begin_step(micro_batches: int) -> None:
+def begin_step(micro_batches: int, context: int = 1) -> None:
     """Before the first forward pass of an optimizer step.
 
     Args:
         micro_batches: of a rank; the loss of the step is the mean over them.
+        context: ranks of context parallelism, each of which has a part of a micro-batch's losses,
+            and over which gradients are averaged.
     """
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / micro_batches))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(context / micro_batches))
     clear_aux_losses_tracker()
 
 
@@ -47,8 +49,10 @@ def losses_of_step(grid: Grid, layers: int, micro_batches: int) -> dict[str, flo
     names = sorted(set(LOSSES.values()))
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=grid.device)
     for name, entry in tracker.items():
-        # Of a balance every tensor-parallel rank has its part; the mean of the others is taken.
-        whole = 1.0 if entry.get("reduce_group") is not None else 1.0 / grid.tp_size
+        # Of a balance every rank that shares a micro-batch has its part; the mean of the others is
+        # taken.
+        parts = entry.get("reduce_group") is not None
+        whole = float(grid.cp_size) if parts else 1.0 / grid.tp_size
         row = sums[names.index(LOSSES[name])]
         row[0] += entry["values"].double().sum() * whole
         row[1] += 1

@@ -20,8 +20,8 @@ from megasparse.megatron.init import mark_experts
 from megasparse.megatron.parallel_linear import ParallelLinear
 from megasparse.sparsity.autograd.experts import expert_linear
 from megasparse.sparsity.autograd.linear import Seed
-from megasparse.sparsity.gemms.experts import Arrivals, DenseExpertGemms, ExpertGemms
-from megasparse.sparsity.gemms.named import under_name
+from megasparse.sparsity.gemms.expert_tokens import ExpertTokens
+from megasparse.sparsity.gemms.experts import DenseExpertGemms
 from megasparse.sparsity.shard import WeightShard
 
 
@@ -76,21 +76,28 @@ class ExpertLinear(ParallelLinear):
         controller, grouped = self._controller, self.config.moe_grouped_gemm
         if controller is not None:
             controller.begin_forward()
-        if self.state is None or controller is None or controller.calibrating:
+        if controller is None or controller.calibrating:
             return DenseExpertGemms(self.experts, grouped, self.weight), 0
         step = controller.clock.step
+        if self.dense is not None:
+            return self.dense.gemms(self.weight, step), 0
+        if self.state is None:
+            return DenseExpertGemms(self.experts, grouped, self.weight), 0
         gemms = self.state.gemms(self.weight, step, controller.sparse_now, controller.monitor)
         return gemms, controller.step_seed(self._place)
 
     def freeze_in_fp8(self) -> int:
-        """Refused: there are no FP8 GEMMs of experts."""
+        """Refused: weights of experts are not kept in 8 bits alone."""
         raise ConfigError("the experts of a model cannot be kept in FP8, expected bf16")
 
-    def forward(self, x: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
-        """`(T, K)`, sorted by expert -> `(T, N)`; a partial sum where the inputs are cut."""
-        gemms, seed = self._gemms_of_step()
-        named: ExpertGemms = under_name(gemms, self.profiled_as)  # type: ignore[assignment]
-        return expert_linear(x, self.weight, named, arrivals, seed)
+    def forward(self, x: torch.Tensor, tokens: ExpertTokens, how: tuple[Any, Seed]) -> torch.Tensor:
+        """`(T', K)`, rows as `tokens` says -> `(T', N)`; a partial sum where the inputs are cut.
+
+        Args:
+            how: `current_gemms`, asked for before the rows were made.
+        """
+        gemms, seed = how
+        return expert_linear(x, self.weight, gemms, tokens, seed)
 
     def extra_repr(self) -> str:
         """As of every linear, with the number of experts."""

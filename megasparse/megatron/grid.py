@@ -111,6 +111,13 @@ class Grid:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.tp_group)
         return tensor
 
+    def max_over_tp_ep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest over the ranks that share the experts of a layer, in place."""
+        tensor = self.max_over_tp(tensor)
+        if self.ep_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.ep_group)
+        return tensor
+
     def max_over_tp_cp(self, tensor: torch.Tensor) -> torch.Tensor:
         """The largest value over the ranks that share a micro-batch's activations, in place."""
         tensor = self.max_over_tp(tensor)

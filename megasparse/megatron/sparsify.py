@@ -75,24 +75,25 @@ def sparsify(
             f"there are {', '.join(_kinds(linears))}"
         )
     for name, module in linears.items():
+        experts = module.experts if isinstance(module, ExpertLinear) else None
+        grouped = experts is not None and module.config.moe_grouped_gemm
         if not recipe.matches(name):
             if fp8 is not None:
-                _check_fp8(name, module, sparse=False)
-                quantizers = OperandQuantizers.of(fp8, module.shard.dim)
-                dense = DenseFp8Weight(f"{name}.weight", quantizers, fp8_hybrid)
+                _check_fp8(name, module, experts, sparse=False)
+                quantizers = OperandQuantizers.of(fp8, module.shard.dim, experts is not None)
+                dense = DenseFp8Weight(f"{name}.weight", quantizers, fp8_hybrid, experts, grouped)
                 module.make_dense_fp8(dense, controller)
             continue
         _check_blocks(name, module)
-        experts = module.experts if isinstance(module, ExpertLinear) else None
         state = SparseWeight(
             f"{name}.weight", recipe, module.shard, reduce, reduce_max, module.tokens, experts
         )
         if experts is not None:
-            state.grouped = module.config.moe_grouped_gemm
+            state.grouped = grouped
             state.active_share = module.config.moe_router_topk / experts
         if fp8 is not None:
-            _check_fp8(name, module, sparse=True)
-            quantizers = OperandQuantizers.of(fp8, module.shard.dim)
+            _check_fp8(name, module, experts, sparse=True)
+            quantizers = OperandQuantizers.of(fp8, module.shard.dim, experts is not None)
             state.quantizers, state.fp8_hybrid = quantizers, fp8_hybrid
         module.make_sparse(state, controller, draw_key(name))
         if recipe.weight_scale_groups:
@@ -142,9 +143,11 @@ def _check_blocks(name: str, module: ParallelLinear) -> None:
         )
 
 
-def _check_fp8(name: str, module: ParallelLinear, sparse: bool) -> None:
-    shard = module.shard
-    reason = shapes.refusal(name, shard.local_shape, shard.world, shard.parts, sparse)
+def _check_fp8(name: str, module: ParallelLinear, experts: int | None, sparse: bool) -> None:
+    shard, one = module.shard, experts or 1
+    shape = (shard.local_shape[0] // one, shard.local_shape[1])
+    parts = shard.parts // one if shard.dim == 0 else 1
+    reason = shapes.refusal(name, shape, shard.world, parts, sparse)
     if reason is not None:
         raise ConfigError(reason)
 

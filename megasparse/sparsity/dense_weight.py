@@ -6,10 +6,12 @@ a step it keeps the scaling of its operands alone, which checkpoints save.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
-from megasparse.sparsity.gemms.protocol import LinearGemms
+from megasparse.sparsity.gemms.fp8_experts import DenseFp8ExpertGemms
 from megasparse.sparsity.gradient_sum import GradientSum
 from megasparse.sparsity.probe import Probe
 
@@ -21,6 +23,8 @@ class DenseFp8Weight:
         name: the weight's name in the whole model.
         quantizers: of the layer's operands.
         hybrid: output gradients in e5m2.
+        experts: whose weights are stacked here; None: no experts'.
+        grouped: on a GPU one launch for all experts.
 
     Attributes:
         moves: times that operands or scales may have got other addresses.
@@ -28,20 +32,34 @@ class DenseFp8Weight:
         total: where gradients of the weight are added up, from the next step on; None: by autograd.
     """
 
-    def __init__(self, name: str, quantizers: OperandQuantizers, hybrid: bool = False) -> None:
-        self.name, self.quantizers = name, quantizers
+    def __init__(
+        self,
+        name: str,
+        quantizers: OperandQuantizers,
+        hybrid: bool = False,
+        experts: int | None = None,
+        grouped: bool = False,
+    ) -> None:
+        self.name, self.quantizers, self.experts = name, quantizers, experts
         self.moves = 0
         self.total: GradientSum | None = None
         self.probe = Probe()
-        self._gemms = DenseFp8Gemms(quantizers, hybrid, self.probe)
+        self._gemms: Any = (
+            DenseFp8Gemms(quantizers, hybrid, self.probe)
+            if experts is None
+            else DenseFp8ExpertGemms(experts, quantizers, hybrid, grouped, self.probe)
+        )
         self._ready = -1  # step that the operands are of
 
-    def gemms(self, weight: torch.Tensor, step: int) -> LinearGemms:
+    def gemms(self, weight: torch.Tensor, step: int) -> Any:
         """The GEMMs of `step`, with operands made at its first use.
 
         Args:
             weight: the local master weight `(N, K)`.
             step: optimizer steps done so far.
+
+        Returns:
+            `LinearGemms`, or `ExpertGemms` of experts.
         """
         if self._ready != step or self.probe.waits:
             self.begin_step(step)

@@ -12,6 +12,7 @@ from megasparse.sparsity.gemms.cusparselt_packed import LibrarySparseGemms
 from megasparse.sparsity.gemms.dense import DenseGemms, ReferenceSparseGemms
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
 from megasparse.sparsity.gemms.experts import DenseExpertGemms, ExpertGemms, ReferenceExpertGemms
+from megasparse.sparsity.gemms.fp8_experts import DenseFp8ExpertGemms, PackedFp8ExpertGemms
 from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
 from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
@@ -52,7 +53,10 @@ def choose(
         `LinearGemms`, or `ExpertGemms` of experts.
     """
     if experts is not None:
-        return _of_experts(experts, weight, recipe, shard, sparse, probe, grouped)
+        how = (experts, recipe, shard, sparse, probe, grouped)
+        if quantizers is not None:
+            return _of_fp8_experts(*how, quantizers, hybrid)
+        return _of_experts(*how, weight)
     if not sparse:
         if quantizers is None:
             return DenseGemms()
@@ -89,12 +93,12 @@ def _by_dense_gemms(
 
 def _of_experts(
     experts: int,
-    weight: torch.Tensor,
     recipe: SparsityRecipe,
     shard: WeightShard,
     sparse: bool,
     probe: Probe,
     grouped: bool,
+    weight: torch.Tensor,
 ) -> ExpertGemms:
     if not sparse:
         return DenseExpertGemms(experts, grouped)
@@ -106,6 +110,22 @@ def _of_experts(
     if weight.is_cuda:
         warn_once("2:4 experts are computed by dense GEMMs, without their speed: %s", reason)
     return ReferenceExpertGemms(experts, recipe, channels, probe, grouped)
+
+
+def _of_fp8_experts(
+    experts: int,
+    recipe: SparsityRecipe,
+    shard: WeightShard,
+    sparse: bool,
+    probe: Probe,
+    grouped: bool,
+    quantizers: OperandQuantizers,
+    hybrid: bool,
+) -> ExpertGemms:
+    if not sparse:
+        return DenseFp8ExpertGemms(experts, quantizers, hybrid, grouped, probe)
+    channels = channels_of_expert(shard, experts)
+    return PackedFp8ExpertGemms(experts, recipe, channels, quantizers, hybrid, probe=probe)
 
 
 def channels_of_expert(shard: WeightShard, experts: int) -> tuple[ShardSlice, ...]:

@@ -109,7 +109,10 @@ def _fp8_scales(config: ResolvedConfig, grid: Grid, sparse: bool) -> Scaling | N
         return None
     if settings.fp8_recipe == "tensorwise":
         # With context parallelism every rank scales by its own tokens, as Transformer Engine does.
-        return CurrentScaling(grid.max_over_tp if grid.tp_size > 1 else None)
+        return CurrentScaling(
+            grid.max_over_tp if grid.tp_size > 1 else None,
+            grid.max_over_tp_ep if grid.tp_size * grid.ep_size > 1 else None,
+        )
     return DelayedScaling(
         grid.device,
         settings.fp8_amax_history_len,

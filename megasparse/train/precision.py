@@ -47,22 +47,23 @@ def settle_fp8(config: ResolvedConfig, device: torch.device | None) -> ResolvedC
 def _refusal(config: ResolvedConfig, device: torch.device | None) -> str | None:
     if not config.train.bf16:
         return "the run is in float32, expected --bf16"
-    if config.model.num_experts is not None:
-        return "the GEMMs of experts are in 16 bits"
     missing = None if device is None else transformer_engine.refusal(device)
     return missing or _shape_refusal(config)
 
 
 def _shape_refusal(config: ResolvedConfig) -> str | None:
     """Of the first linear that FP8 GEMMs do not take."""
-    recipe, tp = recipe_of(config), config.parallel.tensor_model_parallel_size
-    for one in layer_parameters(config.model):
-        if not one.is_linear:
-            continue
-        names = [
-            f"{config.model.block}.layers.{n}.{one.module}" for n in range(config.model.num_layers)
-        ]
-        for sparse in {recipe.matches(name) for name in names}:
-            if reason := shapes.refusal(one.module, one.local_shape(tp), tp, one.parts, sparse):
-                return reason
+    model, recipe = config.model, recipe_of(config)
+    tp = config.parallel.tensor_model_parallel_size
+    for kind in dict.fromkeys(model.expert_layers):  # with experts, or without
+        numbers = [n for n, experts in enumerate(model.expert_layers) if experts == kind]
+        for one in layer_parameters(model, numbers[0]):
+            if not one.is_linear:
+                continue
+            rows, columns = one.local_shape(tp)
+            shape, parts = (rows // one.experts, columns), max(one.parts // one.experts, 1)
+            names = [f"{model.block}.layers.{n}.{one.module}" for n in numbers]
+            for sparse in {recipe.matches(name) for name in names}:
+                if reason := shapes.refusal(one.module, shape, tp, parts, sparse):
+                    return reason
     return None

@@ -64,7 +64,12 @@ def test_defaults_are_filled_in():
         (
             ["--num-experts", "4", "--expert-model-parallel-size", "4"],
             2,
-            "the data parallel size 2 is not divisible by",
+            "the data parallel size x context_parallel_size 2 is not divisible by",
+        ),
+        (
+            ["--num-experts", "4", "--context-parallel-size", "2", "--seq-length", "36"],
+            2,
+            "chunks of 9 tokens cut segments of 36",
         ),
         (
             ["--num-experts", "4", "--tensor-model-parallel-size", "2"],

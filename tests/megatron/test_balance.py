@@ -10,13 +10,14 @@ import torch
 balance = pytest.importorskip("megasparse.megatron.balance")
 
 
-def _grid(tp_size=1, dp_cp_size=1):
+def _grid(tp_size=1, dp_cp_size=1, cp_size=1):
     def tripled(sums):
         return sums.mul_(3)
 
     return SimpleNamespace(
         tp_size=tp_size,
         dp_cp_size=dp_cp_size,
+        cp_size=cp_size,
         device=torch.device("cpu"),
         sum_over_model=tripled,
         sum_over_dp_cp=lambda sums: sums,
@@ -50,6 +51,10 @@ def test_losses_are_means_over_layers_and_micro_batches(monkeypatch):
     # Summed over the model (three times here), by layers, micro-batches and replicas.
     expected = {"load_balancing_loss": 3 * 4.0 / 30, "z_loss": 3 * 12.0 / 2 / 30}
     assert found == pytest.approx(expected)
+    # Ranks of context parallelism have parts of a balance, and means of their own of the other.
+    divided = _grid(tp_size=2, dp_cp_size=10, cp_size=2)
+    found = balance.losses_of_step(divided, layers=2, micro_batches=3)
+    assert found == pytest.approx({**expected, "z_loss": expected["z_loss"] / 2})
     del tracker["z_loss"]
     assert set(balance.losses_of_step(_grid(), 2, 1)) == {"load_balancing_loss"}
     tracker.clear()

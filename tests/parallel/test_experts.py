@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
 from tests import dist
-from tests.parallel.layouts import PP2, SP, TP2, zero
+from tests.parallel.layouts import CP2, PP2, SP, TP2, zero
 from tests.runs import LLAMA, TINY, train
 
 EP2 = ["--expert-model-parallel-size", "2"]
@@ -15,27 +17,33 @@ EP4 = ["--expert-model-parallel-size", "4"]
 BASE = [
     *TINY, *LLAMA, "--num-experts", "4", "--moe-ffn-hidden-size", "32", "--moe-layer-freq", "[0,1]",
     "--num-layers", "2", "--moe-shared-expert-intermediate-size", "32", "--hidden-size", "32",
-    "--moe-aux-loss-coeff", "0.01", "--moe-z-loss-coeff", "0.001", "--seq-length", "16",
+    "--moe-aux-loss-coeff", "0.01", "--moe-z-loss-coeff", "0.001", "--seq-length", "64",
     "--global-batch-size", "8", "--lr", "2e-4", "--lr-decay-iters", "40", "--log-interval", "2",
     "--replica-check-interval", "2", "--mask-update-interval", "3",
 ]  # fmt: skip
 RECIPES = {
     "fst": [],
-    "s_ste": ["--sparsity-recipe", "s_ste", "--masked-decay", "none"],
-}
+    # Documents do not see each other.
+    "s_ste": [
+        "--sparsity-recipe", "s_ste", "--masked-decay", "none", "--reset-attention-mask",
+        "--reset-position-ids", "--eod-mask-loss",
+    ],
+}  # fmt: skip
 # Each for two steps, from the checkpoint of the one before.
 CHAIN: list[tuple[int, list[str]]] = [
     (2, [*EP2, *zero(1)]),
     (4, [*EP4]),
     (4, [*TP2, *SP, *EP2, *zero(1)]),
     (4, [*PP2, *EP2, *zero(1), "--moe-token-dispatcher-type", "allgather"]),
+    (4, [*TP2, *SP, *CP2, *EP2, *zero(1)]),  # context parallel ranks share the experts
+    (4, [*PP2, *CP2, *zero(1)]),
 ]
 TOLERANCE = 2e-6
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_layout_continues_the_run_of_one_process(tmp_path, dataset, recipe):
-    chain = CHAIN if recipe == "fst" else CHAIN[1:3]
+    chain = CHAIN[:5] if recipe == "fst" else [CHAIN[1], CHAIN[5]]
     steps = 2 * len(chain)
     base = [*BASE, *RECIPES[recipe], "--data-path", dataset, "--train-iters", str(steps)]
     whole = dist.run(train, 1, [*base, "--run-dir", str(tmp_path / "one")])[0]
@@ -88,3 +96,57 @@ def _differing(rank: int, world: int, flags: list[str]) -> None:
         with torch.no_grad():
             engine.model.decoder.layers[1].mlp.experts.linear_fc1.weight[0, 0] += 1
     check_replicas(engine.model, engine.controller, grid, 1)
+
+
+# FP8 operands come in tiles of 128.
+WIDE = [
+    *TINY, *LLAMA, "--num-layers", "2", "--hidden-size", "128", "--ffn-hidden-size", "128",
+    "--num-experts", "4", "--moe-layer-freq", "[0,1]", "--moe-aux-loss-coeff", "0.01",
+    "--seq-length", "16", "--global-batch-size", "8", "--lr", "2e-4", "--bf16",
+    "--lr-decay-iters", "40", "--mask-update-interval", "3", "--train-iters", "4",
+    "--fp8-amax-history-len", "3", "--log-interval", "2",
+]  # fmt: skip
+FP8_RUNS = {
+    "fst, delayed": ["--fp8-format", "e4m3"],
+    "s_ste, current": ["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", *RECIPES["s_ste"]],
+}
+
+
+def _fp8_run(rank: int, world: int, flags: list[str]) -> tuple[list[dict], list[list[float]]]:
+    """Rows of a run whose device is said to have FP8, and the scales after every step."""
+    from megasparse.fp8.delayed import DelayedScaling
+
+    scales: list[list[float]] = []
+    finish = DelayedScaling.finish_step
+
+    def recording(self):
+        finish(self)
+        scales.append(list(self.assumed))
+
+    with (
+        mock.patch("megasparse.fp8.transformer_engine.refusal", return_value=None),
+        mock.patch.object(DelayedScaling, "finish_step", recording),
+    ):
+        return train(rank, world, flags), scales
+
+
+@pytest.mark.parametrize("name", FP8_RUNS)
+def test_fp8_is_the_same_over_expert_parallel_ranks(tmp_path, dataset, name):
+    """Two steps on two ranks that share the experts, and two more on one that has all."""
+    base = [*WIDE, *FP8_RUNS[name], "--data-path", dataset]
+    whole, scales = dist.run(_fp8_run, 1, [*base, "--run-dir", str(tmp_path / "one")])[0]
+    run = [*base, "--run-dir", str(tmp_path / "run")]
+    shared = [*run, *EP2, *zero(1), "--exit-interval", "2", "--replica-check-interval", "1"]
+    (_, ours), (_, theirs) = dist.run(_fp8_run, 2, shared)
+    rows, more = dist.run(_fp8_run, 1, [*run, "--resume"])[0]
+    assert ours == theirs  # both ranks, exactly
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row, expected in zip(rows, whole, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+    # Of x and weights (gradients are twice as large where two ranks take half of the micro-batches
+    # each). Powers of two: equal but for those on an edge.
+    steps = zip([*ours, *more], scales, strict=True)
+    numbered = [enumerate(zip(*step, strict=True)) for step in steps]
+    pairs = [pair for step in numbered for n, pair in step if n % 4 < 2]
+    assert sum(a == b for a, b in pairs) >= 0.9 * len(pairs)
+    assert bool(pairs) == (name == "fst, delayed")

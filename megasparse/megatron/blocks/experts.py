@@ -28,9 +28,12 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megasparse.config.batches import expert_segment
 from megasparse.megatron.blocks.torch_modules import GatedActivation
+from megasparse.megatron.context.share import token_share
 from megasparse.megatron.expert_linear import ExpertLinear
-from megasparse.sparsity.gemms.experts import Arrivals
+from megasparse.sparsity.autograd.experts import rows_of_tokens, tokens_of_rows
+from megasparse.sparsity.gemms.expert_tokens import Arrivals
 
 
 class Experts(torch.nn.Module):
@@ -58,9 +61,14 @@ class Experts(torch.nn.Module):
         self, x: torch.Tensor, probabilities: torch.Tensor, arrivals: Arrivals
     ) -> torch.Tensor:
         """`(T, H)`, sorted by expert, and `(T,)` -> `(T, H)`, a partial sum over TP."""
-        y = self.activation(self.linear_fc1(x, arrivals))
+        first, second = self.linear_fc1.current_gemms(), self.linear_fc2.current_gemms()
+        both: Any = (first[0], second[0])
+        tile, draws = max(one.tile for one in both), any(one.draws for one in both)
+        tokens = arrivals.in_tiles(tile, draws and self.training, x.device)
+        x, probabilities = rows_of_tokens(x, tokens), rows_of_tokens(probabilities, tokens)
+        y = self.activation(self.linear_fc1(x, tokens, first))
         weighted = (y * probabilities.unsqueeze(-1)).to(y.dtype)
-        return self.linear_fc2(weighted, arrivals)
+        return tokens_of_rows(self.linear_fc2(weighted, tokens, second), tokens)
 
 
 class ExpertLayer(MoELayer):
@@ -76,17 +84,23 @@ class ExpertLayer(MoELayer):
         wanted = fc1.draws or self.experts.linear_fc2.draws
         dispatcher.places = None
         if wanted and self.training:
-            sequence, batch = dispatcher.hidden_shape[:2]
-            split = self.config.sequence_parallel and self.attn_tp_group.size() or 1
-            local, micro_batch = sequence * batch, _micro_batch(self.experts)
-            dispatcher.micro_batch_tokens = local * split
-            rank = self.attn_tp_group.rank() if split > 1 else 0
-            start = (micro_batch * split + rank) * local
-            device = hidden_states.device
-            dispatcher.places = dispatcher.send_places(
-                torch.arange(start, start + local, device=device)
-            )
+            dispatcher.places = dispatcher.send_places(self._places(hidden_states.device))
         return sent
+
+    def _places(self, device: torch.device) -> torch.Tensor:
+        """Of this rank's tokens `(T,)`, in the batch of the step."""
+        dispatcher, share = self.token_dispatcher, token_share(self.config)
+        sequence, batch = dispatcher.hidden_shape[:2]
+        split = self.config.sequence_parallel and self.attn_tp_group.size() or 1
+        rank = self.attn_tp_group.rank() if split > 1 else 0
+        local, sequence = sequence * batch, sequence * split * share.size
+        # Of what tensor-parallel ranks share; context parallelism makes two runs of it.
+        own = torch.arange(rank * local, (rank + 1) * local, device=device)
+        (_, place), (start, second) = (runs := share.places(local * split))[0], runs[-1]
+        if share.size > 1:
+            own = torch.where(own < start, own + place, own + (second - start))
+        dispatcher.segment_tokens = expert_segment(sequence) * batch
+        return own + _micro_batch(self.experts) * sequence * batch
 
     def routed_experts_compute(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
@@ -99,7 +113,7 @@ class ExpertLayer(MoELayer):
         arrivals = Arrivals(
             [int(count) for count in counts],
             None if places is None else dispatcher.sort_places(places),
-            dispatcher.micro_batch_tokens,
+            dispatcher.segment_tokens,
             fc1.first,
             fc1.total,
         )
@@ -119,12 +133,12 @@ class PlacesByAlltoAll(MoEAlltoAllTokenDispatcher):
 
     Attributes:
         places: int64, of the tokens that have come; None: they were not sent.
-        micro_batch_tokens: of a micro-batch.
+        segment_tokens: of those that are grouped for MVUE.
     """
 
     tp_size: int
     places: torch.Tensor | None = None
-    micro_batch_tokens: int = 1
+    segment_tokens: int = 1
 
     def send_places(self, own: torch.Tensor) -> torch.Tensor:
         """Of this rank's tokens `(T,)`, to where the tokens went."""
@@ -198,7 +212,7 @@ class PlacesByAllGather(MoEAllGatherTokenDispatcher):
     """
 
     places: torch.Tensor | None = None
-    micro_batch_tokens: int = 1
+    segment_tokens: int = 1
 
     def send_places(self, own: torch.Tensor) -> torch.Tensor:
         """Of this rank's tokens `(T,)`, to all ranks."""
@@ -223,7 +237,7 @@ def finish_expert_layers(model: torch.nn.Module) -> None:
         MoEAllGatherTokenDispatcher: PlacesByAllGather,
     }
     for module in model.modules():
-        if type(module) is MoELayer:
+        if type(module) is MoELayer and isinstance(module.experts, Experts):
             module.__class__ = ExpertLayer
             dispatcher = module.token_dispatcher
             dispatcher.__class__ = dispatchers[type(dispatcher)]

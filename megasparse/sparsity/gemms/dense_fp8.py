@@ -48,15 +48,23 @@ class OperandQuantizers(NamedTuple):
     draw: Quantizer
 
     @classmethod
-    def of(cls, scaling: Any, split: int | None = None) -> OperandQuantizers:
+    def of(
+        cls, scaling: Any, split: int | None = None, of_experts: bool = False
+    ) -> OperandQuantizers:
         """Four new ones of a DelayedScaling or CurrentScaling.
 
         Args:
             split: the dimension of the weight (N, K) that tensor parallelism splits: 0 splits dZ
                 too, 1 splits x.
+            of_experts: the weight is of experts, which expert parallelism divides.
         """
-        sharded = (split == 1, split is not None, split == 0, split == 0)
-        return cls(*(scaling.quantizer(part) for part in sharded))
+        x, weight, gradient, draw = (split == 1, split is not None, split == 0, split == 0)
+        return cls(
+            scaling.quantizer(x),
+            scaling.quantizer(weight, of_experts),
+            scaling.quantizer(gradient),
+            scaling.quantizer(draw),
+        )
 
     def export_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps of them."""
@@ -117,12 +125,7 @@ class DenseFp8Gemms:
 
     def _scale_in_place(self, scale: Scale) -> Scale:
         """The weight's scale at an address that stays: current scaling makes new tensors."""
-        before = getattr(self, "_weight", None)
-        if before is None or before.scale is scale.scale:
-            return scale
-        return scale._replace(
-            scale=before.scale.copy_(scale.scale), scale_inv=before.scale_inv.copy_(scale.scale_inv)
-        )
+        return kept_scale(getattr(self, "_weight", None), scale)
 
     def input_scale(self) -> Scale | None:
         return self._quantizers.x.known_scale()
@@ -249,6 +252,15 @@ class DenseFp8Gemms:
 
     def _tell(self, operand: str, values: torch.Tensor, stored: torch.Tensor) -> None:
         self._probe.fp8(operand, values, stored.float(), stored.dtype)
+
+
+def kept_scale(before: Scale | None, scale: Scale) -> Scale:
+    """`scale` at the addresses of an earlier step's; the first keeps its own."""
+    if before is None or before.scale is scale.scale:
+        return scale
+    return scale._replace(
+        scale=before.scale.copy_(scale.scale), scale_inv=before.scale_inv.copy_(scale.scale_inv)
+    )
 
 
 def whole_tiles(x_TK: torch.Tensor) -> torch.Tensor:

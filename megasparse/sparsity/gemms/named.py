@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 
 from megasparse.kernels.accumulate import Factors
-from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.protocol import LinearGemms, SavedInput
 from megasparse.timer import named
 
@@ -44,11 +43,9 @@ class NamedGemms:
         with named(f"{self._layer} output"):
             return self._gemms.output_of_activated(*operands)
 
-    def prepare_grad_output(
-        self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
-    ) -> Any:
+    def prepare_grad_output(self, *operands: Any) -> Any:
         with named(f"{self._layer} preparation of grad_output"):
-            return self._gemms.prepare_grad_output(dz_TN, seed, sums)
+            return self._gemms.prepare_grad_output(*operands)
 
     def prepare_activated_grad_output(self, *operands: Any) -> Any:
         with named(f"{self._layer} preparation of grad_output"):

@@ -1,28 +1,26 @@
 """2:4 GEMMs of experts on sparse tensor cores: 16-bit, by cuSPARSELt, one product an expert.
 
-The stacked weight is projected and packed in one pass, and the parts of each expert are put side by
-side as the library reads them (`by_expert`): the number of launches does not depend on the number
-of experts. Output and grad_input of all experts are computed sparse, or by one grouped dense GEMM
-on the same pruned weights where that is faster; the two are measured against each other for all
-experts together, once for a range of tokens. The weight gradient stays with MVUE, whose draws are
-part of the result.
-
-An expert's tokens are of any number. Products of 64 rows more or less are one plan of the library:
-a product runs over the rows of the next expert, which that writes after it.
+The stacked weight is projected and packed in one launch, each expert as the library reads it.
+Output and grad_input of all experts are computed sparse, or by one grouped dense GEMM on the same
+pruned weights where that is faster; the two are measured against each other for all experts
+together, once for a range of tokens. The weight gradient stays with MVUE, whose draws are part of
+the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch.nn.functional import pad
 
-from megasparse.kernels import matmul24, pack24, spmm24, unpack24, weight_pack24
-from megasparse.kernels.packed24 import Packed24
-from megasparse.kernels.random import SeedLike
-from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
-from megasparse.sparsity.gemms.experts import Arrivals, ReferenceExpertGemms, rows_at
+from megasparse.kernels import mvue_pack24_experts, unpack24, weight_pack24_experts
+from megasparse.kernels.packed24 import PackedStack
+from megasparse.kernels.weight_pack24.experts import ExpertOperands
+from megasparse.sparsity.gemms.choice import GemmChooser, shared_chooser
+from megasparse.sparsity.gemms.expert_products import ExpertChoices, Streams, each_product, each_sum
+from megasparse.sparsity.gemms.expert_tokens import ExpertTokens
+from megasparse.sparsity.gemms.experts import ExpertGradOutput, ReferenceExpertGemms
+from megasparse.sparsity.gemms.protocol import SavedInput
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -42,6 +40,8 @@ class PackedExpertGemms(ReferenceExpertGemms):
         chooser: which GEMMs compute which shape; default: the GPU's own, kept on disk.
     """
 
+    tile = TILE
+
     def __init__(
         self,
         experts: int,
@@ -52,17 +52,18 @@ class PackedExpertGemms(ReferenceExpertGemms):
     ) -> None:
         super().__init__(experts, recipe, channels, probe, grouped=True)
         self._chooser = chooser
-        self._choices: dict[tuple[str, int], Choice] = {}
-        self._operands: tuple[Packed24, Packed24 | torch.Tensor | None] | None = None
-        self._packed: list[Packed24] = []
-        self._packed_t: list[Packed24] = []
+        self._choices = ExpertChoices(experts, "16 bits")
+        self._operands: ExpertOperands | None = None
         self._is_dense = False  # whether W~ is there as a dense matrix too
 
     def refill(self, w_NK: torch.Tensor, projected: Projected | None) -> None:
         assert projected is not None
         self._master, self._projected, self._is_dense = w_NK.detach(), projected, False
-        self._operands = weight_pack24(
+        if self._chooser is None:
+            self._chooser = shared_chooser(w_NK.device)
+        self._operands = weight_pack24_experts(
             self._master,
+            self._experts,
             projected.mask,
             threshold_scale=projected.beta,
             transposed=self._recipe.packed_transpose,
@@ -70,95 +71,74 @@ class PackedExpertGemms(ReferenceExpertGemms):
             nan_flag=projected.nan_flag,
             out=self._operands,
         )
-        packed, packed_t = self._operands
-        self._packed = by_expert(packed, self._experts, 0, self._packed)
-        if isinstance(packed_t, Packed24):
-            self._packed_t = by_expert(packed_t, self._experts, 1, self._packed_t)
 
-    def output(self, x_TK: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
-        return self._multiply("output", self._packed, x_TK, arrivals, super().output)
-
-    def grad_input(self, dz_TN: torch.Tensor, arrivals: Arrivals) -> torch.Tensor:
-        if not self._packed_t:
-            return super().grad_input(dz_TN, arrivals)
-        return self._multiply("grad_input", self._packed_t, dz_TN, arrivals, super().grad_input)
-
-    def grad_weight(
-        self, dz_TN: torch.Tensor, x_TK: torch.Tensor, arrivals: Arrivals, seed: SeedLike
-    ) -> torch.Tensor:
-        if self._recipe.mvue == "off":
-            return self._weight_gradients(dz_TN, x_TK, arrivals.counts)
-        draws = arrivals.draws(TILE)
-        dz_NT = self._drawn(dz_TN, draws, seed).t().contiguous()
-        x_TK, flag = rows_at(x_TK, draws.source), self._projected.error_flag
-        dw = x_TK.new_zeros(self._experts, dz_NT.shape[0], x_TK.shape[1])
-
-        def products(algorithm: int) -> torch.Tensor:
-            parts = dz_NT.split(draws.counts, 1), x_TK.split(draws.counts)
-            for block, dz, x in zip(dw, *parts, strict=True):
-                if len(x):
-                    packed = pack24(dz, error_flag=flag)
-                    block.copy_(matmul24(packed, x, algorithm=algorithm))
-            return dw
-
-        choice = self._choice(
-            "grad_weight",
-            dz_NT.shape[0] * x_TK.shape[1],
-            len(x_TK),
-            products,
-            lambda: self._weight_gradients(dz_NT.t(), x_TK, draws.counts).view_as(dw),
+    def output(self, x_TK: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
+        assert self._operands is not None
+        dense = super().output
+        return self._multiply(
+            "output", self._operands[0], x_TK, tokens, lambda: dense(x_TK, tokens)
         )
-        if choice.dense_wins:
-            return self._weight_gradients(dz_NT.t(), x_TK, draws.counts)
+
+    def grad_input(self, operands: ExpertGradOutput) -> torch.Tensor:
+        assert self._operands is not None
+        packed_t, dense = self._operands[1], super().grad_input
+        if not isinstance(packed_t, PackedStack):
+            return dense(operands)
+        dz_TN, tokens, _ = operands
+        return self._multiply("grad_input", packed_t, dz_TN, tokens, lambda: dense(operands))
+
+    def grad_weight(self, operands: ExpertGradOutput, saved: SavedInput) -> torch.Tensor:
+        if not self.draws:
+            return super().grad_weight(operands, saved)
+        counts, (x_TK,), flag = operands.tokens.counts, saved, self._projected.error_flag
+        dz_TN, tokens, seed = operands
+        assert tokens.groups is not None
+        with self._probe.timer.span("preparation"):
+            packed = mvue_pack24_experts(
+                dz_TN,
+                counts,
+                tokens.groups,
+                seed=seed,
+                channels=tuple((s.local_start, s.global_start, s.length) for s in self._channels),
+                exact=self._recipe.mvue == "exact",
+                error_flag=flag,
+            )
+        if self._probe.asked:
+            kept = torch.cat([one.values.flatten() for one in packed])
+            self._probe.mvue(dz_TN, kept, self._recipe)
+
+        def products(algorithm: int, streams: Streams) -> torch.Tensor:
+            return each_sum(packed, x_TK, counts, algorithm, streams).flatten(0, 1)
+
+        def dense() -> torch.Tensor:
+            drawn_NT = torch.cat([one.stored() for one in packed], 1)
+            return self._weight_gradients(drawn_NT.t(), x_TK, counts)
+
+        # Dense or not, MVUE's draws are part of the result: only the algorithm is chosen.
+        shape, rows = (dz_TN.shape[1], x_TK.shape[1]), x_TK.shape[0]
+        choice = self._choices.choose(self._chooser, "grad_weight", shape, rows, products, dense)
         self.ran_sparse.add("grad_weight")
-        return products(choice.algorithm).flatten(0, 1)
+        return products(choice.algorithm, choice.streams)
 
     def _multiply(
         self,
         name: str,
-        packed: Sequence[Packed24],
+        packed: PackedStack,
         a: torch.Tensor,
-        arrivals: Arrivals,
-        dense: Callable[[torch.Tensor, Arrivals], torch.Tensor],
+        tokens: ExpertTokens,
+        dense: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
         """`a_e @ W_e^T` of the packed W of every expert, or dense where that is faster."""
-        rows, columns = packed[0].shape
 
-        def products(algorithm: int) -> torch.Tensor:
-            return each_product(packed, a, arrivals.counts, algorithm)
+        def products(algorithm: int, streams: Streams) -> torch.Tensor:
+            return each_product(packed.each, a, tokens.counts, algorithm, streams)
 
-        choice = self._choice(
-            name, rows * columns, a.shape[0], products, lambda: dense(a, arrivals)
-        )
+        shape = packed.each[0].shape
+        choice = self._choices.choose(self._chooser, name, shape, a.shape[0], products, dense)
         if choice.dense_wins:
-            return dense(a, arrivals)
+            return dense()
         self.ran_sparse.add(name)
-        return products(choice.algorithm)
-
-    def _choice(
-        self,
-        name: str,
-        size: int,
-        tokens: int,
-        sparse: Callable[[int], torch.Tensor],
-        dense: Callable[[], torch.Tensor],
-    ) -> Choice:
-        """For all experts together, of a range of tokens: up to the next eighth of a power of 2.
-
-        Args:
-            size: N K of an expert.
-            tokens: of all experts.
-        """
-        step = max(1 << max(tokens.bit_length() - 4, 0), TILE)
-        rounded = -(-tokens // step) * step
-        known = self._choices.get((name, rounded))
-        if known is None:
-            chooser = self._chooser or shared_chooser(self._master.device)
-            n, k = self._packed[0].shape
-            key = f"{self._experts} experts, {name} T {rounded}, N {n}, K {k}, {self._master.dtype}"
-            known = chooser.choose(key, 2 * size * tokens, sparse, dense)
-            self._choices[name, rounded] = known
-        return known
+        return products(choice.algorithm, choice.streams)
 
     def _weights(self) -> torch.Tensor:
         """W~ `(E, N, K)` where a dense GEMM needs it, made once a step at most."""
@@ -174,74 +154,8 @@ class PackedExpertGemms(ReferenceExpertGemms):
     def _of_grad_input(self) -> torch.Tensor:
         if not self._recipe.double_pruned:
             return self._weights()
-        return torch.stack([unpack24(packed).t() for packed in self._packed_t])
-
-
-def each_product(
-    packed: Sequence[Packed24], a: torch.Tensor, counts: Sequence[int], algorithm: int
-) -> torch.Tensor:
-    """`a_e @ W_e^T` of every expert, `(T, N)`; rows of 64 more or less are one product.
-
-    Args:
-        packed: W of each expert.
-        a: `(T, K)`, sorted by expert.
-        counts: rows of each.
-    """
-    total, width = a.shape[0], packed[0].shape[0]
-    z = a.new_empty(total + TILE, width)
-    start = 0
-    for weight, count in zip(packed, counts, strict=True):
-        if not count:
-            continue
-        end = start + -(-count // TILE) * TILE
-        rows = a[start:end]
-        if len(rows) < end - start:
-            rows = pad(rows, (0, 0, 0, end - start - len(rows)))
-        # Rows beyond the expert's are the next one's, who writes them after it.
-        spmm24(weight, rows, algorithm=algorithm, out=z[start:end])
-        start += count
-    return z[:total]
-
-
-def by_expert(
-    packed: Packed24, experts: int, dim: int, before: Sequence[Packed24]
-) -> list[Packed24]:
-    """The packed weights of each expert, each in one buffer, of those of all in one.
-
-    Args:
-        packed: of the stacked weight `(E N, K)`, or of its transpose `(K, E N)`; 16 bits.
-        dim: along which experts follow each other.
-        before: what an earlier call gave, to be filled in place; empty: new memory.
-    """
-    rows, columns = packed.shape
-    n, k = (rows // experts, columns) if dim == 0 else (rows, columns // experts)
-    size = n * k  # bytes of the values of one expert: half of its entries, of 2 bytes
-    if not before:
-        place = packed.values.device
-        buffer = torch.empty(experts, size + n * k // 8, dtype=torch.uint8, device=place)
-        before = [
-            Packed24(
-                one[:size].view(packed.dtype).view(n, k // 2),
-                one[size:],
-                (n, k),
-                packed.dtype,
-                packed.scale,
-            )
-            for one in buffer
-        ]
-    first = before[0].values
-    stride = size + n * k // 8
-    whole = first.view(torch.uint8).as_strided((experts, stride), (stride, 1), 0)
-    values, metadata = whole[:, :size], whole[:, size:]
-    if dim == 0:
-        values.copy_(packed.values.view(torch.uint8).view(experts, size))
-        metadata.copy_(packed.metadata.view(experts, -1))
-    else:
-        apart = packed.values.view(n, experts, k // 2).transpose(0, 1)
-        values.unflatten(1, (n, k)).view(packed.dtype).copy_(apart)
-        blocks = packed.metadata.view(n // TILE, experts, -1).transpose(0, 1)
-        metadata.unflatten(1, (n // TILE, -1)).copy_(blocks)
-    return list(before)
+        assert self._operands is not None and isinstance(self._operands[1], PackedStack)
+        return torch.stack([unpack24(packed).t() for packed in self._operands[1].each])
 
 
 def refusal(

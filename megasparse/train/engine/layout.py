@@ -180,7 +180,7 @@ class Layout(ABC):
             self._added = self.controller.add_up_in(self.gradients.views, self.sums)
 
     def _begin_gradients(self) -> None:
-        balance.begin_step(self.accumulation_steps)
+        balance.begin_step(self.accumulation_steps, self.grid.cp_size)
         if self.gradients is not None:
             self.gradients.begin_step()
 

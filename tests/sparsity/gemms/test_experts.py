@@ -7,7 +7,8 @@ import torch
 
 from megasparse.kernels import is_24, mvue24, prune24_mask
 from megasparse.sparsity.autograd.experts import expert_linear
-from megasparse.sparsity.gemms.experts import Arrivals, DenseExpertGemms, ReferenceExpertGemms
+from megasparse.sparsity.gemms.expert_tokens import Arrivals, ExpertTokens
+from megasparse.sparsity.gemms.experts import DenseExpertGemms, ReferenceExpertGemms
 from megasparse.sparsity.operands import channels_of_expert
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
@@ -34,7 +35,7 @@ def test_the_three_gemms_are_those_of_one_linear_an_expert(pruned):
     x = torch.randn(sum(COUNTS), K, dtype=torch.float64, requires_grad=True)
     stacked = weight.clone().requires_grad_()
     dz = torch.randn(sum(COUNTS), N, dtype=torch.float64)
-    z = expert_linear(x, stacked, gemms, Arrivals(COUNTS))
+    z = expert_linear(x, stacked, gemms, ExpertTokens(COUNTS))
     z.backward(dz)
     used = weight * mask if pruned else weight
     for n, (rows, part) in enumerate(zip(x.split(COUNTS), z.split(COUNTS), strict=True)):
@@ -80,7 +81,9 @@ def test_draws_depend_on_the_token_and_not_on_who_computes_it():
         )
         dz = torch.stack([values[e, p] for e, p in flat]) if flat else values.new_zeros(0, N)
         inputs = x[[p for _, p in flat]]
-        return gemms.grad_weight(dz, inputs, arrivals, 17).view(len(own), N, K)
+        order = arrivals.in_tiles(1, True, dz.device)
+        operands = gemms.prepare_grad_output(order.rows(dz), order, 17)
+        return gemms.grad_weight(operands, (order.rows(inputs),)).view(len(own), N, K)
 
     whole = gradient([0, 1, 2, 3], [0, 1, 2], shuffle=False)
     assert whole.abs().sum() > 0
@@ -91,25 +94,38 @@ def test_draws_depend_on_the_token_and_not_on_who_computes_it():
     assert torch.allclose(apart, whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("multiple", [4, 64])
-def test_groups_have_tokens_of_one_micro_batch(multiple):
+@pytest.mark.parametrize("tile", [4, 64])
+def test_groups_have_tokens_of_one_micro_batch(tile):
     places = torch.tensor([3, 0, 9, 8, 1, 15, 2, 2, 12])
-    draws = Arrivals([7, 0, 2], places, 8, 3, 8).draws(multiple)
-    assert [count % multiple for count in draws.counts] == [0, 0, 0] and draws.counts[1] == 0
-    assert len(draws.source) == sum(draws.counts) == 4 * len(draws.groups)
-    kept = [n for n in draws.source.tolist() if n < len(places)]
-    assert sorted(kept) == list(range(len(places)))
-    for group in draws.source.view(-1, 4).tolist():
-        assert len({int(places[n]) // 8 for n in group if n < len(places)}) <= 1
-    assert draws.groups[0] == 0 * 8 + 3  # token 0 of expert 3
-    dz = torch.randn(len(places), N)[draws.source.clamp(max=8)]
-    drawn = mvue24(dz, seed=1, dim=0, groups=draws.groups)
+    tokens = Arrivals([7, 0, 2], places, 8, 3, 8).in_tiles(tile, True, places.device)
+    assert [count % tile for count in tokens.counts] == [0, 0, 0] and tokens.counts[1] == 0
+    assert sum(tokens.counts) == 4 * len(tokens.groups)
+    assert len(set(tokens.spots.tolist())) == len(places)
+    rows = tokens.rows(places + 1)  # 0: no token
+    assert torch.equal(tokens.tokens(rows), places + 1)
+    for group in rows.view(-1, 4).tolist():
+        assert len({(place - 1) // 8 for place in group if place}) <= 1
+    assert tokens.groups[0] == 0 * 8 + 3  # token 0 of expert 3
+    drawn = mvue24(tokens.rows(torch.randn(len(places), N)), seed=1, dim=0, groups=tokens.groups)
     assert is_24(drawn, dim=0)
 
 
-def test_no_token_at_all():
-    draws = Arrivals([0, 0], torch.empty(0, dtype=torch.int64), 4, 0, 2).draws(64)
-    assert draws.counts == [0, 0] and not len(draws.groups)
+@pytest.mark.parametrize("counts", [[3, 0, 130], [0, 0, 0], [0, 128, 1]])
+@pytest.mark.parametrize("draws", [False, True])
+def test_rows_are_whole_tiles_with_every_token_once(counts, draws):
+    """Without groups tokens keep their order; without tokens there is a tile of zeros."""
+    total = sum(counts)
+    arrivals = Arrivals(counts, torch.arange(total) if draws else None, 200, 0, 3)
+    tokens = arrivals.in_tiles(128, draws, torch.device("cpu"))
+    assert [n % 128 for n in tokens.counts] == [0, 0, 0] and sum(tokens.counts)
+    x = torch.arange(1.0, total + 1).view(-1, 1).expand(-1, 2).contiguous()
+    rows = tokens.rows(x)
+    assert rows.shape == (sum(tokens.counts), 2) and rows.sum() == x.sum()
+    assert torch.equal(tokens.tokens(rows), x)
+    for own, part in zip(x.split(counts), rows.split(tokens.counts), strict=True):
+        assert torch.equal(part[part[:, 0] > 0], own)
+    assert (tokens.groups is None) != draws
+    assert Arrivals(counts).in_tiles(1, False, x.device) == ExpertTokens(counts)
 
 
 def test_every_expert_has_a_scale_of_its_own_and_a_state_that_comes_back():
@@ -118,7 +134,7 @@ def test_every_expert_has_a_scale_of_its_own_and_a_state_that_comes_back():
     state = SparseWeight("w", make_recipe("s_ste"), WeightShard((E * N, K)), experts=E)
     gemms = state.gemms(weight, 0, True, True)
     x = torch.randn(6, K)
-    z = gemms.output(x, Arrivals([2, 2, 2]))
+    z = gemms.output(x, ExpertTokens([2, 2, 2]))
     for n in range(E):
         alone = SparseWeight("w", make_recipe("s_ste"), WeightShard((N, K)))
         part = weight.view(E, N, K)[n].contiguous()

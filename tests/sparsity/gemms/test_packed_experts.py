@@ -5,21 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megasparse.fp8.current import CurrentScaling
+from megasparse.fp8.delayed import DelayedScaling
 from megasparse.kernels import (
-    pack24,
+    mvue24,
     prune24_mask,
     s_ste_scale,
     soft_threshold24,
     transposable24_mask,
     weight_pack24,
 )
+from megasparse.sparsity.autograd.experts import expert_linear
 from megasparse.sparsity.gemms import packed_experts
 from megasparse.sparsity.gemms.choice import GemmChooser
-from megasparse.sparsity.gemms.experts import Arrivals, DenseExpertGemms, ReferenceExpertGemms
-from megasparse.sparsity.gemms.packed_experts import PackedExpertGemms, by_expert, refusal
-from megasparse.sparsity.projection import Projected
+from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
+from megasparse.sparsity.gemms.expert_tokens import Arrivals, ExpertTokens
+from megasparse.sparsity.gemms.experts import DenseExpertGemms, ReferenceExpertGemms
+from megasparse.sparsity.gemms.fp8_experts import DenseFp8ExpertGemms, PackedFp8ExpertGemms
+from megasparse.sparsity.gemms.packed_experts import PackedExpertGemms, refusal
+from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
+from megasparse.sparsity.probe import Probe
+from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import ShardSlice
+from tests.transformer_engine import needs_transformer_engine
 
 E, N, K = 3, 128, 64
 COUNTS = [70, 0, 129]
@@ -31,10 +40,20 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert float(error) < 6e-3, float(error)  # bfloat16 rounding of the results
 
 
-def _arrivals(device: torch.device) -> Arrivals:
+def _tokens(device: torch.device, tile: int, draws: bool = True) -> ExpertTokens:
     generator = torch.Generator().manual_seed(2)
     places = torch.cat([torch.randperm(400, generator=generator)[:n].sort()[0] for n in COUNTS])
-    return Arrivals(COUNTS, places.to(device), 200, 3, 8)
+    return Arrivals(COUNTS, places.to(device), 200, 3, 8).in_tiles(tile, draws, device)
+
+
+def _projected(w: torch.Tensor, recipe) -> Projected:
+    search = transposable24_mask if recipe.transposable else prune24_mask
+    soft = recipe.projection == "soft_threshold"
+    return Projected(
+        None if soft else search(w),
+        s_ste_scale(w, experts=E) if soft else None,
+        *(torch.zeros(1, dtype=torch.int32, device=w.device) for _ in range(2)),
+    )
 
 
 @pytest.mark.parametrize("name", ["ste", "fst", "s_ste", "s_ste_3"])
@@ -42,46 +61,157 @@ def test_equal_to_the_reference(device, name):
     torch.manual_seed(1)
     w = torch.randn(E * N, K, device=device).bfloat16()
     recipe = make_recipe(name)
-    search = transposable24_mask if recipe.transposable else prune24_mask
-    soft = recipe.projection == "soft_threshold"
-    projected = Projected(
-        None if soft else search(w),
-        s_ste_scale(w, experts=E) if soft else None,
-        *(torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2)),
-    )
+    projected = _projected(w, recipe)
     packed = PackedExpertGemms(E, recipe, CHANNELS, chooser=GemmChooser(None))
     reference = ReferenceExpertGemms(E, recipe, CHANNELS)
     for _ in range(2):  # the second time in place
         packed.refill(w, projected)
     reference.refill(w, projected)
-    arrivals = _arrivals(device)
-    x = torch.randn(sum(COUNTS), K, device=device).bfloat16()
-    dz = torch.randn(sum(COUNTS), N, device=device).bfloat16()
-    _close(packed.output(x, arrivals), reference.output(x, arrivals))
-    _close(packed.grad_input(dz, arrivals), reference.grad_input(dz, arrivals))
-    found = packed.grad_weight(dz, x, arrivals, 7)
-    _close(found, reference.grad_weight(dz, x, arrivals, 7))
+    tokens = _tokens(device, packed.tile)
+    x = tokens.rows(torch.randn(sum(COUNTS), K, device=device).bfloat16())
+    dz = tokens.rows(torch.randn(sum(COUNTS), N, device=device).bfloat16())
+    (z, saved), (expected, kept) = (g.output_and_saved(x, tokens) for g in (packed, reference))
+    _close(z, expected)
+    ours, theirs = (g.prepare_grad_output(dz, tokens, 7) for g in (packed, reference))
+    _close(packed.grad_input(ours), reference.grad_input(theirs))
+    found = packed.grad_weight(ours, saved)
+    _close(found, reference.grad_weight(theirs, kept))
     assert not found.view(E, N, K)[1].any()
     assert not projected.error_flag.any()
     sparse = {"output"} | ({"grad_weight"} if recipe.mvue != "off" else set())
     assert packed.ran_sparse == sparse | ({"grad_input"} if recipe.packed_transpose else set())
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_an_experts_operand_is_what_packing_it_alone_gives(dim):
-    """Of the stacked weight, and of its transpose."""
-    torch.manual_seed(3)
-    w = torch.randn(E * N, K).bfloat16()
-    mask = transposable24_mask(w)
-    whole = weight_pack24(w, mask, transposed="packed")[dim]
-    again = by_expert(whole, E, dim, by_expert(whole, E, dim, []))
-    for n, packed in enumerate(again):
-        own = (w * mask).view(E, N, K)[n]
-        alone = pack24((own if dim == 0 else own.t()).contiguous())
-        assert packed.shape == alone.shape and packed.in_one_buffer
-        assert torch.equal(packed.values, alone.values)
-        assert torch.equal(packed.metadata, alone.metadata)
-        assert torch.equal(packed.buffer, alone.buffer)
+FP8_ERROR = 0.045  # two e4m3 roundings and one of bfloat16 (`test_packed_fp8.py`)
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _scaled(kind: type, device: torch.device) -> tuple:
+    scaling = kind(device) if kind is DelayedScaling else kind()
+    quantizers = OperandQuantizers.of(scaling, of_experts=True)
+    scaling.allocate()
+    return scaling, quantizers
+
+
+@pytest.mark.parametrize("kind", [DelayedScaling, CurrentScaling])
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("name", ["fst", "s_ste", "s_ste_3", "ste", "dense"])
+def test_fp8_against_what_they_round(device, name, hybrid, kind):
+    """The three GEMMs of every expert on the operands before they are rounded, in float64."""
+    needs_transformer_engine(device)
+    torch.manual_seed(1)
+    w = torch.randn(E * N, 2 * K, device=device).bfloat16()
+    w[:N] *= 0.05  # one expert's weights are smaller
+    _, quantizers = _scaled(kind, device)
+    recipe = make_recipe("fst" if name == "dense" else name)
+    if name == "dense":
+        gemms = DenseFp8ExpertGemms(E, quantizers, hybrid, grouped=True)
+        gemms.refill(w, None)
+        pruned = again = w.double()
+    else:
+        chooser = GemmChooser(None) if w.is_cuda else None
+        gemms = PackedFp8ExpertGemms(E, recipe, CHANNELS, quantizers, hybrid, chooser=chooser)
+        projected = _projected(w, recipe)
+        for _ in range(2):  # the second time in place
+            gemms.refill(w, projected)
+        pruned = again = effective(w, projected).double()
+        if recipe.double_pruned:
+            again = torch.stack([p.dense().t() for p in gemms._operands[1].each]).double()
+            again = again.flatten(0, 1)
+    tokens = _tokens(device, gemms.tile, gemms.draws)
+    x = torch.randn(sum(COUNTS), 2 * K, device=device).bfloat16()
+    dz = (torch.randn(sum(COUNTS), N, device=device) * 1e-5).bfloat16()
+    x, dz = tokens.rows(x).requires_grad_(), tokens.rows(dz)
+    weight = w.clone().requires_grad_()
+    z = expert_linear(x, weight, gemms, tokens, 7)
+    z.backward(dz)
+    drawn = dz.double()
+    if gemms.draws:
+        drawn = mvue24(dz.float(), seed=7, dim=0, groups=tokens.groups).double()
+    loose = (
+        1.7
+        if hybrid and "grad_input" not in (recipe.sparse_gemms if name != "dense" else ())
+        else 1.0
+    )
+    loose_sum = 1.0 if gemms.draws else loose
+    parts = (t.split(tokens.counts) for t in (x.detach().double(), dz.double(), drawn, z, x.grad))
+    for n, (x_e, dz_e, drawn_e, z_e, dx_e) in enumerate(zip(*parts, strict=True)):
+        w_e, again_e, dw_e = (t.view(E, N, -1)[n] for t in (pruned, again, weight.grad))
+        if not len(x_e):
+            assert not dw_e.any()
+            continue
+        assert _error(z_e, x_e @ w_e.t()) < FP8_ERROR
+        assert _error(dx_e, dz_e @ again_e) < loose * FP8_ERROR
+        assert _error(dw_e, drawn_e.t() @ x_e) < loose_sum * FP8_ERROR
+    assert z.dtype == x.grad.dtype == weight.grad.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(gemms.output(x.detach(), tokens), z)
+    if name != "dense":
+        assert gemms.ran_sparse == set(recipe.sparse_gemms)
+
+
+@pytest.mark.parametrize("name", ["fst", "s_ste", "dense"])
+def test_fp8_of_one_expert_is_that_of_a_linear(device, name):
+    """Bit for bit: formats, scales and draws are those of other layers."""
+    needs_transformer_engine(device)
+    torch.manual_seed(2)
+    w = torch.randn(N, 2 * K, device=device).bfloat16()
+    x = torch.randn(256, 2 * K, device=device).bfloat16()
+    dz = torch.randn(256, N, device=device).bfloat16()
+    places = torch.arange(256, device=device)
+    tokens = Arrivals([256], places, 256, 0, 1).in_tiles(128, name != "dense", device)
+    # A linear's groups have the numbers 0, 1, ...; an expert's those of their first tokens.
+    tokens = ExpertTokens(tokens.counts, torch.arange(64, device=device), tokens.spots)
+    results = []
+    for stacked in (True, False):
+        scaling, quantizers = _scaled(DelayedScaling, device)
+        more = {"chooser": GemmChooser(None)} if w.is_cuda else {}
+        one = (1,) if stacked else ()
+        if name == "dense":
+            kind = DenseFp8ExpertGemms if stacked else DenseFp8Gemms
+            gemms = kind(*one, quantizers)
+            gemms.refill(w, None)
+        else:
+            recipe = make_recipe(name)
+            soft = recipe.projection == "soft_threshold"
+            beta = s_ste_scale(w).view((1,) if stacked else ()) if soft else None
+            kind = PackedFp8ExpertGemms if stacked else PackedFp8Gemms
+            gemms = kind(*one, recipe, CHANNELS, quantizers, **more)
+            gemms.refill(w, Projected(None if soft else transposable24_mask(w), beta))
+        if stacked:
+            z, saved = gemms.output_and_saved(x, tokens)
+            operands = gemms.prepare_grad_output(dz, tokens, 5)
+        else:
+            z, saved = gemms.output_and_saved(x)
+            operands = gemms.prepare_grad_output(dz, 5)
+        dx, dw = gemms.grad_input(operands), gemms.grad_weight(operands, saved)
+        results.append((z, dx, dw, scaling.history.clone(), scaling.scale.clone()))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_fp8_tells_the_probe(device):
+    needs_transformer_engine(device)
+    w = torch.randn(E * N, 2 * K, device=device).bfloat16()
+    probe = Probe()
+    probe.ask()
+    _, quantizers = _scaled(DelayedScaling, device)
+    chooser = GemmChooser(None) if w.is_cuda else None
+    recipe = make_recipe("fst")
+    gemms = PackedFp8ExpertGemms(E, recipe, CHANNELS, quantizers, probe=probe, chooser=chooser)
+    projected = _projected(w, recipe)
+    gemms.refill(w, projected)
+    tokens = _tokens(device, 128)
+    dz = tokens.rows(torch.randn(sum(COUNTS), N, device=device).bfloat16())
+    gemms.prepare_grad_output(dz, tokens, 7)
+    assert float(probe.maxima["weight"]) == float((w * projected.mask).abs().max())
+    assert float(probe.sums["fp8_weight_all"]) == w.numel()
+    drawn = mvue24(dz.float(), seed=7, dim=0, groups=tokens.groups)
+    found = float(probe.sums["mvue_after"] / probe.sums["mvue_before"])
+    assert found == pytest.approx(float(drawn.square().sum() / dz.float().square().sum()), rel=0.02)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -122,10 +252,11 @@ def test_grouped_gemms_are_those_one_after_the_other(device):
     w = torch.randn(E * N, K, device=device).bfloat16()
     x = torch.randn(sum(COUNTS), K, device=device).bfloat16()
     dz = torch.randn(sum(COUNTS), N, device=device).bfloat16()
-    arrivals = _arrivals(device)
+    tokens = ExpertTokens(COUNTS)
     one, all_ = DenseExpertGemms(E, False, w), DenseExpertGemms(E, True, w)
-    _close(all_.output(x, arrivals), one.output(x, arrivals))
-    _close(all_.grad_input(dz, arrivals), one.grad_input(dz, arrivals))
-    found = all_.grad_weight(dz, x, arrivals, 0)
-    _close(found, one.grad_weight(dz, x, arrivals, 0))
+    _close(all_.output(x, tokens), one.output(x, tokens))
+    operands = one.prepare_grad_output(dz, tokens, 0)
+    _close(all_.grad_input(operands), one.grad_input(operands))
+    found = all_.grad_weight(operands, (x,))
+    _close(found, one.grad_weight(operands, (x,)))
     assert not found.view(E, N, K)[1].any()

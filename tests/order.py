@@ -41,6 +41,7 @@ LONGEST = [
     "megatron/test_standalone.py",
     "tools/bench/test_ranks.py",
     "convert/test_torch_dist.py",
+    "convert/test_torch_dist_optimizer.py",
     "tools/test_search_decay.py",
     "tools/bench/test_kernels.py",
     "tools/bench/test_scaling.py",

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from megasparse.checkpoint.pieces import Piece, common, divide, owners
+from megasparse.checkpoint.pieces import Piece, common, divide, may_meet, owners, span
 from megasparse.sparsity.shard import WeightShard
 
 
@@ -51,6 +51,22 @@ def test_runs_are_the_common_entries_of_two_pieces():
                 assert run.wanted + n not in found
                 found[run.wanted + n] = True
         assert len(found) == len(set(ours) & set(theirs)), (wanted, stored)
+
+
+def test_a_span_is_the_first_and_the_last_place_and_no_meeting_is_denied():
+    generator = random.Random(2)
+    met = 0
+    for _ in range(600):
+        shape = generator.choice([(24,), (12, 8), (8, 12), (4, 6, 8)])
+        one, other = (_random_piece(generator, shape) for _ in range(2))
+        places = [_places(piece) for piece in (one, other)]
+        for piece, found in zip((one, other), places, strict=True):
+            if found:
+                assert span(piece) == (found[0], found[-1]), piece
+        if set(places[0]) & set(places[1]):
+            met += 1
+            assert may_meet(one, other), (one, other)
+    assert met > 100
 
 
 @pytest.mark.parametrize("world", [1, 2, 5, 64])

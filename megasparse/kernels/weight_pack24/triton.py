@@ -29,6 +29,7 @@ from megasparse.kernels.weight_pack24.triton_block import (
     crowded,
     load_block,
     load_mask,
+    place_in_stack,
     prune_four,
     select_four,
     stacked,
@@ -70,9 +71,10 @@ def _weight_pack24_kernel(
     amax_ptr,
     flag,
     nan_flag,
+    own_rows,
     num_columns,
     blocks_of_beta,
-    blocks_of_part,
+    STACKED: tl.constexpr,
     KIND: tl.constexpr,
     OUT: tl.constexpr,
     PRUNE: tl.constexpr,
@@ -82,8 +84,8 @@ def _weight_pack24_kernel(
     """64 x COLUMNS of w; pointers to groups are to words. Without `metadata_t`, values_t is dense.
 
     With PRUNE columns are pruned to 2:4 before they are packed. `values_t` has a word for 8 rows
-    (two groups) of w that is as wide as what those become. Of a stack of parts what they become
-    follows one another; `entries` are of the parts before.
+    (two groups) of w that is as wide as what those become. Of a stack of parts, of `own_rows` rows
+    each, what they become follows one another; `entries` are of the parts before.
     """
     GROUPS: tl.constexpr = COLUMNS // 4
     BITS: tl.constexpr = 8 if OUT == "e4m3" else 16
@@ -91,9 +93,7 @@ def _weight_pack24_kernel(
     pid = tl.program_id(0)
     tile = (pid // BANDS) % tiles
     block_row = (pid // (BANDS * tiles)) * BANDS + pid % BANDS
-    part = block_row // blocks_of_part
-    own_row, own_rows = block_row - part * blocks_of_part, blocks_of_part * 64
-    entries = part.to(tl.int64) * own_rows * num_columns
+    own_row, entries = place_in_stack(block_row, own_rows, num_columns, STACKED)
     value_bytes, metadata_bytes = entries * BITS // 16, entries // 8
     beta, scale, scale_inv = 1.0, 1.0, 1.0
     if mask is None:
@@ -225,9 +225,10 @@ def weight_pack24(
         None if amax is None else amax.view(torch.int32),
         flag,
         nan_flag,
+        rows // parts,
         total,
         rows // 64 // (1 if threshold_scale is None else threshold_scale.numel()),
-        rows // 64 // parts,
+        STACKED=parts > 1,
         KIND=KINDS[w.dtype],
         OUT=KINDS[packed.dtype],
         PRUNE=prune,

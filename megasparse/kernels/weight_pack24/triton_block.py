@@ -20,6 +20,22 @@ from megasparse.kernels.soft_threshold24.triton import soft_threshold_group
 
 
 @triton.jit
+def place_in_stack(block_row, own_rows, num_columns, STACKED: tl.constexpr):
+    """The number of 64 rows in their part of a stack, and the entries (int64) of the parts before.
+
+    Args:
+        block_row: their number in the whole.
+        own_rows: of a part.
+    """
+    if STACKED:
+        part = block_row // (own_rows // 64)
+        entries = part.to(tl.int64) * own_rows * num_columns
+        return block_row - part * (own_rows // 64), entries
+    else:
+        return block_row, tl.full((), 0, tl.int64)
+
+
+@triton.jit
 def load_block(w, group, stride, KIND: tl.constexpr):
     """The bits of 4x4 blocks: four rows of four entries."""
     live = tl.full(group.shape, 1, tl.int1)

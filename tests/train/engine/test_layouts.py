@@ -48,6 +48,7 @@ def _layout(kind, accumulation_steps, dp_size=1, dp_rank=0):
     layout.grid = SimpleNamespace(
         device=torch.device("cpu"),
         dp_size=dp_size,
+        cp_size=1,
         dp_rank=dp_rank,
         rank=0,
         world=1,

@@ -11,7 +11,8 @@ import multiprocessing.context
 
 _context = multiprocessing.get_context("forkserver")
 # The first makes sure that the others find no GPU: a fork could not use what they opened.
-_context.set_forkserver_preload(["tests.cpu_only", "pytest", "megasparse.train.main", "tests.dist"])
+_PRELOADED = ["tests.cpu_only", "pytest", "megasparse.train.main", "tests.dist", "tests.frozen"]
+_context.set_forkserver_preload(_PRELOADED)
 
 
 def context() -> multiprocessing.context.ForkServerContext:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ def convert(info: FieldInfo, value: Any, source: str) -> Any:
         if any(isinstance(item, (dict, list)) or item is None for item in items):
             raise wrong
         texts = [str(item) for item in items]
-        if any(not _is_text(text, info.metadata.get("empty")) for text in texts):
+        if any(not is_text(text, info.metadata.get("empty")) for text in texts):
             raise wrong
         return texts
     if info.kind is bool:
@@ -103,7 +104,7 @@ def convert(info: FieldInfo, value: Any, source: str) -> Any:
     if (
         (isinstance(converted, float) and not math.isfinite(converted))
         or (isinstance(converted, int) and abs(converted) > MAX_INTEGER)
-        or (isinstance(converted, str) and not _is_text(converted, info.metadata.get("empty")))
+        or (isinstance(converted, str) and not is_text(converted, info.metadata.get("empty")))
         or ("choices" in limits and converted not in limits["choices"])
         or ("at_least" in limits and converted < limits["at_least"])
         or ("above" in limits and converted <= limits["above"])
@@ -113,8 +114,12 @@ def convert(info: FieldInfo, value: Any, source: str) -> Any:
     return converted
 
 
-def _is_text(text: str, may_be_empty: bool | None = False) -> bool:
+def is_text(text: str, may_be_empty: bool | None = False) -> bool:
     """Whether the system can take a text as a name: an empty one is an unset shell variable."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # halves of surrogate pairs, which YAML can name
+        return False
     return (bool(text.strip()) or bool(may_be_empty)) and "\0" not in text and len(text) < 4096
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from megasparse.config import command_line
 from megasparse.config.command_line import CommandLine
 from megasparse.config.deepspeed.json_file import take_over
-from megasparse.config.fields import ALIASES, FIELDS, FieldInfo, convert, nearest_field
+from megasparse.config.fields import ALIASES, FIELDS, FieldInfo, convert, is_text, nearest_field
 from megasparse.config.inputs import locate, replace_sources
 from megasparse.config.packaged import find_config
 from megasparse.config.schema import RunConfig
@@ -200,7 +200,7 @@ def _apply_yaml(
     tree = _read_yaml(path)
     base = tree.pop("base", None)
     if base is not None:
-        if not isinstance(base, str):
+        if not isinstance(base, str) or not is_text(base):
             raise ConfigError(
                 f"{path}: base: found {shown(base)}, expected the name of a YAML file"
             )

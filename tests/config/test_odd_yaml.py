@@ -51,6 +51,8 @@ ODD = {
     "a list of bases": "base: [a, b]",
     "a base that is a device": "base: /dev/zero",
     "a base that is itself": "base: odd.yaml",
+    "a base of half a character": 'base: "\\ud800\\udc00"',
+    "half a character": 'checkpoint:\n  run_dir: "\\ud800"',
     "too large": "#" * (1 << 21),
     "a time of YAML 1.1": "train:\n  train_iters: 1:30:00",
     "a time with a fraction": "checkpoint:\n  exit_duration_in_mins: 1:30.5",
@@ -94,7 +96,7 @@ def test_many_problems_stay_readable(tmp_path):
     assert len(refused.value.problems) <= 50
 
 
-@pytest.mark.parametrize("value", ["", " ", "a\0b", "x" * 5000])
+@pytest.mark.parametrize("value", ["", " ", "a\0b", "x" * 5000, "\ud800"])
 @pytest.mark.parametrize("name", [f.name for f in FIELDS.values() if "path" in f.metadata])
 def test_no_path_is_empty_or_no_name(name, value):
     with pytest.raises(ConfigError, match="found"):

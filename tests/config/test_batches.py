@@ -11,7 +11,7 @@ from megasparse.config import TrainConfig, load_config, resolve
 from megasparse.config.batches import batch_size, samples_after, steps_within
 from megasparse.errors import ConfigError
 
-# megatron-core 0.19 grows batches by another flag.
+# What the batches are compared with; megatron-core 0.16 has it, 0.19 has not.
 MEGATRONS = getattr(num_microbatches_calculator, "RampupBatchsizeNumMicroBatchesCalculator", None)
 
 
@@ -33,7 +33,9 @@ def test_batches_grow_as_megatrons(batch, ramp, samples):
         assert steps_within(train, 0, samples) == samples // batch
         return
     if MEGATRONS is None:
-        pytest.skip("this megatron-core has no --rampup-batch-size")
+        pytest.skip(
+            "nothing to compare with: megatron-core lacks RampupBatchsizeNumMicroBatchesCalculator"
+        )
     theirs = MEGATRONS(batch, 1, 1, False, 1, *ramp)
     consumed, steps = 0, 0
     while True:

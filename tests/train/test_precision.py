@@ -48,14 +48,20 @@ def test_what_can_be_had_stays(settled):
         (["--bf16", "--hidden-size", "192"], None, "x 192"),
         (["--bf16", "--num-attention-heads", "2", "--kv-channels", "20"], None, "of a dense"),
         (
-            ["--bf16", "--num-experts", "2", "--moe-ffn-hidden-size", "192",
-             "--disable-bias-linear"],
+            [
+                "--bf16",
+                "--num-experts",
+                "2",
+                "--moe-ffn-hidden-size",
+                "192",
+                "--disable-bias-linear",
+            ],
             None,
             "mlp.experts.linear_fc1: FP8 of a 2:4 linear with a shard of 192 x 128",
         ),
         ([], None, "float32"),
     ],
-)  # fmt: skip
+)
 def test_a_run_that_may_fall_back_says_why(settled, flags, hardware, reason):
     wanted = ["--fp8-format", "e4m3"]
     found, said = settled(GPU, *flags, *wanted, "--fp8-fallback", hardware=hardware)

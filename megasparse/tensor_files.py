@@ -114,9 +114,11 @@ class TensorFile:
     def sha256(self, name: str) -> str:
         """Digest of a tensor's values, with memory for a part of them."""
         digest, begin = hashlib.sha256(), self.places[name]
-        left, buffer = self.entries[name].nbytes, memoryview(bytearray(_CHUNK))
+        left = self.entries[name].nbytes
+        # No larger than the tensor: a run has thousands of small ones, and memory is zeroed first.
+        buffer = memoryview(bytearray(min(left, _CHUNK)))
         while left:
-            part = buffer[: min(left, _CHUNK)]
+            part = buffer[:left]
             self._fill(part, begin)
             digest.update(part)
             begin, left = begin + len(part), left - len(part)

@@ -2,14 +2,17 @@
 
     python -m tools.experiments.equal_time --scale 30m --minutes 5 --output runs/equal_30m
     ... --scale 200m --minutes 10 --seeds 1 2 --output runs/equal_200m --jobs 2      # two GPUs
-    ... --scale 30m --minutes 5 --output runs/equal_30m --jobs 3 --share-gpus        # side by side
+    ... --scale 200m --minutes 10 --output runs/equal_200m --sweep-lr 1.5e-4 3e-4 6e-4
+    ... --scale 200m --minutes 10 --output runs/equal_200m --own-rates               # each its best
 
 First it measures tokens/s of every variant alone on a GPU, with CUDA graphs (`tools.bench.train`),
 into speeds.json. Dense models are taken at the speed of the fastest layers there are, Transformer
 Engine's or ours; a schedule of phases at the speeds of its phases. Then each variant trains for
 `minutes` times its speed: the schedule of the learning rate has that length, so that every run ends
-at its lowest rate. Runs may share a GPU meanwhile, for their steps are counted out before.
-Evaluation, logging and saving are left out of the minutes.
+at its lowest rate. Evaluation, logging and saving are left out of the minutes. Runs may share a GPU
+(`--jobs 3 --share-gpus`), for their steps are counted out before; that saves no time, as processes
+take turns on it.
+`--sweep-lr` trains the first seed of --only with each rate for the same minutes.
 
 All linears of the blocks are 2:4, in e4m3 where the name ends in _fp8. Writes equal_time.md, .json
 and .png: final losses in nats and in percent to dense FP8, in pairs that share a seed, with
@@ -31,9 +34,9 @@ from megasparse.cli import guarded
 from megasparse.config import load_config
 from megasparse.errors import ConfigError, MegasparseError
 from megasparse.metrics import plots
-from tools.experiments import corpus_data, equal_tables, finished, run_queue
+from tools.experiments import corpus_data, equal_tables, finished, recipe_sweep, run_queue
 from tools.experiments.compare_recipes import TEXTS
-from tools.experiments.equal_rates import SPEEDS, needed, rate_of, read_speeds
+from tools.experiments.equal_rates import SPEEDS, Speeds, needed, rate_of, read_speeds
 from tools.experiments.recipe_runs import Work, train, write
 from tools.experiments.recipe_tables import missing_line
 from tools.experiments.recipe_variants import ALL_LINEARS, ALL_VARIANTS
@@ -58,32 +61,52 @@ def steps_in(minutes: float, rate: float, step_tokens: int) -> int:
     return steps
 
 
-def tasks_of(work: Work, minutes: float, rates: dict[str, float]) -> dict[Task, tuple[str, int]]:
-    """The runs, with variant and seed."""
+def lengths(work: Work, minutes: float, rates: dict[str, float]) -> dict[str, list[str]]:
+    """Flags of each variant that make it as long as its speed allows."""
     config = load_config(work.task("dense", work.seeds[0]).arguments)
     batch = config.train.global_batch_size or config.train.micro_batch_size
     step_tokens = batch * config.model.seq_length
+    found = {}
+    for variant in work.variants:
+        steps = steps_in(minutes, rate_of(variant, rates), step_tokens)
+        more = ["--train-iters", str(steps), "--eval-interval", str(steps // EVALUATIONS)]
+        found[variant] = [*more, "--log-interval", str(max(steps // 24, 1))]
+    return found
+
+
+def tasks_of(work: Work, minutes: float, rates: dict[str, float]) -> dict[Task, tuple[str, int]]:
+    """The runs, with variant and seed."""
+    more = lengths(work, minutes, rates)
     tasks = {}
     for seed in work.seeds:
         for variant in work.variants:
-            steps = steps_in(minutes, rate_of(variant, rates), step_tokens)
-            more = ["--train-iters", str(steps), "--eval-interval", str(steps // EVALUATIONS)]
-            more += ["--log-interval", str(max(steps // 24, 1))]
-            folder = f"minutes-{minutes:g}/{variant}-seed-{seed}"
-            tasks[work.task(variant, seed, folder, more)] = (variant, seed)
+            own = "own-rates/" if variant in work.rates else ""
+            folder = f"minutes-{minutes:g}/{own}{variant}-seed-{seed}"
+            tasks[work.task(variant, seed, folder, more[variant])] = (variant, seed)
     return tasks
 
 
+def measured_speeds(work: Work) -> Speeds:
+    """Of all variants.
+
+    Raises:
+        ConfigError: some were not measured.
+    """
+    speeds = read_speeds(work.output)
+    missing = [n for n in needed(work.variants) if speeds is None or n not in speeds.rates]
+    if speeds is None or missing:
+        raise ConfigError(f"{work.output}/{SPEEDS} lacks {', '.join(missing)}")
+    return speeds
+
+
 def compare(work: Work, minutes: float) -> str:
-    """Train what is missing; the tables, also in equal_time.md.
+    """Train what is missing; the tables, also in equal_time.md (own_rates.md with rates of their
+    own).
 
     Raises:
         ConfigError: speeds were not measured.
     """
-    speeds = read_speeds(work.output)
-    missing_rates = [n for n in needed(work.variants) if speeds is None or n not in speeds.rates]
-    if speeds is None or missing_rates:
-        raise ConfigError(f"{work.output}/{SPEEDS} lacks {', '.join(missing_rates)}")
+    speeds = measured_speeds(work)
     tasks = tasks_of(work, minutes, speeds.rates)
     missing = [task.name for task in train(work, tasks)]
     runs = {key: finished.read(task.folder) for task, key in tasks.items()}
@@ -98,10 +121,10 @@ def compare(work: Work, minutes: float) -> str:
     ]
     lines = equal_tables.report(rows, work.variants, speeds.rates, minutes, work.command)
     lines += [f"Speeds: {speeds.hardware}.", *missing_line(missing)]
-    write(work.output, "equal_time", rows, lines)
+    write(work.output, work.table, rows, lines)
     if plots.available():
         plots.save_chart(
-            equal_tables.chart(rows, work.variants, minutes), work.output / "equal_time.png"
+            equal_tables.chart(rows, work.variants, minutes), work.output / f"{work.table}.png"
         )
     return "\n".join(lines)
 
@@ -120,14 +143,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--corpus", type=Path, nargs="+", default=[], help="JSONL; default: made")
     parser.add_argument("--only", nargs="+", default=DEFAULT, metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument(
+        "--sweep-lr", type=float, nargs="+", default=[], metavar="LR", help="for --only"
+    )
+    parser.add_argument("--own-rates", action="store_true", help="of --sweep-lr, each its best")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--share-gpus", action="store_true", help="more --jobs than GPUs")
+    parser.add_argument("--discard-checkpoints", action="store_true", help="of complete runs")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="for the whole command")
     args = parser.parse_args(own)
 
     def run() -> None:
         if unknown := [name for name in args.only if name not in ALL_VARIANTS]:
             raise ConfigError(f"--only {unknown[0]}, expected of {', '.join(ALL_VARIANTS)}")
+        if (args.sweep_lr or args.own_rates) and "--lr" in flags:
+            raise ConfigError("--sweep-lr and --own-rates choose the rate: not with -- --lr")
+        if args.sweep_lr and args.own_rates:
+            raise ConfigError("--sweep-lr trains with the rates given: not with --own-rates")
         gpus = run_queue.visible_gpus()
         run_queue.check_jobs(args.jobs, "", gpus, args.share_gpus)
         limit = None if args.time_limit is None else began + 60 * args.time_limit
@@ -141,7 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             queue=RunQueue(run_queue.start_process, args.jobs, gpus, limit),
             corpus=args.corpus,
             command=shlex.join(["python", "-m", "tools.experiments.equal_time", *argv]),
+            discard=args.discard_checkpoints,
+            table="own_rates" if args.own_rates else "equal_time",
         )
+        if args.own_rates:
+            work.rates = recipe_sweep.own_rates(work)
         work.output.mkdir(parents=True, exist_ok=True)
         speeds = read_speeds(work.output)
         if speeds is None or not set(needed(args.only)) <= speeds.rates.keys():
@@ -152,7 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             process = run_queue.start_process([*names, "--", *flags], {}, None, program=program)
             if process.wait():
                 raise MegasparseError("speeds could not be measured, see above")
-        print(compare(work, args.minutes))
+        if args.sweep_lr:
+            more = lengths(work, args.minutes, measured_speeds(work).rates)
+            print(recipe_sweep.sweep(work, args.sweep_lr, more))
+        else:
+            print(compare(work, args.minutes))
 
     return guarded("equal_time.py", run)
 

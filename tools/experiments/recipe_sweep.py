@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megasparse.config import load_config
 from megasparse.errors import ConfigError
@@ -11,17 +11,25 @@ from tools.experiments import finished, recipe_tables
 from tools.experiments.recipe_runs import Work, train, write
 
 
-def sweep(work: Work, rates: Sequence[float]) -> str:
+def sweep(
+    work: Work, rates: Sequence[float], more: Mapping[str, Sequence[str]] | None = None
+) -> str:
     """Train the variants with each learning rate; the table, also in sweep.md, with the best's
     flags.
 
     `min_lr` is the same share of the rate as in the configuration. Rows of variants that are not
     swept now stay in sweep.json.
+
+    Args:
+        more: flags of each variant, such as its number of steps.
     """
     seed = work.seeds[0]
     tasks = {
         (variant, rate): work.task(
-            variant, seed, f"sweep/{_folder(variant)}lr-{rate:g}-seed-{seed}", _flags(work, rate)
+            variant,
+            seed,
+            f"sweep/{_folder(variant)}lr-{rate:g}-seed-{seed}",
+            [*(more or {}).get(variant, ()), *_flags(work, rate)],
         )
         for variant in work.variants
         for rate in rates

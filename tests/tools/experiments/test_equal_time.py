@@ -73,6 +73,50 @@ def test_runs_are_as_long_as_their_speed_allows(tmp_path):
         assert config.sparsity.sparse_layers == tool.ALL_LINEARS[1:]
 
 
+def test_rates_of_their_own_have_folders_of_their_own(tmp_path):
+    work = _work(tmp_path, ["dense_fp8", "fst_fp8"])
+    work.rates = {"fst_fp8": ["--lr", "4e-3", "--min-lr", "4e-4"]}
+    tasks = tool.tasks_of(work, 3.0, {name: 20_000 * rate for name, rate in RATES.items()})
+    folders = {variant: task.folder.parent for task, (variant, _) in tasks.items()}
+    assert folders["dense_fp8"] == tmp_path / "minutes-3"
+    assert folders["fst_fp8"] == tmp_path / "minutes-3" / "own-rates"
+    rates = {variant: load_config(task.arguments).train.lr for task, (variant, _) in tasks.items()}
+    assert rates["fst_fp8"] == 4e-3 != rates["dense_fp8"]
+
+
+def test_the_sweep_trains_for_the_same_time(tmp_path, monkeypatch):
+    speeds = {name: 20_000 * rate for name, rate in RATES.items()}
+    path = tmp_path / equal_rates.SPEEDS
+    path.write_text(json.dumps({"hardware": "a GPU", "rates": speeds}))
+    begun = []
+    monkeypatch.setattr(
+        tool.recipe_sweep, "train", lambda work, tasks: begun.extend(tasks) or list(tasks)
+    )
+    work = _work(tmp_path, ["dense_fp8", "fst_fp8"])
+    more = tool.lengths(work, 3.0, tool.measured_speeds(work).rates)
+    assert "nothing is complete yet" in tool.recipe_sweep.sweep(work, [1e-3, 2e-3], more)
+    whole = {v: t for t, (v, seed) in tool.tasks_of(work, 3.0, speeds).items() if seed == 1}
+    assert len({task.folder for task in begun}) == len(begun) == 4
+    for task in begun:
+        config, of_run = load_config(task.arguments), load_config(whole[task.kind].arguments)
+        assert config.train.train_iters == of_run.train.train_iters
+        assert config.train.lr in (1e-3, 2e-3) and config.train.min_lr == config.train.lr / 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sweep-lr", "1e-3", "--", "--lr", "1"], "choose the rate: not with -- --lr"),
+        (["--sweep-lr", "1e-3", "--own-rates"], "not with --own-rates"),
+    ],
+)
+def test_choices_that_do_not_go_together(tmp_path, capsys, flags, message):
+    path = tmp_path / "x"
+    own = ["--scale", "10m", "--minutes", "1", "--output", str(path)]
+    assert tool.main([*own, *flags]) == 64
+    assert message in capsys.readouterr().err and not path.exists()
+
+
 def test_speeds_must_be_there(tmp_path):
     with pytest.raises(ConfigError, match="lacks dense, te bf16 fused"):
         tool.compare(_work(tmp_path), 1.0)

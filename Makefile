@@ -1,8 +1,9 @@
 # make quickstart   pre-train a small 2:4 sparse model on this machine (about 5 minutes on 2 cores)
-# make test         the whole test suite (GPU tests run where there is a GPU)
+# make test         the tests, under ten minutes on 2 cores (GPU tests run where there is a GPU)
+# make test-all     further layouts, families and combinations too, as CI does
 # make check        linter, formatter, types
 
-# All three make .venv and install into it first. Where everything is installed already:
+# All make .venv and install into it first. Where everything is installed already:
 #   make test INSTALLED= BIN=$(dirname $(which python3))
 
 PYTHON ?= python3
@@ -31,7 +32,7 @@ export MEGASPARSE_REQUIRE_TRANSFORMER_ENGINE ?= 1
 RANKS := $(if $(filter 1,$(GPUS)),1,2)
 endif
 
-.PHONY: install quickstart test check format clean
+.PHONY: install quickstart test test-all check format clean
 
 install: $(INSTALLED)
 
@@ -60,6 +61,9 @@ $(RUN)/data_text_document.idx: $(RUN)/tokenizer.model
 		--tokenizer-model $< --workers 2 --overwrite
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not thorough"
+
+test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 check: $(INSTALLED)

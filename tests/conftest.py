@@ -30,6 +30,7 @@ import pytest  # noqa: E402
 from tests import quick_python as quick  # noqa: E402
 from tests.order import place  # noqa: E402
 from tests.runs import make_dataset  # noqa: E402
+from tests.thorough import is_thorough  # noqa: E402
 
 if not HAS_GPU:
     from tests.interpreter import make_faster
@@ -37,8 +38,10 @@ if not HAS_GPU:
     make_faster()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, and skip `gpu` tests where torch has no CUDA device.
+    """Put the longest files first, mark `thorough` tests, and skip `gpu` tests where torch has no
+    CUDA device.
 
     The report names each that is skipped, with the reason. They run kernels that exist for GPUs
     only; CPUs test the same semantics by `reference.py`, gloo and Triton's interpreter.
@@ -46,6 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place(item.path))
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
     for item in items:
+        if is_thorough(item.path, item.name):
+            item.add_marker(pytest.mark.thorough)
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(skip)
 

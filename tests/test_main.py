@@ -55,7 +55,6 @@ def test_configurations_are_found_by_name(tmp_path, monkeypatch):
     assert find_config(Path("../configs/quickstart")) == Path("../configs/quickstart")
 
 
-@pytest.mark.slow
 def test_a_wheel_has_commands_configurations_and_types(tmp_path):
     build = "from setuptools import build_meta as b; import sys; print(b.build_wheel(sys.argv[1]))"
     copy = tmp_path / "source"

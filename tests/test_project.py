@@ -65,3 +65,13 @@ def test_hooks_have_the_linters_version():
     assert hooks["repos"][0]["rev"] == f"v{_pin('ruff')}"
     names = {hook["id"] for repo in hooks["repos"] for hook in repo["hooks"]}
     assert {"ruff", "ruff-format", "mypy", "architecture"} <= names
+
+
+@pytest.mark.parametrize("file", sorted(THOROUGH))
+def test_what_is_left_to_test_all_is_there(file):
+    """And something of the file stays in `make test`, or another file tests the same."""
+    source = (ROOT / "tests" / file).read_text()
+    for name in THOROUGH[file]:
+        assert f"def {name.partition('[')[0]}" in source, name
+    assert not is_thorough(ROOT / "tests" / file, "test_of_another_name")
+    assert not is_thorough(ROOT / "elsewhere.py", THOROUGH[file][0])

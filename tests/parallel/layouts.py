@@ -59,7 +59,7 @@ LAYOUTS = {
     "pp 2, dp 2, zero 1, selective": (4, [*PP2, *zero(1), *SELECTIVE]),
 }  # fmt: skip
 
-STEPS = 8
+STEPS = 6
 # 130 tokens are padded to 144: no multiple of the vocabulary's is shared by the ranks evenly.
 BASE = [
     *TINY, "--num-layers", "4", "--hidden-size", "32", "--vocab-size", "130",
@@ -67,8 +67,8 @@ BASE = [
     # Small steps: a 2:4 choice or an MVUE draw that falls the other way by rounding moves the loss
     # little, a wrong gradient still moves it by far more than the tolerance.
     "--lr", "2e-4", "--eval-iters", "1", "--eval-interval", "3",
-    # Masks change before steps 0, 3 and 6; the learning rate falls over more steps than are made.
-    "--mask-update-interval", "3", "--train-iters", str(STEPS), "--lr-decay-iters", "20",
+    # Masks change before steps 0, 2 and 4; the learning rate falls over more steps than are made.
+    "--mask-update-interval", "2", "--train-iters", str(STEPS), "--lr-decay-iters", "20",
 ]  # fmt: skip
 
 

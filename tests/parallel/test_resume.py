@@ -51,8 +51,8 @@ def test_another_layout_continues_the_run(tmp_path, dataset, case):
         _undisturbed[style] = dist.run(traced, 1, flags)[0]
     one = _undisturbed[style]
     run = [*base, "--run-dir", str(tmp_path / "run")]
-    # Step 4 is no step of FST's mask refreshes: the stored masks are those of the next steps.
-    first = dist.run(traced, world_a, [*run, *flags_a, "--exit-interval", "4"])[0]
+    # Step 3 is no step of FST's mask refreshes: the stored masks are those of the next steps.
+    first = dist.run(traced, world_a, [*run, *flags_a, "--exit-interval", "3"])[0]
     second = dist.run(traced, world_b, [*run, *flags_b, "--resume"])[0]
     assert [row["step"] for row in first + second] == list(range(1, STEPS + 1))
     for row, expected in zip(first + second, one, strict=True):

@@ -91,7 +91,6 @@ def test_a_run_that_was_cut_off_is_run_again(monkeypatch, tmp_path):
     assert metrics.read_text() == whole and len(whole.splitlines()) == 9
 
 
-@pytest.mark.slow
 def test_a_search_runs_and_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys, quick_python):
     """The real training: dense, a decay that changes little, one that freezes the masks."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

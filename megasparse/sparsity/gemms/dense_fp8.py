@@ -127,6 +127,12 @@ class DenseFp8Gemms:
         """The weight's scale at an address that stays: current scaling makes new tensors."""
         return kept_scale(getattr(self, "_weight", None), scale)
 
+    def _weight_now(self) -> Scale:
+        """The weight's scale with what products assume now. A captured `refill` fills its place
+        without this object's knowledge, and scales are assumed anew without a refill."""
+        kept = self._weight
+        return self._quantizers.weight.scale_of_saved((kept.scale, kept.scale_inv))
+
     def input_scale(self) -> Scale | None:
         return self._quantizers.x.known_scale()
 
@@ -210,7 +216,7 @@ class DenseFp8Gemms:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert self._w_NK is not None
-        return scaled_mm(row, self._w_NK, x, self._weight, bias, out)
+        return scaled_mm(row, self._w_NK, x, self._weight_now(), bias, out)
 
     def prepare_grad_output(
         self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
@@ -237,7 +243,7 @@ class DenseFp8Gemms:
 
     def grad_input(self, operands: Fp8GradOutput) -> torch.Tensor:
         assert self._w_KN is not None
-        product = scaled_mm(operands.row, self._w_KN, operands.row_scale, self._weight)
+        product = scaled_mm(operands.row, self._w_KN, operands.row_scale, self._weight_now())
         return product[: operands.tokens]
 
     def grad_weight(self, operands: Fp8GradOutput, saved: SavedInput) -> torch.Tensor:

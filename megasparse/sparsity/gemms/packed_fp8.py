@@ -187,7 +187,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
         if isinstance(self._other, Packed24):
             product = self._sparse("grad_input", operands.row, dz)
         else:
-            product = scaled_mm(operands.row, self._other, dz, self._weight)
+            product = scaled_mm(operands.row, self._other, dz, self._weight_now())
         return product[: operands.tokens]
 
     def grad_weight(self, operands: Fp8GradOutput, saved: SavedInput) -> torch.Tensor:
@@ -237,7 +237,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`a (T, K) @ W^T + bias` of a packed W, bfloat16; by a dense GEMM where that is faster."""
-        packed, weight, tokens = self._packed_of(name), self._weight, a.shape[0]
+        packed, weight, tokens = self._packed_of(name), self._weight_now(), a.shape[0]
         (n, k) = packed.shape
 
         def product(algorithm: int) -> torch.Tensor:

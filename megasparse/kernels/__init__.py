@@ -48,6 +48,8 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | mvue_pack24_experts(dz (T, N), counts, groups) | the same, packed for each expert; one launch |
 | grad_pack24(dz (T, N), seed, scales)           | dz in 8 bits, MVUE(dZ^T) packed in e4m3      |
 | grad_pack24_experts(dz (T, N), counts, groups) | the same, packed for each expert; one launch |
+| activation_amax(fused (T, 2 F))                | float32 (1,): largest magnitude of activated |
+| activation_grad_amax(dy (T, F), fused)         | the same of its gradient                     |
 | activation_float8(fused (T, 2 F), scale)       | activated in e4m3: (T', F), (F, T')          |
 | activation_grad_pack24(dy (T, F), fused, seed) | grad_pack24 of activated's gradient          |
 | norm_float8(x (T, H), weight, bias, scale)     | a norm in e4m3: (T', H), (H, T'); statistics |
@@ -70,6 +72,8 @@ from megasparse.kernels.activation import geglu as geglu
 from megasparse.kernels.activation import geglu_fused as geglu_fused
 from megasparse.kernels.activation import swiglu as swiglu
 from megasparse.kernels.activation import swiglu_fused as swiglu_fused
+from megasparse.kernels.activation_amax import activation_amax as activation_amax
+from megasparse.kernels.activation_amax import activation_grad_amax as activation_grad_amax
 from megasparse.kernels.activation_float8 import activation_float8 as activation_float8
 from megasparse.kernels.activation_grad_pack24 import (
     activation_grad_pack24 as activation_grad_pack24,
@@ -132,8 +136,10 @@ __all__ = [
     "RowFloat8",
     "accumulate_",
     "activated",
+    "activation_amax",
     "activation_backward",
     "activation_float8",
+    "activation_grad_amax",
     "activation_grad_pack24",
     "copy_bytes_",
     "count_flips",

@@ -22,7 +22,7 @@ import torch
 from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.autograd.norm import Float8Input
-from megasparse.sparsity.gemms.protocol import LinearGemms, SavedInput, weight_gradient
+from megasparse.sparsity.gemms.protocol import Deferred, LinearGemms, SavedInput, weight_gradient
 from megasparse.sparsity.slorb import LowRankBranch
 
 # Of a layer's draws; a function is asked in the backward pass, once.
@@ -183,6 +183,7 @@ def gathered_output(
     save: bool,
     width: int,
     bias: torch.Tensor | None = None,
+    deferred: Deferred | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, SavedInput]:
     """The gathered X, `X W~^T + bias`, and with `save` what `grad_weight` needs of X.
 
@@ -190,6 +191,7 @@ def gathered_output(
         local: of `local_input`.
         quantized: its operands, where it is quantized already.
         width: N.
+        deferred: may get what the product still lacks.
     """
     x, arrived = start_gather(comm, local)
     if quantized is not None and comm.gathers:
@@ -198,10 +200,8 @@ def gathered_output(
     x_TK = x.reshape(-1, x.shape[-1])
     if quantized is not None:
         operands = quantized.rows, quantized.columns
-        return x, *gemms.output_of_quantized(*operands, x_TK.shape[0], bias)
-    if save:
-        return x, *gemms.output_and_saved(x_TK, bias)
-    return x, gemms.output(x_TK, bias), ()
+        return x, *gemms.output_of_quantized(*operands, x_TK.shape[0], bias, deferred=deferred)
+    return x, *gemms.output_and_saved(x_TK, bias, save, deferred)
 
 
 def _output_by_parts(

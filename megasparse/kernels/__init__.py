@@ -52,6 +52,7 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | activation_grad_amax(dy (T, F), fused)         | the same of its gradient                     |
 | activation_float8(fused (T, 2 F), scale)       | activated in e4m3: (T', F), (F, T')          |
 | activation_grad_pack24(dy (T, F), fused, seed) | grad_pack24 of activated's gradient          |
+| norm_amax(x (T, H), weight, bias)              | float32 (1,): largest magnitude of a norm    |
 | norm_float8(x (T, H), weight, bias, scale)     | a norm in e4m3: (T', H), (H, T'); statistics |
 | transpose_float8(rows (T, K))                  | (K, T) e4m3, in the order of strided groups  |
 | weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T or W~_d^T too; one pass      |
@@ -94,6 +95,7 @@ from megasparse.kernels.mvue24 import mvue24 as mvue24
 from megasparse.kernels.mvue24 import mvue24_variance as mvue24_variance
 from megasparse.kernels.mvue_pack24 import mvue_pack24 as mvue_pack24
 from megasparse.kernels.mvue_pack24.experts import mvue_pack24_experts as mvue_pack24_experts
+from megasparse.kernels.norm_float8 import norm_amax as norm_amax
 from megasparse.kernels.norm_float8 import norm_float8 as norm_float8
 from megasparse.kernels.pack24 import pack24 as pack24
 from megasparse.kernels.pack24 import unpack24 as unpack24
@@ -158,6 +160,7 @@ __all__ = [
     "mvue24",
     "mvue_pack24",
     "mvue_pack24_experts",
+    "norm_amax",
     "norm_float8",
     "pack24",
     "prune24_mask",

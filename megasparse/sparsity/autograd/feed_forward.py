@@ -27,6 +27,7 @@ from megasparse.sparsity.autograd.linear import (
     LinearComm,
     Seed,
     asked,
+    deferred_of,
     gathered_output,
     in_graph,
     local_input,
@@ -64,7 +65,7 @@ class _FeedForward(torch.autograd.Function):
         x, h_TF, saved1 = gathered_output(
             first, comm, local, quantized, save, weight1.shape[0], bias1, lacks
         )
-        ctx.factors = lacks.factors
+        ctx.factors, ctx.deferred = lacks.factors, deferred_of(quantized, comm)
         save = recorded and ctx.needs_input_grad[2]
         z_TN, saved2 = second.output_of_activated(h_TF, activation, save, bias2, lacks.factors)
         if comm.gathers:
@@ -102,7 +103,7 @@ class _FeedForward(torch.autograd.Function):
             )
             del dy_TF
             if wanted[0]:
-                dx_TK = first.grad_input(operands)
+                dx_TK = first.grad_input(operands, ctx.deferred)
                 dx, wait = comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
             if wanted[1]:
                 if gathered is not None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megasparse.fp8.scale import Scale
 from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.autograd.norm import Float8Input
@@ -92,6 +93,7 @@ class _Linear(torch.autograd.Function):
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.gemms, ctx.comm, ctx.branch, ctx.seed = gemms, comm, branch, seed
+        ctx.deferred = deferred_of(quantized, comm)
         local = local_input(x_local, comm, quantized)
         h_TR = None
         save = recorded and ctx.needs_input_grad[1]
@@ -119,7 +121,7 @@ class _Linear(torch.autograd.Function):
         sums = room_for_sums(dz_TN) if wanted[-1] else None
         operands = ctx.gemms.prepare_grad_output(dz_TN, asked(ctx.seed), sums)
         if wanted[0]:
-            dx_TK = ctx.gemms.grad_input(operands)
+            dx_TK = ctx.gemms.grad_input(operands, ctx.deferred)
             if dh_TR is not None:
                 dx_TK = ctx.branch.add_grad_input_(dx_TK, dh_TR, p_RK)
             dx, wait = ctx.comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
@@ -195,12 +197,13 @@ def gathered_output(
     """
     x, arrived = start_gather(comm, local)
     if quantized is not None and comm.gathers:
-        return x, _output_by_parts(gemms, comm, local, x, arrived, width, bias), ()
+        return x, _output_by_parts(gemms, comm, local, quantized.scale, x, arrived, width, bias), ()
     arrived()
     x_TK = x.reshape(-1, x.shape[-1])
     if quantized is not None:
         operands = quantized.rows, quantized.columns
-        return x, *gemms.output_of_quantized(*operands, x_TK.shape[0], bias, deferred=deferred)
+        tokens, scale = x_TK.shape[0], quantized.scale
+        return x, *gemms.output_of_quantized(*operands, tokens, scale, bias, deferred=deferred)
     return x, *gemms.output_and_saved(x_TK, bias, save, deferred)
 
 
@@ -208,6 +211,7 @@ def _output_by_parts(
     gemms: LinearGemms,
     comm: LinearComm,
     local: torch.Tensor,
+    scale: Scale,
     x: torch.Tensor,
     arrived: Callable[[], object],
     width: int,
@@ -217,15 +221,23 @@ def _output_by_parts(
     own, whole, start = local.shape[0], x.shape[0], comm.own_part(local.shape[0])
     if start is None:
         arrived()
-        return gemms.output_of_quantized(x, None, whole, bias)[0]
+        return gemms.output_of_quantized(x, None, whole, scale, bias)[0]
     z_TN = torch.empty(whole, width, dtype=torch.bfloat16, device=x.device)
-    gemms.output_of_quantized(local, None, own, bias, out=z_TN[start : start + own])
+    gemms.output_of_quantized(local, None, own, scale, bias, out=z_TN[start : start + own])
     arrived()
     for begin, end in ((0, start), (start + own, whole)):
         if begin < end:
             part = slice(begin, end)
-            gemms.output_of_quantized(x[part], None, end - begin, bias, out=z_TN[part])
+            gemms.output_of_quantized(x[part], None, end - begin, scale, bias, out=z_TN[part])
     return z_TN
+
+
+def deferred_of(quantized: Float8Input | None, comm: LinearComm) -> Deferred | None:
+    """Where to leave what the gradient of an input lacks: with the norm that it goes to.
+
+    Not where it is summed before: another rank may have computed its part by a dense GEMM.
+    """
+    return quantized.deferred if quantized is not None and type(comm) is NoComm else None
 
 
 def in_graph(x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, Float8Input | None]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from megasparse.fp8.scale import Quantizer, Scale
+from megasparse.fp8.scale import Largest, Quantizer, Scale
 from megasparse.fp8.transformer_engine import transposed
 from megasparse.kernels import (
     Activation,
@@ -133,8 +133,8 @@ class DenseFp8Gemms:
         kept = self._weight
         return self._quantizers.weight.scale_of_saved((kept.scale, kept.scale_inv))
 
-    def input_scale(self) -> Scale | None:
-        return self._quantizers.x.known_scale()
+    def input_scale(self, largest: Largest) -> Scale | None:
+        return self._quantizers.x.scale_by(largest)
 
     def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self.output_and_saved(x_TK, bias, save=False)[0]
@@ -156,12 +156,11 @@ class DenseFp8Gemms:
         row: torch.Tensor,
         x_KT: torch.Tensor | None,
         tokens: int,
+        x: Scale,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         deferred: Deferred | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
-        x = self._quantizers.x.known_scale()
-        assert x is not None
         z_TN = self._multiply_output(row, x, bias, out, deferred)
         return z_TN[:tokens], self._saved(x_KT, x)
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from megasparse.fp8.scale import Scale
+from megasparse.fp8.scale import Largest, Scale
 from megasparse.kernels import Activation, activated, activation_backward, rescale_
 from megasparse.kernels.factors import Factors
 from megasparse.kernels.random import SeedLike
@@ -70,9 +70,13 @@ class LinearGemms(Protocol):
         """
         ...
 
-    def input_scale(self) -> Scale | None:
+    def input_scale(self, largest: Largest) -> Scale | None:
         """The scale with which a kernel that computes x may quantize it to e4m3, for
-        `output_of_quantized`; None: x is wanted in full."""
+        `output_of_quantized`; None: x is wanted in full.
+
+        Args:
+            largest: computes the magnitude of x, where that is needed.
+        """
         ...
 
     def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,6 +106,7 @@ class LinearGemms(Protocol):
         row: torch.Tensor,
         x_KT: torch.Tensor | None,
         tokens: int,
+        x: Scale,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         deferred: Deferred | None = None,
@@ -112,6 +117,7 @@ class LinearGemms(Protocol):
             row: (T', K) e4m3, whole tiles of tokens.
             x_KT: (K, T') e4m3, its tokens in the order that `strided` says; or None.
             tokens: T.
+            x: their scale.
             out: `(T', N)` bfloat16, contiguous: gets the result.
             deferred: may get what the product still lacks.
         """
@@ -216,7 +222,7 @@ class PlainOperands(ABC):
     ) -> tuple[torch.Tensor, Factors | None]:
         return self.grad_weight(operands, saved), None
 
-    def input_scale(self) -> Scale | None:
+    def input_scale(self, largest: Largest) -> Scale | None:
         return None
 
     @abstractmethod
@@ -237,11 +243,12 @@ class PlainOperands(ABC):
         row: torch.Tensor,
         x_KT: torch.Tensor | None,
         tokens: int,
+        x: Scale,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         deferred: Deferred | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
-        raise TypeError(f"{type(self).__name__} takes inputs in full: input_scale() is None")
+        raise TypeError(f"{type(self).__name__} takes inputs in full: it has no input scale")
 
     def output_of_activated(
         self,
@@ -260,7 +267,7 @@ class PlainOperands(ABC):
         return (x_TK,)
 
     def save_quantized(self, row: torch.Tensor) -> SavedInput:
-        raise TypeError(f"{type(self).__name__} takes inputs in full: input_scale() is None")
+        raise TypeError(f"{type(self).__name__} takes inputs in full: it has no input scale")
 
     def prepare_grad_output(
         self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None

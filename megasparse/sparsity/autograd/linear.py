@@ -90,6 +90,7 @@ class _Linear(torch.autograd.Function):
         seed: Seed,
         recorded: bool,
         quantized: Float8Input | None,
+        lacks: Deferred | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.gemms, ctx.comm, ctx.branch, ctx.seed = gemms, comm, branch, seed
@@ -97,7 +98,9 @@ class _Linear(torch.autograd.Function):
         local = local_input(x_local, comm, quantized)
         h_TR = None
         save = recorded and ctx.needs_input_grad[1]
-        x, z_TN, saved = gathered_output(gemms, comm, local, quantized, save, weight.shape[0], bias)
+        x, z_TN, saved = gathered_output(
+            gemms, comm, local, quantized, save, weight.shape[0], bias, lacks
+        )
         if branch is not None and s_NR is not None:
             h_TR = branch.project(x.reshape(-1, x.shape[-1]), p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
@@ -137,7 +140,7 @@ class _Linear(torch.autograd.Function):
         db = None if sums is None else sums.to(dz.dtype)
         if wait is not None:
             wait()
-        return dx, dw, ds, dp, None, None, None, None, None, None, db
+        return dx, dw, ds, dp, *(None,) * 7, db
 
 
 def room_for_sums(dz_TN: torch.Tensor) -> torch.Tensor:
@@ -255,6 +258,7 @@ def linear(
     adapter: torch.Tensor | None = None,
     projection: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    deferred: Deferred | None = None,
 ) -> torch.Tensor:
     """`x W~^T + bias` with gradients, through the three GEMMs; with a branch `+ (x P^T) S^T`.
 
@@ -268,6 +272,8 @@ def linear(
         branch: the low-rank one of SLoRB; none by default.
         adapter, projection: its S `(N, R)` and P `(R, K)`; P None for sums over groups.
         bias: `(N,)`; none by default.
+        deferred: may get what the result still lacks, for whoever reads it; gradients are of the
+            result with it. Without a branch.
 
     Returns:
         `(..., N)`; the leading dimensions are those of the gathered input.
@@ -276,6 +282,6 @@ def linear(
     comm = comm or NoComm()
     x, quantized = in_graph(x)
     assert quantized is None or branch is None, "x has no values to project"
-    return _Linear.apply(
-        x, weight, adapter, projection, gemms, comm, branch, seed, recorded, quantized, bias
-    )
+    assert deferred is None or branch is None, "a branch adds to the result"
+    how = (gemms, comm, branch, seed, recorded, quantized, deferred)
+    return _Linear.apply(x, weight, adapter, projection, *how, bias)

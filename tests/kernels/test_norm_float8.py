@@ -137,6 +137,19 @@ def test_the_same_bits_where_sums_are_exact(device, tokens, width, dtype, kind):
         torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_the_magnitude_is_that_of_the_operands(device, kind):
+    """To the last bit of a 16-bit number, as sums have another order."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 4096, generator=generator).to(device, BF16)
+    weight, bias = parameters(kind, 4096, device, BF16, generator)
+    how = {"centred": kind != "rms", "eps": EPS}
+    amax = scalar(0.0, device).view(1)
+    norm_float8(x, weight, bias, scale=scalar(1.0, device), amax=amax, **how)
+    torch.testing.assert_close(norm_amax(x, weight, bias, **how), amax, rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_zeros_and_large_values(device, kind, backend):

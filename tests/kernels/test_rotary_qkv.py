@@ -42,10 +42,15 @@ def by_definition(fused, angles, heads):
     return q, turned(parts[..., queries, None, :])[..., 0, :], parts[..., queries + 1, :]
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_what_a_product_lacks_is_given_to_it(device, backend):
+REAL = pytest.param("triton", (4096, 1, Heads(8, 4, 128)), marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape"), [("reference", SHAPES[0]), ("triton", SHAPES[0]), REAL]
+)
+def test_what_a_product_lacks_is_given_to_it(device, backend, shape):
     """The bits of the corrected product's, values too; gradients are the corrected product's."""
-    length, batch, heads = SHAPES[0]
+    length, batch, heads = shape
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(length, batch, heads.width, generator=generator).bfloat16().to(device)
     angles = angles_of(length, heads.channels).to(device)

@@ -17,7 +17,7 @@ import functools
 import torch
 
 from megasparse.fp8 import transformer_engine
-from megasparse.fp8.scale import Reduce, Scale, assumed_inverse, quantize_by_definition
+from megasparse.fp8.scale import Largest, Reduce, Scale, assumed_inverse, quantize_by_definition
 from megasparse.kernels import scales_of_amax
 from megasparse.kernels.float8 import MAXIMUM
 from megasparse.kernels.packed24 import E4M3
@@ -53,14 +53,26 @@ class CurrentQuantizer:
         dtype: torch.dtype = E4M3,
     ) -> Scale:
         """See `Quantizer`; with shards a collective call."""
-        amax = self._amax(x)
+        return self.scale_by(lambda: amax_of(x), headroom, dtype)
+
+    def scale_by(
+        self,
+        largest: Largest,
+        headroom: float | torch.Tensor = 1.0,
+        dtype: torch.dtype = E4M3,
+    ) -> Scale:
+        """See `Quantizer`; with shards a collective call."""
+        amax = largest()
+        if self._reduce_max is not None:
+            # What the largest of a NaN and a number is depends on the library.
+            amax = self._reduce_max(torch.nan_to_num(amax, nan=float("inf")))
         if isinstance(headroom, torch.Tensor) or headroom != 1.0:
             amax = amax * headroom
         scales = scales_of_amax(amax, maximum=MAXIMUM[dtype], power_of_two=True)
         draw = (scales.draw_scale, scales.draw_scale_inv)
         return self._remembered(scales.scale, scales.scale_inv, draw)
 
-    def scale_for_draws(self, x: torch.Tensor, headroom: float, scale: Scale) -> Scale:
+    def scale_for_draws(self, largest: Largest, headroom: float, scale: Scale) -> Scale:
         """See `Quantizer`: by a bound of what a draw keeps."""
         assert scale.draw is not None
         return self._remembered(*scale.draw)
@@ -104,13 +116,6 @@ class CurrentQuantizer:
     ) -> Scale:
         self.latest = scale_inv
         return Scale(scale, scale_inv, self.assumed, draw=draw)
-
-    def _amax(self, x: torch.Tensor) -> torch.Tensor:
-        amax = amax_of(x)
-        if self._reduce_max is None:
-            return amax
-        # What the largest of a NaN and a number is depends on the library.
-        return self._reduce_max(torch.nan_to_num(amax, nan=float("inf")))
 
 
 class CurrentScaling:

@@ -18,6 +18,7 @@ import torch
 
 from megasparse.fp8 import transformer_engine
 from megasparse.fp8.scale import (
+    Largest,
     Reduce,
     Scale,
     assumed_inverse,
@@ -67,13 +68,22 @@ class DelayedQuantizer:
         dtype: torch.dtype = E4M3,
     ) -> Scale:
         """See `Quantizer`. The very first is of the tensor itself, and waits for the device."""
+        return self.scale_by(lambda: x.detach().abs().amax().float().reshape(1), headroom)
+
+    def scale_by(
+        self,
+        largest: Largest,
+        headroom: float | torch.Tensor = 1.0,
+        dtype: torch.dtype = E4M3,
+    ) -> Scale:
+        """See `Quantizer`. The magnitude is computed the very first time alone."""
         if not self.initialized:
-            self.scaling.set_from(self.index, x, headroom)
+            self.scaling.set_from(self.index, largest() * headroom)
         return self._scale()
 
-    def scale_for_draws(self, x: torch.Tensor, headroom: float, scale: Scale) -> Scale:
+    def scale_for_draws(self, largest: Largest, headroom: float, scale: Scale) -> Scale:
         """See `Quantizer`."""
-        return self.scale_for(x, headroom)
+        return self.scale_by(largest, headroom)
 
     def saved_with(self, scale: Scale) -> tuple[torch.Tensor, ...]:
         """See `Quantizer`: nothing, since scales stay for the whole step."""
@@ -166,9 +176,8 @@ class DelayedScaling:
             one.amax = self.history[0, one.index : one.index + 1]
         self.assumed, self.initialized = [1.0] * count, [False] * count
 
-    def set_from(self, index: int, x: torch.Tensor, headroom: float | torch.Tensor) -> None:
-        """The first scale of a quantizer, from the tensor that is about to be quantized."""
-        amax = x.detach().abs().amax().float().reshape(1) * headroom
+    def set_from(self, index: int, amax: torch.Tensor) -> None:
+        """The first scale of a quantizer, from the magnitude of what is about to be quantized."""
         value = float(self._reduce_max(amax))
         usable = 0.0 < value < float("inf")  # else a scale of 1, until the next step knows better
         self.scale[index] = min(E4M3_MAX / value, _FLOAT32_MAX) if usable else 1.0

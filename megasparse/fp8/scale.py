@@ -21,6 +21,9 @@ from megasparse.kernels.packed24 import E4M3
 # Largest (or sum) over the ranks that share a tensor, in place.
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
+# The largest magnitude of a tensor, float32 (1,).
+Largest = Callable[[], torch.Tensor]
+
 # Beyond these the product of two assumed factors could leave float32's range.
 _LARGEST_ASSUMED = 2.0**60
 
@@ -74,8 +77,22 @@ class Quantizer(Protocol):
         """
         ...
 
-    def scale_for_draws(self, x: torch.Tensor, headroom: float, scale: Scale) -> Scale:
-        """The scale of MVUE draws from an x, whose own `scale` is known."""
+    def scale_by(
+        self,
+        largest: Largest,
+        headroom: float | torch.Tensor = 1.0,
+        dtype: torch.dtype = E4M3,
+    ) -> Scale:
+        """The scale of a tensor that its kernel quantizes as it computes it.
+
+        Args:
+            largest: computes its magnitude, where that is needed.
+            headroom, dtype: of `scale_for`.
+        """
+        ...
+
+    def scale_for_draws(self, largest: Largest, headroom: float, scale: Scale) -> Scale:
+        """The scale of MVUE draws from a tensor, whose own `scale` is known."""
         ...
 
     def quantized(

@@ -48,8 +48,11 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | mvue_pack24_experts(dz (T, N), counts, groups) | the same, packed for each expert; one launch |
 | grad_pack24(dz (T, N), seed, scales)           | dz in 8 bits, MVUE(dZ^T) packed in e4m3      |
 | grad_pack24_experts(dz (T, N), counts, groups) | the same, packed for each expert; one launch |
+| activation_amax(fused (T, 2 F))                | float32 (1,): largest magnitude of activated |
+| activation_grad_amax(dy (T, F), fused)         | the same of its gradient                     |
 | activation_float8(fused (T, 2 F), scale)       | activated in e4m3: (T', F), (F, T')          |
 | activation_grad_pack24(dy (T, F), fused, seed) | grad_pack24 of activated's gradient          |
+| norm_amax(x (T, H), weight, bias)              | float32 (1,): largest magnitude of a norm    |
 | norm_float8(x (T, H), weight, bias, scale)     | a norm in e4m3: (T', H), (H, T'); statistics |
 | transpose_float8(rows (T, K))                  | (K, T) e4m3, in the order of strided groups  |
 | weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T or W~_d^T too; one pass      |
@@ -70,6 +73,8 @@ from megasparse.kernels.activation import geglu as geglu
 from megasparse.kernels.activation import geglu_fused as geglu_fused
 from megasparse.kernels.activation import swiglu as swiglu
 from megasparse.kernels.activation import swiglu_fused as swiglu_fused
+from megasparse.kernels.activation_amax import activation_amax as activation_amax
+from megasparse.kernels.activation_amax import activation_grad_amax as activation_grad_amax
 from megasparse.kernels.activation_float8 import activation_float8 as activation_float8
 from megasparse.kernels.activation_grad_pack24 import (
     activation_grad_pack24 as activation_grad_pack24,
@@ -90,6 +95,7 @@ from megasparse.kernels.mvue24 import mvue24 as mvue24
 from megasparse.kernels.mvue24 import mvue24_variance as mvue24_variance
 from megasparse.kernels.mvue_pack24 import mvue_pack24 as mvue_pack24
 from megasparse.kernels.mvue_pack24.experts import mvue_pack24_experts as mvue_pack24_experts
+from megasparse.kernels.norm_float8 import norm_amax as norm_amax
 from megasparse.kernels.norm_float8 import norm_float8 as norm_float8
 from megasparse.kernels.pack24 import pack24 as pack24
 from megasparse.kernels.pack24 import unpack24 as unpack24
@@ -132,8 +138,10 @@ __all__ = [
     "RowFloat8",
     "accumulate_",
     "activated",
+    "activation_amax",
     "activation_backward",
     "activation_float8",
+    "activation_grad_amax",
     "activation_grad_pack24",
     "copy_bytes_",
     "count_flips",
@@ -152,6 +160,7 @@ __all__ = [
     "mvue24",
     "mvue_pack24",
     "mvue_pack24_experts",
+    "norm_amax",
     "norm_float8",
     "pack24",
     "prune24_mask",

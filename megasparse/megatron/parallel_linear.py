@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
 from megasparse.fp8.shapes import TILE
+from megasparse.kernels.factors import Factors
 from megasparse.megatron import layer_state
 from megasparse.megatron.added_parameters import AddedParameters
 from megasparse.megatron.comm.linear import (
@@ -39,7 +40,7 @@ from megasparse.sparsity.gemms.dense import DenseGemms
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.gemms.frozen_fp8 import Fp8StoredGemms
 from megasparse.sparsity.gemms.named import under_name
-from megasparse.sparsity.gemms.protocol import LinearGemms
+from megasparse.sparsity.gemms.protocol import Deferred, LinearGemms
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
 
@@ -165,7 +166,11 @@ class ParallelLinear(AddedParameters):
         return self.quantizers is not None and not observed and self._branch is None and tiles
 
     def _multiply(
-        self, x: torch.Tensor | Float8Input, comm: LinearComm, bias: torch.Tensor | None = None
+        self,
+        x: torch.Tensor | Float8Input,
+        comm: LinearComm,
+        bias: torch.Tensor | None = None,
+        deferred: Deferred | None = None,
     ) -> torch.Tensor:
         weight = self.scaled_weight()
         gemms, seed = self.current_gemms(weight)
@@ -186,6 +191,7 @@ class ParallelLinear(AddedParameters):
             self.slorb_adapter,
             self.slorb_projection,
             bias,
+            deferred,
         )
 
     def bias_of_gemm(self) -> torch.Tensor | None:
@@ -265,6 +271,15 @@ class SparseColumnParallelLinear(ParallelLinear):
         if self.gather_output:
             z = mappings.gather_from_tensor_model_parallel_region(z, group=self.tp_group)
         return z, self.bias if self.skip_bias_add and added is None else None
+
+    def lacking_output(self, x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, Factors | None]:
+        """The output for a kernel that applies what it still lacks, and what that is."""
+        added, deferred = self.bias_of_gemm(), Deferred()
+        takes = not self.gather_output and self.bias is added and self._branch is None
+        hooks = (self._forward_hooks, self._forward_pre_hooks)
+        if any((*hooks, self._backward_hooks, self._backward_pre_hooks)) or not takes:
+            return self(x)[0], None
+        return self._multiply(x, self.comm, added, deferred), deferred.factors
 
 
 class SparseRowParallelLinear(ParallelLinear):

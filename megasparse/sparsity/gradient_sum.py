@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megasparse.kernels import accumulate_
-from megasparse.kernels.accumulate import Factors
+from megasparse.kernels.factors import Factors
 
 
 @dataclass

@@ -165,20 +165,29 @@ def test_a_shard_is_scaled_as_the_whole(device):
     assert largest[-1] == float("inf") or x.is_cuda
 
 
-@pytest.mark.parametrize("name", ["fst", "s_ste", None])
-def test_a_gated_block_is_its_parts(device, name):
+LLAMA_8B = pytest.param("fst", (4096, 4096, 14336), marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [*((name, (150, K, N)) for name in ("fst", "s_ste", None)), LLAMA_8B]
+)
+def test_a_gated_block_is_its_parts(device, name, sizes):
+    """With the factor of 1 that products assume at first, and with that of the operands."""
     needs_transformer_engine(device)
+    tokens, width, hidden_width = sizes
     generator = torch.Generator().manual_seed(0)
     weights = [
         (torch.randn(shape, generator=generator) / 8).to(device).bfloat16().requires_grad_()
-        for shape in ((2 * N, K), (N, N))
+        for shape in ((2 * hidden_width, width), (width, hidden_width))
     ]
+    slots = [slots_of(), slots_of()]
     gemms = [
-        gemms_of(name, w, slots_of())[0] if name else dense_gemms(w, slots_of()) for w in weights
+        gemms_of(name, w, slot)[0] if name else dense_gemms(w, slot)
+        for w, slot in zip(weights, slots, strict=True)
     ]
-    x, dz = (torch.randn(150, n, generator=generator).to(device).bfloat16() for n in (K, N))
+    x, dz = (torch.randn(tokens, width, generator=generator).to(device).bfloat16() for _ in "xz")
     found = []
-    for fused in (True, False):
+    for fused in (True, False, True):
         one = x.clone().requires_grad_()
         if fused:
             z = feed_forward(one, weights, gemms, NoComm(), (5, 6))
@@ -189,8 +198,10 @@ def test_a_gated_block_is_its_parts(device, name):
         found.append([z.detach(), one.grad, *(w.grad for w in weights)])
         for w in weights:
             w.grad = None
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b) and b.any()
+        for slot in slots:
+            slot.x.scaling.assume()
+    for a, b, c in zip(*found, strict=True):
+        assert torch.equal(a, b) and torch.equal(b, c) and b.any()
 
 
 def test_the_probe_is_told(device):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megasparse.errors import KernelError
-from megasparse.kernels import norm_float8
+from megasparse.kernels import norm_amax, norm_float8
 from megasparse.kernels.float8 import quantize
 from megasparse.kernels.norm_float8 import triton
 from tests.kernels.poison import poison_new_tensors
@@ -79,6 +79,9 @@ def test_against_float64(device, monkeypatch, tokens, width, dtype, kind, backen
     with monkeypatch.context() as patch:
         poison_new_tensors(patch)
         found = norm_float8(x, weight, bias, amax=amax, **arguments)
+        how = {key: arguments[key] for key in ("centred", "eps", "backend")}
+        alone = norm_amax(x, weight, bias, **how)
+    torch.testing.assert_close(alone, y.abs().max().view(1), rtol=1e-2, atol=0)
     assert found.rows.shape == expected.shape and found.rows.dtype == E4M3
     wrong = bits(found.rows) != bits(expected)
     assert float(wrong.float().mean()) <= 2e-3  # where a last bit of y decides
@@ -132,6 +135,19 @@ def test_the_same_bits_where_sums_are_exact(device, tokens, width, dtype, kind):
     torch.testing.assert_close(amax, expected_amax, rtol=1e-2 if kind == "layer" else 0, atol=0)
     if kind != "rms":
         torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_the_magnitude_is_that_of_the_operands(device, kind):
+    """To the last bit of a 16-bit number, as sums have another order."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 4096, generator=generator).to(device, BF16)
+    weight, bias = parameters(kind, 4096, device, BF16, generator)
+    how = {"centred": kind != "rms", "eps": EPS}
+    amax = scalar(0.0, device).view(1)
+    norm_float8(x, weight, bias, scale=scalar(1.0, device), amax=amax, **how)
+    torch.testing.assert_close(norm_amax(x, weight, bias, **how), amax, rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -42,6 +42,31 @@ def by_definition(fused, angles, heads):
     return q, turned(parts[..., queries, None, :])[..., 0, :], parts[..., queries + 1, :]
 
 
+REAL = pytest.param("triton", (4096, 1, Heads(8, 4, 128)), marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape"), [("reference", SHAPES[0]), ("triton", SHAPES[0]), REAL]
+)
+def test_what_a_product_lacks_is_given_to_it(device, backend, shape):
+    """The bits of the corrected product's, values too; gradients are the corrected product's."""
+    length, batch, heads = shape
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(length, batch, heads.width, generator=generator).bfloat16().to(device)
+    angles = angles_of(length, heads.channels).to(device)
+    lacks = (torch.tensor(2.0**5, device=device), torch.tensor(2.0**-10, device=device), 0.5)
+    results = []
+    for fused, factors in ((whole, None), (whole * 16, lacks)):
+        fused.requires_grad_()
+        parts = rotary_qkv(fused, angles, heads, factors=factors, backend=backend)
+        torch.autograd.backward(parts, [t.detach() for t in parts])
+        results.append([*parts, fused.grad])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected) and expected.any()
+    with pytest.raises(KernelError, match="rotary_qkv: applied is 3"):
+        rotary_qkv(whole, angles, heads, factors=(*lacks[:2], 3.0))
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(device, monkeypatch, backend, shape):

@@ -78,9 +78,9 @@ def _run(layer, x):
     return layer(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)[0]
 
 
-def _steps(rank, world, flags, fused, recomputed):
+def _steps(rank, world, flags, fused, recomputed, current):
     """Three steps: how often a norm has left in FP8 by the end of each; and by name all results."""
-    layer, controller, clock, scales = _layer(world, flags)
+    layer, controller, clock, scales = _layer(world, flags, current=current)
     if not fused:
         _unfuse(layer)
     calls, found = [], {}
@@ -92,7 +92,9 @@ def _steps(rank, world, flags, fused, recomputed):
             else:
                 z = _run(layer, x)
             z.backward(dz)
-            results = {"z": z.detach(), "dx": x.grad, "history": scales.history.clone()}
+            results = {"z": z.detach(), "dx": x.grad}
+            if not current:
+                results["history"] = scales.history.clone()
             results |= {name: p.grad for name, p in layer.named_parameters()}
             layer.zero_grad()
             controller.finish_step()
@@ -105,10 +107,10 @@ def _steps(rank, world, flags, fused, recomputed):
     return calls, found
 
 
-def _both(rank, world, flags, recomputed=False):
+def _both(rank, world, flags, recomputed=False, current=False):
     """Counts of either way, and what differs between them."""
-    ours, found = _steps(rank, world, flags, True, recomputed)
-    theirs, expected = _steps(rank, world, flags, False, False)
+    ours, found = _steps(rank, world, flags, True, recomputed, current)
+    theirs, expected = _steps(rank, world, flags, False, False, current)
     assert found.keys() == expected.keys() and all(t.any() for t in expected.values())
     differ = [name for name in found if not torch.equal(found[name], expected[name])]
     return ours, theirs, differ
@@ -119,14 +121,17 @@ def _both(rank, world, flags, recomputed=False):
 )
 def test_the_same_bits(world, flags):
     for ours, theirs, differ in dist.run(_both, world, flags):
-        # The evaluation after the first step is the first to have scales.
-        assert (ours, theirs, differ) == ([2, 6, 10], [0, 0, 0], [])
+        assert (ours, theirs, differ) == ([4, 8, 12], [0, 0, 0], [])
+
+
+def test_the_same_bits_with_current_scaling():
+    for ours, theirs, differ in dist.run(_both, 2, [*LLAMA, *TWO], False, True):
+        assert (ours, theirs, differ) == ([4, 8, 12], [0, 0, 0], [])
 
 
 def test_a_recomputed_layer_is_the_same():
     (found,) = dist.run(_both, 1, LLAMA, True)
-    # The very first forward pass gives the scales: its repetition has them.
-    assert found == ([4, 10, 16], [0, 0, 0], [])
+    assert found == ([6, 12, 18], [0, 0, 0], [])
 
 
 def _kinds(rank, world):
@@ -153,16 +158,18 @@ def test_what_wants_more_than_the_gemms_keeps_its_norm():
         "fc1": [True, True],
         "slorb": [False, False],
         "wanda": [False, False],
-        "current scaling": [False, False],
+        "current scaling": [True, True],
     }
 
 
 def _with_sequence_parallelism(rank, world):
-    return _fused(_layer(world, [*LLAMA, *TWO, "--sequence-parallel"])[0])
+    flags = [*LLAMA, *TWO, "--sequence-parallel"]
+    return [_fused(_layer(world, flags, current=current)[0]) for current in (False, True)]
 
 
 def test_what_is_gathered_leaves_the_norm_in_8_bits_too():
-    assert dist.run(_with_sequence_parallelism, 2) == [[True, True]] * 2
+    """A current scale is that of all that is gathered: no rank knows it before."""
+    assert dist.run(_with_sequence_parallelism, 2) == [[[True, True], [False, False]]] * 2
 
 
 def _hooks(rank, world):

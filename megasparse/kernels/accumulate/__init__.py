@@ -7,10 +7,8 @@ import torch
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
 from megasparse.kernels.accumulate import reference, triton
-from megasparse.kernels.checks import WIDE_DTYPES, require, require_power_of_two
-
-# Two factors on the device, float32 with one entry, and one that the value has been given already.
-Factors = tuple[torch.Tensor, torch.Tensor, float]
+from megasparse.kernels.checks import WIDE_DTYPES, require
+from megasparse.kernels.factors import Factors, Lacking, lacking
 
 
 @torch.no_grad()
@@ -47,26 +45,23 @@ def accumulate_(
             f"accumulate_: value of shape {tuple(value.shape)} on {value.device}, expected "
             f"{tuple(total.shape)} on {total.device}, and a contiguous total"
         )
-    if factors is not None:
-        require("accumulate_", "a", factors[0], torch.float32, (), total.device)
-        require("accumulate_", "b", factors[1], torch.float32, (), total.device)
-        require_power_of_two("accumulate_", "applied", factors[2])
-        factors = (*factors[:2], 1.0 / factors[2])
+    lacks = lacking("accumulate_", factors, total.device)
     if begins is not None:
         require("accumulate_", "begins", begins, torch.int64, (1,), total.device)
     add = dispatch.implementation(
         "accumulate_", total, backend, reference=_by_definition, triton=triton.accumulate_
     )
     with torch.cuda.device_of(total):
-        add(total, value, factors, begins)
+        add(total, value, lacks, begins)
     return total
 
 
 def _by_definition(
     total: torch.Tensor,
     value: torch.Tensor,
-    factors: Factors | None,
+    factors: Lacking,
     begins: torch.Tensor | None,
 ) -> None:
-    factor = None if factors is None else factors[0] * factors[2] * factors[1]
+    a, b, applied_inv = factors
+    factor = None if a is None or b is None else a * applied_inv * b
     total.copy_(reference.accumulated(total, value, factor, begins))

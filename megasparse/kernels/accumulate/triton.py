@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import product_factor
 from megasparse.kernels.device.groups import rounded, widen
+from megasparse.kernels.factors import NOTHING, Lacking
 from megasparse.kernels.launches import KINDS, Launch, Launches
 
 LAUNCHES = Launches(wide=Launch(block=2048, num_warps=8), narrow=Launch(block=2048, num_warps=8))
@@ -21,7 +23,6 @@ def _accumulate_kernel(
     begins_ptr,
     applied_inv,
     size,
-    SCALED: tl.constexpr,
     MAY_BEGIN: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -29,8 +30,7 @@ def _accumulate_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < size
     part = widen(tl.load(value + at, mask=live, other=0.0))
-    if SCALED:
-        part *= tl.load(a_ptr) * applied_inv * tl.load(b_ptr)
+    part *= product_factor(a_ptr, b_ptr, applied_inv)
     read = live
     if MAY_BEGIN:  # what is not read takes no time
         read = live & (tl.load(begins_ptr) == 0)
@@ -42,7 +42,7 @@ def _accumulate_kernel(
 def accumulate_(
     total: torch.Tensor,
     value: torch.Tensor,
-    factors: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    factors: Lacking = NOTHING,
     begins: torch.Tensor | None = None,
 ) -> None:
     """`reference.accumulated`, in place, the factor being `a applied_inv b`."""
@@ -50,16 +50,13 @@ def accumulate_(
     if size == 0:
         return
     launch = LAUNCHES.pick(total)
-    a, b, applied_inv = (total, total, 1.0) if factors is None else factors
     _accumulate_kernel[(triton.cdiv(size, launch.block),)](
         total.view(-1),
         value.contiguous().view(-1),
-        a,
-        b,
+        *factors[:2],
         total if begins is None else begins,
-        applied_inv,
+        factors[2],
         size,
-        SCALED=factors is not None,
         MAY_BEGIN=begins is not None,
         KIND=KINDS[total.dtype],
         BLOCK=launch.block,

@@ -13,6 +13,7 @@ from megasparse.kernels import dispatch
 from megasparse.kernels.activation import reference, triton
 from megasparse.kernels.activation.kinds import Activation, is_gated
 from megasparse.kernels.checks import require
+from megasparse.kernels.factors import Factors, lacking
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -106,9 +107,16 @@ def activation_backward(
     projected: torch.Tensor,
     activation: Activation,
     *,
+    dy_factors: Factors | None = None,
+    factors: Factors | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """The gradient of `activated`, like `projected`, from that of its result, outside autograd.
+
+    Args:
+        dy_factors, factors: what dy and `projected` lack (`kernels/factors.py`), powers of two;
+            None: nothing.
+        Others: of `activated`.
 
     Raises: KernelError when dy is not like the result, or as in `activated`.
     """
@@ -116,7 +124,8 @@ def activation_backward(
     _check_fused(op, projected, activation)
     shape = (*projected.shape[:-1], projected.shape[-1] // (1 + is_gated(activation)))
     require(op, "dy", dy, projected.dtype, shape, projected.device)
-    return _chosen(op, projected, backend).backward_fused(dy, projected, activation)
+    lacks = (lacking(op, one, projected.device) for one in (dy_factors, factors))
+    return _chosen(op, projected, backend).backward_fused(dy, projected, activation, *lacks)
 
 
 def _chosen(op: str, tensor: torch.Tensor, backend: str | None) -> ModuleType:

@@ -18,6 +18,7 @@ import math
 import torch
 
 from megasparse.kernels.activation.kinds import Activation, is_gated
+from megasparse.kernels.factors import NOTHING, Lacking, given
 
 # h(g) = H1 * g + H3 * g^3 of the tanh GELU: twice sqrt(2 / pi) and 0.044715 times that.
 GELU_H1 = 2.0 * math.sqrt(2.0 / math.pi)
@@ -60,8 +61,15 @@ def forward_fused(fused: torch.Tensor, activation: Activation) -> torch.Tensor:
     return torch.empty_like(fused).copy_(g * torch.sigmoid(_inner(g, True)[0]))
 
 
-def backward_fused(dy: torch.Tensor, fused: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """The gradient with respect to `fused`, in its layout."""
+def backward_fused(
+    dy: torch.Tensor,
+    fused: torch.Tensor,
+    activation: Activation,
+    dy_factors: Lacking = NOTHING,
+    factors: Lacking = NOTHING,
+) -> torch.Tensor:
+    """The gradient with respect to `fused`, in its layout; of dy and `fused` times factors."""
+    dy, fused = given(dy, dy_factors), given(fused, factors)
     if is_gated(activation):
         gate, x = fused.chunk(2, dim=-1)
         dx, dgate = _gradients(dy, x, gate, activation == "geglu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -12,7 +13,9 @@ from megasparse.errors import KernelError
 from megasparse.kernels.activation.kinds import Activation, is_gated
 from megasparse.kernels.activation.layout import Plane, common_plane
 from megasparse.kernels.activation.reference import GELU_H1, GELU_H3
+from megasparse.kernels.device.float8 import product_factor
 from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.factors import NOTHING, Lacking
 
 _H1 = tl.constexpr(GELU_H1)
 _H3 = tl.constexpr(GELU_H3)
@@ -121,6 +124,12 @@ def _gated_backward_kernel(
     gate_ptr,
     dx_ptr,
     dgate_ptr,
+    dy_a_ptr,
+    dy_b_ptr,
+    dy_applied_inv,
+    a_ptr,
+    b_ptr,
+    applied_inv,
     num_rows,
     num_columns,
     dy_stride,
@@ -133,9 +142,11 @@ def _gated_backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     row, column, mask = _tile(num_rows, num_columns, ROWS, COLUMNS)
-    dy = tl.load(dy_ptr + row * dy_stride + column, mask=mask).to(tl.float32)
-    x = tl.load(x_ptr + row * x_stride + column, mask=mask).to(tl.float32)
-    g = tl.load(gate_ptr + row * gate_stride + column, mask=mask).to(tl.float32)
+    dy_factor = product_factor(dy_a_ptr, dy_b_ptr, dy_applied_inv)
+    factor = product_factor(a_ptr, b_ptr, applied_inv)
+    dy = tl.load(dy_ptr + row * dy_stride + column, mask=mask).to(tl.float32) * dy_factor
+    x = tl.load(x_ptr + row * x_stride + column, mask=mask).to(tl.float32) * factor
+    g = tl.load(gate_ptr + row * gate_stride + column, mask=mask).to(tl.float32) * factor
     dx = gated(dy, g, GELU).to(dx_ptr.dtype.element_ty)
     tl.store(dx_ptr + row * dx_stride + column, dx, mask=mask)
     dgate = grad_gate(dy, x, g, GELU).to(dgate_ptr.dtype.element_ty)
@@ -150,10 +161,24 @@ def _gelu_forward_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gelu_backward_kernel(dy_ptr, x_ptr, dx_ptr, size, BLOCK: tl.constexpr):
+def _gelu_backward_kernel(
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    dy_a_ptr,
+    dy_b_ptr,
+    dy_applied_inv,
+    a_ptr,
+    b_ptr,
+    applied_inv,
+    size,
+    BLOCK: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    dy = tl.load(dy_ptr + at, mask=at < size).to(tl.float32)
-    x = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
+    dy_factor = product_factor(dy_a_ptr, dy_b_ptr, dy_applied_inv)
+    dy = tl.load(dy_ptr + at, mask=at < size).to(tl.float32) * dy_factor
+    factor = product_factor(a_ptr, b_ptr, applied_inv)
+    x = tl.load(x_ptr + at, mask=at < size).to(tl.float32) * factor
     dx = grad_gate(dy, 1.0, x, True)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=at < size)
 
@@ -189,16 +214,23 @@ def forward_fused(fused: torch.Tensor, activation: Activation) -> torch.Tensor:
     return out
 
 
-def backward_fused(dy: torch.Tensor, fused: torch.Tensor, activation: Activation) -> torch.Tensor:
+def backward_fused(
+    dy: torch.Tensor,
+    fused: torch.Tensor,
+    activation: Activation,
+    dy_factors: Lacking = NOTHING,
+    factors: Lacking = NOTHING,
+) -> torch.Tensor:
     """The gradient with respect to `fused`; see reference.py."""
     gradient = torch.empty_like(fused)
     if is_gated(activation):
         gate, x = fused.chunk(2, dim=-1)
         dgate, dx = gradient.chunk(2, dim=-1)
-        _write_gradients(dy, x, gate, activation == "geglu", dx, dgate)
+        _write_gradients(dy, x, gate, activation == "geglu", dx, dgate, (*dy_factors, *factors))
     else:
         _check(fused)
-        _launch_flat(_gelu_backward_kernel, BACKWARD, dy, fused, gradient)
+        lacks = (*dy_factors, *factors)
+        _launch_flat(_gelu_backward_kernel, BACKWARD, dy, fused, gradient, lacks=lacks)
     return gradient
 
 
@@ -209,6 +241,7 @@ def _write_gradients(
     gelu: bool,
     dx: torch.Tensor,
     dgate: torch.Tensor,
+    lacks: tuple[Any, ...] = (*NOTHING, *NOTHING),
 ) -> None:
     """Fill `dx` and `dgate`, in the layouts that they have."""
     if x.numel() == 0:
@@ -217,7 +250,7 @@ def _write_gradients(
     written = dgate if same_order else torch.empty_like(dx)
     plane, (dy, x, gate) = _in_layout_of(dx, dy, x, gate)
     plane = plane._replace(strides=(*plane.strides, plane.strides[-1]))
-    _launch(_gated_backward_kernel, BACKWARD, plane, (dy, x, gate, dx, written), gelu)
+    _launch(_gated_backward_kernel, BACKWARD, plane, (dy, x, gate, dx, written), gelu, lacks)
     if not same_order:
         dgate.copy_(written)
 
@@ -248,14 +281,20 @@ def _in_layout_of(
     return plane, inputs
 
 
-def _launch_flat(kernel: triton.JITFunction, launch: Launch, *tensors: torch.Tensor) -> None:
+def _launch_flat(
+    kernel: triton.JITFunction,
+    launch: Launch,
+    *tensors: torch.Tensor,
+    lacks: tuple[Any, ...] = (),
+) -> None:
     """Over the memory of tensors of one shape; the last is written."""
     out = tensors[-1]
     inputs = [t if t.stride() == out.stride() else torch.empty_like(out).copy_(t) for t in tensors]
     launch = INTERPRETED if INTERPRETING else launch
     grid = (triton.cdiv(out.numel(), launch.elements),)
     if out.numel():
-        kernel[grid](*inputs, out.numel(), BLOCK=launch.elements, num_warps=launch.num_warps)
+        size = out.numel()
+        kernel[grid](*inputs, *lacks, size, BLOCK=launch.elements, num_warps=launch.num_warps)
 
 
 def _launch(
@@ -264,6 +303,7 @@ def _launch(
     plane: Plane,
     tensors: tuple[torch.Tensor, ...],
     gelu: bool,
+    lacks: tuple[Any, ...] = (),
 ) -> None:
     launch = INTERPRETED if INTERPRETING else launch
     columns = min(launch.elements, triton.next_power_of_2(plane.columns))
@@ -271,6 +311,7 @@ def _launch(
     grid = (triton.cdiv(plane.rows, rows) * triton.cdiv(plane.columns, columns),)
     kernel[grid](
         *tensors,
+        *lacks,
         plane.rows,
         plane.columns,
         *plane.strides,

@@ -8,6 +8,7 @@ from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
 from megasparse.kernels.activation.kinds import Activation, is_gated
 from megasparse.kernels.activation_float8 import reference, triton
+from megasparse.kernels.factors import Factors, Lacking, given, lacking
 from megasparse.kernels.float8 import check_scaling, raise_amax
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -23,6 +24,7 @@ def activation_float8(
     transposed: bool = True,
     strided: bool = False,
     amax: torch.Tensor | None = None,
+    factors: Factors | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The activation of `fused` = [gate | x], quantized to e4m3, row-major and transposed.
@@ -40,6 +42,7 @@ def activation_float8(
         strided: its tokens in the order of strided groups (`token_order.by_groups`).
         amax: float32 (1,) there, raised to the largest magnitude before scaling; a NaN makes it
             NaN.
+        factors: what `fused` lacks (`kernels/factors.py`), a power of two; None: nothing.
         backend: None, "reference" or "triton".
 
     Returns: ((T', F), (F, T') or None) float8_e4m3fn, outside autograd; T' is T up to a multiple of
@@ -66,7 +69,8 @@ def activation_float8(
         reference=_by_definition,
         triton=triton.activation_float8,
     )
-    return run(fused, scale, activation, transposed, strided, amax)
+    lacks = lacking("activation_float8", factors, fused.device)
+    return run(fused, scale, activation, transposed, strided, amax, lacks)
 
 
 def _by_definition(
@@ -76,9 +80,10 @@ def _by_definition(
     transposed: bool,
     strided: bool,
     amax: torch.Tensor | None,
+    factors: Lacking,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows, columns, found = reference.activation_float8(
-        fused, scale, activation, transposed, strided
+        given(fused, factors), scale, activation, transposed, strided
     )
     raise_amax(amax, found)
     return rows, columns

@@ -15,9 +15,15 @@ import triton.language as tl
 
 from megasparse.kernels.activation.kinds import Activation, is_gated
 from megasparse.kernels.activation.triton import gated
-from megasparse.kernels.device.float8 import largest_of_four, raise_amax, store_operands
+from megasparse.kernels.device.float8 import (
+    largest_of_four,
+    product_factor,
+    raise_amax,
+    store_operands,
+)
 from megasparse.kernels.device.groups import first_token, rounded_pair, widen
 from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.factors import Lacking
 from megasparse.kernels.float8 import new_operands
 
 
@@ -35,12 +41,12 @@ INTERPRETED = Launch(groups=64, num_warps=4)
 
 
 @triton.jit
-def _activation(ptrs, width, token, num_tokens, GATED: tl.constexpr, GELU: tl.constexpr):
+def _activation(ptrs, width, token, num_tokens, factor, GATED: tl.constexpr, GELU: tl.constexpr):
     """act(gate) * x in float32 at `ptrs`, which point to the gates; 0 after the last token."""
     live = token < num_tokens
-    gate = widen(tl.load(ptrs, mask=live, other=0.0))
+    gate = widen(tl.load(ptrs, mask=live, other=0.0)) * factor
     if GATED:
-        x = widen(tl.load(ptrs + width, mask=live, other=0.0))
+        x = widen(tl.load(ptrs + width, mask=live, other=0.0)) * factor
         return gated(x, gate, GELU)
     else:
         return gated(1.0, gate, GELU)
@@ -53,6 +59,9 @@ def _activation_float8_kernel(
     columns_ptr,
     scale_ptr,
     amax_ptr,
+    a_ptr,
+    b_ptr,
+    applied_inv,
     num_tokens,
     padded_tokens,
     width,
@@ -71,13 +80,14 @@ def _activation_float8_kernel(
     step = padded_tokens // 4 if STRIDED else 1
     stride, width = tl.cast(stride, tl.int64), tl.cast(width, tl.int64)
     scale = tl.load(scale_ptr)
+    factor = product_factor(a_ptr, b_ptr, applied_inv)
     KIND: tl.constexpr = "bf16" if fused_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
     ptrs = fused_ptr + token * stride + channel
     stride = stride * step
-    y0 = _activation(ptrs, width, token, num_tokens, GATED, GELU)
-    y1 = _activation(ptrs + stride, width, token + step, num_tokens, GATED, GELU)
-    y2 = _activation(ptrs + 2 * stride, width, token + 2 * step, num_tokens, GATED, GELU)
-    y3 = _activation(ptrs + 3 * stride, width, token + 3 * step, num_tokens, GATED, GELU)
+    y0 = _activation(ptrs, width, token, num_tokens, factor, GATED, GELU)
+    y1 = _activation(ptrs + stride, width, token + step, num_tokens, factor, GATED, GELU)
+    y2 = _activation(ptrs + 2 * stride, width, token + 2 * step, num_tokens, factor, GATED, GELU)
+    y3 = _activation(ptrs + 3 * stride, width, token + 3 * step, num_tokens, factor, GATED, GELU)
     y0, y1 = rounded_pair(y0, y1, KIND)
     y2, y3 = rounded_pair(y2, y3, KIND)
     if amax_ptr is not None:
@@ -106,6 +116,7 @@ def activation_float8(
     transposed: bool,
     strided: bool,
     amax: torch.Tensor | None,
+    factors: Lacking,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See reference.py; raises `amax`."""
     if fused.stride(1) != 1:
@@ -123,6 +134,7 @@ def activation_float8(
             None if columns is None else columns.view(torch.int32),
             scale,
             None if amax is None else amax.view(torch.int32),
+            *factors,
             fused.shape[0],
             padded,
             width,

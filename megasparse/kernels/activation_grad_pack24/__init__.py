@@ -10,6 +10,7 @@ from megasparse.kernels.activation.kinds import Activation, is_gated
 from megasparse.kernels.activation.reference import backward_fused
 from megasparse.kernels.activation_grad_pack24 import reference, triton
 from megasparse.kernels.checks import require
+from megasparse.kernels.factors import Factors, Lacking, given, lacking
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.grad_pack24.quantization import Quantization, check_gradient
 from megasparse.kernels.mvue24.places import FIRST, Places, check_places
@@ -36,6 +37,8 @@ def activation_grad_pack24(
     packed_amax: torch.Tensor | None = None,
     error_flag: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,
+    dy_factors: Factors | None = None,
+    factors: Factors | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor | None, Packed24]:
     """`grad_pack24` of the gradient of a projection whose output went into `activated`.
@@ -54,6 +57,8 @@ def activation_grad_pack24(
         tokens: where the tokens lie among those that draws are counted over, in one or two runs
             (`mvue24/places.py`); by default they are the first.
         seed: int of at most 64 bits, or an int64 tensor, 0-d or (1,), on the device of dy.
+        dy_factors, factors: what dy and `fused` lack (`kernels/factors.py`), powers of two; None:
+            nothing.
         Others: of `grad_pack24`.
 
     Returns: as `grad_pack24` of a gradient like `fused`, but the first as long as the second: T' is
@@ -81,7 +86,8 @@ def activation_grad_pack24(
     run = dispatch.implementation(
         op, fused, backend, reference=_by_definition, triton=triton.activation_grad_pack24
     )
-    return run(dy, fused, activation, seed, places, tokens, exact, strided, how)
+    lacks = (lacking(op, one, fused.device) for one in (dy_factors, factors))
+    return run(dy, fused, activation, seed, places, tokens, exact, strided, how, *lacks)
 
 
 def _by_definition(
@@ -94,7 +100,10 @@ def _by_definition(
     exact: bool,
     strided: bool,
     how: Quantization,
+    dy_factors: Lacking,
+    factors: Lacking,
 ) -> tuple[torch.Tensor | None, Packed24]:
+    dy, fused = given(dy, dy_factors), given(fused, factors)
     row, packed, *found = reference.activation_grad_pack24(
         dy,
         fused,

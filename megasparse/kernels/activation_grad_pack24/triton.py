@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from megasparse.kernels.activation.kinds import Activation, is_gated
-from megasparse.kernels.activation.triton import gated, grad_gate
-from megasparse.kernels.device.float8 import raise_above
-from megasparse.kernels.device.groups import first_token, pair16, to_fp32, widen
+from megasparse.kernels.activation_grad_pack24.triton_gradients import two_groups
+from megasparse.kernels.device.float8 import product_factor, raise_above
+from megasparse.kernels.device.groups import to_fp32
+from megasparse.kernels.factors import Lacking
 from megasparse.kernels.float8 import E5M2, whole_tiles
 from megasparse.kernels.grad_pack24.quantization import Quantization
 from megasparse.kernels.mvue24.places import Places, group_shifts
@@ -24,9 +25,7 @@ from megasparse.kernels.mvue24.triton_sampler import seed_arguments, seed_of
 from megasparse.kernels.mvue24.triton_tile import (
     Launch,
     global_group,
-    load_token,
     prune,
-    step_of,
     store_packed,
     store_rows,
     tiles,
@@ -35,95 +34,6 @@ from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.random import SeedLike
 
 LAUNCH = Launch(pairs=8, num_warps=4, registers=128)
-
-
-@triton.jit
-def _gradients(
-    dy_ptrs,
-    fused_ptrs,
-    width,
-    token,
-    num_tokens,
-    GATED: tl.constexpr,
-    GELU: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """The gradients of the gate and of x, if there is one, in float32; `fused_ptrs` point to
-    gates."""
-    dy = widen(load_token(dy_ptrs, token, num_tokens, FULL))
-    gate = widen(load_token(fused_ptrs, token, num_tokens, FULL))
-    if GATED:
-        x = widen(load_token(fused_ptrs + width, token, num_tokens, FULL))
-        return grad_gate(dy, x, gate, GELU), gated(dy, gate, GELU)
-    else:
-        of_gate = grad_gate(dy, 1.0, gate, GELU)
-        return of_gate, of_gate
-
-
-@triton.jit
-def _two_tokens(
-    dy_ptrs,
-    fused_ptrs,
-    dy_stride,
-    fused_stride,
-    width,
-    token,
-    step,
-    num_tokens,
-    KIND: tl.constexpr,
-    GATED: tl.constexpr,
-    GELU: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """Two tokens' gradients of the gate, rounded, in one uint32, and of x in another.
-
-    The strides are from the one to the other.
-    """
-    gate0, x0 = _gradients(dy_ptrs, fused_ptrs, width, token, num_tokens, GATED, GELU, FULL)
-    dy_ptrs, fused_ptrs, token = dy_ptrs + dy_stride, fused_ptrs + fused_stride, token + step
-    gate1, x1 = _gradients(dy_ptrs, fused_ptrs, width, token, num_tokens, GATED, GELU, FULL)
-    return pair16(gate0, gate1, KIND), pair16(x0, x1, KIND)
-
-
-@triton.jit
-def _two_groups(
-    dy_ptr,
-    fused_ptr,
-    group,
-    column,
-    width,
-    num_tokens,
-    padded_tokens,
-    dy_stride,
-    fused_stride,
-    GATED: tl.constexpr,
-    GELU: tl.constexpr,
-    STRIDED: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """Of `group` and of the next one: gradients of the gate, as two uint32, and of x, as two."""
-    KIND: tl.constexpr = "bf16" if dy_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
-    step = step_of(padded_tokens, STRIDED)
-    token = first_token(group, STRIDED)
-    dy, fused = dy_ptr + token * dy_stride + column, fused_ptr + token * fused_stride + column
-    dy_step, fused_step = dy_stride * step, fused_stride * step
-    a01, x01 = _two_tokens(
-        dy, fused, dy_step, fused_step, width, token, step, num_tokens, KIND, GATED, GELU, FULL
-    )
-    dy, fused, token = dy + 2 * dy_step, fused + 2 * fused_step, token + 2 * step
-    a23, x23 = _two_tokens(
-        dy, fused, dy_step, fused_step, width, token, step, num_tokens, KIND, GATED, GELU, FULL
-    )
-    token = first_token(group + 1, STRIDED)
-    dy, fused = dy_ptr + token * dy_stride + column, fused_ptr + token * fused_stride + column
-    b01, y01 = _two_tokens(
-        dy, fused, dy_step, fused_step, width, token, step, num_tokens, KIND, GATED, GELU, FULL
-    )
-    dy, fused, token = dy + 2 * dy_step, fused + 2 * fused_step, token + 2 * step
-    b23, y23 = _two_tokens(
-        dy, fused, dy_step, fused_step, width, token, step, num_tokens, KIND, GATED, GELU, FULL
-    )
-    return a01, a23, x01, x23, b01, b23, y01, y23
 
 
 @triton.jit
@@ -158,6 +68,15 @@ def _store_rows(
     store_rows(row_ptr, z1, scale, group + 1, channel, 0, last, row_stride, STRIDED, E5M2, True)
 
 
+@triton.jit
+def _found(amax_ptr):
+    """What is at `amax_ptr` before this program, if there is one."""
+    if amax_ptr is None:
+        return 0
+    else:
+        return tl.load(amax_ptr)
+
+
 @triton.jit(
     do_not_specialize=[
         "key", "high", "first_tile", "gate_other", "x_other", "split", "first_shift",
@@ -175,6 +94,12 @@ def _activation_grad_pack24_kernel(
     scale_inv_ptr,
     row_amax_ptr,
     packed_amax_ptr,
+    dy_a_ptr,
+    dy_b_ptr,
+    dy_applied_inv,
+    a_ptr,
+    b_ptr,
+    applied_inv,
     flag_ptr,
     sums_ptr,
     seed_ptr,
@@ -207,18 +132,16 @@ def _activation_grad_pack24_kernel(
     dy_stride, fused_stride = tl.cast(dy_stride, tl.int64), tl.cast(fused_stride, tl.int64)
     width = tl.cast(width, tl.int64)
     key, high = seed_of(seed_ptr, key, high)
-    row_amax, packed_amax = 0, 0
-    if row_amax_ptr is not None:
-        row_amax = tl.load(row_amax_ptr)
-    if packed_amax_ptr is not None:
-        packed_amax = tl.load(packed_amax_ptr)
+    row_amax, packed_amax = _found(row_amax_ptr), _found(packed_amax_ptr)
+    dy_factor = product_factor(dy_a_ptr, dy_b_ptr, dy_applied_inv)
+    factors = (dy_factor, product_factor(a_ptr, b_ptr, applied_inv))
     packed_scale = tl.load(packed_scale_ptr)
     if (block == 0) & (tile == 0):
         tl.store(scale_inv_ptr, tl.div_rn(1.0, packed_scale))
     scale = 1.0
     if row_ptr is not None:
         scale = tl.load(row_scale_ptr)
-    a01, a23, x01, x23, b01, b23, y01, y23 = _two_groups(
+    a01, a23, x01, x23, b01, b23, y01, y23 = two_groups(
         dy_ptr,
         fused_ptr,
         2 * pair,
@@ -228,6 +151,7 @@ def _activation_grad_pack24_kernel(
         padded_tokens,
         dy_stride,
         fused_stride,
+        factors,
         GATED,
         GELU,
         STRIDED,
@@ -285,6 +209,8 @@ def activation_grad_pack24(
     exact: bool,
     strided: bool,
     how: Quantization,
+    dy_factors: Lacking,
+    factors: Lacking,
 ) -> tuple[torch.Tensor | None, Packed24]:
     """See reference.py; raises amaxes and flag of `how`."""
     dy, fused = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, fused))
@@ -308,6 +234,8 @@ def activation_grad_pack24(
                 packed.scale,
                 None if how.row_amax is None else how.row_amax.view(torch.int32),
                 None if how.packed_amax is None else how.packed_amax.view(torch.int32),
+                *dy_factors,
+                *factors,
                 flag,
                 sums,
                 seed_ptr,

@@ -71,6 +71,15 @@ def e4m3_word(a, b, c, d):
 
 
 @triton.jit
+def product_factor(a_ptr, b_ptr, applied_inv):
+    """What a product still lacks (`kernels/factors.py`); 1 where it lacks nothing."""
+    if a_ptr is None:
+        return 1.0
+    else:
+        return tl.load(a_ptr) * applied_inv * tl.load(b_ptr)
+
+
+@triton.jit
 def raise_amax(amax, magnitude):
     """Raise the float32 at `amax`, given as an int32 pointer, to the largest of `magnitude`.
 

@@ -71,18 +71,44 @@ def norm_float8(
 
     Raises: KernelError on sizes, dtypes, or a backend that cannot run.
     """
-    if x.dim() != 2 or x.dtype not in DTYPES or not x.shape[0] or x.shape[1] % WIDTH_MULTIPLE:
-        raise KernelError(
-            f"norm_float8: x is {x.dtype} of shape {tuple(x.shape)}, expected 16 bits, (T, H), "
-            f"H a multiple of {WIDTH_MULTIPLE}"
-        )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        require("norm_float8", name, tensor, x.dtype, (x.shape[1],), x.device)
+    _check("norm_float8", x, weight, bias)
     check_scaling("norm_float8", x.device, scale, amax)
     run = dispatch.implementation(
         "norm_float8", x, backend, reference=_by_definition, triton=triton.norm_float8
     )
     return NormFloat8(*run(x, weight, bias, centred, eps, scale, transposed, strided, amax))
+
+
+@torch.no_grad()
+def norm_amax(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    centred: bool,
+    eps: float,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """float32 (1,): the largest magnitude of the same norm, rounded to 16 bits; NaN for a NaN.
+
+    Arguments and errors are those of `norm_float8`. Nothing waits for the device. The order of the
+    sums is not that of `norm_float8`: the last bit may differ.
+    """
+    _check("norm_amax", x, weight, bias)
+    run = dispatch.implementation(
+        "norm_amax", x, backend, reference=reference.norm_amax, triton=triton.norm_amax
+    )
+    return run(x, weight, bias, centred, eps)
+
+
+def _check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if x.dim() != 2 or x.dtype not in DTYPES or not x.shape[0] or x.shape[1] % WIDTH_MULTIPLE:
+        raise KernelError(
+            f"{op}: x is {x.dtype} of shape {tuple(x.shape)}, expected 16 bits, (T, H), "
+            f"H a multiple of {WIDTH_MULTIPLE}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        require(op, name, tensor, x.dtype, (x.shape[1],), x.device)
 
 
 def _by_definition(

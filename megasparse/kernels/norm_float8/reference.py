@@ -29,6 +29,13 @@ def norm_float8(
     return rows, columns, mean, rstd, amax
 
 
+def norm_amax(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, centred: bool, eps: float
+) -> torch.Tensor:
+    """float32 (1,): the largest magnitude of the norm."""
+    return normalize(x, weight, bias, eps, centred).float().abs().amax().reshape(1)
+
+
 def normalize(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool
 ) -> torch.Tensor:

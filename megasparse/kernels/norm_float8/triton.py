@@ -20,7 +20,7 @@ import triton.language as tl
 from megasparse.kernels.device.float8 import largest_of_four, raise_amax, store_operands
 from megasparse.kernels.device.groups import first_token, rounded_pair, widen
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.float8 import new_operands
+from megasparse.kernels.float8 import new_operands, whole_tiles
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Launch:
 # 256 KiB of x (32 tokens of 4096 channels); a thread has sixteen entries of each of four tokens at
 # a time (the fastest of tools.bench.launch_parameters on an H200, by little).
 LAUNCH = Launch(entries=1 << 17, elements=4096, num_warps=8)
+# Of `norm_amax`: nothing is transposed, so that few tokens a program will do.
+AMAX_LAUNCH = Launch(entries=1 << 15, elements=4096, num_warps=8)
 # The interpreter costs time per program, not per element.
 INTERPRETED = Launch(entries=1 << 22, elements=1 << 16, num_warps=4)
 
@@ -138,7 +140,9 @@ def _norm_float8_kernel(
     # Parameters are loaded by every thread as it needs them, not shared out through shared memory.
     all_lanes = tl.broadcast_to(lane, (GROUPS, CHANNELS))
     stride = tl.cast(stride, tl.int64)
-    scale = tl.load(scale_ptr)
+    scale = 1.0
+    if rows_ptr is not None:
+        scale = tl.load(scale_ptr)
     KIND: tl.constexpr = "bf16" if x_ptr.dtype.element_ty == tl.bfloat16 else "fp16"
     ptrs = x_ptr + token * stride + lane
     stride = stride * step
@@ -170,21 +174,22 @@ def _norm_float8_kernel(
         if amax_ptr is not None:
             found = largest_of_four(a, b, c, d)
             largest = tl.maximum(largest, found, propagate_nan=tl.PropagateNan.ALL)
-        store_operands(
-            a * scale,
-            b * scale,
-            c * scale,
-            d * scale,
-            rows_ptr,
-            columns_ptr,
-            first_group,
-            first,
-            tl.cast(width, tl.int64),
-            padded_tokens,
-            STRIDED,
-            GROUPS,
-            CHANNELS,
-        )
+        if rows_ptr is not None:
+            store_operands(
+                a * scale,
+                b * scale,
+                c * scale,
+                d * scale,
+                rows_ptr,
+                columns_ptr,
+                first_group,
+                first,
+                tl.cast(width, tl.int64),
+                padded_tokens,
+                STRIDED,
+                GROUPS,
+                CHANNELS,
+            )
     if amax_ptr is not None:
         raise_amax(amax_ptr, largest)
 
@@ -201,19 +206,46 @@ def norm_float8(
     amax: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """See reference.py; raises `amax`."""
+    rows, columns = new_operands(x.shape[0], x.shape[1], transposed, x.device)
+    statistics = _run(LAUNCH, x, weight, bias, centred, eps, rows, columns, scale, strided, amax)
+    return rows, columns, *statistics
+
+
+def norm_amax(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, centred: bool, eps: float
+) -> torch.Tensor:
+    """See reference.py."""
+    amax = torch.zeros(1, dtype=torch.float32, device=x.device)
+    _run(AMAX_LAUNCH, x, weight, bias, centred, eps, None, None, None, False, amax)
+    return amax
+
+
+def _run(
+    launch: Launch,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    centred: bool,
+    eps: float,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    strided: bool,
+    amax: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Fill `rows` and `columns`, and raise `amax`, of those that are there; mean and rstd."""
     if x.stride(1) != 1:
         x = x.contiguous()
-    rows, columns = new_operands(x.shape[0], x.shape[1], transposed, x.device)
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centred else None
-    padded, width = rows.shape
-    groups, channels, num_warps = _tile(padded, width, INTERPRETED if INTERPRETING else LAUNCH)
+    padded, width = whole_tiles(x.shape[0]), x.shape[1]
+    groups, channels, num_warps = _tile(padded, width, INTERPRETED if INTERPRETING else launch)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _norm_float8_kernel[(padded // (4 * groups),)](
             x,
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
-            rows.view(torch.int8),
+            None if rows is None else rows.view(torch.int8),
             None if columns is None else columns.view(torch.int32),
             mean,
             rstd,
@@ -229,7 +261,7 @@ def norm_float8(
             CHANNELS=channels,
             num_warps=num_warps,
         )
-    return rows, columns, mean, rstd
+    return mean, rstd
 
 
 def _tile(padded: int, width: int, launch: Launch) -> tuple[int, int, int]:

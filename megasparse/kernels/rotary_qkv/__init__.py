@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
+from megasparse.kernels.factors import Factors, Lacking, lacking
 from megasparse.kernels.rotary_qkv import reference, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,17 +38,22 @@ class Heads(NamedTuple):
 class _RotaryQkv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, fused: torch.Tensor, angles: torch.Tensor, heads: Heads, chosen: ModuleType
+        ctx: Any,
+        fused: torch.Tensor,
+        angles: torch.Tensor,
+        heads: Heads,
+        factors: Lacking,
+        chosen: ModuleType,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(angles)
         ctx.heads, ctx.chosen = heads, chosen
-        return chosen.forward(fused, angles, heads)
+        return chosen.forward(fused, angles, heads, factors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (angles,) = ctx.saved_tensors
-        return ctx.chosen.backward(*gradients, angles, ctx.heads), None, None, None
+        return ctx.chosen.backward(*gradients, angles, ctx.heads), None, None, None, None
 
 
 class _SplitQkv(torch.autograd.Function):
@@ -103,7 +109,12 @@ def split_qkv(
 
 
 def rotary_qkv(
-    fused: torch.Tensor, angles: torch.Tensor, heads: Heads, *, backend: str | None = None
+    fused: torch.Tensor,
+    angles: torch.Tensor,
+    heads: Heads,
+    *,
+    factors: Factors | None = None,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotary position embedding (Su et al., 2021) of a fused QKV projection, with autograd.
 
@@ -119,6 +130,8 @@ def rotary_qkv(
             key, its value. float32, bfloat16 or float16.
         angles: float32 (S', ..., D), S' >= S, in radians; their second half repeats the first.
         heads: groups, queries of each, D.
+        factors: what `fused` lacks (`kernels/factors.py`), a power of two; None: nothing. The
+            gradient is that of `fused` times them.
 
     Returns: q (S, B, groups * queries, D); k, v (S, B, groups, D); contiguous.
 
@@ -140,7 +153,8 @@ def rotary_qkv(
     chosen = dispatch.implementation(
         "rotary_qkv", fused, backend, reference=reference, triton=triton
     )
-    return _RotaryQkv.apply(fused, angles.view(-1, channels), heads, chosen)
+    lacks = lacking("rotary_qkv", factors, fused.device)
+    return _RotaryQkv.apply(fused, angles.view(-1, channels), heads, lacks, chosen)
 
 
 def _check(op: str, fused: torch.Tensor, heads: Heads) -> None:

@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megasparse.kernels.factors import NOTHING, Lacking, given
+
 if TYPE_CHECKING:
     from megasparse.kernels.rotary_qkv import Heads
 
 
 def forward(
-    fused: torch.Tensor, angles: torch.Tensor, heads: Heads
+    fused: torch.Tensor, angles: torch.Tensor, heads: Heads, factors: Lacking = NOTHING
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q (S, B, groups * queries, D), k and v (S, B, groups, D) of `fused` (S, B, width).
 
     angles: float32 (S', D).
     """
-    q, k, v = split(fused, heads)
+    q, k, v = split(given(fused, factors), heads)
     v = v.clone(memory_format=torch.contiguous_format)
     return _turned(q, angles, 1.0), _turned(k, angles, 1.0), v
 

@@ -13,7 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from megasparse.kernels.device.float8 import product_factor
 from megasparse.kernels.device.groups import rounded, widen
+from megasparse.kernels.factors import NOTHING, Lacking
 from megasparse.kernels.launches import KINDS
 
 if TYPE_CHECKING:
@@ -33,26 +35,30 @@ LAUNCH = Launch(rows=32, num_warps=4)
 
 
 @triton.jit
-def _move(source, target, half, live):
-    """Copy both halves of heads."""
+def _move(source, target, half, live, factor, SCALED: tl.constexpr, KIND: tl.constexpr):
+    """Copy both halves of heads, times a factor."""
     a, b = tl.load(source, mask=live), tl.load(source + half, mask=live)
+    if SCALED:
+        a, b = widen(a) * factor, widen(b) * factor
+        a, b = tl.where(a == a, rounded(a, KIND), a), tl.where(b == b, rounded(b, KIND), b)
+        a, b = a.to(target.dtype.element_ty), b.to(target.dtype.element_ty)
     tl.store(target, a, mask=live)
     tl.store(target + half, b, mask=live)
 
 
 @triton.jit
-def _turn(source, target, half, cos, sin, live, TURNS: tl.constexpr, KIND: tl.constexpr):
-    """Copy both halves of heads, turned."""
+def _turn(source, target, half, cos, sin, live, factor, TURNS: tl.constexpr, KIND: tl.constexpr):
+    """Copy both halves of heads, turned, times a factor."""
     if TURNS:
-        a = widen(tl.load(source, mask=live, other=0.0))
-        b = widen(tl.load(source + half, mask=live, other=0.0))
+        a = widen(tl.load(source, mask=live, other=0.0)) * factor
+        b = widen(tl.load(source + half, mask=live, other=0.0)) * factor
         first, second = a * cos - b * sin, b * cos + a * sin
         first = tl.where(first == first, rounded(first, KIND), first)
         second = tl.where(second == second, rounded(second, KIND), second)
         tl.store(target, first.to(target.dtype.element_ty), mask=live)
         tl.store(target + half, second.to(target.dtype.element_ty), mask=live)
     else:
-        _move(source, target, half, live)
+        _move(source, target, half, live, factor, False, KIND)
 
 
 @triton.jit
@@ -62,6 +68,9 @@ def _rotary_qkv_kernel(
     k_ptr,
     v_ptr,
     angles_ptr,
+    a_ptr,
+    b_ptr,
+    applied_inv,
     batch,
     groups,
     HALF: tl.constexpr,
@@ -76,6 +85,8 @@ def _rotary_qkv_kernel(
     position = tl.program_id(0)
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < HALF
+    factor = product_factor(a_ptr, b_ptr, applied_inv)
+    SCALED: tl.constexpr = a_ptr is not None
     cos, sin = 1.0, 0.0
     if TURNS:
         angle = tl.load(angles_ptr + position * (2 * HALF) + column, mask=inside, other=0.0)
@@ -93,24 +104,24 @@ def _rotary_qkv_kernel(
             in_fused = fused + (head + (head // QUERIES) * 2) * WIDTH
             own = q_ptr + (place * heads + head) * WIDTH + column
             if FORWARD:
-                _turn(in_fused, own, HALF, cos, sin, live, TURNS, KIND)
+                _turn(in_fused, own, HALF, cos, sin, live, factor, TURNS, KIND)
             else:
-                _turn(own, in_fused, HALF, cos, sin, live, TURNS, KIND)
+                _turn(own, in_fused, HALF, cos, sin, live, factor, TURNS, KIND)
         for first in range(0, groups, KEY_ROWS):
             group = first + tl.arange(0, KEY_ROWS)[:, None]
             live = (group < groups) & inside
             in_fused = fused + (group * (QUERIES + 2) + QUERIES) * WIDTH
             own = (place * groups + group) * WIDTH + column
             if FORWARD:
-                _turn(in_fused, k_ptr + own, HALF, cos, sin, live, TURNS, KIND)
-                _move(in_fused + WIDTH, v_ptr + own, HALF, live)
+                _turn(in_fused, k_ptr + own, HALF, cos, sin, live, factor, TURNS, KIND)
+                _move(in_fused + WIDTH, v_ptr + own, HALF, live, factor, SCALED, KIND)
             else:
-                _turn(k_ptr + own, in_fused, HALF, cos, sin, live, TURNS, KIND)
-                _move(v_ptr + own, in_fused + WIDTH, HALF, live)
+                _turn(k_ptr + own, in_fused, HALF, cos, sin, live, factor, TURNS, KIND)
+                _move(v_ptr + own, in_fused + WIDTH, HALF, live, factor, SCALED, KIND)
 
 
 def forward(
-    fused: torch.Tensor, angles: torch.Tensor, heads: Heads
+    fused: torch.Tensor, angles: torch.Tensor, heads: Heads, factors: Lacking = NOTHING
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See reference.py."""
     fused = fused.contiguous()
@@ -118,7 +129,7 @@ def forward(
     q = torch.empty(shape, dtype=fused.dtype, device=fused.device)
     shape = (*fused.shape[:2], heads.groups, heads.channels)
     k, v = (torch.empty(shape, dtype=fused.dtype, device=fused.device) for _ in range(2))
-    _rotate(fused, (q, k, v), angles, heads, True)
+    _rotate(fused, (q, k, v), angles, heads, True, factors)
     return q, k, v
 
 
@@ -138,6 +149,7 @@ def _rotate(
     angles: torch.Tensor | None,
     heads: Heads,
     forward: bool,
+    factors: Lacking = NOTHING,
 ) -> None:
     """Fill q, k and v from `fused`, turned forward, or `fused` from them, turned back."""
     groups, queries, channels = heads
@@ -148,6 +160,7 @@ def _rotate(
             fused,
             *parts,
             fused if angles is None else angles,
+            *factors,
             fused.shape[1],
             groups,
             HALF=channels // 2,

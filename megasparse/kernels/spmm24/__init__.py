@@ -6,8 +6,8 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.accumulate import Factors
 from megasparse.kernels.checks import require
+from megasparse.kernels.factors import Factors
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.spmm24 import cusparselt, reference
 from megasparse.kernels.spmm24.cusparselt_packing import LibraryPacked24

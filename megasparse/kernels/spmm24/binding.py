@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megasparse.errors import KernelError
-from megasparse.kernels.accumulate import Factors, accumulate_
+from megasparse.kernels.accumulate import accumulate_
+from megasparse.kernels.factors import Factors
 
 CUDA_TYPES = {
     torch.float32: 0,

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from megasparse.errors import KernelError
-from megasparse.kernels.accumulate import Factors
+from megasparse.kernels.factors import Factors
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.spmm24.binding import Problem, plan
 from megasparse.kernels.spmm24.cusparselt_packing import LibraryPacked24

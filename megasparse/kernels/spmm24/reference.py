@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.kernels.accumulate import Factors
+from megasparse.kernels.factors import Factors
 from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.spmm24.cusparselt_packing import LibraryPacked24
 

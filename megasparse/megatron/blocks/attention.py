@@ -9,6 +9,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megasparse.kernels import Heads, rotary_qkv, split_qkv
+from megasparse.megatron.parallel_linear import SparseColumnParallelLinear
 
 
 class RotaryQkvAttention(SelfAttention):
@@ -50,7 +51,11 @@ class RotaryQkvAttention(SelfAttention):
         """q (S, B, heads, D), k and v (S, B, groups, D) of this rank."""
         if not self._plain:
             return super().get_query_key_value_tensors(*args, **rest)
-        fused, _ = self.linear_qkv(*args[:1])
+        factors = None
+        if self._angles is not None and isinstance(self.linear_qkv, SparseColumnParallelLinear):
+            fused, factors = self.linear_qkv.lacking_output(*args[:1])
+        else:
+            fused, _ = self.linear_qkv(*args[:1])
         groups = self.num_query_groups_per_partition
         heads = Heads(
             groups,
@@ -59,7 +64,7 @@ class RotaryQkvAttention(SelfAttention):
         )
         if self._angles is None:
             return split_qkv(fused, heads)
-        return rotary_qkv(fused, self._angles, heads)
+        return rotary_qkv(fused, self._angles, heads, factors=factors)
 
     def _rotates(self, angles: Any) -> bool:
         return (

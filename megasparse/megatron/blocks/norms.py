@@ -9,6 +9,7 @@ import torch
 from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megasparse.kernels import norm_amax
 from megasparse.megatron.parallel_linear import SparseColumnParallelLinear
 from megasparse.sparsity.autograd.norm import Float8Input, norm_to_float8
 from megasparse.sparsity.gemms.dense_fp8 import ALIGNMENT
@@ -29,7 +30,7 @@ class NormToFloat8(torch.nn.Module):
 
     It stands before the norm's own class in the method resolution order: parameters, their names,
     and all else are the norm's. What it gives is no tensor, so it falls back to the norm where
-    anyone may look at it by a hook, and as long as the linear's input has no scale.
+    anyone may look at it by a hook.
     """
 
     weight: torch.Tensor
@@ -42,17 +43,21 @@ class NormToFloat8(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | Float8Input:
         """`(..., H)` to the same, or to the linear's input."""
-        gemms = self._gemms(x)
-        scale = None if gemms is None else gemms.input_scale()
+        gemms, bias = self._gemms(x), getattr(self, "bias", None)
+        how: dict[str, Any] = {"centred": self._centred, "eps": self.eps}
+
+        def largest() -> torch.Tensor:
+            return norm_amax(x.reshape(-1, x.shape[-1]), self.weight, bias, **how)
+
+        scale = None if gemms is None else gemms.input_scale(largest)
         if gemms is None or scale is None:
             return super().forward(x)
         linear, _ = self._readers
         return norm_to_float8(
             x,
             self.weight,
-            getattr(self, "bias", None),
-            centred=self._centred,
-            eps=self.eps,
+            bias,
+            **how,
             scale=scale,
             trained=linear.weight.requires_grad,
             gathered=linear.comm.gathers,
@@ -108,12 +113,12 @@ def _fits(norm: Any, linear: SparseColumnParallelLinear) -> bool:
         and not getattr(norm, "zero_centered_gamma", False)
         and isinstance(norm.weight, torch.Tensor)
         and linear.in_fp8_alone
-        and _scale_comes_first(linear)
+        and (not linear.comm.gathers or _scale_comes_first(linear))
     )
 
 
 def _scale_comes_first(linear: SparseColumnParallelLinear) -> bool:
-    """Current scales follow from the norm's whole output."""
+    """A current scale follows from all that is gathered."""
     assert linear.quantizers is not None
     return linear.quantizers.x.scale_comes_first
 

@@ -12,7 +12,8 @@
 What two calls of `linear` with an activation between them compute, to the last bit; but neither the
 activation nor the gradient of its input is written in 16 bits: they leave the activation's
 kernels as operands of the GEMMs that follow. (Current scales follow from whole tensors: with them
-both are written, and quantized after that.)
+both are computed twice, first for their magnitude alone.) What undoes the scaling of h and dy these
+kernels apply as they read them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megasparse.sparsity.autograd.linear import (
     LinearComm,
     Seed,
     asked,
+    deferred_of,
     gathered_output,
     in_graph,
     local_input,
@@ -35,7 +37,7 @@ from megasparse.sparsity.autograd.linear import (
     whole_shape,
 )
 from megasparse.sparsity.autograd.norm import Float8Input
-from megasparse.sparsity.gemms.protocol import LinearGemms, weight_gradient
+from megasparse.sparsity.gemms.protocol import Deferred, LinearGemms, weight_gradient
 
 
 class _FeedForward(torch.autograd.Function):
@@ -59,11 +61,13 @@ class _FeedForward(torch.autograd.Function):
         ctx.activation = activation
         local = local_input(x_local, comm, quantized)
         save = recorded and ctx.needs_input_grad[1]
+        lacks = Deferred()
         x, h_TF, saved1 = gathered_output(
-            first, comm, local, quantized, save, weight1.shape[0], bias1
+            first, comm, local, quantized, save, weight1.shape[0], bias1, lacks
         )
+        ctx.factors, ctx.deferred = lacks.factors, deferred_of(quantized, comm)
         save = recorded and ctx.needs_input_grad[2]
-        z_TN, saved2 = second.output_of_activated(h_TF, activation, save, bias2)
+        z_TN, saved2 = second.output_of_activated(h_TF, activation, save, bias2, lacks.factors)
         if comm.gathers:
             saved1 = ()
         ctx.of_first = len(saved1)
@@ -77,6 +81,7 @@ class _FeedForward(torch.autograd.Function):
         saved1, saved2 = tuple(saved[: ctx.of_first]), tuple(saved[ctx.of_first :])
         first, second, comm, wanted = ctx.first, ctx.second, ctx.comm, ctx.needs_input_grad
         dx, dw1, dw2, dy_TF, gathered, wait = None, None, None, None, None, None
+        lacks = Deferred()
         if local is not None and wanted[1]:
             gathered = start_gather(comm, local)
         dz_TN = dz.reshape(-1, dz.shape[-1])
@@ -84,16 +89,21 @@ class _FeedForward(torch.autograd.Function):
         sums2 = room_for_sums(dz_TN) if wanted[4] else None
         operands = second.prepare_grad_output(dz_TN, asked(ctx.seeds[1]), sums2)
         if wanted[0] or wanted[1] or wanted[3]:
-            dy_TF = second.grad_input(operands)
+            dy_TF = second.grad_input(operands, lacks)
         if wanted[2]:
             dw2 = weight_gradient(second, operands, saved2)
         if dy_TF is not None:
             operands = first.prepare_activated_grad_output(
-                dy_TF, h_TF, ctx.activation, asked(ctx.seeds[0]), sums1
+                dy_TF,
+                h_TF,
+                ctx.activation,
+                asked(ctx.seeds[0]),
+                sums1,
+                (lacks.factors, ctx.factors),
             )
             del dy_TF
             if wanted[0]:
-                dx_TK = first.grad_input(operands)
+                dx_TK = first.grad_input(operands, ctx.deferred)
                 dx, wait = comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
             if wanted[1]:
                 if gathered is not None:

@@ -19,10 +19,11 @@ from typing import Any, Protocol
 
 import torch
 
+from megasparse.fp8.scale import Scale
 from megasparse.kernels.packed24 import E4M3
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.autograd.norm import Float8Input
-from megasparse.sparsity.gemms.protocol import LinearGemms, SavedInput, weight_gradient
+from megasparse.sparsity.gemms.protocol import Deferred, LinearGemms, SavedInput, weight_gradient
 from megasparse.sparsity.slorb import LowRankBranch
 
 # Of a layer's draws; a function is asked in the backward pass, once.
@@ -89,13 +90,17 @@ class _Linear(torch.autograd.Function):
         seed: Seed,
         recorded: bool,
         quantized: Float8Input | None,
+        lacks: Deferred | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.gemms, ctx.comm, ctx.branch, ctx.seed = gemms, comm, branch, seed
+        ctx.deferred = deferred_of(quantized, comm)
         local = local_input(x_local, comm, quantized)
         h_TR = None
         save = recorded and ctx.needs_input_grad[1]
-        x, z_TN, saved = gathered_output(gemms, comm, local, quantized, save, weight.shape[0], bias)
+        x, z_TN, saved = gathered_output(
+            gemms, comm, local, quantized, save, weight.shape[0], bias, lacks
+        )
         if branch is not None and s_NR is not None:
             h_TR = branch.project(x.reshape(-1, x.shape[-1]), p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
@@ -119,7 +124,7 @@ class _Linear(torch.autograd.Function):
         sums = room_for_sums(dz_TN) if wanted[-1] else None
         operands = ctx.gemms.prepare_grad_output(dz_TN, asked(ctx.seed), sums)
         if wanted[0]:
-            dx_TK = ctx.gemms.grad_input(operands)
+            dx_TK = ctx.gemms.grad_input(operands, ctx.deferred)
             if dh_TR is not None:
                 dx_TK = ctx.branch.add_grad_input_(dx_TK, dh_TR, p_RK)
             dx, wait = ctx.comm.reduce(dx_TK.view(*dz.shape[:-1], dx_TK.shape[-1]))
@@ -135,7 +140,7 @@ class _Linear(torch.autograd.Function):
         db = None if sums is None else sums.to(dz.dtype)
         if wait is not None:
             wait()
-        return dx, dw, ds, dp, None, None, None, None, None, None, db
+        return dx, dw, ds, dp, *(None,) * 7, db
 
 
 def room_for_sums(dz_TN: torch.Tensor) -> torch.Tensor:
@@ -183,6 +188,7 @@ def gathered_output(
     save: bool,
     width: int,
     bias: torch.Tensor | None = None,
+    deferred: Deferred | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, SavedInput]:
     """The gathered X, `X W~^T + bias`, and with `save` what `grad_weight` needs of X.
 
@@ -190,24 +196,25 @@ def gathered_output(
         local: of `local_input`.
         quantized: its operands, where it is quantized already.
         width: N.
+        deferred: may get what the product still lacks.
     """
     x, arrived = start_gather(comm, local)
     if quantized is not None and comm.gathers:
-        return x, _output_by_parts(gemms, comm, local, x, arrived, width, bias), ()
+        return x, _output_by_parts(gemms, comm, local, quantized.scale, x, arrived, width, bias), ()
     arrived()
     x_TK = x.reshape(-1, x.shape[-1])
     if quantized is not None:
         operands = quantized.rows, quantized.columns
-        return x, *gemms.output_of_quantized(*operands, x_TK.shape[0], bias)
-    if save:
-        return x, *gemms.output_and_saved(x_TK, bias)
-    return x, gemms.output(x_TK, bias), ()
+        tokens, scale = x_TK.shape[0], quantized.scale
+        return x, *gemms.output_of_quantized(*operands, tokens, scale, bias, deferred=deferred)
+    return x, *gemms.output_and_saved(x_TK, bias, save, deferred)
 
 
 def _output_by_parts(
     gemms: LinearGemms,
     comm: LinearComm,
     local: torch.Tensor,
+    scale: Scale,
     x: torch.Tensor,
     arrived: Callable[[], object],
     width: int,
@@ -217,15 +224,23 @@ def _output_by_parts(
     own, whole, start = local.shape[0], x.shape[0], comm.own_part(local.shape[0])
     if start is None:
         arrived()
-        return gemms.output_of_quantized(x, None, whole, bias)[0]
+        return gemms.output_of_quantized(x, None, whole, scale, bias)[0]
     z_TN = torch.empty(whole, width, dtype=torch.bfloat16, device=x.device)
-    gemms.output_of_quantized(local, None, own, bias, out=z_TN[start : start + own])
+    gemms.output_of_quantized(local, None, own, scale, bias, out=z_TN[start : start + own])
     arrived()
     for begin, end in ((0, start), (start + own, whole)):
         if begin < end:
             part = slice(begin, end)
-            gemms.output_of_quantized(x[part], None, end - begin, bias, out=z_TN[part])
+            gemms.output_of_quantized(x[part], None, end - begin, scale, bias, out=z_TN[part])
     return z_TN
+
+
+def deferred_of(quantized: Float8Input | None, comm: LinearComm) -> Deferred | None:
+    """Where to leave what the gradient of an input lacks: with the norm that it goes to.
+
+    Not where it is summed before: another rank may have computed its part by a dense GEMM.
+    """
+    return quantized.deferred if quantized is not None and type(comm) is NoComm else None
 
 
 def in_graph(x: torch.Tensor | Float8Input) -> tuple[torch.Tensor, Float8Input | None]:
@@ -243,6 +258,7 @@ def linear(
     adapter: torch.Tensor | None = None,
     projection: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    deferred: Deferred | None = None,
 ) -> torch.Tensor:
     """`x W~^T + bias` with gradients, through the three GEMMs; with a branch `+ (x P^T) S^T`.
 
@@ -256,6 +272,8 @@ def linear(
         branch: the low-rank one of SLoRB; none by default.
         adapter, projection: its S `(N, R)` and P `(R, K)`; P None for sums over groups.
         bias: `(N,)`; none by default.
+        deferred: may get what the result still lacks, for whoever reads it; gradients are of the
+            result with it. Without a branch.
 
     Returns:
         `(..., N)`; the leading dimensions are those of the gathered input.
@@ -264,6 +282,6 @@ def linear(
     comm = comm or NoComm()
     x, quantized = in_graph(x)
     assert quantized is None or branch is None, "x has no values to project"
-    return _Linear.apply(
-        x, weight, adapter, projection, gemms, comm, branch, seed, recorded, quantized, bias
-    )
+    assert deferred is None or branch is None, "a branch adds to the result"
+    how = (gemms, comm, branch, seed, recorded, quantized, deferred)
+    return _Linear.apply(x, weight, adapter, projection, *how, bias)

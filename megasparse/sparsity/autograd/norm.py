@@ -17,8 +17,10 @@ import torch
 
 from megasparse.fp8.scale import Scale
 from megasparse.fp8.transformer_engine import norm_backward
-from megasparse.kernels import norm_float8
+from megasparse.kernels import norm_float8, rescale_
+from megasparse.kernels.factors import Factors
 from megasparse.kernels.norm_float8.reference import normalize
+from megasparse.sparsity.gemms.protocol import Deferred
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +34,16 @@ class Float8Input:
         rows: (T', H) e4m3, T' a multiple of 128.
         columns: (H, T') e4m3, what grad_weight needs, in its order; None where it is not computed,
             or made of the gathered rows.
+        scale: of both.
+        deferred: what the gradient of the input still lacks when it comes; gets it in the backward
+            pass of the linear.
     """
 
     placeholder: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor | None
+    scale: Scale
+    deferred: Deferred
 
 
 class _Norm(torch.autograd.Function):
@@ -52,6 +59,7 @@ class _Norm(torch.autograd.Function):
         keep: bool,
         columns: bool,
         strided: bool,
+        deferred: Deferred,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         x_TH = x.reshape(-1, x.shape[-1])
         rows, x_HT, mean, rstd = norm_float8(
@@ -65,7 +73,7 @@ class _Norm(torch.autograd.Function):
             strided=strided,
             amax=scale.amax if keep else None,
         )
-        ctx.eps, ctx.centred = eps, centred
+        ctx.eps, ctx.centred, ctx.deferred = eps, centred, deferred
         # The definition computes all again, so that its gradients are torch's.
         ctx.save_for_backward(x, weight, bias, *((mean, rstd) if x.is_cuda else (None, None)))
         ctx.mark_non_differentiable(rows, *(() if x_HT is None else (x_HT,)))
@@ -76,14 +84,24 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         (dy, *_), (x, weight, bias, mean, rstd) = grads, ctx.saved_tensors
         if dy is None:
-            return (None,) * 9
+            return (None,) * 10
         dy_TH, x_TH = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
+        # Gradients of x go with dy times the weight, those of the parameters with dy alone: what is
+        # multiplied here is one token long.
+        lacks = ctx.deferred.factors
+        if lacks is not None:
+            weight = _given(weight.detach().clone(), lacks)
         if x.is_cuda:
-            dx, dweight, *rest = norm_backward(dy_TH, x_TH, weight, mean, rstd)
+            dx, *rest = norm_backward(dy_TH, x_TH, weight, mean, rstd)
         else:
-            dx, dweight, *rest = _by_definition(dy_TH, x_TH, weight, bias, ctx.centred, ctx.eps)
-        dbias = rest[0] if bias is not None else None
-        return dx.view(x.shape), dweight, dbias, None, None, None, None, None, None
+            dx, *rest = _by_definition(dy_TH, x_TH, weight, bias, ctx.centred, ctx.eps)
+        dweight, dbias, *_ = (*(_given(t, lacks) for t in rest), None)
+        return dx.view(x.shape), dweight, dbias, *(None,) * 7
+
+
+def _given(t: torch.Tensor, factors: Factors | None) -> torch.Tensor:
+    """t, in place, times what the gradient lacks."""
+    return t if factors is None else rescale_(t, *factors[:2], applied=factors[2])
 
 
 def _by_definition(
@@ -129,6 +147,7 @@ def norm_to_float8(
         strided: the linear wants its columns in the order of strided groups (`LinearGemms`).
     """
     keep = trained and torch.is_grad_enabled()  # inside the function it is off
-    return Float8Input(
-        *_Norm.apply(x, weight, bias, centred, eps, scale, keep, keep and not gathered, strided)
-    )
+    columns, deferred = keep and not gathered, Deferred()
+    how = (centred, eps, scale, keep, columns, strided, deferred)
+    placeholder, rows, x_HT = _Norm.apply(x, weight, bias, *how)
+    return Float8Input(placeholder, rows, x_HT, scale, deferred)

@@ -19,7 +19,7 @@ from megasparse.kernels.spmm24.cusparselt_packing import LibraryPacked24, pack24
 from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
 from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
 from megasparse.sparsity.gemms.packed import ALIGNMENT
-from megasparse.sparsity.gemms.protocol import GradOutput, SavedInput, with_bias
+from megasparse.sparsity.gemms.protocol import Deferred, GradOutput, SavedInput, with_bias
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -79,7 +79,7 @@ class LibrarySparseGemms(ReferenceSparseGemms):
         assert self._packed is not None
         return self._multiply("output", self._packed, x_TK, bias)
 
-    def grad_input(self, operands: GradOutput) -> torch.Tensor:
+    def grad_input(self, operands: GradOutput, deferred: Deferred | None = None) -> torch.Tensor:
         if self._packed_t is None:
             return super().grad_input(operands)
         return self._multiply("grad_input", self._packed_t, operands.dz_TN)

@@ -7,6 +7,7 @@ import torch
 from megasparse.kernels import mvue24
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.protocol import (
+    Deferred,
     GradOutput,
     PlainOperands,
     SavedInput,
@@ -41,7 +42,7 @@ class DenseGemms(PlainOperands):
             return torch.nn.functional.linear(x_TK, self._w_NK, bias)
         return with_bias(x_TK @ self._w_NK.t(), bias)
 
-    def grad_input(self, operands: GradOutput) -> torch.Tensor:
+    def grad_input(self, operands: GradOutput, deferred: Deferred | None = None) -> torch.Tensor:
         return operands.dz_TN @ self._w_NK
 
     def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:
@@ -86,7 +87,7 @@ class ReferenceSparseGemms(DenseGemms):
         """The weight that grad_input multiplies: W~, or W~_d."""
         return self._w_NK if self._double_pruned_NK is None else self._double_pruned_NK
 
-    def grad_input(self, operands: GradOutput) -> torch.Tensor:
+    def grad_input(self, operands: GradOutput, deferred: Deferred | None = None) -> torch.Tensor:
         return operands.dz_TN @ self._of_grad_input
 
     def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:

@@ -17,21 +17,21 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from megasparse.fp8.scale import Quantizer, Scale
+from megasparse.fp8.scale import Largest, Quantizer, Scale
 from megasparse.fp8.transformer_engine import transposed
 from megasparse.kernels import (
     Activation,
-    activated,
+    activation_amax,
     activation_backward,
     activation_float8,
     transpose_float8,
 )
-from megasparse.kernels.accumulate import Factors
+from megasparse.kernels.factors import Factors
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.fp8_products import scaled_mm
-from megasparse.sparsity.gemms.protocol import SavedInput, kept_in_place, sum_over_tokens
+from megasparse.sparsity.gemms.protocol import Deferred, SavedInput, kept_in_place, sum_over_tokens
 from megasparse.sparsity.gradient_sum import GradientSum
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
@@ -127,28 +127,42 @@ class DenseFp8Gemms:
         """The weight's scale at an address that stays: current scaling makes new tensors."""
         return kept_scale(getattr(self, "_weight", None), scale)
 
-    def input_scale(self) -> Scale | None:
-        return self._quantizers.x.known_scale()
+    def _weight_now(self) -> Scale:
+        """The weight's scale with what products assume now. A captured `refill` fills its place
+        without this object's knowledge, and scales are assumed anew without a refill."""
+        kept = self._weight
+        return self._quantizers.weight.scale_of_saved((kept.scale, kept.scale_inv))
+
+    def input_scale(self, largest: Largest) -> Scale | None:
+        return self._quantizers.x.scale_by(largest)
 
     def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self._output(x_TK, bias, save=False)[0]
+        return self.output_and_saved(x_TK, bias, save=False)[0]
 
     def output_and_saved(
-        self, x_TK: torch.Tensor, bias: torch.Tensor | None = None
+        self,
+        x_TK: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        save: bool = True,
+        deferred: Deferred | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
-        return self._output(x_TK, bias, save=True)
+        row, x_KT, x = self._quantized_input(x_TK, columns=save, record=save)
+        assert row is not None
+        z_TN = self._multiply_output(row, x, bias, deferred=deferred)
+        return z_TN[: x_TK.shape[0]], self._saved(x_KT, x)
 
     def output_of_quantized(
         self,
         row: torch.Tensor,
         x_KT: torch.Tensor | None,
         tokens: int,
+        x: Scale,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        deferred: Deferred | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
-        x = self._quantizers.x.known_scale()
-        assert x is not None
-        return self._multiply_output(row, x, bias, out)[:tokens], self._saved(x_KT, x)
+        z_TN = self._multiply_output(row, x, bias, out, deferred)
+        return z_TN[:tokens], self._saved(x_KT, x)
 
     def output_of_activated(
         self,
@@ -156,10 +170,11 @@ class DenseFp8Gemms:
         activation: Activation,
         save: bool,
         bias: torch.Tensor | None = None,
+        factors: Factors | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
-        x = self._quantizers.x.known_scale()
-        if x is None:  # it follows from the whole activation
-            return self._output(activated(projected_TF, activation), bias, save)
+        x = self._quantizers.x.scale_by(
+            lambda: activation_amax(projected_TF, activation, factors=factors)
+        )
         row, x_KT = activation_float8(
             projected_TF,
             scale=x.scale,
@@ -167,8 +182,10 @@ class DenseFp8Gemms:
             transposed=save,
             strided=self.strided,
             amax=x.amax if save else None,
+            factors=factors,
         )
-        return self.output_of_quantized(row, x_KT, projected_TF.shape[0], bias)
+        z_TN = self._multiply_output(row, x, bias)
+        return z_TN[: projected_TF.shape[0]], self._saved(x_KT, x)
 
     def save_input(self, x_TK: torch.Tensor) -> SavedInput:
         _, x_KT, x = self._quantized_input(x_TK, columns=True)
@@ -178,13 +195,6 @@ class DenseFp8Gemms:
         x = self._quantizers.x.known_scale()
         assert x is not None
         return self._saved(transpose_float8(row) if self.strided else transposed(row), x)
-
-    def _output(
-        self, x_TK: torch.Tensor, bias: torch.Tensor | None, save: bool
-    ) -> tuple[torch.Tensor, SavedInput]:
-        row, x_KT, x = self._quantized_input(x_TK, columns=save, record=save)
-        assert row is not None
-        return self._multiply_output(row, x, bias)[: x_TK.shape[0]], self._saved(x_KT, x)
 
     def _quantized_input(
         self, x_TK: torch.Tensor, columns: bool, record: bool = True
@@ -208,9 +218,10 @@ class DenseFp8Gemms:
         x: Scale,
         bias: torch.Tensor | None,
         out: torch.Tensor | None = None,
+        deferred: Deferred | None = None,
     ) -> torch.Tensor:
         assert self._w_NK is not None
-        return scaled_mm(row, self._w_NK, x, self._weight, bias, out)
+        return scaled_mm(row, self._w_NK, x, self._weight_now(), bias, out)
 
     def prepare_grad_output(
         self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
@@ -231,13 +242,15 @@ class DenseFp8Gemms:
         activation: Activation,
         seed: SeedLike,
         sums: torch.Tensor | None = None,
+        factors: tuple[Factors | None, Factors | None] = (None, None),
     ) -> Fp8GradOutput:
-        dz_TN = activation_backward(dy_TF, projected_TF, activation)
+        of_dy, rest = factors
+        dz_TN = activation_backward(dy_TF, projected_TF, activation, dy_factors=of_dy, factors=rest)
         return self.prepare_grad_output(dz_TN, seed, sums)
 
-    def grad_input(self, operands: Fp8GradOutput) -> torch.Tensor:
+    def grad_input(self, operands: Fp8GradOutput, deferred: Deferred | None = None) -> torch.Tensor:
         assert self._w_KN is not None
-        product = scaled_mm(operands.row, self._w_KN, operands.row_scale, self._weight)
+        product = scaled_mm(operands.row, self._w_KN, operands.row_scale, self._weight_now())
         return product[: operands.tokens]
 
     def grad_weight(self, operands: Fp8GradOutput, saved: SavedInput) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from megasparse.fp8.current import amax_of
 from megasparse.fp8.scale import Scale
 from megasparse.kernels import effective_weight, grad_pack24_experts, weight_pack24_experts
 from megasparse.kernels.float8 import E5M2
@@ -227,7 +228,7 @@ class PackedFp8ExpertGemms(DenseFp8ExpertGemms):
         quantizers = self._quantizers
         with self._probe.timer.span("preparation"):
             dz = quantizers.gradient.scale_for(dz_TN, dtype=self._row_dtype)
-            draw = quantizers.draw.scale_for_draws(dz_TN, MVUE_HEADROOM, dz)
+            draw = quantizers.draw.scale_for_draws(lambda: amax_of(dz_TN), MVUE_HEADROOM, dz)
             row, packed = grad_pack24_experts(
                 dz_TN,
                 tokens.counts,

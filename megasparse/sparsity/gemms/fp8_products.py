@@ -15,7 +15,8 @@ import torch
 
 from megasparse.fp8.scale import Scale
 from megasparse.kernels import rescale_
-from megasparse.kernels.accumulate import Factors
+from megasparse.kernels.factors import Factors
+from megasparse.sparsity.gemms.protocol import Deferred
 
 
 def scaled_mm(
@@ -63,6 +64,7 @@ def undone(
     a: Scale,
     b: Scale,
     bias: torch.Tensor | None = None,
+    deferred: Deferred | None = None,
 ) -> torch.Tensor:
     """A 2:4 product of two operands with their scaling undone, and a bias.
 
@@ -70,6 +72,7 @@ def undone(
         product: computes it with a factor, the library's alpha, and where there is one with a
             `bias` and its `bias_factors`, as `spmm24` does.
         bias: what the result is to have; what is corrected with it is divided before.
+        deferred: gets what the product still lacks, so that nothing is corrected here.
     """
     alpha = a.assumed * b.assumed
     added: dict[str, Any] = {} if bias is None else {"bias": bias}
@@ -77,4 +80,8 @@ def undone(
         return product(alpha, **added)
     if bias is not None:
         added["bias_factors"] = (a.scale, b.scale, 1 / alpha)
-    return rescale_(product(alpha, **added), a.scale_inv, b.scale_inv, applied=alpha)
+    result = product(alpha, **added)
+    if deferred is not None:
+        deferred.factors = (a.scale_inv, b.scale_inv, alpha)
+        return result
+    return rescale_(result, a.scale_inv, b.scale_inv, applied=alpha)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedInput, with_bias
+from megasparse.sparsity.gemms.protocol import (
+    Deferred,
+    GradOutput,
+    PlainOperands,
+    SavedInput,
+    with_bias,
+)
 from megasparse.sparsity.projection import Projected
 
 
@@ -37,7 +43,7 @@ class Fp8StoredGemms(PlainOperands):
         z_TN = (x_TK @ self._codes_NK.to(x_TK.dtype).t()) * self._scale_inv_N.to(x_TK.dtype)
         return with_bias(z_TN, bias)
 
-    def grad_input(self, operands: GradOutput) -> torch.Tensor:
+    def grad_input(self, operands: GradOutput, deferred: Deferred | None = None) -> torch.Tensor:
         raise RuntimeError("a frozen weight has no backward pass")
 
     def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from megasparse.kernels.accumulate import Factors
+from megasparse.kernels.factors import Factors
 from megasparse.sparsity.gemms.protocol import LinearGemms, SavedInput
 from megasparse.timer import named
 
@@ -29,9 +29,9 @@ class NamedGemms:
         with named(f"{self._layer} output"):
             return self._gemms.output(*operands)
 
-    def output_and_saved(self, *operands: Any) -> tuple[torch.Tensor, SavedInput]:
+    def output_and_saved(self, *operands: Any, **options: Any) -> tuple[torch.Tensor, SavedInput]:
         with named(f"{self._layer} output"):
-            return self._gemms.output_and_saved(*operands)
+            return self._gemms.output_and_saved(*operands, **options)
 
     def output_of_quantized(
         self, *operands: Any, **options: Any

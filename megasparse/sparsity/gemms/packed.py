@@ -22,7 +22,13 @@ from megasparse.kernels.packed24 import Packed24
 from megasparse.kernels.spmm24.agreement import packing_disagreement
 from megasparse.kernels.token_order import by_groups
 from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
-from megasparse.sparsity.gemms.protocol import GradOutput, PlainOperands, SavedInput, with_bias
+from megasparse.sparsity.gemms.protocol import (
+    Deferred,
+    GradOutput,
+    PlainOperands,
+    SavedInput,
+    with_bias,
+)
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -102,7 +108,7 @@ class PackedSparseGemms(PlainOperands):
     def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self._multiply("output", self._packed, x_TK, lambda: self._effective().t(), bias)
 
-    def grad_input(self, operands: GradOutput) -> torch.Tensor:
+    def grad_input(self, operands: GradOutput, deferred: Deferred | None = None) -> torch.Tensor:
         packed_t = self._packed_t
         if packed_t is None:
             return operands.dz_TN @ self._effective()

@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
+from megasparse.fp8.current import amax_of
 from megasparse.fp8.scale import Scale
 from megasparse.kernels import (
     Activation,
+    activation_grad_amax,
     activation_grad_pack24,
     effective_weight,
     grad_pack24,
@@ -31,7 +33,7 @@ from megasparse.kernels import (
     spmm24,
     weight_pack24,
 )
-from megasparse.kernels.accumulate import Factors
+from megasparse.kernels.factors import Factors
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.choice import Choice, GemmChooser, shared_chooser
@@ -42,7 +44,7 @@ from megasparse.sparsity.gemms.dense_fp8 import (
     whole_tiles,
 )
 from megasparse.sparsity.gemms.fp8_products import scaled_mm, undone, with_factors
-from megasparse.sparsity.gemms.protocol import SavedInput
+from megasparse.sparsity.gemms.protocol import Deferred, SavedInput
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import SparsityRecipe
@@ -124,8 +126,9 @@ class PackedFp8Gemms(DenseFp8Gemms):
         x: Scale,
         bias: torch.Tensor | None,
         out: torch.Tensor | None = None,
+        deferred: Deferred | None = None,
     ) -> torch.Tensor:
-        return self._sparse("output", row, x, bias, out)
+        return self._sparse("output", row, x, bias, out, deferred)
 
     def prepare_grad_output(
         self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
@@ -135,7 +138,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
             return super().prepare_grad_output(dz_TN, seed, sums)
         with self._probe.timer.span("preparation"):
             dz = quantizers.gradient.scale_for(dz_TN, dtype=self._row_dtype)
-            draw = quantizers.draw.scale_for_draws(dz_TN, MVUE_HEADROOM, dz)
+            draw = quantizers.draw.scale_for_draws(lambda: amax_of(dz_TN), MVUE_HEADROOM, dz)
             how = self._as_operands(dz, draw, tokens)
             tiles_TN = whole_tiles(dz_TN)
             row, packed = grad_pack24(tiles_TN, seed=seed, sums=sums, **how)
@@ -152,17 +155,23 @@ class PackedFp8Gemms(DenseFp8Gemms):
         activation: Activation,
         seed: SeedLike,
         sums: torch.Tensor | None = None,
+        factors: tuple[Factors | None, Factors | None] = (None, None),
     ) -> Fp8GradOutput:
-        dz = self._quantizers.gradient.known_scale()
-        draw = self._quantizers.draw.known_scale()
-        if dz is None or draw is None or self._recipe.mvue == "off" or self._probe.asked:
+        if self._recipe.mvue == "off" or self._probe.asked:
             return super().prepare_activated_grad_output(
-                dy_TF, projected_TF, activation, seed, sums
+                dy_TF, projected_TF, activation, seed, sums, factors
             )
+        lacks: dict[str, Any] = dict(zip(("dy_factors", "factors"), factors, strict=True))
+
+        def largest() -> torch.Tensor:
+            return activation_grad_amax(dy_TF, projected_TF, activation, **lacks)
+
         with self._probe.timer.span("preparation"):
+            dz = self._quantizers.gradient.scale_by(largest, dtype=self._row_dtype)
+            draw = self._quantizers.draw.scale_for_draws(largest, MVUE_HEADROOM, dz)
             how = self._as_operands(dz, draw, dy_TF.shape[0])
             row, packed = activation_grad_pack24(
-                dy_TF, projected_TF, activation=activation, seed=seed, sums=sums, **how
+                dy_TF, projected_TF, activation=activation, seed=seed, sums=sums, **lacks, **how
             )
         assert row is not None
         return Fp8GradOutput(row, packed, dy_TF.shape[0], dz, draw)
@@ -182,12 +191,12 @@ class PackedFp8Gemms(DenseFp8Gemms):
             "error_flag": self._error_flag,
         }
 
-    def grad_input(self, operands: Fp8GradOutput) -> torch.Tensor:
+    def grad_input(self, operands: Fp8GradOutput, deferred: Deferred | None = None) -> torch.Tensor:
         dz = operands.row_scale
         if isinstance(self._other, Packed24):
-            product = self._sparse("grad_input", operands.row, dz)
+            product = self._sparse("grad_input", operands.row, dz, deferred=deferred)
         else:
-            product = scaled_mm(operands.row, self._other, dz, self._weight)
+            product = scaled_mm(operands.row, self._other, dz, self._weight_now())
         return product[: operands.tokens]
 
     def grad_weight(self, operands: Fp8GradOutput, saved: SavedInput) -> torch.Tensor:
@@ -235,12 +244,13 @@ class PackedFp8Gemms(DenseFp8Gemms):
         scale: Scale,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        deferred: Deferred | None = None,
     ) -> torch.Tensor:
         """`a (T, K) @ W^T + bias` of a packed W, bfloat16; by a dense GEMM where that is faster."""
-        packed, weight, tokens = self._packed_of(name), self._weight, a.shape[0]
+        packed, weight, tokens = self._packed_of(name), self._weight_now(), a.shape[0]
         (n, k) = packed.shape
 
-        def product(algorithm: int) -> torch.Tensor:
+        def product(algorithm: int, deferred: Deferred | None = None) -> torch.Tensor:
             return undone(
                 lambda alpha, **added: spmm24(
                     packed, a, algorithm=algorithm, alpha=alpha, out=out, **added
@@ -248,6 +258,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
                 scale,
                 weight,
                 bias,
+                deferred,
             )
 
         unpacked = functools.cache(packed.stored)  # once for all that is timed
@@ -264,7 +275,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
                 self._unpacked[name] = packed.stored()
             return scaled_mm(a, self._unpacked[name], scale, weight, bias, out)
         self.ran_sparse.add(name)
-        return product(choice.algorithm)
+        return product(choice.algorithm, deferred)
 
     def _choice(self, name: str, tokens: int, key: Any, flops: int, *products: Any) -> Choice:
         """Kept here too, as making the chooser's key takes the host's time."""

@@ -18,16 +18,29 @@ its buffers stay where they are, so that captured passes find them again.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from megasparse.fp8.scale import Scale
-from megasparse.kernels import Activation, activated, activation_backward
-from megasparse.kernels.accumulate import Factors
+from megasparse.fp8.scale import Largest, Scale
+from megasparse.kernels import Activation, activated, activation_backward, rescale_
+from megasparse.kernels.factors import Factors
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gradient_sum import GradientSum
 from megasparse.sparsity.projection import Projected
+
+
+@dataclass
+class Deferred:
+    """Takes what a product still lacks, for a caller whose next kernel applies it.
+
+    Attributes:
+        factors: of `kernels/factors.py`; None: it lacks nothing.
+    """
+
+    factors: Factors | None = None
+
 
 # What an x becomes for grad_weight: tensors that autograd saves.
 SavedInput = tuple[torch.Tensor, ...]
@@ -57,9 +70,13 @@ class LinearGemms(Protocol):
         """
         ...
 
-    def input_scale(self) -> Scale | None:
+    def input_scale(self, largest: Largest) -> Scale | None:
         """The scale with which a kernel that computes x may quantize it to e4m3, for
-        `output_of_quantized`; None: x is wanted in full."""
+        `output_of_quantized`; None: x is wanted in full.
+
+        Args:
+            largest: computes the magnitude of x, where that is needed.
+        """
         ...
 
     def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -71,9 +88,17 @@ class LinearGemms(Protocol):
         ...
 
     def output_and_saved(
-        self, x_TK: torch.Tensor, bias: torch.Tensor | None = None
+        self,
+        x_TK: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        save: bool = True,
+        deferred: Deferred | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
-        """The same, and what `grad_weight` needs of x."""
+        """The same, and with `save` what `grad_weight` needs of x.
+
+        Args:
+            deferred: may get what the product still lacks.
+        """
         ...
 
     def output_of_quantized(
@@ -81,8 +106,10 @@ class LinearGemms(Protocol):
         row: torch.Tensor,
         x_KT: torch.Tensor | None,
         tokens: int,
+        x: Scale,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        deferred: Deferred | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
         """`output` (with `x_KT` `output_and_saved`) of an x quantized by `input_scale`.
 
@@ -90,7 +117,9 @@ class LinearGemms(Protocol):
             row: (T', K) e4m3, whole tiles of tokens.
             x_KT: (K, T') e4m3, its tokens in the order that `strided` says; or None.
             tokens: T.
+            x: their scale.
             out: `(T', N)` bfloat16, contiguous: gets the result.
+            deferred: may get what the product still lacks.
         """
         ...
 
@@ -100,11 +129,13 @@ class LinearGemms(Protocol):
         activation: Activation,
         save: bool,
         bias: torch.Tensor | None = None,
+        factors: Factors | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
         """`output` (with `save` `output_and_saved`) of `activated(projected_TF, activation)`.
 
         Args:
             projected_TF: (T, 2 K) [gate | up], of an activation that is not gated (T, K); 16 bits.
+            factors: what it lacks.
         """
         ...
 
@@ -134,13 +165,22 @@ class LinearGemms(Protocol):
         activation: Activation,
         seed: SeedLike,
         sums: torch.Tensor | None = None,
+        factors: tuple[Factors | None, Factors | None] = (None, None),
     ) -> Any:
         """`prepare_grad_output` of the gradient of `projected_TF`, this layer's output, from that
-        of its activation, `dy_TF`."""
+        of its activation, `dy_TF`.
+
+        Args:
+            factors: what `dy_TF` and `projected_TF` lack.
+        """
         ...
 
-    def grad_input(self, operands: Any) -> torch.Tensor:
-        """`dZ W~`, `(T, K)` in the dtype of dz."""
+    def grad_input(self, operands: Any, deferred: Deferred | None = None) -> torch.Tensor:
+        """`dZ W~`, `(T, K)` in the dtype of dz.
+
+        Args:
+            deferred: may get what the product still lacks.
+        """
         ...
 
     def grad_weight(self, operands: Any, saved: SavedInput) -> torch.Tensor:
@@ -182,7 +222,7 @@ class PlainOperands(ABC):
     ) -> tuple[torch.Tensor, Factors | None]:
         return self.grad_weight(operands, saved), None
 
-    def input_scale(self) -> Scale | None:
+    def input_scale(self, largest: Largest) -> Scale | None:
         return None
 
     @abstractmethod
@@ -190,19 +230,25 @@ class PlainOperands(ABC):
         """`X W~^T + bias`, `(T, N)` in the dtype of x."""
 
     def output_and_saved(
-        self, x_TK: torch.Tensor, bias: torch.Tensor | None = None
+        self,
+        x_TK: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        save: bool = True,
+        deferred: Deferred | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
-        return self.output(x_TK, bias), (x_TK,)
+        return self.output(x_TK, bias), (x_TK,) if save else ()
 
     def output_of_quantized(
         self,
         row: torch.Tensor,
         x_KT: torch.Tensor | None,
         tokens: int,
+        x: Scale,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        deferred: Deferred | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
-        raise TypeError(f"{type(self).__name__} takes inputs in full: input_scale() is None")
+        raise TypeError(f"{type(self).__name__} takes inputs in full: it has no input scale")
 
     def output_of_activated(
         self,
@@ -210,15 +256,18 @@ class PlainOperands(ABC):
         activation: Activation,
         save: bool,
         bias: torch.Tensor | None = None,
+        factors: Factors | None = None,
     ) -> tuple[torch.Tensor, SavedInput]:
-        y_TK = activated(projected_TF, activation)
-        return self.output_and_saved(y_TK, bias) if save else (self.output(y_TK, bias), ())
+        if factors is not None:  # whoever saves them saves the product as it is
+            a, b, applied = factors
+            projected_TF = rescale_(projected_TF.clone(), a, b, applied=applied)
+        return self.output_and_saved(activated(projected_TF, activation), bias, save)
 
     def save_input(self, x_TK: torch.Tensor) -> SavedInput:
         return (x_TK,)
 
     def save_quantized(self, row: torch.Tensor) -> SavedInput:
-        raise TypeError(f"{type(self).__name__} takes inputs in full: input_scale() is None")
+        raise TypeError(f"{type(self).__name__} takes inputs in full: it has no input scale")
 
     def prepare_grad_output(
         self, dz_TN: torch.Tensor, seed: SeedLike, sums: torch.Tensor | None = None
@@ -233,8 +282,10 @@ class PlainOperands(ABC):
         activation: Activation,
         seed: SeedLike,
         sums: torch.Tensor | None = None,
+        factors: tuple[Factors | None, Factors | None] = (None, None),
     ) -> GradOutput:
-        dz_TN = activation_backward(dy_TF, projected_TF, activation)
+        of_dy, rest = factors
+        dz_TN = activation_backward(dy_TF, projected_TF, activation, dy_factors=of_dy, factors=rest)
         return self.prepare_grad_output(dz_TN, seed, sums)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
-from megasparse.sparsity.gemms.protocol import GradOutput, SavedInput, with_bias
+from megasparse.sparsity.gemms.protocol import Deferred, GradOutput, SavedInput, with_bias
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.sparsity.shard import ALL_TOKENS, ShardSlice, TokenShare
@@ -45,7 +45,7 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
     def output(self, x_TK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return with_bias(self._e4m3(x_TK, "x") @ self._e4m3(self._w_NK, "weight").t(), bias)
 
-    def grad_input(self, operands: GradOutput) -> torch.Tensor:
+    def grad_input(self, operands: GradOutput, deferred: Deferred | None = None) -> torch.Tensor:
         return self._e5m2(operands.dz_TN, "grad_output") @ self._e5m2(self._of_grad_input)
 
     def grad_weight(self, operands: GradOutput, saved: SavedInput) -> torch.Tensor:

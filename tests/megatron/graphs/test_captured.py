@@ -53,6 +53,23 @@ RUNS = {
     "s_ste": ["--sparsity-recipe", "s_ste", *LLAMA],
     "s_ste, fp8": ["--sparsity-recipe", "s_ste", *LLAMA, *FP8],
     "fst, fp8, current": ["--sparsity-recipe", "fst", *LLAMA, *FP8, "--fp8-recipe", "tensorwise"],
+    "fst, fp8, gelu, current": [
+        "--sparsity-recipe",
+        "fst",
+        *FP8,
+        *PHASES,
+        "--fp8-recipe",
+        "tensorwise",
+    ],
+    "s_ste, fp8, current": [
+        "--sparsity-recipe",
+        "s_ste",
+        *LLAMA,
+        *FP8,
+        "--fp8-recipe",
+        "tensorwise",
+    ],
+    "ast, fp8, current": ["--sparsity-recipe", "ast", *LLAMA, *FP8, "--fp8-recipe", "tensorwise"],
     "ast": ["--sparsity-recipe", "ast", *LLAMA],
     "ast, fp8": ["--sparsity-recipe", "ast", *LLAMA, *FP8],
     "dense": ["--sparsity-recipe", "dense", *LLAMA],
@@ -81,6 +98,13 @@ RECOMPUTE = [
 ]
 LAYOUTS = {
     "fst, fp8, tp 2, sp": [*RUNS["fst, fp8"], *TP2],
+    "fst, fp8, current, tp 2": [
+        *RUNS["fst, fp8, current"], "--tensor-model-parallel-size", "2"
+    ],
+    "fst, fp8, current, tp 2, sp": [*RUNS["fst, fp8, current"], *TP2],
+    "fst, fp8, current, pp 2, recomputed": [
+        *RUNS["fst, fp8, current"], *RECOMPUTE, "--pipeline-model-parallel-size", "2"
+    ],
     "s_ste, fp8, tp 2, sp": [*RUNS["s_ste, fp8"], *TP2],
     "dense, fp8, tp 2, sp": [*RUNS["dense, fp8"], *TP2],
     "ast, tp 2": [*RUNS["ast"], "--tensor-model-parallel-size", "2"],

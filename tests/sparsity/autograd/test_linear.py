@@ -174,9 +174,9 @@ def test_communication_travels_beside_the_gemms_and_is_awaited():
             return result, lambda: (events.append(f"{name} ends"), result.copy_(value))
 
     class Logged(DenseGemms):
-        def grad_input(self, gradient):
+        def grad_input(self, gradient, deferred=None):
             events.append("dX")
-            return super().grad_input(gradient)
+            return super().grad_input(gradient, deferred)
 
         def grad_weight(self, gradient, kept):
             events.append("dW")

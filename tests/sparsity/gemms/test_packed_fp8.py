@@ -19,6 +19,7 @@ from megasparse.kernels import (
 from megasparse.kernels.float8 import quantize
 from megasparse.kernels.packed24 import E4M3
 from megasparse.sparsity.autograd.linear import linear
+from megasparse.sparsity.gemms import fp8_products
 from megasparse.sparsity.gemms.choice import GemmChooser
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
 from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
@@ -152,6 +153,38 @@ def test_a_bias_is_not_scaled(device, name, known):
     without = linear(x, w, gemms).detach().double()
     found = linear(x, w, gemms, bias=bias).detach().double()
     assert error(found, without + bias.double()) < 4e-3
+
+
+@pytest.mark.parametrize("kind", [DelayedScaling, CurrentScaling])
+def test_products_assume_the_weights_scale_of_now(device, monkeypatch, kind):
+    """Also where a replayed refill has left the object as it was: nothing is left to correct, and
+    a weight that has grown gives what it is."""
+    needs_transformer_engine(device)
+    x, w, dz = operands(device, 128)
+    scales = kind(device)
+    slots = OperandQuantizers.of(scales)
+    scales.allocate()
+    gemms, effective, _ = gemms_of("fst", w, slots)
+    gemms.grad_input(gemms.prepare_grad_output(dz, 5)), gemms.output(x)
+    state = dict(vars(gemms))
+    grown = w.detach() * 1024
+    mask = transposable24_mask(grown)
+    gemms.refill(grown, Projected(mask))
+    scales.finish_step()
+    gemms.refill(grown, Projected(mask))
+    vars(gemms).update(state)  # what a replay changes lies in the tensors
+    scales.assume()
+    left, rescale = [], fp8_products.rescale_
+
+    def note(z, a, b, applied):
+        left.append(float(a * b) / applied)
+        return rescale(z, a, b, applied=applied)
+
+    monkeypatch.setattr(fp8_products, "rescale_", note)
+    z, dx = gemms.output(x), gemms.grad_input(gemms.prepare_grad_output(dz, 5))
+    assert error(z, x.detach().double() @ effective.t() * 1024) < FP8_ERROR
+    assert error(dx, dz.double() @ effective * 1024) < FP8_ERROR
+    assert left == ([] if kind is DelayedScaling else [1.0, 1.0])
 
 
 @pytest.mark.parametrize("hybrid", [False, True])

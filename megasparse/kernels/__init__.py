@@ -48,6 +48,11 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | mvue_pack24_experts(dz (T, N), counts, groups) | the same, packed for each expert; one launch |
 | grad_pack24(dz (T, N), seed, scales)           | dz in 8 bits, MVUE(dZ^T) packed in e4m3      |
 | grad_pack24_experts(dz (T, N), counts, groups) | the same, packed for each expert; one launch |
+| expert_rows(counts, rooms, device, segments)   | which token each row of experts has, groups  |
+| gather_rows(x (T, ...), sources (T',))         | (T', ...): x[sources], zeros for holes       |
+| gather_float8(x (T, K), sources, counts)       | the same in e4m3: (T', K), (K, T_e) of each  |
+| weighted_activation(fused (T, 2 F), weights)   | (T, F): activated times a weight a row       |
+| weighted_activation_backward(dy, fused, ...)   | (T, 2 F), (T,): its gradients                |
 | activation_float8(fused (T, 2 F), scale)       | activated in e4m3: (T', F), (F, T')          |
 | activation_grad_pack24(dy (T, F), fused, seed) | grad_pack24 of activated's gradient          |
 | norm_float8(x (T, H), weight, bias, scale)     | a norm in e4m3: (T', H), (H, T'); statistics |
@@ -79,6 +84,11 @@ from megasparse.kernels.current_scaling import AmaxScales as AmaxScales
 from megasparse.kernels.current_scaling import rescale_ as rescale_
 from megasparse.kernels.current_scaling import scale_inv_of as scale_inv_of
 from megasparse.kernels.current_scaling import scales_of_amax as scales_of_amax
+from megasparse.kernels.expert_rows import Segments as Segments
+from megasparse.kernels.expert_rows import expert_rows as expert_rows
+from megasparse.kernels.expert_rows import room_for as room_for
+from megasparse.kernels.gather_rows import gather_float8 as gather_float8
+from megasparse.kernels.gather_rows import gather_rows as gather_rows
 from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
 from megasparse.kernels.grad_pack24.experts import grad_pack24_experts as grad_pack24_experts
 from megasparse.kernels.mask_update import replace_mask_ as replace_mask_
@@ -121,6 +131,10 @@ from megasparse.kernels.transpose_float8 import transpose_float8 as transpose_fl
 from megasparse.kernels.weight_pack24 import effective_weight as effective_weight
 from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
 from megasparse.kernels.weight_pack24.experts import weight_pack24_experts as weight_pack24_experts
+from megasparse.kernels.weighted_activation import weighted_activation as weighted_activation
+from megasparse.kernels.weighted_activation import (
+    weighted_activation_backward as weighted_activation_backward,
+)
 
 __all__ = [
     "Activation",
@@ -130,6 +144,7 @@ __all__ = [
     "Packed24",
     "PackedStack",
     "RowFloat8",
+    "Segments",
     "accumulate_",
     "activated",
     "activation_backward",
@@ -141,6 +156,9 @@ __all__ = [
     "derive_seed",
     "effective_weight",
     "encode_patterns",
+    "expert_rows",
+    "gather_float8",
+    "gather_rows",
     "geglu",
     "geglu_fused",
     "grad_pack24",
@@ -159,6 +177,7 @@ __all__ = [
     "replace_mask_",
     "rescale_",
     "rescale_rows_",
+    "room_for",
     "rotary_qkv",
     "s_ste_scale",
     "scale_from_sums",
@@ -176,4 +195,6 @@ __all__ = [
     "unpack24",
     "weight_pack24",
     "weight_pack24_experts",
+    "weighted_activation",
+    "weighted_activation_backward",
 ]

@@ -17,15 +17,15 @@ class Segments(NamedTuple):
     """How tokens are grouped for MVUE, and what groups draw by.
 
     Attributes:
-        places: int64 (T,), of each token its place in the batch of the step; below count x tokens.
+        places: int64 (T,), of each token its place in the batch of the step; below number x tokens.
         tokens: of a segment; a group has tokens of one segment.
-        count: of all segments of the step.
+        number: of all segments of the step.
         first, total: the number of the first expert, and of all experts of the layer.
     """
 
     places: torch.Tensor
     tokens: int
-    count: int
+    number: int
     first: int = 0
     total: int = 1
 
@@ -83,9 +83,9 @@ def expert_rows(
         )
     if segments is not None:
         require("expert_rows", "places", segments.places, torch.int64, (tokens,), device)
-        if segments.tokens < 1 or segments.count < 1:
+        if segments.tokens < 1 or segments.number < 1:
             raise KernelError(
-                f"expert_rows: {segments.count} segments of {segments.tokens}, expected 1 at least"
+                f"expert_rows: {segments.number} segments of {segments.tokens}, expected 1 at least"
             )
     like = torch.empty(0, device=device) if segments is None else segments.places
     run = dispatch.implementation(

@@ -31,7 +31,7 @@ def expert_rows(
     if segments is None:
         spots = number - first_tokens[expert] + first_rows[expert]
         return _sources(spots, rows), spots, None
-    places, of_expert = segments.places, segments.count
+    places, of_expert = segments.places, segments.number
     segment = expert * of_expert + places // segments.tokens
     # Stable: also where a place occurs twice.
     order = torch.argsort(segment * segments.tokens + places % segments.tokens, stable=True)

@@ -150,12 +150,12 @@ def expert_rows(
     places = order = table = groups = None
     how = (1, 1, 0, 1)
     if segments is not None:
-        how = (segments.tokens, segments.count, segments.first, segments.total)
+        how = (segments.tokens, segments.number, segments.first, segments.total)
         places = segments.places
         groups = torch.empty(rows // 4, dtype=torch.int64, device=device)
         if not ascending:
             places, order = _in_order(counts, segments, begins)
-        table = torch.empty(len(counts) * segments.count, 2, dtype=torch.int64, device=device)
+        table = torch.empty(len(counts) * segments.number, 2, dtype=torch.int64, device=device)
     if not rows:
         return sources, spots, groups
     with torch.cuda.device_of(sources):  # Triton launches on the current device
@@ -194,6 +194,6 @@ def _in_order(
     """The places, those of each expert ascending, and which tokens they are of."""
     number = torch.arange(len(segments.places), device=begins.device)
     expert = torch.searchsorted(begins[1:, 0].contiguous(), number, right=True)
-    keys = torch.add(segments.places, expert, alpha=segments.tokens * segments.count)
+    keys = torch.add(segments.places, expert, alpha=segments.tokens * segments.number)
     order = torch.sort(keys, stable=True).indices
     return segments.places[order], order

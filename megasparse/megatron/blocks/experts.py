@@ -32,7 +32,11 @@ from megasparse.config.batches import expert_segment
 from megasparse.megatron.blocks.torch_modules import GatedActivation
 from megasparse.megatron.context.share import token_share
 from megasparse.megatron.expert_linear import ExpertLinear
-from megasparse.sparsity.autograd.experts import rows_of_tokens, tokens_of_rows
+from megasparse.sparsity.autograd.experts import (
+    expert_feed_forward,
+    rows_of_tokens,
+    tokens_of_rows,
+)
 from megasparse.sparsity.gemms.expert_tokens import Arrivals
 
 
@@ -61,10 +65,22 @@ class Experts(torch.nn.Module):
         self, x: torch.Tensor, probabilities: torch.Tensor, arrivals: Arrivals
     ) -> torch.Tensor:
         """`(T, H)`, sorted by expert, and `(T,)` -> `(T, H)`, a partial sum over TP."""
-        first, second = self.linear_fc1.current_gemms(), self.linear_fc2.current_gemms()
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        first, second = fc1.current_gemms(), fc2.current_gemms()
         both: Any = (first[0], second[0])
         tile, draws = max(one.tile for one in both), any(one.draws for one in both)
         tokens = arrivals.in_tiles(tile, draws and self.training, x.device)
+        watched = any(m._forward_hooks or m._forward_pre_hooks for m in (fc1, fc2))
+        if isinstance(self.activation, GatedActivation) and not watched:
+            return expert_feed_forward(
+                x,
+                probabilities,
+                (fc1.weight, fc2.weight),
+                both,
+                tokens,
+                (first[1], second[1]),
+                "geglu" if self.activation.gelu else "swiglu",
+            )
         x, probabilities = rows_of_tokens(x, tokens), rows_of_tokens(probabilities, tokens)
         y = self.activation(self.linear_fc1(x, tokens, first))
         weighted = (y * probabilities.unsqueeze(-1)).to(y.dtype)

@@ -148,7 +148,7 @@ def each_product(
 
 def each_sum(
     packed: Sequence[Packed24],
-    b: torch.Tensor,
+    b: torch.Tensor | Sequence[torch.Tensor],
     counts: Sequence[int],
     algorithm: int,
     streams: Streams = (),
@@ -159,15 +159,16 @@ def each_sum(
 
     Args:
         packed: A `(N, T_e)` of each expert.
-        b: `(T', K)`, or `(K, T')` if `transposed`, as 8 bits must be.
+        b: `(T', K)`, or `(K, T')` if `transposed`, as 8 bits must be; or those of each expert.
         counts: rows of each.
         streams, alpha: as above.
     """
     dim = 1 if transposed else 0
-    dtype = torch.bfloat16 if b.dtype == E4M3 else b.dtype
-    dw = b.new_empty(len(packed), packed[0].shape[0], b.shape[1 - dim], dtype=dtype)
+    each = b.split(list(counts), dim) if isinstance(b, torch.Tensor) else b
+    dtype = torch.bfloat16 if each[0].dtype == E4M3 else each[0].dtype
+    dw = each[0].new_empty(len(packed), packed[0].shape[0], each[0].shape[1 - dim], dtype=dtype)
     product = partial(matmul24, transposed=transposed, algorithm=algorithm, alpha=alpha)
-    parts = zip(packed, b.split(list(counts), dim), dw, strict=True)
+    parts = zip(packed, each, dw, strict=True)
     _run(
         (
             partial(product, one, rows, out=out) if rows.shape[dim] else out.zero_

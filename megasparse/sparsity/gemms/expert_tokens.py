@@ -86,7 +86,7 @@ class Arrivals:
             sources, spots, _ = expert_rows(self.counts, rooms, device)
             return ExpertTokens(rooms, None, spots, sources)
         segments = self._segments()
-        mixed = segments.count if self.mixed is None else min(self.mixed, segments.count)
+        mixed = segments.number if self.mixed is None else min(self.mixed, segments.number)
         rooms = self._whole([room_for(n, mixed) for n in self.counts], max(tile, 4))
         sources, spots, groups = expert_rows(
             self.counts, rooms, segments.places.device, segments, ascending=self.ascending

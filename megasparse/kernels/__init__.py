@@ -61,6 +61,8 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | weight_pack24_experts(w (E N, K), E, mask)     | the same of E stacked weights; one launch    |
 | effective_weight(w (N, K), mask, beta)         | (N, K) float32: that W~ itself, unrounded    |
 | spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
+| spmm24_experts(packed, x (T, K), counts)       | (T, N): of each of some packed matrices      |
+| matmul24_experts(packed, each)                 | (E, N, M): A_e @ b_e of each                 |
 | encode_patterns(mask, transposable)            | uint8: the number of each pattern            |
 | decode_patterns(indices, shape, transposable)  | bool mask: the inverse                       |
 | transposable_patterns()                        | bool (90, 4, 4): the transposable patterns   |
@@ -125,6 +127,8 @@ from megasparse.kernels.soft_threshold24 import (
 )
 from megasparse.kernels.spmm24 import matmul24 as matmul24
 from megasparse.kernels.spmm24 import spmm24 as spmm24
+from megasparse.kernels.spmm24.experts import matmul24_experts as matmul24_experts
+from megasparse.kernels.spmm24.experts import spmm24_experts as spmm24_experts
 from megasparse.kernels.sum_parts import sum_parts as sum_parts
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask
 from megasparse.kernels.transpose_float8 import transpose_float8 as transpose_float8
@@ -167,6 +171,7 @@ __all__ = [
     "masked_adamw_",
     "masked_decay_",
     "matmul24",
+    "matmul24_experts",
     "mvue24",
     "mvue_pack24",
     "mvue_pack24_experts",
@@ -187,6 +192,7 @@ __all__ = [
     "soft_threshold24_with_sums",
     "split_qkv",
     "spmm24",
+    "spmm24_experts",
     "sum_parts",
     "swiglu",
     "swiglu_fused",

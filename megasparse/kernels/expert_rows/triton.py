@@ -54,7 +54,7 @@ def _segments_kernel(
     if end > begin:
         segment_tokens = tl.cast(segment_tokens, tl.int64)
         first = tl.load(places_ptr + begin) // segment_tokens
-        last = tl.load(places_ptr + end - 1) // segment_tokens
+        last = tl.minimum(tl.load(places_ptr + end - 1) // segment_tokens, segments - 1)
         row = begin * 0
         while first <= last:
             segment = first + tl.arange(0, AT_A_TIME)
@@ -98,6 +98,7 @@ def _rows_kernel(
         segment_tokens = tl.cast(segment_tokens, tl.int64)
         low = tl.load(places_ptr + begin, mask=some, other=0) // segment_tokens
         high = tl.load(places_ptr + end - 1, mask=some, other=0) // segment_tokens
+        low, high = tl.minimum(low, segments - 1), tl.minimum(high, segments - 1)
         left, last = high - low, high
         table_ptr += 2 * expert * segments
         # The last segment that begins at a row not above: segments without tokens begin where the

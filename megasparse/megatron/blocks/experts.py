@@ -37,6 +37,7 @@ from megasparse.sparsity.autograd.experts import (
     rows_of_tokens,
     tokens_of_rows,
 )
+from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.gemms.expert_tokens import Arrivals
 
 
@@ -115,8 +116,12 @@ class ExpertLayer(MoELayer):
         (_, place), (start, second) = (runs := share.places(local * split))[0], runs[-1]
         if share.size > 1:
             own = torch.where(own < start, own + place, own + (second - start))
+        clock, of_batch = _clock(self.experts), sequence // expert_segment(sequence)
         dispatcher.segment_tokens = expert_segment(sequence) * batch
-        return own + _micro_batch(self.experts) * sequence * batch
+        dispatcher.mixed = of_batch * dispatcher.ep_size
+        # Outside a run nobody says how many micro-batches a step has.
+        dispatcher.segments = clock.batch // batch * of_batch if clock.batch else None
+        return own + clock.micro_batch * sequence * batch
 
     def routed_experts_compute(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
@@ -132,16 +137,19 @@ class ExpertLayer(MoELayer):
             dispatcher.segment_tokens,
             fc1.first,
             fc1.total,
+            dispatcher.segments,
+            dispatcher.mixed,
+            dispatcher.ep_size * dispatcher.tp_size == 1,
         )
         output = self.experts(x, probabilities, arrivals)
         return dispatcher.combine_preprocess(output), None
 
 
-def _micro_batch(experts: Experts) -> int:
+def _clock(experts: Experts) -> Clock:
     controller = experts.linear_fc1.controller or experts.linear_fc2.controller
     assert controller is not None
-    number: int = controller.clock.micro_batch
-    return number
+    clock: Clock = controller.clock
+    return clock
 
 
 class PlacesByAlltoAll(MoEAlltoAllTokenDispatcher):
@@ -150,11 +158,14 @@ class PlacesByAlltoAll(MoEAlltoAllTokenDispatcher):
     Attributes:
         places: int64, of the tokens that have come; None: they were not sent.
         segment_tokens: of those that are grouped for MVUE.
+        segments, mixed: see `Arrivals`.
     """
 
     tp_size: int
     places: torch.Tensor | None = None
     segment_tokens: int = 1
+    segments: int | None = None
+    mixed: int | None = None
 
     def send_places(self, own: torch.Tensor) -> torch.Tensor:
         """Of this rank's tokens `(T,)`, to where the tokens went."""
@@ -229,6 +240,8 @@ class PlacesByAllGather(MoEAllGatherTokenDispatcher):
 
     places: torch.Tensor | None = None
     segment_tokens: int = 1
+    segments: int | None = None
+    mixed: int | None = None
 
     def send_places(self, own: torch.Tensor) -> torch.Tensor:
         """Of this rank's tokens `(T,)`, to all ranks."""

@@ -48,6 +48,8 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | mvue_pack24_experts(dz (T, N), counts, groups) | the same, packed for each expert; one launch |
 | grad_pack24(dz (T, N), seed, scales)           | dz in 8 bits, MVUE(dZ^T) packed in e4m3      |
 | grad_pack24_experts(dz (T, N), counts, groups) | the same, packed for each expert; one launch |
+| expert_routes(routing_map (T, E), each)        | a router's choice as a list, by expert       |
+| sum_rows(rows (T', H), spots, parts (T, k))    | (T, H): rows of a token's parts, added up    |
 | expert_rows(counts, rooms, device, segments)   | which token each row of experts has, groups  |
 | gather_rows(x (T, ...), sources (T',))         | (T', ...): x[sources], zeros for holes       |
 | gather_float8(x (T, K), sources, counts)       | the same in e4m3: (T', K), (K, T_e) of each  |
@@ -86,11 +88,14 @@ from megasparse.kernels.current_scaling import AmaxScales as AmaxScales
 from megasparse.kernels.current_scaling import rescale_ as rescale_
 from megasparse.kernels.current_scaling import scale_inv_of as scale_inv_of
 from megasparse.kernels.current_scaling import scales_of_amax as scales_of_amax
+from megasparse.kernels.expert_routes import Routes as Routes
+from megasparse.kernels.expert_routes import expert_routes as expert_routes
 from megasparse.kernels.expert_rows import Segments as Segments
 from megasparse.kernels.expert_rows import expert_rows as expert_rows
 from megasparse.kernels.expert_rows import room_for as room_for
 from megasparse.kernels.gather_rows import gather_float8 as gather_float8
 from megasparse.kernels.gather_rows import gather_rows as gather_rows
+from megasparse.kernels.gather_rows import sum_rows as sum_rows
 from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
 from megasparse.kernels.grad_pack24.experts import grad_pack24_experts as grad_pack24_experts
 from megasparse.kernels.mask_update import replace_mask_ as replace_mask_
@@ -148,6 +153,7 @@ __all__ = [
     "Packed24",
     "PackedStack",
     "RowFloat8",
+    "Routes",
     "Segments",
     "accumulate_",
     "activated",
@@ -160,6 +166,7 @@ __all__ = [
     "derive_seed",
     "effective_weight",
     "encode_patterns",
+    "expert_routes",
     "expert_rows",
     "gather_float8",
     "gather_rows",
@@ -194,6 +201,7 @@ __all__ = [
     "spmm24",
     "spmm24_experts",
     "sum_parts",
+    "sum_rows",
     "swiglu",
     "swiglu_fused",
     "transposable24_mask",

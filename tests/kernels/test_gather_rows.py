@@ -7,11 +7,12 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels.float8 import blocks_of, quantize
-from megasparse.kernels.gather_rows import gather_float8, gather_rows
+from megasparse.kernels.gather_rows import gather_float8, gather_rows, sum_rows
 from tests.kernels.gated_cases import BF16, E4M3, FP16, bits, scalar
 from tests.kernels.poison import poison_new_tensors
 
 BACKENDS = ["reference", "triton"]
+F32 = torch.float32
 
 
 def _sources(rows: int, tokens: int) -> torch.Tensor:
@@ -45,6 +46,27 @@ def test_rows_are_their_sources(device, monkeypatch, tokens, rows, shape, dtype,
     assert found.dtype == dtype and torch.equal(found, expected)
     if tokens > 1 and x.dim() == 2:  # columns of a wider tensor
         assert torch.equal(gather_rows(torch.cat([x, x], 1)[:, : x.shape[1]], sources), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("tokens", "each", "width", "dtype"), [(9, 2, 136, F32), (70, 3, 64, BF16), (0, 2, 8, BF16)]
+)
+def test_sums_of_rows_are_rounded_once(device, monkeypatch, tokens, each, width, dtype, backend):
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(3 * tokens * each + 1, width, generator=generator).to(dtype)
+    spots = torch.randperm(len(rows), generator=generator)[: tokens * each]
+    parts = torch.randperm(tokens * each, generator=generator).view(tokens, each).int()
+    parts[tokens // 2 :, -1:] = -1
+    padded = torch.cat([spots, torch.tensor([len(rows)])])
+    wide = torch.cat([rows, rows.new_zeros(1, width)]).float()[padded[parts.long()]]
+    expected = wide[:, 0]
+    for number in range(1, each):
+        expected = expected + wide[:, number]
+    with monkeypatch.context() as patch:
+        poison_new_tensors(patch)
+        found = sum_rows(*(t.to(device) for t in (rows, spots, parts)), backend=backend)
+    assert torch.equal(found.cpu(), expected.to(dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -92,6 +114,10 @@ def test_on_a_gpu_at_the_size_of_a_layer(device):
     sources = _sources(sum(counts), 6000).to(device)
     expected = _rows(x, sources)
     assert torch.equal(gather_rows(x, sources), expected)
+    parts = torch.randperm(sum(counts)).to(device)[: 6000 * 2].view(6000, 2)
+    spots = torch.randperm(sum(counts)).to(device)
+    both = expected.float()[spots[parts]]
+    assert torch.equal(sum_rows(expected, spots, parts.int()), (both[:, 0] + both[:, 1]).to(BF16))
     rows, blocks = gather_float8(x, sources, counts, scale=scalar(100.0, device))
     expected = bits(quantize(expected, scalar(100.0, device), E4M3))
     assert torch.equal(bits(rows), expected)
@@ -103,6 +129,10 @@ def test_refusals():
     x, one, sources = torch.zeros(4, 64).half(), torch.ones(()), torch.zeros(128).int()
     with pytest.raises(KernelError, match="sources is a"):
         gather_rows(x, sources.long())
+    with pytest.raises(KernelError, match="expected matrices"):
+        sum_rows(x, sources.long(), sources)
+    with pytest.raises(KernelError, match="parts is a"):
+        sum_rows(x, sources.long(), sources.long()[:, None])
     for wrong in (x.float(), x[:, :40], x[0]):
         with pytest.raises(KernelError, match="gather_float8: x is"):
             gather_float8(wrong, sources, [128], scale=one)

@@ -38,11 +38,13 @@ class ExpertRows(NamedTuple):
         spots: int64 (T,), of every token its row.
         groups: int64 (T' / 4,), below 2^32, what each group of four rows draws by; None: nobody
             draws.
+        tokens: int32 (T',), of every row `tokens[sources]`, -1: none; None: none were given.
     """
 
     sources: torch.Tensor
     spots: torch.Tensor
     groups: torch.Tensor | None
+    tokens: torch.Tensor | None
 
 
 @torch.no_grad()
@@ -53,6 +55,7 @@ def expert_rows(
     segments: Segments | None = None,
     *,
     ascending: bool = False,
+    tokens: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> ExpertRows:
     """Tokens, sorted by expert, as rows: each expert's begin where a room begins.
@@ -67,11 +70,12 @@ def expert_rows(
         device: of the result.
         segments: None: tokens keep their order, and nobody draws.
         ascending: the places of an expert ascend already.
+        tokens: int64 (T,), what each is a part of; below 2^31.
         backend: None, "reference" or "triton".
 
     Raises: KernelError when the arguments do not fit, or a backend that cannot run.
     """
-    tokens = sum(counts)
+    total = sum(counts)
     fits = len(counts) == len(rooms) and all(
         0 <= count <= room and (segments is None or not room % GROUP)
         for count, room in zip(counts, rooms, strict=False)
@@ -82,11 +86,12 @@ def expert_rows(
             f"{'' if segments is None else ', in multiples of 4'}"
         )
     if segments is not None:
-        require("expert_rows", "places", segments.places, torch.int64, (tokens,), device)
+        require("expert_rows", "places", segments.places, torch.int64, (total,), device)
         if segments.tokens < 1 or segments.number < 1:
             raise KernelError(
                 f"expert_rows: {segments.number} segments of {segments.tokens}, expected 1 at least"
             )
+    require("expert_rows", "tokens", tokens, torch.int64, (total,), device)
     like = torch.empty(0, device=device) if segments is None else segments.places
     run = dispatch.implementation(
         "expert_rows",
@@ -95,7 +100,7 @@ def expert_rows(
         reference=reference.expert_rows,
         triton=triton.expert_rows,
     )
-    return ExpertRows(*run(counts, rooms, device, segments, ascending))
+    return ExpertRows(*run(counts, rooms, device, segments, ascending, tokens))
 
 
 def room_for(count: int, segments: int) -> int:

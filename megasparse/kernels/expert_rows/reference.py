@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from megasparse.kernels.expert_rows import Segments
 
-Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def expert_rows(
@@ -19,8 +19,9 @@ def expert_rows(
     device: torch.device,
     segments: Segments | None,
     ascending: bool,
+    tokens_T: torch.Tensor | None,
 ) -> Result:
-    """Sources, spots and groups; see `megasparse.kernels.expert_rows`."""
+    """Sources, spots, groups and tokens; see `megasparse.kernels.expert_rows`."""
     tokens, rows = sum(counts), sum(rooms)
     count, room = torch.tensor([list(counts), list(rooms)], device=device)
     expert = torch.repeat_interleave(
@@ -30,7 +31,9 @@ def expert_rows(
     number = torch.arange(tokens, device=device)
     if segments is None:
         spots = number - first_tokens[expert] + first_rows[expert]
-        return _sources(spots, rows), spots, None
+        sources, of_tokens = (_sources(values, spots, rows) for values in (number, tokens_T))
+        assert sources is not None
+        return sources, spots, None, of_tokens
     places, of_expert = segments.places, segments.number
     segment = expert * of_expert + places // segments.tokens
     # Stable: also where a place occurs twice.
@@ -47,10 +50,14 @@ def expert_rows(
     # The first row of a group is a token, or all four are zeros.
     numbers = (places * segments.total + segments.first + expert) % (1 << 32)
     by_row = places.new_zeros(rows).index_copy_(0, spots, numbers)
-    return _sources(spots, rows), spots, by_row[::4].contiguous()
+    sources, of_tokens = (_sources(values, spots, rows) for values in (number, tokens_T))
+    assert sources is not None
+    return sources, spots, by_row[::4].contiguous(), of_tokens
 
 
-def _sources(spots: torch.Tensor, rows: int) -> torch.Tensor:
-    number = torch.arange(len(spots), dtype=torch.int32, device=spots.device)
+def _sources(values: torch.Tensor | None, spots: torch.Tensor, rows: int) -> torch.Tensor | None:
+    """int32 (rows,): the values at their spots, -1 elsewhere."""
+    if values is None:
+        return None
     none = torch.full((rows,), -1, dtype=torch.int32, device=spots.device)
-    return none.index_copy_(0, spots, number)
+    return none.index_copy_(0, spots, values.int())

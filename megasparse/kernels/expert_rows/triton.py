@@ -74,9 +74,11 @@ def _rows_kernel(
     order_ptr,
     begins_ptr,
     table_ptr,
+    tokens_ptr,
     sources_ptr,
     spots_ptr,
     groups_ptr,
+    out_tokens_ptr,
     segment_tokens,
     segments,
     first_expert,
@@ -132,6 +134,9 @@ def _rows_kernel(
         token = tl.load(order_ptr + token, mask=held, other=0)
     tl.store(sources_ptr + first_row + row, tl.where(held, token, -1).to(tl.int32), mask=inside)
     tl.store(spots_ptr + token, first_row + row, mask=held)
+    if tokens_ptr is not None:
+        whose = tl.load(tokens_ptr + token, mask=held, other=-1).to(tl.int32)
+        tl.store(out_tokens_ptr + first_row + row, whose, mask=inside)
     if groups_ptr is not None:
         tl.store(groups_ptr + (first_row + row) // 4, number, mask=inside & (row % 4 == 0))
 
@@ -142,7 +147,8 @@ def expert_rows(
     device: torch.device,
     segments: Segments | None,
     ascending: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    tokens_T: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """See reference.py."""
     tokens, rows, most = sum(counts), sum(rooms), max(rooms)
     begins = _begins(counts, rooms).to(device, non_blocking=True)
@@ -152,13 +158,14 @@ def expert_rows(
     how = (1, 1, 0, 1)
     if segments is not None:
         how = (segments.tokens, segments.number, segments.first, segments.total)
-        places = segments.places
+        places = segments.places.contiguous()
         groups = torch.empty(rows // 4, dtype=torch.int64, device=device)
         if not ascending:
             places, order = _in_order(counts, segments, begins)
         table = torch.empty(len(counts) * segments.number, 2, dtype=torch.int64, device=device)
+    of_tokens = None if tokens_T is None else torch.empty_like(sources)
     if not rows:
-        return sources, spots, groups
+        return sources, spots, groups, of_tokens
     with torch.cuda.device_of(sources):  # Triton launches on the current device
         if places is not None and tokens:
             _segments_kernel[(len(counts),)](
@@ -169,14 +176,16 @@ def expert_rows(
             order,
             begins,
             table,
+            None if tokens_T is None else tokens_T.contiguous(),
             sources,
             spots,
             groups,
+            of_tokens,
             *how,
             ROWS=ROWS,
             num_warps=4,
         )
-    return sources, spots, groups
+    return sources, spots, groups, of_tokens
 
 
 def _begins(counts: Sequence[int], rooms: Sequence[int]) -> torch.Tensor:

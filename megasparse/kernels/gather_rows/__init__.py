@@ -41,6 +41,39 @@ def gather_rows(
 
 
 @torch.no_grad()
+def sum_rows(
+    rows: torch.Tensor, spots: torch.Tensor, parts: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
+    """`rows[spots[parts]]`, summed over the parts of each token: (T, H) of rows (T', H).
+
+    The reverse of `gather_rows` where a token is in several rows: its value if each was computed
+    for a part of it, or its gradient. Sums are float32, rounded once.
+
+    Args:
+        rows: float32, bfloat16 or float16 (float64 with the reference alone), copied unless it is
+            contiguous.
+        spots: int64 (n,), the row of each part.
+        parts: int32 (T, k), below n; negative: none.
+        backend: None, "reference" or "triton".
+
+    Raises: KernelError for other shapes or dtypes, or a backend that cannot run.
+    """
+    require("sum_rows", "spots", spots, torch.int64, (spots.numel(),), rows.device)
+    if rows.dim() != 2 or parts.dim() != 2:
+        raise KernelError(
+            f"sum_rows: rows {tuple(rows.shape)} and parts {tuple(parts.shape)}, expected matrices"
+        )
+    require("sum_rows", "parts", parts, torch.int32, tuple(parts.shape), rows.device)
+    if backend is None and rows.dtype not in WIDE_DTYPES:
+        backend = "reference"
+    run = dispatch.implementation(
+        "sum_rows", rows, backend, reference=reference.sum_rows, triton=triton.sum_rows
+    )
+    with torch.cuda.device_of(rows):
+        return run(rows, spots, parts)
+
+
+@torch.no_grad()
 def gather_float8(
     x: torch.Tensor,
     sources: torch.Tensor | None,

@@ -17,6 +17,16 @@ def gather_rows(x: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
     return rows.index_copy_(0, held, x.detach()[sources[held]])
 
 
+def sum_rows(rows: torch.Tensor, spots: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """(T, H), added up part by part."""
+    wide = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+    total = wide.new_zeros(parts.shape[0], rows.shape[1])
+    for part in parts.t():
+        held = torch.nonzero(part >= 0).flatten()
+        total.index_add_(0, held, wide[spots[part[held].long()]])
+    return total.to(rows.dtype)
+
+
 def gather_float8(
     x: torch.Tensor,
     sources: torch.Tensor | None,

@@ -1,4 +1,4 @@
-"""Triton kernels of `gather_rows` and `gather_float8`: every row that is wanted is read once.
+"""Triton kernels of `gather_rows`, its reverse, and `gather_float8`: each wanted row is read once.
 
 In 8 bits a program takes 64 channels of 4 * GROUPS rows of one expert, as `activation_float8` does:
 what moves between threads for the transposed copy are words of four rows.
@@ -20,8 +20,9 @@ from megasparse.kernels.device.float8 import (
     store_operands,
     words_of_part,
 )
-from megasparse.kernels.device.groups import widen
+from megasparse.kernels.device.groups import rounded, widen
 from megasparse.kernels.dispatch import INTERPRETING
+from megasparse.kernels.launches import KINDS
 from megasparse.kernels.mvue24.triton_tile import groups_of_parts, parts_of_tiles
 from megasparse.kernels.packed24 import E4M3
 
@@ -41,6 +42,35 @@ def _gather_kernel(
     inside = column < width
     x = tl.load(x_ptr + source * width + column, mask=(source >= 0) & inside, other=0.0)
     tl.store(rows_ptr + row * width + column, x, mask=(row < num_rows) & inside)
+
+
+@triton.jit
+def _sum_kernel(
+    rows_ptr,
+    spots_ptr,
+    parts_ptr,
+    out_ptr,
+    num_tokens,
+    width,
+    EACH: tl.constexpr,
+    KIND: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    blocks = tl.cdiv(width, COLUMNS)
+    pid = tl.program_id(0)
+    token = (pid // blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    column = (pid % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = column < width
+    total = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    for number in range(EACH):
+        part = tl.load(parts_ptr + token * EACH + number, mask=token < num_tokens, other=-1)
+        held = part >= 0
+        spot = tl.load(spots_ptr + part, mask=held, other=0)
+        total += widen(tl.load(rows_ptr + spot * width + column, mask=held & inside, other=0.0))
+    total = tl.where(total == total, rounded(total, KIND), total)
+    out = out_ptr + token * width + column
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(token < num_tokens) & inside)
 
 
 @triton.jit
@@ -109,6 +139,29 @@ def gather_rows(x: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
             x, sources, rows, count, width, ROWS=at_a_time, COLUMNS=columns, num_warps=4
         )
     return rows
+
+
+def sum_rows(rows: torch.Tensor, spots: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """See reference.py."""
+    rows, (tokens, each), width = rows.contiguous(), parts.shape, rows.shape[1]
+    out = rows.new_empty(tokens, width)
+    if out.numel():
+        columns = min(triton.next_power_of_2(width), COLUMNS)
+        at_a_time = (1 << 16 if INTERPRETING else ENTRIES) // columns
+        _sum_kernel[(triton.cdiv(tokens, at_a_time) * triton.cdiv(width, columns),)](
+            rows,
+            spots,
+            parts.contiguous(),
+            out,
+            tokens,
+            width,
+            EACH=each,
+            KIND=KINDS[rows.dtype],
+            TOKENS=at_a_time,
+            COLUMNS=columns,
+            num_warps=4,
+        )
+    return out
 
 
 def gather_float8(

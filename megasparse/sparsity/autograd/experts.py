@@ -40,6 +40,17 @@ class _Rows(torch.autograd.Function):
         return ctx.tokens.tokens(grads[0]), None
 
 
+class _RowsOfWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
+        ctx.tokens = tokens
+        return tokens.rows_of_weights(weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return ctx.tokens.weights_of_rows(grads[0]), None
+
+
 class _Tokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
@@ -98,7 +109,7 @@ class _FeedForward(torch.autograd.Function):
         ctx.activation = activation
         wanted = ctx.needs_input_grad
         h_TF, saved1 = first.output_of_tokens(x_TK, tokens, recorded and wanted[2])
-        weights = tokens.rows(weights_T)
+        weights = tokens.rows_of_weights(weights_T)
         z_TN, saved2 = second.output_of_activated(
             h_TF, weights, activation, tokens, recorded and wanted[3]
         )
@@ -119,7 +130,7 @@ class _FeedForward(torch.autograd.Function):
             dw2 = weight_gradient(second, operands, tuple(saved[ctx.of_first :]))
         if dy_TF is not None:
             dh_TF, dweights = weighted_activation_backward(dy_TF, h_TF, weights, ctx.activation)
-            dweights = tokens.tokens(dweights) if wanted[1] else None
+            dweights = tokens.weights_of_rows(dweights) if wanted[1] else None
             del dy_TF, h_TF
             operands = first.prepare_grad_output(dh_TF, tokens, asked(ctx.seeds[0]))
             del dh_TF
@@ -135,8 +146,13 @@ def rows_of_tokens(x: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
     return x if tokens.spots is None else _Rows.apply(x, tokens)
 
 
+def rows_of_weights(weights: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
+    """The same of `(n,)`, one weight for everything that came."""
+    return weights if tokens.spots is None else _RowsOfWeights.apply(weights, tokens)
+
+
 def tokens_of_rows(rows: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
-    """The reverse, `(T, ...)`."""
+    """The reverse, `(T, ...)`: of a token's rows the sum."""
     return rows if tokens.spots is None else _Tokens.apply(rows, tokens)
 
 
@@ -176,7 +192,8 @@ def expert_feed_forward(
 
     Args:
         x_TK: `(T, K)`, the tokens as they have come.
-        weights_T: `(T,)`, p of each.
+        weights_T: `(n,)`, p of each; of tokens that came once for all of their experts one for
+            each of these.
         weights: the stacked master weights, `(E 2 F, K)` and `(E N, F)`, `(E F, K)` where the
             activation is not gated; get straight-through gradients.
         gemms: of the two, of the current optimizer step.

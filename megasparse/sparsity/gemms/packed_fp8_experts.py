@@ -132,9 +132,10 @@ class PackedFp8ExpertGemms(DenseFp8ExpertGemms):
     def output_of_tokens(
         self, x_TK: torch.Tensor, tokens: ExpertTokens, save: bool
     ) -> tuple[torch.Tensor, SavedInput]:
-        if tokens.sources is None or not self.draws:
+        sources = tokens.sources_of_tokens
+        if sources is None or not self.draws:
             return super().output_of_tokens(x_TK, tokens, save)
-        return self._output_of_rows(x_TK, tokens.sources, tokens, save)
+        return self._output_of_rows(x_TK, sources, tokens, save)
 
     def output_of_activated(
         self,

@@ -69,8 +69,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "scale"), CASES)
-@pytest.mark.parametrize("routed", [False, True])
-@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("routed", "added"), [(False, False), (True, True)])
 def test_the_whole_is_its_parts(device, kind, scale, routed, added):
     """Twice: scales that follow from an earlier step are known before their tensors."""
     needs_transformer_engine(device)
@@ -88,17 +87,8 @@ def test_the_whole_is_its_parts(device, kind, scale, routed, added):
 
     def computed(parts: bool) -> list[torch.Tensor]:
         both, scaling = _both(kind, weights, scale)
-        arrivals = Arrivals(
-            map_TE.sum(0).tolist(),
-            routes.tokens,
-            32,
-            0,
-            E,
-            2,
-            None,
-            True,
-            routes if routed else None,
-        )
+        how = (routes.tokens, 32, 0, E, 2, None, True, routes if routed else None)
+        arrivals = Arrivals(map_TE.sum(0).tolist(), *how)
         tokens = arrivals.in_tiles(max(g.tile for g in both), both[0].draws, device)
         step, found = StepSums(open=True), []
         sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]

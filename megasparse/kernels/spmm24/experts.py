@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from megasparse.errors import KernelError
-from megasparse.kernels import dispatch
+from megasparse.kernels.dispatch import resolve
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.kernels.spmm24 import matmul24, spmm24
 from megasparse.kernels.spmm24.binding import Problem, plan
@@ -46,7 +46,7 @@ def spmm24_experts(
     out = x.new_empty(x.shape[0], packed[0].shape[0], dtype=_out_dtype(x.dtype))
     tiles = _check("spmm24_experts", packed, (x,), counts, (packed[0].shape[1],), x.shape[0])
     parts = x.split(list(counts)), out.split(list(counts))
-    name = dispatch.resolve("spmm24_experts", x, backend, "cusparselt")
+    name = resolve("spmm24_experts", x, backend, "cusparselt")
     if name == "reference" or not tiles or alpha is None:
         for one, rows, z in zip(packed, *parts, strict=True):
             if len(rows):
@@ -92,7 +92,7 @@ def matmul24_experts(
     lengths = [one.shape[1] for one in packed]
     total = sum(part.shape[dim] for part in each)
     tiles = _check("matmul24_experts", packed, each, lengths, (), total)
-    name = dispatch.resolve("matmul24_experts", first, backend, "cusparselt")
+    name = resolve("matmul24_experts", first, backend, "cusparselt")
     slow = name == "reference" or not tiles or alpha is None or width * first.itemsize % 16 != 0
     tasks = []
     d, out_bytes = out.data_ptr(), out[0].numel() * out.itemsize

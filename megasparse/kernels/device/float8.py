@@ -137,11 +137,7 @@ def words_of_part(columns_ptr, parts_ptr, tile, width):
     """Of parts whose transposed copies lie one after the other: what to give to `store_operands`
     for a tile of rows, as the columns and as their number.
 
-    columns_ptr, parts_ptr: None without a transposed copy. parts_ptr: int64 (tiles, 2), the first
-    row of each tile's part, and its rows.
+    parts_ptr: int64 (tiles, 2), the first row of each tile's part, and its rows.
     """
-    if columns_ptr is None:
-        return columns_ptr, 4
-    else:
-        begin, length = tl.load(parts_ptr + 2 * tile), tl.load(parts_ptr + 2 * tile + 1)
-        return columns_ptr + (width - 1) * (begin // 4), length
+    begin, length = tl.load(parts_ptr + 2 * tile), tl.load(parts_ptr + 2 * tile + 1)
+    return columns_ptr + (width - 1) * (begin // 4), length

@@ -51,15 +51,15 @@ def _segments_kernel(
     own first token and row."""
     expert = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begins_ptr + 2 * expert), tl.load(begins_ptr + 2 * expert + 2)
+    size = tl.cast(segment_tokens, tl.int64)
     if end > begin:
-        segment_tokens = tl.cast(segment_tokens, tl.int64)
-        first = tl.load(places_ptr + begin) // segment_tokens
-        last = tl.minimum(tl.load(places_ptr + end - 1) // segment_tokens, segments - 1)
+        first = tl.load(places_ptr + begin) // size
+        last = tl.minimum(tl.load(places_ptr + end - 1) // size, segments - 1)
         row = begin * 0
         while first <= last:
             segment = first + tl.arange(0, AT_A_TIME)
-            low = _first_not_below(places_ptr, begin, end, segment * segment_tokens)
-            high = _first_not_below(places_ptr, begin, end, (segment + 1) * segment_tokens)
+            low = _first_not_below(places_ptr, begin, end, segment * size)
+            high = _first_not_below(places_ptr, begin, end, (segment + 1) * size)
             room = (high - low + 3) // 4 * 4
             out = table_ptr + 2 * (expert * segments + segment)
             tl.store(out, low - begin, mask=segment <= last)

@@ -109,7 +109,9 @@ def _gather_float8_kernel(
     d = _load_row(x_ptr, sources_ptr, row + 3, stride, channel)
     if amax_ptr is not None:
         raise_amax(amax_ptr, largest_of_four(a, b, c, d))
-    columns_ptr, length = words_of_part(columns_ptr, parts_ptr, tile, width)
+    length = 4
+    if columns_ptr is not None:
+        columns_ptr, length = words_of_part(columns_ptr, parts_ptr, tile, width)
     store_operands(
         a * scale,
         b * scale,

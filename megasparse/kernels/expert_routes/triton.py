@@ -19,7 +19,7 @@ def _load(map_ptr, token, expert, num_tokens, experts):
 
 
 @triton.jit
-def _count_kernel(
+def _expert_count_kernel(
     map_ptr, counts_ptr, num_tokens, experts, blocks, TOKENS: tl.constexpr, EXPERTS: tl.constexpr
 ):
     block = tl.program_id(0)
@@ -30,7 +30,7 @@ def _count_kernel(
 
 
 @triton.jit
-def _write_kernel(
+def _expert_routes_kernel(
     map_ptr,
     ends_ptr,
     chosen_ptr,
@@ -76,9 +76,9 @@ def expert_routes(
     parts = torch.empty(count, each, dtype=torch.int32, device=device)
     bits = routing_map.view(torch.uint8)
     sizes = {"TOKENS": tokens, "EXPERTS": width, "num_warps": 4}
-    _count_kernel[(blocks,)](bits, counts, count, experts, blocks, **sizes)
+    _expert_count_kernel[(blocks,)](bits, counts, count, experts, blocks, **sizes)
     ends = counts.cumsum(0)
-    _write_kernel[(blocks,)](
+    _expert_routes_kernel[(blocks,)](
         bits,
         ends,
         chosen,

@@ -39,7 +39,7 @@ def _first_not_below(places_ptr, begin, end, wanted):
 
 
 @triton.jit(do_not_specialize=["segment_tokens", "segments"])
-def _segments_kernel(
+def _expert_segments_kernel(
     places_ptr,
     begins_ptr,
     table_ptr,
@@ -69,7 +69,7 @@ def _segments_kernel(
 
 
 @triton.jit(do_not_specialize=["segment_tokens", "segments", "first_expert", "experts"])
-def _rows_kernel(
+def _expert_rows_kernel(
     places_ptr,
     order_ptr,
     begins_ptr,
@@ -168,10 +168,10 @@ def expert_rows(
         return sources, spots, groups, of_tokens
     with torch.cuda.device_of(sources):  # Triton launches on the current device
         if places is not None and tokens:
-            _segments_kernel[(len(counts),)](
+            _expert_segments_kernel[(len(counts),)](
                 places, begins, table, *how[:2], AT_A_TIME=AT_A_TIME, num_warps=2
             )
-        _rows_kernel[(triton.cdiv(most, ROWS), len(counts))](
+        _expert_rows_kernel[(triton.cdiv(most, ROWS), len(counts))](
             places,
             order,
             begins,

@@ -31,7 +31,7 @@ ENTRIES, COLUMNS = 4096, 512
 
 
 @triton.jit
-def _gather_kernel(
+def _gather_rows_kernel(
     x_ptr, sources_ptr, rows_ptr, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     blocks = tl.cdiv(width, COLUMNS)
@@ -45,7 +45,7 @@ def _gather_kernel(
 
 
 @triton.jit
-def _sum_kernel(
+def _sum_rows_kernel(
     rows_ptr,
     spots_ptr,
     parts_ptr,
@@ -137,7 +137,7 @@ def gather_rows(x: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
     if rows.numel():
         columns = min(triton.next_power_of_2(width), COLUMNS)
         at_a_time = (1 << 16 if INTERPRETING else ENTRIES) // columns
-        _gather_kernel[(triton.cdiv(count, at_a_time) * triton.cdiv(width, columns),)](
+        _gather_rows_kernel[(triton.cdiv(count, at_a_time) * triton.cdiv(width, columns),)](
             x, sources, rows, count, width, ROWS=at_a_time, COLUMNS=columns, num_warps=4
         )
     return rows
@@ -150,7 +150,7 @@ def sum_rows(rows: torch.Tensor, spots: torch.Tensor, parts: torch.Tensor) -> to
     if out.numel():
         columns = min(triton.next_power_of_2(width), COLUMNS)
         at_a_time = (1 << 16 if INTERPRETING else ENTRIES) // columns
-        _sum_kernel[(triton.cdiv(tokens, at_a_time) * triton.cdiv(width, columns),)](
+        _sum_rows_kernel[(triton.cdiv(tokens, at_a_time) * triton.cdiv(width, columns),)](
             rows,
             spots,
             parts.contiguous(),

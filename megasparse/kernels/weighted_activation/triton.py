@@ -35,7 +35,7 @@ def _load(ptrs, width, live, GATED: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _weighted_forward_kernel(
     fused_ptr,
     weights_ptr,
     out_ptr,
@@ -61,7 +61,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _weighted_backward_kernel(
     dy_ptr,
     fused_ptr,
     weights_ptr,
@@ -107,7 +107,7 @@ def weighted_activation(
     if out.numel():
         channels = min(triton.next_power_of_2(width), CHANNELS)
         at_a_time = (1 << 16 if INTERPRETING else ENTRIES) // channels
-        _forward_kernel[(triton.cdiv(rows, at_a_time) * triton.cdiv(width, channels),)](
+        _weighted_forward_kernel[(triton.cdiv(rows, at_a_time) * triton.cdiv(width, channels),)](
             fused,
             weights,
             out,
@@ -131,7 +131,7 @@ def weighted_activation_backward(
     rows, width = dy.shape
     dfused, dweights = torch.empty_like(fused), torch.empty_like(weights)
     if rows:
-        _backward_kernel[(rows,)](
+        _weighted_backward_kernel[(rows,)](
             dy,
             fused,
             weights,

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 import megasparse
-from tests.thorough import THOROUGH, is_thorough
 
 ROOT = Path(__file__).parents[1]
 SETUP = (ROOT / "setup.py").read_text()

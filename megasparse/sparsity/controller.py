@@ -85,12 +85,13 @@ class SparsityController:
         """
         taken = set()
         for state, weight in self.weights:
-            # Gradients of weights that CAST computes with are autograd's.
-            if weight in places and not state.recipe.dense_forward:
+            # Gradients of experts, and of weights that CAST computes with, are autograd's.
+            own = state.experts is None and not state.recipe.dense_forward
+            if weight in places and own:
                 state.total = GradientSum(places[weight], step)
                 taken.add(weight)
         for one, weight in self.dense:
-            if weight in places:
+            if weight in places and one.experts is None:
                 one.total = GradientSum(places[weight], step)
                 taken.add(weight)
         return taken

@@ -7,8 +7,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 from megasparse.__main__ import COMMANDS, main
 from megasparse.config import load_config
 from megasparse.config.packaged import SCRIPTS, commands_folder, find_config

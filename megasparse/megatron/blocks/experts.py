@@ -194,14 +194,13 @@ class PlacesByAlltoAll(MoEAlltoAllTokenDispatcher):
         self, point: str, tokens_per_expert: torch.Tensor | None = None
     ) -> torch.Tensor:
         """On a CPU nothing has to be waited for; sizes become numbers of the host all the same."""
-        here = torch.is_tensor(tokens_per_expert) and not tokens_per_expert.is_cuda
-        if not here:
+        # Counts on the host may be those of a copy from the device that is under way.
+        if tokens_per_expert is None or self.routing_map.is_cuda:
             return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         for name in ("input_splits", "output_splits", "output_splits_tp"):
             sizes = getattr(self, name)
             if torch.is_tensor(sizes):
                 setattr(self, name, sizes.numpy())
-        assert tokens_per_expert is not None
         return tokens_per_expert
 
 

@@ -111,9 +111,9 @@ class DenseFp8ExpertGemms:
         return self._multiply_output(row, x, tokens), saved
 
     def _multiply_output(self, row: torch.Tensor, x: Scale, tokens: ExpertTokens) -> torch.Tensor:
-        assert self._w_NK is not None and self._weight is not None
+        assert self._w_NK is not None
         w_ENK = self._w_NK.unflatten(0, (self._experts, -1))
-        return scaled_products(row, w_ENK, tokens.counts, x, self._weight, self._grouped)
+        return scaled_products(row, w_ENK, tokens.counts, x, self._weight_now(), self._grouped)
 
     def prepare_grad_output(
         self, dz_TN: torch.Tensor, tokens: ExpertTokens, seed: SeedLike
@@ -127,16 +127,22 @@ class DenseFp8ExpertGemms:
         return Fp8ExpertGradOutput(row, dz_NT, tokens, dz, dz)
 
     def grad_input(self, operands: Fp8ExpertGradOutput) -> torch.Tensor:
-        assert self._w_KN is not None and self._weight is not None
+        assert self._w_KN is not None
         w_EKN = self._w_KN.unflatten(1, (self._experts, -1)).transpose(0, 1)
-        row, counts = operands.row, operands.tokens.counts
-        return scaled_products(row, w_EKN, counts, operands.row_scale, self._weight, self._grouped)
+        row, counts, weight = operands.row, operands.tokens.counts, self._weight_now()
+        return scaled_products(row, w_EKN, counts, operands.row_scale, weight, self._grouped)
 
     def grad_weight(self, operands: Fp8ExpertGradOutput, saved: SavedInput) -> torch.Tensor:
         assert isinstance(operands.along_tokens, torch.Tensor)
         x, counts = self._quantizers.x.scale_of_saved(saved[1:]), operands.tokens.counts
         along, scale = operands.along_tokens, operands.along_scale
         return scaled_sums(along, saved[0], counts, scale, x, self._grouped).flatten(0, 1)
+
+    def _weight_now(self) -> Scale:
+        """As of other FP8 layers: the weight's scale with what products assume now."""
+        assert self._weight is not None
+        kept = self._weight
+        return self._quantizers.weight.scale_of_saved((kept.scale, kept.scale_inv))
 
     def _tell(self, operand: str, values: torch.Tensor, stored: torch.Tensor) -> None:
         self._probe.fp8(operand, values, stored.float(), stored.dtype)
@@ -251,13 +257,13 @@ class PackedFp8ExpertGemms(DenseFp8ExpertGemms):
         return Fp8ExpertGradOutput(row, packed, tokens, dz, draw)
 
     def grad_input(self, operands: Fp8ExpertGradOutput) -> torch.Tensor:
-        assert self._operands is not None and self._weight is not None
+        assert self._operands is not None
         other, dz = self._operands[1], operands.row_scale
         if isinstance(other, PackedStack):
             return self._sparse("grad_input", operands.row, dz, operands.tokens)
         assert other is not None
         counts = operands.tokens.counts
-        return scaled_products(operands.row, other, counts, dz, self._weight, self._grouped)
+        return scaled_products(operands.row, other, counts, dz, self._weight_now(), self._grouped)
 
     def grad_weight(self, operands: Fp8ExpertGradOutput, saved: SavedInput) -> torch.Tensor:
         packed = operands.along_tokens
@@ -286,8 +292,7 @@ class PackedFp8ExpertGemms(DenseFp8ExpertGemms):
         self, name: str, a: torch.Tensor, scale: Scale, tokens: ExpertTokens
     ) -> torch.Tensor:
         """`a_e @ W_e^T` of the packed W of every expert, or dense where that is faster."""
-        assert self._weight is not None
-        stack, weight, counts = self._packed_of(name), self._weight, tokens.counts
+        stack, weight, counts = self._packed_of(name), self._weight_now(), tokens.counts
 
         def products(algorithm: int, streams: Streams) -> torch.Tensor:
             def product(alpha: float) -> torch.Tensor:

@@ -74,9 +74,8 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        (dy, *_), (x, weight, bias, mean, rstd) = grads, ctx.saved_tensors
-        if dy is None:
-            return (None,) * 9
+        dy, (x, weight, bias, mean, rstd) = grads[0], ctx.saved_tensors
+        assert dy is not None  # the others have no gradients
         dy_TH, x_TH = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
         if x.is_cuda:
             dx, dweight, *rest = norm_backward(dy_TH, x_TH, weight, mean, rstd)

@@ -79,6 +79,17 @@ def test_weight_gradient_uses_mvue_of_the_output_gradient_along_tokens():
     torch.testing.assert_close(x.grad, dz @ w.detach())
 
 
+def test_without_a_seed_it_is_zero():
+    x, w, dz = _operands()
+    found = []
+    for more in ({}, {"seed": 0}, {"seed": lambda: 0}):
+        w.grad = None
+        gemms = reference_sparse(w.detach(), "exact", (ShardSlice(0, 0, 16),))
+        linear(x, w, gemms, **more).backward(dz)
+        found.append(w.grad)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_column_shards_draw_the_numbers_of_the_whole():
     _, w, dz = _operands()
     flat = dz.reshape(12, 16)

@@ -35,7 +35,7 @@ def test_the_three_gemms_are_those_of_one_linear_an_expert(pruned):
     x = torch.randn(sum(COUNTS), K, dtype=torch.float64, requires_grad=True)
     stacked = weight.clone().requires_grad_()
     dz = torch.randn(sum(COUNTS), N, dtype=torch.float64)
-    z = expert_linear(x, stacked, gemms, ExpertTokens(COUNTS))
+    z = expert_linear(x, stacked, gemms, ExpertTokens(COUNTS), 0)
     z.backward(dz)
     used = weight * mask if pruned else weight
     for n, (rows, part) in enumerate(zip(x.split(COUNTS), z.split(COUNTS), strict=True)):

@@ -48,6 +48,8 @@ def test_a_text_is_names_shares_and_options():
         ("fst:0,row:1", "'fst:0' has the share '0', expected a number above 0"),
         ("fst:one", "has the share 'one'"),
         ("fst:1/0", "has the share '1/0'"),
+        ("fst:3/2", "has the share '3/2'"),
+        (":1", "phase ':1', expected NAME"),
         ("cols:1", "phase 'cols', expected one of transposable, row, soft_threshold, dense, ste"),
         ("fst+mvue:1", "has mvue=, expected off, exact, approximate"),
         ("fst+mvu=off:1", "has the option 'mvu=off', expected grad-input=VALUE, mvue=VALUE"),
@@ -102,6 +104,38 @@ def test_a_rho_is_of_all_phases_that_decay_and_of_no_other():
             make_recipe("fst", sparsity_phases=text, **rho)
     with pytest.raises(ConfigError, match="expected one of"):
         make_recipe("fst", sparsity_phases="fst(masked_decay=1e-3):1/2,dense:1/2", **rho)
+
+
+def test_a_phase_has_a_decay_of_its_own_where_no_rho_gives_it():
+    text = "fst:1/2,row+decay=0:1/4,s_ste:1/4"
+    made = make_recipe("fst", sparsity_phases=text, masked_decay=1e-3)
+    assert [phase.recipe.masked_decay for phase in made.phases] == [1e-3, 0.0, 0.0]
+    with pytest.raises(ConfigError, match="masked_decay_rho 0.05 with a phase's decay"):
+        make_recipe("fst", sparsity_phases=text, masked_decay_rho=0.05)
+    soft = (
+        make_recipe(
+            "fst",
+            sparsity_phases="fst:1/2,soft_threshold:1/2",
+            masked_decay=1e-3,
+            masked_decay_before_clipping=True,
+        )
+        .phases[1]
+        .recipe
+    )
+    assert (soft.regulariser, soft.masked_decay, soft.masked_decay_rho) == ("none", 0.0, None)
+    assert not soft.masked_decay_before_clipping
+
+
+def test_groups_of_mvue_are_of_the_phases_that_draw():
+    text = "fst:1/4,s_ste:1/4,ste:1/4,row+mvue=off:1/4"
+    made = make_recipe("fst", sparsity_phases=text, mvue_groups="strided")
+    groups = [phase.recipe.mvue_groups for phase in made.phases]
+    assert groups == ["strided", "strided", "neighbours", "neighbours"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_shares_are_a_whole_run(name):
+    assert sum(phase.share for phase in PRESETS[name].phases) == 1
 
 
 def test_dense_fractions_are_phases_said_shorter():

@@ -147,6 +147,39 @@ def test_dense_fractions_are_phases_said_shorter():
     assert _spans(PRESETS["fst"], 9) == [(0, 0, 7), (1, 7, 9)]  # half a step is no step of the tail
 
 
+@pytest.mark.parametrize(
+    ("text", "steps", "expected"),
+    [
+        ("fst:1/2,dense:1/2", 5, [(0, 0, 2), (1, 2, 5)]),  # of half a step: nearer to its own end
+        ("fst:5/14,dense:9/14", 7, [(0, 0, 2), (1, 2, 7)]),
+        ("dense:9/14,fst:5/14", 7, [(0, 0, 5), (1, 5, 7)]),
+        ("dense:1/100,fst:98/100,row:1/100", 9, [(1, 0, 9)]),  # too short for a step
+    ],
+)
+def test_steps_of_shares(text, steps, expected):
+    assert _spans(make_recipe("fst", sparsity_phases=text), steps) == expected
+
+
+def test_dense_phases_know_the_masks_before_them_or_else_behind():
+    for text, known in (
+        ("dense:1/2,fst:1/2", "fst fst"),
+        ("fst:1/2,dense:1/2", "fst fst"),
+        ("dense:1/8,dense:1/8,ste:1/4,dense:1/4,fst:1/8,dense:1/8", "ste ste ste ste fst fst"),
+    ):
+        recipe = make_recipe("fst", sparsity_phases=text)
+        found = [span.masks.name for span in schedule.spans(recipe, 16)]
+        assert found == known.split()
+    last = make_recipe("fst", sparsity_phases="fst:9/10,dense:1/10")
+    assert [schedule.is_sparse_step(last, step, 10) for step in (8, 9, 10, 99)] == [True] + 3 * [
+        False
+    ]
+
+
+def test_a_dense_step_of_cast_decays_no_share():
+    cast = make_recipe("cast", dense_warmup_fraction=0.5)
+    assert [schedule.decayed_share(cast, step, 8) for step in (0, 3, 4, 6)] == [0, 0, 0, 0.5]
+
+
 def test_presets_with_phases():
     relaxed = PRESETS["fst_relaxed"]
     first, last = (phase.recipe for phase in relaxed.phases)

@@ -103,7 +103,7 @@ def test_fp8_against_what_they_round(device, name, hybrid, kind):
     """The three GEMMs of every expert on the operands before they are rounded, in float64."""
     needs_transformer_engine(device)
     torch.manual_seed(1)
-    w = torch.randn(E * N, 2 * K, device=device).bfloat16()
+    w = torch.randn(E * N, 3 * N, device=device).bfloat16()
     w[:N] *= 0.05  # one expert's weights are smaller
     _, quantizers = _scaled(kind, device)
     recipe = make_recipe("fst" if name == "dense" else name)
@@ -122,7 +122,7 @@ def test_fp8_against_what_they_round(device, name, hybrid, kind):
             again = torch.stack([p.dense().t() for p in gemms._operands[1].each]).double()
             again = again.flatten(0, 1)
     tokens = _tokens(device, gemms.tile, gemms.draws)
-    x = torch.randn(sum(COUNTS), 2 * K, device=device).bfloat16()
+    x = torch.randn(sum(COUNTS), 3 * N, device=device).bfloat16()
     dz = (torch.randn(sum(COUNTS), N, device=device) * 1e-5).bfloat16()
     x, dz = tokens.rows(x).requires_grad_(), tokens.rows(dz)
     weight = w.clone().requires_grad_()
@@ -207,6 +207,7 @@ def test_fp8_tells_the_probe(device):
     tokens = _tokens(device, 128)
     dz = tokens.rows(torch.randn(sum(COUNTS), N, device=device).bfloat16())
     gemms.prepare_grad_output(dz, tokens, 7)
+    assert float(probe.maxima["grad_output"]) == float(dz.abs().max())
     assert float(probe.maxima["weight"]) == float((w * projected.mask).abs().max())
     assert float(probe.sums["fp8_weight_all"]) == w.numel()
     drawn = mvue24(dz.float(), seed=7, dim=0, groups=tokens.groups)
@@ -245,6 +246,8 @@ def test_refusals():
     assert "an expert's shard is (96, 64)" in refusal(weight, 2, (ShardSlice(0, 0, 96),), None)
     assert refusal(weight, 3, (ShardSlice(0, 0, 64),), "no GPU") == "no GPU"
     assert refusal(weight, 3, (ShardSlice(0, 0, 64),), None) is None
+    halves = (ShardSlice(0, 0, 32), ShardSlice(32, 64, 32))
+    assert "an expert's shard is (64, 64)" in refusal(weight, 3, halves, None)
 
 
 @pytest.mark.gpu

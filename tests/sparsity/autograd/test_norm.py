@@ -132,6 +132,18 @@ def test_the_first_gradient_is_that_of_float64(device):
         assert float(error) < 0.06
 
 
+def test_no_gradients_are_made_of_what_is_in_8_bits(device, monkeypatch):
+    needs_transformer_engine(device)
+    pair, seen, backward = Pair(device, True), [], norm._Norm.backward
+    pair.step(0)
+    watched = staticmethod(lambda ctx, *grads: (seen.append(grads), backward(ctx, *grads))[1])
+    monkeypatch.setattr(norm._Norm, "backward", watched)
+    x = torch.randn(128, H, device=device).bfloat16().requires_grad_()
+    pair(x).sum().backward()
+    ((dy, *others),) = seen
+    assert dy.shape == x.shape and others == [None, None]
+
+
 def test_no_gradient_leaves_no_trace(device):
     needs_transformer_engine(device)
     pair = Pair(device, True)

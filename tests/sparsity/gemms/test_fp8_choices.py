@@ -6,13 +6,18 @@ import pytest
 import torch
 
 from megasparse.fp8.delayed import DelayedScaling
-from megasparse.kernels import mvue24, prune24_mask, transposable24_mask
-from megasparse.sparsity.gemms.choice import Choice
+from megasparse.kernels import (
+    activation_backward,
+    mvue24,
+    prune24_mask,
+    transposable24_mask,
+)
+from megasparse.sparsity.gemms.choice import Choice, GemmChooser
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
 from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.sparsity.shard import ShardSlice
+from megasparse.sparsity.shard import ShardSlice, TokenShare
 from tests.transformer_engine import needs_transformer_engine
 
 N, K, T = 128, 256, 150
@@ -45,6 +50,25 @@ def test_draws_have_room_for_what_they_divide_by(device):
     gemms.refill(w, Projected(transposable24_mask(w)))
     found = gemms.prepare_grad_output(dz, 5)
     assert float(found.along_scale.scale) == float(found.row_scale.scale) / 4
+
+
+def test_a_gradient_behind_an_activation_is_drawn_by_the_same_tokens(device):
+    """Of context parallelism: those of this rank, however wide the activation is."""
+    needs_transformer_engine(device)
+    _, w, _ = operands(device)
+    how = {"tokens": TokenShare(1, 2), "chooser": GemmChooser(None) if w.is_cuda else None}
+    gemms = PackedFp8Gemms(make_recipe("fst"), (ShardSlice(0, 0, N),), quantizers(device), **how)
+    gemms.refill(w, Projected(transposable24_mask(w)))
+    generator = torch.Generator().manual_seed(1)
+    dy, projected = (
+        torch.randn(256, width, generator=generator).to(device).bfloat16() for width in (N // 2, N)
+    )
+    dz = activation_backward(dy, projected, "swiglu")
+    gemms.prepare_grad_output(dz, 5)  # gives the scales
+    found = gemms.prepare_activated_grad_output(dy, projected, "swiglu", 5)
+    expected = gemms.prepare_grad_output(dz, 5)
+    assert torch.equal(found.row.view(torch.uint8), expected.row.view(torch.uint8))
+    assert torch.equal(found.along_tokens.dense(), expected.along_tokens.dense())
 
 
 @pytest.mark.parametrize("name", ["fst", "ste"])

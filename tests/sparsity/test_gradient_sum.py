@@ -25,7 +25,9 @@ def _gemms(kind, w):
     scaling = DelayedScaling(torch.device("cpu"))
     quantizers = OperandQuantizers.of(scaling)
     scaling.allocate()
-    gemms = PackedFp8Gemms(make_recipe("fst"), (ShardSlice(0, 0, N),), quantizers)
+    gemms = PackedFp8Gemms(
+        make_recipe("ste" if kind == "ste" else "fst"), (ShardSlice(0, 0, N),), quantizers
+    )
     gemms.refill(w.detach(), Projected(transposable24_mask(w)))
     if kind == "unknown":  # the host assumes other scales than the device has
         linear(torch.ones(96, K).bfloat16(), w, gemms).sum()
@@ -55,7 +57,7 @@ def test_the_sum_is_open_only_when_it_is_said():
     torch.testing.assert_close(gemms.total.total, expected)
 
 
-@pytest.mark.parametrize("kind", ["dense", "known", "unknown"])
+@pytest.mark.parametrize("kind", ["dense", "ste", "known", "unknown"])
 def test_a_sum_is_that_of_the_gradients(kind):
     """To the last of 16 bits, whatever scales its operands have."""
     generator = torch.Generator().manual_seed(0)

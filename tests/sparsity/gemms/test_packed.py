@@ -15,7 +15,7 @@ from megasparse.sparsity.gemms.packed import PackedSparseGemms, refusal
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, double_pruned
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.sparsity.shard import ShardSlice, WeightShard
+from megasparse.sparsity.shard import ShardSlice, TokenShare, WeightShard
 from megasparse.sparsity.state import SparseWeight
 from tests.sparsity.gemms.made import reference_sparse
 
@@ -93,6 +93,22 @@ def test_what_was_measured_to_be_faster_computes_it(device, name, dense):
     assert sorted(f for _, f in chooser.asked) == sorted(flops + whole)
     assert len({key for key, _ in chooser.asked}) == len(chooser.asked)
     assert ("mvue_before" in probe.sums) == (recipe.mvue != "off")
+
+
+def test_draws_are_by_the_tokens_of_this_rank(device):
+    """Of context parallelism, in chunks that are no whole tiles."""
+    recipe, share, channels = make_recipe("fst"), TokenShare(1, 2), (ShardSlice(0, 0, 64),)
+    w, dz = (torch.randn(n, 64, device=device).bfloat16() for n in (64, 96))
+    mask, eye = transposable24_mask(w), torch.eye(96, device=device).bfloat16()
+    chooser = GemmChooser(None)
+    found = []
+    for gemms in (
+        PackedSparseGemms(recipe, channels, chooser=chooser, tokens=share),
+        ReferenceSparseGemms(recipe, channels, tokens=share),
+    ):
+        gemms.refill(w, Projected(mask))
+        found.append(gemms.grad_weight(gemms.prepare_grad_output(dz, 3), (eye,)))
+    _near(*found)
 
 
 @pytest.mark.gpu

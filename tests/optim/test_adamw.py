@@ -235,13 +235,14 @@ def test_groups_split_masked_matrices_and_vectors():
     assert len(groups["vectors"]["params"]) == 3 and "matrices" not in groups
 
 
-def test_without_more_it_is_adamw():
-    """Bit for bit: nobody has to set a clipping factor or a decay."""
+@pytest.mark.parametrize("pieces", [None, lambda _: [Piece(0, 64, torch.arange(64) < 32)]])
+def test_without_more_it_is_adamw(pieces):
+    """Bit for bit: nobody has to set a clipping factor or a decay, masks or not."""
     torch.manual_seed(3)
     ours, theirs = (torch.nn.Parameter(torch.zeros(64)) for _ in "ab")
     options = {"lr": LR, "betas": BETAS, "eps": 0.1}  # an eps that a factor would not cancel in
     groups = [{"params": [ours], "weight_decay": WD, "name": "matrices"}]
-    optimizer = MaskedAdamW(groups, before_step=lambda _: True, **options)
+    optimizer = MaskedAdamW(groups, before_step=lambda _: True, pieces=pieces, **options)
     reference = torch.optim.AdamW([theirs], weight_decay=WD, **options)
     for _ in range(3):
         ours.grad = torch.randn(64)

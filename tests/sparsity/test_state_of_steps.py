@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megasparse.fp8.delayed import DelayedScaling
-from megasparse.kernels import prune24_mask, s_ste_scale, transposable24_mask
+from megasparse.kernels import prune24_mask, s_ste_scale, soft_threshold24, transposable24_mask
 from megasparse.kernels.float8 import E5M2
 from megasparse.kernels.packed24 import E4M3
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
@@ -107,11 +107,14 @@ def test_what_comes_from_outside_moves():
     state.keep_scale(2.0, torch.device("cpu"))
     gemms = state.gemms(weight, 0, True, True)
     assert float(state.scale) == 2.0 and state.moves == 1
+    state.keep_scale(3.0, torch.device("cpu"))  # of the step that operands are there for
+    found = state.gemms(weight, 0, True, True).output(torch.eye(12)).t()
+    assert torch.equal(found, soft_threshold24(weight) * 3.0)
     state.forget_operands()
-    assert state.moves == 2 and state.ready_for is None
+    assert state.moves == 3 and state.ready_for is None
     assert state.gemms(weight, 0, True, True) is not gemms
     state.import_state(state.export_state(), torch.device("cpu"))
-    assert state.moves == 3 and float(state.scale) == 2.0
+    assert state.moves == 4 and float(state.scale) == 3.0
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
@@ -136,6 +139,10 @@ def test_operands_that_an_evaluation_made_are_made_again_for_who_asks(hybrid):
 def test_a_scale_of_every_step_goes_back_to_where_it_was():
     state = state_of("s_ste", s_ste_scale="every_step", mask_update_interval=1)
     all_of_them = weights(4)
+    none = state.snapshot()
+    state.gemms(all_of_them[3], 0, True, True)
+    state.restore(none)
+    assert state.scale is None  # nor is one put back that was not there
     for step, weight in enumerate(all_of_them[:3]):
         state.gemms(weight, step, True, True)
     saved, place, moves = state.snapshot(), state.scale.data_ptr(), state.moves

@@ -9,7 +9,10 @@ from megasparse.fp8.current import CurrentScaling
 from megasparse.fp8.delayed import DelayedScaling
 from megasparse.fp8.scale import Scale
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers, whole_tiles
+from megasparse.sparsity.gemms.expert_tokens import ExpertTokens
+from megasparse.sparsity.gemms.fp8_experts import DenseFp8ExpertGemms
 from megasparse.sparsity.gemms.fp8_products import undone, with_factors
+from megasparse.sparsity.probe import Probe
 from tests.transformer_engine import needs_transformer_engine
 
 
@@ -68,6 +71,29 @@ def test_an_input_that_is_saved_is_recorded_and_one_that_is_not_is_not(device):
     assert z.shape == (100, 128) and torch.equal(
         saved[0].view(torch.uint8), again[0].view(torch.uint8)
     )
+
+
+@pytest.mark.parametrize("experts", [None, 2])
+def test_a_probe_is_told_of_weights_and_gradients(device, experts):
+    needs_transformer_engine(device)
+    scaling, probe = DelayedScaling(device), Probe()
+    quantizers = OperandQuantizers.of(scaling)
+    scaling.allocate()
+    w = torch.randn(128 * (experts or 1), 128, device=device).bfloat16()
+    dz = torch.randn(256, 128, device=device).bfloat16()
+    if experts is None:
+        gemms, more = DenseFp8Gemms(quantizers, probe=probe), (3,)
+    else:
+        gemms = DenseFp8ExpertGemms(experts, quantizers, probe=probe)
+        more = (ExpertTokens([128, 128]), 3)
+    for asked in (False, True):
+        if asked:
+            probe.ask()
+        gemms.refill(w, None)
+        gemms.prepare_grad_output(dz, *more)
+        assert set(probe.maxima) == ({"weight", "grad_output"} if asked else set())
+    assert float(probe.maxima["weight"]) == float(w.abs().max())
+    assert float(probe.maxima["grad_output"]) == float(dz.abs().max())
 
 
 def test_whole_tiles():

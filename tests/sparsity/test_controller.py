@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megasparse.fp8.delayed import DelayedScaling
+from megasparse.kernels import transposable24_mask
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.dense_weight import DenseFp8Weight
@@ -112,6 +113,8 @@ def test_masks_are_refreshed_together_where_all_are_due_and_stay_where_they_are(
             for _, weight in controller.weights:
                 weight.add_(torch.randn_like(weight))
         assert step(number) == [number] * 2
+        for state, weight in controller.weights:
+            assert torch.equal(state.mask, transposable24_mask(weight.detach()))
     assert calls == [2, 3]  # of the first two some have no mask, or no flips
     states(controller)[0].invalidate()
     assert step(3) == [3, 3] and calls == [2, 3]

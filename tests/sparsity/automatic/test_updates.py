@@ -46,8 +46,11 @@ def made(name, count=1, strength=LAMBDA):
 @pytest.mark.parametrize("scale", [None, 4.0])
 def test_a_decay_in_the_momentum_is_the_rule_of_ast(scale):
     """In float64, with gradients that a GradScaler has left scaled."""
-    updates, run, layers, optimizer = made("ast", count=2)
+    updates, run, layers, _ = made("ast", count=2)
     one, dense = layers["layer 1"].weight, layers["dense"].weight
+    other = {"params": [layers["layer 0"].weight], "lr": 9.0, "weight_decay": 0.0}
+    groups = [other, {"params": [dense, one]}, {**other, "params": [torch.nn.Parameter(one.data)]}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, weight_decay=WD)
     dense.grad = torch.ones(4, 8)
     layers["layer 0"].weight.grad = None
     if scale:

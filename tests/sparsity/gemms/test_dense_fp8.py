@@ -8,6 +8,7 @@ import torch
 from megasparse.fp8.current import CurrentScaling
 from megasparse.fp8.delayed import DelayedScaling
 from megasparse.fp8.scale import Scale
+from megasparse.kernels.packed24 import E4M3
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers, whole_tiles
 from megasparse.sparsity.gemms.expert_tokens import ExpertTokens
 from megasparse.sparsity.gemms.fp8_experts import DenseFp8ExpertGemms
@@ -86,6 +87,7 @@ def test_a_probe_is_told_of_weights_and_gradients(device, experts):
     else:
         gemms = DenseFp8ExpertGemms(experts, quantizers, probe=probe)
         more = (ExpertTokens([128, 128]), 3)
+    assert gemms._row_dtype == E4M3 and not gemms.ran_sparse
     for asked in (False, True):
         if asked:
             probe.ask()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megasparse.config.layer_patterns import layers_of
 from megasparse.convert.huggingface.config_keys import (
     Always,
     Head,
@@ -132,6 +133,11 @@ def test_windows_of_some_layers():
         row, {**asked, "layer_types": [full] * 2 + [sliding] * 2, "sliding_window": 3}, num_layers=4
     )
     assert first == types and first["window_size"] == "2,0"
+    windowed = layers_of(first["window_attn_skip_freq"], 4, nth=False)
+    assert windowed == [False, False, True, True]
+    by_rope = WindowOfSome(5, "no_rope")
+    found = read(by_rope, asked, num_layers=4, no_rope_freq="[0,1,1,0]")
+    assert layers_of(found["window_attn_skip_freq"], 4, nth=False) == [False, True, True, False]
     none = read(row, {**asked, "max_window_layers": 4}, num_layers=4)
     assert none == {} == read(row, {**asked, "layer_types": [full] * 4}, num_layers=4)
     refused(row, {**asked, "layer_types": [full] * 3}, "layer_types: found", num_layers=4)
@@ -150,6 +156,7 @@ def test_layers_without_rotary_positions():
     row = NoRope()
     every = read(row, {}, num_layers=8)
     assert every == read(row, {"no_rope_layers": [1, 1, 1, 0] * 2}, num_layers=8)
+    assert layers_of(every["no_rope_freq"], 8, nth=True) == [False, False, False, True] * 2
     third = read(row, {"no_rope_layer_interval": 3}, num_layers=6)
     assert third == read(row, {"no_rope_layers": [1, 1, 0] * 2}, num_layers=6) != every
     for odd in ([1, 0], [1, 2, 0]):
@@ -166,9 +173,9 @@ def test_experts():
     assert row.write(SimpleNamespace(num_experts=3)) == {"num_experts": 3}
     layers = ExpertLayers()
     assert read(layers, {}, num_layers=4) == {"moe_layer_freq": "1"}
-    second = read(layers, {"decoder_sparse_step": 2}, num_layers=4)
-    named = read(layers, {"mlp_only_layers": [0, 2]}, num_layers=4)
-    assert second == named != {"moe_layer_freq": "1"}
+    third = read(layers, {"decoder_sparse_step": 3}, num_layers=6)
+    named = read(layers, {"mlp_only_layers": [0, 1, 3, 4]}, num_layers=6)
+    assert third == named != {"moe_layer_freq": "1"}
     refused(layers, {"mlp_only_layers": [True]}, "expected numbers of layers", num_layers=4)
     model = SimpleNamespace(expert_layers=[True, False, True])
     assert layers.write(model) == {"decoder_sparse_step": 1, "mlp_only_layers": [1]}

@@ -56,16 +56,20 @@ def test_ranks_and_stages_of_megatron(tmp_path):
 def test_ranks_without_stages(tmp_path):
     for rank in range(2):
         save(tmp_path, f"mp_rank_{rank:02d}/model_optim_rng.pt", {"model": {"w": one(rank)}})
+    (tmp_path / "mp_rank_02").write_text("no folder")
     files = MegatronFiles(tmp_path)
     assert (files.tp, files.pp) == (2, 1)
     assert [float(files.stages(rank)[0]["w"][0]) for rank in range(2)] == [0, 1]
     with pytest.raises(CheckpointError, match="holds no args of Megatron"):
         files.arguments()
+    (tmp_path / "linked").symlink_to(tmp_path.parent)
+    with pytest.raises(CheckpointError, match="linked"):
+        MegatronFiles(tmp_path)
 
 
 def test_ranks_of_deepspeed(tmp_path):
     for rank in range(2):
-        content = {"module": {"w": one(rank)}, "args": ARGS}
+        content = {"module": {"w": one(rank)}, **({} if rank else {"args": ARGS})}
         save(tmp_path, f"mp_rank_{rank:02d}_model_states.pt", content)
     files = MegatronFiles(tmp_path)
     assert (files.kind, files.tp, files.pp) == ("deepspeed", 2, 1)

@@ -119,6 +119,15 @@ def test_pieces_of_what_nobody_prunes():
     whole = decay.pieces(weights[0])
     assert [(p.start, p.length) for p in whole] == [(0, 96)]
     assert whole[0].decay is controller.weights[0][0].decay.value
+    flat = torch.zeros(60)
+    decay.attach([Fragment("w", weights[0], flat, at, at, 10) for at in (5, 30)])
+    assert [(p.start, p.length, p.mask is None) for p in decay.pieces(flat)] == [
+        (0, 5, True),
+        (5, 10, False),
+        (15, 15, True),
+        (30, 10, False),
+        (40, 20, True),
+    ]
     stranger = torch.nn.Parameter(torch.ones(2, 3))
     decay.attach([Fragment("s", stranger, stranger, 0, 0, 6)])
     assert decay.pieces(stranger) == [(0, 6, None, None)] and decay.fragments_of(weights[0]) == []

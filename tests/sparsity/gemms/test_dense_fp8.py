@@ -88,6 +88,7 @@ def test_a_probe_is_told_of_weights_and_gradients(device, experts):
         gemms = DenseFp8ExpertGemms(experts, quantizers, probe=probe)
         more = (ExpertTokens([128, 128]), 3)
     assert gemms._row_dtype == E4M3 and not gemms.ran_sparse
+    assert experts is None or not gemms._grouped
     for asked in (False, True):
         if asked:
             probe.ask()

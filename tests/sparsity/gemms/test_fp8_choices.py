@@ -20,7 +20,7 @@ from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.shard import ShardSlice, TokenShare
 from tests.transformer_engine import needs_transformer_engine
 
-N, K, T = 128, 256, 150
+N, K, T = 128, 384, 150
 FP8_ERROR = 0.045  # as in test_packed_fp8.py
 
 

@@ -28,7 +28,8 @@ def learning_rate(train: ResolvedTrain, step: int, consumed: int | None = None) 
     last = turns.linear_to_zero
     start = turns.end - last
     if last and done >= start:
-        return _decayed(train, turns, start, start + 1) * max(turns.end - done, 0) / last
+        # The warm-up is over where the stretch begins (`check_train`).
+        return _decayed(train, turns, start, start) * max(turns.end - done, 0) / last
     return _decayed(train, turns, done, after)
 
 
@@ -63,8 +64,8 @@ def _coefficient(train: ResolvedTrain, turns: LrSchedule, done: int) -> float:
     if train.lr_decay_style != "WSD":
         return _shape(train.lr_decay_style, (done - turns.warmup) / (turns.decay - turns.warmup))
     assert turns.wsd_decay is not None
-    into = done - (turns.decay - turns.wsd_decay)
-    return 1.0 if into <= 0 else _shape(train.lr_wsd_decay_style, into / turns.wsd_decay)
+    into = max(done - (turns.decay - turns.wsd_decay), 0)
+    return _shape(train.lr_wsd_decay_style, into / turns.wsd_decay)
 
 
 def _shape(style: str, progress: float) -> float:

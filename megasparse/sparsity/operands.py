@@ -18,7 +18,7 @@ from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.recipe import SparsityRecipe
-from megasparse.sparsity.shard import ALL_TOKENS, ShardSlice, TokenShare, WeightShard
+from megasparse.sparsity.shard import ShardSlice, TokenShare, WeightShard
 
 
 def choose(
@@ -30,9 +30,9 @@ def choose(
     hybrid: bool,
     reduce_max: object,
     probe: Probe,
-    tokens: TokenShare = ALL_TOKENS,
-    experts: int | None = None,
-    grouped: bool = False,
+    tokens: TokenShare,
+    experts: int | None,
+    grouped: bool,
 ) -> Any:
     """The best implementation that can compute a weight's GEMMs, without operands yet.
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megasparse.convert.huggingface import shards
 from megasparse.convert.huggingface.folder import INDEX, SINGLE
 from megasparse.convert.huggingface.shards import Group, write_model
+from megasparse.errors import StorageError
 from megasparse.tensor_files import Entry
 
 BYTES = {"a": 40, "b": 60, "c": 4, "d": 200, "e": 100}
@@ -60,3 +62,28 @@ def test_a_file_takes_what_fits(tmp_path, limit, files):
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(BYTES.values())
     assert index["weight_map"] == {name: written[name]["file"] for name in BYTES}
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_room_is_asked_for_first_and_bytes_are_shown(tmp_path, monkeypatch, bar):
+    """A MiB more than the values take, for headers and the index."""
+    asked, shown, total = [], [], sum(BYTES.values())
+
+    class Bar:
+        def __init__(self, **options):
+            assert options["total"] == total and options["enabled"] is bar
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, count):
+            shown.append(count)
+
+    monkeypatch.setattr(shards, "check_free_space", lambda *a: asked.append(a))
+    monkeypatch.setattr(shards, "progress", Bar)
+    made: list[str] = []
+    write_model(tmp_path, groups(made), 100, *([True] if bar else []))
+    assert asked == [(tmp_path, total + 2**20, StorageError)] and shown == list(BYTES.values())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megasparse.optim.adamw import MaskedAdamW, parameter_groups
+from megasparse.kernels import AdamW
+from megasparse.optim.adamw import MaskedAdamW, _with_decay, parameter_groups
 from megasparse.optim.fragments import Fragment
-from megasparse.optim.masked_decay import MaskedDecay
+from megasparse.optim.masked_decay import MaskedDecay, Piece
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.controller import SparsityController
 from megasparse.sparsity.recipe import make_recipe
@@ -121,6 +122,110 @@ def test_before_step_can_hold_everything_back():
     assert torch.equal(weight.detach(), torch.ones(4)) and not optimizer.state
 
 
+def test_a_step_that_does_not_apply_changes_nothing_and_can_be_retracted():
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = MaskedAdamW([weight], before_step=lambda _: True, lr=0.1)
+    weight.grad = torch.ones(4)
+    optimizer.applies = torch.tensor(False)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(4))
+    optimizer.retract()
+    assert weight not in optimizer.state  # as if the step had never been
+    optimizer.applies = torch.tensor(True)
+    for _ in range(2):
+        optimizer.step()
+    assert int(optimizer.state[weight]["step"]) == 2 and (weight < 1).all()
+    before, moment = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
+    optimizer.applies.fill_(False)
+    optimizer.step()
+    assert int(optimizer.state[weight]["step"]) == 3
+    optimizer.retract()
+    assert int(optimizer.state[weight]["step"]) == 2 and torch.equal(weight.detach(), before)
+    assert torch.equal(optimizer.state[weight]["exp_avg"], moment)
+    optimizer.applies = None
+    optimizer.run = lambda update: None  # somebody else runs it
+    optimizer.step()
+    assert torch.equal(weight.detach(), before)
+
+
+@pytest.mark.parametrize("kept", [None, 0.25])
+def test_cast_decays_by_signs_and_keeps_of_the_momentum_what_is_said(kept):
+    weight = torch.nn.Parameter(torch.tensor([3.0, -2.0, 1.0, -1.0]))
+    mask = torch.tensor([True, True, False, False])
+    optimizer = MaskedAdamW(
+        [weight],
+        lambda _: True,
+        lambda _: [Piece(0, 4, mask)],
+        True,
+        True,
+        lr=0.1,
+        betas=BETAS,
+        weight_decay=0.0,
+    )
+    assert optimizer.decoupled
+    optimizer.decay = 0.5
+    if kept is not None:
+        optimizer.kept = kept
+    weight.grad = torch.tensor([1.0, -1.0, 4.0, 4.0])
+    before = weight.detach().clone()
+    optimizer.step()
+    m = (1 - BETAS[0]) * weight.grad
+    u = torch.where(mask, m, (1.0 if kept is None else kept) * m + 0.5 * before.sign())
+    v = (1 - BETAS[1]) * u * u
+    step = (u / (1 - BETAS[0])) / ((v / (1 - BETAS[1])).sqrt() + 1e-8)
+    torch.testing.assert_close(weight.detach(), before - 0.1 * step)
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg_sq"], v)
+
+
+def test_a_decay_of_its_own_is_in_units_of_the_optimizers():
+    """On the host, or on the device beside numbers that stay those of the other pieces."""
+    numbers, own = AdamW(1, 0.1, 0.9, 0.99, 1e-8, 0.0, decay=0.5), torch.tensor(3.0)
+    derived = torch.tensor(numbers.derived())
+    assert _with_decay(numbers, derived, None) == (numbers, derived)
+    assert _with_decay(numbers, None, own) == (numbers._replace(decay=1.5), None)
+    same, found = _with_decay(numbers, derived, own)
+    expected = torch.tensor(numbers._replace(decay=1.5).derived())
+    assert same is numbers and torch.equal(found, expected)
+    assert torch.equal(derived, torch.tensor(numbers.derived()))
+
+
+def test_groups_of_experts_of_ends_and_of_scales():
+    def parameter(*shape, experts=False):
+        made = torch.nn.Parameter(torch.zeros(shape))
+        if experts:
+            made.allreduce = False
+        return made
+
+    named = {
+        "experts.fc1": parameter(2, 2, experts=True),
+        "experts.fc2": parameter(2, 2, experts=True),
+        "embedding": parameter(4, 2),
+        "output": parameter(4, 2),
+        "fc.weight_scale": parameter(2, 2),
+        "fc.weight": parameter(2, 2),
+        "router": parameter(2, 2),
+        "norm": parameter(2),
+    }
+    masked = {id(named["experts.fc2"]), id(named["fc.weight"])}
+    groups = parameter_groups(named.items(), masked, 0.1, ends=("output", "norm2"))
+    found = {
+        group["name"]: (
+            [name for p in group["params"] for name, one in named.items() if one is p],
+            group["weight_decay"],
+            group.get("moe"),
+        )
+        for group in groups
+    }
+    assert found == {
+        "masked": (["fc.weight"], 0.1, None),
+        "matrices": (["embedding", "router"], 0.1, None),
+        "vectors": (["fc.weight_scale", "norm"], 0.0, None),
+        "ends": (["output"], 0.1, None),
+        "experts": (["experts.fc1"], 0.1, True),
+        "masked experts": (["experts.fc2"], 0.1, True),
+    }
+
+
 def test_groups_split_masked_matrices_and_vectors():
     linear, norm = torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)
     named = [*linear.named_parameters(), *norm.named_parameters()]
@@ -130,13 +235,14 @@ def test_groups_split_masked_matrices_and_vectors():
     assert len(groups["vectors"]["params"]) == 3 and "matrices" not in groups
 
 
-def test_without_more_it_is_adamw():
-    """Bit for bit: nobody has to set a clipping factor or a decay."""
+@pytest.mark.parametrize("pieces", [None, lambda _: [Piece(0, 64, torch.arange(64) < 32)]])
+def test_without_more_it_is_adamw(pieces):
+    """Bit for bit: nobody has to set a clipping factor or a decay, masks or not."""
     torch.manual_seed(3)
     ours, theirs = (torch.nn.Parameter(torch.zeros(64)) for _ in "ab")
     options = {"lr": LR, "betas": BETAS, "eps": 0.1}  # an eps that a factor would not cancel in
     groups = [{"params": [ours], "weight_decay": WD, "name": "matrices"}]
-    optimizer = MaskedAdamW(groups, before_step=lambda _: True, **options)
+    optimizer = MaskedAdamW(groups, before_step=lambda _: True, pieces=pieces, **options)
     reference = torch.optim.AdamW([theirs], weight_decay=WD, **options)
     for _ in range(3):
         ours.grad = torch.randn(64)

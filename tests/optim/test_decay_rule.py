@@ -84,6 +84,36 @@ def test_it_follows_the_moments_at_most_twice_as_strong_at_each_refresh():
     assert set(RECIPE.state) <= {*controller.weights[0][0].export_state(), "mask", "flips"}
 
 
+@pytest.mark.parametrize("without", ["mask", "moments", "place"])
+def test_a_weight_that_nothing_is_known_of_keeps_what_it_had(without):
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(8, 12)) for _ in range(2)]
+    moments = [torch.rand(8, 12), torch.rand(8, 12)]
+    controller = controller_of(weights)
+    decay, optimizer = MaskedDecay(controller), optimizer_of(weights, moments, 3)
+    known = weights[:1] if without == "place" else weights
+    decay.attach([Fragment("w", w, w, 0, 0, w.numel()) for w in known])
+    if without == "mask":
+        controller.weights[1][0].mask = None
+    if without == "moments":
+        del optimizer.state[weights[1]]
+    rule = DecayRule(controller, decay, optimizer, lambda sums: sums)
+    expected = pytest.approx(wanted(weights[0], moments[0], 3), rel=1e-6)
+    assert follow(controller, rule, 1) == [expected, 0.0]
+
+
+def test_one_weight_and_none():
+    weight = torch.nn.Parameter(torch.randn(8, 12))
+    for weights in ([weight], []):
+        controller = controller_of(weights)
+        moments = [torch.rand(8, 12) for _ in weights]
+        decay = MaskedDecay(controller)
+        decay.attach([Fragment("w", w, w, 0, 0, w.numel()) for w in weights])
+        optimizer = optimizer_of(weights or [torch.nn.Parameter(torch.ones(1))], moments or [1], 3)
+        rule = DecayRule(controller, decay, optimizer, lambda sums: sums)
+        assert [value > 0 for value in follow(controller, rule, 1)] == [True] * len(weights)
+
+
 def test_each_weight_is_decayed_by_its_own_and_pieces_add_up_to_the_whole():
     """ZeRO's view: two ranks with a flat tensor each, cut within the weights."""
     torch.manual_seed(1)

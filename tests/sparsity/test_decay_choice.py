@@ -30,6 +30,8 @@ def made_up(ratios: dict[float, float | None]):
         ({1e-5: 0.95, 1e-4: 0.2}, 1e-5, "mu 0.950"),  # the bounds belong to the range
         ({1e-5: 1.1, 1e-4: 0.6}, 1e-4, "mu 0.600"),
         ({1e-5: 1.3, 1e-4: 0.96}, None, "all are too small, try decays above 0.0001"),
+        ({0.0: 1.0, 1e-5: 0.97}, None, "all are too small, try decays above 1e-05"),
+        ({1e-5: 0.0, 1e-4: 0.2}, None, "all are too large, try decays below 1e-05"),
         ({1e-5: 0.59, 1e-4: 0.2}, None, "all are too large, try decays below 1e-05"),
         ({1e-5: 1.0, 1e-4: 0.97, 1e-3: 0.5, 1e-2: 0.1}, None, "between 0.0001 and 0.001"),
         ({1e-5: 0.5, 1e-4: 1.2}, None, "mu does not fall with the decay"),
@@ -45,6 +47,7 @@ def test_the_rule(ratios, choice, reason):
     assert taken == choice and reason in why
     lines = table(dense, candidates, taken).splitlines()
     assert len(lines) == 2 + len(ratios)
+    assert lines[1].split() == ["dense", "0.02000", "1.000", "5.0000"]
     assert sum(line.endswith("taken") for line in lines) == (choice is not None)
 
 

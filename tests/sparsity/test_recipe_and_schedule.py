@@ -12,7 +12,7 @@ from megasparse.config import RunConfig, SparsityConfig, load_config
 from megasparse.config.schema.sparsity import RecipeName
 from megasparse.errors import ConfigError
 from megasparse.sparsity import schedule
-from megasparse.sparsity.recipe import PRESETS, SparsityRecipe, make_recipe
+from megasparse.sparsity.recipe import PRESETS, SparsityRecipe, make_recipe, recipe_with
 from megasparse.sparsity.run_recipe import recipe_of
 
 
@@ -189,6 +189,10 @@ def _flag(name, value):
 def test_constants_of_the_presets_are_those_of_the_papers():
     def of(name):
         recipe = PRESETS[name]
+        defaults = recipe.masked_decay_update_interval, recipe.weight_scale_groups
+        assert defaults == (100, 2 if name == "cast" else 0)
+        assert not (recipe.freeze_masks or recipe.masked_decay_before_clipping)
+        assert recipe.dense_forward == (name == "cast") and not recipe.simulate_fp8
         return (
             recipe.projection,
             recipe.mvue,
@@ -211,6 +215,40 @@ def test_constants_of_the_presets_are_those_of_the_papers():
         "ast": ("row", "off", "decoupled_masked_decay", 1e-4, 10_000, 10, 0.0, 0.0),
         "cast": ("row", "off", "masked_l1_decay", 4e-7, 0, 10, 0.0, 0.0),
     }
+
+
+def test_what_a_weight_keeps_is_said():
+    mask = ("mask", "counters", "flips")
+    assert PRESETS["dense"].state == () and PRESETS["fst"].state == mask
+    assert PRESETS["s_ste"].state == ("scale", *mask)
+    assert make_recipe("fst", masked_decay_rho=0.05).state == (*mask, "decay", "decay_step")
+    wanda = make_recipe("ast", mask_metric="wanda").state
+    assert wanda == (*mask, "input_square", "input_tokens")
+
+
+def test_dense_fractions_may_be_all_of_a_run_but_not_more():
+    full = make_recipe("fst", dense_warmup_fraction=0.75, dense_tail_fraction=0.25)
+    assert not any(schedule.is_sparse_step(full, step, 8) for step in range(8))
+    with pytest.raises(ConfigError, match="0.75 [+] dense_tail_fraction 0.375 exceed 1"):
+        make_recipe("fst", dense_warmup_fraction=0.75, dense_tail_fraction=0.375)
+
+
+def test_a_low_rank_branch_is_of_masks_by_rows_that_training_computes_with():
+    for flags in (["ste"], ["ast"], ["ste", "--sparsity-phases", "dense:1/2,ste:1/2"]):
+        words = ["--sparsity-recipe", *flags, "--slorb-k", "16"]
+        if len(flags) == 1:
+            assert recipe_of(load_config(words)).name == flags[0]
+        else:
+            with pytest.raises(ConfigError, match="expected a row-wise mask"):
+                recipe_of(load_config(words))
+    with pytest.raises(ConfigError, match="slorb_k 16 with the recipe cast"):
+        recipe_of(load_config(["--sparsity-recipe", "cast", "--slorb-k", "16"]))
+
+
+def test_a_foreign_loop_may_be_one_step_long():
+    assert recipe_with("ste", {}, 1).name == "ste"
+    with pytest.raises(ConfigError, match="train_iters 0, expected at least 1"):
+        recipe_with("ste", {}, 0)
 
 
 def test_the_ramp_begins_with_the_first_sparse_step():

@@ -48,6 +48,8 @@ def test_a_text_is_names_shares_and_options():
         ("fst:0,row:1", "'fst:0' has the share '0', expected a number above 0"),
         ("fst:one", "has the share 'one'"),
         ("fst:1/0", "has the share '1/0'"),
+        ("fst:3/2", "has the share '3/2'"),
+        (":1", "phase ':1', expected NAME"),
         ("cols:1", "phase 'cols', expected one of transposable, row, soft_threshold, dense, ste"),
         ("fst+mvue:1", "has mvue=, expected off, exact, approximate"),
         ("fst+mvu=off:1", "has the option 'mvu=off', expected grad-input=VALUE, mvue=VALUE"),
@@ -104,6 +106,38 @@ def test_a_rho_is_of_all_phases_that_decay_and_of_no_other():
         make_recipe("fst", sparsity_phases="fst(masked_decay=1e-3):1/2,dense:1/2", **rho)
 
 
+def test_a_phase_has_a_decay_of_its_own_where_no_rho_gives_it():
+    text = "fst:1/2,row+decay=0:1/4,s_ste:1/4"
+    made = make_recipe("fst", sparsity_phases=text, masked_decay=1e-3)
+    assert [phase.recipe.masked_decay for phase in made.phases] == [1e-3, 0.0, 0.0]
+    with pytest.raises(ConfigError, match="masked_decay_rho 0.05 with a phase's decay"):
+        make_recipe("fst", sparsity_phases=text, masked_decay_rho=0.05)
+    soft = (
+        make_recipe(
+            "fst",
+            sparsity_phases="fst:1/2,soft_threshold:1/2",
+            masked_decay=1e-3,
+            masked_decay_before_clipping=True,
+        )
+        .phases[1]
+        .recipe
+    )
+    assert (soft.regulariser, soft.masked_decay, soft.masked_decay_rho) == ("none", 0.0, None)
+    assert not soft.masked_decay_before_clipping
+
+
+def test_groups_of_mvue_are_of_the_phases_that_draw():
+    text = "fst:1/4,s_ste:1/4,ste:1/4,row+mvue=off:1/4"
+    made = make_recipe("fst", sparsity_phases=text, mvue_groups="strided")
+    groups = [phase.recipe.mvue_groups for phase in made.phases]
+    assert groups == ["strided", "strided", "neighbours", "neighbours"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_shares_are_a_whole_run(name):
+    assert sum(phase.share for phase in PRESETS[name].phases) == 1
+
+
 def test_dense_fractions_are_phases_said_shorter():
     short = make_recipe("fst", dense_warmup_fraction=0.375, dense_tail_fraction=1 / 6)
     text = make_recipe("fst", sparsity_phases="dense:0.375,fst:11/24,dense:1/6")
@@ -111,6 +145,39 @@ def test_dense_fractions_are_phases_said_shorter():
         made = [schedule.spans(recipe, steps) for recipe in (short, text)]
         assert made[0] == made[1], steps
     assert _spans(PRESETS["fst"], 9) == [(0, 0, 7), (1, 7, 9)]  # half a step is no step of the tail
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "expected"),
+    [
+        ("fst:1/2,dense:1/2", 5, [(0, 0, 2), (1, 2, 5)]),  # of half a step: nearer to its own end
+        ("fst:5/14,dense:9/14", 7, [(0, 0, 2), (1, 2, 7)]),
+        ("dense:9/14,fst:5/14", 7, [(0, 0, 5), (1, 5, 7)]),
+        ("dense:1/100,fst:98/100,row:1/100", 9, [(1, 0, 9)]),  # too short for a step
+    ],
+)
+def test_steps_of_shares(text, steps, expected):
+    assert _spans(make_recipe("fst", sparsity_phases=text), steps) == expected
+
+
+def test_dense_phases_know_the_masks_before_them_or_else_behind():
+    for text, known in (
+        ("dense:1/2,fst:1/2", "fst fst"),
+        ("fst:1/2,dense:1/2", "fst fst"),
+        ("dense:1/8,dense:1/8,ste:1/4,dense:1/4,fst:1/8,dense:1/8", "ste ste ste ste fst fst"),
+    ):
+        recipe = make_recipe("fst", sparsity_phases=text)
+        found = [span.masks.name for span in schedule.spans(recipe, 16)]
+        assert found == known.split()
+    last = make_recipe("fst", sparsity_phases="fst:9/10,dense:1/10")
+    assert [schedule.is_sparse_step(last, step, 10) for step in (8, 9, 10, 99)] == [True] + 3 * [
+        False
+    ]
+
+
+def test_a_dense_step_of_cast_decays_no_share():
+    cast = make_recipe("cast", dense_warmup_fraction=0.5)
+    assert [schedule.decayed_share(cast, step, 8) for step in (0, 3, 4, 6)] == [0, 0, 0, 0.5]
 
 
 def test_presets_with_phases():

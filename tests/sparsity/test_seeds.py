@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.seeds import DeviceSeeds
+
+
+def test_one_slot_if_no_more_are_asked_for(device):
+    seeds = DeviceSeeds(Clock(seed=1, train_iters=10), [5, 7], device)
+    seeds.begin_step([4])
+    seeds.begin_micro_batch(0)
+    expected = Clock(seed=1, train_iters=10, micro_batch=4)
+    assert [int(seeds.of(i)) for i in range(2)] == [expected.mvue_seed(n) for n in (5, 7)]
+    with pytest.raises(IndexError):
+        seeds.of(0, slot=1)
 
 
 def test_seeds_are_the_clocks(device):

@@ -78,6 +78,23 @@ def test_the_score_is_the_weight_times_the_root_mean_square():
     torch.testing.assert_close(inputs.scale(weight), expected)
 
 
+def test_what_a_checkpoint_says_replaces_what_was_seen():
+    source, other, fresh = InputNorms(), InputNorms(), InputNorms()
+    for one, size in ((source, 2.0), (other, 5.0)):
+        one.observe(torch.full((3, 4), size))
+        finish_step([(one, False)], _same, _same)
+        one.observe(torch.full((7, 4), 100.0))  # of a step that is not over
+    assert fresh.export_state() == {}
+    other.import_state(source.export_state(), torch.device("cpu"))
+    finish_step([(other, False)], _same, _same)
+    assert other.tokens == 3 and other.square.tolist() == [12.0] * 4
+    other.import_state(fresh.export_state(), torch.device("cpu"))
+    assert other.tokens == 0 and other.square is None
+    other.observe(torch.ones(2, 4))
+    finish_step([(other, False)], _same, _same)
+    assert other.tokens == 2
+
+
 def test_a_skipped_step_leaves_none_of_its_inputs():
     state = SparseWeight("w", make_recipe("ast", mask_metric="wanda"), WeightShard((1, 8)))
     state.gemms(torch.ones(1, 8), 0, True, True)

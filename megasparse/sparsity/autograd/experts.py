@@ -80,7 +80,7 @@ def expert_linear(
     weight: torch.Tensor,
     gemms: ExpertGemms,
     tokens: ExpertTokens,
-    seed: Seed = 0,
+    seed: Seed,
 ) -> torch.Tensor:
     """`x_e W~_e^T` of every expert's rows, with gradients.
 

@@ -122,7 +122,7 @@ def feed_forward(
     weights: tuple[torch.Tensor, torch.Tensor],
     gemms: tuple[LinearGemms, LinearGemms],
     comm: LinearComm,
-    seeds: tuple[Seed, Seed] = (0, 0),
+    seeds: tuple[Seed, Seed],
     activation: Activation = "swiglu",
     biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:

@@ -101,7 +101,8 @@ class _Linear(torch.autograd.Function):
         x, z_TN, saved = gathered_output(
             gemms, comm, local, quantized, save, weight.shape[0], bias, lacks
         )
-        if branch is not None and s_NR is not None:
+        if branch is not None:
+            assert s_NR is not None
             h_TR = branch.project(x.reshape(-1, x.shape[-1]), p_RK)
             z_TN = z_TN.addmm_(h_TR, s_NR.t())
         again = comm.gathers or p_RK is not None
@@ -131,7 +132,8 @@ class _Linear(torch.autograd.Function):
         if wanted[1]:
             if arrived is not None:
                 arrived()
-            if x_TK is not None and not saved:
+            if not saved:
+                assert x_TK is not None
                 saved = list(saved_again(ctx.gemms, x_TK))
             dw = weight_gradient(ctx.gemms, operands, tuple(saved))
             if dh_TR is not None:

@@ -83,8 +83,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         (dy, *_), (x, weight, bias, mean, rstd) = grads, ctx.saved_tensors
-        if dy is None:
-            return (None,) * 10
+        assert dy is not None  # the others have no gradients
         dy_TH, x_TH = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
         # Gradients of x go with dy times the weight, those of the parameters with dy alone: what is
         # multiplied here is one token long.

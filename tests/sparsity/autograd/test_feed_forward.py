@@ -10,6 +10,7 @@ from megasparse.fp8.delayed import DelayedScaling
 from megasparse.kernels import activated, prune24_mask, s_ste_scale, transposable24_mask
 from megasparse.sparsity.autograd.feed_forward import feed_forward
 from megasparse.sparsity.autograd.linear import NoComm, linear
+from megasparse.sparsity.autograd.norm import norm_to_float8
 from megasparse.sparsity.gemms import dense_fp8, fp8_products, packed_fp8
 from megasparse.sparsity.gemms.choice import GemmChooser
 from megasparse.sparsity.gemms.dense_fp8 import OperandQuantizers
@@ -210,6 +211,51 @@ def test_what_is_not_trained_is_not_computed_and_leaves_no_trace(device):
             z.sum().backward()
             assert (x.grad is not None) == wanted
             assert [w.grad is None for w in block.weights] == [n in frozen for n in range(2)]
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+def test_each_gradient_alone_is_that_of_all(device, gathers):
+    """Of the input, the weights and the biases: what one needs does not hang on another."""
+    needs_transformer_engine(device)
+    block = Block("fst", device, True, Waiting() if gathers else NoComm(), activation="gelu")
+    expected = block.step(0)[1:-1]
+    leaves = [*block.weights, *block.biases]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3, K, generator=generator).to(device).bfloat16()
+    dz = torch.randn(100 if gathers else 50, 3, N, generator=generator).to(device).bfloat16() * 1e-3
+    for number, gradient in enumerate(expected):
+        block = Block("fst", device, True, block.comm, activation="gelu")  # scales of the start
+        leaves = [x.detach(), *block.weights, *block.biases]
+        for one, leaf in enumerate(leaves):
+            leaf.requires_grad_(one == number)
+        block(leaves[0]).backward(dz)
+        assert torch.equal(leaves[number].grad, gradient)
+        assert all(leaf.grad is None for one, leaf in enumerate(leaves) if one != number)
+
+
+class Twice(NoComm):
+    """The other of two ranks has the same tokens."""
+
+    gathers = True
+
+    def gather(self, x_local):
+        return torch.cat([x_local, x_local]), lambda: None
+
+    def own_part(self, tokens):
+        return tokens
+
+
+def test_an_input_in_8_bits_is_gathered_as_it_is(device):
+    needs_transformer_engine(device)
+    block, gain = Block("fst", device, True, Twice()), torch.ones(K, device=device).bfloat16()
+    block.fused = True
+    block(torch.randn(128, K, device=device).bfloat16())  # gives the scales
+    x = torch.randn(128, K, device=device).bfloat16()
+    scale = block.slots[0].x.known_scale()
+    how = {"centred": False, "eps": 1e-5, "scale": scale, "trained": True, "gathered": True}
+    z = block(norm_to_float8(x, gain, None, **how))
+    assert torch.equal(z, block(torch.nn.functional.rms_norm(x, (K,), gain, 1e-5)))
+    assert z.shape == (256, N)
 
 
 def test_a_recomputation_repeats_the_draws(device):

@@ -7,10 +7,11 @@ import torch
 
 from megasparse.kernels import is_24, mvue24, prune24_mask
 from megasparse.sparsity.autograd.linear import linear
-from megasparse.sparsity.gemms.dense import DenseGemms
+from megasparse.sparsity.gemms.dense import DenseGemms, ReferenceSparseGemms
 from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
-from megasparse.sparsity.shard import ShardSlice
-from tests.sparsity.gemms.made import drawing, reference_sparse, simulated_fp8
+from megasparse.sparsity.probe import Probe
+from megasparse.sparsity.shard import ShardSlice, TokenShare
+from tests.sparsity.gemms.made import drawing, filled, reference_sparse, simulated_fp8
 
 
 def _operands(t=12, k=8, n=16):
@@ -79,6 +80,17 @@ def test_weight_gradient_uses_mvue_of_the_output_gradient_along_tokens():
     torch.testing.assert_close(x.grad, dz @ w.detach())
 
 
+def test_without_a_seed_it_is_zero():
+    x, w, dz = _operands()
+    found = []
+    for more in ({}, {"seed": 0}, {"seed": lambda: 0}):
+        w.grad = None
+        gemms = reference_sparse(w.detach(), "exact", (ShardSlice(0, 0, 16),))
+        linear(x, w, gemms, **more).backward(dz)
+        found.append(w.grad)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_column_shards_draw_the_numbers_of_the_whole():
     _, w, dz = _operands()
     flat = dz.reshape(12, 16)
@@ -93,6 +105,35 @@ def test_column_shards_draw_the_numbers_of_the_whole():
         for r in range(2)
     ]
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_ranks_with_some_of_the_tokens_draw_the_numbers_of_the_whole(asked):
+    """Of context parallelism: each has the chunk that mirrors its first one, too."""
+    _, w, _ = _operands()
+    dz = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+    parts = (ShardSlice(0, 40, 4), ShardSlice(4, 80, 12))
+    whole = torch.cat(
+        [
+            mvue24(dz[:, :4], seed=5, dim=0, offsets=(0, 40)),
+            mvue24(dz[:, 4:], seed=5, dim=0, offsets=(0, 80)),
+        ],
+        1,
+    )
+    for rank in range(2):
+        tokens = torch.arange(32).view(4, 8)[[rank, 3 - rank]].flatten()
+        probe = Probe()
+        if asked:
+            probe.ask()
+        gemms = ReferenceSparseGemms(drawing("exact"), parts, probe, TokenShare(rank, 2))
+        filled(gemms, w)
+        own, x = dz[tokens], torch.eye(16)
+        found = gemms.grad_weight(gemms.prepare_grad_output(own, 5), (x,)).t()
+        assert torch.equal(found, whole[tokens])
+        assert ("mvue_after" in probe.sums) == asked
+        if asked:
+            after = float(whole[tokens].double().square().sum())
+            assert float(probe.sums["mvue_after"]) == pytest.approx(after, rel=1e-6)
 
 
 def test_frozen_input_or_weight_costs_no_gradient():
@@ -126,12 +167,34 @@ def test_fp8_rounding_is_to_the_nearest_under_one_scale(dtype, most, step):
     assert (rounded != x).any() and float(rounded.abs().max()) == pytest.approx(
         float(x.abs().max())
     )
+    small = x * 1e-4  # below 1, and scaled all the same
+    torch.testing.assert_close(rounding()(small, dtype, None), _rounded(small, dtype))
     zeros = torch.zeros(4, 4)
     assert torch.equal(rounding()(zeros, dtype, None), zeros)
     # A shard with the amax of the whole is rounded as the whole is.
     part = rounding(lambda _: (x.abs().max() * 0.01).float())(x[:32] * 0.01, dtype, None)
     whole = rounding()(torch.cat([x[:32] * 0.01, x * 0.01]), dtype, None)
     assert torch.equal(part, whole[:32])
+
+
+def test_simulated_fp8_tells_the_probe():
+    x, w, dz = (a.detach() for a in _operands())
+    gemms = simulated_fp8(w, "exact", (ShardSlice(0, 0, 16),))
+    gemms.output(x.reshape(12, 8))
+    assert not gemms._probe.sums  # nobody asked
+    gemms._probe.ask()
+    operands = gemms.prepare_grad_output(dz.reshape(12, 16), 3)
+    gemms.output(x.reshape(12, 8))
+    gemms.grad_input(operands)
+    gemms.grad_weight(operands, (x.reshape(12, 8),))
+    found = {name: float(value) for name, value in gemms._probe.sums.items()}
+    sizes = {"x": x, "weight": w, "grad_output": dz, "grad_output_mvue": dz}
+    for name, tensor in sizes.items():
+        assert found[f"fp8_{name}_all"] == tensor.numel()
+        assert found[f"fp8_{name}_largest"] >= 1
+        if name != "grad_output_mvue":
+            assert float(gemms._probe.maxima[name]) == float(tensor.abs().max())
+    assert set(gemms._probe.maxima) == set(sizes)
 
 
 def test_simulated_fp8_takes_the_papers_formats():

@@ -140,6 +140,18 @@ def test_the_first_gradient_is_that_of_float64(device):
         assert float(error) < 0.06
 
 
+def test_no_gradients_are_made_of_what_is_in_8_bits(device, monkeypatch):
+    needs_transformer_engine(device)
+    pair, seen, backward = Pair(device, True), [], norm._Norm.backward
+    pair.step(0)
+    watched = staticmethod(lambda ctx, *grads: (seen.append(grads), backward(ctx, *grads))[1])
+    monkeypatch.setattr(norm._Norm, "backward", watched)
+    x = torch.randn(128, H, device=device).bfloat16().requires_grad_()
+    pair(x).sum().backward()
+    ((dy, *others),) = seen
+    assert dy.shape == x.shape and others == [None, None]
+
+
 def test_no_gradient_leaves_no_trace(device):
     needs_transformer_engine(device)
     pair = Pair(device, True)
@@ -224,8 +236,13 @@ def test_what_is_gathered_travels_in_8_bits(device, packed, rank, own_first):
     for fused in (True, False):
         pair = Pair(device, fused, packed=packed)
         pair.step(0)
-        x = torch.randn(64, 2, H, generator=torch.Generator().manual_seed(1)).to(device).bfloat16()
-        dz = torch.randn(128, 2, N, generator=torch.Generator().manual_seed(2)) * 1e-3
+        x = torch.randn(128, 2, H, generator=torch.Generator().manual_seed(1)).to(device).bfloat16()
+        dz = torch.randn(256, 2, N, generator=torch.Generator().manual_seed(2)) * 1e-3
+        multiply, parts = pair.gemms.output_of_quantized, []
+        pair.gemms.output_of_quantized = lambda row, columns, tokens, *a, m=multiply, **o: (
+            parts.append((len(row), tokens)),  # noqa: B023
+            m(row, columns, tokens, *a, **o),
+        )[1]
         comm, scale = Doubling(rank, own_first), pair.slots.x.known_scale()
         gather = comm.gather
         comm.gather = lambda t, g=gather: (sent.append(t.dtype), g(t))[1]
@@ -241,11 +258,13 @@ def test_what_is_gathered_travels_in_8_bits(device, packed, rank, own_first):
                 trained=True,
                 gathered=True,
             )
-            assert y.columns is None
+            assert y.columns is None and not y.rows.requires_grad
         else:
             y = rms_norm(x, (H,), pair.norm_weight, EPS)
         z = linear(y, pair.weight, pair.gemms, comm, seed=3)
-        assert z.shape == (128, 2, N)
+        assert z.shape == (256, 2, N)
+        if fused:  # every token once
+            assert parts == [(256, 256)] * 2 if own_first else [(512, 512)]
         z.backward(dz.to(device).bfloat16())
         results.append([z.detach(), x.grad, pair.norm_weight.grad, pair.weight.grad])
         results[-1].append(pair.scales.history[0].clone())

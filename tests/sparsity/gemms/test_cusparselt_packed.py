@@ -8,6 +8,7 @@ import torch
 from megasparse.errors import ConfigError, KernelError
 from megasparse.kernels import matmul24, pack24, prune24_mask, spmm24, transposable24_mask
 from megasparse.kernels.spmm24.cusparselt_packing import pack24_by_library
+from megasparse.sparsity.gemms.choice import Choice
 from megasparse.sparsity.gemms.cusparselt_packed import LibrarySparseGemms
 from megasparse.sparsity.gemms.dense import ReferenceSparseGemms
 from megasparse.sparsity.projection import Projected
@@ -62,6 +63,38 @@ def test_against_the_definition(device, name, tokens):
     assert library.ran_sparse == expected | (
         {"grad_weight"} if recipe.mvue != "off" and tokens == 128 else set()
     )
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_was_measured_to_be_faster_computes_it(device, dense):
+    """Each shape is asked for once; a draw is packed, or multiplied as it is."""
+    recipe, channels, asked = make_recipe("fst"), (ShardSlice(0, 0, 128),), []
+
+    class Chooser:
+        def choose(self, key, flops, sparse, by_dense):
+            _near(sparse(0), by_dense())
+            asked.append((key, flops))
+            return Choice(0, 2.0, 1.0) if dense else Choice(0, 1.0, 2.0)
+
+    w, x, dz = (
+        torch.randn(s, device=device).bfloat16() for s in ((128, 192), (64, 192), (64, 128))
+    )
+    projected = Projected(transposable24_mask(w))
+    gemms, reference = (
+        LibrarySparseGemms(recipe, channels, chooser=Chooser()),
+        ReferenceSparseGemms(recipe, channels),
+    )
+    for one in (gemms, reference):
+        one.refill(w, projected)
+    bias = torch.arange(128, device=device).bfloat16()
+    for _ in range(2):
+        _near(gemms.output(x, bias), reference.output(x, bias))
+        operands = reference.prepare_grad_output(dz, 7)
+        _near(gemms.grad_input(operands), reference.grad_input(operands))
+        _near(gemms.grad_weight(operands, (x,)), reference.grad_weight(operands, (x,)))
+    assert gemms.ran_sparse == (set() if dense else {"output", "grad_input", "grad_weight"})
+    assert [flops for _, flops in asked] == [2 * 64 * 128 * 192] * 3
+    assert len({key for key, _ in asked}) == 3
 
 
 @pytest.mark.gpu

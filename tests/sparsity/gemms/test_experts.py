@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,9 +12,10 @@ from megasparse.sparsity.autograd.experts import expert_linear
 from megasparse.sparsity.gemms.expert_tokens import Arrivals, ExpertTokens
 from megasparse.sparsity.gemms.experts import DenseExpertGemms, ReferenceExpertGemms
 from megasparse.sparsity.operands import channels_of_expert
+from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected
 from megasparse.sparsity.recipe import make_recipe
-from megasparse.sparsity.shard import WeightShard
+from megasparse.sparsity.shard import ShardSlice, WeightShard
 from megasparse.sparsity.state import SparseWeight
 
 E, N, K = 3, 8, 12
@@ -35,7 +38,7 @@ def test_the_three_gemms_are_those_of_one_linear_an_expert(pruned):
     x = torch.randn(sum(COUNTS), K, dtype=torch.float64, requires_grad=True)
     stacked = weight.clone().requires_grad_()
     dz = torch.randn(sum(COUNTS), N, dtype=torch.float64)
-    z = expert_linear(x, stacked, gemms, ExpertTokens(COUNTS))
+    z = expert_linear(x, stacked, gemms, ExpertTokens(COUNTS), 0)
     z.backward(dz)
     used = weight * mask if pruned else weight
     for n, (rows, part) in enumerate(zip(x.split(COUNTS), z.split(COUNTS), strict=True)):
@@ -126,6 +129,64 @@ def test_rows_are_whole_tiles_with_every_token_once(counts, draws):
         assert torch.equal(part[part[:, 0] > 0], own)
     assert (tokens.groups is None) != draws
     assert Arrivals(counts).in_tiles(1, False, x.device) == ExpertTokens(counts)
+
+
+def test_without_tokens_there_are_groups_for_the_tile_of_zeros():
+    none = torch.zeros(0, dtype=torch.int64)
+    tokens = Arrivals([0, 0], none, 8, 0, 2).in_tiles(64, True, none.device)
+    assert tokens.counts == [64, 0] and tokens.groups.tolist() == [0] * 16
+
+
+def test_numbers_of_groups_stay_below_2_to_the_32():
+    """And by default every place is a segment of the only expert."""
+    places = torch.tensor([2**31, 2**31 + 1, 5])
+    tokens = Arrivals([2, 1], places, 2**29, 1, 3).in_tiles(4, True, places.device)
+    expected = [(int(p) * 3 + 1 + e) % 2**32 for p, e in zip(places[::2], (0, 1))]
+    assert tokens.groups.tolist() == expected and max(expected) < 2**32
+    alone = Arrivals([2, 1], torch.tensor([4, 5, 4])).in_tiles(4, True, places.device)
+    assert alone.counts == [8, 4] and alone.groups.tolist() == [4, 5, 5]
+
+
+def test_one_launch_is_for_16_bits_on_a_gpu_if_it_is_asked_for():
+    def asked(gemms, is_cuda=True, dtype=torch.bfloat16):
+        return gemms._in_one_launch(SimpleNamespace(is_cuda=is_cuda, dtype=dtype))
+
+    dense, pruned = (
+        DenseExpertGemms(2, True),
+        ReferenceExpertGemms(2, make_recipe("ste"), (), None, True),
+    )
+    for gemms in (dense, pruned):
+        assert asked(gemms) and not asked(gemms, is_cuda=False)
+        assert not asked(gemms, dtype=torch.float32)
+    assert not asked(DenseExpertGemms(2)) and not asked(
+        ReferenceExpertGemms(2, make_recipe("ste"), ())
+    )
+    # Dense experts take tokens as they come; those that draw take groups of four.
+    assert (dense.tile, dense.draws, pruned.draws) == (1, False, False)
+    assert ReferenceExpertGemms(2, make_recipe("fst"), ()).draws
+
+
+def test_draws_are_by_the_place_of_each_channel_and_are_told():
+    recipe, counts, probe = make_recipe("fst"), [4, 8], Probe()
+    parts = (ShardSlice(0, 8, 4), ShardSlice(4, 24, 4))
+    gemms = ReferenceExpertGemms(2, recipe, parts, probe)
+    dz, groups = torch.randn(12, 8), torch.tensor([3, 1, 7])
+    tokens = ExpertTokens(counts, groups)
+    operands = gemms.prepare_grad_output(dz, tokens, 5)
+    gemms.grad_weight(operands, (torch.eye(12),))
+    assert not probe.sums
+    probe.ask()
+    found = gemms.grad_weight(operands, (torch.eye(12),)).view(2, 8, 12)
+    drawn = torch.cat(
+        [
+            mvue24(dz[:, :4], seed=5, dim=0, offsets=(0, 8), groups=groups),
+            mvue24(dz[:, 4:], seed=5, dim=0, offsets=(0, 24), groups=groups),
+        ],
+        1,
+    )
+    assert torch.equal(found.sum(0).t(), drawn)
+    after = float(drawn.double().square().sum())
+    assert float(probe.sums["mvue_after"]) == pytest.approx(after, rel=1e-6)
 
 
 def test_every_expert_has_a_scale_of_its_own_and_a_state_that_comes_back():

@@ -17,7 +17,7 @@ from megasparse.kernels import (
 )
 from megasparse.sparsity.autograd.experts import expert_linear
 from megasparse.sparsity.gemms import packed_experts
-from megasparse.sparsity.gemms.choice import GemmChooser
+from megasparse.sparsity.gemms.choice import Choice, GemmChooser
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
 from megasparse.sparsity.gemms.expert_tokens import Arrivals, ExpertTokens
 from megasparse.sparsity.gemms.experts import DenseExpertGemms, ReferenceExpertGemms
@@ -103,9 +103,9 @@ def test_fp8_against_what_they_round(device, name, hybrid, kind):
     """The three GEMMs of every expert on the operands before they are rounded, in float64."""
     needs_transformer_engine(device)
     torch.manual_seed(1)
-    w = torch.randn(E * N, 2 * K, device=device).bfloat16()
+    w = torch.randn(E * N, 3 * N, device=device).bfloat16()
     w[:N] *= 0.05  # one expert's weights are smaller
-    _, quantizers = _scaled(kind, device)
+    scaling, quantizers = _scaled(kind, device)
     recipe = make_recipe("fst" if name == "dense" else name)
     if name == "dense":
         gemms = DenseFp8ExpertGemms(E, quantizers, hybrid, grouped=True)
@@ -122,7 +122,7 @@ def test_fp8_against_what_they_round(device, name, hybrid, kind):
             again = torch.stack([p.dense().t() for p in gemms._operands[1].each]).double()
             again = again.flatten(0, 1)
     tokens = _tokens(device, gemms.tile, gemms.draws)
-    x = torch.randn(sum(COUNTS), 2 * K, device=device).bfloat16()
+    x = torch.randn(sum(COUNTS), 3 * N, device=device).bfloat16()
     dz = (torch.randn(sum(COUNTS), N, device=device) * 1e-5).bfloat16()
     x, dz = tokens.rows(x).requires_grad_(), tokens.rows(dz)
     weight = w.clone().requires_grad_()
@@ -147,8 +147,12 @@ def test_fp8_against_what_they_round(device, name, hybrid, kind):
         assert _error(dx_e, dz_e @ again_e) < loose * FP8_ERROR
         assert _error(dw_e, drawn_e.t() @ x_e) < loose_sum * FP8_ERROR
     assert z.dtype == x.grad.dtype == weight.grad.dtype == torch.bfloat16
+    before = scaling.history.clone() if kind is DelayedScaling else None
     with torch.no_grad():
         assert torch.equal(gemms.output(x.detach(), tokens), z)
+        gemms.output(2 * x.detach(), tokens)  # of an evaluation: nothing is recorded
+    assert before is None or torch.equal(scaling.history, before)
+    assert gemms.draws == (name in ("fst", "s_ste", "s_ste_3")) and gemms._grouped
     if name != "dense":
         assert gemms.ran_sparse == set(recipe.sparse_gemms)
 
@@ -207,6 +211,7 @@ def test_fp8_tells_the_probe(device):
     tokens = _tokens(device, 128)
     dz = tokens.rows(torch.randn(sum(COUNTS), N, device=device).bfloat16())
     gemms.prepare_grad_output(dz, tokens, 7)
+    assert float(probe.maxima["grad_output"]) == float(dz.abs().max())
     assert float(probe.maxima["weight"]) == float((w * projected.mask).abs().max())
     assert float(probe.sums["fp8_weight_all"]) == w.numel()
     drawn = mvue24(dz.float(), seed=7, dim=0, groups=tokens.groups)
@@ -224,6 +229,48 @@ def test_a_scale_for_each_stacked_weight(device, backend):
     for n, part in enumerate(packed.dense().split(64)):
         expected = soft_threshold24(w.split(64)[n]).float() * beta[n]
         assert torch.equal(part, expected.bfloat16())
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_choices_are_of_an_experts_shape_and_of_all_rows(device, fp8, dense):
+    """What is faster computes it; the weight gradient stays with what was drawn."""
+    needs_transformer_engine(device)
+    asked = []
+
+    class Chooser:
+        def choose(self, key, flops, sparse, by_dense):
+            assert _error(sparse(0), by_dense()) < 6e-3
+            asked.append((key, flops))
+            return Choice(0, 0.0, -1.0) if dense else Choice(0, 0.0, 0.0)
+
+    recipe, w = make_recipe("fst"), torch.randn(E * N, 3 * N, device=device).bfloat16()
+    if fp8:
+        _, quantizers = _scaled(DelayedScaling, device)
+        gemms = PackedFp8ExpertGemms(E, recipe, CHANNELS, quantizers, chooser=Chooser())
+    else:
+        gemms = PackedExpertGemms(E, recipe, CHANNELS, chooser=Chooser())
+    assert gemms._grouped and gemms.ran_sparse == set()
+    reference = ReferenceExpertGemms(E, recipe, CHANNELS)
+    tokens = _tokens(device, 128)
+    for step in (1, 2):
+        w = w / step
+        projected = _projected(w, recipe)
+        gemms.refill(w, projected)
+        reference.refill(w, projected)
+        x = tokens.rows(torch.randn(sum(COUNTS), 3 * N, device=device).bfloat16())
+        dz = tokens.rows(torch.randn(sum(COUNTS), N, device=device).bfloat16())
+        z, saved = gemms.output_and_saved(x, tokens)
+        ours, theirs = (g.prepare_grad_output(dz, tokens, 7) for g in (gemms, reference))
+        bound = 2 * FP8_ERROR if fp8 else 6e-3
+        assert _error(z, reference.output(x, tokens)) < bound
+        assert _error(gemms.grad_input(ours), reference.grad_input(theirs)) < bound
+        assert _error(gemms.grad_weight(ours, saved), reference.grad_weight(theirs, (x,))) < bound
+    sparse = {"grad_weight"} if dense else {"output", "grad_input", "grad_weight"}
+    assert gemms.ran_sparse == sparse
+    assert [flops for _, flops in asked] == [2 * N * 3 * N * len(x)] * 3
+    shapes = [f"N {n}, K {k}" for n, k in ((N, 3 * N), (3 * N, N), (N, 3 * N))]
+    assert all(shape in key for shape, (key, _) in zip(shapes, asked, strict=True))
 
 
 def test_the_pruned_weight_is_made_once_a_step(monkeypatch):
@@ -245,6 +292,8 @@ def test_refusals():
     assert "an expert's shard is (96, 64)" in refusal(weight, 2, (ShardSlice(0, 0, 96),), None)
     assert refusal(weight, 3, (ShardSlice(0, 0, 64),), "no GPU") == "no GPU"
     assert refusal(weight, 3, (ShardSlice(0, 0, 64),), None) is None
+    halves = (ShardSlice(0, 0, 32), ShardSlice(32, 64, 32))
+    assert "an expert's shard is (64, 64)" in refusal(weight, 3, halves, None)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""A model from elsewhere as a checkpoint of step 0: what is written, byte for byte and beside it."""
+"""A model from elsewhere as a checkpoint of step 0: its values, and what is beside them."""
 
 from __future__ import annotations
 

@@ -93,8 +93,11 @@ def test_what_is_said_of_it_is_that_nothing_was_trained_here(tmp_path):
     assert (tmp_path / "out" / "huggingface" / "config.json").read_text() == "{}"
     assert stat.S_IMODE(reader.folder.stat().st_mode) == 0o700
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "step-00000000", "latest.json", "config.yaml", "huggingface"
-    }  # fmt: skip
+        "step-00000000",
+        "latest.json",
+        "config.yaml",
+        "huggingface",
+    }
 
 
 @pytest.mark.parametrize(

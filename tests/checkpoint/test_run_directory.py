@@ -35,10 +35,17 @@ def compared(monkeypatch) -> list[tuple[int, Any]]:
 
 def _folder(root: Path, **settings: Any) -> RunFolder:
     given = {
-        "save": str(root / "own"), "resume": True, "load": None, "finetune": False,
-        "branch_from": None, "keep_last": 3, "save_retain_interval": 4, "async_save": False,
-        "max_failed_saves": 0, **settings,
-    }  # fmt: skip
+        "save": str(root / "own"),
+        "resume": True,
+        "load": None,
+        "finetune": False,
+        "branch_from": None,
+        "keep_last": 3,
+        "save_retain_interval": 4,
+        "async_save": False,
+        "max_failed_saves": 0,
+        **settings,
+    }
     config: Any = SimpleNamespace(checkpoint=SimpleNamespace(**given))
     return RunFolder(config, ALONE)
 

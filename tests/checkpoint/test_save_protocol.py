@@ -98,9 +98,16 @@ def test_a_save_passes_its_points_in_order_and_over_what_is_in_its_way(tmp_path)
     saver.save(1, tensors_of(1), META)
     saver.finish()
     assert points == [
-        "save:begin", "save:file", "save:file", "save:file", "save:sync", "save:manifest",
-        "save:rename", "save:pointer", "save:prune",
-    ]  # fmt: skip
+        "save:begin",
+        "save:file",
+        "save:file",
+        "save:file",
+        "save:sync",
+        "save:manifest",
+        "save:rename",
+        "save:pointer",
+        "save:prune",
+    ]
     (root / "step-00000002.tmp-ab" / "left").mkdir(parents=True)  # by a save that failed
     saver.save(2, tensors_of(2), META)
     saver.finish()
@@ -250,8 +257,9 @@ def test_a_range_lies_within_its_shard(change, holds):
         return
     piece = Stored.of(record, "here").piece
     assert piece.shard == WeightShard((4, 6)) and piece.range == (
-        change.get("start", 0), change.get("stop", 24)
-    )  # fmt: skip
+        change.get("start", 0),
+        change.get("stop", 24),
+    )
     assert ("start" in _again(piece)) == ("start" in change)
     assert Stored.of(_again(piece), "here").piece == piece
 

@@ -67,8 +67,10 @@ def test_a_mask_is_cut_as_its_weight_in_groups_or_in_blocks(dim, parts, transpos
         whole = mask.repeat_interleave(height, 0).repeat_interleave(4, 1)
         own = shard.slice_of(whole)[::height, ::4]
         assert torch.equal(loaded["mask"], own)
-        assert own.shape == (shard.slice_of(rows).shape[0] // height,
-                             shard.slice_of(columns).shape[1] // 4)  # fmt: skip
+        assert own.shape == (
+            shard.slice_of(rows).shape[0] // height,
+            shard.slice_of(columns).shape[1] // 4,
+        )
 
 
 def test_scales_are_of_the_experts_here_and_otherwise_whole():

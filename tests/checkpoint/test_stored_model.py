@@ -43,9 +43,12 @@ class Reader:
             for one in parameters(self.config.model, ROWS)
         }
         self.meta: dict[str, Any] = {
-            "config": to_dict(self.config), "step": 5, "optimizer_steps": 4, "run_id": "ab",
+            "config": to_dict(self.config),
+            "step": 5,
+            "optimizer_steps": 4,
+            "run_id": "ab",
             "state": {"vocab_size": 35},
-        }  # fmt: skip
+        }
         recipe = recipe_of(self.config)
         for name in (FC1, FC2) if recipe.is_sparse else ():
             weight = self.tensors[f"param/{name}"]
@@ -107,9 +110,12 @@ def test_what_it_says_of_itself():
     stored = StoredModel(_reader())
     assert (stored.step, stored.optimizer_steps, stored.train_iters) == (5, 4, 20)
     assert stored.origin == {
-        "format": "megasparse", "folder": str(Path("there").absolute()), "run_id": "ab", "step": 5,
+        "format": "megasparse",
+        "folder": str(Path("there").absolute()),
+        "run_id": "ab",
+        "step": 5,
         "recipe": "fst",
-    }  # fmt: skip
+    }
     shapes = {one.name: one.shape for one in parameters(stored.model, 35)}
     assert {entry.name: entry.shape for entry in stored.entries()} == shapes
 

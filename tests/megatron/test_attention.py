@@ -24,9 +24,11 @@ DROPOUT = 0.25
 
 def _attention(window=None, kind=AttnMaskType.causal, **more: Any) -> Any:
     config = SimpleNamespace(
-        attention_dropout=DROPOUT, sequence_parallel=False, window_size=window,
+        attention_dropout=DROPOUT,
+        sequence_parallel=False,
+        window_size=window,
         window_attn_skip_freq=None,
-    )  # fmt: skip
+    )
     return SdpaAttention(config, 1, kind, "self", **more).eval()
 
 
@@ -119,10 +121,14 @@ def test_a_norm_over_all_heads_takes_its_mean_over_those_of_all_ranks(monkeypatc
     x = torch.randn(3, 2, 4, 8, generator=torch.Generator().manual_seed(0)).double()
     expected = torch.nn.functional.rms_norm(x.flatten(2), (32,), eps=1e-3).view(x.shape)
     total = x.float().square().sum((-2, -1), keepdim=True)
-    monkeypatch.setattr(qk_norm, "mappings", SimpleNamespace(
-        reduce_from_tensor_model_parallel_region=lambda part: total,
-        copy_to_tensor_model_parallel_region=lambda whole: whole,
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        qk_norm,
+        "mappings",
+        SimpleNamespace(
+            reduce_from_tensor_model_parallel_region=lambda part: total,
+            copy_to_tensor_model_parallel_region=lambda whole: whole,
+        ),
+    )
     config: Any = SimpleNamespace(tensor_model_parallel_size=ranks, params_dtype=torch.float32)
     for rank in range(ranks):
         norm = AllHeadsRMSNorm(8, config, 1e-3, 4)

@@ -140,8 +140,9 @@ def test_a_low_rank_branch_is_cut_as_its_layer(dim, trained, ranks):
     assert type(layer._branch._comm) is kind
     values = layer.initial_low_rank_weights()
     assert [parameter for parameter, _ in values] == [
-        layer.slorb_adapter, *([layer.slorb_projection] if trained else [])
-    ]  # fmt: skip
+        layer.slorb_adapter,
+        *([layer.slorb_projection] if trained else []),
+    ]
     assert (layer.slorb_projection is not None) == trained
     for parameter, value in values:
         assert parameter.shape == value.shape and not parameter.any() and value.any()

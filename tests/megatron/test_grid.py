@@ -51,8 +51,10 @@ def asked(monkeypatch) -> list[tuple[Any, ...]]:
         values[:] = [f"{value}{n}" for n in range(len(values))]
 
     for name, fake in (
-        ("all_reduce", all_reduce), ("broadcast", broadcast), ("all_gather_object", gather)
-    ):  # fmt: skip
+        ("all_reduce", all_reduce),
+        ("broadcast", broadcast),
+        ("all_gather_object", gather),
+    ):
         monkeypatch.setattr(grid_module.dist, name, fake)
     return calls
 
@@ -172,8 +174,13 @@ def test_dropout_differs_where_activations_do(monkeypatch):
         assert own == torch.rand(4, generator=generator).tolist()
         assert _drawn(tp_rank=1)[:2] == (seed, plain)
         seeds, owns = [seed], [own, _drawn(tp_rank=1)[2], _drawn(tp_rank=2)[2]]
-        for place in ({"dp_cp_rank": 1}, {"pp_rank": 1}, {"dp_cp_rank": 1, "pp_rank": 1},
-                      {"dp_cp_rank": 2}, {"dp_cp_rank": 99, "pp_rank": 3}):  # fmt: skip
+        for place in (
+            {"dp_cp_rank": 1},
+            {"pp_rank": 1},
+            {"dp_cp_rank": 1, "pp_rank": 1},
+            {"dp_cp_rank": 2},
+            {"dp_cp_rank": 99, "pp_rank": 3},
+        ):
             seeds.append(_drawn(**place)[0])
             owns.append(_drawn(**place)[2])
             expected = 77 + 100 * place.get("dp_cp_rank", 0) + 10007 * place.get("pp_rank", 0)
@@ -230,10 +237,14 @@ def test_groups_wait_for_whole_minutes_and_one_at_least(monkeypatch, minutes, as
     monkeypatch.setattr(grid_module.dist, "get_world_size", lambda: 48)
     grid = grid_module.make_grid(2, torch.device("cpu"), 9, minutes, 3, 2, 4)
     assert asked == {
-        "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3,
-        "expert_model_parallel_size": 2, "context_parallel_size": 4,
-        "distributed_timeout_minutes": asked_for, "create_gloo_process_groups": False, "seed": 9,
-    }  # fmt: skip
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 3,
+        "expert_model_parallel_size": 2,
+        "context_parallel_size": 4,
+        "distributed_timeout_minutes": asked_for,
+        "create_gloo_process_groups": False,
+        "seed": 9,
+    }
     assert (grid.rank, grid.world, grid.tp_size, grid.cp_size) == (3, 48, 2, 4)
     assert (grid.pp_size, grid.ep_size) == (3, 2)
     of_both = (("with_context_parallel", True),)

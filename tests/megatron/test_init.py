@@ -41,17 +41,24 @@ def _reference(key: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
 
 def test_every_kind_of_parameter_begins_by_its_rule():
     model = _model(
-        norm__weight=(4,), norm__bias=(4,), linear_fc1__weight=(6, 4), linear_fc1__bias=(6,),
-        linear_fc2__weight=(4, 6), linear_proj__weight=(4, 4), word__weight=(8, 4),
-    )  # fmt: skip
+        norm__weight=(4,),
+        norm__bias=(4,),
+        linear_fc1__weight=(6, 4),
+        linear_fc1__bias=(6,),
+        linear_fc2__weight=(4, 6),
+        linear_proj__weight=(4, 4),
+        word__weight=(8, 4),
+    )
     initialize_weights(model, 5, 0.5, 8, 0, 1)
     found = dict(model.named_parameters())
     assert found["norm.weight"].tolist() == [1.0] * 4
     assert not found["norm.bias"].any() and not found["linear_fc1.bias"].any()
     for name, std in (
-        ("word.weight", 0.5), ("linear_fc1.weight", 0.5), ("linear_fc2.weight", 0.125),
+        ("word.weight", 0.5),
+        ("linear_fc1.weight", 0.5),
+        ("linear_fc2.weight", 0.125),
         ("linear_proj.weight", 0.125),
-    ):  # fmt: skip
+    ):
         expected = _reference(f"5:{name}", tuple(found[name].shape), std)
         assert torch.equal(found[name], expected), name
 
@@ -74,8 +81,10 @@ def test_an_expert_is_the_same_in_every_layout(name, dim, parts, rows, columns, 
             model = _model(**{f"{name}__weight": (here * local[0], local[1])})
             weight = getattr(model, name).weight
             own = WeightShard((rows, columns), dim, rank, tp, parts)
-            mark_sharded(weight, WeightShard((here * rows, columns), dim, rank, tp, parts * here
-                                             if dim == 0 else 1))  # fmt: skip
+            mark_sharded(
+                weight,
+                WeightShard((here * rows, columns), dim, rank, tp, parts * here if dim == 0 else 1),
+            )
             mark_experts(weight, here, block, ep)
             initialize_weights(model, 5, 0.5, 3, rank, tp)
             expected = [own.slice_of(whole[block * here + n]) for n in range(here)]

@@ -37,8 +37,12 @@ def test_what_is_taken_over_is_what_was_kept(recipe):
     scaled = recipe == "s_ste"
     state = linear.state
     assert kept["sparsity_numbers"].tolist() == [
-        state.last_refresh, state.refreshes, 1, int(scaled), 9
-    ]  # fmt: skip
+        state.last_refresh,
+        state.refreshes,
+        1,
+        int(scaled),
+        9,
+    ]
     assert kept["sparsity_scale"].shape == (1,)
     names = {f"layer.{name}": value for name, value in kept.items()}
     loaded = {**names, "layer.weight": WEIGHT, "layer2.sparsity_mask": WEIGHT}
@@ -46,8 +50,9 @@ def test_what_is_taken_over_is_what_was_kept(recipe):
     assert set(loaded) == {"layer.weight", "layer2.sparsity_mask"}
     assert other.controller.told == [9]
     assert (other.state.last_refresh, other.state.refreshes) == (
-        state.last_refresh, state.refreshes
-    )  # fmt: skip
+        state.last_refresh,
+        state.refreshes,
+    )
     assert torch.equal(other.state.mask, state.mask)
     used = [one.state.effective_at(WEIGHT, 4) for one in (linear, other)]
     assert torch.equal(*used)

@@ -115,8 +115,10 @@ def test_a_row_adds_its_bias_once_to_the_sum(monkeypatch, split, parallel):
     layer = _linear(ROW, 8, 12, 2, split, input_is_parallel=parallel)
     x = torch.randn(2, 1, 4, dtype=torch.float64)
     z, _ = layer(x)
-    assert calls == [*(() if parallel else ("scatter_to",)),
-                     "sum_over_sequence" if split else "reduce_from"]  # fmt: skip
+    assert calls == [
+        *(() if parallel else ("scatter_to",)),
+        "sum_over_sequence" if split else "reduce_from",
+    ]
     factor = 10 if parallel else 100
     torch.testing.assert_close(z, factor * (x @ layer.weight.t()) + layer.bias)
 
@@ -169,9 +171,13 @@ class Weight:
 def _step(layer: Any, sparse=True, monitor=False, calibrating=False) -> Any:
     begun: list[int] = []
     layer._controller = SimpleNamespace(
-        clock=SimpleNamespace(step=7), sparse_now=sparse, monitor=monitor, calibrating=calibrating,
-        begin_forward=lambda: begun.append(1), seed=lambda place: 100 + place,
-    )  # fmt: skip
+        clock=SimpleNamespace(step=7),
+        sparse_now=sparse,
+        monitor=monitor,
+        calibrating=calibrating,
+        begin_forward=lambda: begun.append(1),
+        seed=lambda place: 100 + place,
+    )
     found = layer._gemms_of_step(None)
     assert begun == [1]
     return found
@@ -221,9 +227,11 @@ def test_a_layer_is_in_fp8_alone_where_nothing_wants_its_input(change, alone):
     given = {"quantizers": 1, "shape": (256, 128), "_branch": None, "inputs": None, **change}
     state = None if "state" in change else SimpleNamespace(inputs=given["inputs"])
     layer = SimpleNamespace(
-        state=state, quantizers=given["quantizers"], _branch=given["_branch"],
+        state=state,
+        quantizers=given["quantizers"],
+        _branch=given["_branch"],
         shard=SimpleNamespace(local_shape=given["shape"]),
-    )  # fmt: skip
+    )
     assert ParallelLinear.in_fp8_alone.fget(layer) is alone  # type: ignore[attr-defined]
 
 

@@ -42,11 +42,20 @@ def test_a_plain_model_has_nothing_that_was_not_asked_for():
     assert layers.add_bias_linear and layers.use_cpu_initialization
     assert layers.hidden_dropout == layers.attention_dropout == 0.0
     for name in (
-        "perform_initialization", "bias_activation_fusion", "bias_dropout_fusion",
-        "masked_softmax_fusion", "use_te_activation_func", "apply_rope_fusion",
-        "gradient_accumulation_fusion", "cross_entropy_loss_fusion", "persist_layer_norm",
-        "sequence_parallel", "deterministic_mode", "qk_layernorm", "add_qkv_bias",
-    ):  # fmt: skip
+        "perform_initialization",
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "masked_softmax_fusion",
+        "use_te_activation_func",
+        "apply_rope_fusion",
+        "gradient_accumulation_fusion",
+        "cross_entropy_loss_fusion",
+        "persist_layer_norm",
+        "sequence_parallel",
+        "deterministic_mode",
+        "qk_layernorm",
+        "add_qkv_bias",
+    ):
         assert getattr(layers, name) is False, name
 
 
@@ -86,9 +95,13 @@ def test_layers_without_window_or_rotary_positions_are_those_of_the_settings():
 
 def test_parallel_sizes_reach_the_layers():
     layers = _layers(
-        "--tensor-model-parallel-size", "2", "--sequence-parallel", "--context-parallel-size", "2",
+        "--tensor-model-parallel-size",
+        "2",
+        "--sequence-parallel",
+        "--context-parallel-size",
+        "2",
         world=4,
-    )  # fmt: skip
+    )
     assert layers.tensor_model_parallel_size == layers.context_parallel_size == 2
     assert layers.sequence_parallel is True
     assert _layers(device=GPU).use_cpu_initialization is False
@@ -112,8 +125,9 @@ def test_a_coefficient_of_no_balance_is_none():
     assert module._experts(config)["moe_aux_loss_coeff"] == 0.0
 
 
-@pytest.mark.parametrize("flag", ["--swiglu", "--geglu", "--relu", "--exact-gelu",
-                                  "--squared-relu", None])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag", ["--swiglu", "--geglu", "--relu", "--exact-gelu", "--squared-relu", None]
+)
 def test_an_activation_is_the_one_that_was_asked_for(flag):
     names = ("swiglu", "geglu", "relu", "exact_gelu", "squared_relu")
     asked = (flag or "").strip("-").replace("-", "_")
@@ -123,9 +137,10 @@ def test_an_activation_is_the_one_that_was_asked_for(flag):
         return
     x = torch.linspace(-3, 3, 13, dtype=torch.float64)
     expected = {
-        "--swiglu": x * torch.sigmoid(x), "--relu": x.clamp(min=0),
+        "--swiglu": x * torch.sigmoid(x),
+        "--relu": x.clamp(min=0),
         None: torch.nn.functional.gelu(x, approximate="tanh"),
-    }.get(flag, torch.nn.functional.gelu(x))  # fmt: skip
+    }.get(flag, torch.nn.functional.gelu(x))
     torch.testing.assert_close(module._activation(model)(x), expected)
 
 
@@ -149,8 +164,10 @@ def test_a_layer_is_built_by_its_style(style, module_, params):
     spec = get_layer_spec(SparseSpecProvider(), style)
     found: Any = spec.submodules
     assert (spec.module is ResidualLayer) == (module_ is not None)
-    told = {name: value if name == "parallel" else value is not None
-            for name, value in spec.params.items()}  # fmt: skip
+    told = {
+        name: value if name == "parallel" else value is not None
+        for name, value in spec.params.items()
+    }
     assert told == params
     before = found.input_layernorm.__name__
     assert before == ("IdentityOp" if style.placement == "post" else "TorchNorm")
@@ -235,9 +252,13 @@ def test_norms_that_heads_share_have_gradients_in_part():
         module._mark_partial_gradients(attention, SimpleNamespace(tp_size=tp))  # type: ignore
         marks = {n: getattr(p, "sequence_parallel", None) for n, p in attention.named_parameters()}
         assert marks == {
-            "q_layernorm.weight": tp > 1, "q_layernorm.bias": tp > 1, "k_layernorm.weight": tp > 1,
-            "k_layernorm.bias": None, "other.weight": None, "other.bias": None,
-        }  # fmt: skip
+            "q_layernorm.weight": tp > 1,
+            "q_layernorm.bias": tp > 1,
+            "k_layernorm.weight": tp > 1,
+            "k_layernorm.bias": None,
+            "other.weight": None,
+            "other.bias": None,
+        }
 
 
 def test_rows_of_a_vocabulary_are_marked_once():

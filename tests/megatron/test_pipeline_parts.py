@@ -61,8 +61,16 @@ def test_parts_of_a_model_with_tied_embeddings():
 
 def test_parts_of_a_model_with_an_output_layer_and_experts(monkeypatch):
     monkeypatch.setattr(module, "RotaryEmbedding", lambda **options: options)
-    experts = ["--num-experts", "4", "--moe-layer-freq", "[0,1,0,1,0,0]",
-               "--moe-ffn-hidden-size", "32", "--rotary-percent", "0.5"]  # fmt: skip
+    experts = [
+        "--num-experts",
+        "4",
+        "--moe-layer-freq",
+        "[0,1,0,1,0,0]",
+        "--moe-ffn-hidden-size",
+        "32",
+        "--rotary-percent",
+        "0.5",
+    ]
     first, *body, _, last = _specs(*LLAMA, *experts)
     assert last.kind is OutputPart and first.tied is last.tied is None
     rotary = body[0].options["rotary"]
@@ -78,10 +86,14 @@ def test_a_stage_has_the_names_of_the_whole_model():
         one = torch.nn.Linear(2, 2, bias=False)
         parts.append(SimpleNamespace(canonical=lambda path=path, one=one: {path: one}))
     names = [name for name, _ in whole_model_view(parts).named_parameters()]
-    assert sorted(names) == sorted([
-        "embedding.weight", "decoder.layers.3.weight", "decoder.layers.4.weight",
-        "output_layer.weight",
-    ])  # fmt: skip
+    assert sorted(names) == sorted(
+        [
+            "embedding.weight",
+            "decoder.layers.3.weight",
+            "decoder.layers.4.weight",
+            "output_layer.weight",
+        ]
+    )
     layer: Any = LayerPart.__new__(LayerPart)
     torch.nn.Module.__init__(layer)
     layer._number, layer.layer = 5, "layer"
@@ -118,10 +130,22 @@ def test_logits_are_made_with_the_words_or_with_weights_of_their_own(monkeypatch
     tied, own = EmbeddingPart(config, 144, 32, "none"), OutputPart(config, 144)
     allocates = [options.pop("skip_weight_param_allocation") for _, options in Output.made]
     assert allocates == [True, False]
-    assert Output.made == [((8, 144), {
-        "config": config, "init_method": "init", "bias": False, "skip_bias_add": False,
-        "gather_output": False,
-    })] * 2  # fmt: skip
+    assert (
+        Output.made
+        == [
+            (
+                (8, 144),
+                {
+                    "config": config,
+                    "init_method": "init",
+                    "bias": False,
+                    "skip_bias_add": False,
+                    "gather_output": False,
+                },
+            )
+        ]
+        * 2
+    )
     assert tied.logits("hidden") == ("hidden", "words")  # type: ignore[arg-type]
     assert own("hidden") == ("hidden", None)
     assert tied.canonical() == {"embedding": tied.embedding}
@@ -231,14 +255,17 @@ def test_calibration_runs_each_layer_on_what_the_changed_ones_give(monkeypatch):
         with torch.no_grad():
             layer.inner.weight.mul_(2)
 
-    batches = [{"tokens": torch.tensor([[1, 2]]), "position_ids": None},
-               {"tokens": torch.tensor([[3, 4]]), "position_ids": None}]  # fmt: skip
+    batches = [
+        {"tokens": torch.tensor([[1, 2]]), "position_ids": None},
+        {"tokens": torch.tensor([[3, 4]]), "position_ids": None},
+    ]
     calibrate.calibrate_layers(model, batches, change, gram=True)
     assert not reached  # the rest of the model is not computed
     # Of the second layer what the changed first one gives: h + 2 h.
     assert seen == [
-        ("decoder.layers.0", [1.0 + 9, 4.0 + 16], 2), ("decoder.layers.1", [90.0, 180.0], 2)
-    ]  # fmt: skip
+        ("decoder.layers.0", [1.0 + 9, 4.0 + 16], 2),
+        ("decoder.layers.1", [90.0, 180.0], 2),
+    ]
     model(**{"tokens": torch.ones(1, 2), "positions": None, "mask": None})
     assert reached and len(seen) == 2  # no hook is left
     assert not model.decoder.layers[0].inner._forward_pre_hooks

@@ -68,9 +68,7 @@ class Model(torch.nn.Module):
 def _controller(model: Model, fp8: Any = None) -> Any:
     def state(name: str) -> Any:
         one = torch.ones(1)
-        return SimpleNamespace(
-            name=name, mask=one > 0, scale=None, last_refresh=4, refreshes=2
-        )  # fmt: skip
+        return SimpleNamespace(name=name, mask=one > 0, scale=None, last_refresh=4, refreshes=2)
 
     weights = [(state("sharded"), model.sharded), (state("expert"), model.expert)]
     return SimpleNamespace(weights=weights, fp8=fp8)
@@ -116,8 +114,11 @@ def test_each_group_compares_what_its_ranks_hold_alike():
     names = [name for name, _ in consistency._data_parallel(model, controller, divided=True)]
     assert names == ["expert", "mask of expert", "scale of expert"]
     found = consistency._tensor_parallel(model, controller, grid)
-    counters = [f"{what} of {name}" for name in ("sharded", "expert")
-                for what in ("scale", "refresh counters")]  # fmt: skip
+    counters = [
+        f"{what} of {name}"
+        for name in ("sharded", "expert")
+        for what in ("scale", "refresh counters")
+    ]
     assert [name for name, _ in found] == ["whole", *counters, *scales]
     assert dict(found)["refresh counters of expert"].tolist() == [4, 2]
     controller.fp8 = object()  # current scaling keeps nothing

@@ -38,9 +38,13 @@ def _batch() -> dict[str, torch.Tensor]:
     count = torch.arange(3 * 8).view(3, 8)
     mask = (torch.arange(3 * 64) % 5 == 0).view(3, 1, 8, 8)
     return {
-        "tokens": count, "labels": count + 1, "position_ids": count % 8, "sample_id": count[:, :2],
-        "loss_mask": (count % 3 == 0).float(), "attention_mask": mask,
-    }  # fmt: skip
+        "tokens": count,
+        "labels": count + 1,
+        "position_ids": count % 8,
+        "sample_id": count[:, :2],
+        "loss_mask": (count % 3 == 0).float(),
+        "attention_mask": mask,
+    }
 
 
 @pytest.mark.parametrize("size", [2, 4])

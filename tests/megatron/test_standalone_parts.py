@@ -29,8 +29,11 @@ def test_draws_are_numbered_by_the_passes_of_a_step():
     controller = _controller()
     run: Any = controller.run
     seeds: Any = [controller.seed(place) for place in (0, 1)]
-    assert [seeds[0](), seeds[0](), seeds[1]()] == [run.seed(11, 0), run.seed(11, 1),
-                                                    run.seed(12, 0)]  # fmt: skip
+    assert [seeds[0](), seeds[0](), seeds[1]()] == [
+        run.seed(11, 0),
+        run.seed(11, 1),
+        run.seed(12, 0),
+    ]
     before = run.seed(11, 0)
     controller.clock.step += 1
     assert seeds[0]() == run.seed(11, 0) != before
@@ -106,8 +109,13 @@ def test_pieces_of_16_bit_weights_have_to_be_attached(monkeypatch):
 def test_a_view_of_a_weight_begins_in_it_and_is_of_its_kind():
     flat = torch.zeros(20)
     weight = flat[4:16].view(3, 4)
-    for start, stop, found in ((4, 8, (0, 4)), (15, 16, (11, 12)), (16, 20, None), (0, 4, None),
-                               (8, 8, None)):  # fmt: skip
+    for start, stop, found in (
+        (4, 8, (0, 4)),
+        (15, 16, (11, 12)),
+        (16, 20, None),
+        (0, 4, None),
+        (8, 8, None),
+    ):
         target = module._view_of(weight, _held(flat[start:stop]))
         if found is None:
             assert target is None, (start, stop)
@@ -165,8 +173,12 @@ def test_reductions_ask_a_group_of_more_than_one(monkeypatch, size, calls):
     group = SimpleNamespace(size=lambda: size)
     tensor = torch.ones(1)
     assert module._sum(group)(tensor) is tensor and module._largest(group)(tensor) is tensor
-    assert asked == [((), {"group": group}), ((torch.distributed.ReduceOp.MAX,),
-                                              {"group": group})][: 2 * calls]  # fmt: skip
+    assert (
+        asked
+        == [((), {"group": group}), ((torch.distributed.ReduceOp.MAX,), {"group": group})][
+            : 2 * calls
+        ]
+    )
 
 
 def test_patterns_are_looked_up_in_all_layers_of_the_model():

@@ -113,8 +113,10 @@ def test_a_digest_names_samples_in_order():
 
 
 def test_validation_sets_are_named_apart():
-    sources = [Source(f"/{folder}/{name}", None, "d") for folder, name in
-               (("a", "x"), ("b", "y"), ("c", "x"))]  # fmt: skip
+    sources = [
+        Source(f"/{folder}/{name}", None, "d")
+        for folder, name in (("a", "x"), ("b", "y"), ("c", "x"))
+    ]
     assert named_sets(sources) == {"x_0": sources[0], "y": sources[1], "x_2": sources[2]}
 
 
@@ -144,10 +146,15 @@ def _built(monkeypatch, sources, found=None, **data: Any) -> tuple[Any, list[tup
     )
     source = lambda prefix: SimpleNamespace(prefix=prefix, weight=1.0, digest="d")  # noqa: E731
     checked: Any = SimpleNamespace(
-        tokenizer=None, vocab_size=99, eod=0, digests={"a": "b"}, classes=None, masked=None,
+        tokenizer=None,
+        vocab_size=99,
+        eod=0,
+        digests={"a": "b"},
+        classes=None,
+        masked=None,
         sources={split: [source(p) for p in group] for split, group in sources.items()},
         chat_template="template",
-    )  # fmt: skip
+    )
     monkeypatch.setattr(module, "build_stream", build)
     monkeypatch.setattr(module, "packs_documents", lambda *_: False)
     monkeypatch.setattr(module, "_tell_mixture", lambda *_: None)
@@ -164,8 +171,9 @@ def test_one_blend_is_split_and_own_data_are_taken_whole(monkeypatch):
     assert (data.vocab_size, data.digests, data.chat_template) == (99, {"a": "b"}, "template")
     data, asked = _built(monkeypatch, {"train": ["p"], "valid": ["q", "r"]}, found=["train"])
     assert [one[:3] for one in asked] == [
-        (["p"], "train", (1.0, 0.0, 0.0)), (["q", "r"], "valid", (0.0, 1.0, 0.0))
-    ]  # fmt: skip
+        (["p"], "train", (1.0, 0.0, 0.0)),
+        (["q", "r"], "valid", (0.0, 1.0, 0.0)),
+    ]
     assert list(data.streams) == ["train"]
 
 

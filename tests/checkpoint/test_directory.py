@@ -29,6 +29,14 @@ def test_a_replacement_that_was_cut_off_is_put_back(tmp_path):
     assert (tmp_path / "step-00000004.mine").exists()
 
 
+def test_a_replacement_that_took_its_name_is_not_replaced_by_the_one_before(tmp_path):
+    write_checkpoint(tmp_path, 2, run_id="cd").rename(tmp_path / "step-00000002.old-ab")
+    newer = write_checkpoint(tmp_path, 2, run_id="ef")
+    directory.clean(tmp_path)
+    assert list(tmp_path.glob("step-*")) == [newer]
+    assert choose(tmp_path, ALONE).meta["run_id"] == "ef"
+
+
 def test_the_newest_and_every_so_many_steps_stay(tmp_path):
     for step in range(2, 22, 2):
         directory.step_folder(tmp_path, step).mkdir()

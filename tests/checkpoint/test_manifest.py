@@ -101,7 +101,9 @@ def test_the_format_before_can_be_read(tmp_path):
     digest = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
     text = json.dumps({**body, "sha256": digest}, indent=1)
     (folder / MANIFEST).write_text(text)
-    check_content(CheckpointReader(folder))
+    reader = CheckpointReader(folder)
+    assert reader.keys() == list(tensors_of(1))
+    check_content(reader)
     (folder / MANIFEST).write_text(text.replace('"consumed_samples": 0', '"consumed_samples": 1'))
     with pytest.raises(CheckpointError, match="damaged: wrong sha256"):
         CheckpointReader(folder)

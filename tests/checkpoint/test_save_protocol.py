@@ -233,6 +233,8 @@ def test_pieces_that_touch_share_nothing():
     empty = Piece("k", row, 5, 5)
     assert not list(common(empty, first)) and not list(common(first, empty))
     assert not may_meet(empty, second) and not may_meet(second, empty)
+    inside = Piece("k", row, 7, 7)
+    assert not may_meet(inside, second) and not may_meet(second, inside)
     for one, other in ((column[0], column[1]), (column[1], column[0])):
         assert not may_meet(Piece("k", one), Piece("k", other))
         assert not list(common(Piece("k", one), Piece("k", other)))

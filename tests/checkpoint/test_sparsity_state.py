@@ -19,7 +19,7 @@ from megasparse.sparsity.recipe import make_recipe
 from megasparse.sparsity.run_recipe import recipe_of
 from megasparse.sparsity.shard import WeightShard
 from megasparse.sparsity.state import SparseWeight
-from tests.checkpoint.test_stored_model import FC1, FC2, STE, Reader
+from tests.checkpoint.test_stored_model import FC1, FC2, S_STE, STE, Reader
 
 
 class Kept:
@@ -155,3 +155,41 @@ def test_a_part_of_another_shape_is_refused():
     reader: Any = Reader()
     with pytest.raises(CheckpointError, match=r"expects \(64, 20\)"):
         module.effective_part(reader, FC1, recipe_of(reader.config), WeightShard((64, 20)))
+
+
+def _mask(reader: Any, name: str = FC1) -> torch.Tensor:
+    whole = WeightShard(reader.shape(f"param/{name}"))
+    found = mask_part(reader, name, recipe_of(reader.config), whole)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("flags", [(), STE])
+def test_a_mask_is_the_stored_one_until_it_is_due(flags):
+    reader: Any = Reader(*flags)
+    stored = _mask(reader)
+    reader.tensors[f"param/{FC1}"] = reader.tensors[f"param/{FC1}"].flip(1)
+    assert torch.equal(_mask(reader), stored)
+    reader.tensors[f"sparsity/{FC1}/counters"] = torch.tensor([0, 1])  # of every fourth step
+    state = SparseWeight(FC1, recipe_of(reader.config), WeightShard(stored.shape))
+    state.effective_at(reader.tensors[f"param/{FC1}"], 5)
+    assert torch.equal(_mask(reader), state.mask) and not torch.equal(state.mask, stored)
+
+
+@pytest.mark.parametrize(
+    ("flags", "whole"),
+    [(STE, False), (S_STE, False), ([*S_STE, "--s-ste-scale", "every_step"], True)],
+)
+def test_a_part_is_read_by_its_own_bytes_unless_its_scale_is_of_the_whole(flags, whole):
+    reader: Any = Reader(*flags)
+    if whole:
+        reader.tensors.pop(f"sparsity/{FC1}/scale", None)
+    asked: list[Piece] = []
+    read_part = reader.read_part
+    reader.read_part = lambda wanted: asked.append(wanted) or read_part(wanted)
+    shard = WeightShard((64, 16), 0, 1, 2, 2)
+    recipe = recipe_of(reader.config)
+    part = module.effective_part(reader, FC1, recipe, shard)
+    read = [piece.shard for piece in asked if piece.key == f"param/{FC1}"]
+    assert read == [WeightShard((64, 16)) if whole else shard]
+    assert torch.equal(part, shard.slice_of(module.effective_weight(reader, FC1, recipe)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megasparse.config.batches import expert_segment
+from megasparse.errors import ConfigError
 from megasparse.megatron.blocks import experts as module
 from megasparse.megatron.blocks.experts import (
     ExpertLayer,
@@ -17,7 +18,9 @@ from megasparse.megatron.blocks.experts import (
     finish_expert_layers,
 )
 from megasparse.megatron.context.chunks import own_chunks
-from megasparse.sparsity.shard import ALL_TOKENS, TokenShare
+from megasparse.megatron.expert_linear import ExpertLinear
+from megasparse.sparsity.gemms.experts import DenseExpertGemms
+from megasparse.sparsity.shard import ALL_TOKENS, TokenShare, WeightShard
 from tests.megatron.test_sequence_parts import Group
 
 CPU = torch.device("cpu")
@@ -194,3 +197,52 @@ def test_only_mixtures_of_our_experts_become_ours(monkeypatch):
         kinds[0],
     ]
     assert hasattr(module.moe_utils, "te_general_gemm")
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_linear_of_experts_knows_its_own_among_all(dim):
+    config = SimpleNamespace(
+        sequence_parallel=True,
+        use_cpu_initialization=True,
+        params_dtype=torch.float32,
+        moe_grouped_gemm=True,
+    )
+    tp: Any = Group(1, 2)
+    ep: Any = Group(1, 4)
+    layer: Any = ExpertLinear(config, 8, 12, dim, 2 if dim == 0 else 1, 3, tp, ep)
+    assert layer.shard == WeightShard((12 * 12, 8), dim, 1, 2, 6 if dim == 0 else 1, 1, 4)
+    assert layer.weight.shape == layer.shard.local_shape and layer.bias is None
+    assert (layer.experts, layer.first, layer.total) == (3, 3, 12)
+    assert layer.weight.experts_here == 3 and layer.weight.expert_block == (1, 4)
+    assert layer.weight.allreduce is False and layer.weight.partition_dim == dim
+    assert layer.extra_repr().startswith("3 of 12 experts, in=8, out=144, tp=2, dense")
+    assert not layer.draws
+    for mvue, draws in (("off", False), ("grad_input", True)):
+        layer.state = SimpleNamespace(recipe=SimpleNamespace(mvue=mvue))
+        assert layer.draws == draws
+    layer.state = None
+
+    def step(calibrating: bool) -> Any:
+        begun: list[int] = []
+        layer._controller = SimpleNamespace(
+            calibrating=calibrating,
+            clock=SimpleNamespace(step=7),
+            sparse_now=True,
+            monitor=False,
+            begin_forward=lambda: begun.append(1),
+            step_seed=lambda place: 100 + place,
+        )
+        found = layer._gemms_of_step()
+        assert begun == [1]
+        return found
+
+    dense = DenseExpertGemms
+    assert type(layer._gemms_of_step()[0]) is dense and type(step(False)[0]) is dense
+    layer._place = 4
+    layer.state = SimpleNamespace(gemms=lambda weight, *how: how)
+    assert step(False) == ((7, True, False), 104)
+    assert type(step(True)[0]) is dense and step(True)[1] == 0
+    layer.dense = SimpleNamespace(gemms=lambda weight, *how: how)
+    assert step(False) == ((7,), 0) and type(step(True)[0]) is dense
+    with pytest.raises(ConfigError, match="cannot be kept in FP8"):
+        layer.freeze_in_fp8()

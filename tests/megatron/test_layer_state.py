@@ -54,6 +54,7 @@ def test_what_is_taken_over_is_what_was_kept(recipe):
         state.refreshes,
     )
     assert torch.equal(other.state.mask, state.mask)
+    assert other.state.mask_transposable == (recipe == "fst")
     used = [one.state.effective_at(WEIGHT, 4) for one in (linear, other)]
     assert torch.equal(*used)
     if not scaled:

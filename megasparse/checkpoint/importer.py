@@ -72,10 +72,8 @@ def write_imported(
     total = sum(entry.nbytes for entry in entries)
     with new_folder(output, StorageError) as folder:
         check_free_space(folder, total + (1 << 20), StorageError)
-        carried_to = folder / CARRIED_FOLDER
-        carried_to.mkdir()
         for path in carried:
-            with replacing(carried_to / path.name) as stream:
+            with replacing(folder / CARRIED_FOLDER / path.name) as stream:
                 stream.write(read_regular(path))
         temporary = folder / "step-00000000.tmp-0"
         temporary.mkdir(mode=0o700)

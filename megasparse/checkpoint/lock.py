@@ -93,7 +93,7 @@ class FolderLock:
     def _lock_folder(self) -> int | None:
         """Lock the folder itself, where that is possible."""
         try:
-            descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            descriptor = os.open(self._folder, os.O_DIRECTORY)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be locked: {error.strerror}") from None
         try:
@@ -118,9 +118,7 @@ class FolderLock:
         """The locked file's descriptor."""
         while True:
             try:
-                descriptor = os.open(
-                    self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-                )
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             except OSError as error:
                 raise StorageError(f"{self.path}: cannot be locked: {error.strerror}") from None
             try:

@@ -71,7 +71,7 @@ def owner_of(folder: Path) -> Owner | None:
     Not to be called by a process that holds the lock: closing the file would drop it.
     """
     try:
-        descriptor = os.open(folder / NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(folder / NAME, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
         return None
     try:

@@ -207,13 +207,12 @@ def require_cover(found: list[tuple[int, int]], wanted: Piece, where: str) -> No
     Raises:
         CheckpointError: says how many there are of how many.
     """
-    position, have = 0, sum(length for _, length in found)
+    end, have, twice = 0, 0, ""
     for start, length in sorted(found):
-        if start != position:
-            break
-        position += length
-    if position != wanted.numel or have != wanted.numel:
-        twice = ", some of them twice" if have > position else ""
+        if start < end:
+            twice = ", some of them twice"
+        end, have = max(end, start + length), have + length
+    if twice or have != wanted.numel:
         raise CheckpointError(
             f"{where}: {wanted.key}: its pieces hold {have} of {wanted.numel} values{twice}"
         )
@@ -268,12 +267,12 @@ def divide(sizes: list[int], world: int) -> list[list[Share]]:
         world: ranks that share; each gets `total / world` entries, rounded.
     """
     total, begin = sum(sizes), 0
-    bounds = [total * rank // world for rank in range(world + 1)]
+    bounds = [*(total * rank // world for rank in range(world)), total]
     shares: list[list[Share]] = []
     for size in sizes:
         rank, end = bisect_right(bounds, begin) - 1, begin + size
         found = []
-        while rank < world and bounds[rank] < end:
+        while bounds[rank] < end:
             low, high = max(begin, bounds[rank]), min(end, bounds[rank + 1])
             if low < high:
                 found.append(Share(rank, low - begin, high - begin))

@@ -108,7 +108,7 @@ class SharedReader:
         sizes = [entry["size"] for entry in self.meta["files"].values()]
         self._begins = [0, *itertools.accumulate(sizes)]
         total, world = self._begins[-1], control.world
-        self._bounds = [total * rank // world for rank in range(world + 1)]  # of the shares
+        self._bounds = [*(total * rank // world for rank in range(world)), total]  # of the shares
         self._places: dict[str, list[_Place]] = {}
         self._requests: dict[int, list[_Request]] = {}
 
@@ -254,7 +254,7 @@ class SharedReader:
         bounds, width = self._bounds, place.dtype.itemsize
         begin, end = place.begin, place.begin + place.piece.numel * width
         rank = bisect_right(bounds, begin) - 1
-        while rank < self._control.world and bounds[rank] < end:
+        while bounds[rank] < end:
             # A value belongs to the share in which it begins.
             low = max(0, -(-(bounds[rank] - begin) // width))
             high = min(place.piece.numel, -(-(bounds[rank + 1] - begin) // width))

@@ -42,7 +42,7 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if data.numel() % 8:
         data = torch.nn.functional.pad(data, (0, 8 - data.numel() % 8))
-    if data.data_ptr() % 8 or data.storage_offset() % 8:
+    if data.storage_offset() % 8:
         data = data.clone()
     words = data.view(torch.int64)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)

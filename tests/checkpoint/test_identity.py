@@ -127,3 +127,18 @@ def test_whatever_happens_to_names_the_newest_good_one_is_taken(tmp_path):
         assert damaged == [] and _names(root) == before
         check_content(reader)
         assert {e.step for e in entries(root) if not e.foreign} == set(range(1, 6))
+
+
+def test_a_pointer_of_a_megabyte_and_more_is_not_read(tmp_path):
+    directory.write_pointer(tmp_path, 1, RUNS[0])
+    pointer = tmp_path / directory.POINTER
+    text = pointer.read_text()
+    for length, known in ((1 << 20, RUNS[0]), ((1 << 20) + 1, None)):
+        pointer.write_text(text.ljust(length))
+        assert own_run(tmp_path) == known
+
+
+def test_a_folder_without_checkpoints_has_no_newest_step(tmp_path):
+    assert newest_step(tmp_path) == newest_step(tmp_path / "missing") == -1
+    directory.step_folder(tmp_path, 0).mkdir()
+    assert newest_step(tmp_path) == 0

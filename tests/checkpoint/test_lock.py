@@ -117,8 +117,9 @@ def test_a_time_stamp_in_the_future_is_said_and_counts_from_now(tmp_path, monkey
     FolderLock(tmp_path).release()
 
 
-def test_nothing_is_left_after_the_end(tmp_path):
+def test_nothing_is_left_after_the_end(tmp_path, monkeypatch):
     lock = FolderLock(tmp_path)
+    monkeypatch.setattr(lock_module, "REFRESH_SECONDS", 0.01)  # the owner is waited for no longer
     with pytest.raises(StorageError):  # also of the same process
         FolderLock(tmp_path)
     lock.release()
@@ -154,6 +155,7 @@ def test_a_run_has_all_of_its_folders_or_none(tmp_path, shared):
 
 def test_ranks_of_one_start_know_their_own_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "5000")
+    monkeypatch.setattr(lock_module, "NOTE_SECONDS", 0.05)
     child, _ = _child(lambda: FolderLock(tmp_path))
     try:
         monkeypatch.setenv("MEGASPARSE_LAUNCH", str(os.getpid()))  # what the child's parent is
@@ -223,6 +225,59 @@ def test_an_owner_without_a_name_is_waited_for_two_refreshes_and_no_longer(tmp_p
         clock[0] = 100.0
         monkeypatch.setattr(lock_module, "owner_of", lambda folder, found=found: found)
         owner = lock_module._owner_by_name(tmp_path)
-        assert owner is nameless if found else (owner.record, owner.alive) == ({}, True)
+        assert owner is nameless if found else owner == lock_owner.Owner({}, 0.0, True)
         waited = clock[0] - 100.0
         assert 0 <= waited - 2 * lock_module.REFRESH_SECONDS < 0.2
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_no_file_stays_open_whatever_comes_between(tmp_path, monkeypatch):
+    before = _open_files()
+    lock = FolderLock(tmp_path)
+    held = _open_files()
+    assert lock._thread.daemon  # a run that dies of something else ends all the same
+    assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(lock_module, "REFRESH_SECONDS", 0.01)
+    with pytest.raises(StorageError):
+        FolderLock(tmp_path)
+    (tmp_path / ".lock").unlink()
+    lock.check()  # puts it back
+    assert (tmp_path / ".lock").exists() and _open_files() == held
+    lock.release()
+    assert _open_files() == before
+
+    def without(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock_module.fcntl, "flock", without)  # as network file systems do
+    lock = FolderLock(tmp_path)
+    assert _open_files() == before + 1  # `.lock`
+    lock.release()
+    assert _open_files() == before
+
+
+def test_a_look_at_the_lock_is_a_sign_of_life(tmp_path):
+    lock, path = FolderLock(tmp_path), tmp_path / ".lock"
+    os.utime(path, (time.time() - 500,) * 2)
+    lock.check()
+    assert abs(path.stat().st_mtime - time.time()) < 60
+    lock.release()
+
+
+def test_a_file_in_place_of_the_folder_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot be locked: Not a directory"):
+        FolderLock(tmp_path / "file")
+
+
+def test_a_child_that_outlives_its_parent_keeps_no_lock(tmp_path):
+    lock = FolderLock(tmp_path)
+    child, _ = _child(lambda: None)
+    try:
+        lock.release()
+        FolderLock(tmp_path).release()
+    finally:
+        _end(child)

@@ -101,7 +101,9 @@ def test_the_format_before_can_be_read(tmp_path):
     digest = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
     text = json.dumps({**body, "sha256": digest}, indent=1)
     (folder / MANIFEST).write_text(text)
-    check_content(CheckpointReader(folder))
+    reader = CheckpointReader(folder)
+    assert reader.keys() == list(tensors_of(1))
+    check_content(reader)
     (folder / MANIFEST).write_text(text.replace('"consumed_samples": 0', '"consumed_samples": 1'))
     with pytest.raises(CheckpointError, match="damaged: wrong sha256"):
         CheckpointReader(folder)
@@ -157,3 +159,24 @@ def test_a_message_shows_the_begin_of_what_is_odd(tmp_path):
         with pytest.raises(CheckpointError) as refused:
             manifest.decode_manifest(json.dumps(odd).encode(), path)
         assert len(str(refused.value)) < 300 + len(str(path))
+
+
+def test_the_longest_manifest_that_is_written_is_read_and_a_longer_one_is_neither(
+    tmp_path, monkeypatch
+):
+    path = write_checkpoint(tmp_path, 1) / MANIFEST
+    content = path.read_bytes()
+    body = json.loads(content)
+    del body["sha256"]
+    monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", len(content))
+    assert encode_manifest(body) == manifest.read_manifest(path) == content
+    monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", len(content) - 1)
+    with pytest.raises(StorageError, match=f"would have {len(content)} bytes"):
+        encode_manifest(body)
+    with pytest.raises(CheckpointError, match="a link, or longer than"):
+        manifest.read_manifest(path)
+    monkeypatch.undo()
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with pytest.raises(CheckpointError, match="a link, or longer than"):
+        manifest.read_manifest(link)

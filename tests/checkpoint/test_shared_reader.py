@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from megasparse.checkpoint.pieces import Piece
 from megasparse.checkpoint.saver import open_together
-from megasparse.checkpoint.shared_reader import Ask, SharedReader
+from megasparse.checkpoint.shared_reader import Ask, SharedReader, _Place, _Stored
 from megasparse.checkpoint.writer import Tensors, publish, write_rank_file
 from megasparse.errors import CheckpointError
 from megasparse.sparsity.shard import WeightShard
@@ -223,3 +224,64 @@ def test_a_file_that_is_lost_meanwhile_is_an_error_on_all_ranks(tmp_path):
 
     for result in _on_threads(3, work):
         assert isinstance(result, CheckpointError) and "safetensors: missing" in str(result)
+
+
+def _alone(sizes: list[int], world: int) -> SharedReader:
+    """A reader of files of these sizes, of which nothing is read."""
+    meta = {"files": {str(n): {"size": size} for n, size in enumerate(sizes)}}
+    reader: Any = SimpleNamespace(folder="there", meta=meta)
+    return SharedReader(reader, SimpleNamespace(world=world))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_a_value_is_read_by_the_rank_in_whose_share_it_begins(world, dtype):
+    draws = random.Random(world)
+    width = dtype.itemsize
+    for _ in range(40):
+        sizes = [draws.randrange(60) for _ in range(draws.randrange(1, 5))]
+        total = sum(sizes)
+        begin = draws.randrange(total + 1)
+        count = draws.randrange((total - begin) // width + 1)
+        piece = Piece("k", WeightShard((count,)))
+        found = list(_alone(sizes, world)._shares(_Place(piece, 0, "e", begin, dtype)))
+        owner = {n: rank for rank, low, high in found for n in range(low, high)}
+        assert sum(high - low for _, low, high in found) == len(owner) == count
+        assert all(low < high for _, low, high in found)
+        for n, rank in owner.items():
+            assert total * rank // world <= begin + n * width < total * (rank + 1) // world
+
+
+def _stored(*pieces: Piece) -> _Stored:
+    return _Stored([_Place(p, 0, str(n), 0, torch.uint8) for n, p in enumerate(pieces)])
+
+
+def test_an_answer_has_what_meets_a_part_and_of_every_tensor_one_piece_at_least():
+    whole = WeightShard((4, 6))
+    thirds = [Piece("param/w", whole, n, n + 8) for n in (16, 0, 8)]  # in any order
+    extra = Piece("sparsity/w/mask", WeightShard((2,)))
+    stored = _stored(*thirds, extra)
+
+    def answer(*parts: Piece, everything: bool = False) -> list[str]:
+        return [place.entry for place in stored.answer(list(parts), everything)]
+
+    assert answer(Piece("", whole, 7, 9)) == ["1", "2"]
+    assert answer(Piece("", whole, 8, 16)) == ["2"]
+    assert answer(Piece("", whole)) == ["1", "2", "0"]
+    # Its dtype and shape are to be known, whatever is wanted of it.
+    for nothing in ((), (Piece("", whole, 9, 9),), (Piece("", WeightShard((6, 4))),)):
+        assert answer(*nothing) == ["1"]
+    assert answer(everything=True) == ["1", "3"]
+
+
+def test_pieces_that_make_no_part_up_or_differ_in_type_are_refused():
+    reader, whole = _alone([64], 1), WeightShard((4, 6))
+    places = [_Place(Piece("param/w", whole, n, n + 8), 0, str(n), n, torch.uint8) for n in (0, 16)]
+    reader._places = {"param/w": places}
+    assert reader.is_likely("param/w") and not reader.is_likely("param/v")
+    assert reader.shape("param/w") == (4, 6)
+    with pytest.raises(CheckpointError, match="its pieces hold 16 of 24 values"):
+        reader.read("param/w")
+    places.append(_Place(Piece("param/w", whole, 8, 16), 0, "8", 8, torch.int8))
+    with pytest.raises(CheckpointError, match="its pieces disagree on the type"):
+        reader.read("param/w")

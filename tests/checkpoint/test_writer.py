@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from megasparse.checkpoint.writer import publish
+from megasparse.errors import CheckpointError
 from tests.checkpoint.saves import (
+    META,
     tensors_of,
     write_checkpoint,
 )
@@ -52,3 +56,13 @@ def test_all_is_on_the_disk_before_it_gets_its_name_and_then_the_name(monkeypatc
     last_file = max(i for i, (_, path) in enumerate(events[:named]) if path.endswith("json"))
     assert ("sync", temporary) in events[last_file:named]
     assert ("sync", ".") in events[named:]
+
+
+@pytest.mark.parametrize("odd", [{"step": "1"}, {"surprise": 1}, {"files": {"../evil": {}}}])
+def test_a_manifest_that_readers_would_refuse_gets_no_name(tmp_path, odd):
+    temporary, final = tmp_path / "step-00000001.tmp-ab", tmp_path / "step-00000001"
+    temporary.mkdir()
+    meta = {**META, "run_id": "ab", "step": 1, **odd}
+    with pytest.raises(CheckpointError):
+        publish(temporary, final, meta.pop("files", {}), meta)
+    assert not final.exists() and not list(temporary.iterdir())

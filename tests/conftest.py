@@ -30,7 +30,7 @@ import pytest  # noqa: E402
 from tests import quick_python as quick  # noqa: E402
 from tests.order import place  # noqa: E402
 from tests.runs import make_dataset  # noqa: E402
-from tests.thorough import is_thorough  # noqa: E402
+from tests.thorough import thorough  # noqa: E402
 
 if not HAS_GPU:
     from tests.interpreter import make_faster
@@ -48,9 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     items.sort(key=lambda item: place(item.path))
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
+    for item in thorough(items):
+        item.add_marker(pytest.mark.thorough)
     for item in items:
-        if is_thorough(item.path, item.name):
-            item.add_marker(pytest.mark.thorough)
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(skip)
 

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 import megasparse
-from tests.thorough import THOROUGH, is_thorough
+from tests.thorough import CASES, FIRST_CASE, WHOLE, thorough
 
 ROOT = Path(__file__).parents[1]
 SETUP = (ROOT / "setup.py").read_text()
@@ -68,11 +69,26 @@ def test_hooks_have_the_linters_version():
     assert {"ruff", "ruff-format", "mypy", "architecture"} <= names
 
 
-@pytest.mark.parametrize("file", sorted(THOROUGH))
+@pytest.mark.parametrize("file", sorted(FIRST_CASE | CASES | WHOLE))
 def test_what_is_left_to_test_all_is_there(file):
-    """And something of the file stays in `make test`, or another file tests the same."""
     source = (ROOT / "tests" / file).read_text()
-    for name in THOROUGH[file]:
-        assert f"def {name.partition('[')[0]}" in source, name
-    assert not is_thorough(ROOT / "tests" / file, "test_of_another_name")
-    assert not is_thorough(ROOT / "elsewhere.py", THOROUGH[file][0])
+    names = [*FIRST_CASE.get(file, ()), *WHOLE.get(file, ())]
+    assert [name for name in names if f"def {name}(" not in source] == []
+
+
+def test_further_cases_are_left_to_test_all():
+    def item(file, name):
+        return SimpleNamespace(path=ROOT / "tests" / file, name=name)
+
+    file, first = next((file, names[0]) for file, names in FIRST_CASE.items())
+    matrix, named = next((file, names[0]) for file, names in CASES.items())
+    whole, alone = next((file, names[0]) for file, names in WHOLE.items())
+    stay = [
+        item(file, f"{first}[b]"),
+        item(file, "test_of_another_name[b]"),
+        item(matrix, f"test_x[{named}]"),
+        item(matrix, "test_without_cases"),
+        item("elsewhere.py", f"{first}[c]"),
+    ]
+    left = [item(file, f"{first}[a]"), item(matrix, "test_x[another]"), item(whole, alone)]
+    assert list(thorough([*stay, *left])) == left

@@ -1,25 +1,178 @@
 """Tests that `make test` leaves out and `make test-all` runs, as CI does.
 
 `make test` stays under ten minutes on two cores. Every property has a test there; what is here asks
-the same of further layouts, families and combinations, or takes a run of its own for it.
+the same of further layouts, families and combinations, or takes a long run of its own for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 TESTS = Path(__file__).parent
-# file: names of tests, or the beginnings of names, parameters included.
-THOROUGH: dict[str, tuple[str, ...]] = {}
+
+# Of these `make test` runs the first case alone.
+FIRST_CASE: dict[str, tuple[str, ...]] = {
+    "checkpoint/test_compatibility.py": (
+        "test_a_resume_is_exact_at_any_step",
+        "test_another_layout_goes_on_with_equal_samples_and_losses",
+        "test_dense_to_sparse_gives_two_of_four_everywhere",
+        "test_each_change_is_refused_and_has_its_flag",
+    ),
+    "convert/test_families.py": ("test_logits_are_those_of_transformers",),
+    "convert/test_huggingface.py": (
+        "test_logits_are_those_of_transformers_and_the_round_trip_is_exact",
+    ),
+    "convert/test_megatron.py": ("test_megatron_deepspeed",),
+    "distillation/test_cast_runs.py": ("test_layout_gives_the_numbers_of_one_process",),
+    "distillation/test_runs.py": ("test_layout_gives_the_numbers_of_one_process",),
+    "distillation/test_slorb_runs.py": (
+        "test_another_layout_continues_the_run",
+        "test_layout_gives_the_numbers_of_one_process",
+    ),
+    "distillation/test_wanda_runs.py": (
+        "test_a_resume_remembers_the_inputs",
+        "test_layout_gives_the_masks_of_one_process",
+    ),
+    "distributed/test_hosts.py": ("test_a_killed_rank_is_named_on_all_hosts",),
+    "distributed/test_launchers.py": ("test_a_launcher_without_a_parent_may_have_been_started_so",),
+    "estimate/test_memory.py": ("test_every_parameter_and_every_byte_of_the_state",),
+    "kernels/test_activation_amax.py": ("test_what_products_lack_is_given_to_them",),
+    "kernels/test_activation_grad_pack24.py": ("test_backward_is_the_two_steps",),
+    "kernels/test_expert_operands.py": ("test_each_is_what_packing_it_alone_gives",),
+    "kernels/test_grad_pack24.py": ("test_equals_the_operations_it_fuses",),
+    "kernels/test_mask_update.py": ("test_the_old_mask_is_kept_and_flips_are_counted",),
+    "kernels/test_mvue24.py": ("test_triton_equals_the_reference",),
+    "kernels/test_pack24.py": ("test_the_layout_is_the_published_one",),
+    "kernels/test_transposable24.py": ("test_backends_agree_bit_for_bit",),
+    "kernels/test_weight_pack24.py": (
+        "test_double_pruned",
+        "test_operands_of_an_earlier_step_are_filled_in_place",
+        "test_with_a_mask",
+        "test_with_the_soft_threshold",
+    ),
+    "launch/test_inference.py": ("test_perplexity_is_that_of_transformers",),
+    "megatron/graphs/test_layer_graphs.py": ("test_a_replayed_run_is_the_eager_one",),
+    "megatron/test_mlp.py": ("test_the_same_bits",),
+    "megatron/test_norms.py": ("test_the_same_bits",),
+    "megatron/test_parallel_linear.py": ("test_two_ranks_equal_one",),
+    "megatron/test_standalone.py": (
+        "test_megatrons_loop_trains_saves_and_goes_on_with_another_tp",
+    ),
+    "nn/test_wrappers.py": ("test_two_ranks_are_one",),
+    "optim/test_decay_rule.py": ("test_layouts_follow_alike",),
+    "parallel/test_consistency.py": ("test_a_flipped_bit_is_found_within_the_interval",),
+    "parallel/test_details.py": (
+        "test_bf16_follows_one_process",
+        "test_context_parallel_equals_one_process",
+        "test_logits_do_not_depend_on_the_layout",
+        "test_no_rank_updates_on_an_infinite_gradient",
+        "test_pipeline_equals_one_process",
+        "test_recomputation_repeats_dropout_and_mvue",
+        "test_replicated_gradients_are_whole_without_clipping_too",
+        "test_the_ends_of_documents_are_in_the_data",
+    ),
+    "parallel/test_experts.py": (
+        "test_every_layout_continues_the_run_of_one_process",
+        "test_fp8_is_the_same_over_expert_parallel_ranks",
+    ),
+    "parallel/test_fp8.py": (
+        "test_a_resumed_run_repeats_it",
+        "test_shards_are_scaled_by_the_moment_of_the_whole",
+        "test_tensor_parallel_ranks_scale_and_train_as_one",
+        "test_the_curve_follows_bfloat16",
+    ),
+    "parallel/test_resume.py": ("test_another_layout_continues_the_run",),
+    "reliability/test_bad_inputs.py": ("test_the_launcher_prints_it_on_every_rank",),
+    "reliability/test_faults.py": (
+        "test_a_killed_rank_is_named_and_the_other_ends",
+        "test_every_signal_counts_also_twice",
+    ),
+    "tools/test_compress_tools.py": ("test_quantized_ast_with_slorb",),
+    "tools/test_data_tools.py": ("test_terminated_run_leaves_nothing",),
+    "train/engine/test_gradients.py": ("test_sums_are_those_of_float64",),
+    "train/engine/test_skipped_steps.py": ("test_a_skipped_step_leaves_nothing",),
+    "train/engine/test_step_guard.py": (
+        "test_a_bad_step_changes_nothing",
+        "test_a_pipeline_names_stage_micro_batch_and_samples",
+        "test_rank_micro_batch_and_samples_of_a_bad_loss_are_named",
+        "test_the_tensor_of_a_bad_gradient_is_named",
+    ),
+    "train/test_activations.py": (
+        "test_it_trains_sparse_and_no_export_mistakes_it",
+        "test_the_ffn_computes_its_formula",
+    ),
+    "train/test_batches.py": ("test_in_every_layout",),
+    "train/test_fine_tuning.py": ("test_layouts_and_micro_batches_give_the_same_losses",),
+    "train/test_initial_weights.py": ("test_a_frozen_scale_stays_frozen_in_a_finetuning",),
+    "train/test_phases.py": ("test_dense_phases_are_dense_training_monitored_or_not",),
+    "train/test_published.py": ("test_others_start",),
+    "train/test_runs.py": (
+        "test_loss_falls_and_the_checkpoint_is_what_the_recipe_promises",
+        "test_resume_repeats_the_run_bit_for_bit",
+    ),
+}
+
+# Of these it runs the cases named here; the matrix' richest layouts.
+CASES: dict[str, tuple[str, ...]] = {
+    "parallel/test_matrix.py": (
+        "gpt fst: recompute full",
+        "gpt fst: tp 2, sp, selective",
+        "gpt fst: pp 2, uneven, zero 1",
+        "gpt fst: dp 2, zero 3",
+        "gpt fst: cp 2",
+        "gpt fst: tp 2, sp, pp 2, zero 1, full",
+        "gpt fst: tp 2, sp, dp 2, zero 3, full",
+        "llama s_ste: tp 2",
+        "llama s_ste: tp 2, sp, cp 2, full",
+        "llama fst, attention too: tp 2, sp, pp 2, zero 1, full",
+        "gpt s_ste_3, one layer: tp 2, sp, pp 2, zero 1, full",
+    ),
+}
+
+# Of these it runs none.
+WHOLE: dict[str, tuple[str, ...]] = {
+    "convert/test_torch_dist.py": ("test_a_checkpoint_of_two_tensor_parallel_ranks",),
+    "distributed/test_supervise.py": ("test_a_second_start_leaves_a_supervised_run_alone",),
+    "megatron/test_import_without_compile.py": ("test_no_run_calls_what_would_have_been_compiled",),
+    "nn/test_sparsify.py": ("test_it_needs_torch_alone",),
+    "reliability/test_faults.py": (
+        "test_a_hang_of_one_rank_alone_is_found_in_every_phase",
+        "test_runs_that_are_suspended_go_on",
+    ),
+    "tools/bench/test_kernels.py": ("test_all_kernels_agree_at_their_odd_shapes",),
+    "tools/bench/test_ranks.py": ("test_open_files_are_those_of_a_tree_and_one_store",),
+    "tools/experiments/test_compare_ast.py": (
+        "test_every_variant_is_compared_once",
+        "test_on_two_devices_with_the_flags_of_a_user",
+    ),
+    "tools/experiments/test_compare_recipes.py": (
+        "test_two_runs_at_a_time_are_what_they_are_alone",
+    ),
+    "tools/test_compress_tools.py": (
+        "test_one_shot_methods_prune_and_their_checkpoints_start_runs",
+    ),
+    "tools/test_search_decay.py": ("test_several_ranks_and_foreign_folders",),
+}
 
 
-def is_thorough(path: Path, name: str) -> bool:
-    """Whether a test is left to `make test-all`.
+class Item(Protocol):
+    """What is asked of a `pytest.Item`."""
 
-    Args:
-        path: of its file.
-        name: with its parameters, as pytest shows it after `::`.
-    """
-    if not path.is_relative_to(TESTS):
-        return False
-    return name.startswith(THOROUGH.get(str(path.relative_to(TESTS)), ()))
+    path: Path
+    name: str
+
+
+def thorough(items: Iterable[Item]) -> Iterator[Item]:
+    """Those of the collected tests that are left to `make test-all`."""
+    begun: set[tuple[str, str]] = set()
+    for item in items:
+        file = str(item.path.relative_to(TESTS)) if item.path.is_relative_to(TESTS) else ""
+        function, _, case = item.name.partition("[")
+        first = (file, function) not in begun
+        begun.add((file, function))
+        further = function in FIRST_CASE.get(file, ()) and not first
+        unnamed = case and file in CASES and case.removesuffix("]") not in CASES[file]
+        if further or unnamed or function in WHOLE.get(file, ()):
+            yield item

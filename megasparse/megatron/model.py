@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -20,7 +19,7 @@ from megasparse.errors import ConfigError
 from megasparse.megatron import loss
 from megasparse.megatron.bert import Bert, BertClassifier
 from megasparse.megatron.blocks.experts import finish_expert_layers
-from megasparse.megatron.blocks.torch_modules import gelu_tanh
+from megasparse.megatron.blocks.torch_modules import gelu_tanh, squared_relu
 from megasparse.megatron.grid import Grid
 from megasparse.megatron.init import initialize_weights
 from megasparse.megatron.spec import (

@@ -193,7 +193,7 @@ def test_what_it_does_not_go_with_is_refused():
 
 FOLLOWING = [
     *BASE, *GPT, *SHALLOW, "--masked-decay", "none", "--masked-decay-rho", "0.05",
-    "--masked-decay-update-interval", "3", "--log-interval", "1",
+    "--masked-decay-update-interval", "3", "--log-interval", "1", "--train-iters", "8",
 ]  # fmt: skip
 
 

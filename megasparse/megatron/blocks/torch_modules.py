@@ -142,6 +142,12 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """`relu(x)^2`; megatron-core's own is compiled when it is first called, which takes a minute on
+    a CPU."""
+    return torch.nn.functional.relu(x).square()
+
+
 class GatedActivation(torch.nn.Module):
     """SwiGLU or GEGLU of a fused projection `[gate | up]`, whose gradient is one tensor too.
 

@@ -188,7 +188,9 @@ def layer_activations(config: ResolvedConfig, gpu: bool = True, layer: int = 0) 
     for linear in ("self_attention.linear_qkv", "mlp.linear_fc1"):
         given = 1 if linear in fp8 and not parallel.sequence_parallel else size
         kept = (size + given) * model.hidden_size + FLOAT32 * (1 if rms else 2)
-        if rms and not gpu:  # several operators there: the norm keeps two float32 copies too
+        if not gpu and given == 1:  # quantized by the norm, whose statistics are computed again
+            kept = (size + given) * model.hidden_size
+        elif rms and not gpu:  # several operators there: the norm keeps two float32 copies too
             kept = (given + 2 * FLOAT32) * model.hidden_size + FLOAT32
         norms += kept
     norms *= {"pre": 1, "post": 1, "both": 2}[model.norm_placement]

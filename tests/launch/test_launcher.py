@@ -51,7 +51,6 @@ def runs(tmp_path_factory) -> dict[str, tuple[Path, Future]]:
         return {name: (path, pool.submit(_train, name, path)) for name, path in folders.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_run_ends_with_the_table(runs, launcher):
     folder, future = runs[launcher]
@@ -64,7 +63,6 @@ def test_a_run_ends_with_the_table(runs, launcher):
     assert len(rows) == 20
 
 
-@pytest.mark.slow
 def test_bad_input_ends_the_launch_with_an_error(tmp_path, quick_python):
     flags = [*TINY, "--data-path", str(tmp_path / "missing"), "--run-dir", str(tmp_path / "run")]
     done = _launch([*_deepspeed(str(quick_python)), SCRIPT, *flags])

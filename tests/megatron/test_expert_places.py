@@ -169,9 +169,24 @@ def test_on_a_cpu_sizes_are_numbers_of_the_host_at_once():
     dispatcher.input_splits, dispatcher.output_splits = torch.tensor([1, 2]), [3, 4]
     dispatcher.output_splits_tp = None
     counts = torch.tensor([5])
+    dispatcher.routing_map = torch.ones(1, 1, dtype=torch.bool)
     assert dispatcher._maybe_dtoh_and_synchronize("point", counts) is counts
     assert not torch.is_tensor(dispatcher.input_splits)
     assert dispatcher.input_splits.tolist() == [1, 2] and dispatcher.output_splits == [3, 4]
+
+
+def test_counts_on_their_way_from_a_gpu_are_waited_for(monkeypatch):
+    """They are on the host by then, and may be those of a copy that has not ended."""
+    dispatcher, asked = _all_to_all(), []
+    dispatcher.routing_map = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(
+        module.MoEAlltoAllTokenDispatcher,
+        "_maybe_dtoh_and_synchronize",
+        lambda self, point, counts=None: asked.append(point) or counts,
+    )
+    counts = torch.tensor([5])
+    assert dispatcher._maybe_dtoh_and_synchronize("before_finish", counts) is counts
+    assert asked == ["before_finish"]
 
 
 def test_only_mixtures_of_our_experts_become_ours(monkeypatch):

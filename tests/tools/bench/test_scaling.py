@@ -42,7 +42,6 @@ def test_a_layout_that_disagrees_fails(key: str, value) -> None:
     assert not good and text.count("FAILED") == 1
 
 
-@pytest.mark.slow
 def test_it_runs_on_cpu(tmp_path: Path) -> None:
     output = tmp_path / "scaling.md"
     flags = ["--device", "cpu", "--tiny", "--ranks", "1", "--part", "matrix", "--matrix-steps", "2"]

@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     items.sort(key=lambda item: place(item.path))
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
-    for item in thorough(items):
+    for item in thorough(items, HAS_GPU):
         item.add_marker(pytest.mark.thorough)
     for item in items:
         if not HAS_GPU and item.get_closest_marker("gpu"):

@@ -94,3 +94,8 @@ def test_further_cases_are_left_to_test_all():
     left = [item(file, f"{first}[a]"), item(matrix, "test_x[another]"), item(whole, alone)]
     left.append(item(every, "test_x"))
     assert list(thorough([*stay, *left])) == left
+    name = FIRST_CASE[kernels := next(file for file in FIRST_CASE if file.startswith("kernels/"))][
+        0
+    ]
+    cases = [item(kernels, f"{name}[{case}]") for case in "ab"]
+    assert list(thorough(cases)) == cases[1:] and list(thorough(cases, has_gpu=True)) == []

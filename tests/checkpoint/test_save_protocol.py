@@ -244,12 +244,17 @@ def test_pieces_that_touch_share_nothing():
 @pytest.mark.parametrize(
     ("change", "holds"),
     [
-        ({}, True), ({"start": 0, "stop": 24}, True), ({"start": 24, "stop": 24}, True),
-        ({"start": 0, "stop": 25}, False), ({"start": 3, "stop": 2}, False),
-        ({"start": 0}, False), ({"stop": 3}, False), ({"start": 0, "stop": True}, False),
+        ({}, True),
+        ({"start": 0, "stop": 24}, True),
+        ({"start": 24, "stop": 24}, True),
+        ({"start": 0, "stop": 25}, False),
+        ({"start": 3, "stop": 2}, False),
+        ({"start": 0}, False),
+        ({"stop": 3}, False),
+        ({"start": 0, "stop": True}, False),
         ({"start": -1, "stop": 3}, False),
     ],
-)  # fmt: skip
+)
 def test_a_range_lies_within_its_shard(change, holds):
     shard = {"global_shape": [4, 6], "rank": 0, "world": 1, "parts": 1}
     record = {"entry": "e", "key": "k", "shard": shard, "sha256": "", **change}
@@ -269,14 +274,22 @@ def test_a_range_lies_within_its_shard(change, holds):
 @pytest.mark.parametrize(
     ("change", "holds"),
     [
-        ({"global_shape": [0, 6]}, True), ({"global_shape": []}, True), ({"dim": 1}, True),
-        ({"dim": 0, "rank": 1, "world": 2}, True), ({"block": 1, "blocks": 2}, True),
-        ({"global_shape": [], "blocks": 2}, False), ({"block": 2, "blocks": 2}, False),
-        ({"block": -1, "blocks": 2}, False), ({"block": 0, "blocks": 0}, False),
-        ({"blocks": True}, False), ({"block": "0"}, False), ({"blocks": 3}, False),
-        ({"dim": 0, "world": 3}, False), ({"global_shape": [], "dim": 0}, False),
+        ({"global_shape": [0, 6]}, True),
+        ({"global_shape": []}, True),
+        ({"dim": 1}, True),
+        ({"dim": 0, "rank": 1, "world": 2}, True),
+        ({"block": 1, "blocks": 2}, True),
+        ({"global_shape": [], "blocks": 2}, False),
+        ({"block": 2, "blocks": 2}, False),
+        ({"block": -1, "blocks": 2}, False),
+        ({"block": 0, "blocks": 0}, False),
+        ({"blocks": True}, False),
+        ({"block": "0"}, False),
+        ({"blocks": 3}, False),
+        ({"dim": 0, "world": 3}, False),
+        ({"global_shape": [], "dim": 0}, False),
     ],
-)  # fmt: skip
+)
 def test_a_shard_is_a_part_of_a_tensor(change, holds):
     shard = {"global_shape": [4, 6], "rank": 0, "world": 1, "parts": 1, **change}
     record = {"entry": "e", "key": "k", "shard": shard, "sha256": ""}
@@ -295,12 +308,15 @@ def test_a_shard_is_a_part_of_a_tensor(change, holds):
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ([(0, 4), (4, 6)], None), ([(4, 6), (0, 4)], None), ([(0, 10)], None),
-        ([(0, 4), (5, 5)], "hold 9 of 10 values$"), ([], "hold 0 of 10 values$"),
+        ([(0, 4), (4, 6)], None),
+        ([(4, 6), (0, 4)], None),
+        ([(0, 10)], None),
+        ([(0, 4), (5, 5)], "hold 9 of 10 values$"),
+        ([], "hold 0 of 10 values$"),
         ([(0, 10), (3, 1)], "hold 11 of 10 values, some of them twice"),
         ([(0, 4), (3, 6)], "hold 10 of 10 values, some of them twice"),
     ],
-)  # fmt: skip
+)
 def test_runs_make_up_a_piece_each_entry_once(found, words):
     wanted = Piece("k", WeightShard((10,)))
     if words is None:

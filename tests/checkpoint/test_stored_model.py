@@ -204,9 +204,17 @@ def test_frozen_scales_are_those_that_the_weights_are_given_without():
 
 @pytest.mark.parametrize(
     ("said", "config", "given", "expected"),
-    [(35, 36, None, 35), (None, 36, None, 36), (35, 36, 34, 34), (None, None, None, None),
-     (0, None, None, None), ("35", None, None, None), (-1, None, None, None), (1, None, None, 1)],
-)  # fmt: skip
+    [
+        (35, 36, None, 35),
+        (None, 36, None, 36),
+        (35, 36, 34, 34),
+        (None, None, None, None),
+        (0, None, None, None),
+        ("35", None, None, None),
+        (-1, None, None, None),
+        (1, None, None, 1),
+    ],
+)
 def test_tokens_are_those_before_padding(said, config, given, expected):
     reader = _reader()
     reader.meta["state"] = {"vocab_size": said}

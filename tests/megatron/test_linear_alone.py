@@ -81,9 +81,13 @@ def test_marks_say_how_weight_and_bias_are_cut(split):
 
 @pytest.mark.parametrize(
     ("world", "split", "column"),
-    [(1, False, NoComm), (1, True, NoComm), (2, False, SumOverTensorParallel),
-     (2, True, GatherOverSequence)],
-)  # fmt: skip
+    [
+        (1, False, NoComm),
+        (1, True, NoComm),
+        (2, False, SumOverTensorParallel),
+        (2, True, GatherOverSequence),
+    ],
+)
 def test_what_is_communicated_follows_from_the_layout(world, split, column):
     layer = _linear(COLUMN, world=world, sequence_parallel=split)
     assert type(layer.comm) is column and layer.sequence_parallel == (split and world > 1)
@@ -219,10 +223,16 @@ def test_a_dense_forward_pass_keeps_its_mask_while_somebody_asks(sparse, monitor
 
 @pytest.mark.parametrize(
     ("change", "alone"),
-    [({}, True), ({"quantizers": None}, False), ({"shape": (128, 8)}, False),
-     ({"shape": (8, 128)}, False), ({"_branch": 1}, False), ({"inputs": 1}, False),
-     ({"state": None}, True)],
-)  # fmt: skip
+    [
+        ({}, True),
+        ({"quantizers": None}, False),
+        ({"shape": (128, 8)}, False),
+        ({"shape": (8, 128)}, False),
+        ({"_branch": 1}, False),
+        ({"inputs": 1}, False),
+        ({"state": None}, True),
+    ],
+)
 def test_a_layer_is_in_fp8_alone_where_nothing_wants_its_input(change, alone):
     given = {"quantizers": 1, "shape": (256, 128), "_branch": None, "inputs": None, **change}
     state = None if "state" in change else SimpleNamespace(inputs=given["inputs"])

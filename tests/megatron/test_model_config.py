@@ -62,23 +62,49 @@ def test_a_plain_model_has_nothing_that_was_not_asked_for():
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--bf16"], {"bf16": True, "params_dtype": torch.bfloat16,
-                      "pipeline_dtype": torch.bfloat16}),
-        (LLAMA, {"gated_linear_unit": True, "use_te_activation_func": True,
-                 "add_bias_linear": False, "normalization": "RMSNorm", "num_query_groups": 2,
-                 "ffn_hidden_size": 96, "activation_func": torch.nn.functional.silu}),
-        (["--hidden-dropout", "0.25", "--attention-dropout", "0.5"],
-         {"hidden_dropout": 0.25, "attention_dropout": 0.5}),
+        (
+            ["--bf16"],
+            {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16},
+        ),
+        (
+            LLAMA,
+            {
+                "gated_linear_unit": True,
+                "use_te_activation_func": True,
+                "add_bias_linear": False,
+                "normalization": "RMSNorm",
+                "num_query_groups": 2,
+                "ffn_hidden_size": 96,
+                "activation_func": torch.nn.functional.silu,
+            },
+        ),
+        (
+            ["--hidden-dropout", "0.25", "--attention-dropout", "0.5"],
+            {"hidden_dropout": 0.25, "attention_dropout": 0.5},
+        ),
         (["--norm-epsilon", "1e-3"], {"layernorm_epsilon": 1e-3}),
-        ([*LLAMA, "--window-size", "7,0", "--window-attn-skip-freq", "2", "--no-rope-freq", "2"],
-         {"window_size": (7, 0)}),
+        (
+            [*LLAMA, "--window-size", "7,0", "--window-attn-skip-freq", "2", "--no-rope-freq", "2"],
+            {"window_size": (7, 0)},
+        ),
         (["--qk-layernorm"], {"qk_layernorm": True}),
-        (["--recompute-granularity", "full", "--recompute-method", "block",
-          "--recompute-num-layers", "1"],
-         {"recompute_granularity": "full", "recompute_method": "block",
-          "recompute_num_layers": 1}),
+        (
+            [
+                "--recompute-granularity",
+                "full",
+                "--recompute-method",
+                "block",
+                "--recompute-num-layers",
+                "1",
+            ],
+            {
+                "recompute_granularity": "full",
+                "recompute_method": "block",
+                "recompute_num_layers": 1,
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_setting_reaches_the_layers(flags, expected):
     layers = _layers(*flags)
     for name, value in expected.items():

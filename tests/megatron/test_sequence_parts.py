@@ -158,9 +158,14 @@ def test_a_pair_is_taken_apart_as_it_was_put_together(with_mask):
 
 @pytest.mark.parametrize(
     ("dtype", "run_bf16", "expected"),
-    [(None, True, True), (None, False, False), ("bf16", False, True), ("fp32", True, False),
-     ("fp8", True, True)],
-)  # fmt: skip
+    [
+        (None, True, True),
+        (None, False, False),
+        ("bf16", False, True),
+        ("fp32", True, False),
+        ("fp8", True, True),
+    ],
+)
 def test_a_teacher_has_its_own_precision_and_recomputes_nothing(dtype, run_bf16, expected):
     flags = [*TINY, "--mock-data", "--recompute-granularity", "full"]
     flags += ["--recompute-method", "uniform", "--recompute-num-layers", "1"]

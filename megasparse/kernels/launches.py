@@ -27,6 +27,15 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """A tile of `rows` x `columns` a program, and its warps."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class Launches:
     """A kernel's launch parameters on a GPU, for 32-bit entries and for narrower ones.
 

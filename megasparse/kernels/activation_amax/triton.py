@@ -5,8 +5,6 @@ Rounding keeps the order of magnitudes, so the largest of a program's columns ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -17,17 +15,7 @@ from megasparse.kernels.device.float8 import product_factor, raise_amax
 from megasparse.kernels.device.groups import rounded, widen
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.factors import NOTHING, Lacking
-from megasparse.kernels.launches import KINDS
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A tile of `rows` x `columns` a program, and its warps."""
-
-    rows: int
-    columns: int
-    num_warps: int
-
+from megasparse.kernels.launches import KINDS, Tile
 
 # 12 to 16 loads of 16 bytes a thread.
 FORWARD = Tile(rows=8, columns=1024, num_warps=4)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -11,18 +9,8 @@ import triton.language as tl
 from megasparse.kernels.current_scaling.reference import FLOAT32_MAX, MVUE_BOUND
 from megasparse.kernels.device.groups import rounded, widen
 from megasparse.kernels.dispatch import INTERPRETING
-from megasparse.kernels.launches import KINDS, Launch, Launches
+from megasparse.kernels.launches import KINDS, Launch, Launches, Tile
 from megasparse.kernels.packed24 import E4M3_MAX, SMALLEST_SCALE_INV
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A tile of `rows` x `columns` a program, and its warps."""
-
-    rows: int
-    columns: int
-    num_warps: int
-
 
 # A thread has eight loads of 16 bytes (16-bit entries) under way.
 TILE = Tile(rows=8, columns=1024, num_warps=4)

@@ -219,15 +219,16 @@ def layer_activations(config: ResolvedConfig, gpu: bool = True, layer: int = 0) 
 def _expert_activations(config: ResolvedConfig, size: int, of_inputs: int) -> int:
     """Bytes of a token that autograd keeps of a mixture of experts, if tokens come evenly.
 
-    Of each chosen expert its input, fc1's result, the activation, the same times the probability,
-    and fc2's result; of the router logits and probabilities of all experts.
+    Of each chosen expert its input, fc1's result, the activation times the probability, where it is
+    not gated the activation too, and fc2's result; of the router logits and probabilities of all
+    experts.
 
     Args:
         of_inputs: bytes of an entry of a linear's input.
     """
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     gated, width = 2 if model.gated else 1, model.expert_width // tp
-    chosen = size * (model.hidden_size + (gated + 1) * width)
+    chosen = size * (model.hidden_size + 2 * width)
     chosen += of_inputs * (model.hidden_size + width)
     shared = (size * gated + of_inputs) * (model.moe_shared_expert_intermediate_size or 0) // tp
     return model.moe_router_topk * chosen + shared + 3 * FLOAT32 * (model.num_experts or 0)

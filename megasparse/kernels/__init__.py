@@ -50,6 +50,13 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | grad_pack24_experts(dz (T, N), counts, groups) | the same, packed for each expert; one launch |
 | activation_amax(fused (T, 2 F))                | float32 (1,): largest magnitude of activated |
 | activation_grad_amax(dy (T, F), fused)         | the same of its gradient                     |
+| expert_routes(routing_map (T, E), each)        | a router's choice as a list, by expert       |
+| sum_rows(rows (T', H), spots, parts (T, k))    | (T, H): rows of a token's parts, added up    |
+| expert_rows(counts, rooms, device, segments)   | which token each row of experts has, groups  |
+| gather_rows(x (T, ...), sources (T',))         | (T', ...): x[sources], zeros for holes       |
+| gather_float8(x (T, K), sources, counts)       | the same in e4m3: (T', K), (K, T_e) of each  |
+| weighted_activation(fused (T, 2 F), weights)   | (T, F): activated times a weight a row       |
+| weighted_activation_backward(dy, fused, ...)   | (T, 2 F), (T,): its gradients                |
 | activation_float8(fused (T, 2 F), scale)       | activated in e4m3: (T', F), (F, T')          |
 | activation_grad_pack24(dy (T, F), fused, seed) | grad_pack24 of activated's gradient          |
 | norm_amax(x (T, H), weight, bias)              | float32 (1,): largest magnitude of a norm    |
@@ -59,6 +66,8 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | weight_pack24_experts(w (E N, K), E, mask)     | the same of E stacked weights; one launch    |
 | effective_weight(w (N, K), mask, beta)         | (N, K) float32: that W~ itself, unrounded    |
 | spmm24(packed (N, K), x (T, K))                | (T, N): x @ W^T                              |
+| spmm24_experts(packed, x (T, K), counts)       | (T, N): of each of some packed matrices      |
+| matmul24_experts(packed, each)                 | (E, N, M): A_e @ b_e of each                 |
 | encode_patterns(mask, transposable)            | uint8: the number of each pattern            |
 | decode_patterns(indices, shape, transposable)  | bool mask: the inverse                       |
 | transposable_patterns()                        | bool (90, 4, 4): the transposable patterns   |
@@ -84,6 +93,14 @@ from megasparse.kernels.current_scaling import AmaxScales as AmaxScales
 from megasparse.kernels.current_scaling import rescale_ as rescale_
 from megasparse.kernels.current_scaling import scale_inv_of as scale_inv_of
 from megasparse.kernels.current_scaling import scales_of_amax as scales_of_amax
+from megasparse.kernels.expert_routes import Routes as Routes
+from megasparse.kernels.expert_routes import expert_routes as expert_routes
+from megasparse.kernels.expert_rows import Segments as Segments
+from megasparse.kernels.expert_rows import expert_rows as expert_rows
+from megasparse.kernels.expert_rows import room_for as room_for
+from megasparse.kernels.gather_rows import gather_float8 as gather_float8
+from megasparse.kernels.gather_rows import gather_rows as gather_rows
+from megasparse.kernels.gather_rows import sum_rows as sum_rows
 from megasparse.kernels.grad_pack24 import grad_pack24 as grad_pack24
 from megasparse.kernels.grad_pack24.experts import grad_pack24_experts as grad_pack24_experts
 from megasparse.kernels.mask_update import replace_mask_ as replace_mask_
@@ -121,12 +138,18 @@ from megasparse.kernels.soft_threshold24 import (
 )
 from megasparse.kernels.spmm24 import matmul24 as matmul24
 from megasparse.kernels.spmm24 import spmm24 as spmm24
+from megasparse.kernels.spmm24.experts import matmul24_experts as matmul24_experts
+from megasparse.kernels.spmm24.experts import spmm24_experts as spmm24_experts
 from megasparse.kernels.sum_parts import sum_parts as sum_parts
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask
 from megasparse.kernels.transpose_float8 import transpose_float8 as transpose_float8
 from megasparse.kernels.weight_pack24 import effective_weight as effective_weight
 from megasparse.kernels.weight_pack24 import weight_pack24 as weight_pack24
 from megasparse.kernels.weight_pack24.experts import weight_pack24_experts as weight_pack24_experts
+from megasparse.kernels.weighted_activation import weighted_activation as weighted_activation
+from megasparse.kernels.weighted_activation import (
+    weighted_activation_backward as weighted_activation_backward,
+)
 
 __all__ = [
     "Activation",
@@ -136,6 +159,8 @@ __all__ = [
     "Packed24",
     "PackedStack",
     "RowFloat8",
+    "Routes",
+    "Segments",
     "accumulate_",
     "activated",
     "activation_amax",
@@ -149,6 +174,10 @@ __all__ = [
     "derive_seed",
     "effective_weight",
     "encode_patterns",
+    "expert_routes",
+    "expert_rows",
+    "gather_float8",
+    "gather_rows",
     "geglu",
     "geglu_fused",
     "grad_pack24",
@@ -157,6 +186,7 @@ __all__ = [
     "masked_adamw_",
     "masked_decay_",
     "matmul24",
+    "matmul24_experts",
     "mvue24",
     "mvue_pack24",
     "mvue_pack24_experts",
@@ -168,6 +198,7 @@ __all__ = [
     "replace_mask_",
     "rescale_",
     "rescale_rows_",
+    "room_for",
     "rotary_qkv",
     "s_ste_scale",
     "scale_from_sums",
@@ -177,7 +208,9 @@ __all__ = [
     "soft_threshold24_with_sums",
     "split_qkv",
     "spmm24",
+    "spmm24_experts",
     "sum_parts",
+    "sum_rows",
     "swiglu",
     "swiglu_fused",
     "transposable24_mask",
@@ -185,4 +218,6 @@ __all__ = [
     "unpack24",
     "weight_pack24",
     "weight_pack24_experts",
+    "weighted_activation",
+    "weighted_activation_backward",
 ]

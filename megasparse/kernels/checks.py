@@ -35,11 +35,13 @@ def require(
 
     Args:
         shape: the only one that fits; None: any of one element.
+        device: without an index any of its type fits.
     """
     if tensor is None:
         return
     fits = tensor.numel() == 1 if shape is None else tuple(tensor.shape) == shape
-    if not fits or tensor.dtype != dtype or tensor.device != device:
+    there = tensor.device.type == device.type and device.index in (None, tensor.device.index)
+    if not fits or tensor.dtype != dtype or not there:
         raise KernelError(
             f"{op}: {name} is a {tensor.dtype} tensor of shape {tuple(tensor.shape)} on "
             f"{tensor.device}, expected {dtype} {'of one element' if shape is None else shape} "

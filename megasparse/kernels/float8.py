@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from megasparse.errors import KernelError
 from megasparse.kernels.checks import require
 from megasparse.kernels.packed24 import COLUMN_MULTIPLE, E4M3, E4M3_MAX
 from megasparse.kernels.token_order import by_groups
@@ -68,3 +71,26 @@ def check_scaling(
     """KernelError unless scale is 0-d float32 and amax None or float32 (1,), on the device."""
     require(op, "scale", scale, torch.float32, (), device)
     require(op, "amax", amax, torch.float32, (1,), device)
+
+
+def check_parts(op: str, counts: Sequence[int], rows: int) -> None:
+    """KernelError unless `counts` are all rows, some, in whole tiles of 8-bit operands."""
+    multiple = COLUMN_MULTIPLE[E4M3]
+    if not rows or sum(counts) != rows or any(n < 0 or n % multiple for n in counts):
+        raise KernelError(
+            f"{op}: {list(counts)} rows of {rows}, expected all of some, in multiples of {multiple}"
+        )
+
+
+def blocks_of(blocks: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+    """The matrices (K, T_e) that lie one after the other in (K T',)."""
+    width = blocks.numel() // sum(counts)
+    parts = blocks.split([width * count for count in counts])
+    return [part.view(width, count) for part, count in zip(parts, counts, strict=True)]
+
+
+def transposed_blocks(rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Rows (T', K) of 8 bits: the (K, T_e) of each part, one after the other in (K T',)."""
+    # By bytes: torch does not join every 8-bit format everywhere.
+    parts = rows.view(torch.uint8).split(list(counts))
+    return torch.cat([part.t().reshape(-1) for part in parts]).view(rows.dtype)

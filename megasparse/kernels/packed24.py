@@ -118,7 +118,9 @@ def packed_in(
     rows, columns = shape
     value_bytes = rows * (columns // 2) * dtype.itemsize
     values = buffer[:value_bytes].view(dtype).view(rows, columns // 2)
-    return Packed24(values, buffer[value_bytes:], shape, dtype, scale)
+    packed = Packed24(values, buffer[value_bytes:], shape, dtype, scale)
+    packed.__dict__["buffer"] = buffer  # what the property would find, by more steps
+    return packed
 
 
 def parts_of(packed: Packed24, counts: Sequence[int]) -> tuple[Packed24, ...]:

@@ -85,13 +85,12 @@ class SparsityController:
         """
         taken = set()
         for state, weight in self.weights:
-            # Gradients of experts, and of weights that CAST computes with, are autograd's.
-            own = state.experts is None and not state.recipe.dense_forward
-            if weight in places and own:
+            # Gradients of weights that CAST computes with are autograd's.
+            if weight in places and not state.recipe.dense_forward:
                 state.total = GradientSum(places[weight], step)
                 taken.add(weight)
         for one, weight in self.dense:
-            if weight in places and one.experts is None:
+            if weight in places:
                 one.total = GradientSum(places[weight], step)
                 taken.add(weight)
         return taken

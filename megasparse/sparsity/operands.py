@@ -12,8 +12,9 @@ from megasparse.sparsity.gemms.cusparselt_packed import LibrarySparseGemms
 from megasparse.sparsity.gemms.dense import DenseGemms, ReferenceSparseGemms
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
 from megasparse.sparsity.gemms.experts import DenseExpertGemms, ExpertGemms, ReferenceExpertGemms
-from megasparse.sparsity.gemms.fp8_experts import DenseFp8ExpertGemms, PackedFp8ExpertGemms
+from megasparse.sparsity.gemms.fp8_experts import DenseFp8ExpertGemms
 from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
+from megasparse.sparsity.gemms.packed_fp8_experts import PackedFp8ExpertGemms
 from megasparse.sparsity.gemms.protocol import LinearGemms
 from megasparse.sparsity.gemms.simulated_fp8 import SimulatedFp8Gemms
 from megasparse.sparsity.probe import Probe

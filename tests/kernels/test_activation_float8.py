@@ -7,6 +7,8 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import activated, activation_float8
+from megasparse.kernels.float8 import blocks_of
+from megasparse.kernels.weighted_activation import weighted_activation
 from tests.kernels.gated_cases import (
     BF16,
     E4M3,
@@ -49,6 +51,45 @@ def test_forward_is_the_two_steps(
     assert none is None and torch.equal(bits(again), bits(rows)) and float(amax) == 1e9
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("counts", "activation"), [([256, 0, 128], "swiglu"), ([128], "gelu")])
+def test_of_experts_it_is_weighted_and_transposed_for_each(
+    device, monkeypatch, counts, activation, backend
+):
+    tokens, width = sum(counts), 192
+    fused = projection(tokens, width, device, BF16, True, activation)
+    weights = torch.rand(tokens, device=device)
+    y = weighted_activation(fused, weights, activation, backend="reference").float()
+    scale, amax = scalar(400.0 / float(y.abs().max()), device), scalar(0.0, device).view(1)
+    how = {"scale": scale, "activation": activation, "weights": weights, "backend": backend}
+    with monkeypatch.context() as patch:
+        poison_new_tensors(patch)
+        rows, blocks = activation_float8(fused, amax=amax, counts=counts, **how)
+    same(rows, (y * scale).to(E4M3), True)
+    assert amax == y.abs().max()
+    for block, part in zip(blocks_of(blocks, counts), bits(rows).split(counts), strict=True):
+        assert torch.equal(bits(block), part.t())
+    whole, columns = activation_float8(fused, **how)
+    assert torch.equal(bits(whole), bits(rows)) and torch.equal(bits(columns), bits(rows).t())
+    again, none = activation_float8(fused, counts=counts, transposed=False, **how)
+    assert none is None and torch.equal(bits(again), bits(rows))
+
+
+@pytest.mark.gpu
+def test_of_experts_on_a_gpu_at_the_size_of_a_layer(device):
+    counts, width = [4096, 0, 8192 + 128, 640], 4096
+    fused = projection(sum(counts), width, device, BF16, False, "swiglu")
+    weights = torch.rand(sum(counts), device=device)
+    y = weighted_activation(fused, weights).float()
+    rows, blocks = activation_float8(
+        fused, scale=scalar(3.0, device), weights=weights, counts=counts
+    )
+    expected = bits((y * 3.0).clamp(-448, 448).to(E4M3))
+    assert torch.equal(bits(rows), expected)
+    for block, part in zip(blocks_of(blocks, counts), expected.split(counts), strict=True):
+        assert torch.equal(bits(block), part.t())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu"])
@@ -83,3 +124,9 @@ def test_refusals():
         activation_float8(fused, scale=torch.ones(1))
     with pytest.raises(KernelError, match="activation_float8: amax is"):
         activation_float8(fused, scale=one, amax=one)
+    with pytest.raises(KernelError, match="weights is a"):
+        activation_float8(fused, scale=one, weights=torch.ones(3))
+    with pytest.raises(KernelError, match="in multiples of 128"):
+        activation_float8(fused, scale=one, counts=[4])
+    with pytest.raises(KernelError, match="groups are strided"):
+        activation_float8(torch.zeros(128, 256).half(), scale=one, counts=[128], strided=True)

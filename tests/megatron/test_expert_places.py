@@ -33,7 +33,8 @@ def test_a_token_has_its_place_in_the_batch_of_the_step(monkeypatch, cp, tp, spl
     """Sequence by micro-batch, as activations lie."""
     sequence, batch, micro = 64, 3, 5
     whole = torch.arange(sequence * batch).view(sequence, batch)
-    controller = SimpleNamespace(clock=SimpleNamespace(micro_batch=micro))
+    clock = SimpleNamespace(micro_batch=micro, batch=12 if second else None)
+    controller = SimpleNamespace(clock=clock)
     linears = [SimpleNamespace(controller=None), SimpleNamespace(controller=controller)]
     first, other = linears if second else reversed(linears)
     own = SimpleNamespace(linear_fc1=first, linear_fc2=other)
@@ -44,7 +45,8 @@ def test_a_token_has_its_place_in_the_batch_of_the_step(monkeypatch, cp, tp, spl
                 expected = expected.chunk(tp)[rank]
             share = TokenShare(cp_rank, cp) if cp > 1 else ALL_TOKENS
             monkeypatch.setattr(module, "token_share", lambda _, share=share: share)
-            dispatcher = SimpleNamespace(hidden_shape=torch.Size((*expected.shape, 8)))
+            shape = torch.Size((*expected.shape, 8))
+            dispatcher = SimpleNamespace(hidden_shape=shape, ep_size=2)
             layer: Any = SimpleNamespace(
                 token_dispatcher=dispatcher,
                 config=SimpleNamespace(sequence_parallel=split),
@@ -54,6 +56,9 @@ def test_a_token_has_its_place_in_the_batch_of_the_step(monkeypatch, cp, tp, spl
             places = ExpertLayer._places(layer, CPU)
             assert torch.equal(places, expected.flatten() + micro * sequence * batch)
             assert dispatcher.segment_tokens == expert_segment(sequence) * batch
+            of_batch = sequence // expert_segment(sequence)
+            assert dispatcher.mixed == 2 * of_batch  # two ranks send an expert their tokens
+            assert dispatcher.segments == (12 // batch * of_batch if second else None)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -141,8 +141,11 @@ def _sums(dtype: torch.dtype, counts: list[int], n: int, k: int) -> tuple[Sparse
         operands = gemms.prepare_grad_output(dz_TN, ExpertTokens(counts), 0)
         return gemms.grad_weight(operands, (b,)).view(len(counts), n, k)
 
+    # As a run has them: transposed expert by expert.
+    each = [part.contiguous() for part in b.split(counts, 1 if dtype == E4M3 else 0)]
+
     def sparse(algorithm: int, streams: Streams) -> torch.Tensor:
-        return each_sum(packed, b, counts, algorithm, streams, dtype == E4M3, _alpha(dtype))
+        return each_sum(packed, each, counts, algorithm, streams, dtype == E4M3, _alpha(dtype))
 
     return sparse, dense
 

@@ -7,6 +7,7 @@ the transposed copy are words of four tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,13 @@ from megasparse.kernels.device.float8 import (
     product_factor,
     raise_amax,
     store_operands,
+    words_of_part,
 )
 from megasparse.kernels.device.groups import first_token, rounded_pair, widen
 from megasparse.kernels.dispatch import INTERPRETING
 from megasparse.kernels.factors import Lacking
 from megasparse.kernels.float8 import new_operands
+from megasparse.kernels.mvue24.triton_tile import groups_of_parts, parts_of_tiles
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,23 @@ def _activation(ptrs, width, token, num_tokens, factor, GATED: tl.constexpr, GEL
 
 
 @triton.jit
+def _weighted_pair(low, high, weights_ptr, token, step, num_tokens, KIND: tl.constexpr):
+    """Two tokens' activations, `step` apart, rounded, times their weights, rounded again."""
+    low, high = rounded_pair(low, high, KIND)
+    if weights_ptr is None:
+        return low, high
+    else:
+        low *= tl.load(weights_ptr + token, mask=token < num_tokens, other=0.0)
+        token += step
+        high *= tl.load(weights_ptr + token, mask=token < num_tokens, other=0.0)
+        return rounded_pair(low, high, KIND)
+
+
+@triton.jit
 def _activation_float8_kernel(
     fused_ptr,
+    weights_ptr,
+    parts_ptr,
     rows_ptr,
     columns_ptr,
     scale_ptr,
@@ -88,10 +106,13 @@ def _activation_float8_kernel(
     y1 = _activation(ptrs + stride, width, token + step, num_tokens, factor, GATED, GELU)
     y2 = _activation(ptrs + 2 * stride, width, token + 2 * step, num_tokens, factor, GATED, GELU)
     y3 = _activation(ptrs + 3 * stride, width, token + 3 * step, num_tokens, factor, GATED, GELU)
-    y0, y1 = rounded_pair(y0, y1, KIND)
-    y2, y3 = rounded_pair(y2, y3, KIND)
+    y0, y1 = _weighted_pair(y0, y1, weights_ptr, token, step, num_tokens, KIND)
+    token += 2 * step
+    y2, y3 = _weighted_pair(y2, y3, weights_ptr, token, step, num_tokens, KIND)
     if amax_ptr is not None:
         raise_amax(amax_ptr, largest_of_four(y0, y1, y2, y3))
+    if parts_ptr is not None:
+        columns_ptr, padded_tokens = words_of_part(columns_ptr, parts_ptr, tile, width)
     store_operands(
         y0 * scale,
         y1 * scale,
@@ -117,6 +138,8 @@ def activation_float8(
     strided: bool,
     amax: torch.Tensor | None,
     factors: Lacking,
+    weights: torch.Tensor | None,
+    counts: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See reference.py; raises `amax`."""
     if fused.stride(1) != 1:
@@ -124,12 +147,15 @@ def activation_float8(
     width = fused.shape[1] // (1 + is_gated(activation))
     rows, columns = new_operands(fused.shape[0], width, transposed, fused.device)
     launch = INTERPRETED if INTERPRETING else LAUNCH
-    padded, groups = rows.shape[0], launch.groups
-    while padded % (4 * groups):
-        groups //= 2
+    padded, parts = rows.shape[0], None
+    groups = groups_of_parts(counts or [padded], launch.groups)
+    if columns is not None and counts is not None:
+        columns, parts = columns.view(-1), parts_of_tiles(counts, 4 * groups, fused.device)
     with torch.cuda.device_of(fused):  # Triton launches on the current device
         _activation_float8_kernel[((width // 64) * (padded // (4 * groups)),)](
             fused,
+            None if weights is None else weights.contiguous(),
+            parts,
             rows.view(torch.int8),
             None if columns is None else columns.view(torch.int32),
             scale,

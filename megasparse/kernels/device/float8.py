@@ -139,3 +139,14 @@ def store_operands(
         row = tl.cast(first_channel, tl.int64) + tl.arange(0, CHANNELS)[:, None]
         column = first_group + tl.arange(0, GROUPS)[None, :]
         tl.store(columns_ptr + row * (padded_tokens // 4) + column, tl.trans(word))
+
+
+@triton.jit
+def words_of_part(columns_ptr, parts_ptr, tile, width):
+    """Of parts whose transposed copies lie one after the other: what to give to `store_operands`
+    for a tile of rows, as the columns and as their number.
+
+    parts_ptr: int64 (tiles, 2), the first row of each tile's part, and its rows.
+    """
+    begin, length = tl.load(parts_ptr + 2 * tile), tl.load(parts_ptr + 2 * tile + 1)
+    return columns_ptr + (width - 1) * (begin // 4), length

@@ -6,6 +6,8 @@ in float32, and a uint32 of their signs.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -53,14 +55,28 @@ def tiles(blocks: int, count: int) -> Iterator[tuple[tuple[int, int], int]]:
 def parts_of_tiles(counts: Sequence[int], tile: int, device: torch.device) -> torch.Tensor:
     """int64 (tiles, 2): of each tile of tokens the first token of its part, and the part's tokens.
 
+    Not to be changed: the next operand of the same parts gets the same table.
+
     Args:
         counts: tokens of the parts, one after the other; multiples of `tile`.
     """
-    parts, begin = [], 0
-    for count in counts:
-        parts += [(begin, count)] * (count // tile)
-        begin += count
-    return torch.tensor(parts, dtype=torch.int64).to(device, non_blocking=True)
+    return _parts_of_tiles(tuple(counts), tile, device)
+
+
+@functools.lru_cache(maxsize=128)
+def _parts_of_tiles(counts: tuple[int, ...], tile: int, device: torch.device) -> torch.Tensor:
+    length = torch.tensor(counts, dtype=torch.int64)
+    parts = torch.stack([length.cumsum(0) - length, length], 1)
+    table = torch.repeat_interleave(parts, length // tile, 0)
+    return table.to(device, non_blocking=True)
+
+
+def groups_of_parts(counts: Sequence[int], most: int) -> int:
+    """Groups of 4 tokens of a program, at most `most`, a power of two, that divide all parts."""
+    whole = math.gcd(*counts)
+    while whole % (4 * most):
+        most //= 2
+    return most
 
 
 @triton.jit

@@ -41,6 +41,7 @@ _ALIGNMENT = 16
 _STRUCT_BYTES = 512
 _ALGORITHM_ID = 0  # of cusparseLtMatmulAlgAttribute_t
 _BIAS_POINTER = 8  # of cusparseLtMatmulDescAttribute_t
+_ONE_STREAM = ctypes.c_int(1)
 
 
 class Problem(NamedTuple):
@@ -178,6 +179,7 @@ class Plan:
         library().MatmulGetWorkspace(self._handle, self._plan, ctypes.byref(size))
         self._workspace_bytes = size.value
         self._alpha, self._beta = ctypes.c_float(1.0), ctypes.c_float(0.0)
+        self._alpha_place, self._beta_place = ctypes.byref(self._alpha), ctypes.byref(self._beta)
 
     def _describe_matrices(self) -> None:
         p, lib = self._problem, library()
@@ -231,22 +233,25 @@ class Plan:
 
     def run(self, packed: torch.Tensor, b: torch.Tensor, out: torch.Tensor, alpha: float) -> None:
         """`out = alpha * A @ B`, plus the bias that was set, on the current stream."""
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        self.launch(packed.data_ptr(), b.data_ptr(), out.data_ptr(), alpha, stream)
+
+    def launch(self, packed: int, b: int, out: int, alpha: float, stream: int) -> None:
+        """The same by addresses, on any stream of the device."""
         self._alpha.value = alpha
-        address = torch._C._cuda_getCurrentRawStream(self._device.index)
-        workspace = _workspace(self._device, address, self._workspace_bytes)
-        stream = ctypes.c_void_p(address)
+        result = ctypes.c_void_p(out)
         library().Matmul(
             self._handle,
             self._plan,
-            ctypes.byref(self._alpha),
-            ctypes.c_void_p(packed.data_ptr()),
-            ctypes.c_void_p(b.data_ptr()),
-            ctypes.byref(self._beta),
-            ctypes.c_void_p(out.data_ptr()),
-            ctypes.c_void_p(out.data_ptr()),
-            ctypes.c_void_p(workspace),
-            ctypes.byref(stream),
-            ctypes.c_int(1),
+            self._alpha_place,
+            ctypes.c_void_p(packed),
+            ctypes.c_void_p(b),
+            self._beta_place,
+            result,
+            result,
+            ctypes.c_void_p(_workspace(self._device, stream, self._workspace_bytes)),
+            ctypes.byref(ctypes.c_void_p(stream)),
+            _ONE_STREAM,
         )
 
 

@@ -29,10 +29,17 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megasparse.config.batches import expert_segment
+from megasparse.kernels import Routes, expert_routes
 from megasparse.megatron.blocks.torch_modules import GatedActivation
 from megasparse.megatron.context.share import token_share
 from megasparse.megatron.expert_linear import ExpertLinear
-from megasparse.sparsity.autograd.experts import rows_of_tokens, tokens_of_rows
+from megasparse.sparsity.autograd.experts import (
+    expert_feed_forward,
+    rows_of_tokens,
+    rows_of_weights,
+    tokens_of_rows,
+)
+from megasparse.sparsity.clock import Clock
 from megasparse.sparsity.gemms.expert_tokens import Arrivals
 
 
@@ -60,12 +67,25 @@ class Experts(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, probabilities: torch.Tensor, arrivals: Arrivals
     ) -> torch.Tensor:
-        """`(T, H)`, sorted by expert, and `(T,)` -> `(T, H)`, a partial sum over TP."""
-        first, second = self.linear_fc1.current_gemms(), self.linear_fc2.current_gemms()
+        """`(T, H)`, sorted by expert, and `(T,)` -> `(T, H)`, a partial sum over TP; tokens with
+        routes once each, and a probability for each of their experts."""
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        first, second = fc1.current_gemms(), fc2.current_gemms()
         both: Any = (first[0], second[0])
         tile, draws = max(one.tile for one in both), any(one.draws for one in both)
         tokens = arrivals.in_tiles(tile, draws and self.training, x.device)
-        x, probabilities = rows_of_tokens(x, tokens), rows_of_tokens(probabilities, tokens)
+        watched = any(m._forward_hooks or m._forward_pre_hooks for m in (fc1, fc2))
+        if isinstance(self.activation, GatedActivation) and not watched:
+            return expert_feed_forward(
+                x,
+                probabilities,
+                (fc1.weight, fc2.weight),
+                both,
+                tokens,
+                (first[1], second[1]),
+                "geglu" if self.activation.gelu else "swiglu",
+            )
+        x, probabilities = rows_of_tokens(x, tokens), rows_of_weights(probabilities, tokens)
         y = self.activation(self.linear_fc1(x, tokens, first))
         weighted = (y * probabilities.unsqueeze(-1)).to(y.dtype)
         return tokens_of_rows(self.linear_fc2(weighted, tokens, second), tokens)
@@ -99,8 +119,12 @@ class ExpertLayer(MoELayer):
         (_, place), (start, second) = (runs := share.places(local * split))[0], runs[-1]
         if share.size > 1:
             own = torch.where(own < start, own + place, own + (second - start))
+        clock, of_batch = _clock(self.experts), sequence // expert_segment(sequence)
         dispatcher.segment_tokens = expert_segment(sequence) * batch
-        return own + _micro_batch(self.experts) * sequence * batch
+        dispatcher.mixed = of_batch * dispatcher.ep_size
+        # Outside a run nobody says how many micro-batches a step has.
+        dispatcher.segments = clock.batch // batch * of_batch if clock.batch else None
+        return own + clock.micro_batch * sequence * batch
 
     def routed_experts_compute(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
@@ -111,21 +135,25 @@ class ExpertLayer(MoELayer):
         places = dispatcher.places
         fc1 = self.experts.linear_fc1
         arrivals = Arrivals(
-            [int(count) for count in counts],
+            counts.tolist(),
             None if places is None else dispatcher.sort_places(places),
             dispatcher.segment_tokens,
             fc1.first,
             fc1.total,
+            dispatcher.segments,
+            dispatcher.mixed,
+            dispatcher.ep_size * dispatcher.tp_size == 1,
+            dispatcher.routes,
         )
         output = self.experts(x, probabilities, arrivals)
         return dispatcher.combine_preprocess(output), None
 
 
-def _micro_batch(experts: Experts) -> int:
+def _clock(experts: Experts) -> Clock:
     controller = experts.linear_fc1.controller or experts.linear_fc2.controller
     assert controller is not None
-    number: int = controller.clock.micro_batch
-    return number
+    clock: Clock = controller.clock
+    return clock
 
 
 class PlacesByAlltoAll(MoEAlltoAllTokenDispatcher):
@@ -134,20 +162,66 @@ class PlacesByAlltoAll(MoEAlltoAllTokenDispatcher):
     Attributes:
         places: int64, of the tokens that have come; None: they were not sent.
         segment_tokens: of those that are grouped for MVUE.
+        segments, mixed, routes: see `Arrivals`.
     """
 
     tp_size: int
     places: torch.Tensor | None = None
     segment_tokens: int = 1
+    segments: int | None = None
+    mixed: int | None = None
+    routes: Routes | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether all experts are here, and tokens with them: nothing is sent, sorted or copied,
+        and the experts find each token where it is."""
+        elsewhere = self.ep_size * self.tp_size > 1 or self.shared_experts is not None
+        padded = self.drop_and_pad or self.config.moe_router_padding_for_quantization
+        return not (elsewhere or padded or self.config.moe_expert_capacity_factor is not None)
+
+    def dispatch_preprocess(self, hidden_states: Any, routing_map: Any, probs: Any) -> Any:
+        """The tokens themselves, and the probability of each of their parts, by expert."""
+        self.routes = None
+        if not self.stays:
+            return super().dispatch_preprocess(hidden_states, routing_map, probs)
+        self.hidden_shape = hidden_states.shape
+        self.probs, self.routing_map = probs, routing_map
+        counts = self.preprocess(routing_map)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts)
+        self.routes = expert_routes(routing_map, self.config.moe_router_topk)
+        chosen = probs.reshape(-1).index_select(0, self.routes.chosen)
+        return hidden_states.reshape(-1, hidden_states.shape[-1]), chosen
+
+    def token_dispatch(self, *sent: Any) -> Any:
+        """Nothing where they stay."""
+        return sent if self.routes is not None else super().token_dispatch(*sent)
+
+    def token_combine(self, hidden_states: Any, *rest: Any, **more: Any) -> Any:
+        """The reverse."""
+        if self.routes is not None:
+            return hidden_states
+        return super().token_combine(hidden_states, *rest, **more)
+
+    def combine_postprocess(self, hidden_states: Any) -> Any:
+        """Results in the shape of the layer's input."""
+        if self.routes is None:
+            return super().combine_postprocess(hidden_states)
+        self.routes = None
+        return hidden_states.view(self.hidden_shape)
 
     def send_places(self, own: torch.Tensor) -> torch.Tensor:
         """Of this rank's tokens `(T,)`, to where the tokens went."""
+        if self.routes is not None:
+            return own.index_select(0, self.routes.tokens)
         chosen = self.routing_map.t().contiguous()
         leaving = own.expand(chosen.shape).masked_select(chosen)
         return all_to_all(self.ep_group, leaving, self.output_splits, self.input_splits)
 
     def sort_places(self, places: torch.Tensor) -> torch.Tensor:
         """By expert, as `dispatch_postprocess` does with the tokens."""
+        if self.routes is not None:
+            return places
         if self.tp_size > 1:
             places = self._gather_unequal(places)
         if self.num_local_experts == 1:
@@ -160,6 +234,11 @@ class PlacesByAlltoAll(MoEAlltoAllTokenDispatcher):
         """On a CPU the tensor-parallel ranks' tokens, of unequal number, are exchanged: gloo
         gathers equal parts alone."""
         whole = self.tp_size
+        if self.routes is not None:
+            counts: Any = self.tokens_per_expert
+            for point in ("before_ep_alltoall", "before_permutation_2", "before_finish"):
+                counts = self._maybe_dtoh_and_synchronize(point, counts)
+            return global_input_tokens, counts, global_probs
         if whole == 1 or global_input_tokens.is_cuda:
             return super().dispatch_postprocess(global_input_tokens, global_probs)
         tokens, probs = map(self._gather_unequal, (global_input_tokens, global_probs))
@@ -172,6 +251,8 @@ class PlacesByAlltoAll(MoEAlltoAllTokenDispatcher):
     def combine_preprocess(self, hidden_states: Any) -> Any:
         """The reverse."""
         whole = self.tp_size
+        if self.routes is not None:
+            return hidden_states
         if whole == 1 or hidden_states.is_cuda:
             return super().combine_preprocess(hidden_states)
         self.tp_size = 1
@@ -212,6 +293,9 @@ class PlacesByAllGather(MoEAllGatherTokenDispatcher):
 
     places: torch.Tensor | None = None
     segment_tokens: int = 1
+    segments: int | None = None
+    mixed: int | None = None
+    routes: Routes | None = None
 
     def send_places(self, own: torch.Tensor) -> torch.Tensor:
         """Of this rank's tokens `(T,)`, to all ranks."""

@@ -1,4 +1,16 @@
-"""The autograd functions of experts: rows of tokens for their GEMMs, and a linear of all of them.
+"""The autograd functions of experts: all they compute with the tokens that have come, in one.
+
+    forward    h, saved1 = first.output_of_tokens(x)
+               z, saved2 = second.output_of_activated(h, p)   of p activation(h)
+    backward   g2 = second.prepare_grad_output(dz);  dy = second.grad_input(g2)
+               dW2 = of (g2, saved2)
+               dh, dp = weighted_activation_backward(dy, h, p)
+               g1 = first.prepare_grad_output(dh);  dx = first.grad_input(g1)
+               dW1 = of (g1, saved1)
+
+What the parts one by one compute (`rows_of_tokens`, `expert_linear`, an activation times the
+probability, `tokens_of_rows`), to the last bit; but neither rows nor the activation need be there
+in 16 bits: GEMMs in FP8 make their operands of them by the way.
 
 There is no communication here: tokens are at their experts already, and partial sums over
 tensor-parallel ranks are added up where tokens go back.
@@ -10,9 +22,11 @@ from typing import Any
 
 import torch
 
+from megasparse.kernels import Activation, weighted_activation_backward
 from megasparse.sparsity.autograd.linear import Seed, asked
 from megasparse.sparsity.gemms.expert_tokens import ExpertTokens
 from megasparse.sparsity.gemms.experts import ExpertGemms
+from megasparse.sparsity.gemms.protocol import weight_gradient
 
 
 class _Rows(torch.autograd.Function):
@@ -24,6 +38,17 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return ctx.tokens.tokens(grads[0]), None
+
+
+class _RowsOfWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
+        ctx.tokens = tokens
+        return tokens.rows_of_weights(weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return ctx.tokens.weights_of_rows(grads[0]), None
 
 
 class _Tokens(torch.autograd.Function):
@@ -61,8 +86,59 @@ class _Experts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = ctx.gemms.grad_input(operands)
         if ctx.needs_input_grad[1]:
-            dw = ctx.gemms.grad_weight(operands, ctx.saved_tensors)
+            dw = weight_gradient(ctx.gemms, operands, ctx.saved_tensors)
         return dx, dw, None, None, None
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TK: torch.Tensor,
+        weights_T: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        first: ExpertGemms,
+        second: ExpertGemms,
+        tokens: ExpertTokens,
+        activation: Activation,
+        seeds: tuple[Seed, Seed],
+        recorded: bool,
+    ) -> torch.Tensor:
+        ctx.first, ctx.second, ctx.tokens, ctx.seeds = first, second, tokens, seeds
+        ctx.activation = activation
+        wanted = ctx.needs_input_grad
+        h_TF, saved1 = first.output_of_tokens(x_TK, tokens, recorded and wanted[2])
+        weights = tokens.rows_of_weights(weights_T)
+        z_TN, saved2 = second.output_of_activated(
+            h_TF, weights, activation, tokens, recorded and wanted[3]
+        )
+        ctx.of_first = len(saved1)
+        ctx.save_for_backward(h_TF, weights, *saved1, *saved2)
+        return tokens.tokens(z_TN)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        h_TF, weights, *saved = ctx.saved_tensors
+        first, second, tokens, wanted = ctx.first, ctx.second, ctx.tokens, ctx.needs_input_grad
+        dx, dweights, dw1, dw2 = None, None, None, None
+        dz_TN = tokens.rows(grads[0].contiguous())
+        operands = second.prepare_grad_output(dz_TN, tokens, asked(ctx.seeds[1]))
+        del dz_TN
+        dy_TF = second.grad_input(operands) if any(wanted[:3]) else None
+        if wanted[3]:
+            dw2 = weight_gradient(second, operands, tuple(saved[ctx.of_first :]))
+        if dy_TF is not None:
+            dh_TF, dweights = weighted_activation_backward(dy_TF, h_TF, weights, ctx.activation)
+            dweights = tokens.weights_of_rows(dweights) if wanted[1] else None
+            del dy_TF, h_TF
+            operands = first.prepare_grad_output(dh_TF, tokens, asked(ctx.seeds[0]))
+            del dh_TF
+            if wanted[0]:
+                dx = tokens.tokens(first.grad_input(operands))
+            if wanted[2]:
+                dw1 = weight_gradient(first, operands, tuple(saved[: ctx.of_first]))
+        return dx, dweights, dw1, dw2, None, None, None, None, None, None
 
 
 def rows_of_tokens(x: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
@@ -70,8 +146,13 @@ def rows_of_tokens(x: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
     return x if tokens.spots is None else _Rows.apply(x, tokens)
 
 
+def rows_of_weights(weights: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
+    """The same of `(n,)`, one weight for everything that came."""
+    return weights if tokens.spots is None else _RowsOfWeights.apply(weights, tokens)
+
+
 def tokens_of_rows(rows: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
-    """The reverse, `(T, ...)`."""
+    """The reverse, `(T, ...)`: of a token's rows the sum."""
     return rows if tokens.spots is None else _Tokens.apply(rows, tokens)
 
 
@@ -96,3 +177,34 @@ def expert_linear(
         `(T', N)`.
     """
     return _Experts.apply(x_TK, weight, gemms, tokens, seed)
+
+
+def expert_feed_forward(
+    x_TK: torch.Tensor,
+    weights_T: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    gemms: tuple[ExpertGemms, ExpertGemms],
+    tokens: ExpertTokens,
+    seeds: tuple[Seed, Seed] = (0, 0),
+    activation: Activation = "swiglu",
+) -> torch.Tensor:
+    """`(p activation(x_e W1~_e^T)) W2~_e^T` of every expert's tokens, with gradients.
+
+    Args:
+        x_TK: `(T, K)`, the tokens as they have come.
+        weights_T: `(n,)`, p of each; of tokens that came once for all of their experts one for
+            each of these.
+        weights: the stacked master weights, `(E 2 F, K)` and `(E N, F)`, `(E F, K)` where the
+            activation is not gated; get straight-through gradients.
+        gemms: of the two, of the current optimizer step.
+        tokens: the rows that they read; in tiles of both.
+        seeds: of their draws, as of `expert_linear`.
+        activation: "swiglu", "geglu" or "gelu".
+
+    Returns:
+        `(T, N)`.
+    """
+    recorded = torch.is_grad_enabled()  # inside the function it is off
+    return _FeedForward.apply(
+        x_TK, weights_T, *weights, *gemms, tokens, activation, seeds, recorded
+    )

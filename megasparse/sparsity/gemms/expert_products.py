@@ -7,15 +7,14 @@ tokens (`ExpertChoices`): sparse products one after the other or on several stre
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from megasparse.fp8.scale import Scale
-from megasparse.kernels import matmul24, spmm24
+from megasparse.kernels import matmul24_experts, spmm24_experts
 from megasparse.kernels.packed24 import E4M3, Packed24
 from megasparse.log import log_once, warn_once
 from megasparse.sparsity.gemms.choice import Choice, GemmChooser, milliseconds
@@ -99,22 +98,6 @@ class ExpertChoices:
         return ExpertChoice(one.algorithm, one.dense_ms < together, streams)
 
 
-def _run(tasks: Iterable[Callable[[], object]], streams: Streams) -> None:
-    """One after the other, or in turns on streams, for which the current one waits."""
-    if not streams:
-        for task in tasks:
-            task()
-        return
-    current = torch.cuda.current_stream()
-    for stream in streams:
-        stream.wait_stream(current)
-    for number, task in enumerate(tasks):
-        with torch.cuda.stream(streams[number % len(streams)]):
-            task()
-    for stream in streams:
-        current.wait_stream(stream)
-
-
 def each_product(
     packed: Sequence[Packed24],
     a: torch.Tensor,
@@ -130,25 +113,15 @@ def each_product(
         a: `(T', K)`, sorted by expert.
         counts: rows of each, in whole tiles.
         streams: for products side by side; none: one after the other.
-        alpha: factor in place of the packed scale.
+        alpha: factor in place of the packed scale; 16 bits have none.
     """
-    dtype = torch.bfloat16 if a.dtype == E4M3 else a.dtype
-    z = a.new_empty(a.shape[0], packed[0].shape[0], dtype=dtype)
-    parts = zip(packed, a.split(list(counts)), z.split(list(counts)), strict=True)
-    _run(
-        (
-            partial(spmm24, weight, rows, algorithm=algorithm, alpha=alpha, out=out)
-            for weight, rows, out in parts
-            if len(rows)
-        ),
-        streams,
-    )
-    return z
+    alpha = 1.0 if alpha is None and packed[0].dtype.itemsize == 2 else alpha
+    return spmm24_experts(packed, a, counts, algorithm=algorithm, alpha=alpha, streams=streams)
 
 
 def each_sum(
     packed: Sequence[Packed24],
-    b: torch.Tensor,
+    b: torch.Tensor | Sequence[torch.Tensor],
     counts: Sequence[int],
     algorithm: int,
     streams: Streams = (),
@@ -159,23 +132,16 @@ def each_sum(
 
     Args:
         packed: A `(N, T_e)` of each expert.
-        b: `(T', K)`, or `(K, T')` if `transposed`, as 8 bits must be.
+        b: `(T', K)`, or `(K, T')` if `transposed`, as 8 bits must be; or those of each expert.
         counts: rows of each.
         streams, alpha: as above.
     """
     dim = 1 if transposed else 0
-    dtype = torch.bfloat16 if b.dtype == E4M3 else b.dtype
-    dw = b.new_empty(len(packed), packed[0].shape[0], b.shape[1 - dim], dtype=dtype)
-    product = partial(matmul24, transposed=transposed, algorithm=algorithm, alpha=alpha)
-    parts = zip(packed, b.split(list(counts), dim), dw, strict=True)
-    _run(
-        (
-            partial(product, one, rows, out=out) if rows.shape[dim] else out.zero_
-            for one, rows, out in parts
-        ),
-        streams,
+    each = b.split(list(counts), dim) if isinstance(b, torch.Tensor) else b
+    alpha = 1.0 if alpha is None and packed[0].dtype.itemsize == 2 else alpha
+    return matmul24_experts(
+        packed, each, transposed=transposed, algorithm=algorithm, alpha=alpha, streams=streams
     )
-    return dw
 
 
 def scaled_products(

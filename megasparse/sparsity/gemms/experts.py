@@ -11,13 +11,15 @@ and packing are one pass over all of them. Rows of tokens come sorted by expert,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from megasparse.kernels import mvue24
+from megasparse.kernels import Activation, mvue24, weighted_activation
+from megasparse.kernels.factors import Factors
 from megasparse.kernels.random import SeedLike
 from megasparse.sparsity.gemms.expert_tokens import ExpertTokens
 from megasparse.sparsity.gemms.protocol import SavedInput, kept_in_place
@@ -57,6 +59,23 @@ class ExpertGemms(Protocol):
         """The same, and what `grad_weight` needs of x."""
         ...
 
+    def output_of_tokens(
+        self, x_TK: torch.Tensor, tokens: ExpertTokens, save: bool
+    ) -> tuple[torch.Tensor, SavedInput]:
+        """`output` or, with `save`, `output_and_saved` of x `(T, K)` as the tokens have come."""
+        ...
+
+    def output_of_activated(
+        self,
+        projected_TF: torch.Tensor,
+        weights_T: torch.Tensor,
+        activation: Activation,
+        tokens: ExpertTokens,
+        save: bool,
+    ) -> tuple[torch.Tensor, SavedInput]:
+        """The same of `weighted_activation`, whose rows are as `tokens` says."""
+        ...
+
     def prepare_grad_output(self, dz_TN: torch.Tensor, tokens: ExpertTokens, seed: SeedLike) -> Any:
         """What `grad_input` and `grad_weight` need of dZ."""
         ...
@@ -70,6 +89,58 @@ class ExpertGemms(Protocol):
         tokens."""
         ...
 
+    def grad_weight_to_scale(
+        self, operands: Any, saved: SavedInput
+    ) -> tuple[torch.Tensor, Factors | None]:
+        """`grad_weight`, and the factors of `accumulate_` that it still lacks."""
+        ...
+
+
+class StepByStep(ABC):
+    """Rows and activations in full: for GEMMs that do nothing with them by the way."""
+
+    @abstractmethod
+    def output(self, x_TK: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
+        """See `ExpertGemms`."""
+
+    @abstractmethod
+    def output_and_saved(
+        self, x_TK: torch.Tensor, tokens: ExpertTokens
+    ) -> tuple[torch.Tensor, SavedInput]:
+        """See `ExpertGemms`."""
+
+    @abstractmethod
+    def grad_weight(self, operands: Any, saved: SavedInput) -> torch.Tensor:
+        """See `ExpertGemms`."""
+
+    def output_of_tokens(
+        self, x_TK: torch.Tensor, tokens: ExpertTokens, save: bool
+    ) -> tuple[torch.Tensor, SavedInput]:
+        return self._output(tokens.rows(x_TK), tokens, save)
+
+    def output_of_activated(
+        self,
+        projected_TF: torch.Tensor,
+        weights_T: torch.Tensor,
+        activation: Activation,
+        tokens: ExpertTokens,
+        save: bool,
+    ) -> tuple[torch.Tensor, SavedInput]:
+        y_TK = weighted_activation(projected_TF, weights_T, activation)
+        return self._output(y_TK, tokens, save)
+
+    def grad_weight_to_scale(
+        self, operands: Any, saved: SavedInput
+    ) -> tuple[torch.Tensor, Factors | None]:
+        return self.grad_weight(operands, saved), None
+
+    def _output(
+        self, x_TK: torch.Tensor, tokens: ExpertTokens, save: bool
+    ) -> tuple[torch.Tensor, SavedInput]:
+        if save:
+            return self.output_and_saved(x_TK, tokens)
+        return self.output(x_TK, tokens), ()
+
 
 class ExpertGradOutput(NamedTuple):
     """dZ as it came, whose rows it has, and the seed of what is drawn from it."""
@@ -79,7 +150,7 @@ class ExpertGradOutput(NamedTuple):
     seed: SeedLike
 
 
-class DenseExpertGemms:
+class DenseExpertGemms(StepByStep):
     """All three GEMMs dense.
 
     Args:

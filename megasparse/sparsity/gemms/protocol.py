@@ -294,7 +294,23 @@ def with_bias(z_TN: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return z_TN if bias is None else z_TN + bias
 
 
-def weight_gradient(gemms: LinearGemms, operands: Any, saved: SavedInput) -> torch.Tensor | None:
+class AddsUp(Protocol):
+    """What `weight_gradient` wants of GEMMs, of a linear or of experts."""
+
+    total: GradientSum | None
+
+    def grad_weight(self, operands: Any, saved: SavedInput) -> torch.Tensor:
+        """See `LinearGemms`."""
+        ...
+
+    def grad_weight_to_scale(
+        self, operands: Any, saved: SavedInput
+    ) -> tuple[torch.Tensor, Factors | None]:
+        """See `LinearGemms`."""
+        ...
+
+
+def weight_gradient(gemms: AddsUp, operands: Any, saved: SavedInput) -> torch.Tensor | None:
     """`grad_weight`; None where it has been added to the step's sum."""
     total = gemms.total
     if total is None or not total.step.open:

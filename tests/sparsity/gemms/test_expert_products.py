@@ -93,39 +93,6 @@ def test_streams_where_they_are_faster(monkeypatch, experts, alone, together, de
     assert len(told) == side
 
 
-def test_tasks_take_turns_on_streams_that_wait_for_each_other(monkeypatch):
-    """All streams begin after the current one, which goes on after all of them."""
-    events, now = [], ["main"]
-
-    class Stream:
-        def __init__(self, name):
-            self.name = name
-
-        def wait_stream(self, other):
-            events.append(f"{self.name} waits for {other.name}")
-
-    class On:
-        def __init__(self, stream):
-            self.stream = stream
-
-        def __enter__(self):
-            now.append(self.stream.name)
-
-        def __exit__(self, *_):
-            now.pop()
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("main"))
-    monkeypatch.setattr(torch.cuda, "stream", On)
-    tasks = [lambda n=n: events.append(f"{n} on {now[-1]}") for n in range(3)]
-    expert_products._run(tasks, (Stream("a"), Stream("b")))
-    begin = ["a waits for main", "b waits for main"]
-    done = ["main waits for a", "main waits for b"]
-    assert events == [*begin, "0 on a", "1 on b", "2 on a", *done]
-    events.clear()
-    expert_products._run(tasks, ())
-    assert events == ["0 on main", "1 on main", "2 on main"]
-
-
 def test_one_launch_is_for_e4m3_on_a_gpu_where_the_library_is_right(monkeypatch):
     reasons, warned = [None], []
     monkeypatch.setattr(expert_products, "_grouped_disagreement", lambda device: reasons[0])

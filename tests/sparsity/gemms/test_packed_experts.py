@@ -21,9 +21,10 @@ from megasparse.sparsity.gemms.choice import Choice, GemmChooser
 from megasparse.sparsity.gemms.dense_fp8 import DenseFp8Gemms, OperandQuantizers
 from megasparse.sparsity.gemms.expert_tokens import Arrivals, ExpertTokens
 from megasparse.sparsity.gemms.experts import DenseExpertGemms, ReferenceExpertGemms
-from megasparse.sparsity.gemms.fp8_experts import DenseFp8ExpertGemms, PackedFp8ExpertGemms
+from megasparse.sparsity.gemms.fp8_experts import DenseFp8ExpertGemms
 from megasparse.sparsity.gemms.packed_experts import PackedExpertGemms, refusal
 from megasparse.sparsity.gemms.packed_fp8 import PackedFp8Gemms
+from megasparse.sparsity.gemms.packed_fp8_experts import PackedFp8ExpertGemms
 from megasparse.sparsity.probe import Probe
 from megasparse.sparsity.projection import Projected, effective
 from megasparse.sparsity.recipe import make_recipe

@@ -266,3 +266,24 @@ def test_a_linear_of_experts_knows_its_own_among_all(dim):
     assert step(False) == ((7,), 0) and type(step(True)[0]) is dense
     with pytest.raises(ConfigError, match="cannot be kept in FP8"):
         layer.freeze_in_fp8()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_tokens_of_unequal_number_are_exchanged_where_there_are_tensor_parallel_ranks(
+    monkeypatch, tp
+):
+    """megatron-core then sorts them as if there were one rank."""
+    asked, dispatcher = _exchanges(monkeypatch), _all_to_all(tp)
+    dispatcher.output_splits_tp = torch.tensor([3, 2])
+    seen: list[int] = []
+
+    def postprocess(self: Any, tokens: torch.Tensor, probs: torch.Tensor) -> tuple[Any, ...]:
+        seen.append(self.tp_size)
+        return tokens, probs
+
+    base = module.MoEAlltoAllTokenDispatcher
+    monkeypatch.setattr(base, "dispatch_postprocess", postprocess)
+    tokens, probs = torch.arange(4.0).view(2, 2), torch.tensor([0.5, 0.25])
+    found = dispatcher.dispatch_postprocess(tokens, probs)
+    assert [t.tolist() for t in found] == [tokens.tolist() * tp, probs.tolist() * tp]
+    assert seen == [1] and dispatcher.tp_size == tp and len(asked) == 2 * (tp - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import matmul24, pack24, spmm24
+from megasparse.kernels.packed24 import packed_bytes
 from megasparse.kernels.spmm24 import binding
 from megasparse.kernels.spmm24.agreement import difference, packing_disagreement
 from tests.kernels.test_pack24 import E4M3, sparse
@@ -152,6 +154,18 @@ def test_another_packed_layout_is_told(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, E4M3])
 def test_the_library_packs_as_we_do(device, dtype):
     assert packing_disagreement(device, dtype) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3])
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (128, 128), (128, 384), (256, 128), (1024, 640)])
+def test_the_library_reads_no_more_than_a_packed_matrix_has(device, dtype, n, k):
+    device = torch.device("cuda", torch.cuda.current_device())
+    problem = binding.Problem(n, k, 128, dtype, dtype, torch.bfloat16, False, True, 0)
+    plan, packed, scratch = binding.plan(problem, device), ctypes.c_size_t(), ctypes.c_size_t()
+    sizes = (ctypes.byref(packed), ctypes.byref(scratch))
+    binding.library().SpMMACompressedSize(plan._handle, plan._plan, *sizes)
+    assert packed.value == packed_bytes((n, k), dtype)
 
 
 def test_a_captured_product_keeps_its_workspace(monkeypatch):

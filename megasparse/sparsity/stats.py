@@ -31,18 +31,13 @@ import torch
 
 from megasparse.errors import KernelError, NumericsError
 from megasparse.sparsity.dense_weight import DenseFp8Weight
-from megasparse.sparsity.probe import NOTHING, OPERANDS
+from megasparse.sparsity.probe import NOTHING, OPERANDS, STEP_SUMS
 from megasparse.sparsity.projection import double_pruned
 from megasparse.sparsity.state import SparseWeight
 
-# Of the weight: the same on all data-parallel ranks.
+# Of the weight: the same on all data-parallel ranks. (Of STEP_SUMS every rank has its part.)
 WEIGHT_SUMS = (
     "flips", "nonzeros", "numel", "kept", "magnitude", "square", "square_lost", "nan", "not_24",
-)  # fmt: skip
-# Of the step: every rank has its part.
-STEP_SUMS = (
-    "mvue_before", "mvue_after", "mvue_variance", "decay", "gradient",
-    *(f"fp8_{operand}_{kind}" for operand in OPERANDS for kind in ("largest", "lost", "all")),
 )  # fmt: skip
 MAXIMA = ("scale", "masked_decay", *OPERANDS)
 
@@ -82,30 +77,32 @@ def measure(
         dense: weights of dense FP8 layers, which have figures of FP8 alone; they come last.
         whole: makes a context in which parameters can be read (ZeRO 3 gathers them).
     """
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    missing = torch.full((), NOTHING, device=device)
+    nothing = torch.zeros(len(STEP_SUMS), dtype=torch.float64, device=device)
+    missing = torch.full((len(OPERANDS),), NOTHING, device=device)
     weight_sums, step_sums, maxima = [], [], []
     for state, weight in weights:
         with whole([weight]):
             weight_sums.append(_weight_sums(state, weight.detach(), sparse_now))
-    weight_sums += [zero.new_zeros(len(WEIGHT_SUMS))] * len(dense)
+    weight_sums += [nothing.new_zeros(len(WEIGHT_SUMS))] * len(dense)
     owners: list[SparseWeight | DenseFp8Weight] = [
         *(state for state, _ in weights),
         *(one for one, _ in dense),
     ]
     for one in owners:
-        step_sums.append(torch.stack([one.probe.sums.get(name, zero) for name in STEP_SUMS]))
+        probe = one.probe
+        step_sums.append(nothing if probe.totals is None else probe.totals)
+        largest = missing if probe.largest is None else probe.largest
         beta = one.scale if isinstance(one, SparseWeight) else None
-        scale = missing if beta is None else beta.float().max()
-        largest = [one.probe.maxima.get(name, missing) for name in OPERANDS]
+        scale = missing[0] if beta is None else beta.float().max()
         own = one.decay if isinstance(one, SparseWeight) and sparse_now else None
-        maxima.append(torch.stack([scale, missing if own is None else own.value, *largest]))
+        decay = missing[0] if own is None else own.value
+        maxima.append(torch.cat([torch.stack([scale, decay]), largest]))
     flips = [state.flips is not None for state, _ in weights]
     return Measured(
         [one.name for one in owners],
         flips + [False] * len(dense),
-        torch.stack(weight_sums) if owners else zero.new_zeros(0, len(WEIGHT_SUMS)),
-        torch.stack(step_sums) if owners else zero.new_zeros(0, len(STEP_SUMS)),
+        torch.stack(weight_sums) if owners else nothing.new_zeros(0, len(WEIGHT_SUMS)),
+        torch.stack(step_sums) if owners else nothing.new_zeros(0, len(STEP_SUMS)),
         torch.stack(maxima) if owners else missing.new_zeros(0, len(MAXIMA)),
     )
 

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from megasparse.errors import KernelError, NumericsError
+from megasparse.kernels import tensor_figures
 from megasparse.sparsity.dense_weight import DenseFp8Weight
 from megasparse.sparsity.probe import NOTHING, OPERANDS, STEP_SUMS
 from megasparse.sparsity.projection import double_pruned
@@ -108,38 +109,33 @@ def measure(
 
 
 def _weight_sums(state: SparseWeight, weight: torch.Tensor, sparse_now: bool) -> torch.Tensor:
-    zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+    """float64 (WEIGHT_SUMS,) of one weight; W and W~ are read once each."""
     # Without monitoring the step after a dense warm-up is the first to have a mask.
     known = state.mask is not None or not state.now.has_mask
-    used = state.effective(weight) if sparse_now and known else weight
-    if state.mask is None:
-        kept = zero
-    elif sparse_now and state.now.has_mask:
-        kept = used
-    else:
-        kept = torch.where(state.mask, weight, zero)
-    flips = zero if state.flips is None else state.flips
+    pruned = sparse_now and known
+    used = state.effective(weight) if pruned else weight
+    of_weight = tensor_figures(weight)
+    of_used = tensor_figures(used) if pruned else of_weight
+    nothing = torch.zeros_like(of_weight.square)
+    kept = nothing
+    if state.mask is not None and sparse_now and state.now.has_mask:
+        kept = of_used.magnitude
+    elif state.mask is not None:
+        kept = tensor_figures(weight.masked_fill(~state.mask, 0.0)).magnitude
+    square = lost = nothing
+    if pruned and state.now.double_pruned:
+        square = of_used.square
+        lost = tensor_figures(used - double_pruned(used, state._nan_flag)).square
     sums = (
-        flips,
-        torch.count_nonzero(used),
-        torch.full((), float(weight.numel()), dtype=torch.float64, device=weight.device),
-        torch.linalg.vector_norm(kept, 1, dtype=torch.float32),
-        torch.linalg.vector_norm(weight, 1, dtype=torch.float32),
-        *_squares(state, used, sparse_now and known),
+        nothing if state.flips is None else state.flips.double(),
+        of_used.nonzeros,
+        torch.full_like(nothing, weight.numel()),
+        kept,
+        of_weight.magnitude,
+        square,
+        lost,
     )
-    return torch.cat([torch.stack([value.double() for value in sums]), state.flags(weight.device)])
-
-
-def _squares(
-    state: SparseWeight, used: torch.Tensor, pruned: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """|W~|^2 and |W~ - W~_d|^2 where grad_input is double-pruned, else zeros."""
-    if not (pruned and state.now.double_pruned):
-        zero = torch.zeros((), device=used.device)
-        return zero, zero
-    lost = used - double_pruned(used, state._nan_flag)
-    norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in (used, lost)]
-    return norms[0].double().square(), norms[1].double().square()
+    return torch.cat([torch.stack(sums), state.flags(weight.device)])
 
 
 def layer_figures(

@@ -23,6 +23,7 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | scale_from_sums(sums (2,))                     | 0-d float32: that quotient, 1 for 0 / 0      |
 | mvue24(g (R, C), seed, dim=-1, offsets, exact) | like g: unbiased, at most 2 of 4 along dim   |
 | mvue24_variance(g (R, C), dim=-1, exact)       | 0-d float64: its variance, without a draw    |
+| mvue24_squares(g (R, C), dim=-1, exact)        | float64 (2,): sum of g^2, and that variance  |
 | masked_decay_(grad, w, mask, decay)            | grad, in place: += decay * (1 - mask) * w    |
 | accumulate_(total, value)                      | total, in place: += value, of another dtype  |
 | sum_parts(parts)                               | their sum, rounded once                      |
@@ -61,6 +62,9 @@ call, `checks.py` what doors ask, `dispatch.py` which of the two runs.
 | activation_grad_pack24(dy (T, F), fused, seed) | grad_pack24 of activated's gradient          |
 | norm_amax(x (T, H), weight, bias)              | float32 (1,): largest magnitude of a norm    |
 | norm_float8(x (T, H), weight, bias, scale)     | a norm in e4m3: (T', H), (H, T'); statistics |
+| tensor_figures(x)                              | non-zeros, sums of |x| and x^2, largest |x|  |
+| add_square_(total, x, factor=1)                | total, in place: += sum of (factor x)^2      |
+| add_rounding_figures_(sums, largest, x, x8)    | in place: what a rounding to 8 bits did      |
 | transpose_float8(rows (T, K))                  | (K, T) e4m3, in the order of strided groups  |
 | weight_pack24(w (N, K), mask, dtype, scale)    | W~ packed, W~^T or W~_d^T too; one pass      |
 | weight_pack24_experts(w (E N, K), E, mask)     | the same of E stacked weights; one launch    |
@@ -109,6 +113,7 @@ from megasparse.kernels.masked_adamw import masked_adamw_ as masked_adamw_
 from megasparse.kernels.masked_decay import count_flips as count_flips
 from megasparse.kernels.masked_decay import masked_decay_ as masked_decay_
 from megasparse.kernels.mvue24 import mvue24 as mvue24
+from megasparse.kernels.mvue24 import mvue24_squares as mvue24_squares
 from megasparse.kernels.mvue24 import mvue24_variance as mvue24_variance
 from megasparse.kernels.mvue_pack24 import mvue_pack24 as mvue_pack24
 from megasparse.kernels.mvue_pack24.experts import mvue_pack24_experts as mvue_pack24_experts
@@ -141,6 +146,10 @@ from megasparse.kernels.spmm24 import spmm24 as spmm24
 from megasparse.kernels.spmm24.experts import matmul24_experts as matmul24_experts
 from megasparse.kernels.spmm24.experts import spmm24_experts as spmm24_experts
 from megasparse.kernels.sum_parts import sum_parts as sum_parts
+from megasparse.kernels.tensor_figures import TensorFigures as TensorFigures
+from megasparse.kernels.tensor_figures import add_rounding_figures_ as add_rounding_figures_
+from megasparse.kernels.tensor_figures import add_square_ as add_square_
+from megasparse.kernels.tensor_figures import tensor_figures as tensor_figures
 from megasparse.kernels.transposable24 import transposable24_mask as transposable24_mask
 from megasparse.kernels.transpose_float8 import transpose_float8 as transpose_float8
 from megasparse.kernels.weight_pack24 import effective_weight as effective_weight
@@ -161,6 +170,7 @@ __all__ = [
     "RowFloat8",
     "Routes",
     "Segments",
+    "TensorFigures",
     "accumulate_",
     "activated",
     "activation_amax",
@@ -168,6 +178,8 @@ __all__ = [
     "activation_float8",
     "activation_grad_amax",
     "activation_grad_pack24",
+    "add_rounding_figures_",
+    "add_square_",
     "copy_bytes_",
     "count_flips",
     "decode_patterns",
@@ -188,6 +200,7 @@ __all__ = [
     "matmul24",
     "matmul24_experts",
     "mvue24",
+    "mvue24_squares",
     "mvue_pack24",
     "mvue_pack24_experts",
     "norm_amax",
@@ -213,6 +226,7 @@ __all__ = [
     "sum_rows",
     "swiglu",
     "swiglu_fused",
+    "tensor_figures",
     "transposable24_mask",
     "transposable_patterns",
     "unpack24",

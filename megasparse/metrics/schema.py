@@ -141,10 +141,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class ProgressLine:
-    """One line an interval: loss, lr, tokens/s, flip rate, time left."""
+    """One line an interval: loss, lr, tokens/s, flip rate, time left.
 
-    def __init__(self, train_iters: int, start_samples: int, end_samples: int) -> None:
-        self._train_iters = train_iters
+    Rates are means since the log step before: a log step alone is slower, as it is measured.
+
+    Args:
+        train_iters: steps of the run.
+        start_samples, end_samples: consumed before the first step of this start, and at the end.
+        ranks: of the run.
+    """
+
+    def __init__(self, train_iters: int, start_samples: int, end_samples: int, ranks: int) -> None:
+        self._train_iters, self._ranks = train_iters, ranks
         self._start, self._end, self._begin = start_samples, end_samples, time.monotonic()
 
     def show(self, row: dict[str, Any]) -> None:
@@ -157,8 +165,10 @@ class ProgressLine:
             f"loss {row['loss']:.4f}" if row["loss"] is not None else "skipped",
             f"lr {row['lr']:.2e}",
             f"grad norm {row['grad_norm'] or 0.0:.3f}",
-            f"{row['tokens_per_second']:,.0f} tokens/s",
         ]
+        each = row.get("tokens_per_second_per_gpu")
+        if each is not None:
+            parts.append(f"{each * self._ranks:,.0f} tokens/s")
         if row.get("mfu") is not None:
             parts.append(f"{row['tflops']:.4g} TFLOP/s a GPU, MFU {row['mfu']:.1%}")
         if row.get("flip_rate") is not None:

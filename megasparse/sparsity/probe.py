@@ -1,23 +1,29 @@
 """What the GEMMs of one weight tell about a step, when they are asked: sums left on the device.
 
 The recorder asks at log steps alone. Figures are kept as sums and maxima, so that ranks and
-micro-batches can be added up; nothing here waits for the device.
+micro-batches can be added up; nothing here waits for the device. A log step is to be hardly slower
+than others: kernels read each tensor once, and add to the figures themselves.
 """
 
 from __future__ import annotations
 
 import torch
 
-from megasparse.kernels import mvue24_variance
+from megasparse.kernels import add_rounding_figures_, add_square_, mvue24_squares
 from megasparse.sparsity.recipe import SparsityRecipe
 from megasparse.timer import StepTimer
 
-# Sums: squared norms of dZ before and after MVUE and the variance of the latter; squared norms of
-# the masked decay and of the gradient; per FP8 operand the entries that were rounded to the largest
-# value of the format, those that were not zero and became it, and all of them. Maxima: the largest
-# magnitude of each FP8 operand before it is scaled.
 NOTHING = -1.0  # in maxima, which are all positive
 OPERANDS = ("x", "weight", "grad_output", "grad_output_mvue")
+# Squared norms of dZ, the variance of its draw, squared norm of the draw; squared norms of the
+# masked decay and of the gradient; per FP8 operand the entries that were rounded to the largest
+# value of the format, those that were not zero and became it, and all of them. Kernels fill
+# neighbours at once. Maxima are the largest magnitudes of operands before they are scaled.
+STEP_SUMS = (
+    "mvue_before", "mvue_variance", "mvue_after", "decay", "gradient",
+    *(f"fp8_{operand}_{kind}" for operand in OPERANDS for kind in ("largest", "lost", "all")),
+)  # fmt: skip
+_PLACES = {name: place for place, name in enumerate(STEP_SUMS)}
 
 
 class Probe:
@@ -29,8 +35,10 @@ class Probe:
     Attributes:
         asked: whether to measure; off by default.
         waits: asked, and no operands of the weight were made since.
-        sums: float64 0-d tensors by name.
-        maxima: float32 0-d tensors by name.
+        sums: what was told, float64 0-d tensors by name: views of `totals`.
+        maxima: likewise, float32, by operand: views of `largest`.
+        totals: float64 (STEP_SUMS,); None: nothing was ever told.
+        largest: float32 (OPERANDS,); None: likewise.
     """
 
     def __init__(self, timer: StepTimer | None = None) -> None:
@@ -38,6 +46,8 @@ class Probe:
         self.asked = self.waits = False
         self.sums: dict[str, torch.Tensor] = {}
         self.maxima: dict[str, torch.Tensor] = {}
+        self.totals: torch.Tensor | None = None
+        self.largest: torch.Tensor | None = None
 
     def ask(self) -> None:
         """Measure until `asked` is taken back; what was measured before is forgotten.
@@ -45,29 +55,35 @@ class Probe:
         The tensors stay where they are: a captured step adds to them.
         """
         self.asked = self.waits = True
-        if self.sums:
-            torch._foreach_zero_(list(self.sums.values()))
-        for largest in self.maxima.values():
-            largest.fill_(NOTHING)
+        if self.totals is not None and self.largest is not None:
+            self.totals.zero_()
+            self.largest.fill_(NOTHING)
 
     def dismiss(self) -> None:
         """Measure no longer; what was measured stays."""
         self.asked = self.waits = False
 
-    def mvue(self, before: torch.Tensor, after: torch.Tensor, recipe: SparsityRecipe) -> None:
+    def mvue(
+        self,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        recipe: SparsityRecipe,
+        scale_inv: torch.Tensor | None = None,
+    ) -> None:
         """A draw.
 
         Args:
             before: dZ, with the zeros that fill it up.
-            after: MVUE(dZ), or its non-zeros alone.
+            after: MVUE(dZ), or its non-zeros alone, in 32, 16 or 8 bits.
             recipe: how it was drawn.
+            scale_inv: float32 0-d, what undoes the scaling of `after`; None: it has none.
         """
         if self.asked:
             exact, strided = recipe.mvue == "exact", recipe.strided_groups
-            variance = mvue24_variance(before, dim=0, exact=exact, strided=strided)
-            self._add("mvue_before", _square(before))
-            self._add("mvue_after", _square(after))
-            self._add("mvue_variance", variance)
+            squares = mvue24_squares(before, dim=0, exact=exact, strided=strided)
+            self._sums(before.device, "mvue_before", "mvue_variance").add_(squares)
+            total = self._sum(after.device, "mvue_after")
+            add_square_(total, after, factor=1.0 if scale_inv is None else scale_inv)
 
     def decay(
         self, gradient: torch.Tensor, masked: torch.Tensor, strength: float | torch.Tensor
@@ -77,44 +93,37 @@ class Probe:
         Args:
             gradient: clipped, without the decay.
             masked: (1 - M) o W.
-            strength: lambda.
+            strength: lambda; or a float64 0-d tensor.
         """
         if self.asked:
-            self._add("gradient", _square(gradient))
-            self._add("decay", _square(masked) * strength**2)
+            add_square_(self._sum(gradient.device, "gradient"), gradient)
+            add_square_(self._sum(masked.device, "decay"), masked, factor=strength)
 
-    def fp8(
-        self, operand: str, values: torch.Tensor, rounded: torch.Tensor, dtype: torch.dtype
-    ) -> None:
+    def fp8(self, operand: str, values: torch.Tensor, rounded: torch.Tensor) -> None:
         """A rounding to FP8.
 
         Args:
             operand: one of OPERANDS.
             values: before.
-            rounded: scaled, in the values of the format, any dtype.
-            dtype: the format.
+            rounded: scaled, in 8 bits; with zeros that fill it up, or its non-zeros alone.
         """
-        if not self.asked:
-            return
-        limit = torch.finfo(dtype).max
-        self._add(f"fp8_{operand}_largest", torch.count_nonzero(rounded.abs() >= limit))
-        lost = torch.count_nonzero(values) - torch.count_nonzero(rounded)
-        self._add(f"fp8_{operand}_lost", lost)
-        self._add(f"fp8_{operand}_all", torch.full_like(lost, values.numel()))
-        amax = values.detach().abs().amax().float()
-        known = self.maxima.get(operand)
-        if known is None:
-            self.maxima[operand] = amax
-        else:
-            known.copy_(torch.maximum(known, amax))
+        if self.asked and values.numel():  # experts may have no tokens
+            kinds = (f"fp8_{operand}_{kind}" for kind in ("largest", "lost", "all"))
+            sums = self._sums(values.device, *kinds)
+            assert self.largest is not None
+            if operand not in self.maxima:
+                self.maxima[operand] = self.largest[OPERANDS.index(operand)]
+            add_rounding_figures_(sums, self.maxima[operand], values.detach(), rounded)
 
-    def _add(self, name: str, value: torch.Tensor) -> None:
-        known = self.sums.get(name)
-        if known is None:
-            self.sums[name] = value.double().clone()
-        else:
-            known.add_(value)
+    def _sum(self, device: torch.device, name: str) -> torch.Tensor:
+        """0-d, of one name."""
+        return self._sums(device, name)[0]
 
-
-def _square(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).double().square()
+    def _sums(self, device: torch.device, *names: str) -> torch.Tensor:
+        """The sums of names that follow each other in STEP_SUMS."""
+        if self.totals is None:
+            self.totals = torch.zeros(len(STEP_SUMS), dtype=torch.float64, device=device)
+            self.largest = torch.full((len(OPERANDS),), NOTHING, device=device)
+        for name in names:
+            self.sums.setdefault(name, self.totals[_PLACES[name]])
+        return self.totals.narrow(0, _PLACES[names[0]], len(names))

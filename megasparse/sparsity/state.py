@@ -211,9 +211,9 @@ class SparseWeight(torch.nn.Module):
     def flags(self, device: torch.device) -> torch.Tensor:
         """float64 (2,), not 0 where since the start a NaN was found in the weight, and where an
         operand that was packed was not 2:4 (a defect, not bad data)."""
-        none = torch.zeros(1, dtype=torch.float64, device=device)
+        none = torch.zeros(1, dtype=torch.int32, device=device)
         found = (self._nan_flag, self._error_flag)
-        return torch.cat([none if flag is None else flag.double() for flag in found])
+        return torch.cat([none if flag is None else flag for flag in found]).double()
 
     def _make_flags(self, weight: torch.Tensor) -> None:
         """On a GPU kernels raise flags; on a CPU they raise at once."""

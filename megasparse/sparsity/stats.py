@@ -30,19 +30,15 @@ from typing import Any
 import torch
 
 from megasparse.errors import KernelError, NumericsError
+from megasparse.kernels import tensor_figures
 from megasparse.sparsity.dense_weight import DenseFp8Weight
-from megasparse.sparsity.probe import NOTHING, OPERANDS
+from megasparse.sparsity.probe import NOTHING, OPERANDS, STEP_SUMS
 from megasparse.sparsity.projection import double_pruned
 from megasparse.sparsity.state import SparseWeight
 
-# Of the weight: the same on all data-parallel ranks.
+# Of the weight: the same on all data-parallel ranks. (Of STEP_SUMS every rank has its part.)
 WEIGHT_SUMS = (
     "flips", "nonzeros", "numel", "kept", "magnitude", "square", "square_lost", "nan", "not_24",
-)  # fmt: skip
-# Of the step: every rank has its part.
-STEP_SUMS = (
-    "mvue_before", "mvue_after", "mvue_variance", "decay", "gradient",
-    *(f"fp8_{operand}_{kind}" for operand in OPERANDS for kind in ("largest", "lost", "all")),
 )  # fmt: skip
 MAXIMA = ("scale", "masked_decay", *OPERANDS)
 
@@ -82,67 +78,64 @@ def measure(
         dense: weights of dense FP8 layers, which have figures of FP8 alone; they come last.
         whole: makes a context in which parameters can be read (ZeRO 3 gathers them).
     """
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    missing = torch.full((), NOTHING, device=device)
+    nothing = torch.zeros(len(STEP_SUMS), dtype=torch.float64, device=device)
+    missing = torch.full((len(OPERANDS),), NOTHING, device=device)
     weight_sums, step_sums, maxima = [], [], []
     for state, weight in weights:
         with whole([weight]):
             weight_sums.append(_weight_sums(state, weight.detach(), sparse_now))
-    weight_sums += [zero.new_zeros(len(WEIGHT_SUMS))] * len(dense)
+    weight_sums += [nothing.new_zeros(len(WEIGHT_SUMS))] * len(dense)
     owners: list[SparseWeight | DenseFp8Weight] = [
         *(state for state, _ in weights),
         *(one for one, _ in dense),
     ]
     for one in owners:
-        step_sums.append(torch.stack([one.probe.sums.get(name, zero) for name in STEP_SUMS]))
+        probe = one.probe
+        step_sums.append(nothing if probe.totals is None else probe.totals)
+        largest = missing if probe.largest is None else probe.largest
         beta = one.scale if isinstance(one, SparseWeight) else None
-        scale = missing if beta is None else beta.float().max()
-        largest = [one.probe.maxima.get(name, missing) for name in OPERANDS]
+        scale = missing[0] if beta is None else beta.float().max()
         own = one.decay if isinstance(one, SparseWeight) and sparse_now else None
-        maxima.append(torch.stack([scale, missing if own is None else own.value, *largest]))
+        decay = missing[0] if own is None else own.value
+        maxima.append(torch.cat([torch.stack([scale, decay]), largest]))
     flips = [state.flips is not None for state, _ in weights]
     return Measured(
         [one.name for one in owners],
         flips + [False] * len(dense),
-        torch.stack(weight_sums) if owners else zero.new_zeros(0, len(WEIGHT_SUMS)),
-        torch.stack(step_sums) if owners else zero.new_zeros(0, len(STEP_SUMS)),
+        torch.stack(weight_sums) if owners else nothing.new_zeros(0, len(WEIGHT_SUMS)),
+        torch.stack(step_sums) if owners else nothing.new_zeros(0, len(STEP_SUMS)),
         torch.stack(maxima) if owners else missing.new_zeros(0, len(MAXIMA)),
     )
 
 
 def _weight_sums(state: SparseWeight, weight: torch.Tensor, sparse_now: bool) -> torch.Tensor:
-    zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+    """float64 (WEIGHT_SUMS,) of one weight; W and W~ are read once each."""
     # Without monitoring the step after a dense warm-up is the first to have a mask.
     known = state.mask is not None or not state.now.has_mask
-    used = state.effective(weight) if sparse_now and known else weight
-    if state.mask is None:
-        kept = zero
-    elif sparse_now and state.now.has_mask:
-        kept = used
-    else:
-        kept = torch.where(state.mask, weight, zero)
-    flips = zero if state.flips is None else state.flips
+    pruned = sparse_now and known
+    used = state.effective(weight) if pruned else weight
+    of_weight = tensor_figures(weight)
+    of_used = tensor_figures(used) if pruned else of_weight
+    nothing = torch.zeros_like(of_weight.square)
+    kept = nothing
+    if state.mask is not None and sparse_now and state.now.has_mask:
+        kept = of_used.magnitude
+    elif state.mask is not None:
+        kept = tensor_figures(weight.masked_fill(~state.mask, 0.0)).magnitude
+    square = lost = nothing
+    if pruned and state.now.double_pruned:
+        square = of_used.square
+        lost = tensor_figures(used - double_pruned(used, state._nan_flag)).square
     sums = (
-        flips,
-        torch.count_nonzero(used),
-        torch.full((), float(weight.numel()), dtype=torch.float64, device=weight.device),
-        torch.linalg.vector_norm(kept, 1, dtype=torch.float32),
-        torch.linalg.vector_norm(weight, 1, dtype=torch.float32),
-        *_squares(state, used, sparse_now and known),
+        nothing if state.flips is None else state.flips.double(),
+        of_used.nonzeros,
+        torch.full_like(nothing, weight.numel()),
+        kept,
+        of_weight.magnitude,
+        square,
+        lost,
     )
-    return torch.cat([torch.stack([value.double() for value in sums]), state.flags(weight.device)])
-
-
-def _squares(
-    state: SparseWeight, used: torch.Tensor, pruned: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """|W~|^2 and |W~ - W~_d|^2 where grad_input is double-pruned, else zeros."""
-    if not (pruned and state.now.double_pruned):
-        zero = torch.zeros((), device=used.device)
-        return zero, zero
-    lost = used - double_pruned(used, state._nan_flag)
-    norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in (used, lost)]
-    return norms[0].double().square(), norms[1].double().square()
+    return torch.cat([torch.stack(sums), state.flags(weight.device)])
 
 
 def layer_figures(

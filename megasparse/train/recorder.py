@@ -76,7 +76,7 @@ class Recorder:
         self._writer: MetricsWriter | None = None
         clock, train = self._controller.clock, config.train
         end = samples_after(train, train.train_iters - clock.step, clock.samples)
-        self._line = ProgressLine(train.train_iters, clock.samples, end)
+        self._line = ProgressLine(train.train_iters, clock.samples, end, self._grid.world)
         logger.info(
             "a token takes %.4g GFLOP as a dense model, %.4g by the recipe in its sparse phase",
             self._flops.dense / 1e9,

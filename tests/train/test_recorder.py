@@ -98,6 +98,10 @@ def test_rows_have_what_is_documented_at_log_steps(runs):
     assert {metric.key for metric in STEP_METRICS} == rows[4].keys() & {
         metric.key for metric in STEP_METRICS
     }
+    # The mean rate of the steps since the log step before, which are of one size.
+    rates = [row["tokens_per_second"] for row in rows[1:3]]
+    mean = len(rates) / sum(1 / rate for rate in rates)
+    assert third["tokens_per_second_per_gpu"] == pytest.approx(mean)
     assert third["mfu"] == pytest.approx(third["tflops"])  # the peak is 1 TFLOP/s
     assert third["tflops_true"] == pytest.approx(third["tflops"])  # nothing is saved on a CPU
     times = {phase: third[f"time_{phase}"] for phase in PHASES}

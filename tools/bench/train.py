@@ -19,7 +19,8 @@ variant trains in the same process, one after the other, with CUDA graphs unless
 step, "40" every 40 steps, as the paper does; of these a step without a search is timed. "library":
 BF16 with operands that cuSPARSELt packs itself, as on GPUs whose layout our kernels do not write.
 Times are medians of the host's clock around whole steps, each of which reads its loss. Kernel times
-are of a profile of two more steps.
+are of a profile of two more steps. With --log-steps also steps whose metrics are taken are timed,
+as every `--log-interval`-th step of a run is; what the run writes is not among it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from megasparse.config.shapes import parameter_count
 from megasparse.megatron.data.batches import batches, build_data
 from megasparse.megatron.grid import make_grid
 from megasparse.sparsity.run_recipe import recipe_of
+from megasparse.train import layer_metrics
 from megasparse.train.build import build_engine
 from megasparse.train.engine.base import Engine
 from megasparse.train.engine.deepspeed import start_process, stop_process
@@ -125,6 +127,8 @@ VARIANTS = {
     "s_ste_3": S_STE_3,
     "s_ste_3 fp8": [*S_STE_3, *FP8],
 }
+# The first step with metrics is eager, the second captures graphs.
+LOG_WARMUP = 3
 # Of what is freed between variants; libraries keep smaller things for good.
 LARGE_BYTES = 2**26
 DENSE = ("te bf16", "te fp8", "te bf16 fused", "te fp8 fused", "dense", "dense fp8")
@@ -132,13 +136,13 @@ DEFAULT = ["dense", "te bf16", "te fp8", "fst fp8", "s_ste fp8"]
 
 
 def measure(
-    name: str, flags: Sequence[str], warmup: int, steps: int
+    name: str, flags: Sequence[str], warmup: int, steps: int, log_steps: int = 0
 ) -> tuple[dict[str, Any], Profile]:
-    """Figures of one variant, and its profile."""
+    """Figures of one variant, and its profile; with so many log steps timed too."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
-    engine, result, found = _train(name, flags, warmup, steps)
+    engine, result, found = _train(name, flags, warmup, steps, log_steps)
     # Reserved: what graphs hold beside what is allocated now counts too.
     result["memory"] = (torch.cuda.max_memory_reserved() - before) / 2**30
     _free(engine)
@@ -157,8 +161,22 @@ def _free(engine: Engine) -> None:
     torch.cuda.empty_cache()
 
 
+def log_step_seconds(engine: Engine, step: Callable[[], Any], count: int) -> float:
+    """The median of `count` steps with the metrics of the layers, which are read after each."""
+    seconds = []
+    for _ in range(LOG_WARMUP + count):
+        begin = time.monotonic()
+        sparse = engine.controller.sparse_now
+        engine.controller.ask(True)
+        step()
+        engine.controller.ask(False)
+        layer_metrics.measure_all(engine, sparse, [0.0], 0.0)
+        seconds.append(time.monotonic() - begin)
+    return statistics.median(seconds[LOG_WARMUP:])
+
+
 def _train(
-    name: str, flags: Sequence[str], warmup: int, steps: int
+    name: str, flags: Sequence[str], warmup: int, steps: int, log_steps: int
 ) -> tuple[Engine, dict[str, Any], Profile]:
     config = resolve(load_config(list(flags)), int(os.environ["WORLD_SIZE"]))
     device = start_process(config.parallel.distributed_timeout_minutes)
@@ -192,6 +210,8 @@ def _train(
         "tokens_per_second": tokens / found.seconds,
         "parameters": parameter_count(config.model, vocabulary),
     }
+    if log_steps:
+        result["log_step"] = log_step_seconds(engine, lambda: engine.train_step(stream), log_steps)
     return engine, result, found
 
 
@@ -203,6 +223,7 @@ def report(
     rates = {name: result["tokens_per_second"] for name, (result, _) in results.items()}
     best = max((rates[name] for name in DENSE if name in rates), default=None)
     ranks = int(os.environ["WORLD_SIZE"])
+    logged = ["ms a log step"] if "log_step" in first else []
     lines = [
         f"# Whole training steps on {ranks} x {torch.cuda.get_device_name()}",
         "",
@@ -210,13 +231,23 @@ def report(
         f"parameters. Command: `{shlex.join(['python', '-m', 'tools.bench.train', *argv])}`",
         "",
         *markdown_table(
-            ["variant", "tokens/s", "to the best dense", "ms a step", "kernels", "GiB", "loss"],
+            [
+                "variant",
+                "tokens/s",
+                "to the best dense",
+                "ms a step",
+                *logged,
+                "kernels",
+                "GiB",
+                "loss",
+            ],
             [
                 [
                     name,
                     f"{rates[name]:,.0f}",
                     "-" if best is None else f"{rates[name] / best:.3f}",
                     f"{1e3 * found.seconds:.1f}",
+                    *(f"{1e3 * result['log_step']:.1f}" for _ in logged),
                     f"{1e3 * found.covered:.1f}",
                     f"{result['memory']:.1f}",
                     f"{result['loss']:.4f}",
@@ -257,6 +288,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
     parser.add_argument(
+        "--log-steps", type=int, default=0, metavar="N", help="steps with metrics to time as well"
+    )
+    parser.add_argument(
         "--kernels", type=int, default=12, metavar="N", help="longest kernels to name"
     )
     parser.add_argument("--output", type=Path, help="markdown file to write")
@@ -276,7 +310,7 @@ def run(args: argparse.Namespace, argv: Sequence[str], flags: Sequence[str]) -> 
         own = [*SHAPES[args.shape], *COMMON, *VARIANTS[name.removesuffix(EAGER)]]
         if name.endswith(EAGER):
             own += ["--cuda-graph-impl", "none"]
-        results[name] = measure(name, [*own, *flags], args.warmup, args.steps)
+        results[name] = measure(name, [*own, *flags], args.warmup, args.steps, args.log_steps)
         text = report(results, argv, args.kernels)
         if is_first:
             rate = results[name][0]["tokens_per_second"]

@@ -6,7 +6,7 @@ import torch
 
 from megasparse.errors import KernelError
 from megasparse.kernels import dispatch
-from megasparse.kernels.mvue24 import reference, triton
+from megasparse.kernels.mvue24 import reference, triton, triton_squares
 from megasparse.kernels.random import SeedLike, check_seed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,18 +76,45 @@ def mvue24(
 
 
 @torch.no_grad()
-def mvue24_variance(
-    g: torch.Tensor, *, dim: int = -1, exact: bool = True, strided: bool = False
+def mvue24_squares(
+    g: torch.Tensor,
+    *,
+    dim: int = -1,
+    exact: bool = True,
+    strided: bool = False,
+    backend: str | None = None,
 ) -> torch.Tensor:
-    """0-d float64: E|mvue24(g) - g|^2, without a draw. Plain torch on any device.
+    """float64 (2,): |g|^2 and E|mvue24(g) - g|^2, in one pass over g and without a draw.
 
-    The estimator is unbiased, so this is E|mvue24(g)|^2 - |g|^2; arguments are those of `mvue24`.
+    Nothing waits for the device, and the same g gives the same bits. Arguments are those of
+    `mvue24`. A NaN or an infinity in g makes the second number NaN or infinite.
 
-    Raises: KernelError on a wrong rank, dtype or dim.
+    Raises: KernelError on a wrong rank, dtype, dim or backend.
     """
     dim = _check(g, dim, (0, 0))
-    square = torch.linalg.vector_norm(g, dtype=torch.float32).double().square()
-    return reference.expected_square(g, dim, exact, strided) - square
+    squares = dispatch.implementation(
+        "mvue24_squares", g, backend, reference=reference.squares, triton=triton_squares.squares
+    )
+    if g.numel() == 0:
+        return torch.zeros(2, dtype=torch.float64, device=g.device)
+    with torch.cuda.device_of(g):  # Triton launches on the current device
+        return squares(g, dim, exact, strided)
+
+
+def mvue24_variance(
+    g: torch.Tensor,
+    *,
+    dim: int = -1,
+    exact: bool = True,
+    strided: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """0-d float64: E|mvue24(g) - g|^2, without a draw.
+
+    The estimator is unbiased, so this is E|mvue24(g)|^2 - |g|^2. Arguments and errors are those of
+    `mvue24_squares`.
+    """
+    return mvue24_squares(g, dim=dim, exact=exact, strided=strided, backend=backend)[1]
 
 
 def _check_groups(

@@ -40,6 +40,12 @@ def mvue24(
     return torch.empty_like(g).copy_(out.narrow(dim, 0, size)) if size % 4 else out
 
 
+def squares(g: torch.Tensor, dim: int, exact: bool, strided: bool) -> torch.Tensor:
+    """float64 (2,): the sum of squares of g, and the variance of `mvue24(g)`."""
+    square = torch.linalg.vector_norm(g, dtype=torch.float32).double().square()
+    return torch.stack([square, expected_square(g, dim, exact, strided) - square])
+
+
 def expected_square(g: torch.Tensor, dim: int, exact: bool, strided: bool) -> torch.Tensor:
     """0-d float64: the expectation of the sum of squares of `mvue24(g)`.
 

@@ -60,7 +60,7 @@ def _exact(a0, a1, a2, a3, word, scale):
 
 
 @triton.jit
-def _reciprocal(x):
+def reciprocal(x):
     """1 / x within 1 ulp by the GPU's one instruction; it takes subnormals for zero."""
     if _INTERPRETING:
         return 1.0 / x
@@ -98,13 +98,13 @@ def _approximate(a0, a1, a2, a3, word0, word1):
     s2 = (e2 > t) & (again1 == 0)
     s3 = (e2 > t) == 0
     low, high = low + _TINY, high + _TINY
-    q0, q1 = a0 * _reciprocal(a1 + high), a1 * _reciprocal(a0 + high)
-    q2, q3 = a2 * _reciprocal(low + a3), a3 * _reciprocal(low + a2)
+    q0, q1 = a0 * reciprocal(a1 + high), a1 * reciprocal(a0 + high)
+    q2, q3 = a2 * reciprocal(low + a3), a3 * reciprocal(low + a2)
     q_low, q_high = 1.0 + (q0 + q1), 1.0 + (q2 + q3)
-    o0 = tl.where(f0 | s0, sum_all * _reciprocal(q1 + q_high), 0.0)
-    o1 = tl.where(f1 | s1, sum_all * _reciprocal(q0 + q_high), 0.0)
-    o2 = tl.where(f2 | s2, sum_all * _reciprocal(q_low + q3), 0.0)
-    o3 = tl.where(f3 | s3, sum_all * _reciprocal(q_low + q2), 0.0)
+    o0 = tl.where(f0 | s0, sum_all * reciprocal(q1 + q_high), 0.0)
+    o1 = tl.where(f1 | s1, sum_all * reciprocal(q0 + q_high), 0.0)
+    o2 = tl.where(f2 | s2, sum_all * reciprocal(q_low + q3), 0.0)
+    o3 = tl.where(f3 | s3, sum_all * reciprocal(q_low + q2), 0.0)
     return o0, o1, o2, o3
 
 

@@ -121,7 +121,7 @@ class DenseFp8Gemms:
         self._w_KN = kept_in_place(self._w_KN, column)
         self._weight = self._scale_in_place(scale)
         if self._probe.asked:
-            self._tell("weight", w_NK, row)
+            self._probe.fp8("weight", w_NK, row)
 
     def _scale_in_place(self, scale: Scale) -> Scale:
         """The weight's scale at an address that stays: current scaling makes new tensors."""
@@ -232,7 +232,7 @@ class DenseFp8Gemms:
         )
         assert row is not None and dz_NT is not None
         if self._probe.asked:
-            self._tell("grad_output", dz_TN, row)
+            self._probe.fp8("grad_output", dz_TN, row)
         return Fp8GradOutput(row, dz_NT, dz_TN.shape[0], dz, dz)
 
     def prepare_activated_grad_output(
@@ -262,9 +262,6 @@ class DenseFp8Gemms:
         self, operands: Fp8GradOutput, saved: SavedInput
     ) -> tuple[torch.Tensor, Factors | None]:
         return self.grad_weight(operands, saved), None
-
-    def _tell(self, operand: str, values: torch.Tensor, stored: torch.Tensor) -> None:
-        self._probe.fp8(operand, values, stored.float(), stored.dtype)
 
 
 def kept_scale(before: Scale | None, scale: Scale) -> Scale:

@@ -80,7 +80,7 @@ class DenseFp8ExpertGemms(StepByStep):
         self._w_KN = kept_in_place(self._w_KN, column)
         self._weight = kept_scale(self._weight, scale)
         if self._probe.asked:
-            self._tell("weight", w_NK, row)
+            self._probe.fp8("weight", w_NK, row)
 
     def output(self, x_TK: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
         row, _, x = self._quantizers.x.quantized(x_TK, record=False)
@@ -108,7 +108,7 @@ class DenseFp8ExpertGemms(StepByStep):
         )
         assert row is not None and dz_NT is not None
         if self._probe.asked:
-            self._tell("grad_output", dz_TN, row)
+            self._probe.fp8("grad_output", dz_TN, row)
         return Fp8ExpertGradOutput(row, dz_NT, tokens, dz, dz)
 
     def grad_input(self, operands: Fp8ExpertGradOutput) -> torch.Tensor:
@@ -128,6 +128,3 @@ class DenseFp8ExpertGemms(StepByStep):
         assert self._weight is not None
         kept = self._weight
         return self._quantizers.weight.scale_of_saved((kept.scale, kept.scale_inv))
-
-    def _tell(self, operand: str, values: torch.Tensor, stored: torch.Tensor) -> None:
-        self._probe.fp8(operand, values, stored.float(), stored.dtype)

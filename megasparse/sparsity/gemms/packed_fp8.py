@@ -118,7 +118,7 @@ class PackedFp8Gemms(DenseFp8Gemms):
             dense.copy_(self._packed_of(name).stored())
         if self._probe.asked:
             pruned = effective_weight(w_NK, projected.mask, projected.beta)
-            self._tell("weight", pruned, packed.values)
+            self._probe.fp8("weight", pruned, packed.values)
 
     def _multiply_output(
         self,
@@ -144,8 +144,8 @@ class PackedFp8Gemms(DenseFp8Gemms):
             row, packed = grad_pack24(tiles_TN, seed=seed, sums=sums, **how)
         assert row is not None
         if self._probe.asked:
-            self._tell("grad_output", dz_TN, row)
-            self._probe.mvue(tiles_TN, packed.values.float() * draw.scale_inv, self._recipe)
+            self._probe.fp8("grad_output", dz_TN, row)
+            self._probe.mvue(tiles_TN, packed.values, self._recipe, draw.scale_inv)
         return Fp8GradOutput(row, packed, tokens, dz, draw)
 
     def prepare_activated_grad_output(

@@ -108,7 +108,7 @@ class PackedFp8ExpertGemms(DenseFp8ExpertGemms):
         if self._probe.asked:
             pruned = effective_weight(w_NK, projected.mask, projected.beta)
             packed = self._packed_of("output")
-            self._tell("weight", pruned, torch.stack([one.values for one in packed.each]))
+            self._probe.fp8("weight", pruned, _values(packed))
 
     def _scale_of(self, w_NK: torch.Tensor, projected: Projected) -> Scale:
         """Of all entries, kept or not: a bound, and nearly always the largest is kept."""
@@ -208,9 +208,10 @@ class PackedFp8ExpertGemms(DenseFp8ExpertGemms):
             )
         assert row is not None
         if self._probe.asked:
-            self._tell("grad_output", dz_TN, row)
-            drawn = torch.cat([one.values.float().flatten() for one in packed])
-            self._probe.mvue(dz_TN, drawn * draw.scale_inv, self._recipe)
+            self._probe.fp8("grad_output", dz_TN, row)
+            # By bytes: torch does not join every 8-bit format everywhere.
+            drawn = torch.cat([one.values.view(torch.uint8).flatten() for one in packed])
+            self._probe.mvue(dz_TN, drawn.view(E4M3), self._recipe, draw.scale_inv)
         return Fp8ExpertGradOutput(row, packed, tokens, dz, draw)
 
     def grad_input(self, operands: Fp8ExpertGradOutput) -> torch.Tensor:
@@ -296,6 +297,11 @@ class PackedFp8ExpertGemms(DenseFp8ExpertGemms):
         stack = self._operands[0 if name == "output" else 1]
         assert isinstance(stack, PackedStack)
         return stack
+
+
+def _values(stack: PackedStack) -> torch.Tensor:
+    """What the packed matrices keep, `(E, N, K / 2)` e4m3."""
+    return torch.stack([one.values.view(torch.uint8) for one in stack.each]).view(E4M3)
 
 
 def _stored(stack: PackedStack) -> torch.Tensor:

@@ -62,10 +62,10 @@ class SimulatedFp8Gemms(ReferenceSparseGemms):
         """Rounded; an operand with a name is told to the probe."""
         with self._probe.timer.span("preparation"):
             scale = fp8_scale(tensor, dtype, self._reduce_max)
-            rounded = (tensor.float() * scale).to(dtype).float()
+            rounded = (tensor.float() * scale).to(dtype)
             if operand is not None:
-                self._probe.fp8(operand, tensor, rounded, dtype)
-            return (rounded / scale).to(tensor.dtype)
+                self._probe.fp8(operand, tensor, rounded)
+            return (rounded.float() / scale).to(tensor.dtype)
 
 
 def fp8_scale(

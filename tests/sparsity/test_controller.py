@@ -150,15 +150,19 @@ def test_a_step_that_is_skipped_is_undone():
     without.restore(without.snapshot())
 
 
-def test_layers_add_up_what_is_no_experts_and_nobody_else_computes_with():
+def test_layers_add_up_the_gradients_that_there_is_a_place_for_and_nobody_else_computes_with():
     controller, step = controller_of(dense=2), StepSums()
     weights = [weight for _, weight in (*controller.weights, *controller.dense)]
     places = {weight: torch.zeros_like(weight) for weight in weights}
-    assert controller.add_up_in(places, step) == {weights[0], weights[2]}
+    left = places.pop(weights[1]), places.pop(weights[3])
+    assert len(left) == 2 and controller.add_up_in(places, step) == {weights[0], weights[2]}
     (first, other), ((dense, _), (stacked, _)) = states(controller), controller.dense
     assert first.total.total is places[weights[0]] and first.total.step is step
-    assert dense.total.total is places[weights[2]]
+    assert dense.total.total is places[weights[2]] and dense.total.step is step
     assert other.total is None and stacked.total is None
+    places |= {weights[1]: left[0], weights[3]: left[1]}
+    assert controller.add_up_in(places, step) == set(weights)
+    assert other.total.total is left[0] and stacked.total.total is left[1]
     some = controller_of(dense=1)
     assert some.add_up_in({}, step) == set() and states(some)[0].total is None
     cast = controller_of("cast", kinds=(None,))

@@ -154,8 +154,42 @@ def test_a_mutant_is_judged_by_the_quickest_tests_that_reach_it(tmp_path):
     assert [test[-1] for test in order] == ["c", "b", "a"]  # of the module, of its folder, others
     assert surroundings((places.ROOT / module).read_text(), default).function is None
     by_time = ["quick", "elsewhere", "slow"]
-    # What runs at import: whoever executes anything of the module.
+    # What runs at import: whoever executes anything of the module, and the tests of its folder.
     assert judge.Judge(tmp_path, tests, 60.0).reached_by(default) == by_time
+    beside = {f"tests/{f}/test_it.py::x": {"seconds": 0.1, "lines": {}} for f in ("sparsity", "a")}
+    assert judge.Judge(tmp_path, beside, 60.0).reached_by(default) == [
+        "tests/sparsity/test_it.py::x"
+    ]
+    assert judge.Judge(tmp_path, beside, 60.0).reached_by(mutant) == []
+
+
+def test_a_fault_at_import_is_noticed_and_gone_when_the_test_runs_alone(tmp_path, monkeypatch):
+    """A test that sees the fault fails with it, and passes alone: the file is as it was then."""
+    module = "megasparse/sparsity/schedule.py"
+    text = (places.ROOT / module).read_text()
+    mutant = next(
+        one
+        for one in mutants_of(module, text)
+        if surroundings(text, one).function is None and one.new == "1"
+    )
+    path = tmp_path / module
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    seen = []
+
+    def run(folder, tests, limit, prepare):
+        seen.append((tests, path.read_text() == text))
+        fails = not seen[-1][1] and "sharp" in tests
+        return forks.Outcome("failed", "sharp") if fails else forks.Outcome("passed")
+
+    monkeypatch.setattr(judge, "run", run)
+    tests = {"blunt": {"seconds": 0.1, "lines": {module: [1]}}}
+    one = judge.Judge(tmp_path, tests, 60.0)
+    assert one.judge(mutant, imported=False) == ("survived", "") and path.read_text() == text
+    tests["sharp"] = {"seconds": 0.2, "lines": {module: [1]}}
+    assert one.judge(mutant, imported=False) == ("noticed", "sharp") and path.read_text() == text
+    both = ["blunt", "sharp"]
+    assert seen == [(["blunt"], False), (both, False), (["sharp"], False), (["sharp"], True)]
 
 
 FIXTURES = """

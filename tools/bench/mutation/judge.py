@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,18 @@ class Judge:
         """Tests that execute a mutant's statement, within the budget: those of its module first
         (by their file's name), then those of its folder, then others; the quickest first.
 
-        What runs at import is judged by the tests that execute anything of its module.
+        What runs at import is judged by the tests that execute anything of its module, and by those
+        of its folder: a table executes no line when it is read.
         """
         around = surroundings((ROOT / mutant.module).read_text(), mutant)
         found = []
         for test, one in self._tests.items():
             lines = one["lines"].get(mutant.module, ())
-            if lines and (around.function is None or any(n in around.lines for n in lines)):
+            if around.function is None:
+                reached = bool(lines) or _distance(test, mutant.module) < 2
+            else:
+                reached = any(n in around.lines for n in lines)
+            if reached:
                 found.append(test)
         found.sort(key=lambda test: (_distance(test, mutant.module), self._tests[test]["seconds"]))
         total, chosen = 0.0, list[str]()
@@ -67,16 +72,23 @@ class Judge:
         source = path.read_text()
         changed = source[: mutant.start] + mutant.new + source[mutant.end :]
         if imported:
-            return self._verdict(tests, exchange(path, changed, mutant))
-        write_text(path, changed)
-        try:
-            return self._verdict(tests, lambda: _import_with(path, changed))
-        finally:
-            write_text(path, source)
+            put_in = exchange(path, changed, mutant)
+            return self._verdict(tests, lambda chosen: self._run(chosen, put_in))
 
-    def _verdict(self, tests: list[str], put_in: Any) -> tuple[str, str]:
+        def with_file(chosen: list[str]) -> Outcome:
+            write_text(path, changed)
+            try:
+                return self._run(chosen, lambda: _import_with(path, changed))
+            finally:
+                write_text(path, source)  # what runs alone after it runs without the fault
+
+        return self._verdict(tests, with_file)
+
+    def _verdict(
+        self, tests: list[str], with_fault: Callable[[list[str]], Outcome]
+    ) -> tuple[str, str]:
         while tests:
-            outcome = self._run(tests, put_in)
+            outcome = with_fault(tests)
             if outcome.state == "passed":
                 return "survived", ""
             if outcome.state == "timeout":
@@ -85,7 +97,7 @@ class Judge:
                 sound = self._alone(tests[0])
                 return ("noticed", outcome.test) if sound else ("not reached", "")
             # The first of them ran alone already.
-            again = outcome.test == tests[0] or self._run([outcome.test], put_in).state != "passed"
+            again = outcome.test == tests[0] or with_fault([outcome.test]).state != "passed"
             if again and self._alone(outcome.test):
                 return "noticed", outcome.test
             tests = [test for test in tests if test != outcome.test]  # it fails by itself

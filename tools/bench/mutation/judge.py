@@ -17,6 +17,9 @@ from megasparse.atomic_files import write_text
 from tools.bench.mutation.forks import Outcome, import_everything, run
 from tools.bench.mutation.places import ROOT, Mutant, surroundings
 
+# Seconds of a test; longer ones of a module would leave no time for its folder's quick ones.
+_QUICK = 1.0
+
 
 class Judge:
     """Judges mutants of a copy of the tree.
@@ -32,8 +35,9 @@ class Judge:
         self._sound: dict[str, bool] = {}
 
     def reached_by(self, mutant: Mutant) -> list[str]:
-        """Tests that execute a mutant's statement, within the budget: those of its module first
-        (by their file's name), then those of its folder, then others; the quickest first.
+        """Tests that execute a mutant's statement, within the budget: those of less than a second
+        first, and of these, as of the others, those of its module (by their file's name), then
+        those of its folder, then the rest; the quickest first.
 
         What runs at import is judged by the tests that execute anything of its module, and by those
         of its folder: a table executes no line when it is read.
@@ -48,12 +52,14 @@ class Judge:
                 reached = any(n in around.lines for n in lines)
             if reached:
                 found.append(test)
-        found.sort(key=lambda test: (_distance(test, mutant.module), self._tests[test]["seconds"]))
-        total, chosen = 0.0, list[str]()
+        seconds = {test: self._tests[test]["seconds"] for test in found}
+        found.sort(key=lambda t: (seconds[t] >= _QUICK, _distance(t, mutant.module), seconds[t]))
+        left, chosen = self._budget, list[str]()
         for test in found:
-            total += self._tests[test]["seconds"] + 0.02
-            if not chosen or total <= self._budget:
+            takes = seconds[test] + 0.02
+            if not chosen or takes <= left:
                 chosen.append(test)
+                left -= takes
         return chosen
 
     def judge(self, mutant: Mutant, imported: bool) -> tuple[str, str]:

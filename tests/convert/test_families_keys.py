@@ -188,6 +188,21 @@ def test_what_a_file_says_is_what_the_class_makes_of_it(architecture):
     )
 
 
+@pytest.mark.parametrize("architecture", [QWEN2, QWEN3, QWEN3_MOE, SMOLLM3])
+def test_windows_that_are_asked_for_without_a_size_are_the_classes(architecture):
+    """And of the layers that the class has them of: all if it does not tell them apart."""
+    said = {**SMALL, "num_hidden_layers": 30, "use_sliding_window": True}
+    theirs = config_of(architecture, **said)
+    model = model_config({**said, "architectures": [architecture]}, "config.json")
+    window = theirs.sliding_window
+    assert model.window_size == (None if window is None else f"{window - 1},0")
+    if window is not None:
+        assert window == 4096
+        kinds = getattr(theirs, "layer_types", ["sliding_attention"] * 30)
+        assert model.windowed_layers == [kind == "sliding_attention" for kind in kinds]
+        assert sum(model.windowed_layers) == (30 if architecture == QWEN3_MOE else 2)
+
+
 # What the class may compute and the table refuses, and what it takes beside the default.
 REFUSED = {
     "hidden_act": ("gelu", [a for a in FAMILIES if a not in WITHOUT_GATE]),

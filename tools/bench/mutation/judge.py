@@ -19,6 +19,8 @@ from tools.bench.mutation.places import ROOT, Mutant, surroundings
 
 # Seconds of a test; longer ones of a module would leave no time for its folder's quick ones.
 _QUICK = 1.0
+# More seconds for a process that imports the project first: it may share its cores.
+_IMPORTING = 240.0
 
 
 class Judge:
@@ -84,7 +86,7 @@ class Judge:
         def with_file(chosen: list[str]) -> Outcome:
             write_text(path, changed)
             try:
-                return self._run(chosen, lambda: _import_with(path, changed))
+                return self._run(chosen, lambda: _import_with(path, changed), _IMPORTING)
             finally:
                 write_text(path, source)  # what runs alone after it runs without the fault
 
@@ -109,9 +111,9 @@ class Judge:
             tests = [test for test in tests if test != outcome.test]  # it fails by itself
         return "not reached", ""
 
-    def _run(self, tests: list[str], put_in: Any) -> Outcome:
+    def _run(self, tests: list[str], put_in: Any, more: float = 0.0) -> Outcome:
         seconds = sum(self._tests[test]["seconds"] for test in tests)
-        return run(self._folder, tests, 60 + 4 * seconds, put_in)
+        return run(self._folder, tests, 60 + 4 * seconds + more, put_in)
 
     def _alone(self, test: str) -> bool:
         """Whether a test passes without a fault."""

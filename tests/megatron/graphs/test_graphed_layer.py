@@ -135,3 +135,102 @@ def test_a_block_leaves_recomputation_to_layers_that_are_replayed(replayed, fail
         assert block.forward(1, a=2) == ((1,), {"a": 2})
     assert seen == [(None if replayed else "full", 1)]
     assert block.config is config and config.recompute_granularity == "full"
+
+
+class Rerun:
+    """A recorder whose replays compute again, into the tensors of the first time."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.pools, self.left_alone = 0, 0
+
+    def new_pool(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    def record(self, body: Any, pool: int) -> Any:
+        assert pool == self.pools
+        places = body()
+
+        def replay() -> None:
+            for place, value in zip(places, body(), strict=True):
+                assert (place is None) == (value is None)
+                if place is not None:
+                    place.detach().copy_(value.detach())
+
+        return places, replay
+
+    def leaving_generator(self, replay: Any) -> Any:
+        self.left_alone += 1
+        return replay
+
+
+class Tanh(torch.nn.Module):
+    """A layer with a weight that is trained, one that is frozen, and one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 3))
+        self.frozen = torch.nn.Parameter(torch.randn(3), requires_grad=False)
+        self.unused = torch.nn.Parameter(torch.randn(2))
+
+    def forward(self, hidden_states: torch.Tensor, **more: Any) -> tuple[torch.Tensor, None]:
+        turned = hidden_states @ self.weight + self.frozen
+        return torch.tanh(turned if not more else turned * more[ROPE]), None
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("recompute", [(False, False), (True, False), (True, True)])
+def test_replays_are_the_layers_step_after_step(recompute, added, constant):
+    """Output and gradients, which leave the graphs or are added up; nothing of a layer changes."""
+    torch.manual_seed(0)
+    layers = [Tanh(), Tanh()]
+    given = {ROPE: torch.tensor(0.5)} if constant else {}
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            x = layer(hidden_states=x, **given)[0]
+        return x
+
+    steps = [(torch.randn(4, 3), torch.randn(4, 3)) for _ in range(3)]
+    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    expected = []
+    for x, dz in steps:
+        leaf = x.clone().requires_grad_()
+        z = run(leaf)
+        found = torch.autograd.grad(z, [leaf, *trained], dz, allow_unused=True)
+        expected.append((z.detach(), *found))
+    graphed = [GraphedLayer(layer, r) for layer, r in zip(layers, recompute, strict=True)]
+    run(torch.zeros(4, 3))  # what they have to have seen
+    recorder: Any = Rerun()
+    sums = {p: torch.zeros_like(p, requires_grad=False) for p in trained} if added else None
+    passes: list[int] = []
+    own = [dict(layer.named_parameters()) for layer in layers]
+    graphs = module.GraphSet(graphed, sums, recorder, captured=lambda: passes.append(1))
+    assert len(passes) == 4 and recorder.left_alone == sum(recompute)
+    for layer, names in zip(layers, own, strict=True):
+        assert all(p is names[name] for name, p in layer.named_parameters())
+    for one, pair in zip(graphed, graphs.pairs, strict=True):
+        one.pair = pair
+    for total in (sums or {}).values():
+        total.zero_()
+    for step, (x, dz) in enumerate(steps):
+        leaf = x.clone().requires_grad_()
+        z = run(leaf)
+        z.backward(dz)
+        torch.testing.assert_close(z, expected[step][0])
+        torch.testing.assert_close(leaf.grad, expected[step][1])
+        for place, parameter in enumerate(trained, 2):
+            whole = expected[step][place]
+            if added:
+                assert sums is not None and parameter.grad is None
+                before = [one[place] for one in expected[: step + 1]]
+                wanted = torch.zeros_like(parameter) if whole is None else sum(before)
+                torch.testing.assert_close(sums[parameter], wanted)
+            else:
+                assert (parameter.grad is None) == (whole is None)
+                if whole is not None:
+                    torch.testing.assert_close(parameter.grad, whole)
+                parameter.grad = None

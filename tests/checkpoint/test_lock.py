@@ -281,3 +281,31 @@ def test_a_child_that_outlives_its_parent_keeps_no_lock(tmp_path):
         FolderLock(tmp_path).release()
     finally:
         _end(child)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_one_who_is_quicker_between_the_look_and_the_lock_is_named(tmp_path, monkeypatch, known):
+    """By who has it then; by what its file says where nobody can be seen."""
+    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "job": "42"}))
+    other = lock_owner.Owner({"host": "there", "pid": 8, "job": "43"}, 0.0, True)
+    answers = [None, other if known else None]
+    asked: list[tuple[int, object]] = []
+
+    def look(descriptor, folder):
+        asked.append((descriptor, folder))
+        return answers.pop(0)
+
+    def refused(descriptor, how):
+        assert how == fcntl.LOCK_EX | fcntl.LOCK_NB
+        raise BlockingIOError
+
+    monkeypatch.setattr(lock_module, "look", look)
+    monkeypatch.setattr(lock_module.fcntl, "lockf", refused)
+    who = "process 8 on there, job 43" if known else "process 7 on elsewhere, job 42"
+    with pytest.raises(StorageError, match=who):
+        FolderLock(tmp_path)
+    assert len(asked) == 2 and asked[0] == asked[1] and answers == []
+    monkeypatch.undo()
+    answers = []
+    os.utime(tmp_path / ".lock", (time.time() - 3600,) * 2)
+    FolderLock(tmp_path).release()  # what was opened and locked on the way is free again

@@ -121,6 +121,16 @@ def test_a_window_counts_the_token_itself(default):
     assert row.write(SimpleNamespace(window=7)) == {"sliding_window": 7}
 
 
+def test_a_window_with_a_switch_is_there_if_it_is_on():
+    row = Window(9, switched=True)
+    assert read(row, {}) == {} == read(row, {"sliding_window": 5, "use_sliding_window": False})
+    assert read(row, {"use_sliding_window": True}) == {"window_size": "8,0"}
+    assert read(row, {"use_sliding_window": True, "sliding_window": 5}) == {"window_size": "4,0"}
+    for window in (None, 7):
+        written = {"use_sliding_window": window is not None, "sliding_window": window}
+        assert row.write(SimpleNamespace(window=window)) == written
+
+
 def test_windows_of_some_layers():
     row, sliding, full = WindowOfSome(9, "max_window_layers"), "sliding_attention", "full_attention"
     asked = {"use_sliding_window": True}

@@ -210,6 +210,40 @@ def test_states_of_generators_are_put_back():
         torch.set_rng_state(kept)
 
 
+def test_a_gpus_generator_is_kept_beside_that_of_the_host(monkeypatch):
+    kept = torch.get_rng_state()
+    put: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([4, 2]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put.append)
+    grid = _grid(device=torch.device("cuda"))  # type: ignore[arg-type]
+    try:
+        seed_dropout(_grid(), 5)
+        states = rng_state(grid)
+        assert states["cuda"].tolist() == [4, 2] and "cpu" in states
+        set_rng_state(grid, states)
+        assert [state.tolist() for state in put] == [[4, 2]]
+        assert "cuda" not in rng_state(_grid())
+        set_rng_state(_grid(), rng_state(_grid()))
+        assert len(put) == 1
+    finally:
+        torch.set_rng_state(kept)
+
+
+def test_generators_of_a_gpu_are_seeded_by_megatron(monkeypatch):
+    """Which seeds its tracker with them; on a CPU the tracker's are made here."""
+    kept = torch.get_rng_state()
+    asked: list[int] = []
+    seed = grid_module.megatron_random
+    monkeypatch.setattr(seed, "model_parallel_cuda_manual_seed", asked.append)
+    monkeypatch.setattr(seed, "get_cuda_rng_tracker", lambda: pytest.fail("of the CPU"))
+    try:
+        where: Any = {"device": torch.device("cuda"), "dp_cp_rank": 2, "pp_rank": 1}
+        seed_dropout(_grid(**where), 5)
+        assert asked == [5 + 200 + 10007] and torch.initial_seed() == asked[0]
+    finally:
+        torch.set_rng_state(kept)
+
+
 @pytest.mark.parametrize(("minutes", "asked_for"), [(10.0, 10), (0.2, 1), (1.6, 2), (0.0, 1)])
 def test_groups_wait_for_whole_minutes_and_one_at_least(monkeypatch, minutes, asked_for):
     asked: dict[str, Any] = {}

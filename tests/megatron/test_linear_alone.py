@@ -275,3 +275,31 @@ def test_numbers_are_drawn_where_the_configuration_says_so(monkeypatch, perform)
     assert COLUMN(8, 12, config=config).weight.partition_dim == 0 and len(drawn) == (
         perform is True
     )
+
+
+@pytest.mark.parametrize("kind", [COLUMN, ROW])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_state_dict_has_the_parameters_and_the_states(monkeypatch, kind, bias):
+    """And both are put back, wherever the layer is."""
+    monkeypatch.setattr(module.layer_state, "export", lambda layer: {"mask": torch.ones(2)})
+    taken: list[dict[str, torch.Tensor]] = []
+
+    def take(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+        return {"mask": state.pop(f"{prefix}mask")}
+
+    monkeypatch.setattr(module.layer_state, "taken_from", take)
+    monkeypatch.setattr(module.layer_state, "import_", lambda layer, own: taken.append(own))
+    model = torch.nn.ModuleDict({"fc": _linear(kind, bias=bias)})
+    state = model.state_dict()
+    names = {"fc.weight", "fc.mask", *(("fc.bias",) if bias else ())}
+    assert state.keys() == names and state["fc.mask"].tolist() == [1.0, 1.0]
+    assert torch.equal(state["fc.weight"], model["fc"].weight)
+    assert not state["fc.weight"].requires_grad
+    other = torch.nn.ModuleDict({"fc": _linear(kind, bias=bias)})
+    assert not torch.equal(other["fc"].weight, model["fc"].weight)
+    found = other.load_state_dict(state)
+    assert not found.missing_keys and not found.unexpected_keys
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [own["mask"].tolist() for own in taken] == [[1.0, 1.0]]
+    assert model.state_dict(keep_vars=True)["fc.weight"] is model["fc"].weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -120,3 +121,42 @@ def test_what_wants_more_than_the_gemms_is_computed_one_by_one():
     assert names.pop("plain") == names.pop("fc1 alone") == "Fp8MLP"
     assert set(names.values()) == {"MLP"}
     assert shapes == [(S, B, F)] and same
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    "watched", ["", "linear_fc1 before", "linear_fc1 after", "linear_fc2 before"]
+)
+def test_which_way_an_mlp_is_computed(monkeypatch, watched, scaled, biased):
+    """As one, unless someone looks at its linears or scales its tokens; what each part is given."""
+    from megasparse.megatron.blocks import mlp as module
+
+    parts: dict[str, Any] = {}
+    for number, name in enumerate(("linear_fc1", "linear_fc2"), 1):
+        linear: Any = torch.nn.Module()
+        linear.weight, linear.bias, linear.comm = f"w{number}", f"b{number}", f"comm{number}"
+        linear.current_gemms = lambda number=number: (f"gemms{number}", number)
+        linear.bias_of_gemm = lambda: "bias" if biased else None
+        linear.finish = lambda z: (z, "finished")
+        parts[name] = linear
+    if watched:
+        linear, when = parts[watched.split()[0]], watched.split()[1]
+        hook = (
+            linear.register_forward_pre_hook if when == "before" else linear.register_forward_hook
+        )
+        hook(lambda *_: None)
+    mlp: Any = module.Fp8MLP.__new__(module.Fp8MLP)
+    torch.nn.Module.__init__(mlp)
+    for name, linear in parts.items():
+        setattr(mlp, name, linear)
+    mlp.kernel_activation = "geglu"
+    monkeypatch.setattr(module, "feed_forward", lambda *given: given)
+    monkeypatch.setattr(module.MLP, "forward", lambda self, *given, **more: (given, more))
+    found = mlp("x", "scale" if scaled else None, more=3)
+    if scaled or watched:
+        assert found == (("x", "scale" if scaled else None), {"more": 3})
+        return
+    bias = "bias" if biased else None
+    both = (("w1", "w2"), ("gemms1", "gemms2"), "comm1", (1, 2), "geglu", ("b1", bias))
+    assert found == (("x", *both), None if biased else "finished")

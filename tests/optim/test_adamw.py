@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megasparse.kernels import AdamW
+from megasparse.optim import adamw as module
 from megasparse.optim.adamw import MaskedAdamW, _with_decay, parameter_groups
 from megasparse.optim.fragments import Fragment
 from megasparse.optim.masked_decay import MaskedDecay, Piece
@@ -250,3 +251,26 @@ def test_without_more_it_is_adamw(pieces):
         optimizer.step()
         reference.step()
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_the_numbers_of_a_step_keep_their_place_while_their_number_stays(monkeypatch):
+    """Kernels of a captured update read them there; numbers of the device replace the host's."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = MaskedAdamW([weight], lambda _: True)
+    optimizer._now = [(weight, None)]  # type: ignore[list-item]
+    rows = [[float(10 * row + column) for column in range(10)] for row in range(3)]
+    optimizer._send(rows)
+    first = optimizer._derived
+    assert first is not None and first.tolist() == rows and first.device == weight.device
+    optimizer._send([[v + 1 for v in row] for row in rows])
+    assert optimizer._derived is first and first[2, 3] == 24
+    optimizer.clip, optimizer.decay = torch.tensor(0.5), torch.tensor(0.25)
+    optimizer.applies = torch.tensor(True)
+    optimizer._send(rows)
+    expected = torch.tensor(rows)
+    for column, value in ((module.CLIP, 0.5), (module.DECAY, 0.25), (module.APPLIES, 1.0)):
+        expected[:, column] = value
+    assert optimizer._derived is first and torch.equal(first, expected)
+    optimizer._send(rows[:2])
+    assert optimizer._derived is not first and optimizer._derived.shape == (2, 10)

@@ -19,6 +19,18 @@ def test_one_slot_if_no_more_are_asked_for(device):
         seeds.of(0, slot=1)
 
 
+def test_the_first_slot_unless_another_is_named(device):
+    """Of more than one, by their storage."""
+    seeds = DeviceSeeds(Clock(seed=1, train_iters=10), [5, 7], device, slots=2)
+    for layer in range(2):
+        assert seeds.of(layer).data_ptr() == seeds.of(layer, 0).data_ptr()
+        assert seeds.of(layer).data_ptr() != seeds.of(layer, 1).data_ptr()
+    seeds.begin_step([4, 6])
+    seeds.begin_micro_batch(1)
+    expected = Clock(seed=1, train_iters=10, micro_batch=6)
+    assert [int(seeds.of(0, slot)) for slot in range(2)] == [expected.mvue_seed(5), 0]
+
+
 def test_seeds_are_the_clocks(device):
     clock = Clock(seed=1234, train_iters=10, step=3)
     layers = [5, 2**64 - 1, 7]

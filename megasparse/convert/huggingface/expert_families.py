@@ -28,7 +28,7 @@ from megasparse.convert.huggingface.family import (
     tied,
     without,
 )
-from megasparse.convert.huggingface.layer_keys import Window, WindowOfSome
+from megasparse.convert.huggingface.layer_keys import Window
 from megasparse.convert.huggingface.rope_keys import Rope
 
 _DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
@@ -90,7 +90,7 @@ QWEN3_MOE = Family(
         Head(),
         Size("max_position_embeddings", "max_position_embeddings", 32768),
         Rope(),
-        WindowOfSome(4096, "max_window_layers"),
+        Window(4096, switched=True),  # its class knows no `layer_types`
         Number("norm_epsilon", "rms_norm_eps", 1e-6),
         Must("attention_bias", (False,), False),
         NO_BIAS,

@@ -48,15 +48,19 @@ class Window:
 
     Attributes:
         default: of a file that does not say it; null is none.
+        switched: there is none unless `use_sliding_window` says so.
     """
 
     default: int | None
+    switched: bool = False
 
     def read(self, config: Reader, found: Found) -> None:
-        found["window_size"] = _window(config, self.default)
+        there = not self.switched or config.get("use_sliding_window", bool, False)
+        found["window_size"] = _window(config, self.default) if there else None
 
     def write(self, model: ResolvedModel) -> dict[str, Any]:
-        return {"sliding_window": model.window}
+        switch = {"use_sliding_window": model.window is not None} if self.switched else {}
+        return {**switch, "sliding_window": model.window}
 
 
 @dataclass(frozen=True)

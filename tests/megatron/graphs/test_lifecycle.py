@@ -193,6 +193,87 @@ def test_the_second_step_of_a_kind_is_captured(known):
     assert len(captured) == (not known)
 
 
+@pytest.mark.parametrize("failure", [None, RuntimeError("no memory\nand more"), KeyError("odd")])
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_spans_are_not_timed_while_layers_are_captured(failure, timed, kept):
+    """And the timer, the slot and the scales are as they were, or as replays need them."""
+    scaling: Any = Scaling()
+    scaling.host_follows = True
+    graphs, controller = _graphs(fp8=scaling)
+    for layer in graphs._layers:
+        layer.refusal, layer.whole = (lambda: None), True
+    if kept:
+        _with_sets(graphs)
+    controller.timer.measuring = timed
+    seen: list[tuple[bool, bool]] = []
+
+    def captured() -> Any:
+        seen.append((controller.timer.measuring, scaling.host_follows))
+        controller.clock.slot = 5
+        if failure is not None:
+            raise failure
+        return ["sets"], 0
+
+    graphs._captured = captured  # type: ignore[method-assign]
+    controller.clock.step = 7
+    if isinstance(failure, KeyError):  # no failure of a capture
+        with pytest.raises(KeyError):
+            graphs._capture(True)
+    else:
+        graphs._capture(True)
+    assert seen == [(False, False)]
+    assert controller.timer.measuring == timed and controller.clock.slot == 0
+    if failure is None:
+        assert graphs._sets[True] == ["sets"] and graphs._refusal is None
+        assert graphs._look_at == 7 + module.FIRST_PATIENCE and not scaling.host_follows
+        assert scaling.assumed == (not kept)  # by the first capture alone
+    elif isinstance(failure, RuntimeError):
+        assert not graphs._sets and graphs._refusal == "no memory" and scaling.host_follows
+
+
+def test_a_layer_that_cannot_be_captured_leaves_all_eager():
+    graphs, _ = _graphs()
+    for layer, reason in zip(graphs._layers, (None, "odd"), strict=True):
+        layer.refusal = lambda reason=reason: reason
+    graphs._captured = lambda: pytest.fail("captured")  # type: ignore[method-assign]
+    graphs._capture(False)
+    assert graphs._refusal == "odd" and not graphs._sets
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_every_slot_has_a_set_and_its_bar_is_gone_at_the_end(monkeypatch, slots):
+    graphs, controller = _graphs(slots)
+    made: list[int] = []
+    bars: list[dict[str, Any]] = []
+
+    class Bar:
+        passes = 0
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+
+        def update(self, by: int) -> None:
+            self.passes += by
+
+    bar = Bar()
+    monkeypatch.setattr(module, "progress", lambda **how: bars.append(how) or bar)
+
+    def make(layers: Any, places: Any, recorder: Any, around: Any, done: Any) -> str:
+        made.append(controller.clock.slot)
+        assert layers is graphs._layers and recorder is graphs._recorder
+        for _ in range(2 * len(layers)):
+            done()
+        return f"set {controller.clock.slot}"
+
+    monkeypatch.setattr(module, "GraphSet", make)
+    sets, before = graphs._captured()
+    assert sets == [f"set {n}" for n in range(slots)] and made == list(range(slots)) and before == 0
+    assert bars[0]["leave"] is False and bars[0]["total"] == bar.passes == 4 * slots
+
+
 @pytest.mark.parametrize("failure", [None, "no memory"])
 @pytest.mark.parametrize("other", [False, True])
 def test_a_failure_of_any_rank_is_that_of_all(failure, other):

@@ -143,3 +143,30 @@ def test_tokens_with_routes_are_what_those_sent_to_each_expert_are(device):
         assert torch.equal(ours.rows_of_weights(weights), theirs.rows_of_weights(weights))
         assert torch.equal(ours.weights_of_rows(ours.rows_of_weights(weights)), weights)
         torch.testing.assert_close(ours.tokens(rows), EACH * x)
+
+
+@pytest.mark.parametrize("kind", ["dense", "reference"])
+@pytest.mark.parametrize("trained", range(1, 16))
+def test_each_gradient_is_that_of_all_whatever_else_is_trained(device, kind, trained):
+    """Of tokens, probabilities and both weights; what is frozen gets none."""
+    torch.manual_seed(2)
+    counts = [5, 0, 7]
+    weights = tuple(torch.randn(E * n, k, device=device).bfloat16() for n, k in ((16, 8), (8, 8)))
+    both, _ = _both(kind, weights, None)
+    x, p = torch.randn(12, 8, device=device).bfloat16(), torch.rand(12, device=device)
+    dz = torch.randn(12, 8, device=device).bfloat16()
+    places = torch.arange(12, device=device)
+    arrivals = Arrivals(counts, places, 16, 0, E, 1)
+    tokens = arrivals.in_tiles(max(g.tile for g in both), both[0].draws, device)
+
+    def gradients(wanted: list[bool]) -> list[torch.Tensor | None]:
+        leaves = [
+            t.clone().requires_grad_(w) for t, w in zip((x, p, *weights), wanted, strict=True)
+        ]
+        expert_feed_forward(*leaves[:2], leaves[2:], both, tokens, (3, 4)).backward(dz)
+        return [leaf.grad for leaf in leaves]
+
+    wanted = [bool(trained >> place & 1) for place in range(4)]
+    for one, whole, there in zip(gradients(wanted), gradients([True] * 4), wanted, strict=True):
+        assert whole is not None and whole.any()
+        assert (one is not None) == there and (one is None or torch.equal(one, whole))

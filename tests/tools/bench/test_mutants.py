@@ -151,6 +151,13 @@ def test_a_mutant_is_judged_by_the_quickest_tests_that_reach_it(tmp_path):
         "tests/sparsity/test_schedule_of_phases.py::c": {"seconds": 3.0, "lines": lines},
     }
     order = judge.Judge(tmp_path, near, 60.0).reached_by(mutant)
+    assert [test[-1] for test in order] == ["a", "c", "b"]  # the quick; of the module, its folder
+    # One that takes too long leaves its time to others.
+    order = judge.Judge(tmp_path, near, 2.5).reached_by(mutant)
+    assert [test[-1] for test in order] == ["a", "b"]
+    for one in near.values():
+        one["seconds"] /= 10
+    order = judge.Judge(tmp_path, near, 60.0).reached_by(mutant)
     assert [test[-1] for test in order] == ["c", "b", "a"]  # of the module, of its folder, others
     assert surroundings((places.ROOT / module).read_text(), default).function is None
     by_time = ["quick", "elsewhere", "slow"]

@@ -17,6 +17,11 @@ from megasparse.atomic_files import write_text
 from tools.bench.mutation.forks import Outcome, import_everything, run
 from tools.bench.mutation.places import ROOT, Mutant, surroundings
 
+# Seconds of a test; longer ones of a module would leave no time for its folder's quick ones.
+_QUICK = 1.0
+# More seconds for a process that imports the project first: it may share its cores.
+_IMPORTING = 240.0
+
 
 class Judge:
     """Judges mutants of a copy of the tree.
@@ -32,8 +37,9 @@ class Judge:
         self._sound: dict[str, bool] = {}
 
     def reached_by(self, mutant: Mutant) -> list[str]:
-        """Tests that execute a mutant's statement, within the budget: those of its module first
-        (by their file's name), then those of its folder, then others; the quickest first.
+        """Tests that execute a mutant's statement, within the budget: those of less than a second
+        first, and of these, as of the others, those of its module (by their file's name), then
+        those of its folder, then the rest; the quickest first.
 
         What runs at import is judged by the tests that execute anything of its module, and by those
         of its folder: a table executes no line when it is read.
@@ -48,12 +54,14 @@ class Judge:
                 reached = any(n in around.lines for n in lines)
             if reached:
                 found.append(test)
-        found.sort(key=lambda test: (_distance(test, mutant.module), self._tests[test]["seconds"]))
-        total, chosen = 0.0, list[str]()
+        seconds = {test: self._tests[test]["seconds"] for test in found}
+        found.sort(key=lambda t: (seconds[t] >= _QUICK, _distance(t, mutant.module), seconds[t]))
+        left, chosen = self._budget, list[str]()
         for test in found:
-            total += self._tests[test]["seconds"] + 0.02
-            if not chosen or total <= self._budget:
+            takes = seconds[test] + 0.02
+            if not chosen or takes <= left:
                 chosen.append(test)
+                left -= takes
         return chosen
 
     def judge(self, mutant: Mutant, imported: bool) -> tuple[str, str]:
@@ -78,7 +86,7 @@ class Judge:
         def with_file(chosen: list[str]) -> Outcome:
             write_text(path, changed)
             try:
-                return self._run(chosen, lambda: _import_with(path, changed))
+                return self._run(chosen, lambda: _import_with(path, changed), _IMPORTING)
             finally:
                 write_text(path, source)  # what runs alone after it runs without the fault
 
@@ -103,9 +111,9 @@ class Judge:
             tests = [test for test in tests if test != outcome.test]  # it fails by itself
         return "not reached", ""
 
-    def _run(self, tests: list[str], put_in: Any) -> Outcome:
+    def _run(self, tests: list[str], put_in: Any, more: float = 0.0) -> Outcome:
         seconds = sum(self._tests[test]["seconds"] for test in tests)
-        return run(self._folder, tests, 60 + 4 * seconds, put_in)
+        return run(self._folder, tests, 60 + 4 * seconds + more, put_in)
 
     def _alone(self, test: str) -> bool:
         """Whether a test passes without a fault."""

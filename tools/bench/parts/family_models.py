@@ -67,6 +67,9 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen3 moe": ("Qwen3Moe", {
         "head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
         "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3 moe, windows": ("Qwen3Moe", {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
     "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 3}),
     "opt": ("OPT", {"ffn_dim": 48}),
     "opt, gelu, no bias": (

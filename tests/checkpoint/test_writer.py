@@ -66,3 +66,21 @@ def test_a_manifest_that_readers_would_refuse_gets_no_name(tmp_path, odd):
     with pytest.raises(CheckpointError):
         publish(temporary, final, meta.pop("files", {}), meta)
     assert not final.exists() and not list(temporary.iterdir())
+
+
+def test_what_is_replaced_and_cannot_be_removed_does_not_undo_a_save(monkeypatch, tmp_path):
+    """A file server may hold on to an open file; the next tidying finds the rest."""
+    write_checkpoint(tmp_path, 3, ranks=1)
+    rmdir = os.rmdir
+
+    def held(path, **more):
+        if "old-" in str(path):
+            raise OSError("held by somebody")
+        rmdir(path, **more)
+
+    monkeypatch.setattr(os, "rmdir", held)
+    folder = write_checkpoint(tmp_path, 3, ranks=1)
+    names = sorted(one.name.partition(".old-")[0] for one in tmp_path.iterdir() if one.is_dir())
+    assert names == [folder.name] * 2
+    loaded = load_file(folder / "rank-00000.safetensors")
+    assert loaded and all(torch.equal(loaded[k], v) for k, (_, v) in tensors_of(3).items())

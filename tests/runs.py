@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +56,24 @@ def train(rank: int, world: int, flags: list[str]) -> list[dict[str, Any]]:
     config = resolve(load_config(flags), world)
     pretrain(config)
     return read_metrics(Path(config.checkpoint.run_dir) / "metrics.jsonl")
+
+
+def launch(run_dir: Path, flags: list[str], expected: int = 0) -> list[dict[str, Any]]:
+    """A run as its users start it, on the GPU if there is one; it has to end with a status.
+
+    The report at its end reads the checkpoint, and is an error where a weight is not 2:4.
+    """
+    from megasparse.metrics.schema import read_metrics
+
+    root = Path(__file__).parents[1]
+    command = [sys.executable, str(root / "launch" / "pretrain.py"), *flags]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [*command, "--run-dir", str(run_dir)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
+    )
+    assert done.returncode == expected, done.stdout[-1000:] + done.stderr[-3000:]
+    return read_metrics(run_dir / "metrics.jsonl")

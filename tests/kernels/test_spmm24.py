@@ -13,6 +13,7 @@ from megasparse.kernels import matmul24, pack24, spmm24
 from megasparse.kernels.packed24 import packed_bytes
 from megasparse.kernels.spmm24 import binding
 from megasparse.kernels.spmm24.agreement import difference, packing_disagreement
+from megasparse.kernels.spmm24.binding import library as cusparselt
 from tests.kernels.test_pack24 import E4M3, sparse
 
 # Relative error of the whole result: rounding of the output, and of the sums in fp8 hardware.
@@ -164,7 +165,7 @@ def test_the_library_reads_no_more_than_a_packed_matrix_has(device, dtype, n, k)
     problem = binding.Problem(n, k, 128, dtype, dtype, torch.bfloat16, False, True, 0)
     plan, packed, scratch = binding.plan(problem, device), ctypes.c_size_t(), ctypes.c_size_t()
     sizes = (ctypes.byref(packed), ctypes.byref(scratch))
-    binding.library().SpMMACompressedSize(plan._handle, plan._plan, *sizes)
+    cusparselt().SpMMACompressedSize(plan._handle, plan._plan, *sizes)
     assert packed.value == packed_bytes((n, k), dtype)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,9 @@ import torch
 from megasparse.errors import EXIT_PREEMPTED
 from megasparse.metrics.schema import read_metrics
 from tests import dist
-from tests.runs import LLAMA, TINY, train
+from tests.runs import LLAMA, TINY, launch, train
 from tests.transformer_engine import needs_transformer_engine
 
-ROOT = Path(__file__).parents[2]
 # Products large enough for the choice among cuSPARSELt's algorithms.
 GPT = [
     "--num-layers", "4", "--hidden-size", "512", "--num-attention-heads", "8", "--seq-length",
@@ -58,19 +55,6 @@ def test_a_run_in_deterministic_mode(tmp_path, dataset):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
-def _pretrain(run_dir: Path, flags: list[str], expected: int) -> None:
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *GPT, *flags]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [*command, "--run-dir", str(run_dir)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        timeout=300,
-    )
-    assert done.returncode == expected, done.stdout[-1000:] + done.stderr[-3000:]
-
-
 def _results(run_dir: Path) -> list[dict[str, Any]]:
     """The rows without what the clock or the allocator decides."""
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -82,9 +66,9 @@ def _results(run_dir: Path) -> list[dict[str, Any]]:
 def test_on_a_gpu_a_run_repeats_and_resumes_bit_for_bit(tmp_path, flags):
     if "--fp8-format" in flags:
         needs_transformer_engine(torch.device("cuda"))
-    _pretrain(tmp_path / "whole", flags, 0)
-    _pretrain(tmp_path / "parts", [*flags, "--exit-interval", "5"], EXIT_PREEMPTED)
-    _pretrain(tmp_path / "parts", [*flags, "--resume"], 0)
+    launch(tmp_path / "whole", [*GPT, *flags], 0)
+    launch(tmp_path / "parts", [*GPT, *flags, "--exit-interval", "5"], EXIT_PREEMPTED)
+    launch(tmp_path / "parts", [*GPT, *flags, "--resume"], 0)
     whole = _results(tmp_path / "whole")
     assert _results(tmp_path / "parts") == whole
     assert len(whole) == 10 and whole[-1]["loss"] < whole[0]["loss"]

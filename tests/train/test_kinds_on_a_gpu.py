@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +11,10 @@ import torch
 
 from megasparse.data.manifest import PreprocessOptions
 from megasparse.data.preprocess import preprocess
-from megasparse.metrics.schema import read_metrics
 from tests.chats import make_tokenizer, questions, write_conversations
-from tests.runs import LLAMA, TINY, make_dataset
+from tests.runs import LLAMA, TINY, launch, make_dataset
 from tests.transformer_engine import needs_transformer_engine
 
-ROOT = Path(__file__).parents[2]
 WIDE = [
     "--hidden-size", "256", "--ffn-hidden-size", "512", "--num-attention-heads", "4", "--bf16",
     "--seq-length", "128", "--micro-batch-size", "8", "--global-batch-size", "8", "--train-iters",
@@ -27,21 +22,6 @@ WIDE = [
     "*.self_attention.*",
 ]  # fmt: skip
 FP8 = ["--fp8-format", "e4m3"]
-
-
-def _pretrain(run_dir: Path, flags: list[str]) -> list[dict[str, float]]:
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *TINY, *flags]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [*command, "--run-dir", str(run_dir)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        timeout=300,
-    )
-    # The report at its end reads the checkpoint, and is an error where a weight is not 2:4.
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    return read_metrics(run_dir / "metrics.jsonl")
 
 
 def _bert(folder: Path) -> list[str]:
@@ -87,7 +67,7 @@ def _retrained(folder: Path) -> list[str]:
 def _dense(folder: Path, data: list[str]) -> list[str]:
     """Flags that start from a dense model, trained here."""
     none = ["--mask-update-interval", "none", "--masked-decay", "none"]
-    _pretrain(folder / "dense", [*data, "--sparsity-recipe", "dense", *none])
+    launch(folder / "dense", [*TINY, *data, "--sparsity-recipe", "dense", *none])
     return ["--load", str(folder / "dense"), "--finetune"]
 
 
@@ -95,6 +75,6 @@ def _dense(folder: Path, data: list[str]) -> list[str]:
 @pytest.mark.parametrize("kind", [_bert, _conversations, _retrained])
 def test_a_run_of_its_kind_trains_on_a_gpu(tmp_path, kind):
     needs_transformer_engine(torch.device("cuda"))
-    rows = _pretrain(tmp_path / "run", kind(tmp_path))
+    rows = launch(tmp_path / "run", [*TINY, *kind(tmp_path)])
     assert len(rows) == 6 and all(math.isfinite(row["loss"]) for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"] and all(row["sparse"] for row in rows)

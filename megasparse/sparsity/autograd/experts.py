@@ -18,6 +18,7 @@ tensor-parallel ranks are added up where tokens go back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,38 +29,20 @@ from megasparse.sparsity.gemms.expert_tokens import ExpertTokens
 from megasparse.sparsity.gemms.experts import ExpertGemms
 from megasparse.sparsity.gemms.protocol import weight_gradient
 
+Move = Callable[[torch.Tensor], torch.Tensor]
 
-class _Rows(torch.autograd.Function):
+
+class _Moved(torch.autograd.Function):
+    """Tokens that are laid out otherwise; their gradients go the reverse way."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
-        ctx.tokens = tokens
-        return tokens.rows(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return ctx.tokens.tokens(grads[0]), None
-
-
-class _RowsOfWeights(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weights: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
-        ctx.tokens = tokens
-        return tokens.rows_of_weights(weights)
+    def forward(ctx: Any, x: torch.Tensor, there: Move, back: Move) -> torch.Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return ctx.tokens.weights_of_rows(grads[0]), None
-
-
-class _Tokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
-        ctx.tokens = tokens
-        return tokens.tokens(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return ctx.tokens.rows(grads[0]), None
+        return ctx.back(grads[0]), None, None
 
 
 class _Experts(torch.autograd.Function):
@@ -143,17 +126,19 @@ class _FeedForward(torch.autograd.Function):
 
 def rows_of_tokens(x: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
     """`x (T, ...)` of the tokens as the rows `(T', ...)` of the GEMMs, with gradients."""
-    return x if tokens.spots is None else _Rows.apply(x, tokens)
+    return x if tokens.spots is None else _Moved.apply(x, tokens.rows, tokens.tokens)
 
 
 def rows_of_weights(weights: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
     """The same of `(n,)`, one weight for everything that came."""
-    return weights if tokens.spots is None else _RowsOfWeights.apply(weights, tokens)
+    if tokens.spots is None:
+        return weights
+    return _Moved.apply(weights, tokens.rows_of_weights, tokens.weights_of_rows)
 
 
 def tokens_of_rows(rows: torch.Tensor, tokens: ExpertTokens) -> torch.Tensor:
     """The reverse, `(T, ...)`: of a token's rows the sum."""
-    return rows if tokens.spots is None else _Tokens.apply(rows, tokens)
+    return rows if tokens.spots is None else _Moved.apply(rows, tokens.tokens, tokens.rows)
 
 
 def expert_linear(
